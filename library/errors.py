@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user did wrong, said in one line each."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class UserError(Exception):
+    """Bad input: one or more clear lines, shown without a traceback; the script ends with exit code 2.
+
+    Each line names the file or option, says what is wrong and what the nearest right thing is.
+    """
+
+    def __init__(self, problems: str | Iterable[str]):
+        self.problems: list[str] = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class StopTraining(Exception):
+    """The run must end now and nothing may be written over a good file (non-finite loss, for example)."""
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str | None:
+    """The candidate that looks most like `name`, or None when none is close."""
+    found = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
+    return found[0] if found else None
+
+
+def unknown(what: str, name: str, candidates: Iterable[str]) -> str:
+    """One line about an unknown name: `what` says where it stands, for example "--network_args"."""
+    names = sorted(candidates)
+    hint = nearest(name, names)
+    if hint is not None:
+        return f"{what}: unknown key '{name}'. Did you mean '{hint}'?"
+    return f"{what}: unknown key '{name}'. Known: {', '.join(names)}"
+
+
+def first_names(names: Sequence[str], limit: int = 3) -> str:
+    """The first few names and how many more there are: `a.png, b.png, c.png and 17 more`."""
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

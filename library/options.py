@@ -1,0 +1,370 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options: one frozen dataclass field is the CLI flag, the TOML key, the docs row and the validation.
+
+    @dataclass(frozen=True)
+    class SaveOptions:
+        output_dir: str = option("output", help="Folder for everything that the run writes.")
+        save_every_n_steps: int | None = option(None, help="...", check=positive)
+
+        def problems(self) -> Iterator[str]: ...      # combinations that make no sense, one line each
+
+A method's options are a dataclass of such groups. `resolve` reads command line and --config_file into it: default < TOML
+< command line. Every mistake is collected and reported at once. This module imports no torch: `--help` is instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from library.errors import UserError, nearest, unknown
+from library.foreign_keys import FOREIGN_KEYS
+
+Check = Callable[[Any], "str | None"]  # returns what is wrong ("must be at least 1"), or None
+
+
+@dataclass(frozen=True)
+class OptionInfo:
+    """What `option()` stored about one field."""
+
+    help: str
+    choices: tuple[str, ...] = ()
+    check: Check | None = None
+    parse: Callable[[Any], Any] | None = None
+    answer: str | None = None
+    secret: bool = False
+
+
+def option(
+    default: Any = None,
+    *,
+    help: str,
+    choices: Sequence[str] = (),
+    check: Check | None = None,
+    parse: Callable[[Any], Any] | None = None,
+    answer: str | None = None,
+    secret: bool = False,
+) -> Any:
+    """One option. `parse` turns a CLI text or TOML value into the field's value and raises ValueError saying what it expects.
+
+    answer: the option is accepted and has nothing left to do; this line says what does its job now. It is shown once.
+    secret: never printed, logged, dumped or written to metadata.
+    """
+    info = OptionInfo(help, tuple(choices), check, parse, answer, secret)
+    return field(default=default, metadata={"option": info})
+
+
+# ---- checks -------------------------------------------------------------------------------------------------------
+
+
+def positive(value: float) -> str | None:
+    return None if value > 0 else "must be greater than 0"
+
+
+def at_least(low: float) -> Check:
+    return lambda value: None if value >= low else f"must be at least {low}"
+
+
+def between(low: float, high: float) -> Check:
+    return lambda value: None if low <= value <= high else f"must be between {low} and {high}"
+
+
+def int_or_fraction(value: Any) -> int | float:
+    """A number of steps, a fraction of the run below 1, or "10%"."""
+    try:
+        if isinstance(value, str) and value.strip().endswith("%"):
+            return float(value.strip()[:-1]) / 100
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"expects steps, a fraction below 1 or a percentage, got '{value}'") from None
+    return int(number) if number == int(number) and (number >= 1 or number == 0) else number
+
+
+# ---- values -------------------------------------------------------------------------------------------------------
+
+
+def convert(value: Any, hint: Any) -> Any:
+    """`value` (CLI text or TOML value) as the annotated type. Raises ValueError with "expects ..., got ..."."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None or (isinstance(value, str) and value.lower() == "none"):
+            return None
+        return convert(value, next(a for a in arguments if a is not type(None)))
+    if origin is tuple:
+        items = value if isinstance(value, (list, tuple)) else [value]
+        return tuple(convert(item, arguments[0]) for item in items)
+    if hint is bool:
+        return _to_bool(value)
+    if hint in (int, float):
+        return _to_number(value, hint)
+    if hint is str:
+        if isinstance(value, (list, dict, bool)):
+            raise ValueError(f"expects a text, got {value!r}")
+        return str(value)
+    raise TypeError(f"unsupported option type {hint}")
+
+
+def _to_bool(value: Any) -> bool:
+    text = str(value).lower()
+    if text in ("true", "1", "yes", "on"):
+        return True
+    if text in ("false", "0", "no", "off"):
+        return False
+    raise ValueError(f"expects true or false, got '{value}'")
+
+
+def _to_number(value: Any, kind: type) -> int | float:
+    noun = "a whole number" if kind is int else "a number"
+    if isinstance(value, (bool, list, dict)):
+        raise ValueError(f"expects {noun}, got {value!r}")
+    try:
+        number = float(value)
+    except ValueError:
+        raise ValueError(f"expects {noun}, got '{value}'") from None
+    if kind is float:
+        return number
+    if number != int(number):
+        raise ValueError(f"expects {noun}, got {value}")
+    return int(value) if isinstance(value, str) and value.strip().lstrip("+-").isdigit() else int(number)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One option as found in its group."""
+
+    name: str
+    group: str
+    hint: Any
+    default: Any
+    info: OptionInfo
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name
+
+    @property
+    def takes_many(self) -> bool:
+        hints = (self.hint, *typing.get_args(self.hint))
+        return self.info.parse is None and any(typing.get_origin(h) is tuple for h in hints)
+
+    def read(self, value: Any) -> Any:
+        """The validated value. Raises ValueError with what is wrong."""
+        result = self.info.parse(value) if self.info.parse else convert(value, self.hint)
+        if self.info.choices and result is not None and result not in self.info.choices:
+            hint = nearest(str(result), self.info.choices)
+            extra = f". Did you mean '{hint}'?" if hint else ""
+            raise ValueError(f"'{result}' is not one of {', '.join(self.info.choices)}{extra}")
+        if self.info.check and result is not None:
+            for item in result if isinstance(result, tuple) else (result,):
+                wrong = self.info.check(item)
+                if wrong:
+                    raise ValueError(f"{wrong}, got {item}")
+        return result
+
+
+@dataclass(frozen=True)
+class ConfigFileOptions:
+    """Where options come from, besides the command line."""
+
+    config_file: str | None = option(None, help="TOML file of options; the command line wins over it.")
+    output_config: bool = option(False, help="Write the options that differ from the defaults to --config_file and exit.")
+
+
+# ---- a method's options ------------------------------------------------------------------------------------------
+
+
+def group_types(method: type, overrides: Mapping[str, type]) -> dict[str, type]:
+    """Group name -> dataclass of a method's options; a family's own groups replace the general ones."""
+    hints = typing.get_type_hints(method)
+    return {f.name: overrides.get(f.name, hints[f.name]) for f in dataclasses.fields(method)}
+
+
+def specs(groups: Mapping[str, type]) -> dict[str, Spec]:
+    """Option name -> Spec over all groups. A name may have one home only."""
+    found: dict[str, Spec] = {}
+    for group, cls in groups.items():
+        hints = typing.get_type_hints(cls)
+        for f in dataclasses.fields(cls):
+            assert f.name not in found, f"option {f.name} is in both {found[f.name].group} and {group}"
+            found[f.name] = Spec(f.name, group, hints[f.name], f.default, f.metadata["option"])
+    return found
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(message[0].upper() + message[1:])
+
+
+def build_parser(all_specs: Mapping[str, Spec], prog: str, description: str) -> argparse.ArgumentParser:
+    """The argparse parser: names, grouping and help only; values are read by `Spec.read`."""
+    parser = _Parser(prog=prog, description=description, allow_abbrev=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    sections: dict[str, Any] = {}
+    for spec in all_specs.values():
+        section = sections.setdefault(spec.group, None) or parser.add_argument_group(spec.group.replace("_", " "))
+        sections[spec.group] = section
+        kwargs: dict[str, Any] = {"dest": spec.name, "default": argparse.SUPPRESS, "help": describe(spec).replace("%", "%%")}
+        if spec.hint is bool:
+            kwargs |= {"nargs": "?", "const": True, "metavar": "true|false"}
+        elif spec.takes_many:
+            kwargs |= {"nargs": "*", "metavar": "VALUE"}
+        else:
+            kwargs |= {"metavar": "{" + ",".join(spec.info.choices) + "}" if spec.info.choices else "VALUE"}
+        section.add_argument(spec.flag, **kwargs)
+    return parser
+
+
+def describe(spec: Spec) -> str:
+    """Help text with the default, or with the answer of an option that has nothing left to do."""
+    text = spec.info.help
+    if spec.info.answer:
+        return f"{text} ({spec.info.answer})"
+    return text if spec.default in (None, False, ()) else f"{text} Default: {spec.default}."
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The options object of the method, one line per option or key that was answered instead of used, and what was given."""
+
+    options: Any
+    answers: tuple[str, ...]
+    given: Mapping[str, str]  # option name -> "command line" or the config file
+
+
+def resolve(method: type, overrides: Mapping[str, type], argv: Sequence[str], *, prog: str, description: str = "") -> Resolved:
+    """Command line and --config_file -> the method's options. Raises UserError listing every mistake."""
+    groups = group_types(method, overrides)
+    all_specs = specs(groups)
+    problems: list[str] = []
+    command_line = _read_command_line(all_specs, argv, prog, description, problems)
+    path = _config_path(command_line)
+    table, foreign = _read_config_file(path, all_specs, problems) if path and not command_line.get("output_config") else ({}, [])
+    values: dict[str, Any] = {}
+    sources = {**{k: str(path) for k in table}, **{k: "command line" for k in command_line}}
+    for name, raw in {**table, **command_line}.items():
+        where = all_specs[name].flag if sources[name] == "command line" else f"{sources[name]}: {name}"
+        try:
+            values[name] = all_specs[name].read(raw)
+        except ValueError as error:
+            problems.append(f"{where} {error}")
+    built = {group: cls(**{s.name: values[s.name] for s in all_specs.values() if s.group == group and s.name in values})
+             for group, cls in groups.items()}  # fmt: skip
+    options = method(**built)
+    if not problems:
+        for part in (*built.values(), options):
+            problems.extend(getattr(part, "problems", lambda: ())())
+    if problems:
+        raise UserError(problems)
+    answers = [f"{s.flag}: {s.info.answer}" for n, s in all_specs.items() if s.info.answer and values.get(n) not in (None, False)]
+    if foreign:
+        answers.append(f"{path}: not used by this script (keys of the GUI or of other scripts): {', '.join(foreign)}")
+    return Resolved(options, tuple(answers), {n: sources[n] for n in values})
+
+
+def _read_command_line(
+    all_specs: Mapping[str, Spec], argv: Sequence[str], prog: str, description: str, problems: list[str]
+) -> dict[str, Any]:
+    namespace, extra = build_parser(all_specs, prog, description).parse_known_args(list(argv))
+    for word in extra:
+        if word.startswith("--"):
+            name = word[2:].split("=")[0]
+            hint = nearest(name, all_specs)
+            problems.append(f"Unknown option --{name}." + (f" Did you mean --{hint}?" if hint else " See --help for all options."))
+        else:
+            problems.append(f"'{word}' belongs to no option: values with spaces need quotes, and options start with --")
+    return vars(namespace)
+
+
+def _config_path(command_line: Mapping[str, Any]) -> Path | None:
+    name = command_line.get("config_file")
+    if name is None:
+        return None
+    return Path(name if str(name).endswith(".toml") else f"{name}.toml")
+
+
+def _read_config_file(path: Path, all_specs: Mapping[str, Spec], problems: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Known keys with their values, and the known keys of other programs. Tables are only headings: one level is flattened."""
+    flat: dict[str, Any] = {}
+    for key, value in read_toml(path, "--config_file").items():
+        flat.update(value if isinstance(value, dict) else {key: value})
+    foreign = []
+    for key in list(flat):
+        if key in all_specs:
+            continue
+        value = flat.pop(key)
+        if key not in FOREIGN_KEYS:
+            problems.append(unknown(str(path), key, all_specs))
+        elif value not in (None, False, "", 0, []):
+            foreign.append(key)
+    return flat, foreign
+
+
+def read_toml(path: Path, what: str) -> dict[str, Any]:
+    """A TOML file as a dict. Raises UserError naming `what`, the file and the line."""
+    import toml
+
+    try:
+        return toml.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise UserError(f"{what}: {path} does not exist") from None
+    except IsADirectoryError:
+        raise UserError(f"{what}: {path} is a folder; a TOML file is needed") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what}: {path} is not UTF-8 text (byte {error.start})") from None
+    except (toml.TomlDecodeError, IndexError, ValueError) as error:
+        line = f", line {error.lineno}" if isinstance(error, toml.TomlDecodeError) else ""
+        reason = getattr(error, "msg", str(error))
+        raise UserError(f"{what}: {path}{line} is not valid TOML: {reason}") from None
+
+
+# ---- out again ----------------------------------------------------------------------------------------------------
+
+
+def changed_values(options: Any, *, all_values: bool = False) -> dict[str, Any]:
+    """Option name -> value, of those that differ from their default (or of all). Secrets are left out."""
+    result: dict[str, Any] = {}
+    for f in dataclasses.fields(options):
+        part = getattr(options, f.name)
+        for item in dataclasses.fields(part):
+            value = getattr(part, item.name)
+            if not item.metadata["option"].secret and (all_values or value != item.default):
+                result[item.name] = list(value) if isinstance(value, tuple) else value
+    return result
+
+
+def dump_toml(options: Any) -> str:
+    """The options that differ from the defaults as a --config_file, in a stable order."""
+    import toml
+
+    values = {k: v for k, v in changed_values(options).items() if v is not None and k not in ("config_file", "output_config")}
+    return toml.dumps(values)
+
+
+def write_output_config(options: Any, path: Path) -> None:
+    """--output_config: refuse to overwrite, then write."""
+    if path.exists():
+        raise UserError(f"--output_config: {path} exists; give --config_file another name")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(dump_toml(options), encoding="utf-8")
+    print(f"wrote {path}", file=sys.stderr)
+
+
+def markdown_rows(groups: Mapping[str, type]) -> Iterator[str]:
+    """docs/options.md: one table per group."""
+    current = None
+    for spec in specs(groups).values():
+        if spec.group != current:
+            current = spec.group
+            yield f"\n### {current.replace('_', ' ')}\n\n| option | default | meaning |\n|---|---|---|"
+        default = "" if spec.default in (None, False, ()) else f"`{spec.default}`"
+        choices = f" One of {', '.join(f'`{c}`' for c in spec.info.choices)}." if spec.info.choices else ""
+        text = f"{spec.info.help}{choices}" + (f" *{spec.info.answer}*" if spec.info.answer else "")
+        text = text.replace("|", "\\|")
+        yield f"| `{spec.flag}` | {default} | {text} |"

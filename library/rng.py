@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Seeds that depend on what they are for, never on how often a generator was called before.
+
+Every draw of a run (batch order, caption choice, augmentation, timestep, noise, dropout) gets a seed derived from
+(run seed, purpose, counters such as epoch, step, rank and sample). A resumed run therefore draws the same values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A 63-bit seed from the parts (BLAKE2b of their text form): equal parts give equal seeds on every machine."""
+    text = "\x1f".join(str(p) for p in parts).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+
+
+def python_rng(*parts: int | str) -> random.Random:
+    """A `random.Random` seeded with `derive_seed(*parts)`."""
+    return random.Random(derive_seed(*parts))
+
+
+def torch_generator(*parts: int | str, device: str | torch.device = "cpu") -> torch.Generator:
+    """A `torch.Generator` on `device` seeded with `derive_seed(*parts)`."""
+    import torch
+
+    return torch.Generator(device=device).manual_seed(derive_seed(*parts))

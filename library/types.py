@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The small objects that the rooms hand to each other. Shapes: B batch, C channels, H W pixels, h w latents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+# What a text encoder produced for one caption or a batch of them: exactly what is cached and what `predict` reads.
+Cond = dict[str, "Tensor"]
+
+
+@dataclass(frozen=True)
+class LatentSpec:
+    """How a family's latents look: all that the data room needs to know of a model."""
+
+    name: str  # cache key and file suffix, e.g. "sd"
+    channels: int  # C of a latent
+    factor: int  # pixels per latent pixel along one side
+    npz_suffix: str  # suffix of today's per-image cache files, e.g. "_sd.npz"
+    npz_sized_keys: bool = False  # array names carry "_<h>x<w>" (all but SD and SDXL)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids of a batch of captions. `ids` maps encoder name -> (B, chunks, length) int64; `weights` alike, float."""
+
+    ids: dict[str, Tensor]
+    weights: dict[str, Tensor] | None = None
+    truncated: tuple[int, ...] = ()  # indices of captions that were longer than the limit
+
+
+@dataclass
+class Batch:
+    """One micro-batch: everything of it has the same pixel size and comes from one dataset."""
+
+    names: list[str]  # file of each sample, for messages
+    captions: list[str]  # final text, after shuffle, dropout, wildcards
+    loss_weights: Tensor  # B float32: 1, or prior_loss_weight for regularisation images
+    pixels: Tensor | None = None  # B 3 H W float32 in [-1, 1]; None when latents are cached
+    latents: Tensor | None = None  # B C h w, scaled as the model wants them
+    latent_seeds: list[int] = field(default_factory=list)  # seed of the VAE posterior sample, per sample
+    cond: Cond | None = None  # cached text-encoder outputs, padded to one length
+    masks: Tensor | None = None  # B 1 H' W' float32 in [0, 1], where the loss counts (pixel or latent resolution)
+    original_sizes: Tensor | None = None  # B 2 float32 (height, width) of the file
+    crop_top_lefts: Tensor | None = None  # B 2 float32 (top, left)
+    target_sizes: Tensor | None = None  # B 2 float32 (height, width) of the bucket
+    control: Tensor | None = None  # B 3 H W float32 in [-1, 1], the control image
+    network_multiplier: float = 1.0
+    keep_prior: list[bool] = field(default_factory=list)  # custom_attributes.diff_output_preservation
+
+    @property
+    def size(self) -> int:
+        return len(self.names)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with every tensor on `device` (asynchronous where the source is pinned)."""
+        import torch
+
+        def move(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                return value.to(device, non_blocking=True)
+            if isinstance(value, dict):
+                return {k: move(v) for k, v in value.items()}
+            return value
+
+        return replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)})
+
+
+@dataclass(frozen=True)
+class Noised:
+    """What the objective made of clean latents. `t` is what `predict` takes; `weight` multiplies the per-sample loss."""
+
+    x_t: Tensor  # B C h w
+    t: Tensor  # B (DDPM: int64 0..999; flow: float32 sigma in 0..1)
+    noise: Tensor  # B C h w
+    target: Tensor  # B C h w
+    weight: Tensor  # B float32
+
+
+# pixels (B 3 H W, [-1, 1]) and one seed per sample -> scaled latents (B C h w)
+EncodeImages = Callable[["Tensor", "list[int]"], "Tensor"]
+# captions -> one unpadded Cond per caption
+EncodeTexts = Callable[["list[str]"], "list[Cond]"]

@@ -1,0 +1,174 @@
+"""The denoiser, trained together with the text encoder on cached latents; can be stopped and resumed."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextModel
+
+from .text import HIDDEN_SIZE
+from .training import Budget, RunningMean, Schedule, Stopwatch, WeightAverage, progress_line, save_atomically
+
+
+@dataclass(frozen=True)
+class UnetOptions:
+    learning_rate: float = 1e-3
+    text_rate_factor: float = 0.3  # of the denoiser's learning rate
+    batch_size: int = 16
+    empty_caption_share: float = 0.1  # for classifier-free guidance
+    average_decay: float = 0.999
+    weight_decay: float = 1e-3
+    save_minutes: float = 5.0
+    report_steps: int = 200
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """What the denoiser is trained on."""
+
+    latents: Tensor  # N 4 16 16, scaled
+    token_ids: Tensor  # N 77
+    empty_ids: Tensor  # 77, of the empty caption
+
+
+def build_unet() -> UNet2DConditionModel:
+    """2.8 M parameters; a Stable Diffusion 1.x denoiser cut down to two levels. Four attention heads."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(64, 96),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        mid_block_type="UNetMidBlock2DCrossAttn",
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        cross_attention_dim=HIDDEN_SIZE,
+        attention_head_dim=4,  # in this class the number of heads, by an old naming mistake of diffusers
+        norm_num_groups=8,
+    )
+
+
+def build_scheduler() -> DDIMScheduler:
+    """The noise schedule of Stable Diffusion 1.x."""
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="epsilon",
+    )
+
+
+def stratified_timesteps(count: int, generator: torch.Generator) -> Tensor:
+    """Uniform over 0..999, one in each of `count` equal parts: less spread between batches."""
+    return ((torch.arange(count) + torch.rand(count, generator=generator)) / count * 1000).long()
+
+
+def loss_weights(alphas_bar: Tensor) -> Tensor:
+    """min(1 / alpha_bar, 25) / 4.
+
+    v-prediction's weighting of an epsilon model (Salimans & Ho 2022, arXiv:2202.00512, appendix D, where
+    1 / alpha_bar = 1 + 1 / SNR), cut off at pure noise. With the plain loss, which cares little about the
+    noisy end, pictures ignored their captions for long.
+    """
+    return (1 / alphas_bar).clamp(max=25) / 4
+
+
+class DenoiserTraining:
+    """Denoiser, text encoder, their optimizer, averages and random state: all that a save must hold."""
+
+    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, options: UnetOptions) -> None:
+        self.options = options
+        self.unet, self.text_encoder = unet.train(), text_encoder.train()
+        unet_parameters, text_parameters = list(unet.parameters()), list(text_encoder.parameters())
+        self._parameters = unet_parameters + text_parameters
+        self._optimizer = torch.optim.AdamW(
+            [
+                {"params": unet_parameters, "rate_factor": 1.0},
+                {"params": text_parameters, "rate_factor": options.text_rate_factor},
+            ],
+            betas=(0.9, 0.99),
+            weight_decay=options.weight_decay,
+            fused=True,
+        )
+        self._average = WeightAverage(self._parameters, options.average_decay)
+        self._generator = torch.Generator().manual_seed(options.seed)
+        self._alphas_bar = build_scheduler().alphas_cumprod
+        self.step = 0
+        self.samples = 0
+        self.minutes = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "unet": self.unet.state_dict(),
+            "text_encoder": self.text_encoder.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "averages": self._average.averages,
+            "generator": self._generator.get_state(),
+            "step": self.step,
+            "samples": self.samples,
+            "minutes": self.minutes,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.unet.load_state_dict(state["unet"])
+        self.text_encoder.load_state_dict(state["text_encoder"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._average.load(state["averages"])
+        self._generator.set_state(state["generator"])
+        self.step, self.samples, self.minutes = state["step"], state["samples"], state["minutes"]
+
+    def use_averages(self) -> None:
+        """Put the averaged weights into the models, for sampling or saving; training cannot go on."""
+        self._average.copy_to_parameters()
+        self.unet.eval()
+        self.text_encoder.eval()
+
+    def train_step(self, data: TrainingSet, learning_rate: float) -> float:
+        """One optimizer step; returns the plain epsilon error."""
+        count, generator = self.options.batch_size, self._generator
+        chosen = torch.randint(0, len(data.latents), (count,), generator=generator)
+        latents = data.latents[chosen]  # N 4 h w
+        empty = torch.rand(count, 1, generator=generator) < self.options.empty_caption_share
+        token_ids = torch.where(empty, data.empty_ids, data.token_ids[chosen])
+        timesteps = stratified_timesteps(count, generator)
+        noise = torch.randn(latents.shape, generator=generator)
+        alpha_bar = self._alphas_bar[timesteps]
+        signal, spread = alpha_bar.sqrt()[:, None, None, None], (1 - alpha_bar).sqrt()[:, None, None, None]
+        text = self.text_encoder(token_ids).last_hidden_state  # N 77 c
+        predicted = self.unet(signal * latents + spread * noise, timesteps, text).sample
+        errors = (predicted - noise).square().mean((1, 2, 3))
+        self._descend((errors * loss_weights(alpha_bar)).mean(), learning_rate)
+        self.step, self.samples = self.step + 1, self.samples + count
+        return errors.mean().item()
+
+    def _descend(self, loss: Tensor, learning_rate: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate * group["rate_factor"]
+        self._optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
+        self._optimizer.step()
+        self._average.update(self.step)
+
+
+def train_denoiser(training: DenoiserTraining, data: TrainingSet, budget: Budget, checkpoint: Path) -> None:
+    """Train until the budget is spent; save every few minutes and at the end."""
+    schedule = Schedule(training.options.learning_rate)
+    watch, errors, saved_minutes = Stopwatch(training.minutes), RunningMean(), training.minutes
+    while (fraction := budget.fraction(training.samples, training.minutes)) < 1:
+        rate = schedule.rate(training.step, fraction)
+        errors.add(training.train_step(data, rate))
+        training.minutes = watch.minutes
+        if training.step % training.options.report_steps == 0:
+            line = progress_line("unet", training.samples, watch.minutes, fraction, error=errors.read(), rate=rate)
+            print(line, flush=True)
+        if watch.minutes - saved_minutes >= training.options.save_minutes:
+            save_atomically(training.state_dict(), checkpoint)
+            saved_minutes = watch.minutes
+    save_atomically(training.state_dict(), checkpoint)
