@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The records of the data room: what a configuration says, and what a scan of the folders found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class CaptionRules:
+    """How a caption text becomes the text of one training step (per subset)."""
+
+    shuffle_caption: bool = False
+    caption_separator: str = ","
+    keep_tokens: int = 0
+    keep_tokens_separator: str = ""
+    secondary_separator: str | None = None
+    enable_wildcard: bool = False
+    caption_prefix: str | None = None
+    caption_suffix: str | None = None
+    caption_dropout_rate: float = 0.0
+    caption_dropout_every_n_epochs: int = 0
+    caption_tag_dropout_rate: float = 0.0
+    token_warmup_min: int = 1
+    token_warmup_step: float = 0  # steps; below 1: a fraction of the run
+
+
+@dataclass(frozen=True)
+class ImageRules:
+    """How a picture becomes pixels (per subset)."""
+
+    color_aug: bool = False
+    flip_aug: bool = False
+    random_crop: bool = False
+    face_crop_aug_range: tuple[float, float] | None = None
+    resize_interpolation: str | None = None
+    alpha_mask: bool = False
+
+
+@dataclass(frozen=True)
+class SubsetConfig:
+    """One folder (or metadata file) of pictures."""
+
+    image_dir: str | None
+    metadata_file: str | None = None
+    conditioning_data_dir: str | None = None
+    num_repeats: int = 1
+    is_reg: bool = False
+    class_tokens: str | None = None
+    caption_extension: str = ".caption"
+    cache_info: bool = False
+    custom_attributes: dict[str, Any] = field(default_factory=dict)
+    captions: CaptionRules = CaptionRules()
+    images: ImageRules = ImageRules()
+
+    @property
+    def name(self) -> str:
+        return self.metadata_file or self.image_dir or ""
+
+
+@dataclass(frozen=True)
+class BucketRules:
+    """Which sizes a dataset trains at. resolution is (width, height); without enable_bucket all pictures get it."""
+
+    resolution: tuple[int, int]
+    enable_bucket: bool = False
+    min_bucket_reso: int = 256
+    max_bucket_reso: int = 1024
+    bucket_reso_steps: int = 64
+    bucket_no_upscale: bool = False
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """Subsets that share batch size and sizes."""
+
+    subsets: tuple[SubsetConfig, ...]
+    buckets: BucketRules
+    batch_size: int = 1
+    network_multiplier: float = 1.0
+    validation_seed: int | None = None
+    validation_split: float = 0.0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture as the scan found it. Sizes are (width, height) after EXIF orientation."""
+
+    path: str  # absolute
+    size: tuple[int, int]
+    caption: str  # raw text ("" when there is none); several lines only with enable_wildcard
+    subset: SubsetConfig
+    mtime_ns: int
+    file_size: int
+    has_alpha: bool = False
+    mask_path: str | None = None  # conditioning image with the same stem (masked_loss)
+    legacy_latents: str | None = None  # today's npz beside the picture, if one is there
