@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Messages and progress bars. Messages are one line each, unwrapped, so that file names can be searched for."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from types import TracebackType
+
+LOGGER_NAME = "trainyard"
+
+
+def get_logger() -> logging.Logger:
+    """The logger that everything writes to. Nothing is printed before `setup_logging`, except warnings."""
+    return logging.getLogger(LOGGER_NAME)
+
+
+def is_main_process() -> bool:
+    """True for rank 0, also before the accelerator exists (launchers set RANK)."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def setup_logging(*, level: str | None, file: str | None, simple: bool) -> None:
+    """Messages to stderr (or `file`), from rank 0 at `level`, from other ranks only errors. Idempotent."""
+    logger = get_logger()
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+    handler = logging.FileHandler(file, encoding="utf-8") if file else logging.StreamHandler(sys.stderr)
+    style = "%(message)s" if simple else "%(asctime)s %(levelname)-7s %(message)s"
+    handler.setFormatter(logging.Formatter(style, datefmt="%H:%M:%S"))
+    logger.addHandler(handler)
+    logger.propagate = False
+    logger.setLevel(level or "INFO" if is_main_process() else "ERROR")
+
+
+class progress:  # noqa: N801 - reads as a function: `with progress(10, "caching latents") as bar: bar.advance()`
+    """A progress bar on stderr with rate and ETA: redrawn in place on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, total: int, what: str, unit: str = "it", *, start: int = 0, note: str = "") -> None:
+        self.total, self.what, self.unit, self.done, self.first, self.note = total, what, unit, start, start, note
+        self.terminal = sys.stderr.isatty()
+        self.started = self.shown = time.monotonic()
+
+    def __enter__(self) -> progress:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._show(end="\n")
+
+    def advance(self, count: int = 1, note: str | None = None) -> None:
+        """Count `count` items as done; `note` is shown at the end of the bar."""
+        self.done += count
+        self.note = self.note if note is None else note
+        if time.monotonic() - self.shown >= (0.1 if self.terminal else 10.0):
+            self._show(end="" if self.terminal else "\n")
+
+    def text(self) -> str:
+        """`caching latents  30/100 [00:12<00:28, 2.50 it/s]`"""
+        elapsed = time.monotonic() - self.started
+        rate = (self.done - self.first) / elapsed if elapsed > 0 else 0.0
+        left = clock((self.total - self.done) / rate) if rate > 0 else "?"
+        speed = f"{rate:.2f} {self.unit}/s" if rate >= 1 or rate == 0 else f"{1 / rate:.2f} s/{self.unit}"
+        return f"{self.what} {self.done}/{self.total} [{clock(elapsed)}<{left}, {speed}] {self.note}".rstrip()
+
+    def _show(self, end: str) -> None:
+        self.shown = time.monotonic()
+        if not is_main_process():
+            return
+        width = 24
+        filled = width * self.done // max(self.total, 1)
+        start = "\r\x1b[K" if self.terminal else ""
+        sys.stderr.write(f"{start}|{'#' * filled}{'.' * (width - filled)}| {self.text()}{end}")
+        sys.stderr.flush()
+
+
+def clock(seconds: float) -> str:
+    """Seconds as `m:ss` or `h:mm:ss`."""
+    whole = int(seconds)
+    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes:02}:{rest:02}"
