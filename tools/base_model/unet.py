@@ -1,12 +1,14 @@
 """The denoiser, trained together with the text encoder on cached latents; can be stopped and resumed."""
 
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, distributed, multiprocessing, nn
 from transformers import CLIPTextModel
 
 from .text import HIDDEN_SIZE
@@ -17,7 +19,7 @@ from .training import Budget, RunningMean, Schedule, Stopwatch, WeightAverage, p
 class UnetOptions:
     learning_rate: float = 1e-3
     text_rate_factor: float = 0.3  # of the denoiser's learning rate
-    batch_size: int = 16
+    batch_size: int = 24
     empty_caption_share: float = 0.1  # for classifier-free guidance
     average_decay: float = 0.999
     weight_decay: float = 1e-3
@@ -36,14 +38,17 @@ class TrainingSet:
 
 
 def build_unet() -> UNet2DConditionModel:
-    """2.8 M parameters; a Stable Diffusion 1.x denoiser cut down to two levels. Four attention heads."""
+    """2.5 M parameters: the kind of Stable Diffusion, cut down to two levels and four attention heads.
+
+    As in SDXL, the upper level has no attention: 81 instead of 53 samples/s in training on two cores.
+    """
     return UNet2DConditionModel(
         sample_size=16,
         block_out_channels=(64, 96),
         layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         mid_block_type="UNetMidBlock2DCrossAttn",
-        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=HIDDEN_SIZE,
         attention_head_dim=4,  # in this class the number of heads, by an old naming mistake of diffusers
         norm_num_groups=8,
@@ -99,6 +104,8 @@ class DenoiserTraining:
         self._average = WeightAverage(self._parameters, options.average_decay)
         self._generator = torch.Generator().manual_seed(options.seed)
         self._alphas_bar = build_scheduler().alphas_cumprod
+        rank, processes = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+        self._share = slice(rank, None, processes)  # of each batch
         self.step = 0
         self.samples = 0
         self.minutes = 0.0
@@ -130,7 +137,11 @@ class DenoiserTraining:
         self.text_encoder.eval()
 
     def train_step(self, data: TrainingSet, learning_rate: float) -> float:
-        """One optimizer step; returns the plain epsilon error."""
+        """One optimizer step; returns the plain epsilon error.
+
+        All processes draw the same random numbers for the whole batch, then each takes its share of it, so
+        that the saved state is that of any of them.
+        """
         count, generator = self.options.batch_size, self._generator
         chosen = torch.randint(0, len(data.latents), (count,), generator=generator)
         latents = data.latents[chosen]  # N 4 h w
@@ -138,6 +149,7 @@ class DenoiserTraining:
         token_ids = torch.where(empty, data.empty_ids, data.token_ids[chosen])
         timesteps = stratified_timesteps(count, generator)
         noise = torch.randn(latents.shape, generator=generator)
+        latents, token_ids, timesteps, noise = (part[self._share] for part in (latents, token_ids, timesteps, noise))
         alpha_bar = self._alphas_bar[timesteps]
         signal, spread = alpha_bar.sqrt()[:, None, None, None], (1 - alpha_bar).sqrt()[:, None, None, None]
         text = self.text_encoder(token_ids).last_hidden_state  # N 77 c
@@ -152,23 +164,62 @@ class DenoiserTraining:
             group["lr"] = learning_rate * group["rate_factor"]
         self._optimizer.zero_grad()
         loss.backward()
+        if distributed.is_initialized():
+            _average_gradients(self._parameters)
         torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
         self._optimizer.step()
         self._average.update(self.step)
 
 
+def _average_gradients(parameters: list[nn.Parameter]) -> None:
+    """Over all processes, in one message; every parameter has a gradient."""
+    gradients = [parameter.grad for parameter in parameters]
+    joined = torch.cat([gradient.flatten() for gradient in gradients])
+    distributed.all_reduce(joined)
+    joined /= distributed.get_world_size()
+    parts = joined.split([gradient.numel() for gradient in gradients])
+    torch._foreach_copy_(gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients)])
+
+
 def train_denoiser(training: DenoiserTraining, data: TrainingSet, budget: Budget, checkpoint: Path) -> None:
     """Train until the budget is spent; save every few minutes and at the end."""
+    first = not distributed.is_initialized() or distributed.get_rank() == 0
     schedule = Schedule(training.options.learning_rate)
     watch, errors, saved_minutes = Stopwatch(training.minutes), RunningMean(), training.minutes
     while (fraction := budget.fraction(training.samples, training.minutes)) < 1:
         rate = schedule.rate(training.step, fraction)
         errors.add(training.train_step(data, rate))
-        training.minutes = watch.minutes
-        if training.step % training.options.report_steps == 0:
-            line = progress_line("unet", training.samples, watch.minutes, fraction, error=errors.read(), rate=rate)
-            print(line, flush=True)
-        if watch.minutes - saved_minutes >= training.options.save_minutes:
+        training.minutes = _first_process_value(watch.minutes)
+        if first and training.step % training.options.report_steps == 0:
+            minutes, error = training.minutes, errors.read()
+            print(progress_line("unet", training.samples, minutes, fraction, error=error, rate=rate), flush=True)
+        if first and training.minutes - saved_minutes >= training.options.save_minutes:
             save_atomically(training.state_dict(), checkpoint)
-            saved_minutes = watch.minutes
-    save_atomically(training.state_dict(), checkpoint)
+            saved_minutes = training.minutes
+    if first:
+        save_atomically(training.state_dict(), checkpoint)
+
+
+def _first_process_value(value: float) -> float:
+    """The first process's clock decides for all, else they would stop at different steps."""
+    if not distributed.is_initialized():
+        return value
+    shared = torch.tensor(value, dtype=torch.float64)
+    distributed.broadcast(shared, src=0)
+    return shared.item()
+
+
+def in_processes(work: Callable[..., None], count: int, *arguments: Any) -> None:
+    """Run work(*arguments) in `count` one-thread processes that share gradients.
+
+    On two cores 53 samples/s, against 29 in one process of two threads (batch 16, the wider attention).
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.spawn(_run_process, (count, f"file://{folder}/store", work, arguments), nprocs=count)
+
+
+def _run_process(rank: int, count: int, store: str, work: Callable[..., None], arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=count)
+    work(*arguments)
+    distributed.destroy_process_group()

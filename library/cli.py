@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the command line to a run. A user's mistake ends as clear lines and exit code 2, never as a traceback."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from library.errors import StopTraining, UserError
+from library.log import get_logger, is_main_process, setup_logging
+from library.models.registry import FAMILIES
+from library.options import group_types, resolve, write_output_config
+from library.trainers.options import NetworkTrainerOptions
+
+EXIT_BAD_INPUT = 2
+EXIT_STOPPED = 3  # Ctrl-C or SIGTERM: the step was finished and the state saved
+EXIT_DIVERGED = 4  # non-finite loss or gradients
+
+# method -> (trainer class, its options)
+METHODS: dict[str, tuple[str, type]] = {
+    "network": ("library.trainers.network:NetworkTrainer", NetworkTrainerOptions),
+}
+
+
+def load_attribute(path: str) -> Any:
+    """`package.module:Name` -> the object."""
+    module, name = path.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def option_groups(method: str, family: str) -> dict[str, type]:
+    """Group name -> options dataclass of one script."""
+    return group_types(METHODS[method][1], FAMILIES[family].option_groups)
+
+
+def run(method: str, family: str, argv: Sequence[str] | None = None) -> None:
+    """The whole of a training script: read the options, train, exit with a code that says how it went."""
+    # the caller's module docstring is the description: the script says itself what it does
+    description = inspect.getdoc(sys.modules["__main__"]) or ""
+    sys.exit(guarded(lambda: _train(method, family, sys.argv[1:] if argv is None else argv, description)))
+
+
+def guarded(action: Callable[[], int]) -> int:
+    """Run `action`; a UserError becomes lines on stderr and exit code 2, a diverged run 4."""
+    try:
+        return action()
+    except UserError as error:
+        if is_main_process():
+            sys.stderr.write("".join(f"error: {line}\n" for line in error.problems))
+        return EXIT_BAD_INPUT
+    except StopTraining as error:
+        if is_main_process():
+            sys.stderr.write(f"stopped: {error}\n")
+        return EXIT_DIVERGED
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped before training began; nothing was written\n")
+        return EXIT_STOPPED
+
+
+def _train(method: str, family: str, argv: Sequence[str], description: str) -> int:
+    trainer_path, options_type = METHODS[method]
+    entry = FAMILIES[family]
+    resolved = resolve(
+        options_type, entry.option_groups, argv, prog=Path(sys.argv[0]).name or "trainyard", description=description
+    )
+    options = resolved.options
+    if options.config.output_config:
+        if not options.config.config_file:
+            raise UserError("--output_config: give the file to write with --config_file")
+        write_output_config(options, Path(options.config.config_file).with_suffix(".toml"))
+        return 0
+    log_options = options.logging
+    setup_logging(
+        level=log_options.console_log_level, file=log_options.console_log_file, simple=log_options.console_log_simple
+    )
+    for line in resolved.answers:
+        get_logger().info(line)
+    trainer = load_attribute(trainer_path)(load_attribute(entry.path)(options.model), options)
+    return trainer.run()

@@ -1,0 +1,373 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures: a file becomes RGB pixels of its bucket's size. PIL and numpy only; every draw comes from an explicit generator.
+
+What happens to unusual files, on purpose: EXIF orientation is applied; palette, grey and bilevel become RGB; 16 bit per
+channel is scaled (not cut) to 8; CMYK goes through its colour profile where it has one; transparent pixels are composited on
+white, except where the alpha channel is wanted as a mask: there the colours stay as they are under it. Of an animation the
+first frame is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import os
+import random
+import struct
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps
+
+from library.data.buckets import Bucket, Size, center_crop, crop_ltrb
+from library.data.records import ImageRules, Sample
+from library.errors import UserError
+
+# What PIL and its readers raise for damaged files
+DAMAGED = (OSError, ValueError, SyntaxError, EOFError, TypeError, struct.error, zlib.error, Image.DecompressionBombError)
+
+# Modules that teach PIL a format which it may not read by itself, and how to install one
+READERS: dict[str, tuple[tuple[str, ...], str]] = {
+    ".avif": (("pillow_avif",), "pip install -U pillow (11.3 or newer) or pip install pillow-avif-plugin"),
+    ".jxl": (("pillow_jxl", "jxlpy.JXLImagePlugin"), "pip install pillow-jxl-plugin"),
+}
+
+FILTERS: dict[str, Image.Resampling] = {
+    "lanczos": Image.Resampling.LANCZOS,
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "linear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "cubic": Image.Resampling.BICUBIC,
+    "area": Image.Resampling.BOX,
+}
+
+ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
+
+COLOR_AUG_RATE = 0.33  # of pictures; half of them get a hue shift, half a gamma
+HUE_SHIFT_DEGREES = 16.0  # at most, to either side
+GAMMA_RANGE = (0.95, 1.05)
+
+
+# ---- reading ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Pixels of a file. rgb: H W 3 uint8; alpha: H W uint8 (255 = opaque), None when it was not asked for or is not there."""
+
+    rgb: np.ndarray
+    alpha: np.ndarray | None = None
+
+
+def load_image(path: str, *, alpha: bool) -> Picture:
+    """The picture in `path`. With `alpha` the alpha channel comes too and the colours under it are left as they are.
+
+    Raises UserError, naming the file, when it is missing, damaged or of a format that nothing here reads.
+    """
+    register_reader(path)
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return _to_picture(_upright(image), alpha)
+    except DAMAGED as error:
+        raise UserError(f"{path}: cannot be read as a picture ({_reason(error)})") from error
+
+
+def register_reader(path: str) -> None:
+    """Loads the plug-in that teaches PIL the format of `path`. Raises UserError with the install command when there is none."""
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix not in READERS or suffix in Image.registered_extensions():
+        return
+    modules, install = READERS[suffix]
+    for module in modules:
+        try:
+            importlib.import_module(module)
+            return
+        except ImportError:
+            continue
+    raise UserError(f"{path}: no reader for {suffix} files is installed: {install}")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file"
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not in a picture format, or empty"
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """EXIF orientation applied. A damaged EXIF block is no damage to the picture, and says nothing about its orientation."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except DAMAGED:
+        return image
+
+
+def _to_picture(image: Image.Image, alpha: bool) -> Picture:
+    """Any PIL mode as 8-bit RGB, and its alpha channel where that is wanted."""
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _to_8_bit(image)
+    if image.mode == "CMYK":
+        image = _cmyk_to_rgb(image)
+    if image.mode not in ALPHA_MODES and "transparency" not in image.info:
+        return Picture(np.asarray(image.convert("RGB")))
+    rgba = image.convert("RGBA")
+    if alpha:
+        pixels = np.asarray(rgba)
+        return Picture(np.ascontiguousarray(pixels[..., :3]), np.ascontiguousarray(pixels[..., 3]))
+    white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+    return Picture(np.asarray(Image.alpha_composite(white, rgba).convert("RGB")))
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """Grey of 16 bit (I;16, I;16B and, from older PIL versions, I) as 8 bit: 65535 becomes 255."""
+    values = np.asarray(image).astype(np.float64)
+    return Image.fromarray(np.clip(np.rint(values / 257.0), 0, 255).astype(np.uint8))
+
+
+def _cmyk_to_rgb(image: Image.Image) -> Image.Image:
+    """Through the embedded colour profile to sRGB; plainly where there is none, or none that can be read."""
+    profile = image.info.get("icc_profile")
+    if profile:
+        try:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+            return converted if converted is not None else image.convert("RGB")
+        except (ImageCms.PyCMSError, OSError):
+            return image.convert("RGB")
+    return image.convert("RGB")
+
+
+# ---- resize, crop, flip, colour -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Face:
+    """Centre and size of the face in a picture, in pixels of the file."""
+
+    cx: int
+    cy: int
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class Window:
+    """Where the training picture is cut out: the file resized to `resized`, cropped from (left, top).
+
+    `told` is the (top, left) that SDXL is told, and `told_flipped` the same for the mirrored picture.
+    """
+
+    resized: Size
+    left: int
+    top: int
+    told: tuple[float, float]
+    told_flipped: tuple[float, float]
+
+    @staticmethod
+    def at(resized: Size, reso: Size, left: int, top: int) -> Window:
+        """A window that is told as it is: for random crops, where only the true offset carries information."""
+        return Window(resized, left, top, (float(top), float(left)), (float(top), float(resized[0] - reso[0] - left)))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A picture ready for training. Sizes are (height, width), as SDXL's micro-conditioning wants them."""
+
+    rgb: np.ndarray  # H W 3 uint8
+    mask: np.ndarray | None  # H W uint8, 255 where the loss counts
+    original_size: Size
+    crop_top_left: tuple[float, float]
+    target_size: Size
+
+
+def face_of(path: str) -> Face | None:
+    """The face in names such as `<stem>_<cx>_<cy>_<w>_<h>.png`, as face detection scripts write them; else None."""
+    fields = os.path.splitext(os.path.basename(path))[0].split("_")
+    if len(fields) < 5 or not all(field.isdecimal() for field in fields[-4:]):
+        return None
+    face = Face(*(int(field) for field in fields[-4:]))
+    return face if face.width > 0 and face.height > 0 else None
+
+
+def draw_flip(rules: ImageRules, rng: random.Random) -> bool:
+    """The first draw of a sample's augmentation; it is made the same way where latents are cached."""
+    return rules.flip_aug and rng.random() < 0.5
+
+
+def uncacheable_latents(rules: ImageRules) -> str | None:
+    """Why latents cannot be cached under these rules, in one line; None when they can."""
+    used = {
+        "color_aug": rules.color_aug,
+        "random_crop": rules.random_crop,
+        "face_crop_aug_range": rules.face_crop_aug_range is not None,
+    }
+    names = [name for name, on in used.items() if on]
+    if not names:
+        return None
+    return f"{' and '.join(names)} changes the pixels with every step: train without cached latents, or switch it off"
+
+
+def fixed_conditioning(bucket: Bucket, size: Size, *, flipped: bool) -> tuple[float, float]:
+    """The (top, left) that SDXL is told for a centred crop of a file of `size`."""
+    left, top, right, _ = crop_ltrb(bucket.reso, size)
+    return (top, bucket.reso[0] - right if flipped else left)
+
+
+def resize_and_crop(
+    picture: np.ndarray,
+    bucket: Bucket,
+    rules: ImageRules,
+    rng: random.Random,
+    *,
+    mask: np.ndarray | None = None,
+    face: Face | None = None,
+    flipped: bool = False,
+) -> Prepared:
+    """Resize, crop (centre, random or around the face), flip, colour. picture: H W 3 uint8; mask: h w uint8 of any size.
+
+    Draws from `rng`: crop (x, then y), then colour.
+    """
+    size = (picture.shape[1], picture.shape[0])
+    window = choose_window(size, bucket, rules, rng, face)
+    pixels = _cut(resize(picture, window.resized, rules.resize_interpolation), bucket.reso, window)
+    if mask is not None:
+        mask = _cut(_resize_mask(mask, window.resized), bucket.reso, window)
+    if flipped:
+        pixels = pixels[:, ::-1]
+        mask = None if mask is None else mask[:, ::-1]
+    if rules.color_aug:
+        pixels = color_augmented(pixels, rng)
+    return Prepared(
+        rgb=np.ascontiguousarray(pixels),
+        mask=None if mask is None else np.ascontiguousarray(mask),
+        original_size=(size[1], size[0]),
+        crop_top_left=window.told_flipped if flipped else window.told,
+        target_size=(bucket.reso[1], bucket.reso[0]),
+    )
+
+
+def resize(picture: np.ndarray, size: Size, interpolation: str | None = None) -> np.ndarray:
+    """H W (3) uint8 resized to (width, height). Without `interpolation`: area when both sides shrink or stay, else Lanczos."""
+    height, width = picture.shape[:2]
+    if (width, height) == size:
+        return picture
+    if interpolation is None:
+        interpolation = "area" if size[0] <= width and size[1] <= height else "lanczos"
+    return np.asarray(Image.fromarray(picture).resize(size, FILTERS[interpolation]))
+
+
+def choose_window(size: Size, bucket: Bucket, rules: ImageRules, rng: random.Random, face: Face | None) -> Window:
+    """Where to cut a file of `size`. The file covers the bucket, so the window is always inside of it."""
+    if rules.face_crop_aug_range is not None and face is not None:
+        return _face_window(size, bucket.reso, rules, rng, face)
+    if not rules.random_crop:
+        left, top = center_crop(bucket)
+        told, told_flipped = (fixed_conditioning(bucket, size, flipped=flipped) for flipped in (False, True))
+        return Window(bucket.resized, left, top, told, told_flipped)
+    left, top = (_draw_offset(full - part, rng) for full, part in zip(bucket.resized, bucket.reso))
+    return Window.at(bucket.resized, bucket.reso, left, top)
+
+
+def _draw_offset(room: int, rng: random.Random) -> int:
+    return rng.randint(0, room) if room > 0 else 0
+
+
+def _face_window(size: Size, reso: Size, rules: ImageRules, rng: random.Random, face: Face) -> Window:
+    """The short side of the window is `face_crop_aug_range` times the face; the face is in its middle, moved a little.
+
+    The file is enlarged only as far as it must be to cover `reso`.
+    """
+    assert rules.face_crop_aug_range is not None
+    near, far = rules.face_crop_aug_range
+    face_size, short = max(face.width, face.height), min(reso)
+    cover = max(reso[0] / size[0], reso[1] / size[1])
+    low = max(cover, min(1.0, short / (face_size * far)))
+    high = max(low, min(1.0, short / (face_size * near)))
+    scale = rng.uniform(low, high) if low < high else low
+    resized = (max(reso[0], int(size[0] * scale + 0.5)), max(reso[1], int(size[1] * scale + 0.5)))
+
+    def start(full: int, part: int, centre: float) -> int:
+        middle = int(centre * scale + 0.5)
+        offset = middle - part // 2
+        if rules.random_crop:  # the sum of two draws: most often near the face, sometimes far away
+            reach = max(full - middle, middle)
+            offset += rng.randint(0, reach) + rng.randint(0, reach) - reach
+        elif near != far and face_size >= 40 and face_size > short // 10:
+            offset += rng.randint(-(face_size // 20), face_size // 20)
+        return max(0, min(offset, full - part))
+
+    left = start(resized[0], reso[0], face.cx)
+    top = start(resized[1], reso[1], face.cy)
+    return Window.at(resized, reso, left, top)
+
+
+def _cut(pixels: np.ndarray, reso: Size, window: Window) -> np.ndarray:
+    return pixels[window.top : window.top + reso[1], window.left : window.left + reso[0]]
+
+
+def _resize_mask(mask: np.ndarray, size: Size) -> np.ndarray:
+    """Area or linear: a mask has no detail worth the overshoot of Lanczos."""
+    shrinks = size[0] <= mask.shape[1] and size[1] <= mask.shape[0]
+    return resize(mask, size, "area" if shrinks else "linear")
+
+
+def color_augmented(pixels: np.ndarray, rng: random.Random) -> np.ndarray:
+    """One picture in three gets a small hue shift or a small gamma. pixels: H W 3 uint8."""
+    if rng.random() > COLOR_AUG_RATE:
+        return pixels
+    if rng.random() > 0.5:
+        return shift_hue(pixels, rng.uniform(-HUE_SHIFT_DEGREES, HUE_SHIFT_DEGREES))
+    curve = (np.arange(256) / 255.0) ** rng.uniform(*GAMMA_RANGE) * 255.0
+    return np.rint(curve).astype(np.uint8)[pixels]
+
+
+def shift_hue(pixels: np.ndarray, degrees: float) -> np.ndarray:
+    """The hue (HSV) of H W 3 uint8 pixels turned by `degrees`; value and saturation stay."""
+    rgb = pixels.astype(np.float32)
+    red, green, blue = rgb[..., 0], rgb[..., 1], rgb[..., 2]
+    value = rgb.max(-1)
+    chroma = value - rgb.min(-1)
+    safe = np.where(chroma > 0, chroma, 1)
+    sector = np.select(  # hue in sixths of a turn
+        [value == red, value == green], [(green - blue) / safe, 2 + (blue - red) / safe], 4 + (red - green) / safe
+    )
+    sector = sector + degrees / 60.0
+    out = np.empty_like(rgb)
+    for channel, shift in enumerate((5, 3, 1)):  # HSV to RGB: f(n) = V - C max(0, min(k, 4 - k, 1)), k = n + H/60 mod 6
+        k = (shift + sector) % 6
+        out[..., channel] = value - chroma * np.clip(np.minimum(k, 4 - k), 0, 1)
+    return np.rint(out).astype(np.uint8)
+
+
+# ---- one sample ---------------------------------------------------------------------------------------------------
+
+
+def wants_mask(sample: Sample, *, masked_loss: bool) -> bool:
+    """True when a mask is read for this sample: its mask picture (masked_loss) or its alpha channel (alpha_mask)."""
+    return sample.subset.images.alpha_mask or (masked_loss and sample.mask_path is not None)
+
+
+def prepare(
+    sample: Sample,
+    bucket: Bucket,
+    rng: random.Random,
+    *,
+    flipped: bool,
+    masked_loss: bool,
+    rules: ImageRules | None = None,
+) -> Prepared:
+    """Reads the file of a sample (and its mask) and makes it ready under its subset's rules, or the given ones.
+
+    The mask picture (its first channel) outranks the alpha channel. Raises UserError naming the file.
+    """
+    rules = rules or sample.subset.images
+    picture = load_image(sample.path, alpha=rules.alpha_mask)
+    mask = picture.alpha
+    if masked_loss and sample.mask_path is not None:
+        mask = load_image(sample.mask_path, alpha=True).rgb[..., 0]
+    face = face_of(sample.path) if rules.face_crop_aug_range is not None else None
+    return resize_and_crop(picture.rgb, bucket, rules, rng, mask=mask, face=face, flipped=flipped)

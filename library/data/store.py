@@ -1,0 +1,458 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stores of named tensors under a content key: packed shard files on the disk, or a dict in memory.
+
+A folder holds `index.sqlite` and shards of raw bytes. Every writer appends to a shard of its own; bytes are flushed to
+the disk before the index row that names them is committed. A process may be killed at any moment and several may
+write at once: what the index names is whole. What was damaged later (a truncated or overwritten shard) is found by
+size, time and CRC-32, and counts as missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import json
+import os
+import shutil
+import threading
+import time
+import uuid
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from library.data.store_index import Entry, FileRow, Index, ShardState, no_space, unwritable
+from library.errors import UserError
+
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "uint8": torch.uint8,
+    "int64": torch.int64,
+    "int32": torch.int32,
+    "bool": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+ALIGNMENT = 64  # bytes; a tensor of any dtype can be a view of the bytes read
+SHARD_BYTES = 1 << 30
+GROUP_BYTES = 64 << 20
+GROUP_SECONDS = 5.0
+ABANDONED_SECONDS = 3600.0
+HAS_PREADV = hasattr(os, "preadv")  # not on Windows; reads without a lock
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What `check` found of the keys it was asked for."""
+
+    missing: frozenset[bytes] = frozenset()  # damaged ones included
+    damaged: frozenset[bytes] = frozenset()
+
+
+class TensorStore(Protocol):
+    """What the latent cache and the text cache need of a store."""
+
+    shared: bool  # other processes see what this one writes
+
+    def put(self, key: bytes, tensors: Tensors, owner: bytes = b"") -> None: ...
+    def flush(self) -> None: ...
+    def get(self, key: bytes) -> dict[str, Tensor]: ...
+    def check(self, keys: Iterable[bytes], *, quick: bool = False) -> Found: ...
+    def is_empty(self) -> bool: ...
+    def require_space(self, needed: int) -> None: ...
+    def prune(self) -> int: ...
+    def file_rows(self, paths: Sequence[str]) -> dict[str, FileRow]: ...
+    def set_file_rows(self, rows: Sequence[FileRow]) -> None: ...
+    def close(self) -> None: ...
+
+
+class MemoryStore:
+    """A store that lives as long as its process."""
+
+    shared = False
+
+    def __init__(self) -> None:
+        self._records: dict[bytes, dict[str, Tensor]] = {}
+        self._files: dict[str, FileRow] = {}
+
+    def put(self, key: bytes, tensors: Tensors, owner: bytes = b"") -> None:
+        self._records[key] = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+
+    def get(self, key: bytes) -> dict[str, Tensor]:
+        """The tensors under `key`. Raises KeyError."""
+        return dict(self._records[key])
+
+    def check(self, keys: Iterable[bytes], *, quick: bool = False) -> Found:
+        return Found(frozenset(keys) - self._records.keys())
+
+    def is_empty(self) -> bool:
+        return not self._records
+
+    def flush(self) -> None:
+        """Nothing waits to be written."""
+
+    def require_space(self, needed: int) -> None:
+        """Memory is not measured here."""
+
+    def prune(self) -> int:
+        return 0
+
+    def file_rows(self, paths: Sequence[str]) -> dict[str, FileRow]:
+        return {path: self._files[path] for path in paths if path in self._files}
+
+    def set_file_rows(self, rows: Sequence[FileRow]) -> None:
+        self._files.update((row.path, row) for row in rows)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+# ---- bytes of a record ------------------------------------------------------------------------------------------------
+
+
+class Packed(NamedTuple):
+    """A record as bytes: the parts one after the other, and the JSON that takes them apart again."""
+
+    parts: list[memoryview]
+    length: int
+    checksum: int
+    layout: str
+
+
+def pack(tensors: Tensors) -> Packed:
+    """The bytes of the tensors, each padded to ALIGNMENT. Raises ValueError for a dtype that is not in DTYPES."""
+    parts: list[memoryview] = []
+    layout, length, checksum = [], 0, 0
+    for name, tensor in tensors.items():
+        if tensor.dtype not in NAMES:
+            raise ValueError(f"a tensor of dtype {tensor.dtype} cannot be stored")
+        layout.append((name, NAMES[tensor.dtype], tuple(tensor.shape)))
+        data = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
+        for part in (memoryview(data.numpy()), memoryview(bytes(-data.numel() % ALIGNMENT))):
+            if part.nbytes:
+                parts.append(part)
+                length += part.nbytes
+                checksum = zlib.crc32(part, checksum)
+    return Packed(parts, length, checksum, json.dumps(layout))
+
+
+@functools.lru_cache(maxsize=4096)
+def _slices(layout: str) -> tuple[tuple[str, torch.dtype, tuple[int, ...], int, int], ...]:
+    """(name, dtype, shape, first byte, end byte) of every tensor of a layout."""
+    result, start = [], 0
+    for name, dtype_name, shape in json.loads(layout):
+        dtype = DTYPES[dtype_name]
+        end = start + dtype.itemsize * functools.reduce(lambda a, b: a * b, shape, 1)
+        result.append((name, dtype, tuple(shape), start, end))
+        start = end + -end % ALIGNMENT
+    return tuple(result)
+
+
+def unpack(buffer: Tensor, layout: str) -> dict[str, Tensor]:
+    """Views of the bytes (uint8, one dimension), as `pack` laid them out."""
+    return {name: buffer[start:end].view(dtype).view(shape) for name, dtype, shape, start, end in _slices(layout)}
+
+
+# ---- reading ------------------------------------------------------------------------------------------------------------
+
+
+class _Reader:
+    """Reads byte ranges of the shards of a folder into fresh tensors; keeps the files open, per process."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._lock = threading.Lock()
+        self._files: dict[tuple[int, str], BinaryIO] = {}  # by process: a file position must not be shared over a fork
+
+    def read(self, entry: Entry) -> Tensor | None:
+        """The bytes of one record, or None when the file is not there or too short."""
+        buffer = torch.empty(entry.length, dtype=torch.uint8)
+        view = memoryview(buffer.numpy())
+        try:
+            file = self._open(entry.shard)
+            count = self._read_into(file, view, entry.start)
+        except FileNotFoundError:
+            return None
+        return buffer if count == entry.length else None
+
+    def _open(self, shard: str) -> BinaryIO:
+        key = (os.getpid(), shard)
+        if key not in self._files:
+            self._files[key] = open(self.folder / shard, "rb", buffering=0)  # noqa: SIM115 - closed by close()
+        return self._files[key]
+
+    def _read_into(self, file: BinaryIO, view: memoryview, start: int) -> int:
+        if HAS_PREADV:
+            return os.preadv(file.fileno(), [view], start)
+        with self._lock:
+            file.seek(start)
+            return file.readinto(view)  # type: ignore[attr-defined]
+
+    def close(self, shard: str | None = None) -> None:
+        """Close one shard, or all."""
+        for key in [k for k in self._files if k[0] == os.getpid() and shard in (None, k[1])]:
+            self._files.pop(key).close()
+
+
+# ---- writing ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Writer:
+    """The shard that this process appends to, and the records of it that are not committed yet."""
+
+    file: BinaryIO
+    name: str
+    position: int = 0  # bytes written
+    safe: int = 0  # bytes whose records are committed
+    group_start: float = 0.0
+    pending: dict[bytes, Entry] = field(default_factory=dict)
+
+    def append(self, parts: Iterable[memoryview]) -> int:
+        """Write the parts; returns the position of the first byte."""
+        start = self.position
+        for part in parts:
+            while part.nbytes:
+                count = self.file.write(part)
+                self.position += count
+                part = part[count:]
+        return start
+
+
+class PackedStore:
+    """A store in a folder, shared between threads, processes and runs."""
+
+    shared = True
+
+    def __init__(self, folder: str | Path, *, shard_bytes: int = SHARD_BYTES, group_bytes: int = GROUP_BYTES) -> None:
+        self.folder = Path(folder)
+        self.shard_bytes, self.group_bytes = shard_bytes, group_bytes
+        self._pid = os.getpid()
+        self._lock = threading.RLock()
+        self._index = Index(self.folder)
+        self._reader = _Reader(self.folder)
+        self._writer: _Writer | None = None
+        self._verified: dict[bytes, Entry] = {}
+
+    def __reduce__(self) -> tuple:
+        """A copy in another process opens the same folder."""
+        return functools.partial(PackedStore, shard_bytes=self.shard_bytes, group_bytes=self.group_bytes), (str(self.folder),)
+
+    # ---- write ----
+
+    def put(self, key: bytes, tensors: Tensors, owner: bytes = b"") -> None:
+        """Append one record. It is safe after `flush`, which happens by itself every GROUP_BYTES or GROUP_SECONDS.
+
+        owner: digest of the file that the record was made from; when no file has that content any more, `prune` may
+        drop the record. Raises UserError when the disk is full or the folder cannot be written.
+        """
+        self._append(key, pack(tensors), owner)
+
+    def flush(self) -> None:
+        """Bytes to the disk, then the rows that name them."""
+        with self._lock:
+            writer = self._own_writer()
+            if writer is None or not writer.pending:
+                return
+            with self._disk_errors(writer):
+                os.fsync(writer.file.fileno())
+                stat = os.fstat(writer.file.fileno())
+                self._index.add(writer.pending.values(), ShardState(writer.name, stat.st_size, stat.st_mtime_ns))
+            writer.pending.clear()
+            writer.safe = writer.position
+
+    def require_space(self, needed: int) -> None:
+        """Raises UserError when the disk has less than `needed` bytes free, before any work is done."""
+        self._make_folder()
+        if shutil.disk_usage(self.folder).free < needed:
+            raise no_space(self.folder, needed, "estimated")
+
+    def close(self) -> None:
+        """Flush and close all files; the store opens them again when it is used again."""
+        with self._lock:
+            self.flush()
+            if (writer := self._own_writer()) is not None:
+                writer.file.close()
+            self._writer = None
+            self._reader.close()
+            self._index.close()
+
+    def _append(self, key: bytes, packed: Packed, owner: bytes) -> None:
+        with self._lock:
+            writer = self._own_writer() or self._new_writer()
+            if not writer.pending:
+                writer.group_start = time.monotonic()
+            with self._disk_errors(writer, packed.length):
+                start = writer.append(packed.parts)
+            writer.pending[key] = Entry(key, writer.name, start, packed.length, packed.checksum, packed.layout, owner)
+            self._verified.pop(key, None)
+            group_full = writer.position - writer.safe >= self.group_bytes
+            shard_full = writer.position >= self.shard_bytes
+            if group_full or shard_full or time.monotonic() - writer.group_start >= GROUP_SECONDS:
+                self.flush()
+            if shard_full:
+                writer.file.close()
+                self._writer = None
+
+    def _own_writer(self) -> _Writer | None:
+        """This process's writer; a forked child starts a shard of its own."""
+        if self._pid != os.getpid():
+            self._writer, self._pid = None, os.getpid()
+        return self._writer
+
+    def _new_writer(self) -> _Writer:
+        self._make_folder()
+        name = f"{os.getpid()}-{uuid.uuid4().hex}.bin"
+        try:
+            file = open(self.folder / name, "xb", buffering=0)  # noqa: SIM115 - closed with the shard
+        except OSError as error:
+            raise self._explained(error, 0) from error
+        self._writer = _Writer(file, name)
+        return self._writer
+
+    def _make_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._explained(error, 0) from error
+
+    @contextlib.contextmanager
+    def _disk_errors(self, writer: _Writer, needed: int = 0) -> Iterator[None]:
+        """An error while writing gives the shard back as it was last committed, and a UserError."""
+        try:
+            yield
+        except (OSError, UserError) as error:
+            needed += writer.position - writer.safe
+            self._writer = None
+            with contextlib.suppress(OSError):
+                writer.file.truncate(writer.safe)
+                writer.file.close()
+                if writer.safe == 0:
+                    os.unlink(self.folder / writer.name)
+            if isinstance(error, UserError):
+                raise
+            raise self._explained(error, needed) from error
+
+    def _explained(self, error: OSError, needed: int) -> UserError:
+        reason = error.strerror or str(error)
+        return no_space(self.folder, needed, reason) if error.errno in FULL else unwritable(self.folder, reason)
+
+    # ---- read ----
+
+    def get(self, key: bytes) -> dict[str, Tensor]:
+        """The tensors under `key`, fresh ones. Raises KeyError when the record is missing or damaged.
+
+        The checksum is computed at the first read of a record by this process.
+        """
+        entry = self._verified.get(key)
+        if entry is not None and (buffer := self._reader.read(entry)) is not None:
+            return unpack(buffer, entry.layout)
+        entry = self._find([key]).get(key)
+        if entry is None:
+            raise KeyError(key)
+        buffer = self._whole(entry)
+        if buffer is None:
+            raise KeyError(key)
+        self._verified[key] = entry
+        return unpack(buffer, entry.layout)
+
+    def check(self, keys: Iterable[bytes], *, quick: bool = False) -> Found:
+        """Which of the keys have to be written. Damaged records are dropped from the index.
+
+        A shard whose size and time are those of its last commit is trusted; any other one (the run was killed, the
+        folder was copied, bytes were changed) is read and every checksum of it computed. quick: only look at the index.
+        """
+        wanted = frozenset(keys)
+        found = self._find(list(wanted))
+        damaged: set[bytes] = set()
+        if not quick:
+            states = self._index.shard_states()
+            for name in sorted({entry.shard for entry in found.values()}):
+                damaged |= self._check_shard(name, states.get(name))
+        return Found(frozenset(wanted - found.keys() | wanted & damaged), wanted & damaged)
+
+    def is_empty(self) -> bool:
+        self.flush()
+        return self._index.is_empty()
+
+    def _find(self, keys: Sequence[bytes]) -> dict[bytes, Entry]:
+        self.flush()
+        return self._index.find(keys)
+
+    def _whole(self, entry: Entry) -> Tensor | None:
+        """The bytes of a record, or None when they are not what was written."""
+        buffer = self._reader.read(entry)
+        return buffer if buffer is not None and zlib.crc32(memoryview(buffer.numpy())) == entry.checksum else None
+
+    def _check_shard(self, name: str, known: ShardState | None) -> set[bytes]:
+        """Keys of the damaged records of a shard, after dropping them."""
+        try:
+            stat = os.stat(self.folder / name)
+            state = ShardState(name, stat.st_size, stat.st_mtime_ns)
+        except FileNotFoundError:
+            state = ShardState(name, -1, 0)
+        if state == known:
+            return set()
+        bad = [entry for entry in self._index.of_shard(name) if self._whole(entry) is None]
+        if os.access(self.folder, os.W_OK):
+            self._index.drop(bad)
+            self._index.set_shard_state(state)
+        return {entry.key for entry in bad}
+
+    # ---- files and unused records ----
+
+    def file_rows(self, paths: Sequence[str]) -> dict[str, FileRow]:
+        """What is remembered of the files at these paths."""
+        return self._index.file_rows(paths)
+
+    def set_file_rows(self, rows: Sequence[FileRow]) -> None:
+        """Remember the content of files."""
+        if rows:
+            self._make_folder()
+            self._index.set_file_rows(rows)
+
+    def prune(self, *, abandoned_s: float = ABANDONED_SECONDS) -> int:
+        """When more than half of all bytes belong to no living record, write the living ones anew; returns bytes freed.
+
+        Shards that were written to within `abandoned_s` seconds may belong to a running process and are left alone.
+        """
+        with self._lock:
+            self.flush()
+            live = self._index.live_bytes()
+            stats = {path.name: path.stat() for path in self.folder.glob("*.bin")}
+            total = sum(stat.st_size for stat in stats.values())
+            if total == 0 or 2 * sum(live.values()) >= total:
+                return 0
+            freed = 0
+            for name, stat in stats.items():
+                if 2 * live.get(name, 0) < stat.st_size and time.time() - stat.st_mtime >= abandoned_s:
+                    freed += stat.st_size - self._rewrite(name)
+            return freed
+
+    def _rewrite(self, shard: str) -> int:
+        """Move the living records of a shard to this process's own; returns their bytes."""
+        if (writer := self._own_writer()) is not None and writer.name == shard:
+            writer.file.close()
+            self._writer = None
+        owners, moved = self._index.owners_in_use() | {b""}, 0
+        for entry in self._index.of_shard(shard):
+            if entry.owner in owners and (buffer := self._whole(entry)) is not None:
+                parts = [memoryview(buffer.numpy())]
+                self._append(entry.key, Packed(parts, entry.length, entry.checksum, entry.layout), entry.owner)
+                moved += entry.length
+        self.flush()
+        self._index.drop_shard(shard)
+        self._reader.close(shard)
+        with contextlib.suppress(OSError):  # on Windows a reader may have it open: then the next prune removes it
+            os.unlink(self.folder / shard)
+        return moved

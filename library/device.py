@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The accelerator of a run (processes, devices, precision) and small device facts. Takes plain values, no options."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.util
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from library.errors import UserError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+DTYPES = {"no": torch.float32, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class DistributedSettings:
+    """How several processes work together."""
+
+    timeout_minutes: int | None = None
+    gradient_as_bucket_view: bool = False
+    static_graph: bool = False
+    deepspeed: dict[str, Any] = field(default_factory=dict)  # arguments of accelerate's DeepSpeedPlugin
+
+
+def make_accelerator(mixed_precision: str, settings: DistributedSettings) -> Accelerator:
+    """The accelerator. Raises UserError where the machine cannot do what was asked for."""
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+    if mixed_precision == "fp16" and not accelerator_present():
+        raise UserError("--mixed_precision fp16 needs a GPU; on the CPU use --mixed_precision bf16 or no")
+    handlers: list[Any] = [
+        DistributedDataParallelKwargs(
+            gradient_as_bucket_view=settings.gradient_as_bucket_view,
+            static_graph=settings.static_graph,
+            broadcast_buffers=False,
+        )
+    ]
+    if settings.timeout_minutes:
+        handlers.append(InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=settings.timeout_minutes)))
+    plugin = _deepspeed_plugin(settings.deepspeed) if settings.deepspeed else None
+    return Accelerator(mixed_precision=mixed_precision, kwargs_handlers=handlers, deepspeed_plugin=plugin)
+
+
+def _deepspeed_plugin(arguments: dict[str, Any]) -> Any:
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UserError("--deepspeed: the package is not installed: pip install deepspeed (Linux with CUDA)")
+    from accelerate import DeepSpeedPlugin
+
+    return DeepSpeedPlugin(**arguments)
+
+
+def accelerator_present() -> bool:
+    """True when torch sees a GPU of any kind."""
+    return torch.cuda.is_available() or torch.backends.mps.is_available() or _xpu_available()
+
+
+def _xpu_available() -> bool:
+    return torch.xpu.is_available() if "xpu" in dir(torch) else False
+
+
+def free_memory() -> None:
+    """Give freed memory back to the device, after a model was dropped."""
+    import gc
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def seed_everything(seed: int) -> None:
+    """torch's default generators on every device: what dropout draws from."""
+    torch.manual_seed(seed)

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Saves of the trained weights: names, how long they are kept, checks before the training, and the writing itself."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import uuid
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from library.errors import StopTraining, UserError, first_names
+from library.io.atomic import SaveError, atomic_write, clean_leftovers, free_bytes
+from library.io.metadata import tensor_hashes
+from library.io.options import SaveOptions, StateOptions, name_problems
+from library.io.tensor_file import check_safetensors, data_bytes, write_safetensors
+
+SAVE_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+# ---- names --------------------------------------------------------------------------------------------------------
+
+
+def last_name(output_name: str | None, extension: str = "") -> str:
+    """`name.safetensors`: the result of a run."""
+    return f"{output_name or 'last'}{extension}"
+
+
+def epoch_name(output_name: str | None, epoch: int, extension: str = "") -> str:
+    """`name-000001.safetensors`: the save after an epoch (1 is the first)."""
+    return f"{output_name or 'epoch'}-{epoch:06d}{extension}"
+
+
+def step_name(output_name: str | None, step: int, extension: str = "") -> str:
+    """`name-step00000500.safetensors`: the save after an optimizer step."""
+    return f"{output_name or 'at'}-step{step:08d}{extension}"
+
+
+def state_name(save_name: str) -> str:
+    """The state folder that belongs to a save: `state_name(epoch_name("a", 3))` is `a-000003-state`."""
+    return f"{save_name}-state"
+
+
+def extension_of(save_model_as: str) -> str:
+    """File ending of --save_model_as."""
+    return f".{save_model_as}"
+
+
+# ---- when to save, and what to remove then ------------------------------------------------------------------------
+
+
+def epochs_between_saves(options: SaveOptions, total_epochs: int) -> int | None:
+    """Every how many epochs to save, from --save_every_n_epochs or --save_n_epoch_ratio; None: never."""
+    if options.save_n_epoch_ratio:
+        return max(1, total_epochs // options.save_n_epoch_ratio)
+    return options.save_every_n_epochs or None
+
+
+def saves_after_epoch(epoch: int, *, total: int, every: int | None) -> bool:
+    """Whether epoch (1 is the first) ends with a save; the last one is saved under the run's own name only."""
+    return bool(every) and epoch % every == 0 and epoch < total
+
+
+def saves_after_step(step: int, *, every: int | None) -> bool:
+    """Whether optimizer step (1 is the first) ends with a save."""
+    return bool(every) and step > 0 and step % every == 0
+
+
+def outdated_epoch(epoch: int, *, every: int, keep: int | None) -> int | None:
+    """The epoch whose save goes when `epoch` was saved, so that the newest `keep` stay."""
+    if not keep:
+        return None
+    old = epoch - every * keep
+    return old if old > 0 else None
+
+
+def outdated_step(step: int, *, every: int, keep: int | None) -> int | None:
+    """The step whose save goes when `step` was saved: the newest one that is more than `keep` steps old."""
+    if not keep:
+        return None
+    old = step - keep - 1
+    old -= old % every
+    return old if old > 0 else None
+
+
+def states_to_keep(save: SaveOptions, state: StateOptions) -> tuple[int | None, int | None]:
+    """(epochs, steps) for which states are kept: their own numbers, else those of the saves."""
+    epochs = state.save_last_n_epochs_state or save.save_last_n_epochs or None
+    return epochs, state.save_last_n_steps_state or save.save_last_n_steps or None
+
+
+def remove_save(folder: str | Path, name: str) -> bool:
+    """Remove an outdated save. Only a plain file of exactly that name goes; True when there was one."""
+    path = Path(folder) / name
+    if not path.is_file():
+        return False
+    path.unlink(missing_ok=True)
+    return True
+
+
+# ---- before the training ------------------------------------------------------------------------------------------
+
+
+def check_output(
+    folder: str | Path,
+    output_name: str | None,
+    *,
+    files: Iterable[str] = (),
+    states: Iterable[str] = (),
+    needed_bytes: int = 0,
+) -> list[str]:
+    """Make the output folder and prove that the run will be able to write there, before anything expensive is done.
+
+    files, states: names that the run will write; needed_bytes: room for the largest save and what it replaces.
+    Removes what killed runs left half-written and returns the names concerned. Raises UserError with every problem.
+    """
+    folder = Path(folder)
+    problems = list(name_problems(output_name))
+    trouble = _folder_problem(folder)
+    if trouble:
+        raise UserError([*problems, trouble])
+    leftovers = clean_leftovers(folder)
+    for name in files:
+        if (folder / name).is_dir():
+            problems.append(f"--output_name: {folder / name} is a folder, but the run wants to write a file of that name")
+    for name in states:
+        if (folder / name).exists() and not (folder / name).is_dir():
+            problems.append(f"--output_name: {folder / name} is a file, but the run wants to write a state folder of that name")
+    free = free_bytes(folder)
+    if free < needed_bytes:
+        problems.append(f"--output_dir: {folder} has {free:,} bytes free, but a save needs {needed_bytes:,}")
+    if problems:
+        raise UserError(problems)
+    return leftovers
+
+
+def _folder_problem(folder: Path) -> str | None:
+    """What keeps us from writing into `folder` (made if it is not there); None when a trial file went well."""
+    for part in (folder, *folder.parents):
+        if part.exists() and not part.is_dir():
+            return f"--output_dir: {part} is a file; give a folder"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        trial = folder / f".trial-{uuid.uuid4().hex}"
+        try:
+            trial.write_bytes(b"x" * 4096)
+            os.replace(trial, trial)
+        finally:
+            trial.unlink(missing_ok=True)
+    except OSError as error:
+        return f"--output_dir: cannot write into {folder}: {error.strerror or error}"
+    return None
+
+
+# ---- writing ------------------------------------------------------------------------------------------------------
+
+
+def nonfinite_names(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors that hold inf or nan."""
+    return [n for n, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t.float()).all())]
+
+
+def require_finite(tensors: Mapping[str, Tensor], path: str | Path) -> None:
+    """Raises StopTraining when a weight is inf or nan, so that it never replaces a good file."""
+    bad = nonfinite_names(tensors)
+    if bad:
+        raise StopTraining(f"{path} is not written: {len(bad)} of {len(tensors)} tensors are not finite ({first_names(bad)})")
+
+
+def save_lora(
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    *,
+    save_model_as: str = "safetensors",
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write an adapter's tensors atomically, in `dtype` if given.
+
+    safetensors: with `metadata` and both hashes of `metadata.tensor_hashes`. ckpt and pt: a pickle of the tensors only.
+    Raises SaveError (disk, permissions), StopTraining (a weight is not finite).
+    """
+    path = Path(path)
+    ready = {n: t.detach().to("cpu", dtype if t.is_floating_point() else None).contiguous() for n, t in tensors.items()}
+    require_finite(ready, path)
+    size = data_bytes(ready)
+    if save_model_as == "safetensors":
+        complete = {**metadata, **tensor_hashes(ready, metadata)}
+        digest = complete["sshs_model_hash"]
+        return atomic_write(
+            path,
+            lambda temp: write_safetensors(temp, ready, complete),
+            lambda temp: check_safetensors(temp, digest),
+            size=size,
+        )
+    # A slice would drag its whole storage into the pickle.
+    alone = {n: t.clone() for n, t in ready.items()}
+    return atomic_write(path, lambda temp: _write_pickle(temp, alone), lambda temp: _check_pickle(temp, alone), size=size)
+
+
+def _write_pickle(path: Path, tensors: dict[str, Tensor]) -> None:
+    with open(path, "wb") as file:
+        torch.save(tensors, file)
+
+
+def _check_pickle(path: Path, tensors: dict[str, Tensor]) -> None:
+    try:
+        again = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise SaveError(f"{path.parent}: what was written does not read back ({error}); the older file is untouched") from error
+    if again.keys() != tensors.keys():
+        raise SaveError(f"{path.parent}: what was written reads back with other content; the older file is untouched")
+
+
+def remove_state(folder: str | Path, name: str, marker: str = "train_state.json") -> bool:
+    """Remove an outdated state folder. Only a folder that holds a state goes; True when there was one."""
+    path = Path(folder) / name
+    if not (path / marker).is_file():
+        return False
+    shutil.rmtree(path)
+    return True

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options that say which model is trained. Each family has its own subclass of `ModelOptions`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from library.options import at_least, option
+
+TOKEN_LENGTHS = (75, 150, 225)
+
+
+def token_length(value: object) -> int:
+    """75, 150 or 225, as a number or text. Raises ValueError with what is expected."""
+    text = str(value).strip()
+    if text not in {str(n) for n in TOKEN_LENGTHS}:
+        raise ValueError(f"expects 75, 150 or 225, got '{value}'")
+    return int(text)
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What every family has."""
+
+    pretrained_model_name_or_path: str | None = option(
+        None, help="Model to start from: .safetensors or .ckpt file, diffusers folder, or hub id (org/name)."
+    )
+    vae: str | None = option(None, help="VAE to use in place of the model's own: file, diffusers folder or hub id.")
+    tokenizer_cache_dir: str | None = option(
+        None, help="Folder that keeps tokenizers, so that a machine without network can train from a single file."
+    )
+
+    def problems(self) -> Iterator[str]:
+        if not self.pretrained_model_name_or_path:
+            yield "--pretrained_model_name_or_path is missing: give a checkpoint file, a diffusers folder or a hub id"
+
+
+@dataclass(frozen=True)
+class SDOptions(ModelOptions):
+    """Stable Diffusion 1.x and 2.x."""
+
+    v2: bool = option(False, help="The model is Stable Diffusion 2.x.")
+    v_parameterization: bool = option(False, help="The model predicts v instead of the noise (2.x 768-v, for example).")
+    clip_skip: int | None = option(
+        None, help="Use the n-th layer from the end of the text encoder, 1 being the last.", check=at_least(1)
+    )
+    max_token_length: int | None = option(
+        None, help="Longest caption in tokens: 75, 150 or 225. Without it 75.", parse=token_length
+    )
+    weighted_captions: bool = option(False, help="Read (word:1.2), (word) and [word] in captions as weights of the words.")
+    no_half_vae: bool = option(False, help="Run the VAE in float32 also under mixed precision.")

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every objective and every sampler offers. B batch, C channels, h w latent height and width."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from library.types import Batch, Noised
+
+
+class Sampler(Protocol):
+    """The way back from noise to a latent: `x = randn * init_noise_sigma`, then one `step` per entry of `timesteps`."""
+
+    timesteps: Tensor  # in the order of use; some samplers visit a time twice
+    init_noise_sigma: float
+
+    def scale_input(self, x: Tensor, t: Tensor) -> Tensor:
+        """What the model is shown for the state `x` at `t`."""
+        ...
+
+    def step(self, pred: Tensor, t: Tensor, x: Tensor, generator: torch.Generator | None) -> Tensor:
+        """The next, less noisy state. `pred` is the model's output for `scale_input(x, t)`."""
+        ...
+
+
+class Objective(Protocol):
+    """What is added to clean latents and what the model has to say about it. Pure functions with explicit generators."""
+
+    def sample_t(self, count: int, generator: torch.Generator, device: torch.device | str) -> Tensor:
+        """Timesteps of a batch, (B,), drawn from `generator`, which must be on `device`."""
+        ...
+
+    def noise(self, latents: Tensor, t: Tensor, generator: torch.Generator) -> Noised:
+        """Noise the clean latents (B C h w) to time `t` (B)."""
+        ...
+
+    def loss(self, pred: Tensor, noised: Noised, batch: Batch) -> Tensor:
+        """Weighted loss per sample, (B,) float32; the mean over the batch is the trainer's."""
+        ...
+
+    def validation_t(self) -> list[int | float]:
+        """The fixed timesteps at which a validation loss is measured."""
+        ...
+
+    def sampler(self, name: str, steps: int) -> Sampler:
+        """A fresh sampler for one picture (it keeps state between steps). Raises UserError for an unknown name."""
+        ...

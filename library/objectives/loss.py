@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far a prediction is from its target: element-wise measures, the Huber threshold, masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from library.objectives.options import LossOptions
+
+
+def _pseudo_huber(pred: Tensor, target: Tensor, c: Tensor) -> Tensor:
+    """sqrt((p - t)^2 + c^2) - c (Charbonnier et al. 1997)."""
+    return torch.sqrt((pred - target) ** 2 + c**2) - c
+
+
+# name -> (prediction, target, threshold) -> loss of each element; the thresholds broadcast as B 1 1 1
+MEASURES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "l2": lambda p, t, c: (p - t) ** 2,
+    "l1": lambda p, t, c: (p - t).abs(),
+    "huber": lambda p, t, c: 2 * c * _pseudo_huber(p, t, c),  # -> l2 for small differences
+    "smooth_l1": lambda p, t, c: 2 * _pseudo_huber(p, t, c),  # -> 2 * l1 for large differences
+}
+
+
+def huber_thresholds(options: LossOptions, alphas_cumprod: Tensor) -> Tensor:
+    """Threshold c of each timestep, (T,) float32 (Khrapov et al. 2024, scheduled pseudo-Huber loss).
+
+    exponential: c = huber_c^(t/T) * scale.  snr: c = (1 - huber_c) / (1 + sigma)^2 + huber_c, with sigma^2 = 1/SNR.
+    """
+    count = len(alphas_cumprod)
+    if options.huber_schedule == "constant":
+        return torch.full((count,), options.huber_c * options.huber_scale)
+    if options.huber_schedule == "exponential":
+        return options.huber_c ** (torch.arange(count) / count) * options.huber_scale
+    sigmas = ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
+    return (1 - options.huber_c) / (1 + sigmas) ** 2 + options.huber_c
+
+
+def apply_mask(loss: Tensor, masks: Tensor) -> Tensor:
+    """Multiply an element-wise loss (B C h w) by masks (B 1 H W, in [0, 1]) averaged over each latent pixel's area."""
+    return loss * F.interpolate(masks.to(loss.dtype), size=loss.shape[-2:], mode="area")
+
+
+def per_sample(loss: Tensor, masks: Tensor | None) -> Tensor:
+    """Mean over C h w of the masked element-wise loss, (B,). Masked pixels count as 0 and stay in the mean."""
+    if masks is not None:
+        loss = apply_mask(loss, masks)
+    return loss.flatten(1).mean(dim=1)

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The samplers of previews: the names that users know, on the schedulers of diffusers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from library.errors import UserError, unknown
+from library.objectives.base import Sampler
+
+# Sampling divides by the signal: the last step of a zero-terminal-SNR schedule gets the smallest fp16 number instead of 0.
+SMALLEST_ALPHA = 2.0**-24
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sampler: class in diffusers, its own settings, whether its step draws noise, whether its spacing can be set."""
+
+    scheduler: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    noisy: bool = False
+    spaced: bool = True
+
+
+DDIM = Row("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}, noisy=True)
+PNDM = Row("PNDMScheduler", {"skip_prk_steps": True})
+LMS = Row("LMSDiscreteScheduler")
+EULER = Row("EulerDiscreteScheduler")
+EULER_ANCESTRAL = Row("EulerAncestralDiscreteScheduler", noisy=True)
+HEUN = Row("HeunDiscreteScheduler")
+DPM_2 = Row("KDPM2DiscreteScheduler")
+DPM_2_ANCESTRAL = Row("KDPM2AncestralDiscreteScheduler", noisy=True)
+DPM_SOLVER = Row("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"})
+DPM_SOLVER_PP = Row("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"})
+DPM_SINGLE = Row("DPMSolverSinglestepScheduler", {"lower_order_final": True}, spaced=False)
+
+SAMPLERS: dict[str, Row] = {
+    "ddim": DDIM,
+    "pndm": PNDM,
+    "lms": LMS,
+    "k_lms": LMS,
+    "euler": EULER,
+    "k_euler": EULER,
+    "euler_a": EULER_ANCESTRAL,
+    "k_euler_a": EULER_ANCESTRAL,
+    "heun": HEUN,
+    "dpm_2": DPM_2,
+    "k_dpm_2": DPM_2,
+    "dpm_2_a": DPM_2_ANCESTRAL,
+    "k_dpm_2_a": DPM_2_ANCESTRAL,
+    "dpmsolver": DPM_SOLVER,
+    "dpmsolver++": DPM_SOLVER_PP,
+    "dpmsingle": DPM_SINGLE,
+}
+
+
+class DiffusersSampler:
+    """A diffusers scheduler behind the `Sampler` protocol. Use one per picture: multistep methods remember their past."""
+
+    def __init__(self, scheduler: Any, *, noisy: bool) -> None:
+        self.scheduler, self.noisy = scheduler, noisy
+        self.timesteps: Tensor = scheduler.timesteps
+        self.init_noise_sigma = float(scheduler.init_noise_sigma)
+
+    def scale_input(self, x: Tensor, t: Tensor) -> Tensor:
+        """What the model is shown."""
+        return self.scheduler.scale_model_input(x, t.to(self.timesteps.device))
+
+    def step(self, pred: Tensor, t: Tensor, x: Tensor, generator: torch.Generator | None) -> Tensor:
+        """The next state, float32."""
+        noise = {"generator": generator} if self.noisy else {}
+        return self.scheduler.step(pred.float(), t.to(self.timesteps.device), x.float(), return_dict=False, **noise)[0]
+
+
+def build_sampler(
+    name: str, steps: int, *, alphas_cumprod: Tensor, prediction_type: str, zero_terminal_snr: bool = False
+) -> Sampler:
+    """A sampler with `steps` steps over the schedule `alphas_cumprod` (T,).
+
+    Spacing: as Stable Diffusion's published scheduler configuration; with zero terminal SNR the last timestep has to be
+    visited ("trailing", Lin et al. 2024, section 3.3). Raises UserError for an unknown name.
+    """
+    row = SAMPLERS.get(name)
+    if row is None:
+        raise UserError(unknown("--sample_sampler", name, SAMPLERS))
+    spacing: dict[str, Any] = {"timestep_spacing": "trailing"} if zero_terminal_snr else {"timestep_spacing": "leading", "steps_offset": 1}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # "dpmsolver" is to go from diffusers some day
+        scheduler = scheduler_class(row.scheduler)(
+            num_train_timesteps=len(alphas_cumprod),
+            trained_betas=sampling_betas(alphas_cumprod).tolist(),
+            prediction_type=prediction_type,
+            **(spacing if row.spaced else {}),
+            **row.settings,
+        )
+    scheduler.set_timesteps(steps)
+    return DiffusersSampler(scheduler, noisy=row.noisy)
+
+
+def sampling_betas(alphas_cumprod: Tensor) -> Tensor:
+    """Betas, (T,), of the schedule with every a_t at least `SMALLEST_ALPHA`."""
+    kept = alphas_cumprod.double().clamp(min=SMALLEST_ALPHA)
+    return 1 - torch.cat([kept[:1], kept[1:] / kept[:-1]])
+
+
+def scheduler_class(name: str) -> type:
+    """The scheduler class. LMS gets its coefficients from us: diffusers needs scipy for them."""
+    import diffusers
+
+    found = getattr(diffusers, name) if name != LMS.scheduler else None
+    if found is not None:
+        return found
+    from diffusers.schedulers.scheduling_lms_discrete import LMSDiscreteScheduler
+
+    class ExactLMSScheduler(LMSDiscreteScheduler):
+        def get_lms_coefficient(self, order: int, t: int, current_order: int) -> float:
+            return lms_coefficient([float(s) for s in self.sigmas[t - order + 1 : t + 2]], current_order)
+
+    return ExactLMSScheduler
+
+
+def lms_coefficient(sigmas: list[float], back: int) -> float:
+    """Adams-Bashforth weight of the derivative `back` steps ago, for the step from sigmas[-2] to sigmas[-1].
+
+    The integral over that step of the Lagrange polynomial through sigmas[:-1] that is 1 at the point `back` steps ago.
+    """
+    points = sigmas[:-1][::-1]  # newest first
+    center = points[back]
+    # in units of the step, from its start: the powers of sigmas near 0 or near 4096 stay well-behaved
+    start, width = sigmas[-2], sigmas[-1] - sigmas[-2]
+    basis = np.polynomial.Polynomial([1.0])
+    for other in points[:back] + points[back + 1 :]:
+        basis *= np.polynomial.Polynomial([start - other, width]) / (center - other)
+    return float(width * basis.integ()(1.0))

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Watching over a run: numbers are read from the device late and asynchronously, but never after a save."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from library.errors import StopTraining, first_names
+
+LIKELY_CAUSES = (
+    "Likely causes: a learning rate that is too high, fp16 overflow (use --mixed_precision bf16, or --no_half_vae), "
+    "or a damaged picture. Nothing was saved over an earlier file; --resume the last state with a lower rate."
+)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """The numbers of one optimizer step, on the host."""
+
+    step: int
+    loss: float
+    grad_norm: float
+
+
+@dataclass(frozen=True)
+class _Pending:
+    step: int
+    names: list[str]
+    values: Tensor  # (2,) loss, gradient norm: on the host, perhaps still being copied
+    ready: torch.cuda.Event | None
+    scaler_skips: bool
+
+
+class StepReader:
+    """Hands out step reports as they arrive from the device, at most `lag` steps late, and stops a run that diverged."""
+
+    def __init__(self, lag: int = 4) -> None:
+        self.lag = lag
+        self._pending: deque[_Pending] = deque()
+
+    def push(self, step: int, loss: Tensor, grad_norm: Tensor, names: Sequence[str], *, scaler_skips: bool) -> None:
+        """loss, grad_norm: 0-dim tensors. scaler_skips: fp16, where a non-finite gradient is the scaler's business."""
+        values, ready = torch.stack([loss.detach().float(), grad_norm.detach().float()]), None
+        if values.is_cuda:
+            values = values.to("cpu", non_blocking=True)
+            ready = torch.cuda.Event()
+            ready.record()
+        self._pending.append(_Pending(step, list(names), values, ready, scaler_skips))
+
+    def arrived(self) -> list[StepReport]:
+        """Reports of the steps whose numbers are here. Raises StopTraining on a non-finite one."""
+        return list(self._take(lambda p: p.ready is None or p.ready.query() or len(self._pending) > self.lag))
+
+    def flush(self) -> list[StepReport]:
+        """All reports: waits for the device. Called before anything is saved."""
+        return list(self._take(lambda p: True))
+
+    def _take(self, may_read) -> Iterable[StepReport]:  # type: ignore[no-untyped-def]
+        while self._pending and may_read(self._pending[0]):
+            item = self._pending.popleft()
+            if item.ready is not None:
+                item.ready.synchronize()
+            loss, norm = item.values.tolist()
+            wrong = "loss" if not math.isfinite(loss) else "gradient norm"
+            if not math.isfinite(loss) or (not math.isfinite(norm) and not item.scaler_skips):
+                raise StopTraining(
+                    f"the {wrong} of step {item.step} is not finite (loss {loss}, gradient norm {norm}). "
+                    f"Its pictures: {first_names(item.names, 8)}. {LIKELY_CAUSES}"
+                )
+            yield StepReport(item.step, loss, norm)
+
+
+class MovingAverage:
+    """Mean of the last `size` losses, as the progress bar shows it."""
+
+    def __init__(self, size: int, values: Iterable[float] = ()) -> None:
+        self.values: deque[float] = deque(values, maxlen=max(size, 1))
+
+    def add(self, value: float) -> None:
+        self.values.append(value)
+
+    @property
+    def mean(self) -> float:
+        return sum(self.values) / len(self.values) if self.values else math.nan
+
+
+def nonfinite_tensors(tensors: dict[str, Tensor]) -> list[str]:
+    """Names of the tensors that hold a NaN or an infinity."""
+    return [name for name, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA and every other adapter network: the frozen models get adapters, the adapters learn and are saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from library.device import DTYPES
+from library.errors import UserError
+from library.io.checkpoint import save_tensors
+from library.log import get_logger
+from library.trainers.options import NetworkTrainerOptions
+from library.trainers.trainables import Trainables
+from library.trainers.trainer import Trainer
+from networks.base import AdapterNetwork
+from networks.plugin import load_network_module
+
+log = get_logger()
+
+
+class NetworkTrainer(Trainer):
+    """`--network_module`: ours, or any module with create_network(...) and create_network_from_weights(...)."""
+
+    options: NetworkTrainerOptions
+
+    def build_trainables(self) -> Trainables:
+        options = self.options.network
+        self.merge_base_weights()
+        self.network = self.create_network()
+        train_denoiser = not options.network_train_text_encoder_only and options.unet_lr != 0
+        train_text = self.trains_text()
+        self.network.attach(train_denoiser=train_denoiser, train_text_encoder=train_text)
+        if options.network_weights and not options.dim_from_weights:
+            self.network.load_file(options.network_weights)
+        groups = self.network.param_groups(
+            learning_rate=self.options.optimizer.learning_rate,
+            unet_lr=options.unet_lr,
+            text_encoder_lr=list(options.text_encoder_lr) if options.text_encoder_lr else None,
+        )
+        if not groups:
+            raise UserError("nothing learns: all learning rates are 0 (--learning_rate, --unet_lr, --text_encoder_lr)")
+        return Trainables(
+            module=self.network,
+            groups=groups,
+            state=lambda: self.network.state(None),
+            load=self.network.load,
+            trains_text=train_text,
+            set_multiplier=self.network.set_multiplier,
+            base_model=self.network.disabled,
+        )
+
+    def trains_text(self) -> bool:
+        """True when the text encoders get adapters that learn."""
+        options = self.options.network
+        rates = options.text_encoder_lr
+        return not options.network_train_unet_only and bool(self.models.encoders) and (rates is None or any(rates))
+
+    def create_network(self) -> AdapterNetwork:
+        options, models = self.options.network, self.models
+        module = load_network_module(self.network_module)
+        arguments = dict(item.split("=", 1) for item in options.network_args)
+        if options.dim_from_weights:
+            assert options.network_weights is not None
+            network, weights = module.create_network_from_weights(
+                1.0, options.network_weights, models.vae, models.encoders, models.denoiser, **arguments
+            )
+            network.load(weights)
+            return network
+        return module.create_network(
+            1.0, options.network_dim, options.network_alpha, models.vae, models.encoders, models.denoiser,
+            neuron_dropout=options.network_dropout, **arguments,
+        )  # fmt: skip
+
+    @property
+    def network_module(self) -> str:
+        return self.options.network.network_module or self.family.network_module
+
+    def merge_base_weights(self) -> None:
+        """--base_weights: networks that become part of the model before training."""
+        options, models = self.options.network, self.models
+        module = load_network_module(self.network_module)
+        multipliers = options.base_weights_multiplier or ()
+        for index, file in enumerate(options.base_weights or ()):
+            multiplier = multipliers[index] if index < len(multipliers) else 1.0
+            network, weights = module.create_network_from_weights(
+                multiplier, file, models.vae, models.encoders, models.denoiser, for_inference=True
+            )
+            network.load(weights)
+            network.merge_into()
+            log.info(f"merged {file} at strength {multiplier}")
+
+    def after_step(self) -> dict[str, float]:
+        limit = self.options.network.scale_weight_norms
+        if limit is None:
+            return {}
+        report = self.network.scale_norms(limit)
+        return {
+            "max_norm/keys_scaled": report.scaled,
+            "max_norm/average_key_norm": report.mean,
+            "max_norm/max_key_norm": report.maximum,
+        }
+
+    def save_model(self, path: Path, metadata: dict[str, str]) -> None:
+        precision = self.options.save.save_precision
+        save_tensors(path, self.network.state(DTYPES[precision] if precision else None), metadata)
+
+    def metadata(self) -> dict[str, Any]:
+        options = self.options.network
+        arguments = dict(item.split("=", 1) for item in options.network_args)
+        return {
+            "ss_network_module": self.network_module,
+            "ss_network_dim": options.network_dim,
+            "ss_network_alpha": options.network_alpha,
+            "ss_network_dropout": options.network_dropout,
+            "ss_network_args": arguments,
+            "ss_unet_lr": options.unet_lr,
+            "ss_text_encoder_lr": options.text_encoder_lr,
+            "ss_scale_weight_norms": options.scale_weight_norms,
+        }

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options of the training loop, and the groups that make up each method's options. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from library.data.options import CacheOptions, DataOptions
+from library.io.options import HubOptions, MetadataOptions, SaveOptions, StateOptions
+from library.models.options import ModelOptions
+from library.objectives.options import DDPMOptions, LossOptions
+from library.optim.options import OptimizerOptions, SchedulerOptions
+from library.options import ConfigFileOptions, at_least, between, option, positive
+from library.sampling.options import SampleOptions
+
+MEMORY_ISSUE = "not available in this version; the frozen model is kept in the dtype of --mixed_precision"
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How long and how to train."""
+
+    max_train_steps: int = option(1600, help="Optimizer steps of the run.", check=positive)
+    max_train_epochs: int | None = option(None, help="Epochs of the run; wins over --max_train_steps.", check=positive)
+    seed: int | None = option(None, help="Seed of every random draw; without it one is chosen and printed.")
+    gradient_accumulation_steps: int = option(1, help="Batches whose gradients make one optimizer step.", check=positive)
+    ema_decay: float | None = option(
+        None, help="Keep a moving average of the trained weights with this decay, and save it.", check=between(0.0, 1.0)
+    )
+    validate_every_n_steps: int | None = option(None, help="Validate every N optimizer steps.", check=positive)
+    validate_every_n_epochs: int | None = option(None, help="Validate every N epochs (default: each).", check=positive)
+    max_validation_steps: int | None = option(None, help="Validate on at most this many batches.", check=positive)
+
+
+@dataclass(frozen=True)
+class PrecisionOptions:
+    """Dtypes, memory and speed."""
+
+    mixed_precision: str = option("no", help="Compute dtype.", choices=("no", "fp16", "bf16"))
+    full_fp16: bool = option(False, help="Keep trained weights and gradients in fp16 too.")
+    full_bf16: bool = option(False, help="Keep trained weights and gradients in bf16 too.")
+    gradient_checkpointing: bool = option(False, help="Recompute activations in the backward pass: less memory, slower.")
+    cpu_offload_checkpointing: bool = option(False, help="Keep the checkpointed activations in main memory.")
+    torch_compile: bool = option(False, help="Compile each block of the denoiser.")
+    dynamo_backend: str = option(
+        "inductor",
+        help="Backend of --torch_compile.",
+        choices=(
+            "eager", "aot_eager", "inductor", "aot_ts_nvfuser", "nvprims_nvfuser", "cudagraphs",
+            "ofi", "fx2trt", "onnxrt", "tensort", "ipex", "tvm",
+        ),  # fmt: skip
+    )
+    fp8_base: bool = option(False, help="Frozen model in 8-bit floats.", answer=MEMORY_ISSUE)
+    fp8_base_unet: bool = option(False, help="Frozen denoiser in 8-bit floats.", answer=MEMORY_ISSUE)
+    sdpa: bool = option(False, help="Attention of torch.", answer="always used")
+    xformers: bool = option(False, help="Attention of xformers.", answer="torch's own memory-efficient attention is used")
+    mem_eff_attn: bool = option(
+        False, help="Memory-efficient attention.", answer="torch's own memory-efficient attention is used"
+    )
+    lowram: bool = option(
+        False, help="Load to the GPU directly.", answer="always so: files are mapped, never copied to main memory"
+    )
+    highvram: bool = option(
+        False, help="Keep more on the card.", answer="nothing to do: nothing is moved that still has work to do"
+    )
+
+    def problems(self) -> Iterator[str]:
+        for name in ("fp16", "bf16"):
+            if getattr(self, f"full_{name}") and self.mixed_precision != name:
+                yield f"--full_{name} needs --mixed_precision {name}"
+        if self.cpu_offload_checkpointing and not self.gradient_checkpointing:
+            yield "--cpu_offload_checkpointing has no effect without --gradient_checkpointing"
+        if self.torch_compile and self.dynamo_backend not in ("eager", "aot_eager", "inductor", "cudagraphs"):
+            yield f"--dynamo_backend {self.dynamo_backend} is gone from torch: use inductor"
+
+
+@dataclass(frozen=True)
+class DistributedOptions:
+    """Several GPUs: `accelerate launch` starts the processes, these are its details."""
+
+    ddp_timeout: int | None = option(None, help="Minutes to wait for the other processes.", check=positive)
+    ddp_gradient_as_bucket_view: bool = option(False, help="DDP keeps gradients in its own buckets.")
+    ddp_static_graph: bool = option(False, help="DDP assumes that every step uses the same weights.")
+    deepspeed: bool = option(False, help="Train with DeepSpeed (Linux, pip install deepspeed).")
+    zero_stage: int = option(2, help="DeepSpeed: ZeRO stage.", check=between(0, 3))
+    offload_optimizer_device: str | None = option(
+        None, help="DeepSpeed: where optimizer states go.", choices=("cpu", "nvme")
+    )
+    offload_optimizer_nvme_path: str | None = option(None, help="DeepSpeed: folder for optimizer states on NVMe.")
+    offload_param_device: str | None = option(None, help="DeepSpeed: where parameters go (stage 3).", choices=("cpu", "nvme"))
+    offload_param_nvme_path: str | None = option(None, help="DeepSpeed: folder for parameters on NVMe.")
+    zero3_init_flag: bool = option(False, help="DeepSpeed stage 3: build the model already split.")
+    zero3_save_16bit_model: bool = option(False, help="DeepSpeed stage 3: gather 16-bit weights when saving.")
+    fp16_master_weights_and_gradients: bool = option(False, help="DeepSpeed: master weights in fp16 (stage 2, offload).")
+
+    def problems(self) -> Iterator[str]:
+        used = [
+            name
+            for name in (
+                "offload_optimizer_device", "offload_optimizer_nvme_path", "offload_param_device",
+                "offload_param_nvme_path", "zero3_init_flag", "zero3_save_16bit_model", "fp16_master_weights_and_gradients",
+            )  # fmt: skip
+            if getattr(self, name)
+        ]
+        if used and not self.deepspeed:
+            yield f"--{used[0]} has no effect without --deepspeed"
+        for kind in ("optimizer", "param"):
+            wants_nvme = getattr(self, f"offload_{kind}_device") == "nvme"
+            if wants_nvme and not getattr(self, f"offload_{kind}_nvme_path"):
+                yield f"--offload_{kind}_device nvme needs --offload_{kind}_nvme_path"
+
+
+@dataclass(frozen=True)
+class LoggingOptions:
+    """Messages and training curves."""
+
+    console_log_level: str | None = option(
+        None, help="Least level of the messages shown.", choices=("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+    )
+    console_log_file: str | None = option(None, help="Write the messages to this file instead of the terminal.")
+    console_log_simple: bool = option(False, help="Messages without time and level.")
+    logging_dir: str | None = option(None, help="Folder for the training curves.")
+    log_with: str | None = option(
+        None, help="Program for the curves (default with --logging_dir: tensorboard).", choices=("tensorboard", "wandb", "all")
+    )
+    log_prefix: str | None = option(None, help="Put before the name of the run's log folder.")
+    log_tracker_name: str | None = option(None, help="Name of the project in the log.")
+    wandb_run_name: str | None = option(None, help="Name of the run in wandb.")
+    log_tracker_config: str | None = option(None, help="TOML file with settings of the log program.")
+    wandb_api_key: str | None = option(None, help="Key of wandb; better set WANDB_API_KEY.", secret=True)
+    log_config: bool = option(False, help="Write all options into the log.")
+
+    def problems(self) -> Iterator[str]:
+        if self.log_with in ("tensorboard", "all") and self.logging_dir is None:
+            yield f"--log_with {self.log_with} needs --logging_dir"
+        if self.wandb_run_name and self.log_with not in ("wandb", "all"):
+            yield "--wandb_run_name has no effect without --log_with wandb"
+
+
+@dataclass(frozen=True)
+class NetworkOptions:
+    """The adapter network (LoRA) and its learning rates."""
+
+    network_module: str | None = option(None, help="Module of the network, e.g. networks.lora or lycoris.kohya.")
+    network_dim: int | None = option(None, help="Rank of the network.", check=positive)
+    network_alpha: float = option(1.0, help="Strength: the network's output is scaled by alpha / rank.", check=at_least(0))
+    network_dropout: float | None = option(None, help="Share of activations dropped inside the network.", check=between(0, 1))
+    network_args: tuple[str, ...] = option((), help="More arguments of the network, as key=value.")
+    network_weights: str | None = option(None, help="Start from this network file.")
+    dim_from_weights: bool = option(False, help="Take ranks and alphas from --network_weights.")
+    network_train_unet_only: bool = option(False, help="Train the denoiser's part only.")
+    network_train_text_encoder_only: bool = option(False, help="Train the text encoder's part only.")
+    unet_lr: float | None = option(None, help="Learning rate of the denoiser's part.", check=at_least(0))
+    text_encoder_lr: tuple[float, ...] | None = option(
+        None, help="Learning rate of the text encoder's part (one value, or one per encoder).", check=at_least(0)
+    )
+    scale_weight_norms: float | None = option(None, help="Scale weights down to this norm after each step.", check=positive)
+    base_weights: tuple[str, ...] | None = option(None, help="Network files to merge into the model before training.")
+    base_weights_multiplier: tuple[float, ...] | None = option(None, help="Strength of each of --base_weights (default 1).")
+
+    def problems(self) -> Iterator[str]:
+        if self.network_train_unet_only and self.network_train_text_encoder_only:
+            yield "--network_train_unet_only and --network_train_text_encoder_only leave nothing to train: give one of them"
+        if self.dim_from_weights and not self.network_weights:
+            yield "--dim_from_weights has no effect without --network_weights"
+        if self.base_weights_multiplier and not self.base_weights:
+            yield "--base_weights_multiplier has no effect without --base_weights"
+        if self.base_weights_multiplier and self.base_weights:
+            given, needed = len(self.base_weights_multiplier), len(self.base_weights)
+            if given > needed:
+                yield f"--base_weights_multiplier has {given} values for {needed} files of --base_weights"
+        for item in self.network_args:
+            if "=" not in item:
+                yield f"--network_args: '{item}' is not key=value"
+
+
+@dataclass(frozen=True)
+class TrainerOptions:
+    """What every method has."""
+
+    config: ConfigFileOptions
+    model: ModelOptions
+    data: DataOptions
+    cache: CacheOptions
+    train: TrainOptions
+    objective: DDPMOptions
+    loss: LossOptions
+    optimizer: OptimizerOptions
+    scheduler: SchedulerOptions
+    precision: PrecisionOptions
+    distributed: DistributedOptions
+    save: SaveOptions
+    state: StateOptions
+    sample: SampleOptions
+    logging: LoggingOptions
+    metadata: MetadataOptions
+    hub: HubOptions
+
+    def problems(self) -> Iterator[str]:
+        """Combinations across groups that make no sense."""
+        if self.state.resume and (self.state.initial_step or self.state.initial_epoch):
+            yield "--resume knows where the state was: leave --initial_step and --initial_epoch out"
+        if self.hub.save_state_to_huggingface and not (self.state.save_state or self.state.save_state_on_train_end):
+            yield "--save_state_to_huggingface has no effect without --save_state"
+
+
+@dataclass(frozen=True)
+class NetworkTrainerOptions(TrainerOptions):
+    """LoRA and every other adapter."""
+
+    network: NetworkOptions
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if self.cache.cache_text_encoder_outputs and not self.network.network_train_unet_only:
+            if self.network.text_encoder_lr is None or any(self.network.text_encoder_lr):
+                yield (
+                    "--cache_text_encoder_outputs fixes the text encoder's outputs, which are being trained: "
+                    "add --network_train_unet_only, or leave the cache out"
+                )

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the run is going to do, in numbers: computed once, printed before anything is trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from library.errors import UserError
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands. `step` counts optimizer steps; `batch` is the next micro-batch of `epoch` (0-based)."""
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """Steps and epochs of a run. A micro-batch is one forward pass of one process."""
+
+    batches_per_epoch: int  # of one process
+    accumulation: int
+    total_steps: int
+    num_processes: int
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of one epoch: the last one may have fewer micro-batches."""
+        return math.ceil(self.batches_per_epoch / self.accumulation)
+
+    @property
+    def total_epochs(self) -> int:
+        return math.ceil(self.total_steps / self.steps_per_epoch)
+
+    def position_of(self, step: int) -> Position:
+        """Where the run stands before optimizer step `step` (0-based)."""
+        epoch, rest = divmod(step, self.steps_per_epoch)
+        return Position(step, epoch, rest * self.accumulation)
+
+    def groups(self, first_batch: int) -> Iterator[range]:
+        """Micro-batches of an epoch, from `first_batch` on, in groups that make one optimizer step each."""
+        for start in range(first_batch, self.batches_per_epoch, self.accumulation):
+            yield range(start, min(start + self.accumulation, self.batches_per_epoch))
+
+    def micro_step(self, epoch: int, batch: int) -> int:
+        """A number that no other micro-batch of the run has: the counter of its random draws."""
+        return epoch * self.batches_per_epoch + batch
+
+
+def make_plan(
+    *, total_batches: int, num_processes: int, accumulation: int, max_steps: int, max_epochs: int | None, seed: int
+) -> RunPlan:
+    """total_batches: of all processes in one epoch. `max_epochs` wins over `max_steps`. Raises UserError on no batch."""
+    if total_batches == 0:
+        raise UserError("no batch to train on: the dataset is empty (all of it may have gone to the validation split)")
+    batches = math.ceil(total_batches / num_processes)
+    steps_per_epoch = math.ceil(batches / accumulation)
+    total = max_epochs * steps_per_epoch if max_epochs else max_steps
+    return RunPlan(batches, accumulation, total, num_processes, seed)
+
+
+def share_of(items: Sequence[int], rank: int, world: int) -> list[int]:
+    """The items that one process takes; the end is filled up from the start so that all have equally many."""
+    per_process = math.ceil(len(items) / world)
+    padded = [items[i % len(items)] for i in range(per_process * world)]
+    return padded[rank::world]

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ctrl-C and SIGTERM: the first lets the step finish and the state be saved, the second ends the process at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType, TracebackType
+from typing import Any
+
+EXIT_AT_ONCE = 130
+
+
+class StopRequest:
+    """Context manager. `requested` becomes True at the first signal."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            os.write(sys.stderr.fileno(), b"\nstopped at once; the newest finished save is whole\n")
+            os._exit(EXIT_AT_ONCE)
+        self.requested = True
+        os.write(sys.stderr.fileno(), b"\nstopping: finishing this step and saving the state (again: stop at once)\n")

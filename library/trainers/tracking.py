@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training curves: TensorBoard files and, if asked for, wandb. Only rank 0 writes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from library.errors import UserError
+from library.options import read_toml
+
+
+class Tracker(Protocol):
+    """One program that shows curves and pictures."""
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None: ...
+    def picture(self, name: str, image: Any, step: int) -> None: ...
+    def text(self, name: str, value: str) -> None: ...
+    def close(self) -> None: ...
+
+
+class TensorBoardTracker:
+    """Event files in one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder))
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def picture(self, name: str, image: Any, step: int) -> None:
+        import numpy as np
+
+        self.writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+
+    def text(self, name: str, value: str) -> None:
+        self.writer.add_text(name, value)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WandbTracker:
+    """A run of the wandb service."""
+
+    def __init__(self, project: str, run_name: str | None, folder: Path | None, key: str | None, settings: dict[str, Any]):
+        try:
+            import wandb
+        except ModuleNotFoundError:
+            raise UserError("--log_with wandb: the package is not installed: pip install wandb") from None
+        if key:
+            wandb.login(key=key)
+        self.wandb = wandb
+        where = str(folder) if folder else None
+        self.run = wandb.init(project=project, name=run_name, dir=where, **settings)
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        self.run.log(dict(values), step=step)
+
+    def picture(self, name: str, image: Any, step: int) -> None:
+        self.run.log({name: self.wandb.Image(image)}, step=step)
+
+    def text(self, name: str, value: str) -> None:
+        self.run.config.update({name: value})
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class Trackers:
+    """All trackers of the run; none on other ranks and without --logging_dir / --log_with."""
+
+    def __init__(self, trackers: list[Tracker]) -> None:
+        self.trackers = trackers
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        for tracker in self.trackers:
+            tracker.scalars(values, step)
+
+    def picture(self, name: str, image: Any, step: int) -> None:
+        for tracker in self.trackers:
+            tracker.picture(name, image, step)
+
+    def text(self, name: str, value: str) -> None:
+        for tracker in self.trackers:
+            tracker.text(name, value)
+
+    def close(self) -> None:
+        for tracker in self.trackers:
+            tracker.close()
+
+
+def open_trackers(options: Any, *, main_process: bool, project: str) -> Trackers:
+    """options: LoggingOptions. The log folder is `<logging_dir>/<log_prefix><time>`, as users have it today."""
+    if not main_process or (options.logging_dir is None and options.log_with is None):
+        return Trackers([])
+    kind = options.log_with or "tensorboard"
+    name = options.log_tracker_name or project
+    folder = Path(options.logging_dir) / f"{options.log_prefix or ''}{time.strftime('%Y%m%d%H%M%S')}" if options.logging_dir else None
+    settings = read_toml(Path(options.log_tracker_config), "--log_tracker_config") if options.log_tracker_config else {}
+    trackers: list[Tracker] = []
+    if kind in ("tensorboard", "all") and folder is not None:
+        trackers.append(TensorBoardTracker(folder / name))
+    if kind in ("wandb", "all"):
+        trackers.append(WandbTracker(name, options.wandb_run_name, folder, options.wandb_api_key, settings.get("wandb", {})))
+    return Trackers(trackers)

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What learns in a run, and the one module whose forward pass is a training prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.models.family import ModelFamily
+from library.types import Batch, Tokens
+
+
+@dataclass
+class Models:
+    """The models of a run. What has no more work to do is dropped (None, or an empty list)."""
+
+    denoiser: nn.Module
+    encoders: list[nn.Module] = field(default_factory=list)
+    vae: nn.Module | None = None
+
+    def all(self) -> list[nn.Module]:
+        return [self.denoiser, *self.encoders, *([self.vae] if self.vae is not None else [])]
+
+
+@dataclass
+class Trainables:
+    """What a method trains. `state` and `load` speak of exactly the tensors that learn."""
+
+    module: nn.Module  # holds every trainable parameter
+    groups: list[dict[str, Any]]  # {"params": [...], "lr": float, "name": str}, the optimizer's groups
+    state: Callable[[], dict[str, Tensor]]
+    load: Callable[[dict[str, Tensor]], None]
+    trains_text: bool  # gradients flow through the text encoders
+    set_multiplier: Callable[[float], None] = lambda value: None
+    base_model: Callable[[], AbstractContextManager[Any]] = nullcontext  # inside it the model is what it was at the start
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for group in self.groups for p in group["params"]]
+
+
+class StepModule(nn.Module):
+    """Denoiser, text encoders and network as one module: what DDP and DeepSpeed wrap, and autocast surrounds.
+
+    forward(x_t, t, batch, tokens): tokens are None when the batch carries cached text outputs.
+    """
+
+    def __init__(self, family: ModelFamily, models: Models, trainables: Trainables) -> None:
+        super().__init__()
+        self.family = family
+        self.denoiser = models.denoiser
+        self.encoders = nn.ModuleList(models.encoders)
+        self.trained = trainables.module
+        self.trains_text = trainables.trains_text
+
+    def forward(self, x_t: Tensor, t: Tensor, batch: Batch, tokens: Tokens | None) -> Tensor:
+        cond = batch.cond
+        if cond is None:
+            assert tokens is not None
+            with torch.set_grad_enabled(self.trains_text and torch.is_grad_enabled()):
+                cond = self.family.encode_text(tokens, list(self.encoders))
+        return self.family.predict(self.denoiser, x_t, t, cond, batch)
+
+
+class GradientWatch:
+    """Remembers which trainable parameters ever received a gradient, until the first save."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.silent = {name for name, p in module.named_parameters() if p.requires_grad}
+        self._hooks = {
+            name: p.register_post_accumulate_grad_hook(lambda _, n=name: self._heard(n))
+            for name, p in module.named_parameters()
+            if p.requires_grad
+        }
+
+    def _heard(self, name: str) -> None:
+        self.silent.discard(name)
+        handle = self._hooks.pop(name, None)
+        if handle is not None:
+            handle.remove()
+
+    def stop(self) -> list[str]:
+        """End watching; the names of the modules none of whose parameters ever received a gradient."""
+        for handle in self._hooks.values():
+            handle.remove()
+        self._hooks.clear()
+        return sorted({name.rsplit(".", 1)[0] for name in self.silent})
