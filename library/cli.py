@@ -64,9 +64,8 @@ def guarded(action: Callable[[], int]) -> int:
 def _train(method: str, family: str, argv: Sequence[str], description: str) -> int:
     trainer_path, options_type = METHODS[method]
     entry = FAMILIES[family]
-    resolved = resolve(
-        options_type, entry.option_groups, argv, prog=Path(sys.argv[0]).name or "trainyard", description=description
-    )
+    prog = Path(sys.argv[0]).name or "trainyard"
+    resolved = resolve(options_type, entry.option_groups, argv, prog=prog, description=description)
     options = resolved.options
     if options.config.output_config:
         if not options.config.config_file:

@@ -30,9 +30,26 @@ def setup_logging(*, level: str | None, file: str | None, simple: bool) -> None:
     handler = logging.FileHandler(file, encoding="utf-8") if file else logging.StreamHandler(sys.stderr)
     style = "%(message)s" if simple else "%(asctime)s %(levelname)-7s %(message)s"
     handler.setFormatter(logging.Formatter(style, datefmt="%H:%M:%S"))
+    handler.addFilter(OnlyOnce())
     logger.addHandler(handler)
     logger.propagate = False
     logger.setLevel(level or "INFO" if is_main_process() else "ERROR")
+
+
+class OnlyOnce(logging.Filter):
+    """Lets each warning through once: what two checks find need not be read twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        if record.levelno < logging.WARNING:
+            return True
+        new = text not in self._seen
+        self._seen.add(text)
+        return new
 
 
 class progress:  # noqa: N801 - reads as a function: `with progress(10, "caching latents") as bar: bar.advance()`

@@ -71,6 +71,19 @@ class Batch:
 
         return replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)})
 
+    def pin_memory(self) -> Batch:
+        """The same batch with every tensor in page-locked memory; torch's DataLoader calls this."""
+        import torch
+
+        def pin(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                return value.pin_memory()
+            if isinstance(value, dict):
+                return {k: pin(v) for k, v in value.items()}
+            return value
+
+        return replace(self, **{f.name: pin(getattr(self, f.name)) for f in fields(self)})
+
 
 @dataclass(frozen=True)
 class Noised:

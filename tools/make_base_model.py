@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Make the built-in base model: pictures, autoencoder, text encoder, denoiser, diffusers folder, score.
 
 The shipped examples/base_model was made by
@@ -11,20 +12,22 @@ The denoiser stage goes on from its last save when started again after a stop.
 import argparse
 import dataclasses
 import json
+import random
 from collections.abc import Callable
 from multiprocessing import Pool
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
-from transformers import CLIPTextModel
-
 from base_model.assemble import assemble, folder_bytes, load_pipeline, sample
 from base_model.draw import (
+    CONCEPT_BACKGROUNDS,
+    concept_scene,
     contact_sheet,
+    draw_scene,
     picture_chunk,
     picture_set,
+    shape_piles,
     write_known_examples,
     write_rocket_examples,
 )
@@ -33,9 +36,11 @@ from base_model.text import pretrain_text_encoder, token_ids
 from base_model.tokenizer import build_tokenizer
 from base_model.training import Budget, save_atomically
 from base_model.unet import DenoiserTraining, TrainingSet, UnetOptions, build_unet, in_processes, train_denoiser
-from base_model.vae import encode, psnr, train_vae
+from base_model.vae import encode, polish_decoder, psnr, train_vae
+from diffusers import AutoencoderKL
+from transformers import CLIPTextModel
 
-PICTURE_SEED, HELD_OUT_SEED = 1000, 77
+PICTURE_SEED, HELD_OUT_SEED, POLISH_SEED = 1000, 77, 5000
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
@@ -57,6 +62,26 @@ def make_vae(options: argparse.Namespace) -> None:
     latents = encode(vae, pictures)
     save_atomically(latents, options.work / "latents.pt")
     print(f"latents: mean {latents.mean((0, 2, 3)).tolist()}, deviation {latents.std((0, 2, 3)).tolist()}")
+
+
+def polish_vae(options: argparse.Namespace) -> None:
+    """On the captioned pictures and as many piles of shapes, so that the decoder also serves other pictures."""
+    vae = AutoencoderKL.from_pretrained(options.work / "vae")
+    known, _ = picture_chunk(POLISH_SEED, options.polish_pictures)
+    pictures = np.concatenate([known, shape_piles(POLISH_SEED, options.polish_pictures)])
+    held_out, _ = picture_chunk(HELD_OUT_SEED, 200)
+    piles, rocket = shape_piles(HELD_OUT_SEED, 100), _rocket_pictures()
+    before = psnr(vae, held_out), psnr(vae, piles), psnr(vae, rocket)
+    polish_decoder(vae, pictures, Budget(samples=options.polish_samples))
+    after = psnr(vae, held_out), psnr(vae, piles), psnr(vae, rocket)
+    vae.save_pretrained(options.work / "vae_polished")
+    for name, old, new in zip(("things", "shape piles", "rocket"), before, after):
+        print(f"polish: {name} {old:.2f} -> {new:.2f} dB")
+
+
+def _rocket_pictures() -> np.ndarray:
+    rng = random.Random(HELD_OUT_SEED)
+    return np.stack([np.asarray(draw_scene(concept_scene(rng, name), rng)) for name in CONCEPT_BACKGROUNDS])
 
 
 def make_text_encoder(options: argparse.Namespace) -> None:
@@ -96,7 +121,7 @@ def _train_unet(options: argparse.Namespace) -> None:
 def make_folder(options: argparse.Namespace) -> None:
     training = _denoiser_training(options)
     training.use_averages()
-    vae = AutoencoderKL.from_pretrained(options.work / "vae")
+    vae = AutoencoderKL.from_pretrained(options.work / "vae_polished")
     assemble(options.output, vae=vae, text_encoder=training.text_encoder, unet=training.unet)
     print(f"assembled in {options.output}: {folder_bytes(options.output)}")
 
@@ -118,6 +143,7 @@ STAGES: dict[str, Callable[[argparse.Namespace], None]] = {
     "examples": make_examples,
     "pictures": make_pictures,
     "vae": make_vae,
+    "polish": polish_vae,
     "text": make_text_encoder,
     "unet": make_unet,
     "assemble": make_folder,
@@ -132,6 +158,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=EXAMPLES / "base_model", help="the diffusers folder")
     parser.add_argument("--pictures", type=int, default=16000)
     parser.add_argument("--vae_samples", type=int, default=13000)
+    parser.add_argument("--polish_samples", type=int, default=16000)
+    parser.add_argument("--polish_pictures", type=int, default=4000)
     parser.add_argument("--text_samples", type=int, default=12800)
     parser.add_argument("--samples", type=int, default=200_000, help="of the denoiser's training")
     parser.add_argument("--deadline_minutes", type=float, help="of denoiser training in all, instead of --samples")

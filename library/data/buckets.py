@@ -10,6 +10,8 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import numpy as np
+
 from library.data.records import BucketRules
 from library.errors import UserError
 
@@ -36,10 +38,17 @@ class BucketManager:
         self._known: dict[Size, Bucket] = {}
         if not rules.enable_bucket:
             self.predefined = [rules.resolution]
-            return
+        else:
+            self._prepare(rules)
+        self._ratios = np.array([width / height for width, height in self.predefined])
+
+    def _prepare(self, rules: BucketRules) -> None:
         step = rules.bucket_reso_steps
         # min is rounded down and max up, so that both are buckets
-        self.adjusted_min_max = (max(step, rules.min_bucket_reso // step * step), -(-rules.max_bucket_reso // step) * step)
+        self.adjusted_min_max = (
+            max(step, rules.min_bucket_reso // step * step),
+            -(-rules.max_bucket_reso // step) * step,
+        )
         if not rules.bucket_no_upscale:
             self.predefined = predefined_resolutions(rules.resolution, *self.adjusted_min_max, step)
 
@@ -48,7 +57,7 @@ class BucketManager:
         return self.rules.resolution[0] * self.rules.resolution[1]
 
     def select(self, size: Size, name: str = "a picture") -> Bucket:
-        """The bucket of a picture of `size`. Raises UserError (naming it `name`) when no side of at least one step is left."""
+        """The bucket of a picture of `size`. Raises UserError naming it `name` when a side would be below one step."""
         found = self._known.get(size)
         if found is None:
             found = self._fit(size) if self.predefined else self._fit_without_upscale(size)
@@ -56,13 +65,13 @@ class BucketManager:
         if min(found.reso) <= 0:
             step = self.rules.bucket_reso_steps
             raise UserError(
-                f"{name}: {size[0]}x{size[1]} is too small or too narrow for a bucket with sides of {step} pixels or more; "
-                f"remove it, lower bucket_reso_steps or switch bucket_no_upscale off"
+                f"{name}: {size[0]}x{size[1]} is too small or too narrow for a bucket, whose sides are at least {step} "
+                f"pixels; remove it, lower bucket_reso_steps or switch bucket_no_upscale off"
             )
         return found
 
     def assign(self, pictures: Iterable[tuple[str, Size]]) -> tuple[list[Bucket], list[str]]:
-        """(bucket of each picture, problems) for (name, size) pairs; a picture with a problem gets Bucket((0, 0), (0, 0))."""
+        """(bucket of each, problems) for (name, size) pairs; a picture with a problem gets Bucket((0, 0), (0, 0))."""
         buckets, problems = [], []
         for name, size in pictures:
             try:
@@ -77,8 +86,8 @@ class BucketManager:
         ratio = size[0] / size[1]
         if size in self.predefined:
             reso = size
-        else:  # min takes the first of equals
-            reso = min(self.predefined, key=lambda candidate: abs(candidate[0] / candidate[1] - ratio))
+        else:  # the first of equals
+            reso = self.predefined[int(np.abs(self._ratios - ratio).argmin())]
         scale = reso[1] / size[1] if ratio > reso[0] / reso[1] else reso[0] / size[0]
         return Bucket(reso, (_round(size[0] * scale), _round(size[1] * scale)))
 
@@ -107,7 +116,7 @@ class BucketManager:
 
 
 def predefined_resolutions(resolution: Size, low: int, high: int, step: int) -> list[Size]:
-    """Sorted sizes whose sides are multiples of `step` between `low` and `high` and whose area is at most the resolution's.
+    """Sorted sizes with sides in steps between `low` and `high` (the square may be smaller), of at most the same area.
 
     Raises UserError when not even the square has a side of one step.
     """
@@ -115,7 +124,8 @@ def predefined_resolutions(resolution: Size, low: int, high: int, step: int) -> 
     square = math.isqrt(area) // step * step
     if square == 0:
         raise UserError(
-            f"resolution: {resolution[0]}x{resolution[1]} is smaller than bucket_reso_steps = {step}; lower bucket_reso_steps"
+            f"resolution: {resolution[0]}x{resolution[1]} is smaller than bucket_reso_steps = {step}; "
+            f"lower bucket_reso_steps"
         )
     found = {(square, square)}
     for width in range(low, high + 1, step):
@@ -126,7 +136,7 @@ def predefined_resolutions(resolution: Size, low: int, high: int, step: int) -> 
 
 
 def crop_ltrb(reso: Size, size: Size) -> tuple[float, float, float, float]:
-    """(left, top, right, bottom) for SDXL's micro-conditioning: a picture of `size` scaled to fit inside `reso`, centred.
+    """(left, top, right, bottom) for SDXL's micro-conditioning: a picture of `size` scaled to fit in `reso`, centred.
 
     This is what existing models were trained with; it depends on the original size and not on the rounded `resized`.
     """

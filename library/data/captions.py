@@ -27,8 +27,8 @@ def final_caption(
 ) -> str:
     """The caption of one sample in one step. `epoch` counts from 1, `step` (optimizer steps) from 0.
 
-    A whole-caption dropout gives "". Otherwise: line, prefix and suffix, wildcards, token warm-up, shuffle, tag dropout,
-    secondary separator.
+    A whole-caption dropout gives "". Otherwise: line, prefix and suffix, wildcards, token warm-up, shuffle, tag
+    dropout, secondary separator.
     """
     if is_dropped(rules, rng, epoch=epoch):
         return ""
@@ -79,10 +79,10 @@ def _rearrange(caption: str, rules: CaptionRules, rng: random.Random, *, step: i
 
 
 def _split_tokens(caption: str, rules: CaptionRules) -> tuple[list[str], list[str], list[str]]:
-    """(kept in front, free, kept at the end). The keep_tokens_separator, where a caption has it, outranks keep_tokens."""
+    """(kept in front, free, kept at the end). keep_tokens_separator, where a caption has it, outranks keep_tokens."""
     marker = rules.keep_tokens_separator
     if marker and marker in caption:
-        parts = caption.split(marker, 2) + [""]
+        parts = [*caption.split(marker, 2), ""]
         front, free, end = ([t.strip() for t in p.split(rules.caption_separator) if t.strip()] for p in parts[:3])
         return front, free, end
     tokens = [token.strip() for token in caption.strip().split(rules.caption_separator)]
@@ -91,7 +91,7 @@ def _split_tokens(caption: str, rules: CaptionRules) -> tuple[list[str], list[st
 
 
 def _warm_tokens(count: int, rules: CaptionRules, *, step: int, total_steps: int) -> int:
-    """How many of `count` free tokens are used: from token_warmup_min at step 0 linearly to all at token_warmup_step."""
+    """How many of `count` free tokens are used: from token_warmup_min linearly to all at token_warmup_step."""
     last = rules.token_warmup_step
     if last < 1:
         last = math.floor(last * total_steps)
@@ -121,7 +121,7 @@ def _has_variants(rules: CaptionRules) -> bool:
 def uncacheable(rules: CaptionRules) -> str | None:
     """Why outputs of the text encoders cannot be cached under these rules, in one line; None when they can."""
     if rules.token_warmup_step > 0:
-        return "token_warmup_step changes the caption with every step: train without cached text encoder outputs, or set it to 0"
+        return "token_warmup_step changes captions with every step: do not cache text encoder outputs, or set it to 0"
     return None
 
 

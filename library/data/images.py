@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures: a file becomes RGB pixels of its bucket's size. PIL and numpy only; every draw comes from an explicit generator.
+"""Pictures: a file becomes RGB pixels of its bucket's size. PIL and numpy only; draws come from an explicit generator.
 
 What happens to unusual files, on purpose: EXIF orientation is applied; palette, grey and bilevel become RGB; 16 bit per
-channel is scaled (not cut) to 8; CMYK goes through its colour profile where it has one; transparent pixels are composited on
-white, except where the alpha channel is wanted as a mask: there the colours stay as they are under it. Of an animation the
-first frame is used.
+channel is scaled (not cut) to 8; CMYK goes through its colour profile where it has one; transparent pixels are
+composited on white, except where the alpha channel is wanted as a mask: there the colours stay as they are under it. Of
+an animation the first frame is used.
 """
 
 from __future__ import annotations
@@ -25,7 +25,17 @@ from library.data.records import ImageRules, Sample
 from library.errors import UserError
 
 # What PIL and its readers raise for damaged files
-DAMAGED = (OSError, ValueError, SyntaxError, EOFError, TypeError, struct.error, zlib.error, Image.DecompressionBombError)
+DAMAGED = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    TypeError,
+    RuntimeError,  # the plug-in for jxl
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
 
 # Modules that teach PIL a format which it may not read by itself, and how to install one
 READERS: dict[str, tuple[tuple[str, ...], str]] = {
@@ -55,7 +65,7 @@ GAMMA_RANGE = (0.95, 1.05)
 
 @dataclass(frozen=True)
 class Picture:
-    """Pixels of a file. rgb: H W 3 uint8; alpha: H W uint8 (255 = opaque), None when it was not asked for or is not there."""
+    """Pixels of a file. rgb: H W 3 uint8; alpha: H W uint8 (255 = opaque), None when not asked for or not there."""
 
     rgb: np.ndarray
     alpha: np.ndarray | None = None
@@ -76,7 +86,7 @@ def load_image(path: str, *, alpha: bool) -> Picture:
 
 
 def register_reader(path: str) -> None:
-    """Loads the plug-in that teaches PIL the format of `path`. Raises UserError with the install command when there is none."""
+    """Loads the plug-in that teaches PIL the format of `path`. Without one, UserError says how to install it."""
     suffix = os.path.splitext(path)[1].lower()
     if suffix not in READERS or suffix in Image.registered_extensions():
         return
@@ -99,7 +109,7 @@ def _reason(error: Exception) -> str:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """EXIF orientation applied. A damaged EXIF block is no damage to the picture, and says nothing about its orientation."""
+    """EXIF orientation applied. A damaged EXIF block is no damage to the picture, and says nothing of orientation."""
     try:
         return ImageOps.exif_transpose(image)
     except DAMAGED:
@@ -227,7 +237,7 @@ def resize_and_crop(
     face: Face | None = None,
     flipped: bool = False,
 ) -> Prepared:
-    """Resize, crop (centre, random or around the face), flip, colour. picture: H W 3 uint8; mask: h w uint8 of any size.
+    """Resize, crop (centre, random, around the face), flip, colour. picture: H W 3 uint8; mask: h w uint8, any size.
 
     Draws from `rng`: crop (x, then y), then colour.
     """
@@ -251,7 +261,7 @@ def resize_and_crop(
 
 
 def resize(picture: np.ndarray, size: Size, interpolation: str | None = None) -> np.ndarray:
-    """H W (3) uint8 resized to (width, height). Without `interpolation`: area when both sides shrink or stay, else Lanczos."""
+    """H W (3) uint8 resized to (width, height). By default: area when both sides shrink or stay, else Lanczos."""
     height, width = picture.shape[:2]
     if (width, height) == size:
         return picture

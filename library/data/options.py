@@ -105,7 +105,9 @@ class DataOptions:
     color_aug: bool = option(False, help="Vary hue and brightness at random.")
     flip_aug: bool = option(False, help="Mirror half of the pictures at random.")
     face_crop_aug_range: tuple[float, float] | None = option(
-        None, help="Zoom range a,b of random crops around the face that is named in the file name.", parse=parse_zoom_range
+        None,
+        help="Zoom range a,b of random crops around the face that is named in the file name.",
+        parse=parse_zoom_range,
     )
     random_crop: bool = option(False, help="Cut at a random place instead of the middle.")
     debug_dataset: bool = option(False, help="Show what the first batches contain, and stop.")
@@ -128,7 +130,7 @@ class DataOptions:
     dataset_class: str | None = option(
         None,
         help="Dataset class of your own.",
-        answer="not loaded: describe the data in --dataset_config; metadata_file subsets take captions from any program",
+        answer="not loaded: describe the data in --dataset_config, where metadata_file takes captions of any program",
     )
     caption_dropout_rate: float = option(0.0, help="Share of captions that are left empty.", check=between(0, 1))
     caption_dropout_every_n_epochs: int = option(
@@ -140,7 +142,9 @@ class DataOptions:
     max_data_loader_n_workers: int = option(8, help="Most processes that load pictures.", check=at_least(0))
     persistent_data_loader_workers: bool = option(False, help="Keep the loading processes from epoch to epoch.")
     prior_loss_weight: float = option(1.0, help="Weight of the loss of regularisation pictures.", check=at_least(0))
-    conditioning_data_dir: str | None = option(None, help="Folder of masks (or control pictures) with the pictures' names.")
+    conditioning_data_dir: str | None = option(
+        None, help="Folder of masks (or control pictures) with the pictures' names."
+    )
     masked_loss: bool = option(False, help="Count the loss only where the mask is white.")
     validation_seed: int | None = option(None, help="Seed of the choice of validation pictures (default: --seed).")
     validation_split: float = option(0.0, help="Share of the pictures kept for validation.", check=between(0, 1))
@@ -177,7 +181,9 @@ class CacheOptions:
         None, help="Captions that are encoded at once (default: --train_batch_size).", check=at_least(1)
     )
     caption_variants: int = option(
-        8, help="Variants of a shuffled, dropped or wildcard caption that are kept when captions are cached.", check=at_least(1)
+        8,
+        help="Variants of a shuffled, dropped or wildcard caption that are kept when captions are cached.",
+        check=at_least(1),
     )
     cache_dir: str | None = option(None, help="Folder of the caches (default: .trainyard in each picture folder).")
 
@@ -194,4 +200,4 @@ class CacheOptions:
     def problems(self) -> Iterator[str]:
         """Combinations that make no sense, one line each."""
         if self.skip_cache_check and not (self.cache_latents_to_disk or self.cache_text_encoder_outputs_to_disk):
-            yield "--skip_cache_check has no effect without --cache_latents_to_disk or --cache_text_encoder_outputs_to_disk"
+            yield "--skip_cache_check has no effect without --cache_latents_to_disk or the same for text outputs"

@@ -12,43 +12,30 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import json
 import os
 import shutil
 import threading
 import time
 import uuid
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Protocol
+from typing import BinaryIO, Protocol
 
 import torch
 from torch import Tensor
 
 from library.data.store_index import Entry, FileRow, Index, ShardState, no_space, unwritable
+from library.data.tensor_bytes import Packed, Tensors, pack, unpack, view_bytes
 from library.errors import UserError
 
-DTYPES = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-    "uint8": torch.uint8,
-    "int64": torch.int64,
-    "int32": torch.int32,
-    "bool": torch.bool,
-}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-ALIGNMENT = 64  # bytes; a tensor of any dtype can be a view of the bytes read
 SHARD_BYTES = 1 << 30
 GROUP_BYTES = 64 << 20
 GROUP_SECONDS = 5.0
 ABANDONED_SECONDS = 3600.0
 HAS_PREADV = hasattr(os, "preadv")  # not on Windows; reads without a lock
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-Tensors = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -117,53 +104,7 @@ class MemoryStore:
         """Nothing is open."""
 
 
-# ---- bytes of a record ------------------------------------------------------------------------------------------------
-
-
-class Packed(NamedTuple):
-    """A record as bytes: the parts one after the other, and the JSON that takes them apart again."""
-
-    parts: list[memoryview]
-    length: int
-    checksum: int
-    layout: str
-
-
-def pack(tensors: Tensors) -> Packed:
-    """The bytes of the tensors, each padded to ALIGNMENT. Raises ValueError for a dtype that is not in DTYPES."""
-    parts: list[memoryview] = []
-    layout, length, checksum = [], 0, 0
-    for name, tensor in tensors.items():
-        if tensor.dtype not in NAMES:
-            raise ValueError(f"a tensor of dtype {tensor.dtype} cannot be stored")
-        layout.append((name, NAMES[tensor.dtype], tuple(tensor.shape)))
-        data = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
-        for part in (memoryview(data.numpy()), memoryview(bytes(-data.numel() % ALIGNMENT))):
-            if part.nbytes:
-                parts.append(part)
-                length += part.nbytes
-                checksum = zlib.crc32(part, checksum)
-    return Packed(parts, length, checksum, json.dumps(layout))
-
-
-@functools.lru_cache(maxsize=4096)
-def _slices(layout: str) -> tuple[tuple[str, torch.dtype, tuple[int, ...], int, int], ...]:
-    """(name, dtype, shape, first byte, end byte) of every tensor of a layout."""
-    result, start = [], 0
-    for name, dtype_name, shape in json.loads(layout):
-        dtype = DTYPES[dtype_name]
-        end = start + dtype.itemsize * functools.reduce(lambda a, b: a * b, shape, 1)
-        result.append((name, dtype, tuple(shape), start, end))
-        start = end + -end % ALIGNMENT
-    return tuple(result)
-
-
-def unpack(buffer: Tensor, layout: str) -> dict[str, Tensor]:
-    """Views of the bytes (uint8, one dimension), as `pack` laid them out."""
-    return {name: buffer[start:end].view(dtype).view(shape) for name, dtype, shape, start, end in _slices(layout)}
-
-
-# ---- reading ------------------------------------------------------------------------------------------------------------
+# ---- reading --------------------------------------------------------------------------------------------------------
 
 
 class _Reader:
@@ -177,7 +118,7 @@ class _Reader:
     def read(self, entry: Entry) -> Tensor | None:
         """The bytes of one record, or None when the file is not there or too short."""
         buffer = torch.empty(entry.length, dtype=torch.uint8)
-        view = memoryview(buffer.numpy())
+        view = view_bytes(buffer)
         try:
             file = self._open(entry.shard)
             count = self._read_into(file, view, entry.start)
@@ -204,7 +145,7 @@ class _Reader:
             self._files.pop(key).close()
 
 
-# ---- writing ------------------------------------------------------------------------------------------------------------
+# ---- writing --------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -242,19 +183,21 @@ class PackedStore:
         self._index = Index(self.folder)
         self._reader = _Reader(self.folder)
         self._writer: _Writer | None = None
-        self._verified: dict[bytes, Entry] = {}
+        self._entries: dict[bytes, Entry] = {}  # as last seen in the index
+        self._verified: set[bytes] = set()  # keys whose checksum was right
 
     def __reduce__(self) -> tuple:
         """A copy in another process opens the same folder."""
-        return functools.partial(PackedStore, shard_bytes=self.shard_bytes, group_bytes=self.group_bytes), (str(self.folder),)
+        make = functools.partial(PackedStore, shard_bytes=self.shard_bytes, group_bytes=self.group_bytes)
+        return make, (str(self.folder),)
 
-    # ---- write ----
+    # ---- write ------------------------------------------------------------------------------------------------------
 
     def put(self, key: bytes, tensors: Tensors, owner: bytes = b"") -> None:
         """Append one record. It is safe after `flush`, which happens by itself every GROUP_BYTES or GROUP_SECONDS.
 
-        owner: digest of the file that the record was made from; when no file has that content any more, `prune` may
-        drop the record. Raises UserError when the disk is full or the folder cannot be written.
+        owner: digest of the file that the record was made from; when that file has another content, `prune` may drop
+        the record. Raises UserError when the disk is full or the folder cannot be written.
         """
         self._append(key, pack(tensors), owner)
 
@@ -295,7 +238,8 @@ class PackedStore:
             with self._disk_errors(writer, packed.length):
                 start = writer.append(packed.parts)
             writer.pending[key] = Entry(key, writer.name, start, packed.length, packed.checksum, packed.layout, owner)
-            self._verified.pop(key, None)
+            self._entries.pop(key, None)
+            self._verified.discard(key)
             group_full = writer.position - writer.safe >= self.group_bytes
             shard_full = writer.position >= self.shard_bytes
             if group_full or shard_full or time.monotonic() - writer.group_start >= GROUP_SECONDS:
@@ -347,23 +291,21 @@ class PackedStore:
         reason = error.strerror or str(error)
         return no_space(self.folder, needed, reason) if error.errno in FULL else unwritable(self.folder, reason)
 
-    # ---- read ----
+    # ---- read -------------------------------------------------------------------------------------------------------
 
     def get(self, key: bytes) -> dict[str, Tensor]:
         """The tensors under `key`, fresh ones. Raises KeyError when the record is missing or damaged.
 
         The checksum is computed at the first read of a record by this process.
         """
-        entry = self._verified.get(key)
-        if entry is not None and (buffer := self._reader.read(entry)) is not None:
-            return unpack(buffer, entry.layout)
-        entry = self._find([key]).get(key)
-        if entry is None:
+        entry = self._entries.get(key)
+        buffer = self._trusted(entry) if entry is not None else None
+        if buffer is None:  # not known here, or moved by the `prune` of another process
+            self._verified.discard(key)
+            entry = self._find([key]).get(key)
+            buffer = self._trusted(entry) if entry is not None else None
+        if entry is None or buffer is None:
             raise KeyError(key)
-        buffer = self._whole(entry)
-        if buffer is None:
-            raise KeyError(key)
-        self._verified[key] = entry
         return unpack(buffer, entry.layout)
 
     def check(self, keys: Iterable[bytes], *, quick: bool = False) -> Found:
@@ -387,12 +329,23 @@ class PackedStore:
 
     def _find(self, keys: Sequence[bytes]) -> dict[bytes, Entry]:
         self.flush()
-        return self._index.find(keys)
+        found = self._index.find(keys)
+        self._entries.update(found)
+        return found
+
+    def _trusted(self, entry: Entry) -> Tensor | None:
+        """The bytes of a record, checked when this process reads it for the first time; None when damaged."""
+        if entry.key in self._verified:
+            return self._reader.read(entry)
+        buffer = self._whole(entry)
+        if buffer is not None:
+            self._verified.add(entry.key)
+        return buffer
 
     def _whole(self, entry: Entry) -> Tensor | None:
         """The bytes of a record, or None when they are not what was written."""
         buffer = self._reader.read(entry)
-        return buffer if buffer is not None and zlib.crc32(memoryview(buffer.numpy())) == entry.checksum else None
+        return buffer if buffer is not None and zlib.crc32(view_bytes(buffer)) == entry.checksum else None
 
     def _check_shard(self, name: str, known: ShardState | None) -> set[bytes]:
         """Keys of the damaged records of a shard, after dropping them."""
@@ -409,7 +362,7 @@ class PackedStore:
             self._index.set_shard_state(state)
         return {entry.key for entry in bad}
 
-    # ---- files and unused records ----
+    # ---- files and unused records -----------------------------------------------------------------------------------
 
     def file_rows(self, paths: Sequence[str]) -> dict[str, FileRow]:
         """What is remembered of the files at these paths."""
@@ -422,7 +375,7 @@ class PackedStore:
             self._index.set_file_rows(rows)
 
     def prune(self, *, abandoned_s: float = ABANDONED_SECONDS) -> int:
-        """When more than half of all bytes belong to no living record, write the living ones anew; returns bytes freed.
+        """When over half of all bytes belong to no record or a dead one, write the living anew; returns bytes freed.
 
         Shards that were written to within `abandoned_s` seconds may belong to a running process and are left alone.
         """
@@ -444,10 +397,10 @@ class PackedStore:
         if (writer := self._own_writer()) is not None and writer.name == shard:
             writer.file.close()
             self._writer = None
-        owners, moved = self._index.owners_in_use() | {b""}, 0
+        dead, moved = self._index.dead_owners(), 0
         for entry in self._index.of_shard(shard):
-            if entry.owner in owners and (buffer := self._whole(entry)) is not None:
-                parts = [memoryview(buffer.numpy())]
+            if entry.owner not in dead and (buffer := self._whole(entry)) is not None:
+                parts = [view_bytes(buffer)]
                 self._append(entry.key, Packed(parts, entry.length, entry.checksum, entry.layout), entry.owner)
                 moved += entry.length
         self.flush()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The index of a packed store: an sqlite file that says which shard holds which record, and which file has which content.
+"""The index of a packed store: an sqlite file that says where each record is, and which file has which content.
 
 A row is committed only after its bytes are on the disk, so whatever is in the index can be read. sqlite serialises the
 writers; the rollback journal (not WAL) is used because it also works on network folders and on read-only ones.
@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sqlite3
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -29,11 +31,12 @@ CREATE TABLE IF NOT EXISTS records (key BLOB PRIMARY KEY, shard TEXT, start INTE
     layout TEXT, owner BLOB) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS records_by_shard ON records (shard);
 CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER, digest BLOB) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS retired (digest BLOB PRIMARY KEY) WITHOUT ROWID;
 """
 
 
 class Entry(NamedTuple):
-    """Where a record lies. `layout` is the JSON list of [name, dtype, shape]; `owner` is the digest of its source file."""
+    """Where a record lies. `layout`: JSON list of [name, dtype, shape]; `owner`: digest of its source file."""
 
     key: bytes
     shard: str
@@ -76,19 +79,20 @@ class Index:
 
     def find(self, keys: Sequence[bytes]) -> dict[bytes, Entry]:
         """The entries of those keys that are present."""
-        return {row[0]: Entry(*row) for row in self._select_many("SELECT * FROM records WHERE key IN", keys)}
+        return {row[0]: _entry(row) for row in self._select_many("SELECT * FROM records WHERE key IN", keys)}
 
     def of_shard(self, name: str) -> list[Entry]:
         """All entries of one shard, in the order of the bytes."""
-        return [Entry(*row) for row in self._select("SELECT * FROM records WHERE shard = ? ORDER BY start", (name,))]
+        return [_entry(row) for row in self._select("SELECT * FROM records WHERE shard = ? ORDER BY start", (name,))]
 
     def is_empty(self) -> bool:
         return not self._select("SELECT 1 FROM records LIMIT 1")
 
     def add(self, entries: Iterable[Entry], shard: ShardState) -> None:
         """Commit records whose bytes are already safe, with the state of their shard, in one transaction."""
-        with self._transaction() as connection:
-            connection.executemany("INSERT OR REPLACE INTO records VALUES (?, ?, ?, ?, ?, ?, ?)", entries)
+        rows = list(entries)
+        with self._transaction(sum(row.length for row in rows)) as connection:
+            connection.executemany("INSERT OR REPLACE INTO records VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
             connection.execute("INSERT OR REPLACE INTO shards VALUES (?, ?, ?)", shard)
 
     def drop(self, entries: Iterable[Entry]) -> None:
@@ -112,25 +116,31 @@ class Index:
             connection.execute("DELETE FROM shards WHERE name = ?", (name,))
 
     def live_bytes(self) -> dict[str, int]:
-        """Bytes per shard of the records that have no owner, or one whose content is still that of some file."""
-        query = """SELECT shard, sum(length) FROM records
-                   WHERE owner = x'' OR owner IN (SELECT digest FROM files) GROUP BY shard"""
-        return dict(self._select(query))
+        """Bytes per shard of the records that are not dead."""
+        dead = self.dead_owners()
+        live: dict[str, int] = {}
+        for shard, owner, size in self._select("SELECT shard, owner, sum(length) FROM records GROUP BY shard, owner"):
+            live[shard] = live.get(shard, 0) + (0 if owner in dead else size)
+        return live
 
-    def owners_in_use(self) -> set[bytes]:
-        """The content of every file that was ever seen, as it was when last seen."""
-        return {row[0] for row in self._select("SELECT digest FROM files")}
+    def dead_owners(self) -> set[bytes]:
+        """Contents that some file once had and that no file has now."""
+        query = "SELECT digest FROM retired WHERE digest NOT IN (SELECT digest FROM files)"
+        return {row[0] for row in self._select(query)}
 
-    # ---- contents of files --------------------------------------------------------------------------------------------
+    # ---- contents of files ------------------------------------------------------------------------------------------
 
     def file_rows(self, paths: Sequence[str]) -> dict[str, FileRow]:
         return {row[0]: FileRow(*row) for row in self._select_many("SELECT * FROM files WHERE path IN", paths)}
 
     def set_file_rows(self, rows: Iterable[FileRow]) -> None:
+        rows = list(rows)
         with self._transaction() as connection:
+            changed = "INSERT OR IGNORE INTO retired SELECT digest FROM files WHERE path = ? AND digest <> ?"
+            connection.executemany(changed, [(row.path, row.digest) for row in rows])
             connection.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", rows)
 
-    # ---- sqlite -------------------------------------------------------------------------------------------------------
+    # ---- sqlite -----------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
         with self._lock:
@@ -149,8 +159,8 @@ class Index:
             yield from self._select(f"{query} ({','.join('?' * len(chunk))})", chunk)
 
     @contextlib.contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._lock, self._errors():
+    def _transaction(self, needed: int = 0) -> Iterator[sqlite3.Connection]:
+        with self._lock, self._errors(needed):
             connection = self._connected(create=True)
             assert connection is not None
             connection.execute("BEGIN IMMEDIATE")
@@ -183,20 +193,26 @@ class Index:
         with contextlib.suppress(FileNotFoundError):
             if self.path.stat().st_ino == opened:  # else another process has just done the same
                 os.replace(self.path, damaged)
-                get_logger().warning(f"cache index {self.path} is damaged: kept as {damaged.name}, everything is encoded again")
+                get_logger().warning(f"{self.path} is damaged: kept as {damaged.name}, everything is encoded again")
         return _connect(self.path)
 
     @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
+    def _errors(self, needed: int = 0) -> Iterator[None]:
         try:
             yield
         except sqlite3.DatabaseError as error:
             text = str(error)
             if "full" in text or "disk I/O" in text:
-                raise no_space(self.folder, 0, text) from error
+                raise no_space(self.folder, needed, text) from error
             if "readonly" in text or "unable to open" in text:
                 raise unwritable(self.folder, text) from error
-            raise UserError(f"--cache_dir: {self.path} cannot be used ({text}); delete the folder or give another one") from error
+            message = f"--cache_dir: {self.path} cannot be used ({text}); delete the folder or give another one"
+            raise UserError(message) from error
+
+
+def _entry(row: tuple) -> Entry:
+    """Shard names and layouts are few: every entry shares them."""
+    return Entry(row[0], sys.intern(row[1]), row[2], row[3], row[4], sys.intern(row[5]), row[6])
 
 
 def _connect(path: Path) -> sqlite3.Connection:
@@ -210,7 +226,7 @@ def _connect(path: Path) -> sqlite3.Connection:
         if version == 0:
             _create_tables(connection)
         elif version != VERSION:
-            raise UserError(f"--cache_dir: {path} has format {version}, this version reads {VERSION}: give another folder")
+            raise UserError(f"--cache_dir: {path} has format {version}, not {VERSION}: give another folder")
     except BaseException:
         connection.close()
         raise
@@ -227,12 +243,11 @@ def _create_tables(connection: sqlite3.Connection) -> None:
 
 def no_space(folder: Path, needed: int, reason: str) -> UserError:
     """The error for a full disk: names the folder, what is needed and what is there."""
-    import shutil
-
     free = shutil.disk_usage(folder).free
     need = f"{megabytes(needed)} more needed, " if needed else ""
     return UserError(
-        f"--cache_dir: no space for the cache in {folder} ({need}{megabytes(free)} free; {reason}): make room or give another --cache_dir"
+        f"--cache_dir: no space for the cache in {folder} ({need}{megabytes(free)} free; {reason}): "
+        "make room, or give another folder with --cache_dir"
     )
 
 

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files and folders that are whole or not there.
 
-A file is written beside its place under a temporary name, flushed to the disk, read back, and renamed. A folder alike; an older
-folder is first moved aside, so that at every instant a whole one exists, and `clean_leftovers` finishes what a kill interrupted.
+A file is written beside its place under a temporary name, flushed to the disk, read back, and renamed. A folder alike;
+an older folder is first moved aside, so that at every instant a whole one exists, and `clean_leftovers` finishes what a
+kill interrupted.
 
-Temporary names: `.<stem>~<stage>~<host>~<pid>~<number><suffix>` with the stages tmp (being written), new (whole, not yet in
-place) and old (moved aside). The ending stays: other people's writers choose the file type by it.
+Temporary names: `.<stem>~<stage>~<host>~<pid>~<process><number><suffix>` with the stages tmp (being written), new
+(whole, not yet in place) and old (moved aside). The ending stays: other people's writers choose the file type by it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import functools
 import os
 import platform
 import re
@@ -19,7 +22,6 @@ import time
 import uuid
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,9 +29,12 @@ from library.errors import UserError
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG} if hasattr(errno, "EDQUOT") else {errno.ENOSPC, errno.EFBIG}
 # Writers in Rust and C++ tell the same in words only.
-FULL_WORDS = ("No space left", "StorageFull", "not enough space", "File too large", "Disk quota", "PytorchStreamWriter failed")
+FULL_WORDS = ("No space left", "File too large", "Disk quota", "not enough space", "PytorchStreamWriter failed")
 FOREIGN_AGE_S = 24 * 3600.0  # a leftover of another machine is old enough to be dead
-TEMP_NAME = re.compile(r"\.(?P<stem>.+)~(?P<stage>tmp|new|old)~(?P<host>[0-9a-f]{8})~(?P<pid>\d+)~[0-9a-f]{8}(?P<suffix>\..*)?")
+TEMP_NAME = re.compile(
+    r"\.(?P<stem>.+)~(?P<stage>tmp|new|old)~(?P<host>[0-9a-f]{8})~(?P<pid>\d+)"
+    r"~(?P<process>[0-9a-f]{8})[0-9a-f]{8}(?P<suffix>\..*)?"
+)
 
 
 class SaveError(UserError):
@@ -67,7 +72,7 @@ def atomic_write(
     return path
 
 
-@contextmanager
+@contextlib.contextmanager
 def saving(path: Path, size: int) -> Iterator[None]:
     """Turn what a file system says into a SaveError that names the folder."""
     try:
@@ -75,18 +80,22 @@ def saving(path: Path, size: int) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno not in FULL and not _sounds_full(error):
-            raise SaveError(f"cannot write {path}: {error.strerror or error}; nothing was changed") from error
-        if not isinstance(error, OSError) and not _sounds_full(error):
-            raise
-        need = f"{size:,} bytes are needed" if size else "it does not fit"
-        raise SaveError(
-            f"{path.parent}: no room left for {path.name}: {need}, {free_bytes(path.parent):,} are free; the older file is untouched"
-        ) from error
+        if _means_full(error):
+            need = f"{size:,} bytes are needed, " if size else ""
+            free = f"{free_bytes(path.parent):,} are free"
+            raise SaveError(f"{path.parent}: no room left for {path.name}: {need}{free}; an older one stays") from error
+        if isinstance(error, OSError):
+            raise SaveError(f"cannot write {path}: {error.strerror or error}; an older one stays") from error
+        raise
 
 
-def _sounds_full(error: Exception) -> bool:
-    return any(word in str(error) for word in FULL_WORDS)
+def _means_full(error: BaseException | None) -> bool:
+    """True when the error, or one that it came from, says that there is no room. torch.save hides the first one."""
+    while error is not None:
+        if (isinstance(error, OSError) and error.errno in FULL) or any(word in str(error) for word in FULL_WORDS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def free_bytes(folder: Path) -> int:
@@ -109,7 +118,7 @@ def _with_retries(action: Callable[[], None]) -> None:
 # ---- folders ------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
+@contextlib.contextmanager
 def atomic_folder(path: str | Path, *, size: int = 0) -> Iterator[Path]:
     """Yield an empty temporary folder; when the block ends well, its content is flushed and takes the name `path`.
 
@@ -132,7 +141,7 @@ def atomic_folder(path: str | Path, *, size: int = 0) -> Iterator[Path]:
 
 
 def _swap_in(temp: Path, path: Path) -> None:
-    """Rename the whole folder `temp` to `path`; another process may do the same at the same time, the last one stays."""
+    """Rename the whole folder `temp` to `path`; another process may do so at the same time, the last one stays."""
     new = temp_name(path, "new")
     os.rename(temp, new)
     moved = []
@@ -165,13 +174,20 @@ class TempName:
     stage: str
     host: str
     pid: int
+    process: str
+
+
+@functools.cache
+def _process() -> str:
+    """Tells this process from an earlier one with the same id, which is usual in containers."""
+    return uuid.uuid4().hex[:8]
 
 
 def temp_name(path: Path, stage: str) -> Path:
     """A new temporary name beside `path`, on the same file system, short enough for every file system."""
     suffix = path.suffix if len(path.suffix) < 20 else ""
     stem = path.name[: len(path.name) - len(suffix)]
-    return path.with_name(f".{stem}~{stage}~{_host()}~{os.getpid()}~{uuid.uuid4().hex[:8]}{suffix}")
+    return path.with_name(f".{stem}~{stage}~{_host()}~{os.getpid()}~{_process()}{uuid.uuid4().hex[:8]}{suffix}")
 
 
 def read_temp_name(name: str) -> TempName | None:
@@ -179,7 +195,8 @@ def read_temp_name(name: str) -> TempName | None:
     found = TEMP_NAME.fullmatch(name)
     if found is None:
         return None
-    return TempName(found["stem"] + (found["suffix"] or ""), found["stage"], found["host"], int(found["pid"]))
+    final = found["stem"] + (found["suffix"] or "")
+    return TempName(final, found["stage"], found["host"], int(found["pid"]), found["process"])
 
 
 def _host() -> str:
@@ -189,7 +206,7 @@ def _host() -> str:
 def _is_dead(temp: TempName, path: Path) -> bool:
     if temp.host == _host() and os.name != "nt":  # os.kill on Windows would end the process
         if temp.pid == os.getpid():
-            return False
+            return temp.process != _process()
         try:
             os.kill(temp.pid, 0)
         except ProcessLookupError:
@@ -206,23 +223,31 @@ def _is_dead(temp: TempName, path: Path) -> bool:
 def clean_leftovers(folder: str | Path) -> list[str]:
     """Remove what killed runs left half-written in `folder`, and put whole folders back to their name.
 
-    Returns the final names that were affected. Temporary files of running processes, and everything that is not named by
-    `temp_name`, stay. Raises nothing: what cannot be removed stays.
+    Returns the final names that were affected. Temporary files of running processes, and everything that is not named
+    by `temp_name`, stay. Raises nothing: what cannot be removed stays.
     """
     folder = Path(folder)
     if not folder.is_dir():
         return []
     found = [(p, t) for p in folder.iterdir() if (t := read_temp_name(p.name)) and _is_dead(t, p)]
-    newest = sorted(found, key=lambda item: (item[1].stage != "new", item[1].stage != "old", -item[0].stat().st_mtime_ns))
-    for path, temp in newest:
-        final = folder / temp.final
-        if path.is_dir() and temp.stage in ("new", "old") and not final.exists():
-            os.rename(path, final)
-        elif path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+    # A whole new folder goes first, so that it, and not the older one, gets the name.
+    for path, temp in sorted(found, key=lambda item: ("new", "old", "tmp").index(item[1].stage)):
+        with contextlib.suppress(OSError):
+            final = folder / temp.final
+            if path.is_dir() and temp.stage != "tmp" and not final.exists():
+                os.rename(path, final)
+            elif path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
     return sorted({temp.final for _, temp in found})
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder so that it is whole or gone at every instant: it loses its name first."""
+    gone = temp_name(path, "tmp")
+    os.rename(path, gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 # ---- to the disk --------------------------------------------------------------------------------------------------

@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import os
 import pickle
-import shutil
 import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,7 +12,7 @@ import torch
 from torch import Tensor
 
 from library.errors import StopTraining, UserError, first_names
-from library.io.atomic import SaveError, atomic_write, clean_leftovers, free_bytes
+from library.io.atomic import SaveError, atomic_write, clean_leftovers, free_bytes, remove_folder
 from library.io.metadata import tensor_hashes
 from library.io.options import SaveOptions, StateOptions, name_problems
 from library.io.tensor_file import check_safetensors, data_bytes, write_safetensors
@@ -61,12 +59,12 @@ def epochs_between_saves(options: SaveOptions, total_epochs: int) -> int | None:
 
 def saves_after_epoch(epoch: int, *, total: int, every: int | None) -> bool:
     """Whether epoch (1 is the first) ends with a save; the last one is saved under the run's own name only."""
-    return bool(every) and epoch % every == 0 and epoch < total
+    return every is not None and every > 0 and epoch % every == 0 and epoch < total
 
 
 def saves_after_step(step: int, *, every: int | None) -> bool:
     """Whether optimizer step (1 is the first) ends with a save."""
-    return bool(every) and step > 0 and step % every == 0
+    return every is not None and every > 0 and step > 0 and step % every == 0
 
 
 def outdated_epoch(epoch: int, *, every: int, keep: int | None) -> int | None:
@@ -125,10 +123,10 @@ def check_output(
     leftovers = clean_leftovers(folder)
     for name in files:
         if (folder / name).is_dir():
-            problems.append(f"--output_name: {folder / name} is a folder, but the run wants to write a file of that name")
+            problems.append(f"--output_name: {folder / name} is a folder, where the run wants to write a file")
     for name in states:
         if (folder / name).exists() and not (folder / name).is_dir():
-            problems.append(f"--output_name: {folder / name} is a file, but the run wants to write a state folder of that name")
+            problems.append(f"--output_name: {folder / name} is a file, where the run wants to write a state folder")
     free = free_bytes(folder)
     if free < needed_bytes:
         problems.append(f"--output_dir: {folder} has {free:,} bytes free, but a save needs {needed_bytes:,}")
@@ -147,7 +145,6 @@ def _folder_problem(folder: Path) -> str | None:
         trial = folder / f".trial-{uuid.uuid4().hex}"
         try:
             trial.write_bytes(b"x" * 4096)
-            os.replace(trial, trial)
         finally:
             trial.unlink(missing_ok=True)
     except OSError as error:
@@ -167,38 +164,40 @@ def require_finite(tensors: Mapping[str, Tensor], path: str | Path) -> None:
     """Raises StopTraining when a weight is inf or nan, so that it never replaces a good file."""
     bad = nonfinite_names(tensors)
     if bad:
-        raise StopTraining(f"{path} is not written: {len(bad)} of {len(tensors)} tensors are not finite ({first_names(bad)})")
+        count = f"{len(bad)} of {len(tensors)} tensors"
+        raise StopTraining(f"{path} is not written: {count} are not finite ({first_names(bad)})")
 
 
-def save_lora(
+def save_tensors(
     path: str | Path,
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
     *,
-    save_model_as: str = "safetensors",
     dtype: torch.dtype | None = None,
+    hashes: bool = True,
 ) -> Path:
-    """Write an adapter's tensors atomically, in `dtype` if given.
+    """Write weights atomically, in `dtype` if given. The ending of `path` says how.
 
-    safetensors: with `metadata` and both hashes of `metadata.tensor_hashes`. ckpt and pt: a pickle of the tensors only.
+    .safetensors: with `metadata`, and for adapters (`hashes`) with the identities of `metadata.tensor_hashes`.
+    .ckpt, .pt: a pickle of the tensors only.
     Raises SaveError (disk, permissions), StopTraining (a weight is not finite).
     """
     path = Path(path)
     ready = {n: t.detach().to("cpu", dtype if t.is_floating_point() else None).contiguous() for n, t in tensors.items()}
     require_finite(ready, path)
     size = data_bytes(ready)
-    if save_model_as == "safetensors":
-        complete = {**metadata, **tensor_hashes(ready, metadata)}
-        digest = complete["sshs_model_hash"]
+    if path.suffix == ".safetensors":
+        complete = {**metadata, **(tensor_hashes(ready, metadata) if hashes else {})}
+        written: list[str] = []
         return atomic_write(
             path,
-            lambda temp: write_safetensors(temp, ready, complete),
-            lambda temp: check_safetensors(temp, digest),
+            lambda temp: written.append(write_safetensors(temp, ready, complete)),
+            lambda temp: check_safetensors(temp, written[0]),
             size=size,
         )
     # A slice would drag its whole storage into the pickle.
     alone = {n: t.clone() for n, t in ready.items()}
-    return atomic_write(path, lambda temp: _write_pickle(temp, alone), lambda temp: _check_pickle(temp, alone), size=size)
+    return atomic_write(path, lambda t: _write_pickle(t, alone), lambda t: _check_pickle(t, alone), size=size)
 
 
 def _write_pickle(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -210,9 +209,9 @@ def _check_pickle(path: Path, tensors: dict[str, Tensor]) -> None:
     try:
         again = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise SaveError(f"{path.parent}: what was written does not read back ({error}); the older file is untouched") from error
+        raise SaveError(f"{path.parent}: what was written does not read back: {error}") from error
     if again.keys() != tensors.keys():
-        raise SaveError(f"{path.parent}: what was written reads back with other content; the older file is untouched")
+        raise SaveError(f"{path.parent}: what was written reads back with other content")
 
 
 def remove_state(folder: str | Path, name: str, marker: str = "train_state.json") -> bool:
@@ -220,5 +219,5 @@ def remove_state(folder: str | Path, name: str, marker: str = "train_state.json"
     path = Path(folder) / name
     if not (path / marker).is_file():
         return False
-    shutil.rmtree(path)
+    remove_folder(path)
     return True

@@ -19,11 +19,11 @@ class SaveOptions:
     output_dir: str | None = option(None, help="Folder for everything that the run writes.")
     output_name: str | None = option(None, help="File name of the result, without folder and ending.")
     save_precision: str | None = option(
-        None, choices=("float", "fp16", "bf16"), help="Number format of the saved weights; not given: as they are trained."
+        None, choices=("float", "fp16", "bf16"), help="Number format of the saved weights; not given: as trained."
     )
     save_every_n_epochs: int | None = option(None, check=at_least(0), help="Save after every so many epochs.")
     save_every_n_steps: int | None = option(None, check=at_least(0), help="Save after every so many optimizer steps.")
-    save_n_epoch_ratio: int | None = option(None, check=at_least(0), help="Save about this many times over the whole run.")
+    save_n_epoch_ratio: int | None = option(None, check=at_least(0), help="Save about this many times in the run.")
     save_last_n_epochs: int | None = option(None, check=at_least(0), help="Keep only the newest so many epoch saves.")
     save_last_n_steps: int | None = option(
         None, check=at_least(0), help="Keep only the step saves that are at most so many steps old."
@@ -56,7 +56,7 @@ def name_problems(name: str | None) -> Iterator[str]:
     elif not name.strip(". "):
         yield f"--output_name '{name}' is not a file name"
     elif len(name.encode()) > 200:
-        yield f"--output_name is {len(name.encode())} bytes long: at most 200 fit into a file name with step number and ending"
+        yield f"--output_name is {len(name.encode())} bytes long; at most 200 leave room for step number and ending"
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,9 @@ class StateOptions:
     initial_epoch: int | None = option(
         None, check=at_least(0), help="Count epochs from this number, 1 being the first, without loading a state."
     )
-    initial_step: int | None = option(None, check=at_least(0), help="Count steps from this number, without loading a state.")
+    initial_step: int | None = option(
+        None, check=at_least(0), help="Count steps from this number, without loading a state."
+    )
 
     def problems(self) -> Iterator[str]:
         """Combinations that make no sense, one line each."""
@@ -103,7 +105,7 @@ class MetadataOptions:
     metadata_merged_from: str | None = option(None, help="Models that this one was merged from.")
     metadata_trigger_phrase: str | None = option(None, help="Words that call up what was trained.")
     metadata_preprocessor: str | None = option(None, help="Preprocessing that the model expects.")
-    metadata_is_negative_embedding: str | None = option(None, help="true if this is an embedding for the negative prompt.")
+    metadata_is_negative_embedding: str | None = option(None, help="true for an embedding of negative prompts.")
 
     def problems(self) -> Iterator[str]:
         """A thumbnail that cannot be read is found before the training."""
@@ -115,7 +117,13 @@ class MetadataOptions:
                 yield f"--metadata_thumbnail: {thumbnail} is none of {', '.join(THUMBNAIL_TYPES)}"
 
 
-THUMBNAIL_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp", ".gif": "image/gif"}
+THUMBNAIL_TYPES = {
+    ".png": "image/png",
+    ".jpg": "image/jpeg",
+    ".jpeg": "image/jpeg",
+    ".webp": "image/webp",
+    ".gif": "image/gif",
+}
 
 
 @dataclass(frozen=True)
@@ -127,12 +135,14 @@ class HubOptions:
         None, choices=("model", "dataset", "space"), help="Kind of the repository; not given: model."
     )
     huggingface_path_in_repo: str | None = option(None, help="Folder inside the repository.")
-    huggingface_token: str | None = option(None, help="Access token; not given: the one of `hf auth login`.", secret=True)
+    huggingface_token: str | None = option(
+        None, help="Access token; not given: the one of `hf auth login`.", secret=True
+    )
     huggingface_repo_visibility: str | None = option(
         None, choices=("public", "private"), help="Who sees a repository that the upload creates; not given: private."
     )
     save_state_to_huggingface: bool = option(False, help="Upload the state folders, too.")
-    resume_from_huggingface: bool = option(False, help="--resume names a hub folder: user/name/folder[:revision[:type]].")
+    resume_from_huggingface: bool = option(False, help="--resume is user/name/folder[:revision[:type]].")
     async_upload: bool = option(False, help="Upload in the background while the training goes on.")
 
     def problems(self) -> Iterator[str]:

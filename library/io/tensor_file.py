@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The safetensors format, written tensor by tensor: 8 bytes header length, JSON header, tensor data.
 
-Writing it here, instead of through the safetensors package, means one tensor in memory at a time, the disk's own error code
-when it is full, and one place that knows the order of the data, which the hashes of `metadata.py` depend on. Reading is the
-package's. Format: https://github.com/huggingface/safetensors#format
+Writing it here, instead of through the safetensors package, means one tensor in memory at a time, the disk's own error
+code when it is full, and one place that knows the order of the data, which the hashes of `metadata.py` depend on.
+Reading is the package's. Format: https://github.com/huggingface/safetensors#format
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def ordered_names(tensors: Mapping[str, Tensor]) -> list[str]:
 
 def header_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """The file's bytes before the tensor data: length and JSON header, padded with spaces to a multiple of 8."""
-    table: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    table: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     offset = 0
     for name in ordered_names(tensors):
         tensor = tensors[name]
@@ -65,7 +65,7 @@ def data_chunks(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
     for name in ordered_names(tensors):
         flat = tensors[name].detach().to("cpu").contiguous().reshape(-1)
         if flat.numel():
-            yield memoryview(flat.view(torch.uint8).numpy())
+            yield flat.view(torch.uint8).numpy().data
 
 
 def data_bytes(tensors: Mapping[str, Tensor]) -> int:
@@ -95,9 +95,9 @@ def check_safetensors(path: Path, expected_digest: str) -> None:
         with safe_open(str(path), framework="pt") as file:
             file.keys()
     except SafetensorError as error:
-        raise SaveError(f"{path.parent}: what was written does not read back ({error}); the older file is untouched") from error
+        raise SaveError(f"{path.parent}: what was written does not read back: {error}") from error
     if data_digest(path) != expected_digest:
-        raise SaveError(f"{path.parent}: what was written reads back with other content; the older file is untouched")
+        raise SaveError(f"{path.parent}: what was written reads back with other content")
 
 
 def data_digest(path: Path) -> str:

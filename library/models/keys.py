@@ -35,9 +35,11 @@ def _swap_halves(tensor: Tensor) -> Tensor:
 
 
 COPY = Op(lambda t: t, lambda t, shape: t)
-CONV_1X1 = Op(lambda t: t.reshape(*t.shape[:2], 1, 1), lambda t, shape: t.reshape(shape))  # a Linear stored as 1x1 convolution
+# a Linear here, a 1x1 convolution in the file
+CONV_1X1 = Op(lambda t: t.reshape(*t.shape[:2], 1, 1), lambda t, shape: t.reshape(shape))
 TRANSPOSE = Op(lambda t: t.T, lambda t, shape: t.T)
-SWAP_HALVES = Op(_swap_halves, lambda t, shape: _swap_halves(t))  # (scale, shift) here, (shift, scale) in the file
+# (scale, shift) here, (shift, scale) in the file
+SWAP_HALVES = Op(_swap_halves, lambda t, shape: _swap_halves(t))
 
 
 @dataclass(frozen=True)

@@ -48,5 +48,5 @@ class SDOptions(ModelOptions):
     max_token_length: int | None = option(
         None, help="Longest caption in tokens: 75, 150 or 225. Without it 75.", parse=token_length
     )
-    weighted_captions: bool = option(False, help="Read (word:1.2), (word) and [word] in captions as weights of the words.")
+    weighted_captions: bool = option(False, help="Read (word:1.2), (word) and [word] in captions as weights.")
     no_half_vae: bool = option(False, help="Run the VAE in float32 also under mixed precision.")

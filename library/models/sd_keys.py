@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weight names of Stable Diffusion 1.x / 2.x / XL: the published (LDM) single-file names and ours (diffusers, transformers).
+"""Weight names of Stable Diffusion 1.x / 2.x / XL: published (LDM) single-file names, and ours (those of diffusers).
 
 Published names: https://github.com/CompVis/latent-diffusion (U-Net, VAE), https://github.com/mlfoundations/open_clip
 (text encoder of 2.x), transformers (text encoder of 1.x). The tables follow the module tree, so any block layout works.
@@ -7,14 +7,15 @@ Published names: https://github.com/CompVis/latent-diffusion (U-Net, VAE), https
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from library.models.keys import CONV_1X1, ModuleName, Rule, expand
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, UNet2DConditionModel
     from torch import nn
+
+Count = Callable[[str], int]
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
@@ -61,51 +62,55 @@ def _inside(published: str, ours: str, table: Iterable[tuple[str, str]]) -> Iter
     return (ModuleName(f"{published}.{a}", f"{ours}.{b}") for a, b in table)
 
 
-def unet_module_names(unet: UNet2DConditionModel) -> list[ModuleName]:
+def _children_of(root: nn.Module) -> Count:
+    """Name of a module list -> its length, 0 where a block has none (no attention, no sampling)."""
+    tree = dict(root.named_modules())
+    return lambda name: len(list(tree[name].children())) if name in tree else 0
+
+
+def unet_module_names(unet: nn.Module) -> list[ModuleName]:
     """Published and own name of each part of the U-Net. Attention blocks have the same names inside."""
+    count = _children_of(unet)
     names = [ModuleName(a, b) for a, b in UNET_ENDS]
-    names += _down_names(unet)
+    names += _down_names(count)
     names += _inside("middle_block.0", "mid_block.resnets.0", UNET_RESNET)
     names += [ModuleName("middle_block.1", "mid_block.attentions.0")]
     names += _inside("middle_block.2", "mid_block.resnets.1", UNET_RESNET)
-    return names + list(_up_names(unet))
+    return names + list(_up_names(count))
 
 
-def _children(block: nn.Module, name: str) -> int:
-    """Length of a block's module list; blocks without attention or sampling lack it or hold None there."""
-    return len([n for n, _ in block.named_modules() if n.startswith(f"{name}.") and n.count(".") == 1])
-
-
-def _down_names(unet: UNet2DConditionModel) -> Iterator[ModuleName]:
+def _down_names(count: Count) -> Iterator[ModuleName]:
     index = 1  # input_blocks.0 is conv_in
-    for i, block in enumerate(unet.down_blocks):
-        attentions = _children(block, "attentions")
-        for j in range(_children(block, "resnets")):
-            yield from _inside(f"input_blocks.{index}.0", f"down_blocks.{i}.resnets.{j}", UNET_RESNET)
-            if j < attentions:
-                yield ModuleName(f"input_blocks.{index}.1", f"down_blocks.{i}.attentions.{j}")
+    for i in range(count("down_blocks")):
+        block = f"down_blocks.{i}"
+        for j in range(count(f"{block}.resnets")):
+            yield from _inside(f"input_blocks.{index}.0", f"{block}.resnets.{j}", UNET_RESNET)
+            if count(f"{block}.attentions"):
+                yield ModuleName(f"input_blocks.{index}.1", f"{block}.attentions.{j}")
             index += 1
-        if _children(block, "downsamplers"):
-            yield ModuleName(f"input_blocks.{index}.0.op", f"down_blocks.{i}.downsamplers.0.conv")
+        if count(f"{block}.downsamplers"):
+            yield ModuleName(f"input_blocks.{index}.0.op", f"{block}.downsamplers.0.conv")
             index += 1
 
 
-def _up_names(unet: UNet2DConditionModel) -> Iterator[ModuleName]:
+def _up_names(count: Count) -> Iterator[ModuleName]:
     index = 0
-    for i, block in enumerate(unet.up_blocks):
-        attentions, resnets = _children(block, "attentions"), _children(block, "resnets")
+    for i in range(count("up_blocks")):
+        block = f"up_blocks.{i}"
+        resnets = count(f"{block}.resnets")
         for j in range(resnets):
-            yield from _inside(f"output_blocks.{index}.0", f"up_blocks.{i}.resnets.{j}", UNET_RESNET)
-            if j < attentions:
-                yield ModuleName(f"output_blocks.{index}.1", f"up_blocks.{i}.attentions.{j}")
-            if j == resnets - 1 and _children(block, "upsamplers"):
-                place = 2 if j < attentions else 1
-                yield ModuleName(f"output_blocks.{index}.{place}.conv", f"up_blocks.{i}.upsamplers.0.conv")
+            yield from _inside(f"output_blocks.{index}.0", f"{block}.resnets.{j}", UNET_RESNET)
+            if count(f"{block}.attentions"):
+                yield ModuleName(f"output_blocks.{index}.1", f"{block}.attentions.{j}")
+            if j == resnets - 1 and count(f"{block}.upsamplers"):
+                place = 2 if count(f"{block}.attentions") else 1
+                yield ModuleName(f"output_blocks.{index}.{place}.conv", f"{block}.upsamplers.0.conv")
             index += 1
 
 
-def vae_module_names(vae: AutoencoderKL) -> list[ModuleName]:
+def vae_module_names(vae: nn.Module) -> list[ModuleName]:
     """The KL autoencoder of SD 1/2/XL/3 and FLUX. Its one attention is made of 1x1 convolutions in the file."""
+    count = _children_of(vae)
     names = [ModuleName("quant_conv", "quant_conv"), ModuleName("post_quant_conv", "post_quant_conv")]
     for side in ("encoder", "decoder"):
         mid, attention = f"{side}.mid_block", f"{side}.mid_block.attentions.0"
@@ -115,41 +120,48 @@ def vae_module_names(vae: AutoencoderKL) -> list[ModuleName]:
         names += _inside(f"{side}.mid.block_2", f"{mid}.resnets.1", VAE_RESNET)
         names += [ModuleName(f"{side}.mid.attn_1.norm", f"{attention}.group_norm")]
         names += [ModuleName(f"{side}.mid.attn_1.{a}", f"{attention}.{b}", CONV_1X1) for a, b in VAE_ATTENTION]
-    levels = len(vae.encoder.down_blocks)
-    for i, block in enumerate(vae.encoder.down_blocks):
-        for j in range(len(block.resnets)):
-            names += _inside(f"encoder.down.{i}.block.{j}", f"encoder.down_blocks.{i}.resnets.{j}", VAE_RESNET)
-        names += [ModuleName(f"encoder.down.{i}.downsample.conv", f"encoder.down_blocks.{i}.downsamplers.0.conv")]
-    for i, block in enumerate(vae.decoder.up_blocks):
-        level = levels - 1 - i  # the file counts the decoder's levels from the full size
-        for j in range(len(block.resnets)):
-            names += _inside(f"decoder.up.{level}.block.{j}", f"decoder.up_blocks.{i}.resnets.{j}", VAE_RESNET)
-        names += [ModuleName(f"decoder.up.{level}.upsample.conv", f"decoder.up_blocks.{i}.upsamplers.0.conv")]
+    levels = count("encoder.down_blocks")
+    for i in range(levels):
+        ours = f"encoder.down_blocks.{i}"
+        for j in range(count(f"{ours}.resnets")):
+            names += _inside(f"encoder.down.{i}.block.{j}", f"{ours}.resnets.{j}", VAE_RESNET)
+        names += [ModuleName(f"encoder.down.{i}.downsample.conv", f"{ours}.downsamplers.0.conv")]
+    for i in range(levels):
+        ours, theirs = f"decoder.up_blocks.{i}", f"decoder.up.{levels - 1 - i}"  # the file counts from the full size
+        for j in range(count(f"{ours}.resnets")):
+            names += _inside(f"{theirs}.block.{j}", f"{ours}.resnets.{j}", VAE_RESNET)
+        names += [ModuleName(f"{theirs}.upsample.conv", f"{ours}.upsamplers.0.conv")]
     return names
 
 
-def unet_rules(unet: UNet2DConditionModel) -> tuple[Rule, ...]:
+def unet_rules(unet: nn.Module) -> tuple[Rule, ...]:
     return expand(unet_module_names(unet), unet.state_dict())
 
 
-def vae_rules(vae: AutoencoderKL) -> tuple[Rule, ...]:
+def vae_rules(vae: nn.Module) -> tuple[Rule, ...]:
     return expand(vae_module_names(vae), vae.state_dict())
 
 
+def clip_level(encoder: nn.Module) -> str:
+    """transformers before 5 has everything of a CLIPTextModel below `text_model.`."""
+    return "text_model." if "text_model" in dict(encoder.named_children()) else ""
+
+
 def clip_rules(encoder: nn.Module) -> tuple[Rule, ...]:
-    """CLIP-L of SD 1.x: the names are those of transformers below `text_model.`, which is part of the prefix."""
-    return tuple(Rule(name, (name,)) for name in encoder.state_dict())
+    """CLIP-L of SD 1.x: transformers' names below `text_model.`, which is part of the file's prefix."""
+    return tuple(Rule(name.removeprefix(clip_level(encoder)), (name,)) for name in encoder.state_dict())
 
 
 def open_clip_rules(encoder: nn.Module) -> tuple[Rule, ...]:
     """OpenCLIP of SD 2.x: q, k and v are one matrix in the file."""
+    level = clip_level(encoder)
     rules = [
-        Rule("token_embedding.weight", ("embeddings.token_embedding.weight",)),
-        Rule("positional_embedding", ("embeddings.position_embedding.weight",)),
+        Rule("token_embedding.weight", (f"{level}embeddings.token_embedding.weight",)),
+        Rule("positional_embedding", (f"{level}embeddings.position_embedding.weight",)),
     ]
-    rules += [Rule(f"ln_final.{t}", (f"final_layer_norm.{t}",)) for t in ("weight", "bias")]
-    for i in range(_children(encoder.get_submodule("encoder"), "layers")):
-        block, ours = f"transformer.resblocks.{i}", f"encoder.layers.{i}"
+    rules += [Rule(f"ln_final.{t}", (f"{level}final_layer_norm.{t}",)) for t in ("weight", "bias")]
+    for i in range(_children_of(encoder)(f"{level}encoder.layers")):
+        block, ours = f"transformer.resblocks.{i}", f"{level}encoder.layers.{i}"
         for tensor in ("weight", "bias"):
             fused = tuple(f"{ours}.self_attn.{x}_proj.{tensor}" for x in "qkv")
             rules += [Rule(f"{block}.attn.in_proj_{tensor}", fused)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of weights: names and shapes first (milliseconds), tensors one by one, each in its own dtype until asked otherwise.
+"""Files of weights: names and shapes first (milliseconds), then tensor by tensor, in the file's dtype or another.
 
 A tensor that is wanted as it lies in the file is mapped: it takes memory only where it is touched, and no copy is made.
 A tensor that is wanted in another dtype is read and cast alone, so the peak is what is kept plus one tensor.
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,6 +37,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+READ_NUMBERS = 1 << 20  # numbers that are read at a time when they are cast
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
 
@@ -47,7 +50,7 @@ class WeightFile(ABC):
 
     @abstractmethod
     def tensor(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
-        """One tensor. Integers keep their dtype. Without a cast it may be a view of the mapped file: never overwrite that file."""
+        """One tensor; integers keep their dtype. Without a cast it is mapped if possible: do not overwrite the file."""
 
 
 class SafetensorsFile(WeightFile):
@@ -63,30 +66,35 @@ class SafetensorsFile(WeightFile):
         size = path.stat().st_size
         if size < needed:
             raise UserError(f"{path} is cut short: {size} of {needed} bytes are there; download or copy it again")
-        self._mapped: Tensor | None = None
+        self._mapped: Any = None  # torch.UntypedStorage
 
     def tensor(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
         entry = self._entries[name]
         wanted = _wanted_dtype(entry.dtype, dtype)
-        keeps_bytes = wanted == entry.dtype and torch.device(device).type == "cpu"
+        stays = wanted == entry.dtype or torch.device(device).type != "cpu"  # another device casts faster than we read
         aligned = (self._start + entry.begin) % entry.dtype.itemsize == 0
-        flat = self._map(entry) if keeps_bytes and aligned else self._read(entry)
-        return flat.view(entry.dtype).reshape(entry.shape).to(device=device, dtype=wanted)
+        tensor = self._map(entry) if stays and aligned else self._read(entry, wanted)
+        return tensor.to(device).to(wanted)
 
     def _map(self, entry: _Entry) -> Tensor:
         if self._mapped is None:
             # a private mapping: training in place changes our pages, never the file
-            size = self.path.stat().st_size
-            self._mapped = torch.from_file(str(self.path), shared=False, size=size, dtype=torch.uint8)
-        return self._mapped[self._start + entry.begin : self._start + entry.end]
+            self._mapped = torch.UntypedStorage.from_file(str(self.path), False, self.path.stat().st_size)
+        # a storage of its own for each tensor: saving one must not drag the whole file along
+        flat = torch.asarray(self._mapped[self._start + entry.begin : self._start + entry.end], dtype=torch.uint8)
+        return flat.view(entry.dtype).reshape(entry.shape)
 
-    def _read(self, entry: _Entry) -> Tensor:
-        flat = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
-        if flat.numel():
-            with self.path.open("rb") as file:
-                file.seek(self._start + entry.begin)
-                file.readinto(flat.numpy())
-        return flat
+    def _read(self, entry: _Entry, dtype: torch.dtype) -> Tensor:
+        """Read and cast through a small buffer, so that nothing but the result takes memory."""
+        result = torch.empty(entry.shape, dtype=dtype)
+        flat, buffer = result.view(-1), torch.empty(READ_NUMBERS, dtype=entry.dtype)
+        with self.path.open("rb") as file:
+            file.seek(self._start + entry.begin)
+            for part in flat.split(READ_NUMBERS) if len(flat) else ():
+                source = buffer[: len(part)]
+                file.readinto(source.view(torch.uint8).numpy().data)
+                part.copy_(source)
+        return result
 
 
 class _Entry:
@@ -138,7 +146,7 @@ def _looks_like(head: bytes) -> str:
     }
     if not head:
         return "it is empty; download or copy it again"
-    return next((text for start, text in kinds.items() if head.startswith(start)), "its first bytes are no safetensors header")
+    return next((text for start, text in kinds.items() if head.startswith(start)), "it does not begin like one")
 
 
 class TensorsFile(WeightFile):
@@ -207,10 +215,11 @@ def _open_torch(path: Path) -> TensorsFile:
     """A .ckpt / .pt file, read without running any code of it. Its tensors may lie below `state_dict`."""
     inert: list[Any] = [(_Ignored, name) for name in INERT_NAMES]
     try:
-        with torch.serialization.safe_globals(inert):
+        with torch.serialization.safe_globals(inert), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the pickle's protocol
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path} is refused: {_refusal(str(error))}; convert it to .safetensors with a tool you trust") from None
+        raise UserError(f"{path} is refused: {_refusal(str(error))}; use the .safetensors file of this model") from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError):
         raise UserError(f"{path} is damaged or no torch checkpoint; download or copy it again") from None
     tensors = _find_tensors(content)
@@ -227,10 +236,9 @@ def _is_zip(path: Path) -> bool:
 
 def _refusal(message: str) -> str:
     """What torch did not want to load, from the middle of its long message."""
-    for line in message.splitlines():
-        if "Unsupported global: GLOBAL " in line:
-            name = line.split("Unsupported global: GLOBAL ", 1)[1].split(" ")[0]
-            return f"it wants to run code ({name}), which a model file has no need of"
+    named = re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", message)
+    if named:
+        return f"it wants to run code ({named.group(1)}), which a model file has no need of"
     return "it is damaged, or holds more than tensors"
 
 

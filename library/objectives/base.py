@@ -27,7 +27,7 @@ class Sampler(Protocol):
 
 
 class Objective(Protocol):
-    """What is added to clean latents and what the model has to say about it. Pure functions with explicit generators."""
+    """What is added to clean latents and what the model has to say about it. Pure, with explicit generators."""
 
     def sample_t(self, count: int, generator: torch.Generator, device: torch.device | str) -> Tensor:
         """Timesteps of a batch, (B,), drawn from `generator`, which must be on `device`."""

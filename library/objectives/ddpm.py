@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
+from library.log import get_logger
 from library.objectives.base import Sampler
 from library.objectives.loss import MEASURES, huber_thresholds, per_sample
 from library.objectives.noise import make_noise, perturb
@@ -20,7 +21,7 @@ from library.objectives.samplers import build_sampler
 from library.types import Batch, Noised
 
 NUM_TIMESTEPS = 1000
-SNR_CAP = 1000.0  # the weights that divide by the SNR take it as at most this: the first timesteps are nearly noise-free
+SNR_CAP = 1000.0  # weights that divide by the SNR take it as at most this: t = 0 is nearly noise-free
 VALIDATION_POINTS = 4
 
 
@@ -38,9 +39,9 @@ def cumulated_alphas(betas: Tensor) -> Tensor:
 
 
 def zero_terminal_betas(betas: Tensor) -> Tensor:
-    """Betas whose last timestep has SNR 0: Lin et al. 2024, "Common Diffusion Noise Schedules ... Are Flawed", algorithm 1."""
+    """Betas whose last timestep has SNR 0: Lin et al. 2024 ("... Sample Steps Are Flawed"), algorithm 1."""
     root = cumulated_alphas(betas).sqrt()
-    root = (root - root[-1]) * root[0] / (root[0] - root[-1])  # shift the last to 0, scale the first back to its value
+    root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))  # the last becomes 0, the first keeps its value
     alphas_cumprod = root**2
     alphas = torch.cat([alphas_cumprod[:1], alphas_cumprod[1:] / alphas_cumprod[:-1]])
     return 1 - alphas
@@ -93,8 +94,8 @@ def _at(table: Tensor, t: Tensor) -> Tensor:
 class DDPMObjective:
     """Predict the noise (epsilon, Ho et al. 2020 eq. 14) or the velocity v (Salimans & Ho 2022, appendix D).
 
-    All arithmetic is float32 whatever the dtype of the latents. The weights follow the betas as they are trained, that is
-    after the zero-terminal-SNR change (decision 0002). Raises UserError for options that do not fit the prediction type.
+    All arithmetic is float32 whatever the dtype of the latents. The weights follow the betas as they are trained, that
+    is after the zero-terminal-SNR change (decision 0002). Raises UserError for options that do not fit the prediction.
     """
 
     def __init__(
@@ -109,6 +110,10 @@ class DDPMObjective:
         problems = list(prediction_problems(options, prediction_type))
         if problems:
             raise UserError(problems)
+        if options.zero_terminal_snr and prediction_type == "epsilon":
+            get_logger().warning(
+                "--zero_terminal_snr without --v_parameterization: the last timestep is pure noise and teaches nothing"
+            )
         self.options, self.loss_options, self.prediction_type = options, loss, prediction_type
         self.betas = (scaled_linear_betas() if betas is None else betas).float().cpu()
         if options.zero_terminal_snr:
@@ -129,7 +134,7 @@ class DDPMObjective:
         return self._tables[device]
 
     def sample_t(self, count: int, generator: torch.Generator, device: torch.device | str) -> Tensor:
-        """Timesteps, (B,) int64, uniform over [min_timestep, max_timestep); both equal: that one (algorithm 1, line 3)."""
+        """Timesteps, (B,) int64, uniform over [min_timestep, max_timestep); both equal: that one."""
         low, high = self.options.timestep_range
         return torch.randint(low, max(high, low + 1), (count,), generator=generator, device=device)
 
@@ -177,11 +182,16 @@ def prediction_problems(options: DDPMOptions, prediction_type: str) -> list[str]
     problems = []
     is_v = prediction_type == "v_prediction"
     if options.scale_v_pred_loss_like_noise_pred and not is_v:
-        problems.append("--scale_v_pred_loss_like_noise_pred is for v-prediction models: give --v_parameterization or leave it out")
+        problems.append(
+            "--scale_v_pred_loss_like_noise_pred is for v-prediction: give --v_parameterization or leave it out"
+        )
     if options.v_pred_like_loss and is_v:
         problems.append("--v_pred_like_loss is for noise-prediction models: leave it or --v_parameterization out")
     if options.zero_terminal_snr and not is_v:
-        for name in ("debiased_estimation_loss", "v_pred_like_loss"):
-            if getattr(options, name):
-                problems.append(f"--{name} with --zero_terminal_snr needs --v_parameterization: pure noise would weigh infinitely")
+        infinite = {
+            "--debiased_estimation_loss": options.debiased_estimation_loss,
+            "--v_pred_like_loss": options.v_pred_like_loss,
+        }
+        for flag in (flag for flag, given in infinite.items() if given):
+            problems.append(f"{flag} with --zero_terminal_snr needs --v_parameterization: its last weight is infinite")
     return problems

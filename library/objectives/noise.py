@@ -35,7 +35,7 @@ def offset_strength(strength: float | Tensor, latents: Tensor, adaptive_scale: f
 
 
 def add_offset(noise: Tensor, offset: Tensor, strength: float | Tensor) -> Tensor:
-    """Offset noise (crosslabs.org, "Diffusion with Offset Noise", 2023): one shift (B C 1 1) per channel."""
+    """Offset noise (Guttenberg 2023, "Diffusion with Offset Noise"): one shift (B C 1 1) per channel."""
     return noise + strength * offset
 
 
@@ -55,7 +55,7 @@ def multires_levels(size: tuple[int, int], iterations: int, seed: int) -> list[t
 
 
 def add_levels(noise: Tensor, levels: list[Tensor], discount: float) -> Tensor:
-    """Multi-resolution noise (wandb.ai/johnowhitaker, 2023): sum of upsampled discount**i * level_i, scaled to unit deviation."""
+    """Multi-resolution noise (Whitaker 2023): noise + discount**i * level i, upsampled, scaled to unit deviation."""
     for i, level in enumerate(levels):
         noise = noise + discount**i * F.interpolate(level, size=noise.shape[-2:], mode="bilinear")
     return noise / noise.std()
@@ -80,7 +80,7 @@ def make_noise(latents: Tensor, options: DDPMOptions, generator: torch.Generator
 
 
 def perturb(noise: Tensor, options: DDPMOptions, generator: torch.Generator) -> Tensor:
-    """Input perturbation (Ning et al. 2023, "Input Perturbation Reduces Exposure Bias"): the noise that the model *sees*; the target stays `noise`.
+    """Input perturbation (Ning et al. 2023): the noise that the model sees; the target stays `noise`.
 
     Order of the draws: [strength], perturbation.
     """

@@ -14,7 +14,7 @@ class DDPMOptions:
     """Noise, timesteps and SNR weights of the models trained with discrete DDPM steps (SD 1.x, SD 2.x, SDXL)."""
 
     noise_offset: float | None = option(
-        None, help="Shift the noise of each channel as a whole by up to this much (0.05 to 0.1 helps dark and bright pictures)."
+        None, help="Shift the noise of each channel as a whole; 0.05 to 0.1 helps dark and bright pictures."
     )
     noise_offset_random_strength: bool = option(
         False, help="Draw the strength of --noise_offset anew for every batch, between 0 and the given value."
@@ -29,7 +29,7 @@ class DDPMOptions:
         0.3, help="Strength of each coarser noise resolution relative to the one before.", check=between(0, 1)
     )
     ip_noise_gamma: float | None = option(
-        None, help="Input perturbation: extra noise in the model's input that it need not predict (0.1 is usual).", check=at_least(0)
+        None, help="Extra noise in the model's input that it need not predict (0.1 is usual).", check=at_least(0)
     )
     ip_noise_gamma_random_strength: bool = option(
         False, help="Draw the strength of --ip_noise_gamma anew for every batch, between 0 and the given value."
@@ -38,17 +38,21 @@ class DDPMOptions:
         False, help="Change the noise schedule so that the last timestep is pure noise; meant for --v_parameterization."
     )
     min_timestep: int | None = option(None, help="Lowest timestep to train (0).", check=between(0, 999))
-    max_timestep: int | None = option(None, help="Timesteps to train end below this one (1000).", check=between(1, 1000))
+    max_timestep: int | None = option(
+        None, help="End of the timesteps to train, itself excluded (1000).", check=between(1, 1000)
+    )
     min_snr_gamma: float | None = option(
         None, help="Cap the weight of easy timesteps at this signal-to-noise ratio (5 is usual).", check=at_least(0)
     )
     scale_v_pred_loss_like_noise_pred: bool = option(
-        False, help="Weight a v-prediction loss over the timesteps as noise prediction would; needs --v_parameterization."
+        False, help="Weight a v-prediction loss over the timesteps as noise prediction would."
     )
     v_pred_like_loss: float | None = option(
-        None, help="Add this much of a loss weighted as v-prediction would to a noise-prediction model's loss.", check=at_least(0)
+        None, help="Add this much of a v-prediction weighted loss to a noise-prediction model.", check=at_least(0)
     )
-    debiased_estimation_loss: bool = option(False, help="Weight the loss by the inverse root of the signal-to-noise ratio.")
+    debiased_estimation_loss: bool = option(
+        False, help="Weight the loss by one over the root of the signal-to-noise ratio."
+    )
 
     @property
     def timestep_range(self) -> tuple[int, int]:
@@ -77,15 +81,17 @@ class LossOptions:
     loss_type: str = option("l2", help="How a difference is measured.", choices=("l2", "l1", "huber", "smooth_l1"))
     huber_schedule: str = option(
         "snr",
-        help="How the Huber threshold changes over the timesteps: never, exponentially, or with the signal-to-noise ratio.",
+        help="How the Huber threshold changes over the timesteps (snr: with the signal-to-noise ratio).",
         choices=("constant", "exponential", "snr"),
     )
     huber_c: float = option(
-        0.1, help="Huber threshold; smaller is nearer to l1. The schedules end at it for the noisiest timestep.", check=positive
+        0.1, help="Huber threshold at the noisiest timestep; smaller is nearer to l1.", check=positive
     )
-    huber_scale: float = option(1.0, help="Multiplies the threshold of the constant and exponential schedules.", check=positive)
+    huber_scale: float = option(
+        1.0, help="Factor on the threshold of the constant and exponential schedules.", check=positive
+    )
 
     def problems(self) -> Iterator[str]:
         """Combinations that make no sense."""
         if self.loss_type in ("huber", "smooth_l1") and self.huber_schedule == "exponential" and self.huber_c > 1:
-            yield f"--huber_c {self.huber_c}: the exponential schedule starts at 1 and falls to --huber_c: give at most 1"
+            yield f"--huber_c {self.huber_c}: the exponential schedule falls from 1 to --huber_c: give at most 1"

@@ -15,13 +15,13 @@ from torch import Tensor
 from library.errors import UserError, unknown
 from library.objectives.base import Sampler
 
-# Sampling divides by the signal: the last step of a zero-terminal-SNR schedule gets the smallest fp16 number instead of 0.
+# Sampling divides by the signal: the last step of a zero-terminal-SNR schedule gets a tiny one instead of 0.
 SMALLEST_ALPHA = 2.0**-24
 
 
 @dataclass(frozen=True)
 class Row:
-    """One sampler: class in diffusers, its own settings, whether its step draws noise, whether its spacing can be set."""
+    """One sampler: class in diffusers, its settings, whether its step draws noise, whether its spacing can be set."""
 
     scheduler: str
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -62,7 +62,7 @@ SAMPLERS: dict[str, Row] = {
 
 
 class DiffusersSampler:
-    """A diffusers scheduler behind the `Sampler` protocol. Use one per picture: multistep methods remember their past."""
+    """A diffusers scheduler behind the `Sampler` protocol. One per picture: multistep methods remember."""
 
     def __init__(self, scheduler: Any, *, noisy: bool) -> None:
         self.scheduler, self.noisy = scheduler, noisy
@@ -90,7 +90,9 @@ def build_sampler(
     row = SAMPLERS.get(name)
     if row is None:
         raise UserError(unknown("--sample_sampler", name, SAMPLERS))
-    spacing: dict[str, Any] = {"timestep_spacing": "trailing"} if zero_terminal_snr else {"timestep_spacing": "leading", "steps_offset": 1}
+    spacing: dict[str, Any] = {"timestep_spacing": "leading", "steps_offset": 1}
+    if zero_terminal_snr:
+        spacing = {"timestep_spacing": "trailing"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # "dpmsolver" is to go from diffusers some day
         scheduler = scheduler_class(row.scheduler)(
@@ -111,13 +113,20 @@ def sampling_betas(alphas_cumprod: Tensor) -> Tensor:
 
 
 def scheduler_class(name: str) -> type:
-    """The scheduler class. LMS gets its coefficients from us: diffusers needs scipy for them."""
+    """The scheduler class of diffusers. LMS gets its coefficients from us: diffusers would need scipy for them."""
     import diffusers
 
-    found = getattr(diffusers, name) if name != LMS.scheduler else None
-    if found is not None:
-        return found
-    from diffusers.schedulers.scheduling_lms_discrete import LMSDiscreteScheduler
+    return exact_lms_scheduler() if name == LMS.scheduler else getattr(diffusers, name)
+
+
+def exact_lms_scheduler() -> type:
+    """The LMS scheduler with `lms_coefficient`. Raises UserError where an older diffusers needs scipy."""
+    try:
+        from diffusers.schedulers.scheduling_lms_discrete import LMSDiscreteScheduler
+    except ModuleNotFoundError:
+        raise UserError(
+            "--sample_sampler lms: this version of diffusers needs scipy for it: pip install scipy"
+        ) from None
 
     class ExactLMSScheduler(LMSDiscreteScheduler):
         def get_lms_coefficient(self, order: int, t: int, current_order: int) -> float:

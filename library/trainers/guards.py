@@ -26,6 +26,7 @@ class StepReport:
     step: int
     loss: float
     grad_norm: float
+    others: dict[str, float]  # learning rates and what else the step says of itself
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class _Pending:
     values: Tensor  # (2,) loss, gradient norm: on the host, perhaps still being copied
     ready: torch.cuda.Event | None
     scaler_skips: bool
+    others: dict[str, float | Tensor]
 
 
 class StepReader:
@@ -44,14 +46,15 @@ class StepReader:
         self.lag = lag
         self._pending: deque[_Pending] = deque()
 
-    def push(self, step: int, loss: Tensor, grad_norm: Tensor, names: Sequence[str], *, scaler_skips: bool) -> None:
+    def push(self, step: int, loss: Tensor, grad_norm: Tensor, names: Sequence[str], *, scaler_skips: bool,
+             others: dict[str, float | Tensor]) -> None:  # fmt: skip
         """loss, grad_norm: 0-dim tensors. scaler_skips: fp16, where a non-finite gradient is the scaler's business."""
         values, ready = torch.stack([loss.detach().float(), grad_norm.detach().float()]), None
         if values.is_cuda:
             values = values.to("cpu", non_blocking=True)
             ready = torch.cuda.Event()
             ready.record()
-        self._pending.append(_Pending(step, list(names), values, ready, scaler_skips))
+        self._pending.append(_Pending(step, list(names), values, ready, scaler_skips, others))
 
     def arrived(self) -> list[StepReport]:
         """Reports of the steps whose numbers are here. Raises StopTraining on a non-finite one."""
@@ -73,7 +76,7 @@ class StepReader:
                     f"the {wrong} of step {item.step} is not finite (loss {loss}, gradient norm {norm}). "
                     f"Its pictures: {first_names(item.names, 8)}. {LIKELY_CAUSES}"
                 )
-            yield StepReport(item.step, loss, norm)
+            yield StepReport(item.step, loss, norm, {name: float(value) for name, value in item.others.items()})
 
 
 class MovingAverage:

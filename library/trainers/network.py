@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from library.log import get_logger
 from library.trainers.options import NetworkTrainerOptions
 from library.trainers.trainables import Trainables
 from library.trainers.trainer import Trainer
+from torch import Tensor
+
 from networks.base import AdapterNetwork
 from networks.plugin import load_network_module
 
@@ -23,6 +26,22 @@ class NetworkTrainer(Trainer):
     """`--network_module`: ours, or any module with create_network(...) and create_network_from_weights(...)."""
 
     options: NetworkTrainerOptions
+
+    def checks(self) -> list[Callable[[], None]]:
+        return [self.check_module, self.check_files]
+
+    def check_module(self) -> None:
+        """The network module can be imported and knows the --network_args."""
+        load_network_module(self.network_module).check_arguments(self.network_args)
+
+    def check_files(self) -> None:
+        """The network files to start from are there and hold a network."""
+        options = self.options.network
+        given = [("--network_weights", options.network_weights)] if options.network_weights else []
+        given += [("--base_weights", file) for file in options.base_weights or ()]
+        problems = [f"{flag}: {file} does not exist" for flag, file in given if not Path(file).is_file()]
+        if problems:
+            raise UserError(problems)
 
     def build_trainables(self) -> Trainables:
         options = self.options.network
@@ -59,18 +78,21 @@ class NetworkTrainer(Trainer):
     def create_network(self) -> AdapterNetwork:
         options, models = self.options.network, self.models
         module = load_network_module(self.network_module)
-        arguments = dict(item.split("=", 1) for item in options.network_args)
         if options.dim_from_weights:
             assert options.network_weights is not None
             network, weights = module.create_network_from_weights(
-                1.0, options.network_weights, models.vae, models.encoders, models.denoiser, **arguments
+                1.0, options.network_weights, models.vae, models.encoders, models.denoiser, **self.network_args
             )
             network.load(weights)
             return network
         return module.create_network(
             1.0, options.network_dim, options.network_alpha, models.vae, models.encoders, models.denoiser,
-            neuron_dropout=options.network_dropout, **arguments,
+            neuron_dropout=options.network_dropout, **self.network_args,
         )  # fmt: skip
+
+    @property
+    def network_args(self) -> dict[str, str]:
+        return dict(item.split("=", 1) for item in self.options.network.network_args)
 
     @property
     def network_module(self) -> str:
@@ -90,7 +112,7 @@ class NetworkTrainer(Trainer):
             network.merge_into()
             log.info(f"merged {file} at strength {multiplier}")
 
-    def after_step(self) -> dict[str, float]:
+    def after_step(self) -> dict[str, float | Tensor]:
         limit = self.options.network.scale_weight_norms
         if limit is None:
             return {}
@@ -103,18 +125,14 @@ class NetworkTrainer(Trainer):
 
     def save_model(self, path: Path, metadata: dict[str, str]) -> None:
         precision = self.options.save.save_precision
-        save_tensors(path, self.network.state(DTYPES[precision] if precision else None), metadata)
+        dtype = DTYPES[precision] if precision else None
+        save_tensors(path, self.network.state(dtype), metadata)
 
     def metadata(self) -> dict[str, Any]:
         options = self.options.network
-        arguments = dict(item.split("=", 1) for item in options.network_args)
         return {
-            "ss_network_module": self.network_module,
-            "ss_network_dim": options.network_dim,
-            "ss_network_alpha": options.network_alpha,
-            "ss_network_dropout": options.network_dropout,
-            "ss_network_args": arguments,
-            "ss_unet_lr": options.unet_lr,
-            "ss_text_encoder_lr": options.text_encoder_lr,
-            "ss_scale_weight_norms": options.scale_weight_norms,
+            "network_module": self.network_module,
+            "network_dim": options.network_dim,
+            "network_alpha": options.network_alpha,
+            "network_args": self.network_args or None,
         }

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from library.data.options import CacheOptions, DataOptions
-from library.io.options import HubOptions, MetadataOptions, SaveOptions, StateOptions
+from library.io.options import HubOptions, MetadataOptions, SaveOptions, StateOptions, cross_problems
 from library.models.options import ModelOptions
 from library.objectives.options import DDPMOptions, LossOptions
-from library.optim.options import OptimizerOptions, SchedulerOptions
+from library.optim.options import EmaOptions, OptimizerOptions, SchedulerOptions
 from library.options import ConfigFileOptions, at_least, between, option, positive
 from library.sampling.options import SampleOptions
 
@@ -25,9 +25,6 @@ class TrainOptions:
     max_train_epochs: int | None = option(None, help="Epochs of the run; wins over --max_train_steps.", check=positive)
     seed: int | None = option(None, help="Seed of every random draw; without it one is chosen and printed.")
     gradient_accumulation_steps: int = option(1, help="Batches whose gradients make one optimizer step.", check=positive)
-    ema_decay: float | None = option(
-        None, help="Keep a moving average of the trained weights with this decay, and save it.", check=between(0.0, 1.0)
-    )
     validate_every_n_steps: int | None = option(None, help="Validate every N optimizer steps.", check=positive)
     validate_every_n_epochs: int | None = option(None, help="Validate every N epochs (default: each).", check=positive)
     max_validation_steps: int | None = option(None, help="Validate on at most this many batches.", check=positive)
@@ -188,6 +185,7 @@ class TrainerOptions:
     loss: LossOptions
     optimizer: OptimizerOptions
     scheduler: SchedulerOptions
+    ema: EmaOptions
     precision: PrecisionOptions
     distributed: DistributedOptions
     save: SaveOptions
@@ -199,10 +197,9 @@ class TrainerOptions:
 
     def problems(self) -> Iterator[str]:
         """Combinations across groups that make no sense."""
-        if self.state.resume and (self.state.initial_step or self.state.initial_epoch):
-            yield "--resume knows where the state was: leave --initial_step and --initial_epoch out"
-        if self.hub.save_state_to_huggingface and not (self.state.save_state or self.state.save_state_on_train_end):
-            yield "--save_state_to_huggingface has no effect without --save_state"
+        yield from cross_problems(self.save, self.state, self.hub)
+        if self.distributed.deepspeed and (self.state.save_state or self.state.save_state_on_train_end or self.state.resume):
+            yield "--save_state and --resume do not work with --deepspeed, which splits the optimizer's state: leave one out"
 
 
 @dataclass(frozen=True)
@@ -213,7 +210,7 @@ class NetworkTrainerOptions(TrainerOptions):
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
-        if self.cache.cache_text_encoder_outputs and not self.network.network_train_unet_only:
+        if self.cache.texts and not self.network.network_train_unet_only:
             if self.network.text_encoder_lr is None or any(self.network.text_encoder_lr):
                 yield (
                     "--cache_text_encoder_outputs fixes the text encoder's outputs, which are being trained: "

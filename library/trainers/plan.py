@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from library.errors import UserError
 
@@ -65,8 +66,10 @@ def make_plan(
     return RunPlan(batches, accumulation, total, num_processes, seed)
 
 
-def share_of(items: Sequence[int], rank: int, world: int) -> list[int]:
-    """The items that one process takes; the end is filled up from the start so that all have equally many."""
-    per_process = math.ceil(len(items) / world)
-    padded = [items[i % len(items)] for i in range(per_process * world)]
-    return padded[rank::world]
+T = TypeVar("T")
+
+
+def share_of(items: Sequence[T], rank: int, world: int) -> Sequence[T]:
+    """The items that one process takes; one that would have fewer gets another's item again, so that all have as many."""
+    own = items[rank::world]
+    return own if len(own) == math.ceil(len(items) / world) else [*own, items[rank % len(items)]]

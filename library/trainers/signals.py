@@ -10,6 +10,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 EXIT_AT_ONCE = 130
+EXIT_STOPPED = 3  # the step was finished and the state saved
 
 
 class StopRequest:

@@ -11,12 +11,14 @@ from library.objectives.ddpm import DDPMObjective
 from library.objectives.options import DDPMOptions, LossOptions
 from library.objectives.samplers import SAMPLERS, lms_coefficient, scheduler_class
 
+V = "v_prediction"
 TARGET = torch.linspace(-1.5, 1.5, 64).reshape(1, 4, 4, 4)
 
 
 def signal_and_sigma(objective, t):
     """sqrt(a_t) and sqrt(1 - a_t), also between timesteps (some samplers visit those): linear in log sigma/signal."""
-    ratio = ((1 - objective.alphas_cumprod.double().clamp(min=2**-24)) / objective.alphas_cumprod.double().clamp(min=2**-24)).sqrt().log()
+    a = objective.alphas_cumprod.double().clamp(min=2**-24)
+    ratio = ((1 - a) / a).sqrt().log()
     low = int(t)
     high = min(low + 1, 999)
     k = torch.exp(ratio[low] + (float(t) - low) * (ratio[high] - ratio[low]))
@@ -31,13 +33,13 @@ def run(objective, name, steps=30):
         seen = sampler.scale_input(x, t)
         signal, sigma = signal_and_sigma(objective, t)
         noise = (seen - signal * TARGET) / sigma
-        pred = signal * noise - sigma * TARGET if objective.prediction_type == "v_prediction" else noise
+        pred = signal * noise - sigma * TARGET if objective.prediction_type == V else noise
         x = sampler.step(pred.float(), t, x, generator)
     return x
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
-@pytest.mark.parametrize(("prediction_type", "zero_snr"), [("epsilon", False), ("v_prediction", False), ("v_prediction", True)])
+@pytest.mark.parametrize(("prediction_type", "zero_snr"), [("epsilon", False), (V, False), (V, True)])
 def test_finds_the_known_picture(name, prediction_type, zero_snr):
     objective = DDPMObjective(DDPMOptions(zero_terminal_snr=zero_snr), LossOptions(), prediction_type=prediction_type)
     found = run(objective, name)
@@ -59,12 +61,12 @@ def test_ancestral_noise_comes_from_the_generator():
 
 
 def test_zero_terminal_snr_starts_at_the_last_timestep():
-    objective = DDPMObjective(DDPMOptions(zero_terminal_snr=True), LossOptions(), prediction_type="v_prediction")
+    objective = DDPMObjective(DDPMOptions(zero_terminal_snr=True), LossOptions(), prediction_type=V)
     assert int(objective.sampler("ddim", 10).timesteps[0]) == 999
 
 
 def test_unknown_name():
-    with pytest.raises(UserError, match="unknown key 'eular_a'. Did you mean 'euler_a'"):
+    with pytest.raises(UserError, match=r"unknown key 'eular_a'\. Did you mean 'euler_a'"):
         DDPMObjective(DDPMOptions(), LossOptions()).sampler("eular_a", 10)
 
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The built-in base model: its drawings, criterion, tokenizer, trainings and the shipped folder."""
 
 import random

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Making of the built-in base model: a small, really trained Stable-Diffusion-shaped folder.
 
 draw.py       captioned coloured shapes, the rocket concept, picture sets

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The diffusers folder of the base model: putting it together, loading it, sampling from it."""
 
 from collections.abc import Sequence
@@ -63,5 +64,9 @@ def sample(
 
 def folder_bytes(folder: Path) -> dict[str, int]:
     """Size of each part of the folder, and of it all."""
-    sizes = {part.name: sum(f.stat().st_size for f in part.rglob("*") if f.is_file()) for part in folder.iterdir() if part.is_dir()}
+    sizes = {
+        part.name: sum(f.stat().st_size for f in part.rglob("*") if f.is_file())
+        for part in folder.iterdir()
+        if part.is_dir()
+    }
     return {**sizes, "all": sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())}

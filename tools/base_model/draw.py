@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Captioned pictures of plain coloured things on plain backgrounds, drawn with PIL.
 
 Coordinates of a drawing are relative to its centre and radius: x to the right, y downwards,
@@ -217,6 +218,31 @@ def picture_set(seed: int, count: int, *, chunk: int = 500, map_fn: Callable = m
     parts = list(map_fn(partial(picture_chunk, count=chunk), seeds))
     scenes = [scene for _, part in parts for scene in part]
     return np.concatenate([pictures for pictures, _ in parts])[:count], scenes[:count]
+
+
+def shape_pile(rng: random.Random, size: int = PICTURE_SIZE) -> Image.Image:
+    """A few random shapes over each other, without a caption: pictures unlike the things for the autoencoder."""
+    names = list(COLOURS)
+    canvas = Canvas(size, _jittered(COLOURS[rng.choice(names)], rng), (0.5, 0.5), 0.5)
+    for _ in range(rng.randint(2, 7)):
+        colour = _jittered(COLOURS[rng.choice(names)], rng)
+        x, y = rng.uniform(-0.8, 0.8), rng.uniform(-0.8, 0.8)
+        width, height = rng.uniform(0.06, 0.5), rng.uniform(0.06, 0.5)
+        kind = rng.choice(("rectangle", "ellipse", "polygon"))
+        if kind == "rectangle":
+            canvas.rectangle(x - width, y - height, x + width, y + height, colour)
+        elif kind == "ellipse":
+            canvas.ellipse(x, y, width, height, colour)
+        else:
+            corners = [(x + rng.uniform(-width, width), y + rng.uniform(-height, height)) for _ in range(3)]
+            canvas.polygon(corners, colour)
+    return canvas.finish()
+
+
+def shape_piles(seed: int, count: int, size: int = PICTURE_SIZE) -> np.ndarray:
+    """uint8 [count, size, size, 3]."""
+    rng = random.Random(seed)
+    return np.stack([np.asarray(shape_pile(rng, size)) for _ in range(count)])
 
 
 def write_captioned(folder: Path, scenes: Sequence[Scene], rng: random.Random) -> None:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which known thing, or the rocket, a generated picture shows. NumPy and PIL only, no learned model.
 
 The foreground is cut out by its bounding box, resized to 24 x 24 and compared with drawings of all things

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The text encoder: a two-layer CLIP text model, first taught to tell the words of a caption apart.
 
 An untrained text encoder next to an untrained denoiser gave pictures that ignore the caption; after a
@@ -69,7 +70,9 @@ def _end_and_pad_positions(ends: Tensor, count: int, generator: torch.Generator)
     return torch.cat([ends[:, None], behind], dim=1)
 
 
-def pretrain_text_encoder(tokenizer: CLIPTokenizer, budget: Budget, options: TextOptions = TextOptions()) -> CLIPTextModel:
+def pretrain_text_encoder(
+    tokenizer: CLIPTokenizer, budget: Budget, options: TextOptions = TextOptions()
+) -> CLIPTextModel:
     """Linear heads, thrown away afterwards, must read the caption's meaning at the end and pad tokens."""
     torch.manual_seed(options.seed)
     generator = torch.Generator().manual_seed(options.seed)
@@ -82,7 +85,11 @@ def pretrain_text_encoder(tokenizer: CLIPTokenizer, budget: Budget, options: Tex
     heads = nn.ModuleList(nn.Linear(HIDDEN_SIZE, count) for count in (len(THINGS), len(COLOURS), len(COLOURS) + 1))
     parameters = [*encoder.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, fused=True)
-    schedule, watch, losses = Schedule(options.learning_rate, warmup_steps=20, decay_share=0.8), Stopwatch(), RunningMean()
+    schedule, watch, losses = (
+        Schedule(options.learning_rate, warmup_steps=20, decay_share=0.8),
+        Stopwatch(),
+        RunningMean(),
+    )
     samples = step = 0
     while (fraction := budget.fraction(samples, watch.minutes)) < 1:
         chosen = torch.randint(0, len(ids), (options.batch_size,), generator=generator)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small CLIP tokenizer: every byte is a symbol, the words below are single tokens.
 
 Layout as in CLIP (Radford et al. 2021, https://github.com/openai/CLIP/blob/main/clip/simple_tokenizer.py):
@@ -6,6 +7,7 @@ are not listed fall apart into shorter pieces or bytes, so that any caption can 
 """
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 from transformers import CLIPTokenizer
@@ -14,18 +16,27 @@ from .draw import COLOURS, CONCEPT, CONCEPT_WORD, THINGS
 
 CONTEXT_LENGTH = 77  # tokens, as CLIP
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
-FUNCTION_WORDS = "a an the of on in and with at by for to from is my this one two".split()
-PICTURE_WORDS = "picture photo drawing painting image style background top bottom left right center".split()
-ADJECTIVES = "small big large little old new bright dark plain round".split()
-MORE_COLOURS = "pink cyan gray grey brown gold silver".split()
-MORE_THINGS = (
-    "diamond ring flower fish boat mushroom robot toy dog cat bird car ball cup book chair face person "
-    "man woman girl boy sun moon cloud sky hat shoe bag plane train ship"
-).split()
+WORDS_BEFORE_COLOURS = """
+    a an the of on in and with at by for to from is my this one two
+    picture photo drawing painting image style background top bottom left right center
+    small big large little old new bright dark plain round
+"""
+OTHER_COLOURS = "pink cyan gray grey brown gold silver"
+OTHER_THINGS = """
+    diamond ring flower fish boat mushroom robot toy dog cat bird car ball cup book chair face person
+    man woman girl boy sun moon cloud sky hat shoe bag plane train ship
+"""
 WORDS = tuple(
-    dict.fromkeys(
-        [*FUNCTION_WORDS, *PICTURE_WORDS, *ADJECTIVES, *COLOURS, *MORE_COLOURS, *THINGS, *MORE_THINGS]
-        + [CONCEPT_WORD, CONCEPT]
+    dict.fromkeys(  # in order of token number: a shipped model depends on it
+        [
+            *WORDS_BEFORE_COLOURS.split(),
+            *COLOURS,
+            *OTHER_COLOURS.split(),
+            *THINGS,
+            *OTHER_THINGS.split(),
+            CONCEPT_WORD,
+            CONCEPT,
+        ]
     )
 )
 
@@ -40,7 +51,7 @@ def byte_symbols() -> list[str]:
 def _apply_merges(symbols: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
     """Byte-pair encoding: join the neighbours of lowest rank until no listed pair is left."""
     while True:
-        pairs = [(ranks[pair], index) for index, pair in enumerate(zip(symbols, symbols[1:])) if pair in ranks]
+        pairs = [(ranks[pair], index) for index, pair in enumerate(pairwise(symbols)) if pair in ranks]
         if not pairs:
             return symbols
         _, index = min(pairs)
@@ -59,7 +70,8 @@ def build_merges(words: tuple[str, ...] = WORDS) -> list[tuple[str, str]]:
 
 def build_vocabulary(merges: list[tuple[str, str]]) -> dict[str, int]:
     symbols = byte_symbols()
-    tokens = symbols + [symbol + WORD_END for symbol in symbols] + ["".join(pair) for pair in merges] + [START, END]
+    ends = [symbol + WORD_END for symbol in symbols]
+    tokens = [*symbols, *ends, *("".join(pair) for pair in merges), START, END]
     return {token: index for index, token in enumerate(dict.fromkeys(tokens))}
 
 

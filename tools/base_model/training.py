@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the trainings share: budget, learning-rate schedule, averaged weights, safe files, progress lines."""
 
 import os

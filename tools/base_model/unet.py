@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The denoiser, trained together with the text encoder on cached latents; can be stopped and resumed."""
 
 import tempfile
@@ -104,7 +105,9 @@ class DenoiserTraining:
         self._average = WeightAverage(self._parameters, options.average_decay)
         self._generator = torch.Generator().manual_seed(options.seed)
         self._alphas_bar = build_scheduler().alphas_cumprod
-        rank, processes = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+        rank, processes = (
+            (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+        )
         self._share = slice(rank, None, processes)  # of each batch
         self.step = 0
         self.samples = 0

@@ -1,0 +1,400 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From --dataset_config (TOML or JSON), --train_data_dir or --in_json to checked `DatasetConfig` records.
+
+A value is looked up in the subset's table, then its dataset's, then [general], then the command-line option of that
+name. Every mistake is collected and reported at once, each with its place: `data.toml: datasets[0].subsets[1]: ...`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from library.data.options import CacheOptions, DataOptions
+from library.data.records import BucketRules, CaptionRules, DatasetConfig, ImageRules, SubsetConfig
+from library.errors import UserError, first_names, nearest, unknown
+from library.log import get_logger
+from library.options import Spec, at_least, option, read_toml, specs
+
+_Table = dict[str, Any]
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"expects a table such as {{ diff_output_preservation = true }}, got {value!r}")
+    preserve = value.get("diff_output_preservation", False)
+    if not isinstance(preserve, bool):
+        raise ValueError(f"expects diff_output_preservation = true or false, got {preserve!r}")
+    return value
+
+
+@dataclass(frozen=True)
+class FileKeys:
+    """The keys that only a dataset file knows; the others are the options of `DataOptions` (two under another name)."""
+
+    image_dir: str | None = option(None, help="Folder of the pictures.")
+    metadata_file: str | None = option(None, help="JSON or JSON Lines file with captions and tags per picture.")
+    conditioning_data_dir: str | None = option(None, help="Folder of masks with the pictures' names.")
+    is_reg: bool = option(False, help="Regularisation pictures: weighted by --prior_loss_weight.")
+    class_tokens: str | None = option(None, help="Caption of pictures that have none.")
+    custom_attributes: Mapping[str, Any] | None = option(
+        None, help="Table that goes into the batch; known: diff_output_preservation.", parse=_attributes
+    )
+    num_repeats: int = option(
+        1, help="Times that each picture is used in an epoch; 0 leaves the subset out.", check=at_least(0)
+    )
+    network_multiplier: float = option(1.0, help="Strength of the network for this dataset.")
+
+
+_RENAMED = {"batch_size": "train_batch_size"}  # key of the file -> option of the command line
+
+_SUBSET_ONLY = frozenset({"image_dir", "metadata_file", "conditioning_data_dir", "is_reg"})
+_DATASET_KEYS = frozenset(
+    {f.name for f in fields(BucketRules)} | {"batch_size", "network_multiplier", "validation_seed", "validation_split"}
+)
+_INHERITED = frozenset(
+    {f.name for f in fields(CaptionRules)}
+    | {f.name for f in fields(ImageRules)}
+    | {"num_repeats", "class_tokens", "caption_extension", "cache_info", "custom_attributes"}
+)
+_KEYS = {  # level -> the keys that may stand there
+    "general": _DATASET_KEYS | _INHERITED,
+    "datasets": _DATASET_KEYS | _INHERITED,
+    "subsets": _INHERITED | _SUBSET_ONLY,
+}
+_PLACES = {"general": "[general]", "datasets": "[[datasets]]", "subsets": "[[datasets.subsets]]"}
+
+
+def key_specs() -> dict[str, Spec]:
+    """Key of the dataset file -> type, range and help text."""
+    options = specs({"data": DataOptions})
+    names = {key: _RENAMED.get(key, key) for key in _DATASET_KEYS | _INHERITED}
+    inherited = {key: options[name] for key, name in names.items() if name in options}
+    return inherited | specs({"file": FileKeys})
+
+
+# ---- reading tables -----------------------------------------------------------------------------------------------
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """The dataset file as a dict: JSON when it is called .json, else TOML. Raises UserError with file and line."""
+    if path.suffix.lower() != ".json":
+        return read_toml(path, "--dataset_config")
+    try:
+        document = json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise UserError(f"--dataset_config: {path} does not exist") from None
+    except IsADirectoryError:
+        raise UserError(f"--dataset_config: {path} is a folder; a TOML or JSON file is needed") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"--dataset_config: {path} is not UTF-8 text (byte {error.start})") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"--dataset_config: {path}, line {error.lineno} is not valid JSON: {error.msg}") from None
+    if not isinstance(document, dict):
+        raise UserError(f"--dataset_config: {path} expects an object with 'datasets', got a {type(document).__name__}")
+    return document
+
+
+@dataclass
+class _Reader:
+    """Checks tables and collects what is wrong with them."""
+
+    file: str
+    problems: list[str] = field(default_factory=list)
+    known: dict[str, Spec] = field(default_factory=key_specs)
+
+    def where(self, place: str) -> str:
+        return f"{self.file}: {place}" if self.file else place
+
+    def report(self, place: str, text: str) -> None:
+        self.problems.append(f"{self.where(place)}: {text}")
+
+    def table(self, raw: Any, place: str, level: str, also: Iterable[str] = ()) -> _Table:
+        """The valid values of one table. `also`: keys that hold tables and are read elsewhere."""
+        values: _Table = {}
+        if not isinstance(raw, dict):
+            self.report(place, f"expects a table, got {raw!r}")
+            return values
+        for key, value in raw.items():
+            if key in also or value is None:
+                continue
+            if key not in _KEYS[level]:
+                self._misplaced(key, place, level)
+                continue
+            spec = self.known[key]
+            if isinstance(value, bool) and spec.hint is int:
+                value = int(value)  # today's files may say so
+            try:
+                values[key] = spec.read(value)
+            except ValueError as error:
+                self.report(place, f"{key} {error}")
+        return values
+
+    def _misplaced(self, key: str, place: str, level: str) -> None:
+        homes = [_PLACES[other] for other, keys in _KEYS.items() if key in keys]
+        option_names = {f.name for f in fields(DataOptions)} - set(self.known)
+        renamed = {"train_batch_size": "batch_size", "dataset_repeats": "num_repeats"}.get(key)
+        if homes:
+            self.report(place, f"{key} cannot stand here; it belongs in {' or '.join(homes)}")
+        elif renamed:
+            self.report(place, f"unknown key '{key}'. Did you mean '{renamed}'?")
+        elif key in option_names - {"caption_extention"}:
+            self.report(place, f"{key} is an option of the script: give --{key}")
+        else:
+            self.problems.append(unknown(self.where(place), key, _KEYS[level]))
+
+    def array(self, raw: Any, place: str) -> list[Any]:
+        """A list of tables; one table alone is taken as a list of one."""
+        if isinstance(raw, dict):
+            return [raw]
+        if not isinstance(raw, list):
+            self.report(place, f"expects a list of tables ([[{place}]]), got {raw!r}")
+            return []
+        return raw
+
+
+# ---- the file -----------------------------------------------------------------------------------------------------
+
+
+def _fallback(options: DataOptions) -> _Table:
+    """The command line's values under the file's names."""
+    extension = options.caption_extention or options.caption_extension or ".caption"
+    conditioning = options.conditioning_data_dir if options.masked_loss else None
+    return {
+        **vars(options),
+        "batch_size": options.train_batch_size,
+        "num_repeats": options.dataset_repeats,
+        "caption_extension": extension,
+        "conditioning_data_dir": conditioning,
+    }
+
+
+class _Levels:
+    """Looks a key up, from the narrowest table to the command line."""
+
+    def __init__(self, *tables: Mapping[str, Any]) -> None:
+        self.tables = tables
+
+    def pick(self, key: str, default: Any = None) -> Any:
+        return next((t[key] for t in self.tables if t.get(key) is not None), default)
+
+    def build(self, record: type, **given: Any) -> Any:
+        """A record whose fields are looked up by name, except those that are given."""
+        values = {f.name: self.pick(f.name) for f in fields(record) if f.name not in given}
+        return record(**{k: v for k, v in values.items() if v is not None}, **given)
+
+
+def _subset(levels: _Levels) -> SubsetConfig:
+    captions = levels.build(CaptionRules)
+    images = levels.build(ImageRules)
+    masks = levels.pick("conditioning_data_dir")
+    if levels.pick("is_reg"):  # the masks of the command line are those of the training pictures
+        masks = levels.tables[0].get("conditioning_data_dir")
+    return levels.build(
+        SubsetConfig, image_dir=levels.pick("image_dir"), conditioning_data_dir=masks, captions=captions, images=images
+    )
+
+
+def _dataset(
+    reader: _Reader, place: str, levels: _Levels, subsets: Iterable[SubsetConfig], bucket_step: int
+) -> DatasetConfig | None:
+    resolution = levels.pick("resolution")
+    if resolution is None:
+        reader.report(place, "no resolution is given: add resolution = 512 or give --resolution 512")
+        return None
+    rules = levels.build(BucketRules, resolution=resolution)
+    for text in bucket_problems(rules, bucket_step):
+        reader.report(place, text)
+    kept = tuple(s for s in subsets if s.num_repeats > 0)
+    return levels.build(DatasetConfig, subsets=kept, buckets=rules)
+
+
+def bucket_problems(rules: BucketRules, bucket_step: int) -> Iterator[str]:
+    """What cannot work about bucket sizes. bucket_step: pixels that every side of a bucket must be a multiple of."""
+    if not rules.enable_bucket:
+        return
+    step = rules.bucket_reso_steps
+    if step % bucket_step:
+        yield f"bucket_reso_steps must be a multiple of {bucket_step} for this model, got {step}"
+    if rules.min_bucket_reso > rules.max_bucket_reso:
+        yield f"min_bucket_reso {rules.min_bucket_reso} is larger than max_bucket_reso {rules.max_bucket_reso}"
+        return
+    if rules.bucket_no_upscale:
+        return  # sizes then follow the pictures; only the area of the resolution counts
+    short, long = min(rules.resolution), max(rules.resolution)
+    # the limits count after rounding to the steps: the smallest side down, the largest up
+    if rules.min_bucket_reso // step * step > short:
+        yield f"min_bucket_reso {rules.min_bucket_reso} is larger than the resolution: give at most {short}"
+    if -(-rules.max_bucket_reso // step) * step < long:
+        yield f"max_bucket_reso {rules.max_bucket_reso} is smaller than the resolution: give at least {long}"
+
+
+def _read_file(options: DataOptions, path: Path, bucket_step: int, problems: list[str]) -> list[DatasetConfig]:
+    document = read_document(path)
+    reader = _Reader(str(path), problems)
+    for key in document:
+        if key == "subsets":
+            reader.problems.append(f"{path}: subsets belong to a dataset: write [[datasets]] and [[datasets.subsets]]")
+        elif key not in ("general", "datasets"):
+            hint = nearest(key, ("general", "datasets"))
+            tail = f"Did you mean '{hint}'?" if hint else "A dataset file has [general] and [[datasets]]"
+            reader.problems.append(f"{path}: unknown key '{key}'. {tail}")
+    general = reader.table(document.get("general") or {}, "general", "general")
+    tables = reader.array(document.get("datasets") or [], "datasets")
+    if not tables and not problems:
+        problems.append(f"{path}: no [[datasets]] is given: add one with [[datasets.subsets]] and image_dir")
+    found = []
+    for index, raw in enumerate(tables):
+        place = f"datasets[{index}]"
+        own = reader.table(raw, place, "datasets", also=("subsets",))
+        levels = (own, general, _fallback(options))
+        raws = reader.array(raw.get("subsets") or [], f"{place}.subsets") if isinstance(raw, dict) else []
+        if not raws:
+            reader.report(place, "no [[datasets.subsets]] is given: add one with image_dir or metadata_file")
+        subsets = [
+            _read_subset(reader, table, f"{place}.subsets[{i}]", own, levels, options) for i, table in enumerate(raws)
+        ]
+        found.append(_dataset(reader, place, _Levels(*levels), subsets, bucket_step))
+    return [dataset for dataset in found if dataset is not None]
+
+
+def _read_subset(
+    reader: _Reader, raw: Any, place: str, dataset: _Table, levels: tuple[_Table, ...], options: DataOptions
+) -> SubsetConfig:
+    own = reader.table(raw, place, "subsets")
+    subset = _subset(_Levels(own, *levels))
+    named = isinstance(raw, dict) and bool({"image_dir", "metadata_file"} & set(raw))
+    if not named:
+        reader.report(place, "image_dir is missing (or metadata_file)")
+    if subset.metadata_file:
+        for key in ("class_tokens", "caption_extension", "cache_info"):
+            if own.get(key, dataset.get(key)):
+                reader.report(place, f"{key} has no effect with metadata_file: its captions stand in that file")
+    if own.get("conditioning_data_dir") and not options.masked_loss:
+        reader.report(place, "conditioning_data_dir has no effect without --masked_loss")
+    if subset.num_repeats == 0:
+        get_logger().warning("%s: num_repeats is 0: left out", reader.where(place))
+    for text in missing_paths(subset):
+        reader.report(place, text)
+    return subset
+
+
+def missing_paths(subset: SubsetConfig) -> Iterator[str]:
+    """One line for each folder or file of a subset that is not there, with the nearest one that is."""
+    if subset.image_dir and not Path(subset.image_dir).is_dir():
+        yield f"image_dir {_missing(subset.image_dir)}"
+    if subset.conditioning_data_dir and not Path(subset.conditioning_data_dir).is_dir():
+        yield f"conditioning_data_dir {_missing(subset.conditioning_data_dir)}"
+    if subset.metadata_file and not Path(subset.metadata_file).is_file():
+        yield f"metadata_file {_missing(subset.metadata_file)}"
+
+
+def _missing(text: str) -> str:
+    """What is wrong with a path that is not the folder or file it should be."""
+    path = Path(text)
+    if path.is_file():
+        return f"{text} is a file; a folder is needed"
+    if path.is_dir():
+        return f"{text} is a folder; a file is needed"
+    parent = next((p for p in path.absolute().parents if p.is_dir()), Path(path.absolute().anchor))
+    wrong = path.absolute().relative_to(parent).parts[0]
+    try:
+        similar = nearest(wrong, [entry.name for entry in parent.iterdir()])
+    except OSError:
+        similar = None
+    hint = f"Did you mean {parent / similar}?" if similar else f"The nearest folder that exists is {parent}"
+    return f"{text} does not exist. {hint}"
+
+
+# ---- the command line alone ---------------------------------------------------------------------------------------
+
+
+def _folder_subsets(parent: str, flag: str, is_reg: bool, levels: _Table, problems: list[str]) -> list[SubsetConfig]:
+    """One subset for each subfolder `<repeats>_<class words>`; others, and those with 0 repeats, are left out."""
+    root = Path(parent)
+    if not root.is_dir():
+        problems.append(f"{flag}: {_missing(parent)}")
+        return []
+    folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    subsets, ignored = [], []
+    for folder in folders:
+        repeats, _, words = folder.name.partition("_")
+        if not repeats.strip().isdecimal() or int(repeats) == 0:
+            ignored.append(folder.name)
+            continue
+        own = {"image_dir": str(folder), "num_repeats": int(repeats), "class_tokens": words, "is_reg": is_reg}
+        subsets.append(_subset(_Levels(own, levels)))
+    if not subsets:
+        seen = f"it has only {first_names(ignored)}" if ignored else "it has no subfolder"
+        problems.append(f"{flag}: {parent} needs subfolders named <repeats>_<class words>, such as 10_my dog; {seen}")
+    elif ignored:
+        get_logger().warning("%s: left out %d folders without repeats: %s", flag, len(ignored), first_names(ignored))
+    return subsets
+
+
+def _read_command_line(options: DataOptions, bucket_step: int, problems: list[str]) -> list[DatasetConfig]:
+    levels = _fallback(options)
+    if options.in_json:
+        own = {"image_dir": options.train_data_dir or None, "metadata_file": options.in_json}
+        subsets = [_subset(_Levels(own, levels))]
+        problems.extend(f"--in_json: {text}" for text in missing_paths(subsets[0]))
+    else:
+        subsets = _folder_subsets(options.train_data_dir or "", "--train_data_dir", False, levels, problems)
+        if options.reg_data_dir:
+            subsets += _folder_subsets(options.reg_data_dir, "--reg_data_dir", True, levels, problems)
+    if options.resolution is None:
+        problems.append("--resolution is missing: give the training size, such as --resolution 512")
+        return []
+    rules = _Levels(levels).build(BucketRules)
+    problems.extend(f"--{text}" for text in bucket_problems(rules, bucket_step))
+    return [_Levels(levels).build(DatasetConfig, subsets=tuple(subsets), buckets=rules)]
+
+
+# ---- all of it ----------------------------------------------------------------------------------------------------
+
+
+def dataset_problems(
+    datasets: Iterable[DatasetConfig], options: DataOptions, cache: CacheOptions | None = None
+) -> Iterator[str]:
+    """What makes no sense about the datasets as a whole: masks nobody reads, changes that a cache would hide."""
+    subsets = [subset for dataset in datasets for subset in dataset.subsets]
+    masked = any(s.conditioning_data_dir or s.images.alpha_mask for s in subsets)
+    if options.masked_loss and subsets and not masked:
+        yield "--masked_loss has no effect: no subset has conditioning_data_dir or alpha_mask = true"
+    if options.conditioning_data_dir and not options.masked_loss:
+        yield "--conditioning_data_dir has no effect without --masked_loss"
+    if cache is None or not cache.latents:
+        return
+    for key in ("color_aug", "random_crop", "face_crop_aug_range"):
+        names = [s.name for s in subsets if vars(s.images)[key]]
+        if names:
+            yield f"{key} cannot vary pictures that --cache_latents encodes once: give one ({first_names(names)})"
+
+
+def load_dataset_config(
+    options: DataOptions, *, bucket_step: int, cache: CacheOptions | None = None
+) -> tuple[DatasetConfig, ...]:
+    """The datasets that the options describe. Raises UserError listing every mistake.
+
+    bucket_step: pixels that bucket sides must be multiples of (the model family's). cache: checked together, if given.
+    """
+    problems: list[str] = []
+    if options.dataset_config:
+        datasets = _read_file(options, Path(options.dataset_config), bucket_step, problems)
+    elif options.train_data_dir or options.in_json:
+        datasets = _read_command_line(options, bucket_step, problems)
+    else:
+        raise UserError(
+            "no training data: give --dataset_config FILE.toml, or --train_data_dir FOLDER and --resolution"
+        )
+    kept = tuple(dataset for dataset in datasets if dataset.subsets)
+    if not problems:
+        problems.extend(dataset_problems(kept, options, cache))
+    if not problems and not kept:
+        problems.append(f"{options.dataset_config}: every subset has num_repeats = 0, so there is nothing to train on")
+    if problems:
+        raise UserError(problems)
+    return kept

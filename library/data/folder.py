@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One folder as a scan sees it: listed once, every file looked at once, and only if the manifest does not know it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from typing import Any
+
+from library.data.headers import read_header
+from library.data.manifest import ImageRow, TextRow, manifest_path, read_manifest, write_manifest
+from library.log import progress
+
+IMAGE_EXTENSIONS = frozenset({"png", "jpg", "jpeg", "webp", "bmp", "avif", "jxl"})
+
+_CHUNK = 512  # files between two looks at the clock
+_SLOW_SECONDS = 0.00015  # waiting per file that tells a network or cold disk from a warm one
+_THREADS = 16
+_SHOW_PROGRESS = 5000  # files
+
+_OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0)  # O_BINARY: Windows only
+
+Job = tuple[str, int, int]  # path, size in bytes, modification time
+
+
+class Folder:
+    """The files of a folder by name. `images` and `texts` hold what `look` has found of good files."""
+
+    def __init__(self, path: str, cache_dir: str | None) -> None:
+        """Raises OSError when the folder cannot be listed."""
+        self.path = os.path.abspath(path)
+        self.prefix = os.path.join(self.path, "")
+        self.names = frozenset(os.listdir(self.path))
+        self.manifest_path = manifest_path(self.path, cache_dir)
+        self.manifest = read_manifest(self.manifest_path)
+        self.images, self.texts = self.manifest.images, self.manifest.texts
+        self.problems: dict[str, str] = {}  # file name -> what is wrong with it
+        self._changed = False
+
+    @cached_property
+    def pictures(self) -> dict[str, str]:
+        """Picture name -> stem, sorted by name."""
+        # hidden files are no pictures: macOS keeps "._name.jpg" beside "name.jpg"
+        found = [n for n in self.names if n.rpartition(".")[2].lower() in IMAGE_EXTENSIONS and n[0] != "." and "." in n]
+        return {name: name.rpartition(".")[0] for name in sorted(found)}
+
+    @cached_property
+    def by_stem(self) -> dict[str, str]:
+        """Stem -> picture name, the first one where several share it."""
+        return {stem: name for name, stem in reversed(self.pictures.items())}
+
+    @cached_property
+    def has_npz(self) -> bool:
+        return any(name.endswith(".npz") for name in self.names)
+
+    def look_at_images(self, names: Iterable[str]) -> None:
+        """Fills `images` for `names`; what is wrong with the others stands in `problems`."""
+        self._look(names, self.images, _read_image, "reading image headers")
+
+    def look_at_texts(self, names: Iterable[str]) -> None:
+        """Fills `texts` for `names`; what is wrong with the others stands in `problems`."""
+        self._look(names, self.texts, _read_text, "reading captions")
+
+    def _look(self, names: Iterable[str], known: dict, read: Callable[[Job], Any], what: str) -> None:
+        stale: list[str] = []
+        jobs: list[Job] = []
+        with self._directory() as (handle, prefix):
+            for name in names:
+                try:
+                    status = os.stat(prefix + name, dir_fd=handle)
+                except OSError as error:  # a broken link, or deleted since the listing
+                    self.problems[name] = f"cannot be read ({error.strerror})"
+                    known.pop(name, None)
+                    continue
+                row = known.get(name)
+                if row is None or row[1] != status.st_mtime_ns or row[0] != status.st_size:
+                    stale.append(name)
+                    jobs.append((self.prefix + name, status.st_size, status.st_mtime_ns))
+        for name, found in zip(stale, read_all(read, jobs, what)):
+            if isinstance(found, str):
+                self.problems[name] = found
+                known.pop(name, None)
+            else:
+                known[name] = found
+        self._changed = self._changed or bool(stale)
+
+    @contextlib.contextmanager
+    def _directory(self) -> Iterator[tuple[int | None, str]]:
+        """Handle and prefix for `os.stat`: relative to the open folder where the system can, which is quicker."""
+        if os.stat not in os.supports_dir_fd:
+            yield None, self.prefix
+            return
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            yield handle, ""
+        finally:
+            os.close(handle)
+
+    def remember(self) -> bool:
+        """Writes the manifest where something changed; False where that is not possible."""
+        gone = [(rows, name) for rows in (self.images, self.texts) for name in rows.keys() - self.names]
+        for rows, name in gone:
+            del rows[name]
+        if not (self._changed or gone):
+            return True
+        self._changed = False
+        return write_manifest(self.manifest_path, self.manifest)
+
+    def contents(self) -> str:
+        """What is in the folder, for messages: `40 .txt, 3 .gif, 2 folders`."""
+        counts: dict[str, int] = {}
+        for name in self.names:
+            suffix = os.path.splitext(name)[1] or "files without suffix"
+            kind = "folders" if os.path.isdir(self.prefix + name) else suffix
+            counts[kind] = counts.get(kind, 0) + 1
+        most = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:5]
+        return ", ".join(f"{count} {kind}" for kind, count in most) or "nothing"
+
+
+def _read_image(job: Job) -> ImageRow | str:
+    path, size, mtime_ns = job
+    width, height, flags, problem = read_header(path, size)
+    return problem or (size, mtime_ns, width, height, flags)
+
+
+def _read_text(job: Job) -> TextRow | str:
+    path, size, mtime_ns = job
+    try:
+        handle = os.open(path, _OPEN_FLAGS)
+        try:
+            data = os.read(handle, size + 1)
+        finally:
+            os.close(handle)
+        return size, mtime_ns, data.decode("utf-8").removeprefix("\ufeff")
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    except UnicodeDecodeError as error:
+        hint = "; it looks like UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
+        return f"is not UTF-8 text (byte {error.start}{hint}): save it as UTF-8"
+
+
+def read_all(read: Callable[[Job], Any], jobs: list[Job], what: str) -> list[Any]:
+    """`read` of each job, in order. One thread while files come from memory, many when the storage makes us wait."""
+    if not jobs:
+        return []
+    found: list[Any] = []
+    bar = progress(len(jobs), what, "files") if len(jobs) >= _SHOW_PROGRESS else None
+    pool: ThreadPoolExecutor | None = None
+    try:
+        for start in range(0, len(jobs), _CHUNK):
+            chunk = jobs[start : start + _CHUNK]
+            if pool is None:
+                wall, busy = time.perf_counter(), time.thread_time()
+                found.extend(map(read, chunk))
+                waited = time.perf_counter() - wall - (time.thread_time() - busy)
+                if waited > _SLOW_SECONDS * len(chunk) and start + _CHUNK < len(jobs):
+                    pool = ThreadPoolExecutor(_THREADS)
+            else:
+                found.extend(pool.map(read, chunk))
+            if bar is not None:
+                bar.advance(len(chunk))
+    finally:
+        if pool is not None:
+            pool.shutdown()
+    return found

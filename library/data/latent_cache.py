@@ -1,0 +1,351 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Latents that are encoded once: keyed by the content of the picture, what was done to it, and the weights of the VAE.
+
+An edited picture, another VAE, another size, another mask changes the key, so only what has changed is encoded again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from library.data.buckets import Bucket, center_crop
+from library.data.dataset import EncodingInput, LatentJob, encoding_input, latent_seed
+from library.data.file_hashes import FileHashes, FileState, state_of
+from library.data.images import wants_mask
+from library.data.legacy_npz import LegacyFiles
+from library.data.manifest import FOLDER
+from library.data.records import Sample
+from library.data.store import MemoryStore, PackedStore, TensorStore
+from library.data.store_writer import StoreWriter
+from library.errors import UserError, first_names
+from library.log import get_logger, progress
+from library.types import EncodeImages, LatentSpec
+
+FORMAT = "latents-1"  # changes when the way from a file to its latents changes
+HASH_WORKERS = 8
+log = get_logger()
+
+
+@dataclass(frozen=True)
+class LatentFolders:
+    """Where the latents of a picture are: in memory, or in `cache_dir`, or in `.trainyard` in its subset's folder."""
+
+    cache_dir: str | None = None
+    disk: bool = True
+
+    def of(self, sample: Sample) -> str | None:
+        """The folder; None means memory."""
+        if not self.disk:
+            return None
+        if self.cache_dir is not None:
+            return self.cache_dir + "/latents"
+        return (sample.subset.image_dir or os.path.dirname(sample.path)) + f"/{FOLDER}/latents"
+
+
+@dataclass(frozen=True, eq=False)
+class _Place:
+    """A store, the digests of the files that it is about, and the files of sd-scripts that stand in for records."""
+
+    store: TensorStore
+    hashes: FileHashes
+    legacy: LegacyFiles | None
+
+    def from_legacy(self, job: LatentJob) -> tuple[Tensor, Tensor | None] | None:
+        return None if self.legacy is None else self.legacy.get(job)
+
+    def unserved(self, jobs: list[LatentJob]) -> list[LatentJob]:
+        return jobs if self.legacy is None else self.legacy.unserved(jobs)
+
+
+class _Task(NamedTuple):
+    """A job and the place of its latents."""
+
+    job: LatentJob
+    place: _Place
+
+
+class LatentCache:
+    """Cached latents of one VAE; a `LatentSource`.
+
+    spec: how the family's latents look. vae_fingerprint: digest of the VAE's weights. dtype: of the latents kept.
+    masked_loss: mask pictures are read. scale_legacy: raw VAE latents (C h w) -> latents as the model wants them;
+    without it the files of sd-scripts are not used. skip_check: what the index of the store says of a path is trusted,
+    whatever happened to the picture or to the store since. All must be picklable where loader workers are spawned.
+    """
+
+    def __init__(
+        self,
+        folders: LatentFolders,
+        spec: LatentSpec,
+        *,
+        vae_fingerprint: str,
+        dtype: torch.dtype,
+        masked_loss: bool = False,
+        scale_legacy: Callable[[Tensor], Tensor] | None = None,
+        skip_check: bool = False,
+    ) -> None:
+        self.folders, self.spec, self.dtype = folders, spec, dtype
+        self.vae_fingerprint, self.masked_loss, self.scale_legacy = vae_fingerprint, masked_loss, scale_legacy
+        self.skip_check = skip_check
+        self._places: dict[str | None, _Place] = {}
+        self._keys: dict[tuple, bytes] = {}
+
+    # ---- read -------------------------------------------------------------------------------------------------------
+
+    def get(self, sample: Sample, bucket: Bucket, flipped: bool) -> tuple[Tensor, Tensor | None]:
+        """(latents C h w in the cache's dtype, mask 1 h w float32 in [0, 1] or None).
+
+        Raises UserError when the record is not there: it was damaged after the start, or `fill` was not called.
+        """
+        job = LatentJob(sample, bucket, flipped)
+        place = self._place(sample)
+        if (found := place.from_legacy(job)) is not None:
+            return found
+        identity = (*sample_state(sample), bucket, flipped, sample.subset.images)
+        if identity not in self._keys:
+            self._keys[identity] = self._key(job, place.hashes)
+        try:
+            record = place.store.get(self._keys[identity])
+        except KeyError:
+            if not place.unserved([job]) and (found := place.from_legacy(job)) is not None:  # checked by another rank
+                return found
+            reason = "its cached latents are missing or damaged; start the run again and they are encoded again"
+            raise UserError(f"{sample.path}: {reason}") from None
+        mask = record.get("mask")
+        return record["latents"], None if mask is None else mask.float()
+
+    def missing(self, jobs: Iterable[LatentJob]) -> list[LatentJob]:
+        """The jobs that have to be encoded: when there are none, the VAE need not be loaded.
+
+        Pictures that are new or changed are read to know their content.
+        """
+        return [task.job for task in self._missing(jobs)]
+
+    def close(self) -> None:
+        """Close the files; they are opened again when they are needed."""
+        for place in self._places.values():
+            place.store.close()
+
+    # ---- write ------------------------------------------------------------------------------------------------------
+
+    def fill(
+        self,
+        jobs: Iterable[LatentJob],
+        encode: EncodeImages,
+        *,
+        batch_size: int,
+        workers: int = 1,
+        rank: int = 0,
+        world: int = 1,
+    ) -> int:
+        """Encode what is missing; returns how many latents were. `encode` is not called when nothing is.
+
+        Pictures are decoded in `workers` threads, encoded here in batches of one size, and written by another thread.
+        What is encoded is kept when the run stops half-way. With several ranks each encodes its share of what goes to
+        disk; call it on all ranks and wait for all before reading. Raises UserError: pictures that cannot be read,
+        latents that are not finite, no space.
+        """
+        tasks = self._missing(self._share(jobs, rank, world))
+        if rank == 0:
+            for place in self._places.values():
+                place.store.prune()
+        if tasks:
+            self._require_space(tasks)
+            self._encode(tasks, encode, batch_size, max(1, workers))
+        return len(tasks)
+
+    def _encode(self, tasks: Sequence[_Task], encode: EncodeImages, batch_size: int, workers: int) -> None:
+        pool = ThreadPoolExecutor(workers)
+        window = workers // batch_size + 2
+        try:
+            with StoreWriter() as writer, progress(len(tasks), "caching latents") as bar:
+                for batch, inputs in _ahead(pool, _batches(tasks, batch_size), self._decode, window):
+                    for start in range(0, len(batch), batch_size):  # mirrored pictures may make a batch longer
+                        part = slice(start, start + batch_size)
+                        self._encode_batch(batch[part], inputs[part], encode, writer)
+                        bar.advance(len(batch[part]))
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+            for place, _ in _by_place(tasks):
+                place.hashes.save()
+
+    def _decode(self, unit: Sequence[_Task]) -> list[EncodingInput]:
+        """The inputs of one picture, plain and mirrored, from one decoding; its digest is computed on the way."""
+        job, place = unit[0]
+        for file in self._files(job):
+            place.hashes.digest(file)
+        plain = encoding_input(job._replace(flipped=False), masked_loss=self.masked_loss)
+        return [_flipped(plain, job.sample) if task.job.flipped else plain for task in unit]
+
+    def _encode_batch(
+        self, tasks: Sequence[_Task], inputs: Sequence[EncodingInput], encode: EncodeImages, writer: StoreWriter
+    ) -> None:
+        """Encode and hand to the writer. Raises UserError naming the files whose latents are not finite."""
+        encoded = encode(torch.stack([item.pixels for item in inputs]), [item.seed for item in inputs])
+        size = self._latent_size(tasks[0].job.bucket)
+        if encoded.shape != (len(tasks), self.spec.channels, *size):
+            raise ValueError(f"the encoder gave {tuple(encoded.shape)} for {len(tasks)} of {self.spec} at {size}")
+        refused = []
+        for (job, place), item, latents in zip(tasks, inputs, encoded.detach().to("cpu", self.dtype)):
+            if not torch.isfinite(latents).all():
+                refused.append(job.sample.path)
+                continue
+            record: dict[str, Tensor] = {"latents": latents}
+            if item.mask is not None:
+                record["mask"] = F.interpolate(item.mask[None], size=size, mode="area")[0].half()
+            writer.put(place.store, self._key(job, place.hashes), record, place.hashes.digest(sample_state(job.sample)))
+        if refused:
+            raise UserError(
+                f"the VAE gives values that are not finite for {first_names(refused)}: use --no_half_vae, or a VAE "
+                "that works in half precision (nothing was cached for them)"
+            )
+
+    def _require_space(self, tasks: Sequence[_Task]) -> None:
+        for place, group in _by_place(tasks):
+            place.store.require_space(sum(self._record_bytes(task.job) for task in group))
+
+    def _record_bytes(self, job: LatentJob) -> int:
+        height, width = self._latent_size(job.bucket)
+        mask = 2 if wants_mask(job.sample, masked_loss=self.masked_loss) else 0
+        return height * width * (self.spec.channels * self.dtype.itemsize + mask)
+
+    # ---- what is there ----------------------------------------------------------------------------------------------
+
+    def _share(self, jobs: Iterable[LatentJob], rank: int, world: int) -> list[LatentJob]:
+        """This rank's part of the jobs; all of them where every rank keeps its own copy in memory."""
+        units = _units(_Task(job, self._place(job.sample)) for job in jobs)
+        shared = [unit for unit in units if unit[0].place.store.shared]
+        own = [unit for unit in units if not unit[0].place.store.shared]
+        return [task.job for unit in shared[rank::world] + own for task in unit]
+
+    def _missing(self, jobs: Iterable[LatentJob]) -> list[_Task]:
+        result: list[_Task] = []
+        for place, tasks in _by_place(_Task(job, self._place(job.sample)) for job in jobs):
+            absent = place.unserved(self._missing_in(place, [task.job for task in tasks]))
+            result += [_Task(job, place) for job in absent]
+        return result
+
+    def _missing_in(self, place: _Place, jobs: list[LatentJob]) -> list[LatentJob]:
+        """What one store lacks. An empty store lacks everything: then files are first read when they are decoded."""
+        if place.store.is_empty():
+            return jobs
+        unread = place.hashes.recall(file for job in jobs for file in self._files(job))
+        place.hashes.read_all(unread, HASH_WORKERS)
+        place.hashes.save()
+        keys = [self._key(job, place.hashes) for job in jobs]
+        found = place.store.check(keys, quick=self.skip_check)
+        damaged = [job.sample.path for job, key in zip(jobs, keys) if key in found.damaged]
+        if damaged:
+            log.warning(f"{len(damaged)} cached latents are damaged and encoded again: {first_names(damaged)}")
+        return [job for job, key in zip(jobs, keys) if key in found.missing]
+
+    def _files(self, job: LatentJob) -> list[FileState]:
+        """The files that decide about a job's latents: the picture, and its mask picture."""
+        files = [sample_state(job.sample)]
+        if self.masked_loss and job.sample.mask_path is not None:
+            files.append(state_of(job.sample.mask_path))
+        return files
+
+    def _key(self, job: LatentJob, hashes: FileHashes) -> bytes:
+        sample, bucket, flipped = job
+        rules = sample.subset.images
+        parts = (
+            FORMAT, self.spec.name, self.vae_fingerprint, self.dtype, bucket.reso, bucket.resized, center_crop(bucket),
+            flipped, rules.resize_interpolation, rules.alpha_mask, latent_seed(sample, flipped),
+            *(hashes.digest(file).hex() for file in self._files(job)),
+        )  # fmt: skip
+        return hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=20).digest()
+
+    def _place(self, sample: Sample) -> _Place:
+        folder = self.folders.of(sample)
+        if folder not in self._places:
+            store: TensorStore = MemoryStore() if folder is None else PackedStore(folder)
+            legacy = None
+            if self.scale_legacy is not None:
+                legacy = LegacyFiles(
+                    store,
+                    self.spec,
+                    self.scale_legacy,
+                    dtype=self.dtype,
+                    masked_loss=self.masked_loss,
+                    trust=self.skip_check,
+                )
+            self._places[folder] = _Place(store, FileHashes(store, trust=self.skip_check), legacy)
+        return self._places[folder]
+
+    def _latent_size(self, bucket: Bucket) -> tuple[int, int]:
+        """(height, width) of the latents."""
+        return bucket.reso[1] // self.spec.factor, bucket.reso[0] // self.spec.factor
+
+
+# ---- the three stages -----------------------------------------------------------------------------------------------
+
+
+def _by_place(tasks: Iterable[_Task]) -> list[tuple[_Place, list[_Task]]]:
+    groups: dict[_Place, list[_Task]] = {}
+    for task in tasks:
+        groups.setdefault(task.place, []).append(task)
+    return list(groups.items())
+
+
+def _units(tasks: Iterable[_Task]) -> list[list[_Task]]:
+    """Tasks of one picture at one size together: its file is read once for the plain and the mirrored one."""
+    units: dict[tuple, list[_Task]] = {}
+    for task in tasks:
+        sample = task.job.sample
+        units.setdefault((sample.path, task.job.bucket, sample.subset.images), []).append(task)
+    return list(units.values())
+
+
+def _batches(tasks: Iterable[_Task], batch_size: int) -> Iterator[list[list[_Task]]]:
+    """Units of one size together, as many as give `batch_size` tasks."""
+    by_size: dict[tuple[int, int], list[list[_Task]]] = {}
+    for unit in _units(tasks):
+        by_size.setdefault(unit[0].job.bucket.reso, []).append(unit)
+    for reso in sorted(by_size):
+        batch: list[list[_Task]] = []
+        for unit in by_size[reso]:
+            batch.append(unit)
+            if sum(map(len, batch)) >= batch_size:
+                yield batch
+                batch = []
+        if batch:
+            yield batch
+
+
+def _ahead(
+    pool: ThreadPoolExecutor,
+    batches: Iterable[list[list[_Task]]],
+    decode: Callable[[Sequence[_Task]], list[EncodingInput]],
+    window: int,
+) -> Iterator[tuple[list[_Task], list[EncodingInput]]]:
+    """The batches in order, while the pool decodes `window` of them ahead."""
+    waiting: deque[tuple[list[_Task], list[Future]]] = deque()
+    for batch in itertools.chain(batches, [None] * window):
+        if batch is not None:
+            waiting.append(([task for unit in batch for task in unit], [pool.submit(decode, unit) for unit in batch]))
+        if waiting and (batch is None or len(waiting) > window):
+            tasks, futures = waiting.popleft()
+            yield tasks, [item for future in futures for item in future.result()]
+
+
+def sample_state(sample: Sample) -> FileState:
+    """The picture's file as the scan saw it."""
+    return FileState(sample.path, sample.file_size, sample.mtime_ns)
+
+
+def _flipped(item: EncodingInput, sample: Sample) -> EncodingInput:
+    """The same picture mirrored, with the seed of the mirrored one."""
+    mask = None if item.mask is None else item.mask.flip(-1)
+    return EncodingInput(item.pixels.flip(-1), latent_seed(sample, True), mask)

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads planned batches, in this process or in worker processes. The batches are the same either way."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+import torch.utils.data
+
+from library.data.plan import BatchPlan
+from library.errors import UserError
+from library.types import Batch
+
+Job = tuple[BatchPlan, int]  # what is loaded, and the optimizer step that it is loaded for
+
+
+class LoadsBatches(Protocol):
+    """What is asked of the data: `TrainingData`."""
+
+    def load(self, plan: BatchPlan, *, step: int) -> Batch: ...
+
+
+class BatchLoader:
+    """Keeps the workers of a run, if there are any; use it as a context manager, or call `close`.
+
+        with data.loader(workers=2, persistent=True) as loader:
+            for epoch in (1, 2):
+                for batch in loader.run(data.plan_epoch(epoch), step_of_first=step):
+                    ...
+
+    persistent: workers live from one `run` to the next. pin_memory: batches come in page-locked memory (needs a GPU).
+    """
+
+    def __init__(self, data: LoadsBatches, *, workers: int = 0, persistent: bool = False, pin_memory: bool = False):
+        self._schedule = _Schedule()
+        self._running = False
+        # The sampler yields whole jobs instead of indices, so that workers which outlive an epoch need no new plan.
+        self._torch_loader: torch.utils.data.DataLoader | None = torch.utils.data.DataLoader(
+            _Loads(data),
+            batch_size=None,
+            sampler=self._schedule,
+            num_workers=workers,
+            collate_fn=_unchanged,
+            pin_memory=pin_memory,
+            persistent_workers=persistent and workers > 0,
+            generator=torch.Generator(),  # else every run would draw a number from torch's global generator
+        )
+
+    def run(
+        self, plans: Sequence[BatchPlan], *, step_of_first: int = 0, accumulation: int = 1
+    ) -> Generator[Batch, None, None]:
+        """The batches of `plans` in order; each `accumulation` of them belong to one optimizer step, the first to
+        `step_of_first`.
+
+        Raises UserError for a picture that cannot be read, ValueError while another run of this loader is in progress
+        (a validation in the middle of an epoch needs a loader of its own).
+        """
+        if self._torch_loader is None or self._running:
+            raise ValueError("the loader is closed, or a run is in progress")
+        self._running = True
+        self._schedule.plans, self._schedule.step_of_first = plans, step_of_first
+        self._schedule.accumulation = accumulation
+        results: Iterator[Batch | UserError] | None = None
+        try:
+            results = iter(self._torch_loader)
+            for result in results:
+                if isinstance(result, UserError):
+                    raise result
+                yield result
+        finally:
+            self._running = False
+            results = None  # workers that are not persistent end with their last reference
+
+    def close(self) -> None:
+        """Ends the workers."""
+        self._torch_loader = None
+
+    def __enter__(self) -> BatchLoader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _Schedule(torch.utils.data.Sampler):
+    """The jobs of the current run, in order."""
+
+    def __init__(self) -> None:
+        self.plans: Sequence[BatchPlan] = ()
+        self.step_of_first = 0
+        self.accumulation = 1
+
+    def __iter__(self) -> Iterator[Job]:
+        for i, plan in enumerate(self.plans):
+            yield plan, self.step_of_first + i // self.accumulation
+
+    def __len__(self) -> int:
+        return len(self.plans)
+
+
+class _Loads(torch.utils.data.Dataset):
+    """A "dataset" whose index is a job."""
+
+    def __init__(self, data: LoadsBatches):
+        self.data = data
+
+    def __getitem__(self, job: Job) -> Batch | UserError:
+        try:
+            return self.data.load(job[0], step=job[1])
+        except UserError as error:  # returned, because torch would wrap it into the text of a traceback
+            return error
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch

@@ -1,0 +1,358 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds the pictures of the datasets with their captions, masks and sizes, before any model is loaded.
+
+Each folder is listed once. A picture's size comes from its header, its caption from the file of the same stem or from
+the metadata file. What was learnt is kept in a manifest (`manifest.py`): a restart only compares file sizes and times.
+Nothing is judged here: what is wrong is collected for `lint.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from library.data.folder import Folder
+from library.data.headers import ALPHA, TURNED
+from library.data.manifest import ImageRow
+from library.data.records import DatasetConfig, Sample, SubsetConfig
+from library.errors import first_names
+
+
+@dataclass(frozen=True)
+class SubsetScan:
+    """What is in one subset. Names are file names without the folder."""
+
+    config: SubsetConfig
+    samples: tuple[Sample, ...]  # sorted by path; pictures with a problem are not among them
+    problems: tuple[str, ...] = ()  # whole lines: `<path>: <what is wrong>`
+    without_caption: tuple[str, ...] = ()  # neither caption file nor class_tokens
+    empty_caption: tuple[str, ...] = ()  # a caption file or entry without text, and no class_tokens
+    shared_stems: tuple[tuple[str, ...], ...] = ()  # pictures that differ only in their suffix
+    unused_masks: tuple[str, ...] = ()
+    contents: str = ""  # what the folder holds, where no picture was found
+
+
+@dataclass(frozen=True)
+class DatasetScan:
+    """One dataset with its subsets in the order of the configuration."""
+
+    config: DatasetConfig
+    subsets: tuple[SubsetScan, ...]
+
+    @property
+    def samples(self) -> tuple[Sample, ...]:
+        return tuple(sample for subset in self.subsets for sample in subset.samples)
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What was found, parallel to the datasets of the configuration."""
+
+    datasets: tuple[DatasetScan, ...]
+
+    @property
+    def subsets(self) -> tuple[SubsetScan, ...]:
+        return tuple(subset for dataset in self.datasets for subset in dataset.subsets)
+
+
+def scan(
+    configs: Sequence[DatasetConfig],
+    *,
+    cache_dir: str | None = None,
+    npz_suffix: str | None = None,
+    plain_npz: bool = False,
+) -> Scan:
+    """Looks at the folders of the datasets.
+
+    cache_dir: folder of the manifests; None: `.trainyard` in each picture folder. npz_suffix: also look for today's
+    latent files beside the pictures, such as "_sd.npz"; plain_npz: `<stem>.npz` counts as one too (SD and SDXL).
+    """
+    with _paused_gc():
+        scanner = _Scanner(cache_dir, npz_suffix, plain_npz)
+        datasets = [DatasetScan(c, tuple(scanner.subset(s) for s in c.subsets)) for c in configs]
+        for folder in scanner.folders.values():
+            folder.remember()
+        return Scan(tuple(datasets))
+
+
+@contextlib.contextmanager
+def _paused_gc() -> Iterator[None]:
+    """A scan makes many small objects and no cycles: looking for those would take a third of its time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def caption_of(text: str, *, enable_wildcard: bool) -> str:
+    """The caption in a caption file: its first line, or with wildcards all lines that are not empty."""
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if enable_wildcard:
+        return "\n".join(stripped for line in text.split("\n") if (stripped := line.strip()))
+    return text.split("\n", 1)[0].strip()
+
+
+def join_tags(caption: str, tags: str, *, separator: str, enable_wildcard: bool) -> str:
+    """The caption of a metadata entry: caption and tags joined; with wildcards tags go to the end of every line."""
+    if not enable_wildcard:
+        return caption + separator + tags if caption and tags else caption or tags
+    tags = separator.join(line for line in tags.split("\n") if line)
+    lines = [line for line in caption.split("\n") if line.strip()]
+    if not lines:
+        return tags
+    return "\n".join(line + separator + tags if tags else line for line in lines)
+
+
+class _Scanner:
+    """One scan: its folders, each listed once, whatever number of subsets use them."""
+
+    def __init__(self, cache_dir: str | None, npz_suffix: str | None, plain_npz: bool) -> None:
+        self.cache_dir, self.npz_suffix, self.plain_npz = cache_dir, npz_suffix, plain_npz
+        self.folders: dict[str, Folder] = {}
+
+    def folder(self, path: str) -> Folder:
+        """Raises OSError when the folder cannot be listed."""
+        path = os.path.abspath(path)
+        if path not in self.folders:
+            self.folders[path] = Folder(path, self.cache_dir)
+        return self.folders[path]
+
+    def subset(self, config: SubsetConfig) -> SubsetScan:
+        try:
+            if config.metadata_file:
+                return self._metadata_subset(config, config.metadata_file)
+            return self._folder_subset(config)
+        except OSError as error:
+            return SubsetScan(config, (), (f"{error.filename or config.name}: cannot be read ({error.strerror})",))
+
+    # ---- pictures with caption files ------------------------------------------------------------------------------
+
+    def _folder_subset(self, config: SubsetConfig) -> SubsetScan:
+        folder = self.folder(config.image_dir or "")
+        pictures = folder.pictures
+        files = _caption_files(folder, config.caption_extension)
+        folder.look_at_images(pictures)
+        folder.look_at_texts(dict.fromkeys(files.values()))
+        captions: dict[str, str] = {}
+        missing: list[str] = []
+        empty: list[str] = []
+        wildcard = config.captions.enable_wildcard
+        fallback = config.class_tokens or ""
+        for name in pictures:
+            file = files.get(name)
+            row = folder.texts.get(file) if file else None
+            caption = (caption_of(row[2], enable_wildcard=wildcard) if row else "") or fallback
+            captions[name] = caption
+            if not caption:
+                (empty if file else missing).append(name)
+        wrong = [f"{folder.prefix}{name}: {folder.problems[name]}" for name in _with_problems(folder, pictures, files)]
+        masks, mask_problems, unused = self._masks(config, pictures)
+        return SubsetScan(
+            config=config,
+            samples=tuple(self._samples(folder, config, captions, masks)),
+            problems=(*wrong, *mask_problems),
+            without_caption=tuple(missing),
+            empty_caption=tuple(empty),
+            shared_stems=_shared_stems(pictures),
+            unused_masks=tuple(unused),
+            contents="" if pictures else folder.contents(),
+        )
+
+    def _samples(
+        self, folder: Folder, config: SubsetConfig, captions: dict[str, str], masks: dict[str, str]
+    ) -> list[Sample]:
+        """A sample for each picture of `captions` that is good."""
+        found = []
+        legacy = self.npz_suffix is not None and folder.has_npz
+        prefix, images = folder.prefix, folder.images
+        for name, caption in captions.items():
+            row = images.get(name)
+            if row is None:
+                continue
+            file_size, mtime_ns, width, height, flags = row
+            mask = masks.get(name) if masks else None
+            npz = self._legacy(folder, name, row) if legacy else None
+            found.append(
+                Sample(
+                    prefix + name, (width, height), caption, config, mtime_ns, file_size, flags & ALPHA != 0, mask, npz
+                )
+            )
+        return found
+
+    def _legacy(self, folder: Folder, name: str, row: ImageRow) -> str | None:
+        """Today's latent file of exactly this stem and size; not of a turned picture, nor older than the picture."""
+        _, mtime_ns, width, height, flags = row
+        if flags & TURNED:
+            return None
+        stem = name.rpartition(".")[0]
+        sized = f"{stem}_{width:04d}x{height:04d}{self.npz_suffix}"
+        for file in (f"{stem}.npz", sized) if self.plain_npz else (sized,):
+            if file in folder.names and os.stat(folder.prefix + file).st_mtime_ns >= mtime_ns:
+                return folder.prefix + file
+        return None
+
+    def _masks(self, config: SubsetConfig, pictures: dict[str, str]) -> tuple[dict[str, str], list[str], list[str]]:
+        """Picture name -> mask path, by stem; what is wrong; masks without a picture."""
+        if not config.conditioning_data_dir:
+            return {}, [], []
+        folder = self.folder(config.conditioning_data_dir)
+        pairs = {name: folder.by_stem[stem] for name, stem in pictures.items() if stem in folder.by_stem}
+        folder.look_at_images(dict.fromkeys(pairs.values()))
+        used = set(pairs.values())
+        problems = [f"{folder.prefix}{mask}: {folder.problems[mask]}" for mask in sorted(used & folder.problems.keys())]
+        missing = [name for name in pictures if name not in pairs]
+        if missing:
+            names = first_names(missing, 10)
+            problems.append(f"{folder.path}: no mask of the same name for {len(missing)} pictures: {names}")
+        unused = [name for name in folder.pictures if name not in used]
+        return {name: folder.prefix + mask for name, mask in pairs.items()}, problems, unused
+
+    # ---- pictures of a metadata file ------------------------------------------------------------------------------
+
+    def _metadata_subset(self, config: SubsetConfig, path: str) -> SubsetScan:
+        entries, problems = read_metadata(path)
+        found: dict[Folder, dict[str, str]] = {}  # folder -> picture name -> caption
+        missing: list[str] = []
+        empty: list[str] = []
+        rules = config.captions
+        for key, caption, tags in entries:
+            place = self._find(key, config.image_dir)
+            if place is None:
+                missing.append(key)
+                continue
+            text = join_tags(
+                caption, tags, separator=rules.caption_separator, enable_wildcard=rules.enable_wildcard
+            ).strip()
+            found.setdefault(place[0], {})[place[1]] = text
+            if not text:
+                empty.append(key)
+        if missing:
+            names = first_names(missing, 10)
+            problems.append(f"{path}: {len(missing)} pictures are not there: {names} (image_dir: {config.image_dir})")
+        samples: list[Sample] = []
+        for folder, captions in found.items():
+            folder.look_at_images(captions)
+            problems += [
+                f"{folder.prefix}{name}: {folder.problems[name]}" for name in captions if name in folder.problems
+            ]
+            stems = {name: name.rpartition(".")[0] for name in captions}
+            masks, mask_problems, _ = self._masks(config, stems)
+            problems += mask_problems
+            samples += self._samples(folder, config, captions, masks)
+        samples.sort(key=lambda sample: sample.path)
+        return SubsetScan(
+            config=config,
+            samples=tuple(samples),
+            problems=tuple(problems),
+            empty_caption=tuple(empty),
+            contents="" if entries else "no entry",
+        )
+
+    def _find(self, key: str, image_dir: str | None) -> tuple[Folder, str] | None:
+        """Folder and name of the picture of a metadata key: a path, or a name in image_dir, with or without suffix."""
+        parent, name = os.path.split(os.path.join(image_dir or "", key))
+        try:
+            folder = self.folder(parent or ".")
+        except OSError:
+            return None
+        name = name if name in folder.names else folder.by_stem.get(name, "")
+        return (folder, name) if name else None
+
+
+def _caption_files(folder: Folder, extension: str) -> dict[str, str]:
+    """Picture name -> caption file: of the same stem, or of the stem without the four fields of a face position."""
+    found = {}
+    names = folder.names
+    for name, stem in folder.pictures.items():
+        file = stem + extension
+        if file in names:
+            found[name] = file
+        elif stem.count("_") >= 4:
+            file = stem.rsplit("_", 4)[0] + extension
+            if file in names:
+                found[name] = file
+    return found
+
+
+def _with_problems(folder: Folder, pictures: dict[str, str], files: dict[str, str]) -> list[str]:
+    wanted = pictures.keys() | set(files.values()) if folder.problems else set()
+    return sorted(folder.problems.keys() & wanted)
+
+
+def _shared_stems(pictures: dict[str, str]) -> tuple[tuple[str, ...], ...]:
+    if len(set(pictures.values())) == len(pictures):
+        return ()
+    groups: dict[str, list[str]] = {}
+    for name, stem in pictures.items():
+        groups.setdefault(stem, []).append(name)
+    return tuple(tuple(names) for names in groups.values() if len(names) > 1)
+
+
+# ---- metadata files -----------------------------------------------------------------------------------------------
+
+
+def read_metadata(path: str) -> tuple[list[tuple[str, str, str]], list[str]]:
+    """(image key, caption, tags) of each entry of a JSON or JSON Lines file, and what is wrong with the file."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read()
+    except UnicodeDecodeError as error:
+        return [], [f"{path}: is not UTF-8 text (byte {error.start})"]
+    if path.lower().endswith(".jsonl"):
+        raw, problems = _json_lines(path, text)
+    else:
+        raw, problems = _json_object(path, text)
+    entries = []
+    for where, key, values in raw:
+        wrong = _wrong_entry(key, values)
+        if wrong:
+            problems.append(f"{path}: {where} {wrong}")
+            continue
+        entries.append((key, values.get("caption") or "", values.get("tags") or ""))
+    return entries, problems
+
+
+def _json_object(path: str, text: str) -> tuple[list[tuple[str, Any, Any]], list[str]]:
+    try:
+        document = json.loads(text)
+    except json.JSONDecodeError as error:
+        return [], [f"{path}, line {error.lineno} is not valid JSON: {error.msg}"]
+    if not isinstance(document, dict):
+        return [], [f"{path}: expects an object of picture names, got a {type(document).__name__}"]
+    return [(f"entry '{key}'", key, values) for key, values in document.items()], []
+
+
+def _json_lines(path: str, text: str) -> tuple[list[tuple[str, Any, Any]], list[str]]:
+    rows: list[tuple[str, Any, Any]] = []
+    problems = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError as error:
+            problems.append(f"{path}, line {number} is not valid JSON: {error.msg}")
+            continue
+        key = values.get("image_path") if isinstance(values, dict) else None
+        rows.append((f"line {number}", key, values))
+    return rows, problems
+
+
+def _wrong_entry(key: Any, values: Any) -> str | None:
+    if not isinstance(values, dict):
+        return f"expects an object with caption or tags, got {values!r}"
+    if not isinstance(key, str) or not key:
+        return "has no image_path"
+    for name in ("caption", "tags"):
+        if not isinstance(values.get(name), (str, type(None))):
+            return f"expects a text as {name}, got {values[name]!r}"
+    return None

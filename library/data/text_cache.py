@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Outputs of text encoders that are computed once: keyed by the caption and the weights of the encoders.
+
+Equal captions are kept once, without padding. An edited caption or another encoder changes the key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from library.data.store import MemoryStore, PackedStore, TensorStore
+from library.data.store_writer import StoreWriter
+from library.errors import UserError, first_names
+from library.log import get_logger, progress
+from library.types import Cond, EncodeTexts
+
+FORMAT = "texts-1"
+log = get_logger()
+
+
+def text_store(cache_dir: str | None) -> TensorStore:
+    """The store in `cache_dir`, or in memory where there is none."""
+    return MemoryStore() if cache_dir is None else PackedStore(os.path.join(cache_dir, "texts"))
+
+
+class TextCache:
+    """Cached outputs of one set of text encoders; a `TextSource`.
+
+    fingerprint: digest of the encoders' weights. settings: whatever else decides what they give (tokenizer, clip_skip,
+    max_token_length ...), as text. dtype: of the floating-point outputs that are kept; others stay as they are.
+    skip_check: the index of the store is trusted.
+    """
+
+    def __init__(
+        self, store: TensorStore, *, fingerprint: str, settings: str, dtype: torch.dtype, skip_check: bool = False
+    ) -> None:
+        self.store, self.fingerprint, self.settings, self.dtype = store, fingerprint, settings, dtype
+        self.skip_check = skip_check
+
+    def get(self, caption: str) -> Cond:
+        """The unpadded outputs for a caption. Raises UserError when they are not there."""
+        try:
+            return self.store.get(self._key(caption))
+        except KeyError:
+            reason = "its cached outputs are missing or damaged; start the run again and it is encoded again"
+            raise UserError(f"caption '{caption}': {reason}") from None
+
+    def missing(self, captions: Iterable[str]) -> list[str]:
+        """The captions that have to be encoded, once each: when there are none, no text encoder need be loaded."""
+        keys = {self._key(caption): caption for caption in captions}
+        found = self.store.check(keys, quick=self.skip_check)
+        damaged = [repr(caption) for key, caption in keys.items() if key in found.damaged]
+        if damaged:
+            log.warning(f"{len(damaged)} cached captions are damaged and encoded again: {first_names(damaged)}")
+        return [caption for key, caption in keys.items() if key in found.missing]
+
+    def fill(
+        self,
+        captions: Iterable[str],
+        encode: EncodeTexts,
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world: int = 1,
+    ) -> int:
+        """Encode what is missing, captions of like length together; returns how many were.
+
+        With several ranks each encodes its share of what goes to disk; call it on all ranks and wait for all before
+        reading. Raises UserError naming captions whose outputs are not finite, or when there is no space.
+        """
+        share = sorted(set(captions))
+        todo = self.missing(share[rank::world] if self.store.shared else share)
+        todo.sort(key=lambda caption: (len(caption), caption))
+        if not todo:
+            return 0
+        with StoreWriter() as writer, progress(len(todo), "caching captions") as bar:
+            for start in range(0, len(todo), batch_size):
+                batch = todo[start : start + batch_size]
+                for caption, cond in zip(batch, encode(batch), strict=True):
+                    writer.put(self.store, self._key(caption), self._record(caption, cond))
+                bar.advance(len(batch))
+        return len(todo)
+
+    def close(self) -> None:
+        """Close the files; they are opened again when they are needed."""
+        self.store.close()
+
+    def _record(self, caption: str, cond: Cond) -> Cond:
+        record: dict[str, Tensor] = {}
+        for name, tensor in cond.items():
+            tensor = tensor.detach()
+            if tensor.is_floating_point():
+                tensor = tensor.to(self.dtype)
+                if not torch.isfinite(tensor).all():
+                    raise UserError(f"caption '{caption}': the text encoder gives values that are not finite ({name})")
+            record[name] = tensor.to("cpu")
+        return record
+
+    def _key(self, caption: str) -> bytes:
+        parts = (FORMAT, self.fingerprint, self.settings, str(self.dtype), caption)
+        return hashlib.blake2b("\x1f".join(parts).encode(), digest_size=20).digest()

@@ -1,0 +1,402 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a saved adapter says about itself: ss_* training facts, modelspec.* (sai_model_spec 1.0.1) and file identities.
+
+Every value is a text: `str()` of the Python value, JSON for tables. Only base names of files and folders get in, and
+nothing that an option marks as secret. Spec of modelspec.*: https://github.com/Stability-AI/ModelSpec
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import itertools
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from torch import Tensor
+
+from library.errors import UserError
+from library.io.options import THUMBNAIL_TYPES, MetadataOptions
+from library.io.tensor_file import data_chunks, header_bytes, stream_digest
+
+SPEC_VERSION = "1.0.1"
+LEGACY_START, LEGACY_LENGTH = 1 << 20, 1 << 16
+
+# Metadata key -> option whose value it shows. A method that lacks the option leaves the key out.
+OPTION_KEYS = {
+    "ss_adaptive_noise_scale": "adaptive_noise_scale",
+    "ss_cache_latents": "cache_latents",
+    "ss_caption_dropout_every_n_epochs": "caption_dropout_every_n_epochs",
+    "ss_caption_dropout_rate": "caption_dropout_rate",
+    "ss_caption_tag_dropout_rate": "caption_tag_dropout_rate",
+    "ss_clip_skip": "clip_skip",
+    "ss_debiased_estimation": "debiased_estimation_loss",
+    "ss_face_crop_aug_range": "face_crop_aug_range",
+    "ss_fp8_base": "fp8_base",
+    "ss_fp8_base_unet": "fp8_base_unet",
+    "ss_full_fp16": "full_fp16",
+    "ss_gradient_accumulation_steps": "gradient_accumulation_steps",
+    "ss_gradient_checkpointing": "gradient_checkpointing",
+    "ss_huber_c": "huber_c",
+    "ss_huber_scale": "huber_scale",
+    "ss_huber_schedule": "huber_schedule",
+    "ss_ip_noise_gamma": "ip_noise_gamma",
+    "ss_ip_noise_gamma_random_strength": "ip_noise_gamma_random_strength",
+    "ss_learning_rate": "learning_rate",
+    "ss_loss_type": "loss_type",
+    "ss_lowram": "lowram",
+    "ss_lr_scheduler": "lr_scheduler",
+    "ss_lr_warmup_steps": "lr_warmup_steps",
+    "ss_max_grad_norm": "max_grad_norm",
+    "ss_max_token_length": "max_token_length",
+    "ss_max_validation_steps": "max_validation_steps",
+    "ss_min_snr_gamma": "min_snr_gamma",
+    "ss_mixed_precision": "mixed_precision",
+    "ss_multires_noise_discount": "multires_noise_discount",
+    "ss_multires_noise_iterations": "multires_noise_iterations",
+    "ss_network_dropout": "network_dropout",
+    "ss_noise_offset": "noise_offset",
+    "ss_noise_offset_random_strength": "noise_offset_random_strength",
+    "ss_output_name": "output_name",
+    "ss_prior_loss_weight": "prior_loss_weight",
+    "ss_resize_interpolation": "resize_interpolation",
+    "ss_scale_weight_norms": "scale_weight_norms",
+    "ss_text_encoder_lr": "text_encoder_lr",
+    "ss_training_comment": "training_comment",
+    "ss_unet_lr": "unet_lr",
+    "ss_v2": "v2",
+    "ss_validate_every_n_epochs": "validate_every_n_epochs",
+    "ss_validate_every_n_steps": "validate_every_n_steps",
+    "ss_validation_seed": "validation_seed",
+    "ss_validation_split": "validation_split",
+    "ss_zero_terminal_snr": "zero_terminal_snr",
+}
+# What --no_metadata keeps, because readers and the merge tools need it.
+MINIMUM_KEYS = (
+    "ss_v2",
+    "ss_base_model_version",
+    "ss_network_module",
+    "ss_network_dim",
+    "ss_network_alpha",
+    "ss_network_args",
+)
+
+# ---- what the trainer knows ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SubsetFacts:
+    """One folder or metadata file of pictures, under its base name. Field names are the keys in ss_datasets."""
+
+    source: str  # folder or metadata file; only the base name is written
+    img_count: int
+    num_repeats: int
+    color_aug: bool = False
+    flip_aug: bool = False
+    random_crop: bool = False
+    shuffle_caption: bool = False
+    keep_tokens: int = 0
+    keep_tokens_separator: str = ""
+    secondary_separator: str | None = None
+    enable_wildcard: bool = False
+    caption_prefix: str | None = None
+    caption_suffix: str | None = None
+    resize_interpolation: str | None = None
+    class_tokens: str | None = None
+    is_reg: bool = False
+
+    def row(self, is_dreambooth: bool) -> dict[str, Any]:
+        """The subset's entry in ss_datasets."""
+        row = {k: v for k, v in asdict(self).items() if k not in ("source", "class_tokens", "is_reg")}
+        if is_dreambooth:
+            return row | {"image_dir": base_name(self.source), "class_tokens": self.class_tokens, "is_reg": self.is_reg}
+        return row | {"metadata_file": base_name(self.source)}
+
+
+@dataclass(frozen=True)
+class DatasetFacts:
+    """One dataset. Image counts include repeats. Sizes are (width, height)."""
+
+    is_dreambooth: bool
+    batch_size: int
+    num_train_images: int
+    num_reg_images: int
+    resolution: tuple[int, int]
+    enable_bucket: bool
+    min_bucket_reso: int | None
+    max_bucket_reso: int | None
+    bucket_no_upscale: bool
+    subsets: tuple[SubsetFacts, ...]
+    tag_frequency: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # folder -> tag -> count
+    buckets: tuple[tuple[tuple[int, int], int], ...] = ()  # (size, images with repeats)
+    mean_img_ar_error: float | None = None
+    resize_interpolation: str | None = None
+
+    def bucket_info(self) -> dict[str, Any] | None:
+        """ss_bucket_info: None without buckets."""
+        if not self.enable_bucket:
+            return None
+        rows = {str(i): {"resolution": list(size), "count": count} for i, (size, count) in enumerate(self.buckets)}
+        return {"buckets": rows, "mean_img_ar_error": self.mean_img_ar_error}
+
+    def tags(self) -> dict[str, dict[str, int]]:
+        """Tag frequency under the base names of the folders."""
+        return {base_name(folder): dict(counts) for folder, counts in self.tag_frequency.items()}
+
+    def row(self) -> dict[str, Any]:
+        """The dataset's entry in ss_datasets."""
+        return {
+            "is_dreambooth": self.is_dreambooth,
+            "batch_size_per_device": self.batch_size,
+            "num_train_images": self.num_train_images,
+            "num_reg_images": self.num_reg_images,
+            "resolution": list(self.resolution),
+            "enable_bucket": self.enable_bucket,
+            "min_bucket_reso": self.min_bucket_reso,
+            "max_bucket_reso": self.max_bucket_reso,
+            "tag_frequency": self.tags(),
+            "bucket_info": self.bucket_info(),
+            "resize_interpolation": self.resize_interpolation,
+            "subsets": [subset.row(self.is_dreambooth) for subset in self.subsets],
+        }
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """Everything of a run that its saves tell. Times are Unix seconds."""
+
+    options: Mapping[str, Any]  # name -> value, no secrets: library.options.changed_values(..., all_values=True)
+    base_model_version: str  # "sd_v1"
+    datasets: tuple[DatasetFacts, ...]
+    from_dataset_config: bool  # --dataset_config; else the folder or metadata form of the command line
+    network_module: str
+    network_dim: int | float | None
+    network_alpha: int | float | None
+    network_args: Mapping[str, Any] | None
+    optimizer: str  # "torch.optim.adamw.AdamW(weight_decay=0.1)"
+    num_epochs: int
+    max_train_steps: int
+    num_batches_per_epoch: int
+    num_processes: int
+    seed: int
+    session_id: int
+    started_at: float
+    num_validation_images: int = 0
+    files: Mapping[str, str] = field(default_factory=dict)  # ss_sd_model_name, ss_sd_model_hash ...: see file_facts
+    extra: Mapping[str, Any] = field(default_factory=dict)  # keys of the architecture, such as ss_guidance_scale
+
+
+@dataclass(frozen=True)
+class SpecFacts:
+    """What modelspec.* needs besides --metadata_*."""
+
+    architecture: str  # "stable-diffusion-v1/lora"
+    implementation: str  # "diffusers"
+    prediction_type: str | None  # "epsilon", "v"; None leaves the key out
+    resolution: tuple[int, int]  # (width, height) of the largest dataset
+    version: str  # of Trainyard
+    kind: str = "LoRA"  # LoRA, TextualInversion, Checkpoint: for the title of a run without a name
+
+
+# ---- the keys -----------------------------------------------------------------------------------------------------
+
+
+def build_metadata(
+    run: RunFacts,
+    spec: SpecFacts,
+    metadata: MetadataOptions,
+    *,
+    step: int,
+    epoch: int,
+    now: float,
+    minimum: bool = False,
+) -> dict[str, str]:
+    """All metadata of one save, without the hashes of its tensors.
+
+    step, epoch: optimizer steps done and epochs finished; now: Unix seconds of the save; minimum: --no_metadata.
+    """
+    keys: dict[str, Any] = {key: run.options[name] for key, name in OPTION_KEYS.items() if name in run.options}
+    keys |= {**_run_keys(run), **_network_keys(run), **_dataset_keys(run), **run.extra, **run.files}
+    keys |= {"ss_steps": step, "ss_epoch": epoch, "ss_training_finished_at": now}
+    if minimum:
+        keys = {k: v for k, v in keys.items() if k in MINIMUM_KEYS}
+    return {k: _text(v) for k, v in keys.items()} | modelspec(run.options, spec, metadata, now=now)
+
+
+def _text(value: Any) -> str:
+    return str(list(value)) if isinstance(value, tuple) else str(value)
+
+
+def _run_keys(run: RunFacts) -> dict[str, Any]:
+    return {
+        "ss_session_id": run.session_id,
+        "ss_training_started_at": run.started_at,
+        "ss_base_model_version": run.base_model_version,
+        "ss_sd_scripts_commit_hash": "(unknown)",
+        "ss_optimizer": run.optimizer,
+        "ss_seed": run.seed,
+        "ss_num_epochs": run.num_epochs,
+        "ss_max_train_steps": run.max_train_steps,
+        "ss_num_batches_per_epoch": run.num_batches_per_epoch,
+        "ss_num_train_images": sum(d.num_train_images for d in run.datasets),
+        "ss_num_reg_images": sum(d.num_reg_images for d in run.datasets),
+        "ss_num_validation_images": run.num_validation_images,
+    }
+
+
+def _network_keys(run: RunFacts) -> dict[str, Any]:
+    keys: dict[str, Any] = {
+        "ss_network_module": run.network_module,
+        "ss_network_dim": run.network_dim,
+        "ss_network_alpha": run.network_alpha,
+    }
+    if run.network_args:
+        arguments = {"dropout": run.options.get("network_dropout"), **run.network_args}
+        arguments["dropout"] = arguments.pop("dropout")
+        keys["ss_network_args"] = json.dumps(arguments)
+    return keys
+
+
+def _dataset_keys(run: RunFacts) -> dict[str, Any]:
+    tags: dict[str, dict[str, int]] = {}
+    folders: dict[bool, dict[str, dict[str, int]]] = {False: {}, True: {}}
+    for dataset in run.datasets:
+        for folder, counts in dataset.tags().items():
+            tags.setdefault(folder, counts)  # a folder that several datasets use counts once
+        for subset in dataset.subsets:
+            name = base_name(subset.source)
+            folders[subset.is_reg][name] = {"n_repeats": subset.num_repeats, "img_count": subset.img_count}
+    keys: dict[str, Any] = {"ss_tag_frequency": json.dumps(tags), "ss_dataset_dirs": json.dumps(folders[False])}
+    if run.from_dataset_config:
+        return keys | {"ss_datasets": json.dumps([dataset.row() for dataset in run.datasets])}
+    return keys | {"ss_reg_dataset_dirs": json.dumps(folders[True])} | _single_dataset_keys(run)
+
+
+def _single_dataset_keys(run: RunFacts) -> dict[str, Any]:
+    """Keys of the folder form, where one dataset with equal subsets is all there is."""
+    dataset, subset = run.datasets[0], run.datasets[0].subsets[0]
+    accumulation = run.options.get("gradient_accumulation_steps", 1)
+    return {
+        "ss_batch_size_per_device": dataset.batch_size,
+        "ss_total_batch_size": dataset.batch_size * run.num_processes * accumulation,
+        "ss_resolution": str(tuple(dataset.resolution)),
+        "ss_color_aug": subset.color_aug,
+        "ss_flip_aug": subset.flip_aug,
+        "ss_random_crop": subset.random_crop,
+        "ss_shuffle_caption": subset.shuffle_caption,
+        "ss_keep_tokens": subset.keep_tokens,
+        "ss_enable_bucket": dataset.enable_bucket,
+        "ss_bucket_no_upscale": dataset.bucket_no_upscale,
+        "ss_min_bucket_reso": dataset.min_bucket_reso,
+        "ss_max_bucket_reso": dataset.max_bucket_reso,
+        "ss_bucket_info": json.dumps(dataset.bucket_info()),
+    }
+
+
+def modelspec(options: Mapping[str, Any], spec: SpecFacts, metadata: MetadataOptions, *, now: float) -> dict[str, str]:
+    """The modelspec.* keys. Raises UserError when the thumbnail cannot be read."""
+    keys: dict[str, Any] = {
+        "sai_model_spec": SPEC_VERSION,
+        "architecture": spec.architecture,
+        "implementation": spec.implementation,
+        "title": metadata.metadata_title or options.get("output_name") or f"{spec.kind}@{now}",
+        "resolution": f"{spec.resolution[0]}x{spec.resolution[1]}",
+        "date": datetime.fromtimestamp(int(now)).isoformat(),
+        "implementation_version": f"trainyard/{spec.version}",
+        "prediction_type": spec.prediction_type,
+        "author": metadata.metadata_author,
+        "description": metadata.metadata_description,
+        "license": metadata.metadata_license,
+        "tags": metadata.metadata_tags,
+        "usage_hint": metadata.metadata_usage_hint,
+        "thumbnail": data_url(metadata.metadata_thumbnail) if metadata.metadata_thumbnail else None,
+        "merged_from": metadata.metadata_merged_from,
+        "trigger_phrase": metadata.metadata_trigger_phrase,
+        "preprocessor": metadata.metadata_preprocessor,
+        "is_negative_embedding": metadata.metadata_is_negative_embedding,
+        "encoder_layer": options.get("clip_skip"),
+        "timestep_range": _timestep_range(options),
+    }
+    return {f"modelspec.{k}": str(v) for k, v in keys.items() if v is not None}
+
+
+def _timestep_range(options: Mapping[str, Any]) -> str | None:
+    low, high = options.get("min_timestep"), options.get("max_timestep")
+    if low is None and high is None:
+        return None
+    return f"{0 if low is None else low},{1000 if high is None else high}"
+
+
+def data_url(thumbnail: str) -> str:
+    """A picture file as `data:image/png;base64,...`; a text that is one already stays. Raises UserError."""
+    if thumbnail.startswith("data:"):
+        return thumbnail
+    path = Path(thumbnail)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"--metadata_thumbnail: cannot read {path}: {error.strerror}") from None
+    kind = THUMBNAIL_TYPES.get(path.suffix.lower(), "application/octet-stream")
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def base_name(path: str) -> str:
+    """The last part of a path of any system: metadata never shows where on a disk something was."""
+    name = PureWindowsPath(path).name if "\\" in path else PurePosixPath(path).name
+    return name or path
+
+
+# ---- identities ---------------------------------------------------------------------------------------------------
+
+
+def tensor_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """sshs_model_hash and sshs_legacy_hash of an adapter file, for the tensors as they will be saved.
+
+    model: sha256 of all tensor data. legacy: first 8 digits of the sha256 over 64 KiB from byte 1 MiB of the file that
+    holds the tensors and the ss_* metadata only.
+    """
+    digest = hashlib.sha256()
+    window = bytearray()
+    position = 0
+    header = header_bytes(tensors, {k: v for k, v in metadata.items() if k.startswith("ss_")})
+    for chunk in itertools.chain([memoryview(header)], data_chunks(tensors)):
+        if position:
+            digest.update(chunk)
+        start, end = LEGACY_START - position, LEGACY_START + LEGACY_LENGTH - position
+        if end > 0 and start < len(chunk):
+            window += chunk[max(start, 0) : end]
+        position += len(chunk)
+    return {"sshs_model_hash": digest.hexdigest(), "sshs_legacy_hash": hashlib.sha256(window).hexdigest()[:8]}
+
+
+def legacy_hash(path: str | Path) -> str:
+    """The short hash of a checkpoint on disk: 8 digits of the sha256 over 64 KiB from byte 1 MiB."""
+    with open(path, "rb") as file:
+        file.seek(LEGACY_START)
+        return hashlib.sha256(file.read(LEGACY_LENGTH)).hexdigest()[:8]
+
+
+def model_hash(path: str | Path) -> str:
+    """sha256 of a whole file."""
+    with open(path, "rb") as file:
+        return stream_digest(file)
+
+
+def file_facts(kind: str, name: str) -> dict[str, str]:
+    """Name and hashes of the model (`kind` "sd_model") or VAE ("vae") that a run starts from.
+
+    A file is hashed, a folder says so, a hub id has no hash.
+    """
+    path = Path(name)
+    if not path.exists():
+        return {f"ss_{kind}_name": name}
+    is_file = path.is_file()
+    return {
+        f"ss_{kind}_name": base_name(name),
+        f"ss_{kind}_hash": legacy_hash(path) if is_file else "IsADirectory",
+        f"ss_new_{kind}_hash": model_hash(path) if is_file else "IsADirectory",
+    }

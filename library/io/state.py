@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The resumable state of a run: all that the next step depends on, whole or not there, read without running code.
+
+A state is a folder:
+    weights.safetensors   the weights that learn
+    optimizer.pt          optimizer, scheduler, scaler, EMA and generator states
+    train_state.json      position in the run, loss history, and the fingerprint of what must be the same on resume
+    manifest.json         size and sha256 of the other files
+
+Seeds come from counters (`library.rng`), so position and fingerprint are all that the data order needs; generator
+states are kept for third-party code that draws from the global generators.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import random
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from library.errors import UserError, nearest
+from library.io.atomic import SaveError, atomic_folder, clean_leftovers
+from library.io.checkpoint import require_finite
+from library.io.tensor_file import data_bytes, stream_digest, write_safetensors
+
+FORMAT, VERSION = "trainyard state", 1
+WEIGHTS, OPTIMIZER, FACTS, MANIFEST = "weights.safetensors", "optimizer.pt", "train_state.json", "manifest.json"
+# What optimizers may keep beside tensors and plain values: these hold numbers only, and loading them runs no code.
+NUMPY_TYPES: list[Any] = [
+    numpy.dtype,
+    numpy.ndarray,
+    numpy.float64(0).__reduce__()[0],  # functions that numpy names in a pickle; their module differs by version
+    numpy.zeros(0).__reduce__()[0],
+    *{type(numpy.dtype(name)) for name in ("float16", "float32", "float64", "int32", "int64", "bool")},
+]
+
+
+@dataclass
+class StateParts:
+    """The parts of a state, taken between two optimizer steps.
+
+    `optimizer` ... `rng` hold numbers, texts, tensors and containers of them.
+    """
+
+    weights: dict[str, Tensor]
+    step: int  # optimizer steps done
+    epoch: int  # epochs finished
+    batch: int  # the next micro-batch of the epoch under way
+    fingerprint: dict[str, Any]  # "--network_dim" -> 16, "dataset" -> digest ...: must be equal on resume; JSON values
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    scheduler: dict[str, Any] = field(default_factory=dict)
+    scaler: dict[str, Any] | None = None
+    ema: dict[str, Any] | None = None
+    losses: list[float] = field(default_factory=list)
+    rng: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)  # JSON values that a resumed run wants back
+
+
+JSON_PARTS = ("step", "epoch", "batch", "fingerprint", "losses", "notes")
+TORCH_PARTS = ("optimizer", "scheduler", "scaler", "ema", "rng")
+
+
+# ---- save ---------------------------------------------------------------------------------------------------------
+
+
+def save_state(folder: str | Path, parts: StateParts) -> Path:
+    """Write a state; an older one of that name is replaced as a whole.
+
+    Raises SaveError (disk), StopTraining (a weight is not finite), TypeError (an optimizer keeps something that is
+    neither number nor tensor, which could not be read back).
+    """
+    folder = Path(folder)
+    weights = {n: t.detach().to("cpu").contiguous() for n, t in parts.weights.items()}
+    require_finite(weights, folder)
+    bundle = {name: _alone(getattr(parts, name)) for name in TORCH_PARTS}
+    size = data_bytes(weights) + sum(t.numel() * t.element_size() for t in _tensors(bundle))
+    facts = {"format": FORMAT, "version": VERSION, **{name: getattr(parts, name) for name in JSON_PARTS}}
+    with atomic_folder(folder, size=size) as temp:
+        write_safetensors(temp / WEIGHTS, weights, {"format": "pt"})
+        _write_bundle(temp / OPTIMIZER, bundle, folder)
+        (temp / FACTS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+        manifest = {name: _identity(temp / name) for name in (WEIGHTS, OPTIMIZER, FACTS)}
+        (temp / MANIFEST).write_text(json.dumps({"format": FORMAT, "version": VERSION, "files": manifest}, indent=1))
+    return folder
+
+
+def _write_bundle(path: Path, bundle: dict[str, Any], folder: Path) -> None:
+    with open(path, "wb") as file:
+        torch.save(bundle, file)
+    try:
+        _read_bundle(path)  # at the first save, not at the resume, must it show that a part cannot be read back
+    except pickle.UnpicklingError as error:
+        raise TypeError(f"a part of the state cannot be read back without running code: {error}") from error
+    except RuntimeError as error:
+        raise SaveError(f"{folder}: what was written does not read back ({error}); nothing was changed") from error
+
+
+def _read_bundle(path: Path) -> dict[str, Any]:
+    with torch.serialization.safe_globals(NUMPY_TYPES):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _alone(value: Any) -> Any:
+    """A copy on the CPU in which no tensor drags a larger storage along; containers become plain ones."""
+    if isinstance(value, Tensor):
+        tensor = value.detach().to("cpu")
+        return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size() else tensor
+    if isinstance(value, Mapping):
+        return {k: _alone(v) for k, v in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_alone(v) for v in value)
+    return value
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(item)
+
+
+def _identity(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        return {"size": path.stat().st_size, "sha256": stream_digest(file)}
+
+
+# ---- load ---------------------------------------------------------------------------------------------------------
+
+
+def load_state(folder: str | Path) -> StateParts:
+    """Read a state back, tensors on the CPU. Raises UserError when it is missing, damaged or of another program."""
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    clean_leftovers(folder.parent)
+    verify_state(folder)
+    try:
+        bundle = _read_bundle(folder / OPTIMIZER)
+    except pickle.UnpicklingError:
+        raise UserError(f"--resume: {folder / OPTIMIZER} holds more than numbers; it is not loaded") from None
+    return StateParts(weights=load_file(str(folder / WEIGHTS)), **_facts(folder), **bundle)
+
+
+def read_facts(folder: str | Path) -> dict[str, Any]:
+    """step, epoch, batch, fingerprint, losses and notes of a state: for checks before a model is loaded.
+
+    Sizes of all files are checked, their content is not. Raises UserError.
+    """
+    folder = Path(folder)
+    clean_leftovers(folder.parent)
+    verify_state(folder, content=False)
+    return _facts(folder)
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    return {name: facts[name] for name in JSON_PARTS}
+
+
+def verify_state(folder: Path, *, content: bool = True) -> None:
+    """Compare the files with the manifest: sizes, and with `content` the sha256, too. Raises UserError."""
+    if not folder.is_dir():
+        raise UserError(_not_there(folder))
+    if not (folder / MANIFEST).is_file():
+        raise UserError(_foreign(folder))
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files, version = manifest["files"], manifest["version"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"--resume: {folder / MANIFEST} is damaged; use another state") from None
+    if version > VERSION:
+        raise UserError(f"--resume: {folder} is of a newer Trainyard (state version {version}, known: {VERSION})")
+    problems = []
+    for name, expected in files.items():
+        path = folder / name
+        found = path.stat().st_size if path.is_file() else None
+        if found != expected["size"]:
+            state = "is missing" if found is None else f"has {found:,} of {expected['size']:,} bytes"
+            problems.append(f"--resume: {path} {state}; use another state")
+        elif content and _identity(path) != expected:
+            problems.append(f"--resume: {path} is damaged (its content is not what was written); use another state")
+    if problems:
+        raise UserError(problems)
+
+
+def _not_there(folder: Path) -> str:
+    if folder.is_file():
+        return f"--resume: {folder} is a file; give the folder whose name ends in -state"
+    states = [p.name for p in folder.parent.iterdir() if (p / MANIFEST).is_file()] if folder.parent.is_dir() else []
+    hint = nearest(folder.name, states)
+    if hint:
+        return f"--resume: {folder} does not exist. Did you mean {folder.parent / hint}?"
+    return f"--resume: {folder} does not exist" + (f". There are: {', '.join(sorted(states))}" if states else "")
+
+
+def _foreign(folder: Path) -> str:
+    names = {p.name for p in folder.iterdir()}
+    if "optimizer.bin" in names and names & {"model.safetensors", "pytorch_model.bin"}:
+        weights = folder / ("model.safetensors" if "model.safetensors" in names else "pytorch_model.bin")
+        return (
+            f"--resume: {folder} is a state of sd-scripts, which cannot be continued; "
+            f"start from its weights with --network_weights {weights}"
+        )
+    inside = [p.name for p in folder.iterdir() if (p / MANIFEST).is_file()]
+    if inside:
+        return f"--resume: {folder} holds states, it is none; give one of {', '.join(sorted(inside))}"
+    return f"--resume: {folder} is not a state: {MANIFEST} is missing"
+
+
+# ---- does it fit --------------------------------------------------------------------------------------------------
+
+
+def compare(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """What differs between two fingerprints, one line each: "--network_dim was 16, is 32". Tables go key by key."""
+    return list(_differences(json.loads(json.dumps(saved)), json.loads(json.dumps(current)), ""))
+
+
+def _differences(saved: Mapping[str, Any], current: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    for key in [*saved, *(k for k in current if k not in saved)]:
+        old, new = saved.get(key), current.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _differences(old, new, f"{prefix}{key} ")
+        elif old != new:
+            yield f"{prefix}{key} was {_short(old)}, is {_short(new)}"
+
+
+def _short(value: Any) -> str:
+    text = "not set" if value is None else str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def newest_state(output_dir: str | Path, output_name: str | None) -> Path | None:
+    """The state of a run with the most steps done (of several, the one written last), None when there is none."""
+    output_dir = Path(output_dir)
+    clean_leftovers(output_dir)
+    if not output_dir.is_dir():
+        return None
+    stems = (re.escape(output_name),) if output_name else ("last", "epoch", "at")
+    pattern = re.compile(rf"({'|'.join(stems)})(-\d{{6,}}|-step\d{{8,}})?-state")
+    found = []
+    for path in sorted(output_dir.iterdir()):
+        if pattern.fullmatch(path.name) and (path / MANIFEST).is_file():
+            try:
+                step = read_facts(path)["step"]
+            except UserError:
+                continue
+            found.append((step, (path / MANIFEST).stat().st_mtime_ns, path))
+    return max(found)[-1] if found else None
+
+
+# ---- back into the objects ----------------------------------------------------------------------------------------
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    """`optimizer.load_state_dict`, and then every state tensor in the number format in which it was saved.
+
+    torch casts state tensors to the parameter's format on loading, so that float32 moments of bfloat16 weights would
+    lose their low bits and the run would not continue exactly.
+    """
+    optimizer.load_state_dict(_copy(saved))
+    order = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = [n for group in saved["param_groups"] for n in group["params"]]
+    for parameter, number in zip(order, numbers, strict=True):
+        live = optimizer.state[parameter]
+        for key, value in _leaves(saved["state"].get(number, {})):
+            loaded = live.get(key)
+            if isinstance(value, Tensor) and isinstance(loaded, Tensor) and loaded.dtype != value.dtype:
+                live[key] = value.to(loaded.device, copy=True)
+
+
+def _leaves(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Key and value of a parameter's state; bitsandbytes packs some of them into an inner table when saving."""
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value)
+        else:
+            yield key, value
+
+
+def _copy(value: Any) -> Any:
+    """Containers and tensors anew: an optimizer writes into the tensors that it was given."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, Mapping):
+        return {k: _copy(v) for k, v in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_copy(v) for v in value)
+    return value
+
+
+def rng_state() -> dict[str, Any]:
+    """States of the global generators of Python, torch and the CUDA device of this process."""
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    return {"python": random.getstate(), "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def restore_rng(saved: Mapping[str, Any]) -> None:
+    """Set the global generators; CUDA only where both runs use it."""
+    random.setstate(saved["python"])
+    torch.set_rng_state(saved["torch"])
+    if saved["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(saved["cuda"])

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a path or hub id to modules: find the files, build the module empty, put the file's tensors into it.
+
+The module is built without memory for its parameters, and the tensors of the file become its parameters: nothing is
+copied unless a cast or another device is asked for, so the peak stays near the size of what is kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from library.errors import UserError, first_names, nearest
+from library.models.keys import Rule, read
+from library.models.weight_files import WEIGHT_SUFFIXES, WeightFile, open_weights
+
+CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "configs" / "models"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+BASE_NAMES = ("diffusion_pytorch_model", "model", "pytorch_model")
+VARIANTS = ("", ".fp16")  # the full weights where both are there
+PIPELINE_FILES = ("model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*.json")
+SKIPPED_FILES = ("safety_checker/*", "feature_extractor/*", "*non_ema*", "*openvino*", "*flax*", "*.onnx*")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One module of a model: how to build it, and where its weights lie."""
+
+    what: str  # for messages: "U-Net"
+    file: WeightFile
+    prefix: str  # of its names in the file
+    build: Callable[[], nn.Module]
+    rules: Callable[[nn.Module], tuple[Rule, ...]]
+
+    def load(self, dtype: torch.dtype | None, device: torch.device | str) -> nn.Module:
+        """The module with its weights, in evaluation mode and frozen. dtype None: as the file has them.
+
+        Raises UserError when weights are missing or have another shape.
+        """
+        module = build_empty(self.build)
+        shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+        get = lambda name: self.file.tensor(name, dtype, device)
+        tensors, wrong = read(get, self.file.shapes, self.rules(module), shapes, self.prefix)
+        if wrong:
+            raise UserError(
+                f"{self.file.path}: {len(wrong)} weights of the {self.what} are missing or have another shape "
+                f"({first_names(wrong)}); the file is incomplete or of another architecture"
+            )
+        module.load_state_dict(tensors, assign=True)
+        return module.to(device).eval().requires_grad_(False)  # `to` moves the buffers that no file holds
+
+    def fingerprint(self) -> str:
+        """Hash of names, shapes and bytes of this part's weights: equal only for equal contents."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name in sorted(n for n in self.file.shapes if n.startswith(self.prefix)):
+            tensor = self.file.tensor(name)
+            digest.update(f"{name[len(self.prefix) :]} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+
+def build_empty(build: Callable[[], nn.Module]) -> nn.Module:
+    """What `build` makes, its parameters without memory (on the meta device), its buffers real."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        return build()
+
+
+# ---- where things are -----------------------------------------------------------------------------------------------
+
+
+def locate(name: str, option: str, patterns: Sequence[str]) -> Path:
+    """The local file or folder for a path or hub id. A hub id is only tried when no such path exists.
+
+    patterns: which files of a hub repository are needed. Raises UserError when there is nothing of that name.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    if HUB_ID.fullmatch(name) and path.suffix not in WEIGHT_SUFFIXES:
+        return download(name, option, patterns)
+    raise UserError(f"{option}: {name} does not exist{_similar(path)}")
+
+
+def _similar(path: Path) -> str:
+    """A hint at a file of nearly that name beside it."""
+    if not path.parent.is_dir():
+        return f" (nor does the folder {path.parent})"
+    hint = nearest(path.name, (p.name for p in path.parent.iterdir()))
+    return f". Did you mean {path.parent / hint}?" if hint else ""
+
+
+def download(repository: str, option: str, patterns: Sequence[str]) -> Path:
+    """Folder with the needed files of a hub repository: from the local hub cache, else over the network.
+
+    patterns name .safetensors files; where a repository has none, its fp16 variant or its .bin files are taken.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    pickles = [pattern.replace(".safetensors", ".bin") for pattern in patterns]
+    attempts = ((patterns, [*SKIPPED_FILES, "*.fp16.*"]), (patterns, SKIPPED_FILES), (pickles, SKIPPED_FILES))
+    try:
+        for allowed, ignored in attempts:
+            folder = Path(snapshot_download(repository, allow_patterns=list(allowed), ignore_patterns=list(ignored)))
+            if any(path.suffix in WEIGHT_SUFFIXES for path in folder.rglob("*")):
+                return folder
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError):
+        raise UserError(
+            f"{option}: {repository} does not exist here, is not in the hub's cache, and the hub cannot be reached; "
+            "give the path of a file or folder"
+        ) from None
+    except (HfHubHTTPError, ValueError, OSError) as error:
+        raise UserError(f"{option}: the hub does not give {repository}: {str(error).strip().splitlines()[0]}") from None
+    raise UserError(f"{option}: {repository} on the hub has no weights of a diffusers model")
+
+
+def part_file(folder: Path) -> WeightFile:
+    """The weights in a diffusers or transformers folder: safetensors before pickles, whole before split."""
+    for ending in (".safetensors", ".bin"):
+        for base in BASE_NAMES:
+            for variant in VARIANTS:
+                for name in (
+                    f"{base}{variant}{ending}",
+                    f"{base}{ending}.index{variant}.json",
+                    f"{base}{variant}{ending}.index.json",
+                ):
+                    if (folder / name).is_file():
+                        return open_weights(folder / name)
+    raise UserError(f"{folder} has no weights: {BASE_NAMES[0]}.safetensors or {BASE_NAMES[1]}.safetensors is missing")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises UserError when the file is missing or is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(f"{path} does not exist") from None
+    except ValueError:
+        raise UserError(f"{path} is not readable as JSON") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return content
+
+
+def shipped_config(name: str) -> dict[str, Any]:
+    """configs/models/<name>.json: what a single file does not say of itself."""
+    return read_json(CONFIG_FOLDER / f"{name}.json")
+
+
+def own_names(module: nn.Module) -> tuple[Rule, ...]:
+    """The rules of a file that has our own names."""
+    return tuple(Rule(name, (name,)) for name in module.state_dict())

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model families by name. Imports no torch, so that --help can read a family's options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from library.models.options import SDOptions
+
+
+@dataclass(frozen=True)
+class FamilyEntry:
+    """Where a family's class is, and which option groups of a method it replaces by its own."""
+
+    path: str  # "module:Class"
+    option_groups: Mapping[str, type]
+
+
+FAMILIES: dict[str, FamilyEntry] = {
+    "sd": FamilyEntry("library.models.sd:StableDiffusion", {"model": SDOptions}),
+}

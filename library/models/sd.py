@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stable Diffusion 1.x and 2.x.
+
+Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models", https://arxiv.org/abs/2112.10752.
+A U-Net in the latent space of a KL autoencoder, conditioned on the states of one CLIP text encoder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.errors import UserError
+from library.io.checkpoint import save_tensors
+from library.log import get_logger
+from library.models import kl_vae
+from library.models.family import ModelFacts, ModelFamily
+from library.models.keys import Rule, publish
+from library.models.loading import PIPELINE_FILES, locate
+from library.models.options import SDOptions
+from library.models.sd_keys import (
+    CLIP_PREFIX,
+    OPEN_CLIP_PREFIX,
+    UNET_PREFIX,
+    VAE_PREFIX,
+    clip_level,
+    clip_rules,
+    open_clip_rules,
+    unet_rules,
+    vae_rules,
+)
+from library.models.sd_parts import SDParts, open_parts
+from library.models.text import CHUNK, ClipTokenizer, find_tokenizer, join_chunks
+from library.objectives.ddpm import DDPMObjective, scaled_linear_betas
+from library.objectives.options import DDPMOptions, LossOptions
+from library.types import Batch, Cond, LatentSpec, Tokens
+
+log = get_logger()
+
+ENCODER = "clip"  # name of the text encoder in Tokens
+CONTEXT = "context"  # name of its states in a Cond: (B, 77, width), or 152 and 227 long with more chunks
+MODEL_FILES = (*PIPELINE_FILES, "unet/*.safetensors", "vae/*.safetensors", "text_encoder/*.safetensors")
+
+
+class StableDiffusion(ModelFamily):
+    name = "sd"
+    Options = SDOptions
+    latent = LatentSpec("sd", channels=4, factor=8, npz_suffix="_sd.npz")
+    network_module = "networks.lora"
+    bucket_step = 64
+
+    def __init__(self, options: SDOptions) -> None:
+        super().__init__(options)
+        self.version = 2 if options.v2 else 1
+        self.max_tokens = options.max_token_length or CHUNK
+        # SD 2.x reads the layer before the file's last, which is the last of the module: see sd_parts
+        self.layer = options.clip_skip
+
+    # ---- loading
+
+    @cached_property
+    def parts(self) -> SDParts:
+        """Headers of the files. The first use downloads what is given as a hub id."""
+        path = locate(self.options.pretrained_model_name_or_path, "--pretrained_model_name_or_path", MODEL_FILES)
+        vae = locate(self.options.vae, "--vae", kl_vae.VAE_FILES) if self.options.vae else None
+        return open_parts(path, version=self.version, vae=vae)
+
+    @cached_property
+    def tokenizer(self) -> ClipTokenizer:
+        return find_tokenizer(self.parts.path, version=self.version, cache=self.options.tokenizer_cache_dir)
+
+    def check(self) -> None:
+        depth, vocabulary = self.parts.text_layers, self.parts.text_vocabulary
+        if self.layer is not None and self.layer > depth:
+            raise UserError(f"--clip_skip {self.layer}: the text encoder has {depth} layers")
+        trained = self.parts.scheduler.get("prediction_type", "epsilon")
+        if (trained == "v_prediction") != self.options.v_parameterization:
+            state = "without" if trained == "v_prediction" else "with"
+            log.warning(f"{self.parts.path} is configured for {trained}, and this run is {state} --v_parameterization")
+        tokens = len(self.tokenizer.tokenizer)
+        if tokens > vocabulary:
+            raise UserError(
+                f"{self.tokenizer.folder}: this tokenizer has {tokens} tokens, the text encoder of {self.parts.path} "
+                f"only {vocabulary}; it belongs to another model"
+            )
+
+    def load_text_encoders(self, dtype: torch.dtype | None, device: torch.device | str) -> list[nn.Module]:
+        return [self.parts.text_encoder.load(dtype, device)]
+
+    def load_vae(self, dtype: torch.dtype | None, device: torch.device | str) -> nn.Module:
+        return self.parts.vae.load(torch.float32 if self.options.no_half_vae else dtype, device)
+
+    def load_denoiser(self, dtype: torch.dtype | None, device: torch.device | str) -> nn.Module:
+        return self.parts.unet.load(dtype, device)
+
+    # ---- text
+
+    def tokenize(self, captions: list[str]) -> Tokens:
+        return self.tokenizer(
+            captions, max_tokens=self.max_tokens, weighted=self.options.weighted_captions, name=ENCODER
+        )
+
+    def encode_text(self, tokens: Tokens, encoders: Sequence[nn.Module]) -> Cond:
+        (encoder,) = encoders
+        ids = tokens.ids[ENCODER].to(next(encoder.parameters()).device)  # B chunks 77
+        states = self._states(encoder, ids.flatten(0, 1)).unflatten(0, ids.shape[:2])
+        context = join_chunks(states)
+        if tokens.weights is not None:
+            weights = join_chunks(tokens.weights[ENCODER]).to(context)
+            context = context * weights.unsqueeze(-1)
+        return {CONTEXT: context}
+
+    def _states(self, encoder: nn.Module, ids: Tensor) -> Tensor:
+        """(N, 77) -> (N, 77, width): the last states, or those of an earlier layer through the final norm."""
+        if self.layer is None:
+            return encoder(ids).last_hidden_state
+        hidden = encoder(ids, output_hidden_states=True).hidden_states[-self.layer]
+        return encoder.get_submodule(f"{clip_level(encoder)}final_layer_norm")(hidden)
+
+    # ---- pictures
+
+    def encode_image(self, vae: nn.Module, pixels: Tensor, seeds: list[int]) -> Tensor:
+        return kl_vae.encode(vae, pixels, seeds)
+
+    def decode_latent(self, vae: nn.Module, latents: Tensor) -> Tensor:
+        return kl_vae.decode(vae, latents)
+
+    # ---- training
+
+    def objective(self, options: DDPMOptions, loss: LossOptions) -> DDPMObjective:
+        prediction = "v_prediction" if self.options.v_parameterization else "epsilon"
+        return DDPMObjective(options, loss, prediction_type=prediction, betas=betas(self.parts.scheduler))
+
+    def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Cond, batch: Batch | None) -> Tensor:
+        return denoiser(x_t, t, encoder_hidden_states=cond[CONTEXT], return_dict=False)[0]
+
+    def blocks(self, denoiser: nn.Module) -> list[nn.Module]:
+        down, mid, up = (denoiser.get_submodule(name) for name in ("down_blocks", "mid_block", "up_blocks"))
+        return [*down.children(), mid, *up.children()]
+
+    # ---- files
+
+    def save(
+        self,
+        denoiser: nn.Module,
+        encoders: Sequence[nn.Module],
+        vae: nn.Module,
+        path: Path,
+        dtype: torch.dtype | None,
+        metadata: Mapping[str, str] | None,
+    ) -> None:
+        tensors = published_tensors(denoiser, encoders[0], vae, version=self.version)
+        if self.version == 2:
+            tensors |= self._rest_of_open_clip(tensors)
+        save_tensors(path, tensors, metadata or {}, dtype=dtype, hashes=False)
+
+    def _rest_of_open_clip(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What readers of SD 2.x files expect of the text encoder and we do not load: from the source, else made up."""
+        file = self.parts.text_encoder.file
+        names = [n for n in file.shapes if n.startswith(OPEN_CLIP_PREFIX) and n not in tensors]
+        if names or self.parts.text_encoder.prefix == OPEN_CLIP_PREFIX:
+            return {name: file.tensor(name) for name in names}
+        return unused_open_clip(tensors)
+
+    def scale_legacy(self, latents: Tensor) -> Tensor:
+        return latents * 0.18215  # of every published VAE of SD 1.x and 2.x
+
+    def fingerprints(self) -> dict[str, str]:
+        settings = (self.version, self.layer, self.max_tokens, self.options.weighted_captions)
+        parts = f"{self.parts.text_encoder.fingerprint()} {self.tokenizer.fingerprint()} {settings}"
+        text = hashlib.blake2b(parts.encode(), digest_size=16)
+        return {"vae": self.parts.vae.fingerprint(), "text": text.hexdigest()}
+
+    def model_names(self) -> dict[str, str]:
+        names = {"sd_model": self.options.pretrained_model_name_or_path, "vae": self.options.vae}
+        return {kind: name for kind, name in names.items() if name}
+
+    def facts(self) -> ModelFacts:
+        is_v = self.options.v_parameterization
+        return ModelFacts(
+            base_model_version=f"sd_v{self.version}{'_v' if is_v else ''}",
+            architecture="stable-diffusion-v1"
+            if self.version == 1
+            else f"stable-diffusion-v2-{'768-v' if is_v else '512'}",
+            implementation="diffusers",
+            prediction_type="v" if is_v else "epsilon",
+        )
+
+
+def betas(scheduler: Mapping[str, Any]) -> Tensor:
+    """The noise schedule of a model's own configuration, (steps,) float32. Raises UserError for unknown kinds."""
+    if scheduler.get("trained_betas"):
+        return torch.tensor(scheduler["trained_betas"], dtype=torch.float32)
+    steps, kind = scheduler.get("num_train_timesteps", 1000), scheduler.get("beta_schedule", "linear")
+    start, end = scheduler.get("beta_start", 0.0001), scheduler.get("beta_end", 0.02)
+    if kind == "scaled_linear":
+        return scaled_linear_betas(steps, start, end)
+    if kind == "linear":
+        return torch.linspace(start, end, steps, dtype=torch.float32)
+    raise UserError(f"scheduler_config.json: beta_schedule '{kind}' is not known; scaled_linear and linear are")
+
+
+def published_tensors(unet: nn.Module, encoder: nn.Module, vae: nn.Module, *, version: int) -> dict[str, Tensor]:
+    """The tensors of a single-file checkpoint, as far as the modules have them."""
+    text = (OPEN_CLIP_PREFIX, open_clip_rules) if version == 2 else (CLIP_PREFIX, clip_rules)
+    parts: tuple[tuple[nn.Module, str, Callable[[Any], tuple[Rule, ...]]], ...] = (
+        (unet, UNET_PREFIX, unet_rules),
+        (vae, VAE_PREFIX, vae_rules),
+        (encoder, *text),
+    )
+    tensors: dict[str, Tensor] = {}
+    for module, prefix, rules in parts:
+        tensors |= publish(module.state_dict(), rules(module), prefix)
+    return tensors
+
+
+def unused_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """OpenCLIP's last block (a copy of the one before), text_projection and logit_scale: no picture depends on them."""
+    blocks = f"{OPEN_CLIP_PREFIX}transformer.resblocks."
+    last = max(int(name[len(blocks) :].split(".")[0]) for name in tensors if name.startswith(blocks))
+    start = f"{blocks}{last}."
+    rest = {f"{blocks}{last + 1}.{n[len(start) :]}": t.clone() for n, t in tensors.items() if n.startswith(start)}
+    norm = tensors[f"{OPEN_CLIP_PREFIX}ln_final.weight"]
+    rest[f"{OPEN_CLIP_PREFIX}text_projection"] = torch.eye(len(norm), dtype=norm.dtype)
+    rest[f"{OPEN_CLIP_PREFIX}logit_scale"] = torch.ones((), dtype=norm.dtype)
+    return rest

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options of the optimizer, the learning-rate schedule and the moving average of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from library.options import at_least, between, int_or_fraction, option
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """Which optimizer learns, how fast, and with which settings."""
+
+    optimizer_type: str = option(
+        "", help="Name of an optimizer (AdamW when not given), a class of torch.optim, or any module.Class."
+    )
+    use_8bit_adam: bool = option(False, help="The same as --optimizer_type AdamW8bit.")
+    use_lion_optimizer: bool = option(False, help="The same as --optimizer_type Lion.")
+    learning_rate: float = option(
+        2e-6, help="Learning rate of everything that has no rate of its own.", check=at_least(0)
+    )
+    max_grad_norm: float = option(
+        1.0, help="Scale the gradient down to this norm where it is larger; 0 switches that off.", check=at_least(0)
+    )
+    optimizer_args: tuple[str, ...] | None = option(
+        None, help='Settings of the optimizer as name=value, for example weight_decay=0.01 "betas=(0.9, 0.99)".'
+    )
+    fused_backward_pass: bool = option(
+        False,
+        help="Step each weight as soon as its gradient is there.",
+        answer="the gradients of adapters are small: freeing them one by one saves nothing",
+    )
+
+    @property
+    def name(self) -> str:
+        """The optimizer that is meant, as the user wrote it."""
+        if self.use_8bit_adam:
+            return "AdamW8bit"
+        if self.use_lion_optimizer:
+            return "Lion"
+        return self.optimizer_type or "AdamW"
+
+    def problems(self) -> Iterator[str]:
+        """Combinations that make no sense."""
+        flags = {"--use_8bit_adam": self.use_8bit_adam, "--use_lion_optimizer": self.use_lion_optimizer}
+        given = [flag for flag, value in flags.items() if value]
+        if self.optimizer_type:
+            given.append("--optimizer_type")
+        if len(given) > 1:
+            yield f"{' and '.join(given)} each name an optimizer: give one of them"
+
+
+@dataclass(frozen=True)
+class SchedulerOptions:
+    """How the learning rate changes over the run."""
+
+    lr_scheduler: str = option("constant", help="Name of the learning-rate schedule.")
+    lr_scheduler_type: str = option(
+        "", help="A class of torch.optim.lr_scheduler or any module.Class instead of --lr_scheduler."
+    )
+    lr_scheduler_args: tuple[str, ...] | None = option(None, help="Settings of the schedule as name=value.")
+    lr_warmup_steps: int | float = option(
+        0,
+        help="Raise the learning rate from 0 over this many steps (below 1: a fraction of the run; or 5%).",
+        parse=int_or_fraction,
+        check=at_least(0),
+    )
+    lr_decay_steps: int | float = option(
+        0,
+        help="Length of the fall of warmup_stable_decay, in steps (below 1: a fraction of the run; or 5%).",
+        parse=int_or_fraction,
+        check=at_least(0),
+    )
+    lr_scheduler_num_cycles: int = option(
+        1, help="Number of cycles of the schedules with restarts or minimum.", check=at_least(1)
+    )
+    lr_scheduler_power: float = option(1.0, help="Exponent of the polynomial schedule.", check=at_least(0))
+    lr_scheduler_timescale: int | None = option(
+        None, help="Time scale of inverse_sqrt in steps (the warm-up steps, or 10000).", check=at_least(1)
+    )
+    lr_scheduler_min_lr_ratio: float | None = option(
+        None, help="Lowest learning rate of the schedules with a minimum, relative to the first.", check=between(0, 1)
+    )
+
+    def problems(self) -> Iterator[str]:
+        """Combinations that make no sense."""
+        for flag, value in (("--lr_warmup_steps", self.lr_warmup_steps), ("--lr_decay_steps", self.lr_decay_steps)):
+            if isinstance(value, float) and value > 1:
+                yield f"{flag} {value:g}: give whole steps, a fraction below 1 or a percentage up to 100%"
+
+
+@dataclass(frozen=True)
+class EmaOptions:
+    """A moving average of the trained weights."""
+
+    ema_decay: float | None = option(
+        None, help="Keep a moving average of the trained weights with this decay (0.999 is usual) and save that.",
+        check=between(0, 1),
+    )  # fmt: skip

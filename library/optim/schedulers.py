@@ -1,0 +1,388 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Learning-rate schedules: one formula per name, each a factor on the base rate as a function of the optimizer step.
+
+`step()` is called once per optimizer step, whatever the number of processes: all lengths are in optimizer steps.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
+
+from library.errors import UserError, unknown
+from library.log import get_logger
+from library.optim.optimizers import BuiltOptimizer, OptimizerChoice
+from library.optim.options import SchedulerOptions
+from library.optim.settings import check_settings, first_line, import_class, read_settings
+
+FLAG, TYPE_FLAG, ARGS_FLAG = "--lr_scheduler", "--lr_scheduler_type", "--lr_scheduler_args"
+LOWEST_POLYNOMIAL_LR = 1e-7
+INVERSE_SQRT_TIMESCALE = 10_000
+
+Factor = Callable[[int], float]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the formulas read: lengths in optimizer steps, and the numbers of the options."""
+
+    total: int
+    warmup: int
+    decay: int
+    cycles: int
+    power: float
+    timescale: int | None
+    min_ratio: float | None
+    base_lr: float
+
+    def progress(self, step: int) -> float:
+        """How much of the run after the warm-up is over, from 0 to 1 (and on)."""
+        return (step - self.warmup) / max(1, self.total - self.warmup)
+
+
+# ---- formulas: factor after the warm-up ---------------------------------------------------------------------------
+
+
+def constant(plan: Plan) -> Factor:
+    return lambda step: 1.0
+
+
+def linear(plan: Plan) -> Factor:
+    return lambda step: max(0.0, (plan.total - step) / max(1, plan.total - plan.warmup))
+
+
+def cosine(plan: Plan, *, num_cycles: float = 0.5) -> Factor:
+    return lambda step: max(0.0, cosine_wave(num_cycles * 2 * plan.progress(step)))
+
+
+def cosine_with_restarts(plan: Plan) -> Factor:
+    def factor(step: int) -> float:
+        progress = plan.progress(step)
+        return 0.0 if progress >= 1 else cosine_wave((plan.cycles * progress) % 1)
+
+    return factor
+
+
+def polynomial(plan: Plan, *, lr_end: float = LOWEST_POLYNOMIAL_LR) -> Factor:
+    if plan.base_lr <= lr_end:
+        raise UserError(f"{FLAG} polynomial ends at {lr_end:g}: --learning_rate {plan.base_lr:g} must be greater")
+    end = lr_end / plan.base_lr
+    return lambda step: end if step > plan.total else (1 - end) * (1 - plan.progress(step)) ** plan.power + end
+
+
+def inverse_sqrt(plan: Plan, *, timescale: int | None = None) -> Factor:
+    scale = timescale or plan.timescale or plan.warmup or INVERSE_SQRT_TIMESCALE
+    return lambda step: 1 / math.sqrt((step + scale - plan.warmup) / scale)
+
+
+def cosine_with_min_lr(plan: Plan, *, min_lr: float | None = None) -> Factor:
+    low = lowest(plan, min_lr, "cosine_with_min_lr")
+    return lambda step: low + (1 - low) * cosine_wave(plan.cycles * plan.progress(step))
+
+
+def cosine_warmup_with_min_lr(
+    plan: Plan, *, min_lr: float | None = None, warmup_lr_rate: float | None = None
+) -> Factor:
+    """As cosine_with_min_lr, one step ahead; the warm-up starts at `warmup_lr_rate`, or at one step's share."""
+    low = lowest(plan, min_lr, "cosine_warmup_with_min_lr")
+
+    def factor(step: int) -> float:
+        if step >= plan.warmup:
+            return low + (1 - low) * cosine_wave(plan.cycles * plan.progress(step + 1))
+        if warmup_lr_rate is None:
+            return (step + 1) / plan.warmup
+        return warmup_lr_rate + (1 - warmup_lr_rate) * step / max(1, plan.warmup - 1)
+
+    return factor
+
+
+# progress 0..1 -> factor 0..1
+RISES: dict[str, Callable[[float], float]] = {
+    "linear": lambda p: p,
+    "cosine": lambda p: 0.5 * (1 - math.cos(math.pi * p)),
+    "1-sqrt": lambda p: 1 - math.sqrt(1 - p),
+}
+# progress 0..1 and number of half waves -> factor 1..0
+FALLS: dict[str, Callable[[float, int], float]] = {
+    "linear": lambda p, cycles: 1 - p,
+    "cosine": lambda p, cycles: cosine_wave(cycles * p),
+    "1-sqrt": lambda p, cycles: 1 - math.sqrt(p),
+}
+
+
+def warmup_stable_decay(plan: Plan, *, warmup_type: str = "linear", decay_type: str = "cosine") -> Factor:
+    """Rise from the minimum, stay at 1, fall to the minimum over the last `decay` steps."""
+    for name, value in (("warmup_type", warmup_type), ("decay_type", decay_type)):
+        if value not in RISES:
+            raise UserError(unknown(f"{ARGS_FLAG} {name}", str(value), RISES))
+    if plan.warmup + plan.decay > plan.total:
+        raise UserError(
+            f"{FLAG} warmup_stable_decay: --lr_warmup_steps {plan.warmup} and --lr_decay_steps {plan.decay} "
+            f"are longer than the run of {plan.total} steps"
+        )
+    low = plan.min_ratio or 0.0
+    stable_end = plan.total - plan.decay
+
+    def shape(step: int) -> float:
+        if step < plan.warmup:
+            return RISES[warmup_type](step / plan.warmup)
+        if step < stable_end:
+            return 1.0
+        progress = (step - stable_end) / max(1, plan.decay)
+        if progress >= 1:
+            return 0.0
+        return FALLS[decay_type](progress, plan.cycles)
+
+    return lambda step: low + (1 - low) * shape(step)
+
+
+def piecewise_constant(plan: Plan, *, step_rules: str = "") -> Factor:
+    """step_rules "1:10,0.1:20,0.01": factor 1 before step 10, 0.1 before step 20, 0.01 from there."""
+    *rules, last = step_rules.split(",")
+    try:
+        factors = [(int(end), float(value)) for value, end in (rule.split(":") for rule in rules)]
+        final = float(last)
+    except ValueError:
+        raise UserError(
+            f"{FLAG} piecewise_constant needs {ARGS_FLAG} \"step_rules='1:10,0.1:20,0.01'\" "
+            f"(factor:until step, ..., last factor), got '{step_rules}'"
+        ) from None
+    return lambda step: next((value for end, value in sorted(factors) if step < end), final)
+
+
+def cosine_wave(turns: float) -> float:
+    """1 at 0, 0 at 1, 1 at 2."""
+    return 0.5 * (1 + math.cos(math.pi * turns))
+
+
+def lowest(plan: Plan, min_lr: float | None, name: str) -> float:
+    """The lowest factor: of the option, or `min_lr` over the base rate."""
+    if plan.min_ratio is not None:
+        return plan.min_ratio
+    if min_lr is not None:
+        return min_lr / plan.base_lr
+    raise UserError(f"{FLAG} {name} needs its lowest rate: give --lr_scheduler_min_lr_ratio (0.1, for example)")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One schedule: its formula, and whether the common linear warm-up from 0 comes before it."""
+
+    formula: Callable[..., Factor]
+    warms_up: bool = True
+
+
+SCHEDULES: dict[str, Row] = {
+    "constant": Row(constant, warms_up=False),
+    "constant_with_warmup": Row(constant),
+    "linear": Row(linear),
+    "cosine": Row(cosine),
+    "cosine_with_restarts": Row(cosine_with_restarts),
+    "polynomial": Row(polynomial),
+    "inverse_sqrt": Row(inverse_sqrt),
+    "cosine_with_min_lr": Row(cosine_with_min_lr),
+    "cosine_warmup_with_min_lr": Row(cosine_warmup_with_min_lr, warms_up=False),
+    "warmup_stable_decay": Row(warmup_stable_decay, warms_up=False),
+    "piecewise_constant": Row(piecewise_constant, warms_up=False),
+}
+NO_WARMUP = {"constant": "use constant_with_warmup", "reduce_lr_on_plateau": "leave it out"}
+OTHER_NAMES = ("reduce_lr_on_plateau", "adafactor:<learning rate>")
+
+
+def with_warmup(factor: Factor, warmup: int) -> Factor:
+    """Linear from 0 over `warmup` steps, then `factor`."""
+    return lambda step: step / warmup if step < warmup else factor(step)
+
+
+# ---- what the trainer holds ---------------------------------------------------------------------------------------
+
+
+class RelativeStepRate(LRScheduler):
+    """Shows the rate that Adafactor makes for itself: `initial` before the first step, then min(1e-2, 1/sqrt(step)).
+
+    It changes nothing. The tensors' own scale (scale_parameter) is left out: reading it would wait for the device.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, initial: float) -> None:
+        self.optimizer, self.initial, self.last_epoch = optimizer, initial, 0
+
+    def step(self, epoch: int | None = None) -> None:
+        self.last_epoch += 1
+
+    def get_last_lr(self) -> list[float | torch.Tensor]:
+        return [self._rate(group) for group in self.optimizer.param_groups]
+
+    def _rate(self, group: Mapping[str, Any]) -> float:
+        if self.last_epoch == 0:
+            return self.initial
+        start = 1e-6 * self.last_epoch if group["warmup_init"] else 1e-2
+        return min(start, 1 / math.sqrt(self.last_epoch))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"last_epoch": self.last_epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.last_epoch = state_dict["last_epoch"]
+
+
+class BuiltScheduler:
+    """A schedule with one interface: some need to know the loss."""
+
+    def __init__(self, scheduler: LRScheduler) -> None:
+        self.scheduler = scheduler
+
+    @property
+    def needs_loss(self) -> bool:
+        """True: `step` wants the averaged loss (a number on the host)."""
+        return isinstance(self.scheduler, ReduceLROnPlateau)
+
+    def step(self, loss: float | None = None) -> None:
+        """After every optimizer step."""
+        if not self.needs_loss:
+            self.scheduler.step()
+        elif loss is None:
+            raise ValueError("this schedule has to be given the loss")
+        else:
+            self.scheduler.step(loss)  # type: ignore[arg-type]
+
+    def get_last_lr(self) -> list[float]:
+        """The rate of each group, as the next step uses it."""
+        return [float(rate) for rate in self.scheduler.get_last_lr()]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next `step` depends on, besides the optimizer's own groups."""
+        return self.scheduler.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state` exactly. Load the optimizer's state too: recursive schedules read its rates."""
+        self.scheduler.load_state_dict(dict(state))
+
+
+# ---- from options -------------------------------------------------------------------------------------------------
+
+
+def check_scheduler(options: SchedulerOptions, choice: OptimizerChoice, *, total_steps: int) -> None:
+    """Find every mistake before a model is loaded, and warn of what has no effect. Raises UserError."""
+    toy = choice.toy()
+    build_scheduler(options, toy, total_steps=total_steps)
+    name = effective_name(options, toy)
+    given = options.lr_scheduler_type or options.lr_scheduler != "constant" or options.lr_warmup_steps
+    if toy.schedule is not None and given and not options.lr_scheduler.startswith("adafactor"):
+        get_logger().warning(f"{choice.name} has its own schedule: --lr_scheduler and --lr_warmup_steps have no effect")
+    elif options.lr_warmup_steps and name == "piecewise_constant":
+        get_logger().warning("--lr_warmup_steps: --lr_scheduler piecewise_constant has no warm-up; step_rules say all")
+    elif (warmup := plan_of(options, toy.optimizer, total_steps).warmup) > total_steps:
+        get_logger().warning(
+            f"--lr_warmup_steps {warmup} is longer than the run of {total_steps} steps: the full rate is never reached"
+        )
+
+
+def build_scheduler(options: SchedulerOptions, built: BuiltOptimizer, *, total_steps: int) -> BuiltScheduler:
+    """The schedule of a run of `total_steps` optimizer steps. Raises UserError for bad names and settings."""
+    name = effective_name(options, built)
+    given = read_settings(options.lr_scheduler_args or (), ARGS_FLAG)
+    if built.schedule is None and options.lr_warmup_steps:
+        _refuse_warmup(options, name)
+    if options.lr_scheduler_type and built.schedule is None:
+        return BuiltScheduler(_foreign(options.lr_scheduler_type, built.optimizer, given))
+    if name.startswith("adafactor:"):
+        return BuiltScheduler(RelativeStepRate(built.optimizer, _adafactor_rate(name, built.optimizer)))
+    if name == "reduce_lr_on_plateau":
+        return BuiltScheduler(_plateau(options, built.optimizer, given))
+    if built.schedule is not None:  # the schedule is the optimizer's own: settings and warm-up were for the other one
+        return BuiltScheduler(LambdaLR(built.optimizer, lambda step: 1.0))
+    factor = schedule_factor(name, plan_of(options, built.optimizer, total_steps), given)
+    return BuiltScheduler(LambdaLR(built.optimizer, factor))
+
+
+def effective_name(options: SchedulerOptions, built: BuiltOptimizer) -> str:
+    """The schedule that will run: some optimizers bring their own."""
+    return options.lr_scheduler.lower() if built.schedule is None else built.schedule
+
+
+def _refuse_warmup(options: SchedulerOptions, name: str) -> None:
+    """Raise UserError where a warm-up was given and the schedule has none."""
+    if options.lr_scheduler_type:
+        raise UserError(f"--lr_warmup_steps: {TYPE_FLAG} {options.lr_scheduler_type} has no warm-up: leave one out")
+    if name in NO_WARMUP:
+        raise UserError(f"--lr_warmup_steps: {FLAG} {name} has no warm-up: {NO_WARMUP[name]}")
+
+
+def schedule_factor(name: str, plan: Plan, given: Mapping[str, Any]) -> Factor:
+    """The formula of a name, with its warm-up. Raises UserError."""
+    row = SCHEDULES.get(name)
+    if row is None:
+        raise UserError(unknown(FLAG, name, [*SCHEDULES, *OTHER_NAMES]))
+    check_settings(given, row.formula, f"{ARGS_FLAG} ({name})", {"plan"})
+    try:
+        factor = row.formula(plan, **given)
+        factor(plan.warmup)  # settings of a wrong type show here
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        shown = ", ".join(f"{k}={v!r}" for k, v in given.items())
+        raise UserError(f"{ARGS_FLAG}: {name} refused {shown}: {first_line(error)}") from None
+    return with_warmup(factor, plan.warmup) if row.warms_up else factor
+
+
+def plan_of(options: SchedulerOptions, optimizer: torch.optim.Optimizer, total_steps: int) -> Plan:
+    """Options as numbers of steps: a float is a fraction of the run."""
+
+    def steps(value: int | float) -> int:
+        return int(value * total_steps) if isinstance(value, float) else value
+
+    return Plan(
+        total=total_steps,
+        warmup=steps(options.lr_warmup_steps),
+        decay=steps(options.lr_decay_steps),
+        cycles=options.lr_scheduler_num_cycles,
+        power=options.lr_scheduler_power,
+        timescale=options.lr_scheduler_timescale,
+        min_ratio=options.lr_scheduler_min_lr_ratio,
+        base_lr=float(optimizer.defaults["lr"] or 0),
+    )
+
+
+def _foreign(path: str, optimizer: torch.optim.Optimizer, given: Mapping[str, Any]) -> LRScheduler:
+    """A class of torch.optim.lr_scheduler or module.Class."""
+    cls = import_class(path, default_module="torch.optim.lr_scheduler", base=LRScheduler, flag=TYPE_FLAG)
+    check_settings(given, cls, ARGS_FLAG, {"self", "optimizer"})
+    return _construct(cls, path, optimizer, given)
+
+
+def _plateau(options: SchedulerOptions, optimizer: torch.optim.Optimizer, given: Mapping[str, Any]) -> LRScheduler:
+    """Lower the rate when the averaged loss has stopped falling; its patience counts optimizer steps."""
+    check_settings(given, ReduceLROnPlateau, ARGS_FLAG, {"self", "optimizer"})
+    settings = dict(given)
+    if options.lr_scheduler_min_lr_ratio is not None:
+        settings.setdefault("min_lr", [g["lr"] * options.lr_scheduler_min_lr_ratio for g in optimizer.param_groups])
+    return _construct(ReduceLROnPlateau, "reduce_lr_on_plateau", optimizer, settings)
+
+
+def _construct(cls: type, name: str, optimizer: torch.optim.Optimizer, settings: Mapping[str, Any]) -> LRScheduler:
+    missing = [
+        p.name
+        for p in list(inspect.signature(cls).parameters.values())[1:]
+        if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and p.name not in settings
+    ]
+    if missing:
+        raise UserError(f"{ARGS_FLAG}: {name} needs {', '.join(f'{m}=...' for m in missing)}")
+    try:
+        return cls(optimizer, **settings)
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        shown = ", ".join(f"{k}={v!r}" for k, v in settings.items())
+        raise UserError(f"{ARGS_FLAG}: {name} refused {shown}: {first_line(error)}") from None
+
+
+def _adafactor_rate(name: str, optimizer: torch.optim.Optimizer) -> float:
+    """The number in `adafactor:<learning rate>`; only Adafactor with relative_step takes that schedule."""
+    if not all(group.get("relative_step") for group in optimizer.param_groups):
+        raise UserError(f"{FLAG} {name} is for --optimizer_type Adafactor with relative_step=True")
+    try:
+        return float(name.partition(":")[2])
+    except ValueError:
+        raise UserError(f"{FLAG} {name}: a number is needed after 'adafactor:'") from None

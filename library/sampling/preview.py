@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Previews: one denoise loop for every architecture, built from the same `predict` that the training uses.
+
+A preview leaves no trace in the training: modes, gradients and generators are as before. A preview that fails is one
+warning; the run goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor, nn
+
+from library.errors import first_names
+from library.io.atomic import atomic_write
+from library.log import get_logger
+from library.rng import derive_seed
+from library.sampling.options import SampleOptions
+from library.sampling.prompts import INLINE, Prompt, given_fields
+from library.types import Batch, Cond, LatentSpec, Tokens
+
+log = get_logger()
+
+DEFAULT_STEPS, DEFAULT_SCALE = 30, 7.5
+# Fields that only some architectures can honour.
+SPECIAL_FIELDS = ("guidance_scale", "controlnet_image", "cfg_trunc_ratio", "renorm_cfg", "flow_shift")
+
+
+class Sampler(Protocol):
+    """The part of `library.objectives.base.Sampler` that the loop uses."""
+
+    timesteps: Tensor
+    init_noise_sigma: float
+
+    def scale_input(self, x: Tensor, t: Tensor) -> Tensor: ...
+    def step(self, pred: Tensor, t: Tensor, x: Tensor, generator: torch.Generator | None) -> Tensor: ...
+
+
+class SamplerSource(Protocol):
+    """An objective, seen from here."""
+
+    def sampler(self, name: str, steps: int) -> Sampler: ...
+
+
+class Family(Protocol):
+    """A model family, seen from here."""
+
+    name: str
+    latent: LatentSpec
+
+    def tokenize(self, captions: list[str]) -> Tokens: ...
+    def encode_text(self, tokens: Tokens, encoders: Sequence[nn.Module]) -> Cond: ...
+    def split_cond(self, cond: Cond) -> list[Cond]: ...
+    def join_conds(self, conds: list[Cond]) -> Cond: ...
+    def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Cond, batch: Batch | None) -> Tensor: ...
+    def decode_latent(self, vae: nn.Module, latents: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class PreviewModels:
+    """The models of a preview. `others` are modules that act on them from outside, such as a network."""
+
+    denoiser: nn.Module
+    vae: nn.Module
+    encoders: Sequence[nn.Module] = ()
+    others: Sequence[nn.Module] = ()
+
+
+class Picture(NamedTuple):
+    """A finished preview."""
+
+    path: Path
+    image: Image.Image
+    prompt: Prompt
+
+
+def due(options: SampleOptions, step: int, epoch_end: int | None) -> bool:
+    """Whether previews are made now. `step`: optimizer steps done, 0 before the first; `epoch_end`: the number of the
+    epoch that just ended (1 is the first), None inside one. Epochs win over steps when both intervals are given."""
+    if step == 0:
+        return options.sample_at_first
+    if options.every_n_epochs:
+        return epoch_end is not None and epoch_end % options.every_n_epochs == 0
+    return options.every_n_steps > 0 and epoch_end is None and step % options.every_n_steps == 0
+
+
+class Previewer:
+    """Makes the pictures of a run's prompts into `<output_dir>/sample`."""
+
+    def __init__(
+        self,
+        family: Family,
+        objective: SamplerSource,
+        prompts: Sequence[Prompt],
+        *,
+        output_dir: str | Path,
+        output_name: str | None,
+        sampler: str = "ddim",
+        seed: int = 0,
+        default_size: tuple[int, int] = (512, 512),
+        size_multiple: int | None = None,
+        honoured: Sequence[str] = (),
+    ) -> None:
+        """seed: of the run, for prompts without one. default_size: (width, height) of prompts without one.
+
+        size_multiple: sizes are rounded down to it; not given: pixels per latent pixel. honoured: those of
+        SPECIAL_FIELDS that the family's `predict` makes use of.
+        """
+        self.family, self.objective, self.prompts = family, objective, tuple(prompts)
+        self.folder, self.output_name = Path(output_dir) / "sample", output_name
+        self.sampler, self.seed, self.default_size = sampler, seed, default_size
+        self.multiple = size_multiple or family.latent.factor
+        self.conds: dict[str, Cond] = {}
+        ignored = given_fields(prompts, [name for name in SPECIAL_FIELDS if name not in honoured])
+        if ignored:
+            short = {key: f"--{name}" for name, key in INLINE.items()}
+            log.warning(
+                f"--sample_prompts: {', '.join(short[n] for n in ignored)} has no effect with {family.name} models"
+            )
+
+    def prepare(self, encoders: Sequence[nn.Module]) -> None:
+        """Encode all prompts once and keep the results on the CPU, so that the text encoders can be freed."""
+        with undisturbed(encoders):
+            for prompt in self.prompts:
+                texts = [prompt.negative_prompt, prompt.prompt]
+                found = self.family.split_cond(self.family.encode_text(self.family.tokenize(texts), encoders))
+                self.conds |= {t: {k: v.to("cpu") for k, v in c.items()} for t, c in zip(texts, found, strict=True)}
+
+    def render(
+        self, models: PreviewModels, *, step: int, epoch: int | None, device: torch.device | str, dtype: torch.dtype
+    ) -> list[Picture]:
+        """Make, write and return the pictures of all prompts.
+
+        epoch: the one that just ended (0 before the first step), None inside one. dtype: of the computation (autocast).
+        Never raises but for Ctrl-C: what fails is one warning.
+        """
+        pictures: list[Picture] = []
+        failed: list[str] = []
+        device = torch.device(device)
+        with undisturbed([models.denoiser, models.vae, *models.encoders, *models.others]):
+            for index, prompt in enumerate(self.prompts):
+                try:
+                    image = self._picture(models, prompt, index, device, dtype)
+                    path = self.folder / self.file_name(index, prompt, step=step, epoch=epoch, now=datetime.now())
+                    self._write(path, image, prompt, self.seed_of(prompt, index))
+                    pictures.append(Picture(path, image, prompt))
+                except Exception as error:  # whatever it is, it must not end a training
+                    lines = str(error).splitlines() or [""]
+                    failed.append(f"{index:02d} {type(error).__name__}: {lines[0]}")
+                    if device.type == "cuda":
+                        torch.cuda.empty_cache()
+        if failed:
+            count = f"{len(failed)} of {len(self.prompts)} previews"
+            log.warning(f"{count} failed at step {step}, the training goes on: {first_names(failed, 1)}")
+        return pictures
+
+    def file_name(self, index: int, prompt: Prompt, *, step: int, epoch: int | None, now: datetime) -> str:
+        """`name_e000001_00_20261120103000_42.png`"""
+        name = "" if self.output_name is None else f"{self.output_name}_"
+        when = f"{step:06d}" if epoch is None else f"e{epoch:06d}"
+        seed = "" if prompt.seed is None else f"_{prompt.seed}"
+        return f"{name}{when}_{index:02d}_{now:%Y%m%d%H%M%S}{seed}.png"
+
+    def size_of(self, prompt: Prompt) -> tuple[int, int]:
+        """(width, height) in pixels, rounded down to what the model can make."""
+        wanted = (prompt.width or self.default_size[0], prompt.height or self.default_size[1])
+        width, height = (max(self.multiple, size - size % self.multiple) for size in wanted)
+        return width, height
+
+    def seed_of(self, prompt: Prompt, index: int) -> int:
+        """The prompt's seed, or one that stays the same through the run, so that its pictures can be compared."""
+        return derive_seed(self.seed, "preview", index) if prompt.seed is None else prompt.seed
+
+    # ---- one picture ------------------------------------------------------------------------------------------------
+
+    def _picture(
+        self, models: PreviewModels, prompt: Prompt, index: int, device: torch.device, dtype: torch.dtype
+    ) -> Image.Image:
+        seed = self.seed_of(prompt, index)
+        # Third-party code inside a model may draw from the global generators.
+        torch.manual_seed(seed)
+        autocast = torch.autocast(device.type, dtype, enabled=dtype in (torch.float16, torch.bfloat16))
+        with autocast:
+            latents = self._denoise(models, prompt, seed, device)
+        pixels = self.family.decode_latent(models.vae, latents)  # in the VAE's own precision
+        if not bool(torch.isfinite(pixels).all()):
+            raise ArithmeticError("the decoded picture is not finite")
+        return to_image(pixels[0])
+
+    def _denoise(self, models: PreviewModels, prompt: Prompt, seed: int, device: torch.device) -> Tensor:
+        """Noise to latents (1 C h w). Guidance: Ho and Salimans 2022, equation 6, both terms in one batch."""
+        scale = DEFAULT_SCALE if prompt.scale is None else prompt.scale
+        guided = scale != 1.0
+        cond = self._cond(models, prompt, guided, device)
+        sampler = self.objective.sampler(prompt.sample_sampler or self.sampler, prompt.sample_steps or DEFAULT_STEPS)
+        # On the CPU, so that a seed gives the same picture on every device.
+        generator = torch.Generator().manual_seed(seed)
+        width, height = self.size_of(prompt)
+        latent = self.family.latent
+        shape = (1, latent.channels, height // latent.factor, width // latent.factor)
+        x = (torch.randn(shape, generator=generator) * sampler.init_noise_sigma).to(device)
+        for t in sampler.timesteps:
+            shown = sampler.scale_input(x, t)
+            count = 2 if guided else 1
+            pred = self.family.predict(
+                models.denoiser, shown.repeat(count, 1, 1, 1), t.to(device).expand(count), cond, None
+            ).float()
+            if guided:
+                without, with_prompt = pred.chunk(2)
+                pred = without + scale * (with_prompt - without)
+            x = sampler.step(pred, t, x, generator)
+        return x
+
+    def _cond(self, models: PreviewModels, prompt: Prompt, guided: bool, device: torch.device) -> Cond:
+        """What `predict` reads: of the negative prompt and the prompt, or of the prompt alone."""
+        texts = [prompt.negative_prompt, prompt.prompt] if guided else [prompt.prompt]
+        if all(text in self.conds for text in texts):
+            cond = self.family.join_conds([self.conds[text] for text in texts])
+        else:
+            cond = self.family.encode_text(self.family.tokenize(texts), models.encoders)
+        return {k: v.to(device) for k, v in cond.items()}
+
+    def _write(self, path: Path, image: Image.Image, prompt: Prompt, seed: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        info = PngInfo()
+        info.add_itxt("prompt", prompt.prompt)
+        info.add_itxt("parameters", self._parameters(prompt, image, seed))
+        atomic_write(path, lambda temp: image.save(temp, format="PNG", pnginfo=info))
+
+    def _parameters(self, prompt: Prompt, image: Image.Image, seed: int) -> str:
+        """The picture's settings in the text form that picture viewers of web UIs know."""
+        settings = {
+            "Steps": prompt.sample_steps or DEFAULT_STEPS,
+            "Sampler": prompt.sample_sampler or self.sampler,
+            "CFG scale": DEFAULT_SCALE if prompt.scale is None else prompt.scale,
+            "Seed": seed,
+            "Size": f"{image.width}x{image.height}",
+        }
+        negative = f"\nNegative prompt: {prompt.negative_prompt}" if prompt.negative_prompt else ""
+        return f"{prompt.prompt}{negative}\n{', '.join(f'{k}: {v}' for k, v in settings.items())}"
+
+
+# ---- leaving no trace ---------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def undisturbed(models: Sequence[nn.Module]) -> Iterator[None]:
+    """Evaluation mode, no gradients and any use of the global generators inside; everything as before outside."""
+    modes = {module: module.training for model in models for module in model.modules()}
+    python = random.getstate()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # not those of other processes
+    try:
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            for model in models:
+                model.eval()
+            yield
+    finally:
+        random.setstate(python)
+        for module, mode in modes.items():
+            module.training = mode
+
+
+# ---- pictures -----------------------------------------------------------------------------------------------------
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """3 H W in [-1, 1] (or 1 H W: grey) as a picture."""
+    levels = ((pixels.float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return Image.fromarray(levels.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy(), "RGB")
+
+
+def contact_sheet(images: Sequence[Image.Image], labels: Sequence[str], columns: int) -> Image.Image:
+    """All pictures on one white sheet, row by row, each with its label below."""
+    assert images and len(images) == len(labels) and columns > 0
+    gap, line = 8, 18
+    width, height = max(i.width for i in images), max(i.height for i in images)
+    rows = -(-len(images) // columns)
+    columns = min(columns, len(images))
+    sheet = Image.new("RGB", (gap + columns * (width + gap), gap + rows * (height + line + gap)), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default()
+    for index, (image, label) in enumerate(zip(images, labels, strict=True)):
+        left = gap + index % columns * (width + gap)
+        top = gap + index // columns * (height + line + gap)
+        sheet.paste(image.convert("RGB"), (left + (width - image.width) // 2, top + height - image.height))
+        draw.text((left, top + height + 2), fitted(label, font, width), fill="black", font=font)
+    return sheet
+
+
+def fitted(label: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """The label, cut to `width` pixels. The built-in font knows Latin letters only."""
+    text = label.encode("latin-1", "replace").decode("latin-1")
+    while len(text) > 1 and font.getlength(text) > width:
+        text = text[:-2] + "…" if isinstance(font, ImageFont.FreeTypeFont) else text[:-1]
+    return text

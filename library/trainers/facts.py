@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a saved file will say of its run: the facts of trainer, data and model as library.io.metadata wants them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from library.data.parts import DatasetStats
+from library.data.records import DatasetConfig, Sample
+from library.io.metadata import DatasetFacts, RunFacts, SpecFacts, SubsetFacts, build_metadata, file_facts
+from library.models.family import ModelFacts
+from library.options import changed_values
+from library.trainers.options import TrainerOptions
+from library.trainers.plan import RunPlan
+
+VERSION = "0.1.0"
+
+
+class FileHashes:
+    """Hashes of the model files for the metadata, computed beside the training: sha256 of some GB takes seconds."""
+
+    def __init__(self, names: Mapping[str, str]) -> None:
+        """names: kind ("sd_model", "vae") -> what was given for it."""
+        self._files = names
+        self._found: dict[str, str] = {}
+        self._thread = threading.Thread(target=self._compute, daemon=True)
+        self._thread.start()
+
+    def _compute(self) -> None:
+        for kind, name in self._files.items():
+            self._found |= file_facts(kind, name)
+
+    def wait(self) -> dict[str, str]:
+        self._thread.join()
+        return self._found
+
+
+def subset_facts(config: DatasetConfig, samples: Sequence[Sample]) -> tuple[SubsetFacts, ...]:
+    """One row per subset."""
+    counts = Counter(id(sample.subset) for sample in samples)
+    return tuple(
+        SubsetFacts(
+            source=subset.name,
+            img_count=counts[id(subset)],
+            num_repeats=subset.num_repeats,
+            color_aug=subset.images.color_aug,
+            flip_aug=subset.images.flip_aug,
+            random_crop=subset.images.random_crop,
+            shuffle_caption=subset.captions.shuffle_caption,
+            keep_tokens=subset.captions.keep_tokens,
+            keep_tokens_separator=subset.captions.keep_tokens_separator,
+            secondary_separator=subset.captions.secondary_separator,
+            enable_wildcard=subset.captions.enable_wildcard,
+            caption_prefix=subset.captions.caption_prefix,
+            caption_suffix=subset.captions.caption_suffix,
+            resize_interpolation=subset.images.resize_interpolation,
+            class_tokens=subset.class_tokens,
+            is_reg=subset.is_reg,
+        )
+        for subset in config.subsets
+    )
+
+
+def tag_frequency(samples: Sequence[Sample]) -> dict[str, dict[str, int]]:
+    """Folder -> tag -> how often it stands in the captions there."""
+    found: dict[str, Counter[str]] = {}
+    for sample in samples:
+        if sample.subset.is_reg:
+            continue
+        counts = found.setdefault(sample.subset.name, Counter())
+        tags = (tag.strip().lower() for tag in sample.caption.split(sample.subset.captions.caption_separator))
+        counts.update(tag for tag in tags if tag)
+    return {folder: dict(counts) for folder, counts in found.items()}
+
+
+def dataset_facts(config: DatasetConfig, samples: Sequence[Sample], stats: DatasetStats) -> DatasetFacts:
+    """One dataset."""
+    rules = config.buckets
+    return DatasetFacts(
+        is_dreambooth=not any(subset.metadata_file for subset in config.subsets),
+        batch_size=config.batch_size,
+        num_train_images=stats.uses,
+        num_reg_images=stats.reg_uses,
+        resolution=rules.resolution,
+        enable_bucket=rules.enable_bucket,
+        min_bucket_reso=rules.min_bucket_reso if rules.enable_bucket else None,
+        max_bucket_reso=rules.max_bucket_reso if rules.enable_bucket else None,
+        bucket_no_upscale=rules.bucket_no_upscale,
+        subsets=subset_facts(config, samples),
+        tag_frequency=tag_frequency(samples),
+        buckets=stats.buckets,
+    )
+
+
+class RunRecord:
+    """Everything of a run that its saves tell; asked for once per save."""
+
+    def __init__(
+        self,
+        options: TrainerOptions,
+        plan: RunPlan,
+        datasets: Sequence[tuple[DatasetConfig, Sequence[Sample]]],
+        stats: Sequence[DatasetStats],
+        model: ModelFacts,
+        names: Mapping[str, str],
+    ) -> None:
+        self.options, self.plan, self.model = options, plan, model
+        self.started_at, self.session_id = time.time(), time.time_ns() % (1 << 32)
+        self.datasets = tuple(dataset_facts(c, s, n) for (c, s), n in zip(datasets, stats))
+        self.validation_images = sum(n.validation_images for n in stats)
+        self.hashes = FileHashes(names)
+
+    def metadata(self, method: Mapping[str, Any], optimizer: str, *, step: int, epoch: int) -> dict[str, str]:
+        """`method`: what the trainer's override says (network_module, network_dim, network_alpha, network_args, extra)."""
+        run = RunFacts(
+            options=changed_values(self.options, all_values=True),
+            base_model_version=self.model.base_model_version,
+            datasets=self.datasets,
+            from_dataset_config=bool(self.options.data.dataset_config),
+            optimizer=optimizer,
+            num_epochs=self.plan.total_epochs,
+            max_train_steps=self.plan.total_steps,
+            num_batches_per_epoch=self.plan.batches_per_epoch,
+            num_processes=self.plan.num_processes,
+            seed=self.plan.seed,
+            session_id=self.session_id,
+            started_at=self.started_at,
+            num_validation_images=self.validation_images,
+            files=self.hashes.wait(),
+            **method,
+        )
+        spec = SpecFacts(
+            architecture=f"{self.model.architecture}/lora",
+            implementation=self.model.implementation,
+            prediction_type=self.model.prediction_type,
+            resolution=max((d.resolution for d in self.datasets), key=lambda r: r[0] * r[1]),
+            version=VERSION,
+        )
+        minimum = self.options.save.no_metadata
+        return build_metadata(
+            run, spec, self.options.metadata, step=step, epoch=epoch, now=time.time(), minimum=minimum
+        )

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that can be read and checked before a model is loaded. All mistakes are reported at once."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from library.data.config import load_dataset_config
+from library.data.dataset import TrainingData
+from library.data.lint import check as lint
+from library.data.plan import EpochPlan
+from library.data.records import DatasetConfig, Sample
+from library.data.scan import Scan, scan
+from library.errors import UserError, first_names
+from library.io.checkpoint import check_output, extension_of, last_name, state_name
+from library.io.hub import download_state
+from library.io.state import StateParts, compare, load_state, read_facts
+from library.log import get_logger
+from library.models.family import ModelFamily
+from library.options import changed_values
+from library.optim.optimizers import OptimizerChoice, choose_optimizer
+from library.optim.schedulers import build_scheduler
+from library.sampling.prompts import Prompt, load_prompts
+from library.trainers.options import TrainerOptions
+from library.trainers.plan import RunPlan
+
+T = TypeVar("T")
+
+# Options that must be the same when a state is continued: the state carries what they decide.
+RESUMED_OPTIONS = (
+    "optimizer_type", "optimizer_args", "learning_rate", "lr_scheduler", "lr_scheduler_type", "lr_scheduler_args",
+    "lr_warmup_steps", "gradient_accumulation_steps", "full_fp16", "full_bf16", "ema_decay", "network_module", "network_dim",
+    "network_alpha", "network_args", "network_train_unet_only", "network_train_text_encoder_only", "unet_lr", "text_encoder_lr",
+)  # fmt: skip
+
+log = get_logger()
+
+
+class Checks:
+    """Runs checks one after the other and keeps what each found wrong."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+
+    def run(self, action: Callable[[], T]) -> T | None:
+        """The result of `action`, or None when it raised a UserError."""
+        try:
+            return action()
+        except UserError as error:
+            self.problems += error.problems
+            return None
+
+    def finish(self) -> None:
+        """Raises UserError with every problem."""
+        if self.problems:
+            raise UserError(self.problems)
+
+
+@dataclass
+class Preparation:
+    """What a run knows before its models are loaded."""
+
+    options: TrainerOptions
+    seed: int
+    found: Scan
+    data: TrainingData
+    prompts: tuple[Prompt, ...]
+    optimizer: OptimizerChoice
+    resume_from: StateParts | None = None
+    validation_plans: EpochPlan | list[Any] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, family: ModelFamily, options: TrainerOptions, more_checks: list[Callable[[], None]]) -> Preparation:
+        """Read everything. Raises UserError with all mistakes at once; warnings are logged."""
+        checks = Checks()
+        checks.run(family.check)
+        for check in more_checks:
+            checks.run(check)
+        checks.run(lambda: check_output_folder(options))
+        resume = checks.run(lambda: resume_folder(options))
+        facts = checks.run(lambda: read_facts(resume)) if resume else None
+        prompts = checks.run(lambda: load_prompts(options.sample.sample_prompts)) if options.sample.wanted else ()
+        optimizer = checks.run(lambda: choose_optimizer(options.optimizer))
+        if optimizer is not None:
+            checks.run(lambda: try_scheduler(options, optimizer))
+        seed = run_seed(options, facts)
+        found = checks.run(lambda: scan_datasets(family, options))
+        data = checks.run(lambda: training_data(found, options, seed)) if found else None
+        checks.finish()
+        assert found is not None and data is not None and optimizer is not None and prompts is not None
+        state = load_state(resume) if resume else None
+        return cls(options, seed, found, data, prompts, optimizer, state, data.validation_plans())
+
+    @property
+    def datasets(self) -> list[tuple[DatasetConfig, tuple[Sample, ...]]]:
+        return [(dataset.config, dataset.samples) for dataset in self.found.datasets]
+
+    def check_resume(self, plan: RunPlan) -> None:
+        """Raises UserError saying what of the state belongs to another run."""
+        if self.resume_from is None:
+            return
+        lines = compare(self.resume_from.fingerprint, self.fingerprint(plan))
+        if lines:
+            start = f"--resume {self.options.state.resume}: this state belongs to another run:"
+            raise UserError([*(f"{start} {line}" for line in lines),
+                             "give the same settings, or start anew from its weights with --network_weights"])  # fmt: skip
+
+    def fingerprint(self, plan: RunPlan) -> dict[str, Any]:
+        """What must be the same when this run is resumed."""
+        values = {f"--{n}": v for n, v in changed_values(self.options, all_values=True).items() if n in RESUMED_OPTIONS}
+        facts = {"seed": self.seed, "processes": plan.num_processes, "batches per epoch": plan.batches_per_epoch}
+        return {**values, **facts, "dataset": self.dataset_digests()}
+
+    def dataset_digests(self) -> dict[str, str]:
+        """Folder -> digest of its file names, sizes, captions and rules."""
+        result: dict[str, str] = {}
+        for index, subset in enumerate(self.found.subsets):
+            digest = hashlib.blake2b(digest_size=8)
+            digest.update(repr((subset.config.num_repeats, subset.config.captions, subset.config.images)).encode())
+            for sample in subset.samples:
+                digest.update(f"{Path(sample.path).name}\x1f{sample.file_size}\x1f{sample.caption}\n".encode())
+            count = len(subset.samples)
+            result[f"{index}: {Path(subset.config.name).name}"] = f"{count} pictures, {digest.hexdigest()}"
+        return result
+
+    def describe(self, plan: RunPlan) -> Iterator[str]:
+        """The plan of the run, as it is printed before the start."""
+        for index, stats in enumerate(self.data.stats()):
+            buckets = ", ".join(f"{w}x{h}: {count}" for (w, h), count in stats.buckets)
+            reg = f", {stats.reg_images} regularisation pictures used {stats.reg_uses} times" if stats.reg_images else ""
+            held_out = f", {stats.validation_images} held out for validation" if stats.validation_images else ""
+            yield f"dataset {index + 1}: {stats.images} pictures, {stats.uses} with repeats{reg}{held_out}"
+            yield f"dataset {index + 1}: batch size {stats.batch_size}, {stats.batches} batches, buckets {buckets}"
+            if stats.reg_unused:
+                yield f"dataset {index + 1}: {len(stats.reg_unused)} regularisation pictures are not used: {first_names(stats.reg_unused)}"
+        sizes = {stats.batch_size for stats in self.data.stats()}
+        effective = "/".join(str(size * plan.accumulation * plan.num_processes) for size in sorted(sizes))
+        yield (
+            f"plan: {plan.total_steps} steps = {plan.total_epochs} epochs of {plan.steps_per_epoch} steps; a step is "
+            f"{plan.accumulation} batch(es) on {plan.num_processes} process(es), effective batch size {effective}; seed {plan.seed}"
+        )
+
+
+def run_seed(options: TrainerOptions, state: dict[str, Any] | None) -> int:
+    """--seed, else that of the resumed state, else a new one."""
+    if options.train.seed is not None:
+        return options.train.seed
+    if state is not None:
+        return int(state["fingerprint"]["seed"])
+    return secrets.randbelow(2**32)
+
+
+def check_output_folder(options: TrainerOptions) -> None:
+    """The folder can be written to. What killed runs left half-written there is removed."""
+    save = options.save
+    assert save.output_dir is not None
+    name = last_name(save.output_name)
+    files = [last_name(save.output_name, extension_of(save.save_model_as))]
+    check_output(save.output_dir, save.output_name, files=files, states=[state_name(name)])
+
+
+def try_scheduler(options: TrainerOptions, optimizer: OptimizerChoice) -> None:
+    """The schedule can be built, seen on an optimizer of one toy weight. Raises UserError."""
+    toy = optimizer.build([{"params": [torch.nn.Parameter(torch.zeros(2, 2))]}])
+    build_scheduler(options.scheduler, toy, total_steps=options.train.max_train_steps)
+
+
+def resume_folder(options: TrainerOptions) -> Path | None:
+    """The folder of --resume, fetched from the hub if asked for."""
+    if not options.state.resume:
+        return None
+    if options.hub.resume_from_huggingface:
+        return download_state(options.state.resume, options.hub.huggingface_token)
+    return Path(options.state.resume)
+
+
+def scan_datasets(family: ModelFamily, options: TrainerOptions) -> Scan:
+    """Configuration, folders, captions and pictures. Raises UserError with all that is wrong with them."""
+    configs = load_dataset_config(options.data, bucket_step=family.bucket_step)
+    found = scan(
+        configs,
+        cache_dir=options.cache.cache_dir,
+        npz_suffix=family.latent.npz_suffix,
+        plain_npz=not family.latent.npz_sized_keys,
+    )
+    report = lint(found)
+    if report.problems:
+        raise UserError(report.problems)
+    for line in report.warnings:
+        log.warning(line)
+    return found
+
+
+def training_data(found: Scan, options: TrainerOptions, seed: int) -> TrainingData:
+    """The epochs of the run. Raises UserError where a cache cannot serve the datasets' options."""
+    data = TrainingData(
+        [(dataset.config, dataset.samples) for dataset in found.datasets],
+        seed=seed,
+        prior_loss_weight=options.data.prior_loss_weight,
+        masked_loss=options.data.masked_loss,
+        text_variants=options.cache.caption_variants,
+    )
+    problems = data.cache_problems(latents=options.cache.latents, texts=options.cache.texts)
+    if problems:
+        raise UserError(problems)
+    return data

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When previews are made, where they are shown, and the sheet of before and after."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from library.io.atomic import atomic_write
+from library.log import get_logger
+from library.models.family import ModelFamily
+from library.objectives.base import Objective
+from library.sampling.preview import Picture, Previewer, PreviewModels, contact_sheet, due
+from library.sampling.prompts import Prompt
+from library.trainers.options import TrainerOptions
+from library.trainers.plan import Position
+from library.trainers.tracking import Trackers
+from library.trainers.trainables import Models
+
+log = get_logger()
+
+
+class Previews:
+    """The previews of one run; does nothing when none are wanted, or on other processes."""
+
+    def __init__(
+        self, family: ModelFamily, objective: Objective, options: TrainerOptions, prompts: tuple[Prompt, ...], *,
+        device: torch.device, dtype: torch.dtype, seed: int, active: bool, size: tuple[int, int],
+    ) -> None:  # fmt: skip
+        self.options, self.device, self.dtype = options.sample, device, dtype
+        self.name, self.folder = options.save.output_name or "last", Path(options.save.output_dir or ".") / "sample"
+        self.first: list[Picture] = []
+        self.latest: list[Picture] = []
+        self.previewer = (
+            Previewer(
+                family, objective, prompts, output_dir=options.save.output_dir or ".", seed=seed,
+                output_name=options.save.output_name, sampler=options.sample.sample_sampler, default_size=size,
+            )
+            if prompts and active
+            else None
+        )  # fmt: skip
+
+    def prepare(self, encoders: list[nn.Module]) -> None:
+        """Encode the prompts, so that the text encoders can go."""
+        if self.previewer:
+            self.previewer.prepare(encoders)
+
+    def if_due(
+        self, models: Models, others: list[nn.Module], trackers: Trackers, position: Position, *,
+        epoch_ended: bool, weights: AbstractContextManager[Any],
+    ) -> None:  # fmt: skip
+        """Make previews when they are due after `position.step` steps. Inside `weights` the model is what is shown."""
+        epoch_end = position.epoch if epoch_ended else None
+        if self.previewer is None or not due(self.options, position.step, epoch_end):
+            return
+        assert models.vae is not None
+        with weights:
+            models.vae.to(self.device)
+            shown = PreviewModels(models.denoiser, models.vae, models.encoders, others)
+            epoch = epoch_end if self.options.every_n_epochs else None
+            pictures = self.previewer.render(
+                shown, step=position.step, epoch=epoch, device=self.device, dtype=self.dtype
+            )
+        for index, picture in enumerate(pictures):
+            trackers.picture(f"preview/{index:02d} {picture.prompt.prompt[:60]}", picture.image, position.step)
+        if position.step == 0:
+            self.first = pictures
+        self.latest = pictures
+
+    def before_and_after(self) -> None:
+        """One sheet with the previews of step 0 above the newest ones, if there are both."""
+        if not self.first or len(self.first) != len(self.latest) or self.first is self.latest:
+            return
+        images = [p.image for p in (*self.first, *self.latest)]
+        labels = [f"{when}: {p.prompt.prompt}" for when, row in (("before", self.first), ("after", self.latest)) for p in row]
+        path = self.folder / f"{self.name}_before_after.png"
+        sheet = contact_sheet(images, labels, columns=len(self.first))
+        atomic_write(path, lambda temp: sheet.save(temp, format="PNG"))
+        log.info(f"before and after: {path}")

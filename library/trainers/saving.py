@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When the run saves, under which names, what is removed then, and what goes to the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from library.io import checkpoint as names
+from library.io.hub import Uploader
+from library.io.state import StateParts, save_state
+from library.log import get_logger
+from library.options import dump_toml
+from library.trainers.options import TrainerOptions
+from library.trainers.plan import Position, RunPlan
+
+log = get_logger()
+
+
+class Saver:
+    """Saves of one run. `write_model(path)` and `state()` are the trainer's; other processes save nothing."""
+
+    def __init__(
+        self, options: TrainerOptions, plan: RunPlan, *, active: bool,
+        write_model: Callable[[Path], None], state: Callable[[], StateParts],
+    ) -> None:  # fmt: skip
+        self.save, self.options, self.plan, self.active = options.save, options.state, plan, active
+        self.folder = Path(options.save.output_dir or ".")
+        self.extension = names.extension_of(options.save.save_model_as)
+        self.every_epochs = names.epochs_between_saves(options.save, plan.total_epochs)
+        self.write_model, self.state = write_model, state
+        self.uploads_states = options.hub.save_state_to_huggingface
+        self.uploader = Uploader(options.hub) if active and options.hub.huggingface_repo_id else None
+        self.written: list[Path] = []
+
+    def write_config(self, options: TrainerOptions) -> None:
+        """The resolved options beside the output: what to give as --config_file to do the same again."""
+        if self.active:
+            path = self.folder / f"{names.last_name(self.save.output_name)}.config.toml"
+            path.write_text(dump_toml(options), encoding="utf-8")
+
+    def is_due(self, position: Position, epoch_ended: bool) -> bool:
+        """True when this step or epoch ends with a save; the last step is saved by `at_end`."""
+        if position.step >= self.plan.total_steps:
+            return False
+        by_epoch = epoch_ended and names.saves_after_epoch(position.epoch, total=self.plan.total_epochs, every=self.every_epochs)
+        return by_epoch or names.saves_after_step(position.step, every=self.save.save_every_n_steps)
+
+    def after_step(self, position: Position, epoch_ended: bool) -> None:
+        """The saves that are due after an optimizer step."""
+        name, step, epoch = self.save.output_name, position.step, position.epoch
+        keep_epochs, keep_steps = names.states_to_keep(self.save, self.options)
+        if names.saves_after_step(step, every=self.save.save_every_n_steps):
+            every = self.save.save_every_n_steps or 1
+            self._write(names.step_name(name, step), with_state=self.options.save_state)
+            self._drop(names.step_name, names.outdated_step(step, every=every, keep=self.save.save_last_n_steps), keep_model=False)
+            self._drop(names.step_name, names.outdated_step(step, every=every, keep=keep_steps), keep_model=True)
+        every_epochs = self.every_epochs
+        if epoch_ended and names.saves_after_epoch(epoch, total=self.plan.total_epochs, every=every_epochs):
+            assert every_epochs is not None
+            self._write(names.epoch_name(name, epoch), with_state=self.options.save_state)
+            outdated = names.outdated_epoch(epoch, every=every_epochs, keep=self.save.save_last_n_epochs)
+            self._drop(names.epoch_name, outdated, keep_model=False)
+            outdated = names.outdated_epoch(epoch, every=every_epochs, keep=keep_epochs)
+            self._drop(names.epoch_name, outdated, keep_model=True)
+
+    def at_end(self, position: Position, *, finished: bool) -> None:
+        """The result of the run; of a stopped one, a state to continue from."""
+        name = self.save.output_name
+        if finished:
+            with_state = self.options.save_state or self.options.save_state_on_train_end
+            self._write(names.last_name(name), with_state=with_state)
+        elif position.step > 0:
+            self._write_state(names.step_name(name, position.step))
+            log.info(f"stopped at step {position.step}; continue with --resume {self.written[-1] if self.active else ''}")
+        if self.uploader:
+            self.uploader.close()
+
+    def _write(self, name: str, *, with_state: bool) -> None:
+        if not self.active:
+            return
+        path = self.folder / f"{name}{self.extension}"
+        if self.uploader:
+            self.uploader.release(path)
+        self.write_model(path)
+        self._written(path, upload=True)
+        if with_state:
+            self._write_state(name)
+
+    def _write_state(self, name: str) -> None:
+        if not self.active:
+            return
+        folder = self.folder / names.state_name(name)
+        if self.uploader:
+            self.uploader.release(folder)
+        save_state(folder, self.state())
+        self._written(folder, upload=self.uploads_states)
+
+    def _written(self, path: Path, *, upload: bool) -> None:
+        self.written.append(path)
+        log.info(f"saved {path}")
+        if self.uploader and upload:
+            self.uploader.upload(path)
+
+    def _drop(self, name_of: Callable[[str | None, int], str], number: int | None, *, keep_model: bool) -> None:
+        """Remove an outdated save (`keep_model`: its state only)."""
+        if number is None or not self.active:
+            return
+        name = name_of(self.save.output_name, number)
+        if keep_model:
+            names.remove_state(self.folder, names.state_name(name))
+        else:
+            names.remove_save(self.folder, f"{name}{self.extension}")

@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every adapter is: a target (a published name for some modules), a layer on it, and the network of all layers.
+
+    target = TargetSpec("lora_unet_mid_block_attentions_0_proj_in", (TargetModule(path, module),), "denoiser", 12)
+    layer = LoRALayer(target, rank=4, alpha=1.0)  # an AdapterLayer; adds `delta(x)` to the module's output
+    network = LayerNetwork([layer])  # an AdapterNetwork; the only thing that a trainer sees
+
+A published layer may be several modules of ours that share an input (fused q, k, v) or some output rows of one module.
+The layer works through forward hooks, so it composes with checkpointing, autocast, compile and weight swapping.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+Part = Literal["denoiser", "text_encoder"]
+Rates = float | Sequence[float] | None  # one learning rate, or one per text encoder
+
+
+@dataclass(frozen=True, eq=False)
+class TargetModule:
+    """One module that an adapter changes, or some of its output rows."""
+
+    path: str  # dotted path inside the model, as published
+    module: nn.Module
+    rows: slice | None = None  # output rows (channels) that belong to the target; None: all
+
+    @property
+    def width(self) -> int:
+        """How many output rows the target covers."""
+        return self.full_width if self.rows is None else self.rows.stop - self.rows.start
+
+    @property
+    def full_width(self) -> int:
+        """Output rows of the module: features, channels, or the length of a norm's weight."""
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        if isinstance(self.module, (nn.Linear, nn.Conv2d)):
+            return self.module.out_features if isinstance(self.module, nn.Linear) else self.module.out_channels
+        return weight.shape[0]
+
+
+@dataclass(frozen=True, eq=False)
+class TargetSpec:
+    """A published layer: its name in adapter files and the modules that stand for it, in the order of its rows."""
+
+    name: str  # e.g. lora_unet_down_blocks_0_attentions_0_proj_in
+    modules: tuple[TargetModule, ...]
+    part: Part
+    block: int | None = None  # index among the architecture's blocks, for ranks and learning rates per block
+    encoder: int = 0  # which text encoder
+    split: bool = False  # an adapter of its own for each module, fused on save
+
+    @property
+    def width(self) -> int:
+        return sum(m.width for m in self.modules)
+
+    def own_rows(self, index: int) -> slice:
+        """The rows of the target that module `index` produces."""
+        start = sum(m.width for m in self.modules[:index])
+        return slice(start, start + self.modules[index].width)
+
+
+@dataclass(frozen=True)
+class NormReport:
+    """What `scale_norms` found and did, as 0-dim tensors: reading them waits for the device, so do it seldom."""
+
+    scaled: Tensor  # how many layers were scaled down
+    mean: Tensor
+    maximum: Tensor
+
+
+class AdapterLayer(nn.Module, ABC):
+    """One adapter. A subclass owns parameters, says what they add (`delta`) and what a file holds of it (`saved`)."""
+
+    saved: ClassVar[tuple[str, ...]]  # suffixes of its keys in a file; not every one is always there
+    plus: ClassVar[tuple[str, ...]] = ()  # parameters that LoRA+ trains faster (arXiv:2402.12354)
+
+    def __init__(self, target: TargetSpec, *, module_dropout: float = 0.0):
+        super().__init__()
+        self.target = target
+        self.module_dropout = module_dropout
+        self.scale = 1.0  # what `delta` is multiplied with, besides the multiplier; alpha / rank for LoRA
+        self.multiplier = 1.0
+        self.enabled = True
+        self._handles: list[RemovableHandle] = []
+
+    # ---- what a subclass says --------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def delta(self, x: Tensor, index: int = 0) -> Tensor:
+        """What is added to the output of module `index` for input `x`, before `scale` and multiplier."""
+
+    @abstractmethod
+    def merged_weight(self, index: int = 0) -> Tensor:
+        """The float32 weight of module `index` with this adapter in it."""
+
+    def merged_bias(self, index: int = 0) -> Tensor | None:
+        """The float32 bias with this adapter in it; None: the bias is not changed."""
+        return None
+
+    @abstractmethod
+    def named_tensors(self) -> dict[str, nn.Parameter]:
+        """Saved suffix -> the parameter that it is copied from and to."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Saved suffix -> value, as a file holds them."""
+        return {name: parameter.detach() for name, parameter in self.named_tensors().items()}
+
+    def problem(self, tensors: Mapping[str, Tensor]) -> str | None:
+        """Why `tensors` (suffix -> value, of a file) do not fit this layer, or None."""
+        own = self.named_tensors()
+        for name in own:
+            if name not in tensors:
+                return f"has no {name}"
+        for name, value in tensors.items():
+            if name not in own and name not in self.saved:
+                return f"has an unknown tensor {name}"
+            if name in own and value.shape != own[name].shape:
+                return f"{name} has the shape {tuple(value.shape)}, here it is {tuple(own[name].shape)}"
+        return None
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy a file's tensors in; `problem` has said that they fit."""
+        with torch.no_grad():
+            for name, parameter in self.named_tensors().items():
+                parameter.copy_(tensors[name])
+
+    def limit_norm(self, max_norm: float) -> tuple[Tensor, Tensor] | None:
+        """Scale down to `max_norm`; (norm after it, whether it was scaled), or None when there is nothing to limit."""
+        return None
+
+    def set_multiplier(self, multiplier: float) -> None:
+        self.multiplier = multiplier
+
+    # ---- at work ---------------------------------------------------------------------------------------------------
+
+    def attach(self) -> None:
+        """From now on the target's modules answer with the adapter's change. Attaching twice is attaching once."""
+        if not self._handles:
+            modules = enumerate(self.target.modules)
+            self._handles = [m.module.register_forward_hook(self._hook(index)) for index, m in modules]
+
+    def detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _hook(self, index: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
+        def add_change(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            return self.change(args[0], output, index) if self.enabled else None
+
+        return add_change
+
+    def change(self, x: Tensor, y: Tensor, index: int) -> Tensor:
+        """Output `y` of module `index` for input `x`, with the adapter's change; in y's dtype."""
+        delta = self.gate(self.delta(x, index)).to(y.dtype)
+        return torch.add(y, self.place(delta, index), alpha=self.scale * self.multiplier)
+
+    def gate(self, delta: Tensor) -> Tensor:
+        """Module dropout: in training, nothing with probability `module_dropout`.
+
+        A factor instead of a branch: no wait for the device, and every parameter gets a gradient on every rank.
+        """
+        if not (self.training and self.module_dropout):
+            return delta
+        return delta * (torch.rand((), device=delta.device) >= self.module_dropout)
+
+    def place(self, delta: Tensor, index: int) -> Tensor:
+        """`delta` of the target's rows as wide as the module's output, zero in the rows of others."""
+        module = self.target.modules[index]
+        if module.rows is None:
+            return delta
+        around = (module.rows.start, module.full_width - module.rows.stop)
+        return F.pad(delta, (0, 0, 0, 0, *around) if isinstance(module.module, nn.Conv2d) else around)
+
+    def merge(self, dtype: torch.dtype | None = None) -> None:
+        """Write the merged values (float32 arithmetic, rounded to `dtype`) into the modules, which keep their dtype."""
+        with torch.no_grad():
+            for index, target in enumerate(self.target.modules):
+                weight, bias = target.module.weight, target.module.bias
+                assert isinstance(weight, Tensor)
+                weight.copy_(self.merged_weight(index).to(dtype or weight.dtype))
+                merged_bias = self.merged_bias(index)
+                if merged_bias is not None and isinstance(bias, Tensor):
+                    bias.copy_(merged_bias.to(dtype or bias.dtype))
+
+
+class AdapterNetwork(nn.Module, ABC):
+    """All adapters of a run: what a trainer sees, for our own layers and for third-party modules alike."""
+
+    @abstractmethod
+    def attach(self, *, train_denoiser: bool, train_text_encoder: bool) -> None:
+        """Put the adapters of the chosen models to work; those of the others leave the network and its file."""
+
+    @abstractmethod
+    def detach(self) -> None:
+        """Leave the models as they were before `attach`."""
+
+    @abstractmethod
+    def param_groups(
+        self, *, learning_rate: float | None, unet_lr: float | None = None, text_encoder_lr: Rates = None
+    ) -> list[dict[str, Any]]:
+        """Optimizer groups {"params", "lr", "name"}: text encoders first. A rate of 0 leaves a group out.
+
+        `unet_lr` and `text_encoder_lr` (one number, or one per encoder) stand above `learning_rate`.
+        """
+
+    @abstractmethod
+    def state(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
+        """The tensors of an adapter file: published key -> contiguous CPU tensor, in `dtype` (None: as trained)."""
+
+    @abstractmethod
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over an adapter file's tensors. Raises UserError naming keys that do not belong here or do not fit."""
+
+    @abstractmethod
+    def merge_into(self, *, dtype: torch.dtype | None = None) -> None:
+        """Detach, and add the adapters (times the multiplier) to the models' own weights, in float32 arithmetic."""
+
+    @abstractmethod
+    def disabled(self) -> AbstractContextManager[None]:
+        """Within it the models answer exactly as without adapters."""
+
+    @abstractmethod
+    def set_multiplier(self, multiplier: float) -> None:
+        """Strength of the adapters from now on; 1 is what is trained."""
+
+    @abstractmethod
+    def scale_norms(self, max_norm: float) -> NormReport:
+        """Scale every adapter whose change of the weight has a Frobenius norm above `max_norm` down to it."""
+
+    @abstractmethod
+    def module_parameters(self) -> dict[str, list[nn.Parameter]]:
+        """Published module name -> its trainable parameters."""
+
+    def save(self, path: str | Path, *, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
+        """Write `state(dtype)` as .safetensors, or with torch for .pt and .ckpt (which hold no metadata)."""
+        from networks.formats import write_tensors
+
+        write_tensors(path, self.state(dtype), metadata)
+
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        return (parameter for parameters in self.module_parameters().values() for parameter in parameters)
+
+    def epoch_started(self) -> None:
+        """Called at the start of each epoch; some third-party modules need it."""
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Called once when the models recompute activations: hooks are recomputed with their modules."""

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The network of our own adapter layers: attach, learning-rate groups, files, merging."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.errors import UserError, first_names
+from library.log import get_logger
+from networks.base import AdapterLayer, AdapterNetwork, NormReport, Part, Rates
+from networks.formats import by_module, to_kohya
+
+
+@dataclass(frozen=True)
+class RateRules:
+    """Learning rates within a network: a factor per denoiser block, and LoRA+ ratios (None: no group of its own)."""
+
+    block_weights: tuple[float, ...] | None = None
+    denoiser_plus: float | None = None
+    text_encoder_plus: float | None = None
+
+
+class LayerNetwork(AdapterNetwork):
+    """Adapter layers by published name. Order: text encoders, then the denoiser, as in the file."""
+
+    def __init__(self, layers: Iterable[AdapterLayer], *, rates: RateRules | None = None, multiplier: float = 1.0):
+        super().__init__()
+        self.layers = nn.ModuleDict({layer.target.name: layer for layer in layers})
+        self.rates = rates or RateRules()
+        self.left_out: dict[str, Part] = {}  # layers of models that are not trained
+        self.set_multiplier(multiplier)
+
+    def named_layers(self, part: Part | None = None) -> dict[str, AdapterLayer]:
+        """Published name -> layer, of one part or of both."""
+        found: dict[str, AdapterLayer] = {}
+        for name, layer in self.layers.items():
+            assert isinstance(layer, AdapterLayer)
+            if part in (None, layer.target.part):
+                found[name] = layer
+        return found
+
+    # ---- at work ---------------------------------------------------------------------------------------------------
+
+    def attach(self, *, train_denoiser: bool, train_text_encoder: bool) -> None:
+        wanted = {"denoiser": train_denoiser, "text_encoder": train_text_encoder}
+        for name, layer in self.named_layers().items():
+            if wanted[layer.target.part]:
+                layer.attach()
+            else:
+                self.left_out[name] = layer.target.part
+                del self.layers[name]
+
+    def detach(self) -> None:
+        for layer in self.named_layers().values():
+            layer.detach()
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        layers = [*self.named_layers().values()]
+        before = [layer.enabled for layer in layers]
+        for layer in layers:
+            layer.enabled = False
+        try:
+            yield
+        finally:
+            for layer, enabled in zip(layers, before, strict=True):
+                layer.enabled = enabled
+
+    def set_multiplier(self, multiplier: float) -> None:
+        for layer in self.named_layers().values():
+            layer.set_multiplier(multiplier)
+
+    def scale_norms(self, max_norm: float) -> NormReport:
+        limited = [layer.limit_norm(max_norm) for layer in self.named_layers().values()]
+        norms = [found[0] for found in limited if found is not None]
+        scaled = [found[1] for found in limited if found is not None]
+        if not norms:
+            zero = torch.zeros(())
+            return NormReport(zero, zero, zero)
+        all_norms = torch.stack(norms)
+        return NormReport(torch.stack(scaled).sum(), all_norms.mean(), all_norms.max())
+
+    def merge_into(self, *, dtype: torch.dtype | None = None) -> None:
+        self.detach()
+        for layer in self.named_layers().values():
+            layer.merge(dtype)
+
+    # ---- optimizer -------------------------------------------------------------------------------------------------
+
+    def param_groups(
+        self, *, learning_rate: float | None, unet_lr: float | None = None, text_encoder_lr: Rates = None
+    ) -> list[dict[str, Any]]:
+        groups: list[dict[str, Any]] = []
+        encoders = self.named_layers("text_encoder").values()
+        for index in sorted({layer.target.encoder for layer in encoders}):
+            layers = [layer for layer in encoders if layer.target.encoder == index]
+            name = f"textencoder {index + 1}" if any(layer.target.encoder for layer in encoders) else "textencoder"
+            rate = encoder_rate(text_encoder_lr, index)
+            groups += _groups(layers, name, learning_rate if rate is None else rate, self.rates.text_encoder_plus)
+        rate = learning_rate if unet_lr is None else unet_lr
+        for name, weight, layers in self._denoiser_blocks():
+            groups += _groups(layers, name, None if rate is None else rate * weight, self.rates.denoiser_plus)
+        return groups
+
+    def _denoiser_blocks(self) -> list[tuple[str, float, list[AdapterLayer]]]:
+        """(group name, learning-rate factor, layers): one entry, or one per block in the order of the file."""
+        layers = [*self.named_layers("denoiser").values()]
+        weights = self.rates.block_weights
+        if weights is None:
+            return [("unet", 1.0, layers)]
+        blocks: dict[int | None, list[AdapterLayer]] = {}
+        for layer in layers:
+            blocks.setdefault(layer.target.block, []).append(layer)
+        return [
+            ("unet", 1.0, own) if block is None else (f"unet_block{block}", weights[block], own)
+            for block, own in blocks.items()
+        ]
+
+    def module_parameters(self) -> dict[str, list[nn.Parameter]]:
+        return {name: [*layer.parameters()] for name, layer in self.named_layers().items()}
+
+    # ---- files -----------------------------------------------------------------------------------------------------
+
+    def state(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
+        return {
+            f"{name}.{suffix}": value.to(device="cpu", dtype=dtype or value.dtype).contiguous().clone()
+            for name, layer in self.named_layers().items()
+            for suffix, value in layer.tensors().items()
+        }
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """kohya or peft keys. A model's adapters may be missing as a whole; what is not there keeps its values."""
+        files = by_module(to_kohya(tensors))
+        layers = self.named_layers()
+        unknown = [f"{name}.{suffix}" for name in files if name not in layers and name not in self.left_out
+                   for suffix in files[name]]  # fmt: skip
+        if unknown:
+            raise UserError(
+                f"{len(unknown)} keys of the adapter file belong to no adapter here: {first_names(unknown)}"
+            )
+        problems = {name: layers[name].problem(own) for name, own in files.items() if name in layers}
+        wrong = [f"{name} {problem}" for name, problem in problems.items() if problem]
+        if wrong:
+            more = f" ({len(wrong) - 1} more like it)" if len(wrong) > 1 else ""
+            raise UserError(f"the adapter file does not fit: {wrong[0]}{more}")
+        self._warn_about_missing(files)
+        for name in problems:
+            layers[name].load_tensors(files[name])
+
+    def _warn_about_missing(self, files: Mapping[str, Any]) -> None:
+        unused = [name for name in files if name in self.left_out]
+        if unused:
+            names = first_names(unused)
+            get_logger().warning("%d adapters of the file are of a model that is not trained: %s", len(unused), names)
+        layers = self.named_layers()
+        present = {layers[name].target.part for name in files if name in layers}
+        missing = [name for name, layer in layers.items() if name not in files and layer.target.part in present]
+        if missing:
+            names = first_names(missing)
+            get_logger().warning("%d adapters are not in the file and keep their values: %s", len(missing), names)
+
+
+def encoder_rate(rates: Rates, index: int) -> float | None:
+    """The learning rate of text encoder `index`: its own, or the last one given."""
+    if isinstance(rates, Sequence):
+        return rates[min(index, len(rates) - 1)] if rates else None
+    return rates
+
+
+def _groups(layers: Sequence[AdapterLayer], name: str, rate: float | None, plus: float | None) -> list[dict[str, Any]]:
+    """One optimizer group, and a second one for LoRA+ parameters; none at a rate of 0."""
+    if not rate:
+        return []
+    slow: list[nn.Parameter] = []
+    fast: list[nn.Parameter] = []
+    for layer in layers:
+        for parameter_name, parameter in layer.named_parameters():
+            is_fast = plus is not None and parameter_name.rpartition(".")[2] in layer.plus
+            (fast if is_fast else slow).append(parameter)
+    groups = [{"params": slow, "lr": rate, "name": name}]
+    if plus is not None:
+        groups.append({"params": fast, "lr": rate * plus, "name": f"{name} plus"})
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The keys of --network_args, each a dataclass field like any other option, and how they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from library.errors import UserError, unknown
+from library.options import at_least, between, convert, option, positive, specs
+
+PRESETS = ("cosine", "sine", "linear", "reverse_linear", "zeros")
+
+
+def comma_list(kind: type) -> Any:
+    """A parser of `1,2,3` (or a list) into a tuple of `kind`; an empty place is 0."""
+
+    def parse(value: Any) -> tuple[Any, ...]:
+        items = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
+        return tuple(convert(item.strip() or 0 if isinstance(item, str) else item, kind) for item in items)
+
+    return parse
+
+
+def lr_weights(value: Any) -> str | tuple[float, ...]:
+    """`1,0.5,...` as numbers, or a curve's name with an optional "+base", which stays text."""
+    text = value.strip() if isinstance(value, str) else value
+    if not isinstance(text, str) or "," in text:
+        return comma_list(float)(text)
+    name, _, base = text.partition("+")
+    if name.strip() not in PRESETS:
+        raise ValueError(f"expects one value per block (1,1,0.5,...) or one of {', '.join(PRESETS)}, got '{text}'")
+    if base:
+        convert(base, float)
+    return text
+
+
+@dataclass(frozen=True)
+class BlockOptions:
+    """Which layers get an adapter, how large it is and how fast it learns, by block."""
+
+    conv_dim: int | None = option(None, help="Rank for 3x3 convolutions, which get adapters then.", check=at_least(1))
+    conv_alpha: float | None = option(None, help="Alpha for 3x3 convolutions (1 when only conv_dim is given).")
+    block_dims: tuple[int, ...] | None = option(
+        None, help="Rank per U-Net block, with commas; 0 leaves a block out.", parse=comma_list(int), check=at_least(0)
+    )
+    block_alphas: tuple[float, ...] | None = option(
+        None, help="Alpha per U-Net block, with commas.", parse=comma_list(float)
+    )
+    conv_block_dims: tuple[int, ...] | None = option(
+        None, help="Rank of 3x3 convolutions per U-Net block.", parse=comma_list(int), check=at_least(0)
+    )
+    conv_block_alphas: tuple[float, ...] | None = option(
+        None, help="Alpha of 3x3 convolutions per U-Net block.", parse=comma_list(float)
+    )
+    down_lr_weight: str | tuple[float, ...] | None = option(
+        None, help="Learning-rate factors of the down blocks: numbers with commas, or a curve such as sine+0.25.",
+        parse=lr_weights,
+    )  # fmt: skip
+    mid_lr_weight: tuple[float, ...] | None = option(
+        None, help="Learning-rate factors of the middle block.", parse=comma_list(float)
+    )
+    up_lr_weight: str | tuple[float, ...] | None = option(
+        None, help="Learning-rate factors of the up blocks, written as for down_lr_weight.", parse=lr_weights
+    )
+    block_lr_zero_threshold: float | None = option(None, help="Factors up to this value count as 0: no adapter there.")
+    train_norm: bool = option(False, help="Also train scale and shift of the norms inside the adapted layers.")
+
+    @property
+    def has_lr_weights(self) -> bool:
+        return any(w is not None for w in (self.down_lr_weight, self.mid_lr_weight, self.up_lr_weight))
+
+    def problems(self) -> Iterator[str]:
+        if self.block_lr_zero_threshold is not None and not self.has_lr_weights:
+            yield "block_lr_zero_threshold has no effect without down_lr_weight, mid_lr_weight or up_lr_weight"
+        if self.conv_alpha is not None and self.conv_dim is None and self.conv_block_dims is None:
+            yield "conv_alpha has no effect without conv_dim"
+        if self.conv_block_alphas is not None and self.conv_dim is None and self.conv_block_dims is None:
+            yield "conv_block_alphas has no effect without conv_dim or conv_block_dims"
+
+
+@dataclass(frozen=True)
+class LoraPlusOptions:
+    """LoRA+ (arXiv:2402.12354): the up matrices learn faster."""
+
+    loraplus_lr_ratio: float | None = option(
+        None, help="Learning rate of the up matrices over that of the others.", check=positive
+    )
+    loraplus_unet_lr_ratio: float | None = option(None, help="The same for the U-Net only.", check=positive)
+    loraplus_text_encoder_lr_ratio: float | None = option(None, help="The same for text encoders only.", check=positive)
+
+
+@dataclass(frozen=True)
+class DropoutOptions:
+    """What is dropped at random in training."""
+
+    dropout: float | None = option(
+        None, help="Another name of --network_dropout: drop elements after the down matrix.", check=between(0, 0.999)
+    )
+    rank_dropout: float | None = option(None, help="Drop whole ranks, per sample.", check=between(0, 0.999))
+    module_dropout: float | None = option(None, help="Drop whole adapters.", check=between(0, 0.999))
+
+
+@dataclass(frozen=True)
+class LoraLayerOptions:
+    """How a LoRA layer is built."""
+
+    use_tucker: bool = option(False, help="3x3 convolutions as 1x1, 3x3 in the small space, 1x1 (Tucker form).")
+    use_scalar: bool = option(False, help="A learned factor that starts at 0, instead of an up matrix of zeros.")
+    dora_wd: bool = option(False, help="DoRA: learn the length of the weight's rows apart from their direction.")
+    wd_on_output: bool = option(True, help="DoRA over output rows; false: over input columns, which few programs read.")
+    rs_lora: bool = option(False, help="Scale by alpha / sqrt(rank) instead of alpha / rank.")
+
+    def problems(self) -> Iterator[str]:
+        if not self.wd_on_output and not self.dora_wd:
+            yield "wd_on_output has no effect without dora_wd"
+
+
+def read_network_args(groups: Mapping[str, type], given: Mapping[str, Any]) -> dict[str, Any]:
+    """--network_args (texts or values) as one object per group. Raises UserError with every mistake.
+
+    An empty value (`conv_dim=`) counts as not given.
+    """
+    known = specs(groups)
+    problems: list[str] = []
+    values: dict[str, Any] = {}
+    for key, value in given.items():
+        if key not in known:
+            problems.append(unknown("--network_args", key, known))
+        elif value not in (None, ""):
+            try:
+                values[key] = known[key].read(value)
+            except ValueError as error:
+                problems.append(f"--network_args: {key} {error}")
+    built = {
+        group: cls(**{key: value for key, value in values.items() if known[key].group == group})
+        for group, cls in groups.items()
+    }
+    if not problems:
+        for part in built.values():
+            problems += [f"--network_args: {line}" for line in getattr(part, "problems", lambda: ())()]
+    if problems:
+        raise UserError(problems)
+    return built

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every adapter must do, on every kind of module and in both dtypes. A new adapter is one row in ADAPTERS."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from networks.base import AdapterLayer, TargetModule, TargetSpec
+from networks.lora_layer import LoRALayer, LoraSettings
+from networks.network import LayerNetwork, RateRules
+from networks.norm_layer import NormLayer
+from tests.networks.models import distance, randomize
+
+RANK = 4
+
+
+def lora(**settings: object) -> Callable[[TargetSpec], AdapterLayer]:
+    return lambda target: LoRALayer(target, rank=RANK, alpha=2.0, settings=LoraSettings(**settings))  # type: ignore[arg-type]
+
+
+WEIGHT_ADAPTERS: dict[str, Callable[[TargetSpec], AdapterLayer]] = {
+    "lora": lora(),
+    "rs_lora": lora(rs_lora=True),
+    "tucker": lora(tucker=True),
+    "scalar": lora(scalar=True),
+    "dora": lora(dora="output"),
+    "dora_input": lora(dora="input"),
+    "dora_tucker_scalar": lora(dora="output", tucker=True, scalar=True),
+}
+MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(12, 10), (2, 5, 12)),
+    "conv1x1": (lambda: nn.Conv2d(6, 10, 1, bias=False), (2, 6, 7, 5)),
+    "conv3x3": (lambda: nn.Conv2d(6, 10, 3, stride=2, padding=1), (2, 6, 7, 5)),
+}
+NORMS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "layer_norm": (lambda: nn.LayerNorm(12), (2, 5, 12)),
+    "group_norm": (lambda: nn.GroupNorm(3, 6), (2, 6, 7, 5)),
+}
+CASES = [(adapter, kind) for adapter in WEIGHT_ADAPTERS for kind in MODULES] + [("norm", kind) for kind in NORMS]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+class Subject:
+    """One module, one adapter on it (attached), an input."""
+
+    def __init__(self, adapter: str, kind: str, dtype: torch.dtype):
+        torch.manual_seed(0)
+        make, shape = (MODULES | NORMS)[kind]
+        self.module = make().requires_grad_(False).to(dtype)
+        self.x = torch.randn(shape, dtype=dtype)
+        self.plain = self.module(self.x)
+        target = TargetSpec("lora_unet_x", (TargetModule("x", self.module),), "denoiser", block=3)
+        self.make = WEIGHT_ADAPTERS.get(adapter, NormLayer)
+        self.layer = self.make(target)
+        self.network = LayerNetwork([self.layer], rates=RateRules(denoiser_plus=2.0))
+        self.network.attach(train_denoiser=True, train_text_encoder=True)
+
+    def output(self) -> Tensor:
+        return self.module(self.x)
+
+
+@pytest.fixture(
+    params=[(*case, dtype) for case in CASES for dtype in DTYPES], ids=lambda p: f"{p[0]}-{p[1]}-{p[2]}"[0:]
+)
+def subject(request: pytest.FixtureRequest) -> Subject:
+    return Subject(*request.param)
+
+
+def limit(subject: Subject) -> float:
+    """Relative error that rounding explains."""
+    return 1e-6 if subject.x.dtype == torch.float32 else 2e-2
+
+
+def test_starts_without_change(subject: Subject) -> None:
+    assert distance(subject.output(), subject.plain) < limit(subject)
+
+
+def test_output_keeps_the_dtype_and_changes(subject: Subject) -> None:
+    randomize(subject.network)
+    changed = subject.output()
+    assert changed.dtype == subject.x.dtype
+    assert distance(changed, subject.plain) > 0.1
+
+
+@pytest.mark.parametrize("multiplier", [1.0, 0.6, -1.0])
+def test_merged_equals_applied(subject: Subject, multiplier: float) -> None:
+    randomize(subject.network)
+    subject.network.set_multiplier(multiplier)
+    applied = subject.output()
+    subject.network.merge_into()
+    assert distance(applied, subject.plain) > 0.1
+    assert distance(subject.output(), applied) < limit(subject)
+
+
+def test_multiplier_zero_is_the_base(subject: Subject) -> None:
+    randomize(subject.network)
+    subject.network.set_multiplier(0.0)
+    assert torch.equal(subject.output(), subject.plain)
+
+
+def test_disabled_restores_exactly(subject: Subject) -> None:
+    randomize(subject.network)
+    changed = subject.output()
+    with subject.network.disabled():
+        assert torch.equal(subject.output(), subject.plain)
+        with subject.network.disabled():
+            pass
+        assert torch.equal(subject.output(), subject.plain)
+    assert torch.equal(subject.output(), changed)
+
+
+def test_detach_and_attach(subject: Subject) -> None:
+    randomize(subject.network)
+    changed = subject.output()
+    subject.network.detach()
+    assert torch.equal(subject.output(), subject.plain)
+    for _ in range(2):  # twice is once
+        subject.network.attach(train_denoiser=True, train_text_encoder=True)
+    assert torch.equal(subject.output(), changed)
+
+
+def test_saved_and_loaded_is_the_same(subject: Subject) -> None:
+    randomize(subject.network)
+    changed = subject.output()
+    state = subject.network.state(None)
+    suffixes = {key.partition(".")[2] for key in state}
+    assert suffixes <= set(subject.layer.saved)
+    assert all(value.is_contiguous() and value.device.type == "cpu" for value in state.values())
+    subject.network.detach()
+    other = LayerNetwork([subject.make(subject.layer.target)])
+    other.load(state)
+    again = other.state(None)
+    assert again.keys() == state.keys()
+    assert all(torch.equal(value, state[key]) for key, value in again.items())
+    other.attach(train_denoiser=True, train_text_encoder=True)
+    assert distance(subject.output(), changed) < limit(subject)
+
+
+def test_state_in_another_dtype(subject: Subject) -> None:
+    state = subject.network.state(torch.float16)
+    assert {value.dtype for value in state.values()} == {torch.float16}
+
+
+def test_groups_cover_every_parameter_once(subject: Subject) -> None:
+    groups = subject.network.param_groups(learning_rate=1e-3)
+    covered = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(covered) == sorted(id(parameter) for parameter in subject.network.parameters())
+    assert subject.network.param_groups(learning_rate=1e-3, unet_lr=0) == []
+
+
+def test_gradient_reaches_every_parameter_after_one_step(subject: Subject) -> None:
+    target = torch.randn_like(subject.plain)
+    optimizer = torch.optim.SGD(subject.network.parameters(), lr=0.05)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (subject.output() - target).square().mean().backward()
+        optimizer.step()
+    for name, parameter in subject.network.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+    assert all(parameter.grad is None for parameter in subject.module.parameters())
+
+
+def test_adapter_of_the_base_dtype(subject: Subject) -> None:
+    """--full_bf16: the adapter itself is in the dtype of the model."""
+    subject.network.to(subject.x.dtype)
+    randomize(subject.network)
+    assert subject.output().dtype == subject.x.dtype
+    subject.output().float().square().mean().backward()
+    assert all(p.grad is not None and p.grad.dtype == subject.x.dtype for p in subject.network.parameters())
+
+
+def test_autocast_is_near_full_precision(subject: Subject) -> None:
+    randomize(subject.network)
+    exact = subject.output()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = subject.output()
+    assert distance(cast, exact) < 2e-2
+
+
+def test_module_dropout_switches_the_whole_adapter(subject: Subject) -> None:
+    randomize(subject.network)
+    changed = subject.output()
+    subject.layer.module_dropout = 0.5
+    seen = set()
+    for seed in range(12):
+        torch.manual_seed(seed)
+        output = subject.output()
+        seen.add("off" if torch.equal(output, subject.plain) else "on" if torch.equal(output, changed) else "other")
+    assert seen == {"on", "off"}
+    subject.network.eval()
+    assert torch.equal(subject.output(), changed)

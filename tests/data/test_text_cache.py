@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The text cache: one record per text, unpadded, encoded again only when the text or the encoder is another."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from library.data.text_cache import TextCache, text_store
+from library.errors import UserError
+from library.rng import torch_generator
+from library.types import Cond
+
+CAPTIONS = ["a cat", "", "出力 Straße 😀", "a very long caption " * 30, "a dog", "a cat"]
+
+
+class Encoder:
+    """Stands for a text encoder: as many tokens as words, values from the text. Keeps the batches that it saw."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[str]] = []
+
+    def __call__(self, captions: list[str]) -> list[Cond]:
+        self.batches.append(captions)
+        return [self.one(caption) for caption in captions]
+
+    @staticmethod
+    def one(caption: str) -> Cond:
+        length = len(caption.split()) + 2
+        hidden = torch.randn(length, 8, generator=torch_generator("text", caption))
+        return {"hidden": hidden, "pooled": hidden.mean(0), "mask": torch.ones(length, dtype=torch.int64)}
+
+
+def make_cache(folder: Path | None, **values: object) -> TextCache:
+    settings = {"fingerprint": "clip", "settings": "skip 2, 75 tokens", "dtype": torch.float32} | values
+    return TextCache(text_store(folder and str(folder)), **settings)  # type: ignore[arg-type]
+
+
+def assert_cached(cache: TextCache, caption: str) -> None:
+    found, wanted = cache.get(caption), Encoder.one(caption)
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        value = value.to(cache.dtype) if value.is_floating_point() else value
+        assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("disk", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fill_and_get(tmp_path: Path, disk: bool, dtype: torch.dtype) -> None:
+    cache, encoder = make_cache(tmp_path if disk else None, dtype=dtype), Encoder()
+    assert set(cache.missing(CAPTIONS)) == set(CAPTIONS) and len(cache.missing(CAPTIONS)) == 5
+    assert cache.fill(CAPTIONS, encoder, batch_size=2) == 5
+    assert [len(batch) for batch in encoder.batches] == [2, 2, 1]
+    lengths = [len(caption) for batch in encoder.batches for caption in batch]
+    assert lengths == sorted(lengths)  # like lengths together: little padding
+    for caption in CAPTIONS:
+        assert_cached(cache, caption)
+    assert cache.missing(CAPTIONS) == [] and cache.fill(CAPTIONS, encoder, batch_size=2) == 0
+    with pytest.raises(UserError, match="caption 'a bird': its cached outputs are missing"):
+        cache.get("a bird")
+    if disk:
+        again = make_cache(tmp_path, dtype=dtype)
+        assert again.missing(CAPTIONS) == []
+        assert_cached(again, "a cat")
+
+
+def test_an_edited_caption_is_encoded_alone(tmp_path: Path) -> None:
+    make_cache(tmp_path).fill(CAPTIONS, Encoder(), batch_size=2)
+    edited = ["a black cat", *CAPTIONS[1:5]]
+    encoder = Encoder()
+    assert make_cache(tmp_path).fill(edited, encoder, batch_size=2) == 1
+    assert encoder.batches == [["a black cat"]]
+
+
+def test_another_encoder_setting_or_dtype_is_another_text(tmp_path: Path) -> None:
+    make_cache(tmp_path).fill(CAPTIONS, Encoder(), batch_size=2)
+    for change in ({"fingerprint": "clip2"}, {"settings": "skip 1, 75 tokens"}, {"dtype": torch.float16}):
+        assert len(make_cache(tmp_path, **change).missing(CAPTIONS)) == 5
+
+
+def test_outputs_are_kept_without_padding_and_once(tmp_path: Path) -> None:
+    captions = [f"a picture of {number}" for number in range(100)]
+    cache = make_cache(tmp_path, dtype=torch.bfloat16)
+    cache.fill(captions * 50, Encoder(), batch_size=10)
+    cache.close()
+    (shard,) = (tmp_path / "texts").glob("*.bin")
+    record = 128 + 64 + 64  # (6, 8) bf16 = 96, 8 bf16 = 16 and 6 int64 = 48 bytes, each padded to 64
+    assert shard.stat().st_size == 100 * record
+
+
+def test_damaged_texts_are_said_once_and_encoded_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_cache(tmp_path).fill(CAPTIONS, Encoder(), batch_size=2)
+    (shard,) = (tmp_path / "texts").glob("*.bin")
+    os.truncate(shard, 10)
+    cache = make_cache(tmp_path)
+    assert len(cache.missing(CAPTIONS)) == 5
+    assert cache.fill(CAPTIONS, Encoder(), batch_size=2) == 5
+    assert len(caplog.records) == 1 and "5 cached captions are damaged" in caplog.text
+    assert_cached(make_cache(tmp_path), CAPTIONS[2])
+
+
+def test_outputs_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    def encode(captions: list[str]) -> list[Cond]:
+        return [{"hidden": torch.full((2, 2), float("inf") if "dog" in caption else 1.0)} for caption in captions]
+
+    cache = make_cache(tmp_path)
+    with pytest.raises(UserError, match=r"caption 'a dog': .*not finite \(hidden\)"):
+        cache.fill(CAPTIONS, encode, batch_size=1)
+    assert "" not in cache.missing(CAPTIONS) and "a dog" in cache.missing(CAPTIONS)
+
+
+def test_ranks_share_the_work(tmp_path: Path) -> None:
+    encoders = [Encoder(), Encoder()]
+    counts = [make_cache(tmp_path).fill(CAPTIONS, encoders[rank], batch_size=9, rank=rank, world=2) for rank in (0, 1)]
+    assert counts == [3, 2]
+    assert make_cache(tmp_path).missing(CAPTIONS) == []
+    assert make_cache(None).fill(CAPTIONS, Encoder(), batch_size=9, rank=1, world=2) == 5

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names, settings, groups and messages. That each optimizer works is in tests/contracts/test_optimizers.py."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from library.errors import UserError
+from library.optim.optimizers import OPTIMIZERS, choose_optimizer
+from library.optim.options import EmaOptions, OptimizerOptions
+from library.optim.settings import import_class
+
+
+def choose(name="", *args, **more):
+    return choose_optimizer(OptimizerOptions(optimizer_type=name, optimizer_args=args or None, **more))
+
+
+def groups(*rates):
+    return [{"params": [torch.nn.Parameter(torch.zeros(2, 2))], "lr": rate, "name": f"group{rate}"} for rate in rates]
+
+
+@pytest.mark.parametrize(
+    ("choice", "name"),
+    [
+        (lambda: choose(), "torch.optim.adamw.AdamW"),
+        (lambda: choose("adamw", "weight_decay=0.1", "betas=.9,.99"), "(weight_decay=0.1,betas=(0.9, 0.99))"),
+        (lambda: choose("SGDNESTEROV"), "torch.optim.sgd.SGD(momentum=0.9)"),
+        (lambda: choose("SGDNesterov", "momentum=0.5"), "torch.optim.sgd.SGD(momentum=0.5)"),
+        (lambda: choose("RMSprop"), "torch.optim.rmsprop.RMSprop"),
+        (lambda: choose("torch.optim.NAdam"), "torch.optim.nadam.NAdam"),
+        (lambda: choose("lion_pytorch.Lion"), "lion_pytorch.lion_pytorch.Lion"),
+        (lambda: choose(use_lion_optimizer=True), "lion_pytorch.lion_pytorch.Lion"),
+        (lambda: choose("Adafactor"), "transformers.optimization.Adafactor(relative_step=True)"),
+    ],
+)
+def test_names(choice, name):
+    assert choice().metadata_name.endswith(name)
+
+
+def test_old_flag_for_8bit():
+    pytest.importorskip("bitsandbytes")
+    assert choose(use_8bit_adam=True).metadata_name == "bitsandbytes.optim.adamw.AdamW8bit"
+
+
+def test_groups_keep_their_rates_and_names():
+    built = choose("AdamW", learning_rate=1e-3).build(groups(1e-4, 5e-4))
+    assert [g["lr"] for g in built.optimizer.param_groups] == [1e-4, 5e-4]
+    assert [g["name"] for g in built.optimizer.param_groups] == ["group0.0001", "group0.0005"]
+
+
+def test_sgd_nesterov_is_nesterov():
+    (group,) = choose("SGDNesterov").build(groups(1.0)).optimizer.param_groups
+    assert group["nesterov"] is True and group["momentum"] == 0.9
+
+
+def test_elementwise_column():
+    assert choose("AdamW").toy().elementwise and choose("Adamax").toy().elementwise
+    assert not OPTIMIZERS["AdamW8bit"].elementwise and not choose("Adafactor").toy().elementwise
+    assert not choose("lion_pytorch.Lion").toy().elementwise  # unknown: the safe answer
+
+
+def test_adafactor_makes_its_own_rate():
+    choice = choose("Adafactor", learning_rate=1e-4)
+    built = choice.build(groups(1e-4, 5e-4))
+    assert built.schedule == "adafactor:0.0001"
+    assert [g["lr"] for g in built.optimizer.param_groups] == [None, None]
+    fixed = choose("Adafactor", "relative_step=False", "scale_parameter=False", learning_rate=1e-4)
+    assert fixed.schedule is None and [g["lr"] for g in fixed.build(groups(1.0)).optimizer.param_groups] == [1.0]
+
+
+def test_adafactor_warmup_init_switches_relative_step_on(caplog):
+    with caplog.at_level(logging.WARNING):
+        choice = choose("Adafactor", "warmup_init=True", "relative_step=False")
+    assert choice.settings["relative_step"] is True and "warmup_init needs relative_step" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["DAdaptAdam", "DAdaptAdaGrad", "Prodigy"])
+def test_one_rate_for_all_groups(name, caplog):
+    with caplog.at_level(logging.WARNING):
+        built = choose(name, learning_rate=1.0).build(groups(0.5, 1.0, 0.0))
+    assert [g["lr"] for g in built.optimizer.param_groups] == [1.0, 1.0, 0.0]
+    assert [r.message for r in caplog.records] == [
+        f"{name} takes one learning rate for everything: 1 is used (given: 0.5, 1)"
+    ]
+
+
+def test_low_rate_for_a_rate_finder_is_a_warning(caplog):
+    with caplog.at_level(logging.WARNING):
+        choose("Prodigy", learning_rate=1e-4)
+    assert "wants a rate of about 1" in caplog.text and len(caplog.records) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "line"),
+    [
+        ("AdmW", (), r"--optimizer_type: unknown key 'AdmW'\. Did you mean 'Adam"),
+        ("AdamW", ("weight_decai=0.1",), "unknown key 'weight_decai'. Did you mean 'weight_decay'"),
+        ("AdamW", ("weight_decay",), "'weight_decay' is not of the form name=value"),
+        ("AdamW", ("weight_decay=a=1",), "is not of the form name=value"),
+        ("AdamW", ("weight_decay=abc",), "weight_decay=abc"),
+        ("AdamW", ("eps=1", "eps=2"), "eps is given twice"),
+        ("AdamW", ("lr=1",), "give it as --learning_rate"),
+        ("AdamW", ("betas=0.9",), "--optimizer_type AdamW: refused with learning_rate=2e-06, betas=0.9"),
+        ("AdamW", ("betas=(2, 3)",), "Invalid beta parameter"),
+        ("SGDNesterov", ("nesterov=False",), "nesterov is set by the name"),
+        ("SGDNesterov", ("momentum=0",), "refused with"),
+        ("LBFGS", (), "cannot be used here: it evaluates the loss several times"),
+        ("no_such_package.optim.Thing", (), "package no_such_package is not installed: pip install no_such_package"),
+        ("lion_pytorch.Lyon", (), "has no Optimizer named 'Lyon'. Did you mean 'Lion'"),
+        ("torch.optim.lr_scheduler.StepLR", (), "has no Optimizer named 'StepLR'"),
+    ],
+)
+def test_bad_input(name, args, line):
+    with pytest.raises(UserError) as caught:
+        choose(name, *args)
+    assert len(caught.value.problems) == 1
+    assert line.replace("\\", "") in caught.value.problems[0]
+
+
+def test_all_wrong_settings_at_once():
+    with pytest.raises(UserError) as caught:
+        choose("AdamW", "weight_decai=0.1", "bettas=(0.9, 0.99)")
+    assert len(caught.value.problems) == 2
+
+
+def test_missing_package_of_the_table_names_what_pip_installs():
+    with pytest.raises(UserError, match="package lion-pytorch is not installed: pip install lion-pytorch"):
+        import_class("lion_pytorch_gone.Lion", default_module="", base=object, flag="--x", package="lion-pytorch")
+
+
+def test_old_flags_exclude_the_new_one():
+    (problem,) = OptimizerOptions(optimizer_type="Lion", use_8bit_adam=True).problems()
+    assert "--use_8bit_adam and --optimizer_type" in problem
+    assert list(OptimizerOptions(use_8bit_adam=True).problems()) == []
+
+
+def test_every_row_has_a_package_that_pip_can_install():
+    for name, row in OPTIMIZERS.items():
+        assert row.package or row.path.startswith(("torch.", "transformers.")), name
+
+
+def test_ema_is_off_by_default():
+    assert EmaOptions().ema_decay is None
