@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from library.errors import UserError, first_names
+
 Part = Literal["denoiser", "text_encoder"]
 Rates = float | Sequence[float] | None  # one learning rate, or one per text encoder
 
@@ -249,6 +251,31 @@ class AdapterNetwork(nn.Module, ABC):
         from networks.formats import write_tensors
 
         write_tensors(path, self.state(dtype), metadata)
+
+    def load_file(self, path: str | Path) -> None:
+        """`load` from a file. Raises UserError that names it."""
+        from networks.formats import read_tensors
+
+        try:
+            self.load(read_tensors(path))
+        except UserError as error:
+            raise UserError([p if str(path) in p else f"{path}: {p}" for p in error.problems]) from None
+
+    def exact_state(self) -> dict[str, Tensor]:
+        """Every parameter as it is, for resuming: a published file folds some together (`use_scalar`) and is not exact."""
+        return {name: parameter.detach().cpu().clone() for name, parameter in self.named_parameters()}
+
+    def load_exact_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what `exact_state` gave. Raises UserError when it is of another network."""
+        own = dict(self.named_parameters())
+        wrong = [
+            n for n in sorted({*own, *tensors}) if n not in own or n not in tensors or own[n].shape != tensors[n].shape
+        ]
+        if wrong:
+            raise UserError(f"the state is of another network: {len(wrong)} parameters differ: {first_names(wrong)}")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(tensors[name])
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         return (parameter for parameters in self.module_parameters().values() for parameter in parameters)

@@ -44,7 +44,8 @@ class LoRALayer(WeightLayer):
         settings = settings or LoraSettings()
         super().__init__(target, module_dropout=settings.module_dropout, dora=settings.dora)
         self.rank, self.settings = rank, settings
-        self.alpha = (alpha or rank) * (math.sqrt(rank) if settings.rs_lora else 1.0)
+        # rounded as the file rounds it: a network read back from its file has exactly the same scale
+        self.alpha = torch.tensor((alpha or rank) * (math.sqrt(rank) if settings.rs_lora else 1.0)).item()
         self.scale = self.alpha / rank
         weight = self.base_weight()
         inputs, kernel = weight.shape[1], weight.shape[2:]  # kernel: (kh, kw) of a convolution, () of Linear

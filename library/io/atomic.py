@@ -29,7 +29,14 @@ from library.errors import UserError
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG} if hasattr(errno, "EDQUOT") else {errno.ENOSPC, errno.EFBIG}
 # Writers in Rust and C++ tell the same in words only.
-FULL_WORDS = ("No space left", "File too large", "Disk quota", "not enough space", "PytorchStreamWriter failed")
+FULL_WORDS = (
+    "No space left",
+    "File too large",
+    "Disk quota",
+    "not enough space",
+    "PytorchStreamWriter failed",
+    "unexpected pos",
+)
 FOREIGN_AGE_S = 24 * 3600.0  # a leftover of another machine is old enough to be dead
 TEMP_NAME = re.compile(
     r"\.(?P<stem>.+)~(?P<stage>tmp|new|old)~(?P<host>[0-9a-f]{8})~(?P<pid>\d+)"

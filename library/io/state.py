@@ -96,16 +96,16 @@ def _write_bundle(path: Path, bundle: dict[str, Any], folder: Path) -> None:
     with open(path, "wb") as file:
         torch.save(bundle, file)
     try:
-        _read_bundle(path)  # at the first save, not at the resume, must it show that a part cannot be read back
+        _read_bundle(path, mmap=True)  # not only the resume must show that a part cannot be read back
     except pickle.UnpicklingError as error:
         raise TypeError(f"a part of the state cannot be read back without running code: {error}") from error
     except RuntimeError as error:
         raise SaveError(f"{folder}: what was written does not read back ({error}); nothing was changed") from error
 
 
-def _read_bundle(path: Path) -> dict[str, Any]:
+def _read_bundle(path: Path, *, mmap: bool = False) -> dict[str, Any]:
     with torch.serialization.safe_globals(NUMPY_TYPES):
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 def _alone(value: Any) -> Any:

@@ -93,6 +93,7 @@ def layout(shapes: Shapes, block: str) -> dict[str, Any]:
 # ---- pixels and latents ---------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def encode(vae: Any, pixels: Tensor, seeds: Sequence[int]) -> Tensor:
     """Pixels B 3 H W in [-1, 1] -> latents B C h w float32 as the denoiser sees them: (sample - shift) * scale.
 
@@ -100,18 +101,21 @@ def encode(vae: Any, pixels: Tensor, seeds: Sequence[int]) -> Tensor:
     picture comes from its own seed on the CPU, so that a latent depends neither on its batch nor on the device.
     """
     parameter = next(vae.parameters())
-    posterior = vae.encode(pixels.to(parameter.device, parameter.dtype), return_dict=False)[0]
+    with torch.autocast(parameter.device.type, enabled=False):  # the VAE's own dtype decides: see --no_half_vae
+        posterior = vae.encode(pixels.to(parameter.device, parameter.dtype), return_dict=False)[0]
     shape = tuple(posterior.mean.shape[1:])
     noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
     sample = posterior.mean.float() + posterior.std.float() * noise.to(parameter.device)
     return (sample - _shift(vae)) * vae.config.scaling_factor
 
 
+@torch.no_grad()
 def decode(vae: Any, latents: Tensor) -> Tensor:
     """Scaled latents B C h w -> pixels B 3 H W float32 in [-1, 1]."""
     parameter = next(vae.parameters())
     raw = latents.float().to(parameter.device) / vae.config.scaling_factor + _shift(vae)
-    pixels = vae.decode(raw.to(parameter.dtype), return_dict=False)[0]
+    with torch.autocast(parameter.device.type, enabled=False):
+        pixels = vae.decode(raw.to(parameter.dtype), return_dict=False)[0]
     return pixels.float().clamp(-1, 1)
 
 

@@ -22,6 +22,7 @@ from library.optim.options import OptimizerOptions
 from library.optim.settings import check_settings, class_names, first_line, import_class, read_settings
 
 FLAG, ARGS_FLAG = "--optimizer_type", "--optimizer_args"
+TRAINING_WEIGHTS = "training_weights"  # key of a state that was taken in eval mode
 
 
 @dataclass(frozen=True)
@@ -85,24 +86,41 @@ class BuiltOptimizer:
     schedule_free: bool
     schedule: str | None  # the schedule that this optimizer asks for instead of --lr_scheduler
 
+    _training_weights: list[Tensor] | None = field(default=None, init=False, repr=False)  # kept while in eval mode
+
     def train_mode(self) -> None:
-        """Weights as training needs them. Call before the first step and after every `eval_mode`."""
-        if self.schedule_free:
-            self.optimizer.train()  # type: ignore[attr-defined]
+        """Weights as training needs them: bit for bit those that `eval_mode` left. The mode after building."""
+        if not self.schedule_free:
+            return
+        self.optimizer.train()  # type: ignore[attr-defined]
+        if self._training_weights is not None:
+            # there and back again is only nearly the identity: a run must not depend on how often it was looked at
+            torch._foreach_copy_(self._weights(), self._training_weights)
+            self._training_weights = None
 
     def eval_mode(self) -> None:
         """Weights as they are shown and saved."""
-        if self.schedule_free:
+        if self.schedule_free and self._training_weights is None:
+            self._training_weights = [p.clone() for p in self._weights()]
             self.optimizer.eval()  # type: ignore[attr-defined]
 
+    def _weights(self) -> list[Tensor]:
+        return [p.detach() for group in self.optimizer.param_groups for p in group["params"]]
+
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next step depends on. Save the weights in the same mode (train or eval)."""
-        return self.optimizer.state_dict()
+        """Everything that the next step depends on besides the weights, in either mode."""
+        state = self.optimizer.state_dict()
+        if self._training_weights is not None:
+            state[TRAINING_WEIGHTS] = self._training_weights
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state` exactly. Raises ValueError when groups or sizes differ."""
-        self.optimizer.load_state_dict(dict(state))
-        _restore_dtypes(self.optimizer, state)
+        """Continue from `state` exactly, in train mode. Load the weights first. Raises ValueError when sizes differ."""
+        own = dict(state)
+        self._training_weights = own.pop(TRAINING_WEIGHTS, None)
+        self.optimizer.load_state_dict(own)
+        _restore_dtypes(self.optimizer, own)
+        self.train_mode()
 
 
 def _restore_dtypes(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
@@ -144,9 +162,10 @@ class OptimizerChoice:
             optimizer = self.cls(groups, lr=self.learning_rate, **self.row.fixed, **self.settings)  # type: ignore[call-arg]
         except (TypeError, ValueError, AssertionError, RuntimeError) as error:
             raise UserError(f"{FLAG} {self.name}: refused with {self.described()}: {first_line(error)}") from None
-        return BuiltOptimizer(
-            optimizer, self.metadata_name, self.row.elementwise, self.row.schedule_free, self.schedule
-        )
+        row = self.row
+        built = BuiltOptimizer(optimizer, self.metadata_name, row.elementwise, row.schedule_free, self.schedule)
+        built.train_mode()
+        return built
 
     def toy(self) -> BuiltOptimizer:
         """The same over four numbers, for checks. Raises UserError as `build` does."""

@@ -18,6 +18,7 @@ from library.errors import UserError, first_names
 from library.io.state import StateParts
 from library.log import get_logger, progress
 from library.models.family import ModelFamily
+from library.models.quick_import import import_diffusers
 from library.optim.ema import Ema
 from library.optim.flat import FlatParameters
 from library.optim.schedulers import build_scheduler
@@ -107,6 +108,7 @@ class Trainer(ABC):
 
     def load_models(self) -> None:
         """Fill the caches, then load what the steps need; each model is freed as soon as it has no more work."""
+        import_diffusers()
         family, share, prompts = self.family, Share(self.rank, self.world), self.prepared.prompts
         self.objective = family.objective(self.options.objective, self.options.loss)
         self.previews = Previews(

@@ -31,6 +31,7 @@ from library.errors import UserError
 from library.models import kl_vae
 from library.rng import derive_seed, torch_generator
 from library.types import LatentSpec
+from tests.data.test_store import small_disk  # noqa: F401 - a fixture
 
 SPEC = LatentSpec("sd", channels=4, factor=8, npz_suffix="_sd.npz")
 SIZED = LatentSpec("flux", channels=4, factor=8, npz_suffix="_flux.npz", npz_sized_keys=True)
@@ -169,6 +170,7 @@ def test_a_cached_run_equals_an_uncached_one(tmp_path: Path) -> None:
             assert torch.equal(kept.latents, kl_vae.encode(vae, plain.pixels, plain.latent_seeds))
             small = torch.nn.functional.interpolate(plain.masks, size=kept.latents.shape[-2:], mode="area")
             assert kept.masks is not None and torch.allclose(kept.masks, small, atol=2**-11)
+            assert plain.crop_top_lefts is not None and kept.crop_top_lefts is not None
             assert torch.equal(plain.crop_top_lefts, kept.crop_top_lefts)
             flips.add(plain.latent_seeds[0] == latent_seed(samples[0], True))
     assert len(flips) == 2
@@ -334,6 +336,28 @@ def test_no_space_is_said_before_encoding(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no space for the cache in .*needed"):
         make_cache(huge).fill(jobs, encoder, batch_size=1)
     assert encoder.count == 0
+
+
+@pytest.mark.usefixtures("small_disk")
+def test_a_disk_that_gets_full_while_encoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = tmp_path / "disk"
+    monkeypatch.setattr(store, "GROUP_SECONDS", 0.0)
+    jobs = jobs_of(make_samples(tmp_path / "pictures", 6))
+    encoder = Encoder()
+
+    def encode(pixels: Tensor, seeds: list[int]) -> Tensor:
+        if encoder.count == 3:
+            with pytest.raises(OSError, match="No space"):
+                (disk / "filler").write_bytes(bytes(1 << 21))
+        return encoder(pixels, seeds)
+
+    folders = LatentFolders(str(disk))
+    with pytest.raises(UserError, match=r"no space for the cache in .*disk/latents"):
+        make_cache(folders=folders).fill(jobs, encode, batch_size=1)
+    (disk / "filler").unlink()
+    assert 3 <= len(make_cache(folders=folders).missing(jobs)) < 6
+    make_cache(folders=folders).fill(jobs, Encoder(), batch_size=1)
+    assert_cached(make_cache(folders=folders), jobs)
 
 
 def _fill_and_hang(jobs: list[LatentJob]) -> None:

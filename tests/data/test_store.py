@@ -141,6 +141,26 @@ def test_two_writers_at_once(tmp_path: Path) -> None:
         assert_holds(store, number)
 
 
+def test_a_forked_process_writes_to_a_shard_of_its_own(tmp_path: Path) -> None:
+    store = PackedStore(tmp_path)
+
+    def write_in_child() -> None:
+        for number in range(1, 100, 2):
+            store.put(key_of(number), tensors_of(number))
+        store.close()
+
+    store.put(key_of(0), tensors_of(0))
+    process = FORK.Process(target=write_in_child)
+    process.start()
+    for number in range(2, 100, 2):
+        store.put(key_of(number), tensors_of(number))
+    process.join()
+    store.close()
+    assert len(shards(tmp_path)) == 2
+    for number in range(100):
+        assert_holds(store, number)
+
+
 def test_two_writers_of_the_same_keys(tmp_path: Path) -> None:
     writers = [FORK.Process(target=write, args=(tmp_path, 0, 1, 200)) for _ in range(2)]
     for process in writers:

@@ -37,10 +37,14 @@ DATA = Path(__file__).resolve().parents[1] / "data_files" / "io"
 RUNS: dict[str, dict[str, str]] = json.loads((DATA / "metadata_runs.json").read_text())["runs"]
 HASHES = json.loads((DATA / "hashes.json").read_text())
 
+SWITCHES = (
+    "cache_latents", "debiased_estimation_loss", "fp8_base", "fp8_base_unet", "full_fp16", "gradient_checkpointing",
+    "ip_noise_gamma_random_strength", "lowram", "noise_offset_random_strength", "v2", "zero_terminal_snr",
+)  # fmt: skip
 # Values that today's program gets from its parser in these runs; everything else is None, False or listed per run.
 DEFAULTS: dict[str, Any] = {
     **dict.fromkeys(OPTION_KEYS.values()),
-    **dict.fromkeys(("cache_latents", "debiased_estimation_loss", "fp8_base", "fp8_base_unet", "full_fp16", "lowram", "v2", "gradient_checkpointing", "ip_noise_gamma_random_strength", "noise_offset_random_strength", "zero_terminal_snr"), False),
+    **dict.fromkeys(SWITCHES, False),
     "caption_dropout_every_n_epochs": 0, "caption_dropout_rate": 0.0, "caption_tag_dropout_rate": 0.0,
     "gradient_accumulation_steps": 1, "huber_c": 0.1, "huber_scale": 1.0, "huber_schedule": "snr",
     "learning_rate": 0.001, "loss_type": "l2", "lr_scheduler": "constant", "lr_warmup_steps": 0, "max_grad_norm": 1.0,
@@ -191,8 +195,8 @@ def test_the_modelspec_group_is_complete(tmp_path: Path) -> None:
     picture = tmp_path / "t.png"
     picture.write_bytes(b"\x89PNG pretend")
     given = {
-        "title": "T", "author": "A", "description": "D", "license": "L", "tags": "x, y", "usage_hint": "U", "merged_from": "M",
-        "trigger_phrase": "P", "preprocessor": "R", "is_negative_embedding": "false",
+        "title": "T", "author": "A", "description": "D", "license": "L", "tags": "x, y", "usage_hint": "U",
+        "merged_from": "M", "trigger_phrase": "P", "preprocessor": "R", "is_negative_embedding": "false",
     }  # fmt: skip
     options = MetadataOptions(**{f"metadata_{k}": v for k, v in given.items()}, metadata_thumbnail=str(picture))
     facts = run({"min_timestep": None, "max_timestep": 900, "clip_skip": 1}, (dataset(),))

@@ -42,8 +42,6 @@ def test_same_bits_as_separate_tensors(name):
     options = OptimizerOptions(optimizer_type=name, learning_rate=1e-2)
     one = choose_optimizer(options).build(grouped(plain))
     two = choose_optimizer(options).build(flat.param_groups)
-    one.train_mode()
-    two.train_mode()
     for step in range(6):
         one.optimizer.zero_grad(set_to_none=True)
         flat.zero_grad()

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""tools/make_random_checkpoint.py: both layouts hold the same weights, and load."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from library.models.options import SDOptions
+from library.models.sd import StableDiffusion
+
+TOOL = Path(__file__).parents[2] / "tools" / "make_random_checkpoint.py"
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_both_layouts_hold_the_same_weights(tmp_path, version):
+    command = [sys.executable, str(TOOL), "--tiny", "--version", str(version), "--output", str(tmp_path)]
+    run = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path)
+    paths = run.stdout.split()
+    assert paths == [str(tmp_path / "model.safetensors"), str(tmp_path / "diffusers")]
+    states = []
+    for path in paths:
+        sd = StableDiffusion(SDOptions(pretrained_model_name_or_path=path, v2=version == 2))
+        sd.check()
+        modules = (
+            sd.load_denoiser(None, "cpu"),
+            sd.load_vae(None, "cpu"),
+            *sd.load_text_encoders(torch.float32, "cpu"),
+        )
+        states.append({f"{i}.{n}": t for i, m in enumerate(modules) for n, t in m.state_dict().items()})
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert {t.dtype for n, t in states[0].items() if n.startswith("0.")} == {torch.float16}
+    with torch.no_grad():
+        context = sd.encode_text(sd.tokenize(["a red cat"]), modules[2:])
+        found = sd.predict(modules[0].float(), torch.randn(1, 4, 8, 8), torch.tensor([5]), context, None)
+    assert torch.isfinite(found).all() and found.std() > 0
