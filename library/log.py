@@ -63,7 +63,9 @@ class progress:  # noqa: N801 - reads as a function: `with progress(10, "caching
     def __enter__(self) -> progress:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._show(end="\n")
 
     def advance(self, count: int = 1, note: str | None = None) -> None:

@@ -174,7 +174,9 @@ class ConfigFileOptions:
     """Where options come from, besides the command line."""
 
     config_file: str | None = option(None, help="TOML file of options; the command line wins over it.")
-    output_config: bool = option(False, help="Write the options that differ from the defaults to --config_file and exit.")
+    output_config: bool = option(
+        False, help="Write the options that differ from the defaults to --config_file and exit."
+    )
 
 
 # ---- a method's options ------------------------------------------------------------------------------------------
@@ -210,7 +212,11 @@ def build_parser(all_specs: Mapping[str, Spec], prog: str, description: str) -> 
     for spec in all_specs.values():
         section = sections.setdefault(spec.group, None) or parser.add_argument_group(spec.group.replace("_", " "))
         sections[spec.group] = section
-        kwargs: dict[str, Any] = {"dest": spec.name, "default": argparse.SUPPRESS, "help": describe(spec).replace("%", "%%")}
+        kwargs: dict[str, Any] = {
+            "dest": spec.name,
+            "default": argparse.SUPPRESS,
+            "help": describe(spec).replace("%", "%%"),
+        }
         if spec.hint is bool:
             kwargs |= {"nargs": "?", "const": True, "metavar": "true|false"}
         elif spec.takes_many:
@@ -238,14 +244,18 @@ class Resolved:
     given: Mapping[str, str]  # option name -> "command line" or the config file
 
 
-def resolve(method: type, overrides: Mapping[str, type], argv: Sequence[str], *, prog: str, description: str = "") -> Resolved:
+def resolve(
+    method: type, overrides: Mapping[str, type], argv: Sequence[str], *, prog: str, description: str = ""
+) -> Resolved:
     """Command line and --config_file -> the method's options. Raises UserError listing every mistake."""
     groups = group_types(method, overrides)
     all_specs = specs(groups)
     problems: list[str] = []
     command_line = _read_command_line(all_specs, argv, prog, description, problems)
     path = _config_path(command_line)
-    table, foreign = _read_config_file(path, all_specs, problems) if path and not command_line.get("output_config") else ({}, [])
+    table, foreign = (
+        _read_config_file(path, all_specs, problems) if path and not command_line.get("output_config") else ({}, [])
+    )
     values: dict[str, Any] = {}
     sources = {**{k: str(path) for k in table}, **{k: "command line" for k in command_line}}
     for name, raw in {**table, **command_line}.items():
@@ -262,7 +272,11 @@ def resolve(method: type, overrides: Mapping[str, type], argv: Sequence[str], *,
             problems.extend(getattr(part, "problems", lambda: ())())
     if problems:
         raise UserError(problems)
-    answers = [f"{s.flag}: {s.info.answer}" for n, s in all_specs.items() if s.info.answer and values.get(n) not in (None, False)]
+    answers = [
+        f"{s.flag}: {s.info.answer}"
+        for n, s in all_specs.items()
+        if s.info.answer and values.get(n) not in (None, False)
+    ]
     if foreign:
         answers.append(f"{path}: not used by this script (keys of the GUI or of other scripts): {', '.join(foreign)}")
     return Resolved(options, tuple(answers), {n: sources[n] for n in values})
@@ -276,7 +290,9 @@ def _read_command_line(
         if word.startswith("--"):
             name = word[2:].split("=")[0]
             hint = nearest(name, all_specs)
-            problems.append(f"Unknown option --{name}." + (f" Did you mean --{hint}?" if hint else " See --help for all options."))
+            problems.append(
+                f"Unknown option --{name}." + (f" Did you mean --{hint}?" if hint else " See --help for all options.")
+            )
         else:
             problems.append(f"'{word}' belongs to no option: values with spaces need quotes, and options start with --")
     return vars(namespace)
@@ -289,7 +305,9 @@ def _config_path(command_line: Mapping[str, Any]) -> Path | None:
     return Path(name if str(name).endswith(".toml") else f"{name}.toml")
 
 
-def _read_config_file(path: Path, all_specs: Mapping[str, Spec], problems: list[str]) -> tuple[dict[str, Any], list[str]]:
+def _read_config_file(
+    path: Path, all_specs: Mapping[str, Spec], problems: list[str]
+) -> tuple[dict[str, Any], list[str]]:
     """Known keys with their values, and the known keys of other programs. Tables are only headings: one level is flattened."""
     flat: dict[str, Any] = {}
     for key, value in read_toml(path, "--config_file").items():
@@ -343,7 +361,9 @@ def dump_toml(options: Any) -> str:
     """The options that differ from the defaults as a --config_file, in a stable order."""
     import toml
 
-    values = {k: v for k, v in changed_values(options).items() if v is not None and k not in ("config_file", "output_config")}
+    values = {
+        k: v for k, v in changed_values(options).items() if v is not None and k not in ("config_file", "output_config")
+    }
     return toml.dumps(values)
 
 

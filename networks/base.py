@@ -262,7 +262,7 @@ class AdapterNetwork(nn.Module, ABC):
             raise UserError([p if str(path) in p else f"{path}: {p}" for p in error.problems]) from None
 
     def exact_state(self) -> dict[str, Tensor]:
-        """Every parameter as it is, for resuming: a published file folds some together (`use_scalar`) and is not exact."""
+        """Every parameter as it is, for resuming: a published file folds some together (`use_scalar`)."""
         return {name: parameter.detach().cpu().clone() for name, parameter in self.named_parameters()}
 
     def load_exact_state(self, tensors: Mapping[str, Tensor]) -> None:

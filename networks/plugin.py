@@ -68,7 +68,7 @@ class NetworkModule:
     module: ModuleType
 
     def check_arguments(self, arguments: Mapping[str, Any]) -> None:
-        """Raises UserError listing every mistake in --network_args. A third-party module checks its own when it is built."""
+        """Raises UserError listing every mistake in --network_args; third-party modules check their own when built."""
         groups = self.module.__dict__.get("ARGUMENTS")
         if groups is not None:
             read_network_args(groups, arguments)
@@ -165,7 +165,7 @@ class PluginNetwork(AdapterNetwork):
             raise UserError(f"--network_module {name}: its network lacks {lacks}")
         self.network = network
         self.models = (models,)  # in a tuple: the models' weights are not the adapter's
-        self.module_name, self.multiplier, self.weights = name, multiplier, weights
+        self.module_name, self.multiplier, self.weights, self.attached = name, multiplier, weights, False
 
     def _call(self, method: str, *args: Any) -> Any:
         """Call an optional method of the contract; None when the network has no such method."""
@@ -177,6 +177,7 @@ class PluginNetwork(AdapterNetwork):
         models = self.models[0]
         self.network.apply_to(models.text_encoder, models.unet, train_text_encoder, train_denoiser)
         self._call("prepare_grad_etc", models.text_encoder, models.unet)
+        self.attached = True
         if self.weights is not None:
             self.load(self.weights)
 
@@ -217,6 +218,10 @@ class PluginNetwork(AdapterNetwork):
             return {key: value.clone() for key, value in read_tensors(path).items()}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Before `attach` the tensors wait: many networks know their layers only after apply_to."""
+        self.weights = dict(tensors)
+        if not self.attached:
+            return
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "network.safetensors"
             own = {key: value.detach().cpu().contiguous() for key, value in to_kohya(tensors).items()}
@@ -234,9 +239,17 @@ class PluginNetwork(AdapterNetwork):
     def merge_into(self, *, dtype: torch.dtype | None = None) -> None:
         if not callable(getattr(self.network, "merge_to", None)):
             raise UserError(f"--network_module {self.module_name} cannot merge into a model (no merge_to)")
-        models = self.models[0]
+        models, strength = self.models[0], self.multiplier
         weights = self.state(None) if self.weights is None else self.weights
+        whole = nn.ModuleList([model for model in (*as_list(models.text_encoder), models.unet) if model is not None])
+        before = None if strength == 1 else {n: p.detach().clone() for n, p in whole.named_parameters()}
+        self.set_multiplier(1.0)
         self.network.merge_to(models.text_encoder, models.unet, weights, dtype, "cpu")
+        self.set_multiplier(strength)
+        if before is not None:  # LyCORIS merges at strength 1 whatever its multiplier is, so the strength is ours
+            with torch.no_grad():
+                for name, parameter in whole.named_parameters():
+                    parameter.copy_(torch.lerp(before[name].float(), parameter.float(), strength))
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

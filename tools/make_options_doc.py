@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write docs/options.md from the options themselves.
 
-    python tools/make_options_doc.py            # write it
-    python tools/make_options_doc.py --check    # exit 1 if it is not up to date
+python tools/make_options_doc.py            # write it
+python tools/make_options_doc.py --check    # exit 1 if it is not up to date
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def text() -> str:
 def main() -> None:
     path = ROOT / "docs" / "options.md"
     if "--check" in sys.argv[1:]:
-        sys.exit(0 if path.exists() and path.read_text(encoding="utf-8") == text() else "docs/options.md is not up to date")
+        sys.exit(
+            0 if path.exists() and path.read_text(encoding="utf-8") == text() else "docs/options.md is not up to date"
+        )
     path.write_text(text(), encoding="utf-8")
 
 

@@ -47,7 +47,13 @@ class Caches:
             )
         if cache.texts:
             folder = self._text_folder(options) if cache.cache_text_encoder_outputs_to_disk else None
-            self.texts = TextCache(text_store(folder), fingerprint=prints["text"], settings="", dtype=dtype, skip_check=cache.skip_cache_check)
+            self.texts = TextCache(
+                text_store(folder),
+                fingerprint=prints["text"],
+                settings="",
+                dtype=dtype,
+                skip_check=cache.skip_cache_check,
+            )
 
     def _text_folder(self, options: TrainerOptions) -> str:
         """--cache_dir, or beside the first dataset's pictures: captions are shared between datasets."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +42,7 @@ class _Pending:
 class StepReader:
     """Hands out step reports as they arrive from the device, at most `lag` steps late, and stops a run that diverged."""
 
-    def __init__(self, lag: int = 4) -> None:
+    def __init__(self, *, lag: int) -> None:
         self.lag = lag
         self._pending: deque[_Pending] = deque()
 
@@ -64,7 +64,7 @@ class StepReader:
         """All reports: waits for the device. Called before anything is saved."""
         return list(self._take(lambda p: True))
 
-    def _take(self, may_read) -> Iterable[StepReport]:  # type: ignore[no-untyped-def]
+    def _take(self, may_read: Callable[[_Pending], bool]) -> Iterable[StepReport]:
         while self._pending and may_read(self._pending[0]):
             item = self._pending.popleft()
             if item.ready is not None:

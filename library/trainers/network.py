@@ -81,7 +81,14 @@ class NetworkTrainer(Trainer):
         if options.dim_from_weights:
             assert options.network_weights is not None
             network, weights = module.create_network_from_weights(
-                1.0, options.network_weights, models.vae, models.encoders, models.denoiser, **self.network_args
+                1.0,
+                options.network_weights,
+                models.vae,
+                models.encoders,
+                models.denoiser,
+                None,
+                False,
+                **self.network_args,
             )
             network.load(weights)
             return network

@@ -24,7 +24,9 @@ class TrainOptions:
     max_train_steps: int = option(1600, help="Optimizer steps of the run.", check=positive)
     max_train_epochs: int | None = option(None, help="Epochs of the run; wins over --max_train_steps.", check=positive)
     seed: int | None = option(None, help="Seed of every random draw; without it one is chosen and printed.")
-    gradient_accumulation_steps: int = option(1, help="Batches whose gradients make one optimizer step.", check=positive)
+    gradient_accumulation_steps: int = option(
+        1, help="Batches whose gradients make one optimizer step.", check=positive
+    )
     validate_every_n_steps: int | None = option(None, help="Validate every N optimizer steps.", check=positive)
     validate_every_n_epochs: int | None = option(None, help="Validate every N epochs (default: each).", check=positive)
     max_validation_steps: int | None = option(None, help="Validate on at most this many batches.", check=positive)
@@ -37,21 +39,35 @@ class PrecisionOptions:
     mixed_precision: str = option("no", help="Compute dtype.", choices=("no", "fp16", "bf16"))
     full_fp16: bool = option(False, help="Keep trained weights and gradients in fp16 too.")
     full_bf16: bool = option(False, help="Keep trained weights and gradients in bf16 too.")
-    gradient_checkpointing: bool = option(False, help="Recompute activations in the backward pass: less memory, slower.")
+    gradient_checkpointing: bool = option(
+        False, help="Recompute activations in the backward pass: less memory, slower."
+    )
     cpu_offload_checkpointing: bool = option(False, help="Keep the checkpointed activations in main memory.")
     torch_compile: bool = option(False, help="Compile each block of the denoiser.")
     dynamo_backend: str = option(
         "inductor",
         help="Backend of --torch_compile.",
         choices=(
-            "eager", "aot_eager", "inductor", "aot_ts_nvfuser", "nvprims_nvfuser", "cudagraphs",
-            "ofi", "fx2trt", "onnxrt", "tensort", "ipex", "tvm",
+            "eager",
+            "aot_eager",
+            "inductor",
+            "aot_ts_nvfuser",
+            "nvprims_nvfuser",
+            "cudagraphs",
+            "ofi",
+            "fx2trt",
+            "onnxrt",
+            "tensort",
+            "ipex",
+            "tvm",
         ),  # fmt: skip
     )
     fp8_base: bool = option(False, help="Frozen model in 8-bit floats.", answer=MEMORY_ISSUE)
     fp8_base_unet: bool = option(False, help="Frozen denoiser in 8-bit floats.", answer=MEMORY_ISSUE)
     sdpa: bool = option(False, help="Attention of torch.", answer="always used")
-    xformers: bool = option(False, help="Attention of xformers.", answer="torch's own memory-efficient attention is used")
+    xformers: bool = option(
+        False, help="Attention of xformers.", answer="torch's own memory-efficient attention is used"
+    )
     mem_eff_attn: bool = option(
         False, help="Memory-efficient attention.", answer="torch's own memory-efficient attention is used"
     )
@@ -85,18 +101,27 @@ class DistributedOptions:
         None, help="DeepSpeed: where optimizer states go.", choices=("cpu", "nvme")
     )
     offload_optimizer_nvme_path: str | None = option(None, help="DeepSpeed: folder for optimizer states on NVMe.")
-    offload_param_device: str | None = option(None, help="DeepSpeed: where parameters go (stage 3).", choices=("cpu", "nvme"))
+    offload_param_device: str | None = option(
+        None, help="DeepSpeed: where parameters go (stage 3).", choices=("cpu", "nvme")
+    )
     offload_param_nvme_path: str | None = option(None, help="DeepSpeed: folder for parameters on NVMe.")
     zero3_init_flag: bool = option(False, help="DeepSpeed stage 3: build the model already split.")
     zero3_save_16bit_model: bool = option(False, help="DeepSpeed stage 3: gather 16-bit weights when saving.")
-    fp16_master_weights_and_gradients: bool = option(False, help="DeepSpeed: master weights in fp16 (stage 2, offload).")
+    fp16_master_weights_and_gradients: bool = option(
+        False, help="DeepSpeed: master weights in fp16 (stage 2, offload)."
+    )
 
     def problems(self) -> Iterator[str]:
         used = [
             name
             for name in (
-                "offload_optimizer_device", "offload_optimizer_nvme_path", "offload_param_device",
-                "offload_param_nvme_path", "zero3_init_flag", "zero3_save_16bit_model", "fp16_master_weights_and_gradients",
+                "offload_optimizer_device",
+                "offload_optimizer_nvme_path",
+                "offload_param_device",
+                "offload_param_nvme_path",
+                "zero3_init_flag",
+                "zero3_save_16bit_model",
+                "fp16_master_weights_and_gradients",
             )  # fmt: skip
             if getattr(self, name)
         ]
@@ -119,7 +144,9 @@ class LoggingOptions:
     console_log_simple: bool = option(False, help="Messages without time and level.")
     logging_dir: str | None = option(None, help="Folder for the training curves.")
     log_with: str | None = option(
-        None, help="Program for the curves (default with --logging_dir: tensorboard).", choices=("tensorboard", "wandb", "all")
+        None,
+        help="Program for the curves (default with --logging_dir: tensorboard).",
+        choices=("tensorboard", "wandb", "all"),
     )
     log_prefix: str | None = option(None, help="Put before the name of the run's log folder.")
     log_tracker_name: str | None = option(None, help="Name of the project in the log.")
@@ -141,8 +168,12 @@ class NetworkOptions:
 
     network_module: str | None = option(None, help="Module of the network, e.g. networks.lora or lycoris.kohya.")
     network_dim: int | None = option(None, help="Rank of the network.", check=positive)
-    network_alpha: float = option(1.0, help="Strength: the network's output is scaled by alpha / rank.", check=at_least(0))
-    network_dropout: float | None = option(None, help="Share of activations dropped inside the network.", check=between(0, 1))
+    network_alpha: float = option(
+        1.0, help="Strength: the network's output is scaled by alpha / rank.", check=at_least(0)
+    )
+    network_dropout: float | None = option(
+        None, help="Share of activations dropped inside the network.", check=between(0, 1)
+    )
     network_args: tuple[str, ...] = option((), help="More arguments of the network, as key=value.")
     network_weights: str | None = option(None, help="Start from this network file.")
     dim_from_weights: bool = option(False, help="Take ranks and alphas from --network_weights.")
@@ -152,9 +183,13 @@ class NetworkOptions:
     text_encoder_lr: tuple[float, ...] | None = option(
         None, help="Learning rate of the text encoder's part (one value, or one per encoder).", check=at_least(0)
     )
-    scale_weight_norms: float | None = option(None, help="Scale weights down to this norm after each step.", check=positive)
+    scale_weight_norms: float | None = option(
+        None, help="Scale weights down to this norm after each step.", check=positive
+    )
     base_weights: tuple[str, ...] | None = option(None, help="Network files to merge into the model before training.")
-    base_weights_multiplier: tuple[float, ...] | None = option(None, help="Strength of each of --base_weights (default 1).")
+    base_weights_multiplier: tuple[float, ...] | None = option(
+        None, help="Strength of each of --base_weights (default 1)."
+    )
 
     def problems(self) -> Iterator[str]:
         if self.network_train_unet_only and self.network_train_text_encoder_only:
@@ -198,7 +233,9 @@ class TrainerOptions:
     def problems(self) -> Iterator[str]:
         """Combinations across groups that make no sense."""
         yield from cross_problems(self.save, self.state, self.hub)
-        if self.distributed.deepspeed and (self.state.save_state or self.state.save_state_on_train_end or self.state.resume):
+        if self.distributed.deepspeed and (
+            self.state.save_state or self.state.save_state_on_train_end or self.state.resume
+        ):
             yield "--save_state and --resume do not work with --deepspeed, which splits the optimizer's state: leave one out"
 
 

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-
 from library.data.config import load_dataset_config
 from library.data.dataset import TrainingData
 from library.data.lint import check as lint
@@ -26,7 +24,8 @@ from library.log import get_logger
 from library.models.family import ModelFamily
 from library.options import changed_values
 from library.optim.optimizers import OptimizerChoice, choose_optimizer
-from library.optim.schedulers import build_scheduler
+from library.optim.schedulers import check_scheduler
+from library.sampling.options import SampleOptions
 from library.sampling.prompts import Prompt, load_prompts
 from library.trainers.options import TrainerOptions
 from library.trainers.plan import RunPlan
@@ -86,10 +85,11 @@ class Preparation:
         checks.run(lambda: check_output_folder(options))
         resume = checks.run(lambda: resume_folder(options))
         facts = checks.run(lambda: read_facts(resume)) if resume else None
-        prompts = checks.run(lambda: load_prompts(options.sample.sample_prompts)) if options.sample.wanted else ()
+        prompts = checks.run(lambda: preview_prompts(options.sample))
         optimizer = checks.run(lambda: choose_optimizer(options.optimizer))
         if optimizer is not None:
-            checks.run(lambda: try_scheduler(options, optimizer))
+            total = options.train.max_train_steps
+            checks.run(lambda: check_scheduler(options.scheduler, optimizer, total_steps=total))
         seed = run_seed(options, facts)
         found = checks.run(lambda: scan_datasets(family, options))
         data = checks.run(lambda: training_data(found, options, seed)) if found else None
@@ -134,7 +134,9 @@ class Preparation:
         """The plan of the run, as it is printed before the start."""
         for index, stats in enumerate(self.data.stats()):
             buckets = ", ".join(f"{w}x{h}: {count}" for (w, h), count in stats.buckets)
-            reg = f", {stats.reg_images} regularisation pictures used {stats.reg_uses} times" if stats.reg_images else ""
+            reg = (
+                f", {stats.reg_images} regularisation pictures used {stats.reg_uses} times" if stats.reg_images else ""
+            )
             held_out = f", {stats.validation_images} held out for validation" if stats.validation_images else ""
             yield f"dataset {index + 1}: {stats.images} pictures, {stats.uses} with repeats{reg}{held_out}"
             yield f"dataset {index + 1}: batch size {stats.batch_size}, {stats.batches} batches, buckets {buckets}"
@@ -146,6 +148,11 @@ class Preparation:
             f"plan: {plan.total_steps} steps = {plan.total_epochs} epochs of {plan.steps_per_epoch} steps; a step is "
             f"{plan.accumulation} batch(es) on {plan.num_processes} process(es), effective batch size {effective}; seed {plan.seed}"
         )
+
+
+def preview_prompts(options: SampleOptions) -> tuple[Prompt, ...]:
+    """The prompts of the previews; none when no previews are made."""
+    return load_prompts(options.sample_prompts) if options.wanted and options.sample_prompts else ()
 
 
 def run_seed(options: TrainerOptions, state: dict[str, Any] | None) -> int:
@@ -164,12 +171,6 @@ def check_output_folder(options: TrainerOptions) -> None:
     name = last_name(save.output_name)
     files = [last_name(save.output_name, extension_of(save.save_model_as))]
     check_output(save.output_dir, save.output_name, files=files, states=[state_name(name)])
-
-
-def try_scheduler(options: TrainerOptions, optimizer: OptimizerChoice) -> None:
-    """The schedule can be built, seen on an optimizer of one toy weight. Raises UserError."""
-    toy = optimizer.build([{"params": [torch.nn.Parameter(torch.zeros(2, 2))]}])
-    build_scheduler(options.scheduler, toy, total_steps=options.train.max_train_steps)
 
 
 def resume_folder(options: TrainerOptions) -> Path | None:

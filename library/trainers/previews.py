@@ -76,7 +76,9 @@ class Previews:
         if not self.first or len(self.first) != len(self.latest) or self.first is self.latest:
             return
         images = [p.image for p in (*self.first, *self.latest)]
-        labels = [f"{when}: {p.prompt.prompt}" for when, row in (("before", self.first), ("after", self.latest)) for p in row]
+        labels = [
+            f"{when}: {p.prompt.prompt}" for when, row in (("before", self.first), ("after", self.latest)) for p in row
+        ]
         path = self.folder / f"{self.name}_before_after.png"
         sheet = contact_sheet(images, labels, columns=len(self.first))
         atomic_write(path, lambda temp: sheet.save(temp, format="PNG"))

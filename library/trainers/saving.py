@@ -43,7 +43,9 @@ class Saver:
         """True when this step or epoch ends with a save; the last step is saved by `at_end`."""
         if position.step >= self.plan.total_steps:
             return False
-        by_epoch = epoch_ended and names.saves_after_epoch(position.epoch, total=self.plan.total_epochs, every=self.every_epochs)
+        by_epoch = epoch_ended and names.saves_after_epoch(
+            position.epoch, total=self.plan.total_epochs, every=self.every_epochs
+        )
         return by_epoch or names.saves_after_step(position.step, every=self.save.save_every_n_steps)
 
     def after_step(self, position: Position, epoch_ended: bool) -> None:
@@ -53,7 +55,11 @@ class Saver:
         if names.saves_after_step(step, every=self.save.save_every_n_steps):
             every = self.save.save_every_n_steps or 1
             self._write(names.step_name(name, step), with_state=self.options.save_state)
-            self._drop(names.step_name, names.outdated_step(step, every=every, keep=self.save.save_last_n_steps), keep_model=False)
+            self._drop(
+                names.step_name,
+                names.outdated_step(step, every=every, keep=self.save.save_last_n_steps),
+                keep_model=False,
+            )
             self._drop(names.step_name, names.outdated_step(step, every=every, keep=keep_steps), keep_model=True)
         every_epochs = self.every_epochs
         if epoch_ended and names.saves_after_epoch(epoch, total=self.plan.total_epochs, every=every_epochs):
@@ -72,7 +78,9 @@ class Saver:
             self._write(names.last_name(name), with_state=with_state)
         elif position.step > 0:
             self._write_state(names.step_name(name, position.step))
-            log.info(f"stopped at step {position.step}; continue with --resume {self.written[-1] if self.active else ''}")
+            log.info(
+                f"stopped at step {position.step}; continue with --resume {self.written[-1] if self.active else ''}"
+            )
         if self.uploader:
             self.uploader.close()
 

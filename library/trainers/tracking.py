@@ -48,7 +48,9 @@ class TensorBoardTracker:
 class WandbTracker:
     """A run of the wandb service."""
 
-    def __init__(self, project: str, run_name: str | None, folder: Path | None, key: str | None, settings: dict[str, Any]):
+    def __init__(
+        self, project: str, run_name: str | None, folder: Path | None, key: str | None, settings: dict[str, Any]
+    ):
         try:
             import wandb
         except ModuleNotFoundError:
@@ -101,11 +103,17 @@ def open_trackers(options: Any, *, main_process: bool, project: str) -> Trackers
         return Trackers([])
     kind = options.log_with or "tensorboard"
     name = options.log_tracker_name or project
-    folder = Path(options.logging_dir) / f"{options.log_prefix or ''}{time.strftime('%Y%m%d%H%M%S')}" if options.logging_dir else None
+    folder = (
+        Path(options.logging_dir) / f"{options.log_prefix or ''}{time.strftime('%Y%m%d%H%M%S')}"
+        if options.logging_dir
+        else None
+    )
     settings = read_toml(Path(options.log_tracker_config), "--log_tracker_config") if options.log_tracker_config else {}
     trackers: list[Tracker] = []
     if kind in ("tensorboard", "all") and folder is not None:
         trackers.append(TensorBoardTracker(folder / name))
     if kind in ("wandb", "all"):
-        trackers.append(WandbTracker(name, options.wandb_run_name, folder, options.wandb_api_key, settings.get("wandb", {})))
+        trackers.append(
+            WandbTracker(name, options.wandb_run_name, folder, options.wandb_api_key, settings.get("wandb", {}))
+        )
     return Trackers(trackers)

@@ -37,7 +37,9 @@ class Trainables:
     load: Callable[[dict[str, Tensor]], None]
     trains_text: bool  # gradients flow through the text encoders
     set_multiplier: Callable[[float], None] = lambda value: None
-    base_model: Callable[[], AbstractContextManager[Any]] = nullcontext  # inside it the model is what it was at the start
+    base_model: Callable[[], AbstractContextManager[Any]] = (
+        nullcontext  # inside it the model is what it was at the start
+    )
 
     def parameters(self) -> list[nn.Parameter]:
         return [p for group in self.groups for p in group["params"]]

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,7 @@ class Trainer(ABC):
         self.start_processes()
         self.make_plan()
         self.load_models()
+        seed_everything(derive_seed(self.plan.seed, "first weights"))
         self.trainables = self.build_trainables()
         self.build_optimizer()
         self.build_outputs()
@@ -86,7 +88,9 @@ class Trainer(ABC):
 
     def start_processes(self) -> None:
         options = self.options
-        self.accelerator = make_accelerator(options.precision.mixed_precision, distributed_settings(options.distributed))
+        self.accelerator = make_accelerator(
+            options.precision.mixed_precision, distributed_settings(options.distributed)
+        )
         self.device = self.accelerator.device
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.main_process = self.accelerator.is_main_process
@@ -144,7 +148,9 @@ class Trainer(ABC):
         precision, trainables = self.options.precision, self.trainables
         trainables.module.to(self.device, trained_dtype(precision))
         if precision.gradient_checkpointing:
-            self.family.enable_checkpointing(self.models.denoiser, self.models.encoders if trainables.trains_text else [])
+            self.family.enable_checkpointing(
+                self.models.denoiser, self.models.encoders if trainables.trains_text else []
+            )
         if precision.torch_compile:
             for block in self.family.blocks(self.models.denoiser):
                 block.compile(backend=precision.dynamo_backend)
@@ -154,6 +160,7 @@ class Trainer(ABC):
         module = StepModule(self.family, self.models, trainables)
         self.model, self.optimizer = self.accelerator.prepare(module, self.optim.optimizer)
         self.scheduler = build_scheduler(self.options.scheduler, self.optim, total_steps=self.plan.total_steps)
+        self.optim.train_mode()
         decay = self.options.ema.ema_decay
         self.ema = Ema(trainables.parameters(), decay) if decay is not None else None
 
@@ -163,11 +170,17 @@ class Trainer(ABC):
             self.options, self.plan, active=self.main_process, write_model=self.write_model, state=self.state_parts
         )
         self.record = RunRecord(
-            self.options, self.plan, self.prepared.datasets, self.data.stats(), self.family.facts(), self.family.model_names()
+            self.options,
+            self.plan,
+            self.prepared.datasets,
+            self.data.stats(),
+            self.family.facts(),
+            self.family.model_names(),
         )
         self.watch: GradientWatch | None = GradientWatch(self.trainables.module)
         self.losses = MovingAverage(self.plan.steps_per_epoch)
-        self.reader = StepReader()
+        # a schedule that follows the loss must see every loss at its step, or the run would depend on timing
+        self.reader = StepReader(lag=0 if self.scheduler.needs_loss else 4)
 
     # ---- states and files -------------------------------------------------------------------------------------------
 
@@ -201,12 +214,15 @@ class Trainer(ABC):
             self.position = Position(parts.step, parts.epoch, parts.batch)
             self.losses = MovingAverage(self.plan.steps_per_epoch, parts.losses)
             self.prepared.resume_from = None
-            log.info(f"resumed at step {parts.step} of {self.plan.total_steps} (epoch {parts.epoch + 1}, batch {parts.batch})")
+            log.info(
+                f"resumed at step {parts.step} of {self.plan.total_steps} (epoch {parts.epoch + 1}, batch {parts.batch})"
+            )
         elif start.initial_step or start.initial_epoch:
             step = start.initial_step or ((start.initial_epoch or 1) - 1) * self.plan.steps_per_epoch
             self.position = self.plan.position_of(step)
-            for _ in range(step):
-                self.scheduler.step()
+            if not self.scheduler.needs_loss:
+                for _ in range(step):
+                    self.scheduler.step()
         if self.position.step >= self.plan.total_steps:
             raise UserError(
                 f"the run starts at step {self.position.step} and ends at step {self.plan.total_steps}: nothing is left "
@@ -228,7 +244,9 @@ class Trainer(ABC):
         total = torch.zeros((), device=self.device)
         for index, batch in enumerate(batches):
             with self.gradient_sync(is_last=index == len(batches) - 1):
-                generator = torch_generator(self.plan.seed, "noise", first_micro_step + index, self.rank, device=self.device)
+                generator = torch_generator(
+                    self.plan.seed, "noise", first_micro_step + index, self.rank, device=self.device
+                )
                 seed_everything(derive_seed(self.plan.seed, "dropout", first_micro_step + index, self.rank))
                 loss = self.batch_loss(batch.to(self.device), generator) / len(batches)
                 self.accelerator.backward(loss)
@@ -238,12 +256,13 @@ class Trainer(ABC):
         self.optimizer.step()
         self.scheduler.step(self.losses.mean if self.scheduler.needs_loss else None)
         self.zero_gradients()
+        more = self.after_step()
         if self.ema:
             self.ema.update(self.position.step)
         names = [name for batch in batches for name in batch.names]
         self.reader.push(
             self.position.step + 1, total, grad_norm, names,
-            scaler_skips=self.accelerator.scaler is not None, others={**rates, **self.after_step()},
+            scaler_skips=self.accelerator.scaler is not None, others={**rates, **more},
         )  # fmt: skip
 
     def batch_loss(self, batch: Batch, generator: torch.Generator, t: Tensor | None = None) -> Tensor:
@@ -313,12 +332,12 @@ class Trainer(ABC):
                 bar.advance(note=f"loss {self.losses.mean:.4f}" if self.losses.values else "")
                 self.validate_if_due(trackers, epoch_ended=epoch_ended)
                 if self.saver.is_due(self.position, epoch_ended):
-                    self.save(trackers, lambda ended=epoch_ended: self.saver.after_step(self.position, ended))
+                    self.save(trackers, partial(self.saver.after_step, self.position, epoch_ended))
                 self.preview_if_due(trackers, epoch_ended=epoch_ended)
                 if stop.requested:
                     break
             finished = self.position.step >= total
-            self.save(trackers, lambda: self.saver.at_end(self.position, finished=finished))
+            self.save(trackers, partial(self.saver.at_end, self.position, finished=finished))
         if finished:
             self.previews.before_and_after()
         trackers.close()
@@ -354,31 +373,41 @@ class Trainer(ABC):
             silent, self.watch = self.watch.stop(), None
             if silent and self.position.step > 0:
                 log.warning(f"{len(silent)} trainable modules never received a gradient: {first_names(silent)}")
-        self.optim.eval_mode()
         write()
-        self.optim.train_mode()
         self.accelerator.wait_for_everyone()
 
     def preview_if_due(self, trackers: Trackers, *, epoch_ended: bool) -> None:
         self.previews.if_due(
-            self.models, [self.trainables.module], trackers, self.position, epoch_ended=epoch_ended, weights=self.shown()
+            self.models,
+            [self.trainables.module],
+            trackers,
+            self.position,
+            epoch_ended=epoch_ended,
+            weights=self.shown(),
         )
 
-    def averaged(self) -> AbstractContextManager[Any]:
-        """Inside it the trained weights are their moving average, if there is one."""
-        return self.ema.swapped() if self.ema else nullcontext()
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside it the trained weights are what is shown and saved; afterwards they are what they were, to the bit."""
+        parameters = self.trainables.parameters() if self.optim.schedule_free else []
+        kept = [p.detach().clone() for p in parameters]
+        self.optim.eval_mode()
+        with self.ema.swapped() if self.ema else nullcontext():
+            yield
+        self.optim.train_mode()
+        with torch.no_grad():  # its way back rounds
+            for parameter, value in zip(parameters, kept):
+                parameter.copy_(value)
 
     @contextmanager
     def shown(self) -> Iterator[None]:
         """Inside it the model is what a user of the saved file sees: averaged weights, no dropout, full strength."""
-        self.optim.eval_mode()
         self.trainables.set_multiplier(1.0)
         was_training = self.trainables.module.training
         self.trainables.module.eval()
         with self.averaged():
             yield
         self.trainables.module.train(was_training)
-        self.optim.train_mode()
 
     def report(self, reports: Sequence[StepReport], trackers: Trackers) -> None:
         for item in reports:

@@ -25,7 +25,8 @@ def tiny_unet(seed: int = 0, **changes: Any) -> nn.Module:
     config = {
         "sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "cross_attention_dim": 16,
         "attention_head_dim": 4, "norm_num_groups": 4,
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
     }  # fmt: skip
     return UNet2DConditionModel(**(config | changes)).requires_grad_(False).eval()
 

@@ -65,7 +65,7 @@ def test_load_lora_weights(arguments: str, form: str, tmp_path: Path, caplog: py
 
 @pytest.mark.parametrize("arguments", [{}, {"conv_dim": "2"}], ids=["attention", "conv"])
 def test_load_dora(arguments: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:
-    """In peft form and for the U-Net: diffusers 0.42 drops dora_scale of kohya files and cannot read an encoder's DoRA."""
+    """peft form, U-Net: diffusers 0.42 drops dora_scale of kohya files and cannot read an encoder's DoRA."""
     encoder, unet = tiny_clip(), tiny_unet()
     network = trained(encoder, unet, dora_wd="True", **arguments)
     network.attach(train_denoiser=True, train_text_encoder=False)

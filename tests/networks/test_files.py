@@ -76,7 +76,8 @@ def test_dims_come_from_the_weights() -> None:
 
 def test_layers_outside_of_the_usual_blocks() -> None:
     state = {
-        "lora_unet_conv_in.lora_down.weight": torch.ones(2, 4, 3, 3), "lora_unet_conv_in.lora_up.weight": torch.ones(8, 2, 1, 1)
+        "lora_unet_conv_in.lora_down.weight": torch.ones(2, 4, 3, 3),
+        "lora_unet_conv_in.lora_up.weight": torch.ones(8, 2, 1, 1),
     }  # fmt: skip
     made, _ = create_network_from_weights(1.0, None, None, None, tiny_unet(), weights_sd=state)
     assert [*made.module_parameters()] == ["lora_unet_conv_in"]
@@ -178,12 +179,45 @@ def test_from_weights_refuses_other_models_and_kinds() -> None:
     assert "lora_down.weight has the shape (4, 3), here it is (4, 16)" in make(shape)
 
 
+def test_load_file_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "lora.safetensors"
+    network(dim=8).save(path, dtype=None, metadata=None)
+    with pytest.raises(UserError) as error:
+        network(dim=4).load_file(path)
+    assert str(error.value).startswith(f"{path}: the adapter file does not fit: lora_te_text_model")
+    other = network(dim=8)
+    other.load_file(path)
+    assert all(torch.equal(value, read_tensors(path)[key]) for key, value in other.state(None).items())
+
+
+@pytest.mark.parametrize("arguments", [{"use_scalar": "True"}, {"rs_lora": "True"}, {"dora_wd": "True"}])
+def test_exact_state(arguments: dict[str, str]) -> None:
+    """What a resumed run continues from is the same to the last bit, the learned factor included."""
+    made, resumed = network(dim=6, **arguments), network(dim=6, **arguments)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.mul_(1.37)
+    resumed.load_exact_state(made.exact_state())
+    for (name, a), (_, b) in zip(made.named_parameters(), resumed.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    with pytest.raises(UserError, match="the state is of another network: "):
+        network(dim=4).load_exact_state(made.exact_state())
+
+
+def test_scale_survives_the_file_exactly() -> None:
+    made = network(dim=6, rs_lora="True")
+    other = network(dim=6)
+    other.load(made.state(None))
+    assert other.named_layers()[QUERY].scale == made.named_layers()[QUERY].scale
+
+
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     empty, text, other = tmp_path / "a.safetensors", tmp_path / "b.safetensors", tmp_path / "c.pt"
     empty.touch()
     text.write_text("hello")
     torch.save({"epoch": 3}, other)
-    for path, expected in ((tmp_path / "no.pt", "no such adapter file"), (empty, "not a readable"), (text, "not a readable"),
+    for path, expected in ((tmp_path / "no.pt", "no such adapter file"), (empty, "not a readable"),
+                           (text, "not a readable"),
                            (other, "holds no adapter tensors")):  # fmt: skip
         with pytest.raises(UserError) as error:
             read_tensors(path)

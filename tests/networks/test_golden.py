@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -149,7 +150,7 @@ def test_split_qkv() -> None:
     linear = nn.Linear(6, 26)
     linear.load_state_dict({"weight": golden["base.linear1.weight"], "bias": golden["base.linear1.bias"]})
     bounds = [0, 6, 12, 18, 26]
-    parts = tuple(TargetModule("linear1", linear, slice(a, b)) for a, b in zip(bounds, bounds[1:], strict=False))
+    parts = tuple(TargetModule("linear1", linear, slice(a, b)) for a, b in pairwise(bounds))
     name = "lora_unet_single_blocks_0_linear1"
     layer = SplitLoRALayer(TargetSpec(name, parts, "denoiser", split=True), rank=2, alpha=1.0)
     for index, part in enumerate(layer.parts):

@@ -75,7 +75,7 @@ def test_dora_weight(module: nn.Module, axis: str) -> None:
 
 
 def test_dora_gradient_of_the_magnitude_and_the_direction() -> None:
-    """‖V‖ is a constant in the backward pass (DoRA, section 4.3): the gradients equal those of the written-out formula."""
+    """‖V‖ is a constant in the backward pass (DoRA, section 4.3): gradients equal those of the written-out formula."""
     linear = nn.Linear(6, 5)
     layer = on(linear, dora="output")
     layer.attach()
@@ -137,7 +137,7 @@ class Attention(nn.Module):
 @pytest.mark.parametrize("dora", [None, "output"])
 @pytest.mark.parametrize("split", [False, True])
 def test_fused_target(split: bool, dora: str | None) -> None:
-    """The file is that of an adapter on the fused matrix; with split, of a block-diagonal one with three times the rank."""
+    """The file is that of an adapter on the fused matrix; with split, a block-diagonal one of three times the rank."""
     torch.manual_seed(0)
     attention = Attention().requires_grad_(False)
     modules = tuple(TargetModule(f"attn.{n}", getattr(attention, n)) for n in "qkv")

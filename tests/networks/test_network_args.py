@@ -78,7 +78,7 @@ def test_alpha_zero_means_the_rank() -> None:
 
 
 def test_conv_block_dims_alone() -> None:
-    """Without conv_dim and block_dims too: linear layers have network_dim everywhere, convolutions their block's rank."""
+    """Without conv_dim and block_dims too: linear layers have network_dim, convolutions their block's rank."""
     dims = ",".join(str(i % 3) for i in range(25))
     layers = create_network(1.0, 4, 1.0, None, None, tiny_unet(), conv_block_dims=dims).named_layers()
     assert layers["lora_unet_down_blocks_0_resnets_0_conv1"].rank == 1  # block 1
@@ -92,8 +92,10 @@ def test_conv_block_dims_alone() -> None:
 @pytest.mark.parametrize(
     ("path", "block"),
     [
-        ("down_blocks.0.attentions.0.proj_in", 1), ("down_blocks.2.resnets.1.conv1", 8), ("down_blocks.1.downsamplers.0.conv", 6),
-        ("mid_block.attentions.0.proj_in", 12), ("up_blocks.0.resnets.0.conv1", 13), ("up_blocks.3.attentions.2.proj_in", 24),
+        ("down_blocks.0.attentions.0.proj_in", 1), ("down_blocks.2.resnets.1.conv1", 8),
+        ("down_blocks.1.downsamplers.0.conv", 6),
+        ("mid_block.attentions.0.proj_in", 12), ("up_blocks.0.resnets.0.conv1", 13),
+        ("up_blocks.3.attentions.2.proj_in", 24),
         ("up_blocks.1.upsamplers.0.conv", 18), ("conv_in", None), ("time_embedding.linear_1", None),
     ],
 )  # fmt: skip

@@ -16,7 +16,7 @@ from library.errors import UserError
 from networks.base import AdapterNetwork
 from networks.network import LayerNetwork
 from networks.plugin import PluginNetwork, load_network_module, own_modules
-from tests.networks.models import distance, run_unet, tiny_clip, tiny_unet
+from tests.networks.models import distance, randomize, run_unet, tiny_clip, tiny_unet
 
 IDS = torch.tensor([[48, 1, 2, 3, 49]])
 
@@ -133,12 +133,36 @@ def test_lycoris_from_weights_and_detach(tmp_path: Path) -> None:
     assert torch.equal(run_unet(fresh), run_unet(tiny_unet()))
 
 
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_lycoris_as_base_weights(strength: float) -> None:
+    """Loaded before anything is attached, then merged at the strength that was asked for."""
+    encoder, unet = tiny_clip(), tiny_unet()
+    network = lycoris(encoder, unet, algo="lora")
+    network.attach(train_denoiser=True, train_text_encoder=True)
+    randomize(network)
+    weights, plain = network.state(None), tiny_unet().state_dict()
+    fresh = tiny_unet()
+    made, _ = load_network_module("lycoris.kohya").create_network_from_weights(
+        strength, None, None, tiny_clip(), fresh, weights_sd=weights
+    )
+    made.load(weights)
+    made.merge_into()
+    name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    key = "lora_unet_" + name.replace(".", "_")
+    change = weights[f"{key}.lora_up.weight"] @ weights[f"{key}.lora_down.weight"] * weights[f"{key}.alpha"] / 4
+    assert distance(fresh.state_dict()[f"{name}.weight"], plain[f"{name}.weight"] + strength * change) < 1e-6
+
+
+def test_arguments_are_checked_before_anything_is_built() -> None:
+    with pytest.raises(UserError, match="unknown key 'conv_dims'"):
+        load_network_module("networks.lora").check_arguments({"conv_dims": "4"})
+    load_network_module("networks.lora").check_arguments({"conv_dim": "4"})
+
+
 def test_wrong_file_for_lycoris() -> None:
     network = lycoris(tiny_clip(), tiny_unet(), algo="lora")
     network.attach(train_denoiser=True, train_text_encoder=True)
-    with pytest.raises(
-        UserError, match="1 keys of the adapter file belong to no adapter here: lora_unet_nothing.alpha"
-    ):
+    with pytest.raises(UserError, match="1 keys of the adapter file belong to no adapter here: lora_unet_nothing"):
         network.load({"lora_unet_nothing.alpha": torch.ones(())})
 
 

@@ -3,12 +3,10 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -93,20 +91,20 @@ def test_compiles_in_one_graph() -> None:
     unet = tiny_unet()
     network = attached(unet, dora_wd="True", train_norm="True", rank_dropout="0.0")
     expected = gradients(network, unet)
-    block = unet.mid_block
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
-    unet.mid_block = compiled
+    blocks: Any = unet.mid_block.attentions[0].transformer_blocks  # type: ignore[union-attr,index]
+    block = blocks[0]
+    blocks[0] = torch.compile(block, fullgraph=True, backend="aot_eager")
     found = gradients(network, unet)
     assert all(distance(a, b) < 1e-4 for a, b in zip(found, expected, strict=True))
     with network.disabled():
         plain = run_unet(unet)
     network.detach()
-    unet.mid_block = block
+    blocks[0] = block
     assert distance(plain, run_unet(unet)) < 1e-6
 
 
 class Transformer2DModel(nn.Module):
-    """Two layers in a module whose class is a target; real models take too long to import in each process."""
+    """Two layers in a module whose class is a target."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -128,24 +126,20 @@ class Step(nn.Module):
         return self.model(x)
 
 
-def _two_processes(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def test_ddp_finds_a_gradient_for_every_parameter_under_module_dropout(tmp_path: Any) -> None:
+    """DDP refuses the next step when a parameter had none, so a dropped adapter must still give (zero) gradients."""
     model = nn.Sequential(Transformer2DModel()).requires_grad_(False)
-    network = attached(model, module_dropout="0.5")
-    wrapped = nn.parallel.DistributedDataParallel(Step(model, network))  # refuses a parameter without gradient
-    for step in range(3):
-        torch.manual_seed(10 * step + rank)
-        wrapped(torch.randn(4, 6)).square().mean().backward()
-    torch.save([parameter.grad for parameter in network.parameters()], f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.skipif(os.name == "nt", reason="gloo over a file store")
-def test_two_processes_share_gradients_under_module_dropout(tmp_path: Any) -> None:
-    mp.spawn(_two_processes, args=(str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert len(first) == 4 and all(torch.equal(a, b) and a.abs().max() > 0 for a, b in zip(first, second, strict=True))
+    network = attached(model, module_dropout="0.9")
+    store = f"file://{(tmp_path / 'store').as_posix()}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(Step(model, network))
+        for step in range(4):
+            torch.manual_seed(step)
+            wrapped(torch.randn(4, 6)).square().mean().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert len([*network.parameters()]) == 4 and all(p.grad is not None for p in network.parameters())
 
 
 def test_only_the_trained_model_stays_in_network_and_file() -> None:
