@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
+import re
 import sys
 import types
 import typing
@@ -26,6 +28,11 @@ from typing import Any
 
 from library.errors import UserError, nearest, unknown
 from library.foreign_keys import FOREIGN_KEYS
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 Check = Callable[[Any], "str | None"]  # returns what is wrong ("must be at least 1"), or None
 
@@ -40,6 +47,7 @@ class OptionInfo:
     parse: Callable[[Any], Any] | None = None
     answer: str | None = None
     secret: bool = False
+    zero_is_unset: bool = False
 
 
 def option(
@@ -51,13 +59,15 @@ def option(
     parse: Callable[[Any], Any] | None = None,
     answer: str | None = None,
     secret: bool = False,
+    zero_is_unset: bool = False,
 ) -> Any:
     """One option. `parse` turns a CLI text or TOML value into the field's value and raises ValueError saying what it expects.
 
     answer: the option is accepted and has nothing left to do; this line says what does its job now. It is shown once.
     secret: never printed, logged, dumped or written to metadata.
+    zero_is_unset: 0 means not given, as graphical programs write it.
     """
-    info = OptionInfo(help, tuple(choices), check, parse, answer, secret)
+    info = OptionInfo(help, tuple(choices), check, parse, answer, secret, zero_is_unset)
     return field(default=default, metadata={"option": info})
 
 
@@ -157,6 +167,8 @@ class Spec:
     def read(self, value: Any) -> Any:
         """The validated value. Raises ValueError with what is wrong."""
         result = self.info.parse(value) if self.info.parse else convert(value, self.hint)
+        if self.info.zero_is_unset and result == 0:
+            return self.default
         if self.info.choices and result is not None and result not in self.info.choices:
             hint = nearest(str(result), self.info.choices)
             extra = f". Did you mean '{hint}'?" if hint else ""
@@ -259,6 +271,8 @@ def resolve(
     values: dict[str, Any] = {}
     sources = {**{k: str(path) for k in table}, **{k: "command line" for k in command_line}}
     for name, raw in {**table, **command_line}.items():
+        if raw == "":  # not given: graphical programs write empty fields so
+            continue
         where = all_specs[name].flag if sources[name] == "command line" else f"{sources[name]}: {name}"
         try:
             values[name] = all_specs[name].read(raw)
@@ -286,14 +300,19 @@ def _read_command_line(
     all_specs: Mapping[str, Spec], argv: Sequence[str], prog: str, description: str, problems: list[str]
 ) -> dict[str, Any]:
     namespace, extra = build_parser(all_specs, prog, description).parse_known_args(list(argv))
+    flags = [word for word in extra if word.startswith("--")]
+    for flag in flags:
+        name = flag[2:].split("=")[0]
+        hint = nearest(name, all_specs)
+        problems.append(
+            f"Unknown option --{name}." + (f" Did you mean --{hint}?" if hint else " See --help for all options.")
+        )
+    theirs, last = set(), ""
+    for word in argv:
+        last = word if word.startswith("--") else last
+        theirs |= {word} if last in flags else set()
     for word in extra:
-        if word.startswith("--"):
-            name = word[2:].split("=")[0]
-            hint = nearest(name, all_specs)
-            problems.append(
-                f"Unknown option --{name}." + (f" Did you mean --{hint}?" if hint else " See --help for all options.")
-            )
-        else:
+        if word not in theirs:
             problems.append(f"'{word}' belongs to no option: values with spaces need quotes, and options start with --")
     return vars(namespace)
 
@@ -326,20 +345,21 @@ def _read_config_file(
 
 def read_toml(path: Path, what: str) -> dict[str, Any]:
     """A TOML file as a dict. Raises UserError naming `what`, the file and the line."""
-    import toml
-
     try:
-        return toml.loads(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{what}: {path} does not exist") from None
     except IsADirectoryError:
         raise UserError(f"{what}: {path} is a folder; a TOML file is needed") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{what}: {path} is not UTF-8 text (byte {error.start})") from None
-    except (toml.TomlDecodeError, IndexError, ValueError) as error:
-        line = f", line {error.lineno}" if isinstance(error, toml.TomlDecodeError) else ""
-        reason = getattr(error, "msg", str(error))
-        raise UserError(f"{what}: {path}{line} is not valid TOML: {reason}") from None
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        reason, _, place = str(error).partition(" (at ")
+        number = re.match(r"line (\d+)", place)
+        line = int(number.group(1)) if number else text.rstrip("\n").count("\n") + 1  # "end of document"
+        raise UserError(f"{what}: {path}, line {line} is not valid TOML: {reason}") from None
 
 
 # ---- out again ----------------------------------------------------------------------------------------------------
@@ -359,12 +379,23 @@ def changed_values(options: Any, *, all_values: bool = False) -> dict[str, Any]:
 
 def dump_toml(options: Any) -> str:
     """The options that differ from the defaults as a --config_file, in a stable order."""
-    import toml
+    values = changed_values(options)
+    return "".join(
+        f"{name} = {toml_value(value)}\n"
+        for name, value in values.items()
+        if value is not None and name not in ("config_file", "output_config")
+    )
 
-    values = {
-        k: v for k, v in changed_values(options).items() if v is not None and k not in ("config_file", "output_config")
-    }
-    return toml.dumps(values)
+
+def toml_value(value: Any) -> str:
+    """A text, number, truth value or list of them as TOML."""
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON's escapes are TOML's
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(toml_value(item) for item in value)}]"
+    return repr(value)
 
 
 def write_output_config(options: Any, path: Path) -> None:

@@ -158,7 +158,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=EXAMPLES / "base_model", help="the diffusers folder")
     parser.add_argument("--pictures", type=int, default=16000)
     parser.add_argument("--vae_samples", type=int, default=13000)
-    parser.add_argument("--polish_samples", type=int, default=16000)
+    parser.add_argument("--polish_samples", type=int, default=6000)
     parser.add_argument("--polish_pictures", type=int, default=4000)
     parser.add_argument("--text_samples", type=int, default=12800)
     parser.add_argument("--samples", type=int, default=200_000, help="of the denoiser's training")

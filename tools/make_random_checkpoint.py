@@ -3,8 +3,8 @@
 
     python tools/make_random_checkpoint.py --version 1 --layout both --output /tmp/sd15
 
-writes /tmp/sd15/model.safetensors (published names) with /tmp/sd15/tokenizer beside it, and the same weights as a folder,
-/tmp/sd15/diffusers. Full size is 1.07 billion parameters. Memory holds one tensor at a time.
+writes /tmp/sd15/model.safetensors (published names) with /tmp/sd15/tokenizer beside it, and the same weights as a
+folder, /tmp/sd15/diffusers. Full size is 1.07 billion parameters. Memory holds one tensor at a time.
 """
 
 from __future__ import annotations
@@ -102,7 +102,8 @@ def make_model(version: int, *, tiny: bool, dtype: torch.dtype, seed: int) -> Ra
         values = {**config[part], **(TINY[part] if tiny else {})}
         if tiny and part == "unet" and version == 2:
             values["attention_head_dim"] = [1, 1]
-        modules[part] = build_empty(functools.partial(build, values)).to(dtype)
+        # the `to` of diffusers warns about casts
+        modules[part] = nn.Module.to(build_empty(functools.partial(build, values)), dtype)
     return RandomModel(modules, version, seed)
 
 

@@ -91,38 +91,39 @@ def _repeated_folders(index: int, config: DatasetConfig) -> Iterator[str]:
 # ---- checks that need to know the model ---------------------------------------------------------------------------
 
 
-def smaller_than_bucket(samples: Sequence[Sample], buckets: Sequence[tuple[int, int]]) -> str | None:
-    """One line on the pictures that must be enlarged. buckets: the (width, height) that each sample is trained at."""
-    small = [
-        f"{sample.path} ({sample.size[0]}x{sample.size[1]} to {bucket[0]}x{bucket[1]})"
-        for sample, bucket in zip(samples, buckets)
-        if sample.size[0] < bucket[0] or sample.size[1] < bucket[1]
-    ]
-    if not small:
+MOST_COUNTED = 10_000  # captions; tokenizing takes about 0.2 ms each
+
+
+def smaller_than_bucket(enlarged: Sequence[str]) -> str | None:
+    """One line on the pictures that must be enlarged: `DatasetStats.upscaled` of all datasets."""
+    if not enlarged:
         return None
-    subject = "1 picture is" if len(small) == 1 else f"{len(small)} pictures are"
-    return f"{subject} smaller than their bucket and will be enlarged (see bucket_no_upscale): {first_names(small)}"
+    subject = "1 picture is" if len(enlarged) == 1 else f"{len(enlarged)} pictures are"
+    return f"{subject} smaller than their bucket and will be enlarged (see bucket_no_upscale): {first_names(enlarged)}"
 
 
 def longer_than_limit(
-    samples: Sequence[Sample], count_tokens: Callable[[list[str]], Sequence[int]], limit: int
+    samples: Sequence[Sample],
+    count_tokens: Callable[[list[str]], Sequence[int]],
+    limit: int,
+    *,
+    most: int = MOST_COUNTED,
 ) -> str | None:
-    """One line on the captions of more than `limit` tokens.
+    """One line on the captions of more than `limit` tokens. Of very many captions the `most` longest are counted.
 
     count_tokens: texts -> number of tokens of each, without start, end and padding. A token stands for one byte at
     least, so that short captions need no counting.
     """
-    suspects = []
-    for sample in samples:
-        text = _longest_form(sample)
-        if len(text.encode()) > limit:
-            suspects.append((sample.path, text))
-    texts = list(dict.fromkeys(text for _, text in suspects))
-    counts = dict(zip(texts, count_tokens(texts))) if texts else {}
-    long = [f"{path} ({counts[text]} tokens)" for path, text in suspects if counts[text] > limit]
+    uses = dict.fromkeys((sample.path, _longest_form(sample)) for sample in samples)  # also once for several datasets
+    texts = dict.fromkeys(text for _, text in uses if len(text.encode()) > limit)
+    counted = sorted(texts, key=len, reverse=True)[:most]
+    counts = dict(zip(counted, count_tokens(counted))) if counted else {}
+    long = [f"{path} ({counts[text]} tokens)" for path, text in uses if counts.get(text, 0) > limit]
     if not long:
         return None
     subject = "1 caption is" if len(long) == 1 else f"{len(long)} captions are"
+    if len(counted) < len(texts):
+        subject = f"of the {len(counted)} longest captions {len(long)} are"
     return f"{subject} longer than {limit} tokens and will be cut (see max_token_length): {first_names(long)}"
 
 

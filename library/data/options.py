@@ -170,7 +170,7 @@ class CacheOptions:
     """What is computed once and kept."""
 
     cache_latents: bool = option(False, help="Encode the pictures once, before the training.")
-    vae_batch_size: int = option(1, help="Pictures that are encoded at once.", check=at_least(1))
+    vae_batch_size: int = option(1, help="Pictures that are encoded at once.", check=at_least(1), zero_is_unset=True)
     cache_latents_to_disk: bool = option(False, help="Keep the encoded pictures on disk (turns on --cache_latents).")
     skip_cache_check: bool = option(False, help="Trust what is cached on disk without looking at the pictures again.")
     cache_text_encoder_outputs: bool = option(False, help="Encode the captions once, before the training.")
@@ -178,7 +178,10 @@ class CacheOptions:
         False, help="Keep the encoded captions on disk (turns on --cache_text_encoder_outputs)."
     )
     text_encoder_batch_size: int | None = option(
-        None, help="Captions that are encoded at once (default: --train_batch_size).", check=at_least(1)
+        None,
+        help="Captions that are encoded at once (default: 16).",
+        check=at_least(1),
+        zero_is_unset=True,
     )
     caption_variants: int = option(
         8,

@@ -29,7 +29,7 @@ class DatasetStats:
     buckets: tuple[tuple[Size, int], ...]
     batch_size: int
     batches: int
-    upscaled: tuple[str, ...]  # files that are smaller than their bucket
+    upscaled: tuple[str, ...]  # files that are smaller than their bucket, with both sizes
 
 
 class Part(NamedTuple):
@@ -90,7 +90,9 @@ def _make_part(
         batch_size=config.batch_size,
         batches=int(pool.batch_counts.sum()),
         upscaled=tuple(
-            s.path for s, b in zip(samples, buckets) if b.resized[0] > s.size[0] or b.resized[1] > s.size[1]
+            f"{s.path} ({s.size[0]}x{s.size[1]} to {b.reso[0]}x{b.reso[1]})"
+            for s, b in zip(samples, buckets)
+            if b.resized[0] > s.size[0] or b.resized[1] > s.size[1]
         ),
     )
     return Part(config, samples, manager, pool, validation_pool, stats)

@@ -82,7 +82,7 @@ def scan(
 
 @contextlib.contextmanager
 def _paused_gc() -> Iterator[None]:
-    """A scan makes many small objects and no cycles: looking for those would take a third of its time."""
+    """A scan makes many small objects and no cycles: looking for those in between would be wasted time."""
     was_on = gc.isenabled()
     gc.disable()
     try:

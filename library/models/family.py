@@ -65,6 +65,15 @@ class ModelFamily(ABC):
     def tokenize(self, captions: list[str]) -> Tokens:
         """Token ids, and weights where captions are weighted. Truncated captions are named in the result."""
 
+    @property
+    @abstractmethod
+    def token_limit(self) -> int:
+        """Most tokens of a caption; longer ones are cut. Start, end and padding do not count."""
+
+    @abstractmethod
+    def count_tokens(self, captions: Sequence[str]) -> list[int]:
+        """Number of tokens of each caption, uncut, counted as `token_limit` counts."""
+
     @abstractmethod
     def encode_text(self, tokens: Tokens, encoders: Sequence[nn.Module]) -> Cond:
         """What `predict` reads, for the whole batch (every tensor B first). Gradient flows where an encoder learns."""

@@ -60,8 +60,9 @@ class Part:
     def fingerprint(self) -> str:
         """Hash of names, shapes and bytes of this part's weights: equal only for equal contents."""
         digest = hashlib.blake2b(digest_size=16)
-        for name in sorted(n for n in self.file.shapes if n.startswith(self.prefix)):
-            tensor = self.file.tensor(name)
+        file = open_weights(self.file.path)  # a mapping of its own: what it touches is given back at the end
+        for name in sorted(n for n in file.shapes if n.startswith(self.prefix)):
+            tensor = file.tensor(name)
             digest.update(f"{name[len(self.prefix) :]} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()

@@ -43,7 +43,10 @@ class SDOptions(ModelOptions):
     v2: bool = option(False, help="The model is Stable Diffusion 2.x.")
     v_parameterization: bool = option(False, help="The model predicts v instead of the noise (2.x 768-v, for example).")
     clip_skip: int | None = option(
-        None, help="Use the n-th layer from the end of the text encoder, 1 being the last.", check=at_least(1)
+        None,
+        help="Use the n-th layer from the end of the text encoder, 1 being the last.",
+        check=at_least(1),
+        zero_is_unset=True,
     )
     max_token_length: int | None = option(
         None, help="Longest caption in tokens: 75, 150 or 225. Without it 75.", parse=token_length

@@ -106,6 +106,13 @@ class StableDiffusion(ModelFamily):
             captions, max_tokens=self.max_tokens, weighted=self.options.weighted_captions, name=ENCODER
         )
 
+    @property
+    def token_limit(self) -> int:
+        return self.max_tokens
+
+    def count_tokens(self, captions: Sequence[str]) -> list[int]:
+        return self.tokenizer.count(captions, weighted=self.options.weighted_captions)
+
     def encode_text(self, tokens: Tokens, encoders: Sequence[nn.Module]) -> Cond:
         (encoder,) = encoders
         ids = tokens.ids[ENCODER].to(next(encoder.parameters()).device)  # B chunks 77

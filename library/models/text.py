@@ -93,13 +93,17 @@ class ClipTokenizer:
 
         Each chunk is start, up to 75 tokens, end, padding. Longer captions are cut; their indices are in `truncated`.
         """
-        words = [self._weighted_ids(c) if weighted else [(i, 1.0) for i in self._ids(c)] for c in captions]
+        words = [self._words(caption, weighted=weighted) for caption in captions]
         chunks = math.ceil(max_tokens / CHUNK)
         rows = [self._chunks(row[:max_tokens], chunks) for row in words]
         ids = torch.tensor([[[i for i, _ in chunk] for chunk in row] for row in rows], dtype=torch.int64)
         weights = torch.tensor([[[w for _, w in chunk] for chunk in row] for row in rows], dtype=torch.float32)
         truncated = tuple(i for i, row in enumerate(words) if len(row) > max_tokens)
         return Tokens({name: ids}, {name: weights} if weighted else None, truncated)
+
+    def count(self, captions: Sequence[str], *, weighted: bool) -> list[int]:
+        """Number of tokens of each caption, before anything is cut."""
+        return [len(self._words(caption, weighted=weighted)) for caption in captions]
 
     def fingerprint(self) -> str:
         """Hash of the vocabulary and the padding."""
@@ -109,8 +113,10 @@ class ClipTokenizer:
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
-    def _weighted_ids(self, caption: str) -> list[tuple[int, float]]:
-        return [(i, weight) for text, weight in parse_weights(caption) for i in self._ids(text)]
+    def _words(self, caption: str, *, weighted: bool) -> list[tuple[int, float]]:
+        """Ids with their weights."""
+        pieces = parse_weights(caption) if weighted else [(caption, 1.0)]
+        return [(i, weight) for text, weight in pieces for i in self._ids(text)]
 
     def _chunks(self, words: list[tuple[int, float]], count: int) -> list[list[tuple[int, float]]]:
         rows = []

@@ -39,7 +39,7 @@ class DDPMOptions:
     )
     min_timestep: int | None = option(None, help="Lowest timestep to train (0).", check=between(0, 999))
     max_timestep: int | None = option(
-        None, help="End of the timesteps to train, itself excluded (1000).", check=between(1, 1000)
+        None, help="End of the timesteps to train, itself excluded (1000).", check=between(1, 1000), zero_is_unset=True
     )
     min_snr_gamma: float | None = option(
         None, help="Cap the weight of easy timesteps at this signal-to-noise ratio (5 is usual).", check=at_least(0)

@@ -52,6 +52,8 @@ class NetworkTrainer(Trainer):
         self.network.attach(train_denoiser=train_denoiser, train_text_encoder=train_text)
         if options.network_weights and not options.dim_from_weights:
             self.network.load_file(options.network_weights)
+        if self.options.precision.gradient_checkpointing:
+            self.network.enable_gradient_checkpointing()
         groups = self.network.param_groups(
             learning_rate=self.options.optimizer.learning_rate,
             unet_lr=options.unet_lr,
@@ -62,11 +64,12 @@ class NetworkTrainer(Trainer):
         return Trainables(
             module=self.network,
             groups=groups,
-            state=lambda: self.network.state(None),
-            load=self.network.load,
+            state=self.network.exact_state,
+            load=self.network.load_exact_state,
             trains_text=train_text,
             set_multiplier=self.network.set_multiplier,
             base_model=self.network.disabled,
+            epoch_started=self.network.epoch_started,
         )
 
     def trains_text(self) -> bool:
@@ -88,6 +91,7 @@ class NetworkTrainer(Trainer):
                 models.denoiser,
                 None,
                 False,
+                neuron_dropout=options.network_dropout,
                 **self.network_args,
             )
             network.load(weights)

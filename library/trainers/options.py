@@ -21,15 +21,23 @@ MEMORY_ISSUE = "not available in this version; the frozen model is kept in the d
 class TrainOptions:
     """How long and how to train."""
 
-    max_train_steps: int = option(1600, help="Optimizer steps of the run.", check=positive)
-    max_train_epochs: int | None = option(None, help="Epochs of the run; wins over --max_train_steps.", check=positive)
+    max_train_steps: int = option(1600, help="Optimizer steps of the run.", check=positive, zero_is_unset=True)
+    max_train_epochs: int | None = option(
+        None, help="Epochs of the run; wins over --max_train_steps.", check=positive, zero_is_unset=True
+    )
     seed: int | None = option(None, help="Seed of every random draw; without it one is chosen and printed.")
     gradient_accumulation_steps: int = option(
         1, help="Batches whose gradients make one optimizer step.", check=positive
     )
-    validate_every_n_steps: int | None = option(None, help="Validate every N optimizer steps.", check=positive)
-    validate_every_n_epochs: int | None = option(None, help="Validate every N epochs (default: each).", check=positive)
-    max_validation_steps: int | None = option(None, help="Validate on at most this many batches.", check=positive)
+    validate_every_n_steps: int | None = option(
+        None, help="Validate every N optimizer steps.", check=positive, zero_is_unset=True
+    )
+    validate_every_n_epochs: int | None = option(
+        None, help="Validate every N epochs (default: each).", check=positive, zero_is_unset=True
+    )
+    max_validation_steps: int | None = option(
+        None, help="Validate on at most this many batches.", check=positive, zero_is_unset=True
+    )
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,7 @@ class PrecisionOptions:
         "inductor",
         help="Backend of --torch_compile.",
         choices=(
+            "no",
             "eager",
             "aot_eager",
             "inductor",
@@ -84,7 +93,9 @@ class PrecisionOptions:
                 yield f"--full_{name} needs --mixed_precision {name}"
         if self.cpu_offload_checkpointing and not self.gradient_checkpointing:
             yield "--cpu_offload_checkpointing has no effect without --gradient_checkpointing"
-        if self.torch_compile and self.dynamo_backend not in ("eager", "aot_eager", "inductor", "cudagraphs"):
+        if self.torch_compile and self.dynamo_backend == "no":
+            yield "--dynamo_backend no switches --torch_compile off: leave one of them out"
+        elif self.torch_compile and self.dynamo_backend not in ("eager", "aot_eager", "inductor", "cudagraphs"):
             yield f"--dynamo_backend {self.dynamo_backend} is gone from torch: use inductor"
 
 
@@ -92,7 +103,9 @@ class PrecisionOptions:
 class DistributedOptions:
     """Several GPUs: `accelerate launch` starts the processes, these are its details."""
 
-    ddp_timeout: int | None = option(None, help="Minutes to wait for the other processes.", check=positive)
+    ddp_timeout: int | None = option(
+        None, help="Minutes to wait for the other processes.", check=positive, zero_is_unset=True
+    )
     ddp_gradient_as_bucket_view: bool = option(False, help="DDP keeps gradients in its own buckets.")
     ddp_static_graph: bool = option(False, help="DDP assumes that every step uses the same weights.")
     deepspeed: bool = option(False, help="Train with DeepSpeed (Linux, pip install deepspeed).")
@@ -158,8 +171,6 @@ class LoggingOptions:
     def problems(self) -> Iterator[str]:
         if self.log_with in ("tensorboard", "all") and self.logging_dir is None:
             yield f"--log_with {self.log_with} needs --logging_dir"
-        if self.wandb_run_name and self.log_with not in ("wandb", "all"):
-            yield "--wandb_run_name has no effect without --log_with wandb"
 
 
 @dataclass(frozen=True)
@@ -184,7 +195,7 @@ class NetworkOptions:
         None, help="Learning rate of the text encoder's part (one value, or one per encoder).", check=at_least(0)
     )
     scale_weight_norms: float | None = option(
-        None, help="Scale weights down to this norm after each step.", check=positive
+        None, help="Scale weights down to this norm after each step.", check=positive, zero_is_unset=True
     )
     base_weights: tuple[str, ...] | None = option(None, help="Network files to merge into the model before training.")
     base_weights_multiplier: tuple[float, ...] | None = option(

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from library.data.config import load_dataset_config
 from library.data.dataset import TrainingData
 from library.data.lint import check as lint
+from library.data.lint import longer_than_limit, smaller_than_bucket
 from library.data.plan import EpochPlan
 from library.data.records import DatasetConfig, Sample
 from library.data.scan import Scan, scan
@@ -36,7 +37,8 @@ T = TypeVar("T")
 RESUMED_OPTIONS = (
     "optimizer_type", "optimizer_args", "learning_rate", "lr_scheduler", "lr_scheduler_type", "lr_scheduler_args",
     "lr_warmup_steps", "gradient_accumulation_steps", "full_fp16", "full_bf16", "ema_decay", "network_module", "network_dim",
-    "network_alpha", "network_args", "network_train_unet_only", "network_train_text_encoder_only", "unet_lr", "text_encoder_lr",
+    "network_alpha", "network_args", "network_weights", "dim_from_weights", "network_train_unet_only",
+    "network_train_text_encoder_only", "unet_lr", "text_encoder_lr",
 )  # fmt: skip
 
 log = get_logger()
@@ -95,6 +97,8 @@ class Preparation:
         data = checks.run(lambda: training_data(found, options, seed)) if found else None
         checks.finish()
         assert found is not None and data is not None and optimizer is not None and prompts is not None
+        for line in data_warnings(family, found, data):
+            log.warning(line)
         state = load_state(resume) if resume else None
         return cls(options, seed, found, data, prompts, optimizer, state, data.validation_plans())
 
@@ -110,7 +114,7 @@ class Preparation:
         if lines:
             start = f"--resume {self.options.state.resume}: this state belongs to another run:"
             raise UserError([*(f"{start} {line}" for line in lines),
-                             "give the same settings, or start anew from its weights with --network_weights"])  # fmt: skip
+                             "give the same settings, or start anew from the file beside it with --network_weights"])  # fmt: skip
 
     def fingerprint(self, plan: RunPlan) -> dict[str, Any]:
         """What must be the same when this run is resumed."""
@@ -184,7 +188,7 @@ def resume_folder(options: TrainerOptions) -> Path | None:
 
 def scan_datasets(family: ModelFamily, options: TrainerOptions) -> Scan:
     """Configuration, folders, captions and pictures. Raises UserError with all that is wrong with them."""
-    configs = load_dataset_config(options.data, bucket_step=family.bucket_step)
+    configs = load_dataset_config(options.data, bucket_step=family.bucket_step, cache=options.cache)
     found = scan(
         configs,
         cache_dir=options.cache.cache_dir,
@@ -197,6 +201,17 @@ def scan_datasets(family: ModelFamily, options: TrainerOptions) -> Scan:
     for line in report.warnings:
         log.warning(line)
     return found
+
+
+def data_warnings(family: ModelFamily, found: Scan, data: TrainingData) -> Iterator[str]:
+    """What is probably not meant, told from datasets and model together."""
+    enlarged = dict.fromkeys(name for stats in data.stats() for name in stats.upscaled)
+    samples = [sample for dataset in found.datasets for sample in dataset.samples]
+    lines = (
+        smaller_than_bucket(list(enlarged)),
+        longer_than_limit(samples, family.count_tokens, family.token_limit),
+    )
+    yield from (line for line in lines if line is not None)
 
 
 def training_data(found: Scan, options: TrainerOptions, seed: int) -> TrainingData:

@@ -77,10 +77,10 @@ class Saver:
             with_state = self.options.save_state or self.options.save_state_on_train_end
             self._write(names.last_name(name), with_state=with_state)
         elif position.step > 0:
-            self._write_state(names.step_name(name, position.step))
-            log.info(
-                f"stopped at step {position.step}; continue with --resume {self.written[-1] if self.active else ''}"
-            )
+            stopped = names.step_name(name, position.step)
+            self._write_state(stopped)
+            self._write(stopped, with_state=False)
+            log.info(f"stopped at step {position.step}; continue with --resume {self.folder / names.state_name(stopped)}")
         if self.uploader:
             self.uploader.close()
 

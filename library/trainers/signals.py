@@ -6,8 +6,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections import deque
 from types import FrameType, TracebackType
 from typing import Any
+
+import torch
+from torch import Tensor
 
 EXIT_AT_ONCE = 130
 EXIT_STOPPED = 3  # the step was finished and the state saved
@@ -37,3 +41,33 @@ class StopRequest:
             os._exit(EXIT_AT_ONCE)
         self.requested = True
         os.write(sys.stderr.fileno(), b"\nstopping: finishing this step and saving the state (again: stop at once)\n")
+
+
+class StopVote:
+    """Several processes must stop after the same step: in every step each says whether it was asked to.
+
+    What was said in the step before counts, so that nobody waits for the device.
+    """
+
+    def __init__(self, device: torch.device, *, processes: int) -> None:
+        self.device, self.processes = device, processes
+        self._votes: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+
+    def decided(self, requested: bool) -> bool:
+        """Call it once per step in every process; the answer is the same in all of them."""
+        if self.processes == 1:
+            return requested
+        vote = torch.tensor(float(requested)).to(self.device, non_blocking=True)
+        torch.distributed.all_reduce(vote)
+        event = None
+        if vote.is_cuda:
+            vote = vote.to("cpu", non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._votes.append((vote, event))
+        if len(self._votes) < 2:
+            return False
+        earlier, arrived = self._votes.popleft()
+        if arrived is not None:
+            arrived.synchronize()
+        return bool(earlier > 0)

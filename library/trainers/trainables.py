@@ -37,6 +37,7 @@ class Trainables:
     load: Callable[[dict[str, Tensor]], None]
     trains_text: bool  # gradients flow through the text encoders
     set_multiplier: Callable[[float], None] = lambda value: None
+    epoch_started: Callable[[], None] = lambda: None  # called before the first batch of each epoch
     base_model: Callable[[], AbstractContextManager[Any]] = (
         nullcontext  # inside it the model is what it was at the start
     )

@@ -26,6 +26,7 @@ from library.optim.schedulers import build_scheduler
 from library.options import dump_toml
 from library.rng import derive_seed, torch_generator
 from library.trainers.caching import Caches, Share
+from library.trainers.debug_dataset import write_dataset_sheets
 from library.trainers.facts import RunRecord
 from library.trainers.guards import MovingAverage, StepReader, StepReport
 from library.trainers.options import TrainerOptions
@@ -34,7 +35,7 @@ from library.trainers.preparation import Preparation
 from library.trainers.previews import Previews
 from library.trainers.saving import Saver
 from library.trainers.settings import compute_dtype, distributed_settings, trained_dtype
-from library.trainers.signals import EXIT_STOPPED, StopRequest
+from library.trainers.signals import EXIT_STOPPED, StopRequest, StopVote
 from library.trainers.tracking import Trackers, open_trackers
 from library.trainers.trainables import GradientWatch, Models, StepModule, Trainables
 from library.types import Batch, Noised
@@ -76,6 +77,9 @@ class Trainer(ABC):
     def run(self) -> int:
         """Exit code 0, or EXIT_STOPPED after Ctrl-C / SIGTERM. Raises UserError and StopTraining."""
         self.prepared = Preparation.of(self.family, self.options, self.checks())
+        if self.options.data.debug_dataset:
+            write_dataset_sheets(self.prepared.data, Path(self.options.save.output_dir or "."))
+            return 0
         self.start_processes()
         self.make_plan()
         self.load_models()
@@ -323,7 +327,7 @@ class Trainer(ABC):
             trackers.text("config", dump_toml(self.options))
         self.saver.write_config(self.options)
         self.preview_if_due(trackers, epoch_ended=False)
-        total = self.plan.total_steps
+        total, vote = self.plan.total_steps, StopVote(self.device, processes=self.world)
         with StopRequest() as stop, progress(total, "steps", "step", start=self.position.step) as bar:
             for batches in self.steps():
                 self.train_step(batches, self.plan.micro_step(self.position.epoch, self.position.batch))
@@ -334,7 +338,7 @@ class Trainer(ABC):
                 if self.saver.is_due(self.position, epoch_ended):
                     self.save(trackers, partial(self.saver.after_step, self.position, epoch_ended))
                 self.preview_if_due(trackers, epoch_ended=epoch_ended)
-                if stop.requested:
+                if vote.decided(stop.requested):
                     break
             finished = self.position.step >= total
             self.save(trackers, partial(self.saver.at_end, self.position, finished=finished))
@@ -352,6 +356,7 @@ class Trainer(ABC):
         with self.data.loader(workers=workers, persistent=persistent, pin_memory=pin) as loader:
             while self.position.step < plan.total_steps:
                 epoch, first = self.position.epoch, self.position.batch
+                self.trainables.epoch_started()
                 own = share_of(self.data.plan_epoch(epoch + 1), self.rank, self.world)
                 batches = loader.run(own[first:], step_of_first=self.position.step, accumulation=plan.accumulation)
                 for group in plan.groups(first):

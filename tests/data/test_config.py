@@ -421,7 +421,7 @@ def test_ranges_of_options() -> None:
     found = specs({"data": DataOptions, "cache": CacheOptions})
     for name, bad in {
         "caption_dropout_rate": "1.1", "validation_split": "-0.1", "train_batch_size": "0", "keep_tokens": "-1",
-        "bucket_reso_steps": "0", "caption_variants": "0", "vae_batch_size": "0", "resolution": "0",
+        "bucket_reso_steps": "0", "caption_variants": "0", "vae_batch_size": "-1", "resolution": "0",
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match="must be"):
             found[name].read(bad)

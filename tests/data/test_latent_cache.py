@@ -343,15 +343,16 @@ def test_a_disk_that_gets_full_while_encoding(tmp_path: Path, monkeypatch: pytes
     disk = tmp_path / "disk"
     monkeypatch.setattr(store, "GROUP_SECONDS", 0.0)
     jobs = jobs_of(make_samples(tmp_path / "pictures", 6))
-    encoder = Encoder()
+    folders, encoder = LatentFolders(str(disk)), Encoder()
 
     def encode(pixels: Tensor, seeds: list[int]) -> Tensor:
         if encoder.count == 3:
+            while len(make_cache(folders=folders).missing(jobs)) == 6:  # the writer may be behind
+                time.sleep(0.01)
             with pytest.raises(OSError, match="No space"):
                 (disk / "filler").write_bytes(bytes(1 << 21))
         return encoder(pixels, seeds)
 
-    folders = LatentFolders(str(disk))
     with pytest.raises(UserError, match=r"no space for the cache in .*disk/latents"):
         make_cache(folders=folders).fill(jobs, encode, batch_size=1)
     (disk / "filler").unlink()

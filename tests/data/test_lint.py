@@ -111,13 +111,13 @@ def sample(path: str, caption: str = "", size: tuple[int, int] = (64, 64), **rul
 
 
 def test_smaller_than_bucket() -> None:
-    samples = [sample("/a.png", size=(64, 64)), sample("/b.png", size=(63, 90)), sample("/c.png", size=(10, 20))]
-    assert smaller_than_bucket(samples[:1], [(64, 64)]) is None
-    assert smaller_than_bucket(samples, [(64, 64), (64, 64), (64, 128)]) == (
+    enlarged = ["/b.png (63x90 to 64x64)", "/c.png (10x20 to 64x128)"]
+    assert smaller_than_bucket([]) is None
+    assert smaller_than_bucket(enlarged) == (
         "2 pictures are smaller than their bucket and will be enlarged (see bucket_no_upscale): "
         "/b.png (63x90 to 64x64), /c.png (10x20 to 64x128)"
     )
-    assert (smaller_than_bucket(samples[:2], [(64, 64), (64, 64)]) or "").startswith("1 picture is smaller")
+    assert (smaller_than_bucket(enlarged[:1]) or "").startswith("1 picture is smaller")
 
 
 def test_longer_than_limit() -> None:
@@ -139,7 +139,11 @@ def test_longer_than_limit() -> None:
         "4 captions are longer than 3 tokens and will be cut (see max_token_length): "
         "/long.png (4 tokens), /same.png (4 tokens), /prefix.png (4 tokens) and 1 more"
     )
-    assert counted == [["one two three four", "my own one two", "one two three four five", "abcdefg hij klm"]]
+    assert counted == [["one two three four five", "one two three four", "abcdefg hij klm", "my own one two"]]
+    assert longer_than_limit([*samples, *samples], words, 3) == longer_than_limit(samples, words, 3)
+    assert longer_than_limit(samples, words, 3, most=1) == (
+        "of the 1 longest captions 1 are longer than 3 tokens and will be cut (see max_token_length): /lines.png (5 tokens)"
+    )
     assert longer_than_limit(samples, words, 5) is None
     assert longer_than_limit([], words, 5) is None
 

@@ -24,7 +24,7 @@ class VaeOptions:
     kl_weight: float = 2e-4
     average_decay: float = 0.99
     polish_rate: float = 1e-3
-    polish_batch: int = 4  # whole pictures
+    polish_batch: int = 2  # whole pictures
     polish_noise: float = 0.05  # of the unit-variance latents: the decoder must bear the denoiser's errors
     seed: int = 0
 

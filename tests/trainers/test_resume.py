@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run that was stopped and resumed ends with the same bits as one that was never stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from library.errors import UserError
+from tests.trainers.helpers import assert_same_run, subset, train, train_with_stops, write_dataset
+
+# Everything that draws, remembers or counts at once. Captions: shuffle, drop, warm up; pictures: flip, random crop.
+EVERYTHING: dict[str, Any] = {
+    "network_args": ["rank_dropout=0.2", "module_dropout=0.1", "conv_dim=2", "conv_alpha=1"],
+    "network_dropout": 0.1,
+    "noise_offset": 0.1,
+    "noise_offset_random_strength": True,
+    "adaptive_noise_scale": 0.05,
+    "multires_noise_iterations": 3,
+    "ip_noise_gamma": 0.1,
+    "ip_noise_gamma_random_strength": True,
+    "lr_scheduler": "cosine",
+    "lr_warmup_steps": 2,
+    "ema_decay": 0.9,
+    "max_train_steps": 7,
+    "save_state": True,
+}
+CAPTIONS = {
+    "shuffle_caption": True,
+    "keep_tokens": 1,
+    "caption_dropout_rate": 0.2,
+    "caption_tag_dropout_rate": 0.2,
+    "token_warmup_min": 1,
+    "token_warmup_step": 5,
+}
+
+
+@pytest.fixture(scope="module")
+def lively(ground: Path, pictures: Path) -> Path:
+    """Five pictures larger than the bucket, three batches an epoch: nothing is the same twice."""
+    changing = subset(pictures, flip_aug=True, random_crop=True, **CAPTIONS)
+    return write_dataset(ground / "lively.toml", changing, resolution=[64, 64], enable_bucket=False)
+
+
+# Where to stop, and what to change. With 3 batches an epoch and accumulation 2 the second group holds 1 batch.
+STOPS: dict[str, tuple[list[int], dict[str, Any]]] = {
+    "inside an epoch": ([2], {}),
+    "at an epoch's end, then inside": ([3, 5], {}),
+    "accumulation 2": ([1, 4], {"gradient_accumulation_steps": 2}),
+    "accumulation 3, more than an epoch has": ([2], {"gradient_accumulation_steps": 4, "max_train_steps": 4}),
+    "2 workers, accumulation 2": ([2, 3], {"max_data_loader_n_workers": 2, "gradient_accumulation_steps": 2}),
+    "persistent workers": ([4], {"max_data_loader_n_workers": 2, "persistent_data_loader_workers": True}),
+    "bf16": ([2, 4], {"mixed_precision": "bf16"}),
+    "full bf16": ([3], {"mixed_precision": "bf16", "full_bf16": True}),
+    "gradient checkpointing": ([2], {"gradient_checkpointing": True}),
+    "a schedule that follows the loss": ([3], {"lr_scheduler": "reduce_lr_on_plateau", "lr_warmup_steps": 0,
+                                               "lr_scheduler_args": ["patience=0", "factor=0.5"]}),
+    "saves folded forms": ([3], {"network_args": ["use_scalar=True", "rs_lora=True", "dora_wd=True", "train_norm=True"],
+                                 "network_dim": 6, "network_alpha": 0.7}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", STOPS)
+def test_stopped_run_ends_as_the_whole_one(case: str, sd1: Path, lively: Path, tmp_path: Path) -> None:
+    stops, changes = STOPS[case]
+    values = {**EVERYTHING, **changes}
+    whole = train(sd1, lively, tmp_path / "whole", **values)
+    assert_same_run(train_with_stops(sd1, lively, tmp_path / "stopped", stops, **values), whole)
+
+
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "AdamW": {},
+    # states in 8 bits only from this size on, which is 4096 by default: more than these layers have
+    "AdamW8bit": {"optimizer_args": ["min_8bit_size=64"]},
+    "Lion": {"learning_rate": 1e-3},
+    "Prodigy": {"learning_rate": 1.0},
+    "AdamWScheduleFree": {},
+    "DAdaptAdam": {"learning_rate": 1.0},
+    "Adafactor": {},
+    "SGDNesterov": {},
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_resumes(name: str, sd1: Path, lively: Path, tmp_path: Path) -> None:
+    values: dict[str, Any] = {"optimizer_type": name, "max_train_steps": 5, "save_state": True, **OPTIMIZERS[name]}
+    whole = train(sd1, lively, tmp_path / "whole", **values)
+    assert_same_run(train_with_stops(sd1, lively, tmp_path / "stopped", [2, 3], **values), whole)
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_caches(on_disk: bool, sd1: Path, pictures: Path, ground: Path, tmp_path: Path) -> None:
+    """Cached latents of both orientations and cached texts of several variants."""
+    captions = {k: v for k, v in CAPTIONS.items() if not k.startswith("token_warmup")}
+    data = write_dataset(tmp_path / "cached.toml", subset(pictures, flip_aug=True, **captions))
+    suffix = "_to_disk" if on_disk else ""
+    values = {
+        **EVERYTHING, f"cache_latents{suffix}": True, f"cache_text_encoder_outputs{suffix}": True,
+        "network_train_unet_only": True, "cache_dir": tmp_path / "cache" if on_disk else None, "caption_variants": 3,
+    }  # fmt: skip
+    whole = train(sd1, data, tmp_path / "whole", **values)
+    assert_same_run(train_with_stops(sd1, data, tmp_path / "stopped", [2, 3], **values), whole)
+
+
+def test_saves_on_the_way_change_nothing(sd1: Path, lively: Path, tmp_path: Path) -> None:
+    """For an optimizer that trains other weights than it saves, too."""
+    for name in ("AdamW", "AdamWScheduleFree"):
+        values = {**EVERYTHING, "optimizer_type": name, "max_train_steps": 4, "lr_scheduler": None, "lr_warmup_steps": None}
+        if name == "AdamWScheduleFree":
+            values["ema_decay"] = None
+        plain = train(sd1, lively, tmp_path / name, **values)
+        busy = train(sd1, lively, tmp_path / f"{name} busy", save_every_n_steps=1, **values)
+        assert_same_run(busy, plain)
+        assert len(busy.names("*-state")) == 4
+
+
+def test_resumed_run_goes_on_in_file_names_and_average(sd1: Path, dataset: Path, tmp_path: Path) -> None:
+    values = {"max_train_steps": 5, "save_state": True, "save_every_n_steps": 2}
+    run = train_with_stops(sd1, dataset, tmp_path, [3], **values)
+    assert [report.step for report in run.trainer.reports] == [4, 5]
+    assert run.names("*.safetensors") == [f"x{n}.safetensors" for n in ("", "-step00000002", "-step00000003", "-step00000004")]
+    assert (run.state.step, run.state.epoch, run.state.batch) == (5, 1, 2)
+    assert len(run.state.losses) == 3  # of the last epoch's length, two of them from before or after the stop
+
+
+def test_state_of_another_run_is_refused(sd1: Path, dataset: Path, lively: Path, tmp_path: Path) -> None:
+    train(sd1, dataset, tmp_path / "first", max_train_steps=2, save_state=True)
+    state = tmp_path / "first" / "x-state"
+    with pytest.raises(UserError) as told:
+        train(sd1, lively, tmp_path / "second", resume=state, network_dim=8, optimizer_type="Lion", max_train_steps=4)
+    text = str(told.value)
+    assert "--network_dim was 4, is 8" in text and "--optimizer_type was , is Lion" in text and "dataset" in text
+    assert not (tmp_path / "second" / "x.safetensors").exists()
+
+
+def test_nothing_left_to_do(sd1: Path, dataset: Path, tmp_path: Path) -> None:
+    train(sd1, dataset, tmp_path, max_train_steps=2, save_state=True)
+    with pytest.raises(UserError, match="the run starts at step 2 and ends at step 2"):
+        train(sd1, dataset, tmp_path, max_train_steps=2, resume=tmp_path / "x-state")
