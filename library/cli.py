@@ -45,7 +45,10 @@ def run(method: str, family: str, argv: Sequence[str] | None = None) -> None:
 
 
 def guarded(action: Callable[[], int]) -> int:
-    """Run `action`; a UserError becomes lines on stderr and exit code 2, a diverged run 4."""
+    """Run `action`; what a user can mend becomes lines on stderr and exit code 2, a diverged run 4.
+
+    With --console_log_level DEBUG the traceback of a machine's refusal is shown too; other errors always have theirs.
+    """
     try:
         return action()
     except UserError as error:
@@ -59,6 +62,29 @@ def guarded(action: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("stopped before training began; nothing was written\n")
         return EXIT_STOPPED
+    except Exception as error:
+        line = refusal_of_machine(error)
+        if line is None:
+            raise
+        get_logger().debug("the run ended here:", exc_info=True)
+        sys.stderr.write(f"error: {line}\n")
+        return EXIT_BAD_INPUT
+
+
+def refusal_of_machine(error: BaseException) -> str | None:
+    """One line for an error that disk, memory or network made; None for a mistake of the program."""
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+        reason = str(error).partition(". ")[0]
+        return (
+            f"{reason}: --gradient_checkpointing, --cache_latents, --optimizer_type AdamW8bit, "
+            "a smaller --train_batch_size or --resolution need less"
+        )
+    if isinstance(error, MemoryError):
+        return "out of main memory: close other programs, or give a smaller --max_data_loader_n_workers"
+    if not isinstance(error, OSError):
+        return None
+    where = f"{error.filename}: " if error.filename is not None else ""
+    return f"{where}{error.strerror or str(error).partition(chr(10))[0] or type(error).__name__}"
 
 
 def _train(method: str, family: str, argv: Sequence[str], description: str) -> int:

@@ -28,13 +28,13 @@ def nearest(name: str, candidates: Iterable[str]) -> str | None:
     return found[0] if found else None
 
 
-def unknown(what: str, name: str, candidates: Iterable[str]) -> str:
-    """One line about an unknown name: `what` says where it stands, for example "--network_args"."""
-    names = sorted(candidates)
+def unknown(what: str, name: str, candidates: Iterable[str], *, kind: str = "key") -> str:
+    """One line about an unknown name of some kind: `what` says where it stands, for example "--network_args"."""
+    names = sorted(set(candidates))
     hint = nearest(name, names)
     if hint is not None:
-        return f"{what}: unknown key '{name}'. Did you mean '{hint}'?"
-    return f"{what}: unknown key '{name}'. Known: {', '.join(names)}"
+        return f"{what}: unknown {kind} '{name}'. Did you mean '{hint}'?"
+    return f"{what}: unknown {kind} '{name}'. Known: {', '.join(names)}"
 
 
 def first_names(names: Sequence[str], limit: int = 3) -> str:

@@ -9,6 +9,8 @@ import sys
 import time
 from types import TracebackType
 
+from library.errors import UserError
+
 LOGGER_NAME = "trainyard"
 
 
@@ -23,11 +25,17 @@ def is_main_process() -> bool:
 
 
 def setup_logging(*, level: str | None, file: str | None, simple: bool) -> None:
-    """Messages to stderr (or `file`), from rank 0 at `level`, from other ranks only errors. Idempotent."""
+    """Messages to stderr (or `file`), from rank 0 at `level`, from other ranks only errors. Idempotent.
+
+    Raises UserError when `file` cannot be written.
+    """
     logger = get_logger()
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
-    handler = logging.FileHandler(file, encoding="utf-8") if file else logging.StreamHandler(sys.stderr)
+    try:
+        handler = logging.FileHandler(file, encoding="utf-8") if file else logging.StreamHandler(sys.stderr)
+    except OSError as error:
+        raise UserError(f"--console_log_file: {file} cannot be written: {error.strerror or error}") from None
     style = "%(message)s" if simple else "%(asctime)s %(levelname)-7s %(message)s"
     handler.setFormatter(logging.Formatter(style, datefmt="%H:%M:%S"))
     handler.addFilter(OnlyOnce())

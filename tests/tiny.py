@@ -15,7 +15,13 @@ WORDS = ("cat", "dog", "red", "blue", "photo", "sks", "girl", "star")
 
 
 def make_tiny_sd(
-    folder: Path, *, version: int = 1, layout: str = "diffusers", v_prediction: bool = False, seed: int = 0
+    folder: Path,
+    *,
+    version: int = 1,
+    layout: str = "diffusers",
+    v_prediction: bool = False,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> Path:
     """A tiny SD 1.x or 2.x model below `folder`. Returns what goes into --pretrained_model_name_or_path.
 
@@ -25,7 +31,7 @@ def make_tiny_sd(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    unet, vae, encoder = tiny_modules(version=version, seed=seed)
+    unet, vae, encoder = (module.to(dtype) for module in tiny_modules(version=version, seed=seed))
     write_tokenizer(folder / "tokenizer", padding="!" if version == 2 else None)
     if layout == "single":
         return _write_single(folder / "model.safetensors", unet, vae, encoder, version)

@@ -54,6 +54,7 @@ TINY: dict[str, dict[str, Any]] = {
         "num_attention_heads": 1,
         "bos_token_id": 1022,
         "eos_token_id": 1023,
+        "pad_token_id": 0,
     },
 }
 MODEL_INDEX = {

@@ -234,7 +234,7 @@ def _differences(saved: Mapping[str, Any], current: Mapping[str, Any], prefix: s
 
 
 def _short(value: Any) -> str:
-    text = "not set" if value is None else str(value)
+    text = "not set" if value in (None, "", []) else str(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

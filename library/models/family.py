@@ -48,15 +48,19 @@ class ModelFamily(ABC):
         """Find the files and read their headers. Raises UserError for whatever a header can tell."""
 
     @abstractmethod
-    def load_text_encoders(self, dtype: torch.dtype | None, device: torch.device | str) -> list[nn.Module]:
-        """Frozen, in evaluation mode. dtype None: as the file has it."""
+    def load_text_encoders(
+        self, dtype: torch.dtype | None, device: torch.device | str, *, keep_half: bool = False
+    ) -> list[nn.Module]:
+        """Frozen, in evaluation mode. dtype None: as the file has it. keep_half: see `library.models.loading.Part.load`."""
 
     @abstractmethod
     def load_vae(self, dtype: torch.dtype | None, device: torch.device | str) -> nn.Module:
         """Frozen, in evaluation mode. dtype None: as the file has it."""
 
     @abstractmethod
-    def load_denoiser(self, dtype: torch.dtype | None, device: torch.device | str) -> nn.Module:
+    def load_denoiser(
+        self, dtype: torch.dtype | None, device: torch.device | str, *, keep_half: bool = False
+    ) -> nn.Module:
         """Frozen, in evaluation mode. dtype None: as the file has it."""
 
     # ---- text

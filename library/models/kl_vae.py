@@ -28,24 +28,34 @@ def vae_part(path: Path, default_config: Mapping[str, Any]) -> Part:
         folder = path / "vae" if (path / "vae").is_dir() else path
         return folder_part(part_file(folder), read_json(folder / "config.json"))
     file = open_weights(path)
-    if "encoder.down_blocks.0.resnets.0.conv1.weight" in file.shapes:
-        return folder_part(file, {**default_config, **layout(file.shapes, DIFFUSERS_BLOCK)})
-    return published_part(file, default_config)
+    try:
+        if "encoder.down_blocks.0.resnets.0.conv1.weight" in file.shapes:
+            return folder_part(file, {**default_config, **layout(file.shapes, DIFFUSERS_BLOCK)})
+        return published_part(file, default_config, advice="--vae needs one that has")
+    except KeyError as error:  # a size is read from a weight that is not there
+        raise UserError(f"--vae: {path} is incomplete: it lacks {error.args[0]}") from None
 
 
-def published_part(file: WeightFile, default_config: Mapping[str, Any]) -> Part:
-    """A VAE under published names, with or without `first_stage_model.`."""
+def published_part(file: WeightFile, default_config: Mapping[str, Any], advice: str = "give one with --vae") -> Part:
+    """A VAE under published names, with or without `first_stage_model.`; `advice` is for a file that has none."""
     prefix = VAE_PREFIX if f"{VAE_PREFIX}encoder.conv_in.weight" in file.shapes else ""
     shapes = {name[len(prefix) :]: shape for name, shape in file.shapes.items() if name.startswith(prefix)}
     if "encoder.conv_in.weight" not in shapes:
-        raise UserError(f"{file.path} has no VAE inside; give one with --vae")
+        raise UserError(f"{file.path} has no VAE inside; {advice}")
     config = {**default_config, **layout(shapes, LDM_BLOCK)}
-    return Part("VAE", file, prefix, lambda: build_vae(config), vae_rules)
+    return Part("VAE", file, prefix, lambda: build_vae(config), vae_rules, _scale(config))
 
 
 def folder_part(file: WeightFile, config: Mapping[str, Any]) -> Part:
     """A VAE under diffusers' names, those of its early versions included."""
-    return Part("VAE", file, "", lambda: build_vae(config), lambda module: _folder_rules(module, file.shapes))
+    return Part(
+        "VAE", file, "", lambda: build_vae(config), lambda module: _folder_rules(module, file.shapes), _scale(config)
+    )
+
+
+def _scale(config: Mapping[str, Any]) -> str:
+    """What latents depend on besides the weights."""
+    return f"{config.get('scaling_factor')} {config.get('shift_factor')}"
 
 
 def build_vae(config: Mapping[str, Any]) -> nn.Module:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from library.errors import UserError, first_names, nearest
+from library.memory.precision import cast_when_used, keeps_file_dtype
 from library.models.keys import Rule, read
 from library.models.weight_files import WEIGHT_SUFFIXES, WeightFile, open_weights
 
@@ -39,15 +40,21 @@ class Part:
     prefix: str  # of its names in the file
     build: Callable[[], nn.Module]
     rules: Callable[[nn.Module], tuple[Rule, ...]]
+    settings: str = ""  # what else its outputs depend on: part of the fingerprint
 
-    def load(self, dtype: torch.dtype | None, device: torch.device | str) -> nn.Module:
+    def load(self, dtype: torch.dtype | None, device: torch.device | str, *, keep_half: bool = False) -> nn.Module:
         """The module with its weights, in evaluation mode and frozen. dtype None: as the file has them.
 
-        Raises UserError when weights are missing or have another shape.
+        keep_half: matrices that the file has in half precision stay so and are cast when they are used, for a module
+        that only computes in `dtype` (see library.memory.precision). Raises UserError when weights are missing or have
+        another shape.
         """
         module = build_empty(self.build)
         shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-        get = lambda name: self.file.tensor(name, dtype, device)
+        shape_of, as_is = self.file.shapes, keep_half and dtype == torch.float32
+        get = lambda name: self.file.tensor(
+            name, None if as_is and keeps_file_dtype(name, shape_of[name]) else dtype, device
+        )
         tensors, wrong = read(get, self.file.shapes, self.rules(module), shapes, self.prefix)
         if wrong:
             raise UserError(
@@ -55,11 +62,13 @@ class Part:
                 f"({first_names(wrong)}); the file is incomplete or of another architecture"
             )
         module.load_state_dict(tensors, assign=True)
+        if as_is:
+            cast_when_used(module)
         return module.to(device).eval().requires_grad_(False)  # `to` moves the buffers that no file holds
 
     def fingerprint(self) -> str:
-        """Hash of names, shapes and bytes of this part's weights: equal only for equal contents."""
-        digest = hashlib.blake2b(digest_size=16)
+        """Hash of settings and of names, shapes and bytes of this part's weights: equal only for equal contents."""
+        digest = hashlib.blake2b(self.settings.encode(), digest_size=16)
         file = open_weights(self.file.path)  # a mapping of its own: what it touches is given back at the end
         for name in sorted(n for n in file.shapes if n.startswith(self.prefix)):
             tensor = file.tensor(name)

@@ -90,14 +90,18 @@ class StableDiffusion(ModelFamily):
                 f"only {vocabulary}; it belongs to another model"
             )
 
-    def load_text_encoders(self, dtype: torch.dtype | None, device: torch.device | str) -> list[nn.Module]:
-        return [self.parts.text_encoder.load(dtype, device)]
+    def load_text_encoders(
+        self, dtype: torch.dtype | None, device: torch.device | str, *, keep_half: bool = False
+    ) -> list[nn.Module]:
+        return [self.parts.text_encoder.load(dtype, device, keep_half=keep_half)]
 
     def load_vae(self, dtype: torch.dtype | None, device: torch.device | str) -> nn.Module:
         return self.parts.vae.load(torch.float32 if self.options.no_half_vae else dtype, device)
 
-    def load_denoiser(self, dtype: torch.dtype | None, device: torch.device | str) -> nn.Module:
-        return self.parts.unet.load(dtype, device)
+    def load_denoiser(
+        self, dtype: torch.dtype | None, device: torch.device | str, *, keep_half: bool = False
+    ) -> nn.Module:
+        return self.parts.unet.load(dtype, device, keep_half=keep_half)
 
     # ---- text
 

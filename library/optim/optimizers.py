@@ -192,8 +192,8 @@ class OptimizerChoice:
 def choose_optimizer(options: OptimizerOptions) -> OptimizerChoice:
     """The optimizer that the options name, with its settings checked on a toy. Raises UserError."""
     name = options.name
-    given = read_settings(options.optimizer_args or (), ARGS_FLAG)
     row, cls = find_optimizer(name)
+    given = read_settings(options.optimizer_args or (), ARGS_FLAG)
     check_settings(given, cls, ARGS_FLAG, {"self", "params", "lr", *row.fixed})
     settings = {**row.defaults, **given}
     rate: float | None = options.learning_rate
@@ -220,7 +220,7 @@ def find_optimizer(name: str) -> tuple[Row, type[torch.optim.Optimizer]]:
     if short in NOT_FOR_TRAINING:
         raise UserError(f"{FLAG} {name} cannot be used here: {NOT_FOR_TRAINING[short]}")
     if "." not in name and name not in in_torch:
-        raise UserError(unknown(FLAG, name, [*OPTIMIZERS, *in_torch]))
+        raise UserError(unknown(FLAG, name, [*OPTIMIZERS, *in_torch], kind="name"))
     cls = import_class(name, default_module="torch.optim", base=base, flag=FLAG)
     return Row(name, elementwise=short in ELEMENTWISE_IN_TORCH, schedule_free=_has_modes(cls)), cls
 

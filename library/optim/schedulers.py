@@ -318,7 +318,7 @@ def schedule_factor(name: str, plan: Plan, given: Mapping[str, Any]) -> Factor:
     """The formula of a name, with its warm-up. Raises UserError."""
     row = SCHEDULES.get(name)
     if row is None:
-        raise UserError(unknown(FLAG, name, [*SCHEDULES, *OTHER_NAMES]))
+        raise UserError(unknown(FLAG, name, [*SCHEDULES, *OTHER_NAMES], kind="name"))
     check_settings(given, row.formula, f"{ARGS_FLAG} ({name})", {"plan"})
     try:
         factor = row.formula(plan, **given)

@@ -43,6 +43,11 @@ class NetworkTrainer(Trainer):
         if problems:
             raise UserError(problems)
 
+    @property
+    def keeps_half(self) -> bool:
+        """Merging into half precision would round, and third-party networks may read the weights themselves."""
+        return not self.options.network.base_weights and self.network_module.startswith("networks.")
+
     def build_trainables(self) -> Trainables:
         options = self.options.network
         self.merge_base_weights()

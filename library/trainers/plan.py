@@ -39,6 +39,14 @@ class RunPlan:
     def total_epochs(self) -> int:
         return math.ceil(self.total_steps / self.steps_per_epoch)
 
+    def require_steps_after(self, step: int) -> None:
+        """Raises UserError when a run that goes on after `step` steps has nothing left to do."""
+        if step >= self.total_steps:
+            raise UserError(
+                f"the run starts at step {step} and ends at step {self.total_steps}: nothing is left to train. "
+                "Raise --max_train_steps or --max_train_epochs"
+            )
+
     def position_of(self, step: int) -> Position:
         """Where the run stands before optimizer step `step` (0-based)."""
         epoch, rest = divmod(step, self.steps_per_epoch)

@@ -25,11 +25,13 @@ from library.log import get_logger
 from library.models.family import ModelFamily
 from library.options import changed_values
 from library.optim.optimizers import OptimizerChoice, choose_optimizer
+from library.optim.options import OptimizerOptions
 from library.optim.schedulers import check_scheduler
 from library.sampling.options import SampleOptions
 from library.sampling.prompts import Prompt, load_prompts
 from library.trainers.options import TrainerOptions
 from library.trainers.plan import RunPlan
+from library.trainers.tracking import check_trackers
 
 T = TypeVar("T")
 
@@ -88,10 +90,9 @@ class Preparation:
         resume = checks.run(lambda: resume_folder(options))
         facts = checks.run(lambda: read_facts(resume)) if resume else None
         prompts = checks.run(lambda: preview_prompts(options.sample))
+        checks.run(lambda: check_trackers(options.logging))
         optimizer = checks.run(lambda: choose_optimizer(options.optimizer))
-        if optimizer is not None:
-            total = options.train.max_train_steps
-            checks.run(lambda: check_scheduler(options.scheduler, optimizer, total_steps=total))
+        checks.run(lambda: check_schedule(options, optimizer))
         seed = run_seed(options, facts)
         found = checks.run(lambda: scan_datasets(family, options))
         data = checks.run(lambda: training_data(found, options, seed)) if found else None
@@ -112,26 +113,31 @@ class Preparation:
             return
         lines = compare(self.resume_from.fingerprint, self.fingerprint(plan))
         if lines:
-            start = f"--resume {self.options.state.resume}: this state belongs to another run:"
-            raise UserError([*(f"{start} {line}" for line in lines),
-                             "give the same settings, or start anew from the file beside it with --network_weights"])  # fmt: skip
+            raise UserError(
+                f"--resume: {self.options.state.resume} is a state of another run: {'; '.join(lines)}. "
+                "Give the same settings, or start anew from the file beside it with --network_weights"
+            )
+        plan.require_steps_after(self.resume_from.step)
 
     def fingerprint(self, plan: RunPlan) -> dict[str, Any]:
         """What must be the same when this run is resumed."""
         values = {f"--{n}": v for n, v in changed_values(self.options, all_values=True).items() if n in RESUMED_OPTIONS}
+        values["--optimizer_type"] = self.options.optimizer.name  # there are several ways to ask for one
         facts = {"seed": self.seed, "processes": plan.num_processes, "batches per epoch": plan.batches_per_epoch}
         return {**values, **facts, "dataset": self.dataset_digests()}
 
-    def dataset_digests(self) -> dict[str, str]:
-        """Folder -> digest of its file names, sizes, captions and rules."""
-        result: dict[str, str] = {}
-        for index, subset in enumerate(self.found.subsets):
-            digest = hashlib.blake2b(digest_size=8)
-            digest.update(repr((subset.config.num_repeats, subset.config.captions, subset.config.images)).encode())
-            for sample in subset.samples:
-                digest.update(f"{Path(sample.path).name}\x1f{sample.file_size}\x1f{sample.caption}\n".encode())
-            count = len(subset.samples)
-            result[f"{index}: {Path(subset.config.name).name}"] = f"{count} pictures, {digest.hexdigest()}"
+    def dataset_digests(self) -> dict[str, dict[str, str]]:
+        """Per subset its folder, and digests of its pictures, captions and settings."""
+        result: dict[str, dict[str, str]] = {}
+        for index, subset in enumerate(self.found.subsets, start=1):
+            rules = (subset.config.num_repeats, subset.config.captions, subset.config.images)
+            pictures = [(Path(sample.path).name, sample.file_size) for sample in subset.samples]
+            result[f"subset {index}"] = {
+                "folder": Path(subset.config.name).name,
+                "pictures": f"{len(pictures)} ({_digest(pictures)})",
+                "captions": _digest([sample.caption for sample in subset.samples]),
+                "settings": _digest(rules),
+            }
         return result
 
     def describe(self, plan: RunPlan) -> Iterator[str]:
@@ -154,9 +160,22 @@ class Preparation:
         )
 
 
+def _digest(value: Any) -> str:
+    """A short text that differs where the values do."""
+    return hashlib.blake2b(repr(value).encode(), digest_size=4).hexdigest()
+
+
 def preview_prompts(options: SampleOptions) -> tuple[Prompt, ...]:
     """The prompts of the previews; none when no previews are made."""
     return load_prompts(options.sample_prompts) if options.wanted and options.sample_prompts else ()
+
+
+def check_schedule(options: TrainerOptions, optimizer: OptimizerChoice | None) -> None:
+    """The learning-rate schedule, also where the optimizer is wrong: then as it would be with the default one."""
+    if optimizer is None and options.scheduler.lr_scheduler.startswith("adafactor"):
+        return
+    chosen = optimizer or choose_optimizer(OptimizerOptions())
+    check_scheduler(options.scheduler, chosen, total_steps=options.train.max_train_steps)
 
 
 def run_seed(options: TrainerOptions, state: dict[str, Any] | None) -> int:

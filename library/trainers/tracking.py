@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, Protocol
 
 from library.errors import UserError
 from library.options import read_toml
+from library.trainers.options import LoggingOptions
 
 
 class Tracker(Protocol):
@@ -51,10 +53,8 @@ class WandbTracker:
     def __init__(
         self, project: str, run_name: str | None, folder: Path | None, key: str | None, settings: dict[str, Any]
     ):
-        try:
-            import wandb
-        except ModuleNotFoundError:
-            raise UserError("--log_with wandb: the package is not installed: pip install wandb") from None
+        import wandb
+
         if key:
             wandb.login(key=key)
         self.wandb = wandb
@@ -97,8 +97,22 @@ class Trackers:
             tracker.close()
 
 
-def open_trackers(options: Any, *, main_process: bool, project: str) -> Trackers:
-    """options: LoggingOptions. The log folder is `<logging_dir>/<log_prefix><time>`, as users have it today."""
+def check_trackers(options: LoggingOptions) -> None:
+    """The programs for the curves are installed and their settings can be read. Raises UserError."""
+    if options.log_with in ("wandb", "all") and importlib.util.find_spec("wandb") is None:
+        raise UserError(f"--log_with {options.log_with}: the package is not installed: pip install wandb")
+    if options.logging_dir:
+        try:
+            Path(options.logging_dir).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"--logging_dir: {options.logging_dir} cannot be made or used: {reason}") from None
+    if options.log_tracker_config:
+        read_toml(Path(options.log_tracker_config), "--log_tracker_config")
+
+
+def open_trackers(options: LoggingOptions, *, main_process: bool, project: str) -> Trackers:
+    """The log folder is `<logging_dir>/<log_prefix><time>`, as users have it today."""
     if not main_process or (options.logging_dir is None and options.log_with is None):
         return Trackers([])
     kind = options.log_with or "tensorboard"

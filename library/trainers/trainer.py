@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from library.device import free_memory, make_accelerator, seed_everything
-from library.errors import UserError, first_names
+from library.errors import first_names
 from library.io.state import StateParts
 from library.log import get_logger, progress
 from library.models.family import ModelFamily
@@ -55,6 +55,11 @@ class Trainer(ABC):
     def checks(self) -> list[Callable[[], None]]:
         """What the method checks before a model is loaded; each raises UserError."""
         return []
+
+    @property
+    def keeps_half(self) -> bool:
+        """Whether the models stay frozen, so that a float32 run may keep their matrices in the file's half precision."""
+        return False
 
     @abstractmethod
     def build_trainables(self) -> Trainables:
@@ -126,7 +131,7 @@ class Trainer(ABC):
         caches = Caches(family, self.options, self.prepared.data, self.dtype)
         encoders: list[nn.Module] = []
         if caches.texts is None or prompts or caches.texts_missing():
-            encoders = family.load_text_encoders(self.dtype, self.device)
+            encoders = family.load_text_encoders(self.dtype, self.device, keep_half=self.keeps_half)
         if caches.texts is not None:
             caches.fill_texts(encoders, share)
             self.previews.prepare(encoders)
@@ -143,7 +148,8 @@ class Trainer(ABC):
         self.data = self.prepared.data.prepared(
             total_steps=self.plan.total_steps, latents=caches.latents, texts=caches.texts, join=family.join_conds
         )
-        self.models = Models(family.load_denoiser(self.dtype, self.device), encoders, vae)
+        denoiser = family.load_denoiser(self.dtype, self.device, keep_half=self.keeps_half)
+        self.models = Models(denoiser, encoders, vae)
         for module in self.models.all():
             module.requires_grad_(False)
 
@@ -227,11 +233,7 @@ class Trainer(ABC):
             if not self.scheduler.needs_loss:
                 for _ in range(step):
                     self.scheduler.step()
-        if self.position.step >= self.plan.total_steps:
-            raise UserError(
-                f"the run starts at step {self.position.step} and ends at step {self.plan.total_steps}: nothing is left "
-                "to train. Raise --max_train_steps or --max_train_epochs"
-            )
+        self.plan.require_steps_after(self.position.step)
 
     def write_model(self, path: Path) -> None:
         """Write the trained weights (their moving average, if there is one) with metadata."""

@@ -1,24 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """tools/make_random_checkpoint.py: both layouts hold the same weights, and load."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from library.models.options import SDOptions
 from library.models.sd import StableDiffusion
-
-TOOL = Path(__file__).parents[2] / "tools" / "make_random_checkpoint.py"
+from tools.make_random_checkpoint import main
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_both_layouts_hold_the_same_weights(tmp_path, version):
-    command = [sys.executable, str(TOOL), "--tiny", "--version", str(version), "--output", str(tmp_path)]
-    run = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path)
-    paths = run.stdout.split()
+def test_both_layouts_hold_the_same_weights(tmp_path, capsys, version):
+    main(["--tiny", "--version", str(version), "--output", str(tmp_path)])
+    paths = capsys.readouterr().out.split()
     assert paths == [str(tmp_path / "model.safetensors"), str(tmp_path / "diffusers")]
     states = []
     for path in paths:

@@ -2,6 +2,7 @@
 """Stable Diffusion 1.x / 2.x: every way to load, what text and pictures become, and what is saved."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -125,8 +126,6 @@ def test_a_pipeline_saved_by_diffusers(models, tmp_path):
 
 def test_a_folder_with_pickles_and_text_model_level(models, tmp_path):
     """As transformers 4 and early diffusers wrote them."""
-    import shutil
-
     folder = tmp_path / "m"
     shutil.copytree(models[1, "diffusers"], folder)
     for part, name, level in (("text_encoder", "model", "text_model."), ("unet", "diffusion_pytorch_model", "")):
@@ -201,6 +200,17 @@ def test_posterior_noise_comes_from_each_samples_seed(models):
         expected = (posterior.mean[i] + posterior.std[i] * noise) * 0.18215
         torch.testing.assert_close(latents[i], expected, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(alone[0], latents[1], rtol=1e-4, atol=1e-5)
+
+
+def test_autocast_does_not_reach_the_vae(models):
+    """--no_half_vae means float32, also where the trainer runs under autocast."""
+    sd = family(models[1, "single"], no_half_vae=True)
+    vae, pixels = sd.load_vae(torch.bfloat16, "cpu"), torch.rand(1, 3, 64, 64)
+    expected = sd.encode_image(vae, pixels, [1])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(sd.encode_image(vae, pixels, [1]), expected)
+        decoded = sd.decode_latent(vae, expected)
+    assert torch.equal(sd.decode_latent(vae, expected), decoded)
 
 
 def test_decode_undoes_the_scale(models):
@@ -413,6 +423,16 @@ def test_fingerprints_tell_weights_and_settings(models, tmp_path):
         save_file(other, tmp_path / "changed.safetensors")
         found = family(tmp_path / "changed.safetensors").fingerprints()
         assert {key for key in base if base[key] != found[key]} == ({part} if part else set())
+
+
+def test_the_scaling_factor_is_part_of_the_fingerprint(models, tmp_path):
+    vae = tmp_path / "vae"
+    shutil.copytree(models[1, "diffusers"] / "vae", vae)
+    before = family(models[1, "diffusers"], vae=str(vae)).fingerprints()
+    config = json.loads((vae / "config.json").read_text())
+    (vae / "config.json").write_text(json.dumps({**config, "scaling_factor": 0.13025}))
+    after = family(models[1, "diffusers"], vae=str(vae)).fingerprints()
+    assert before["vae"] != after["vae"] and before["text"] == after["text"]
 
 
 def test_a_vae_option_changes_only_its_fingerprint(models, tmp_path):

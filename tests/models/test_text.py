@@ -84,6 +84,13 @@ def test_batch_and_order(tokenizer):
     assert tokens.truncated == (1,)
 
 
+def test_counts_are_of_the_uncut_caption(tokenizer):
+    clip, _ = tokenizer
+    captions = ["cat " * 90, "", "(cat:1.5)"]
+    assert clip.count(captions, weighted=True) == [90, 0, 1]
+    assert clip.count(captions, weighted=False)[:2] == [90, 0]
+
+
 def test_weights_follow_their_tokens(tokenizer):
     clip, padding = tokenizer
     caption = "cat " * 74 + "(cat dog:1.5) [dog]"

@@ -96,7 +96,7 @@ def test_low_rate_for_a_rate_finder_is_a_warning(caplog):
 @pytest.mark.parametrize(
     ("name", "args", "line"),
     [
-        ("AdmW", (), r"--optimizer_type: unknown key 'AdmW'\. Did you mean 'Adam"),
+        ("AdmW", (), r"--optimizer_type: unknown name 'AdmW'\. Did you mean 'Adam"),
         ("AdamW", ("weight_decai=0.1",), "unknown key 'weight_decai'. Did you mean 'weight_decay'"),
         ("AdamW", ("weight_decay",), "'weight_decay' is not of the form name=value"),
         ("AdamW", ("weight_decay=a=1",), "is not of the form name=value"),

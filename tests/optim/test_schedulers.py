@@ -197,7 +197,7 @@ def test_state_round_trip(name):
 @pytest.mark.parametrize(
     ("given", "line"),
     [
-        ({"lr_scheduler": "cosin"}, r"--lr_scheduler: unknown key 'cosin'\. Did you mean 'cosine'"),
+        ({"lr_scheduler": "cosin"}, r"--lr_scheduler: unknown name 'cosin'\. Did you mean 'cosine'"),
         ({"lr_scheduler": "linear", "lr_scheduler_args": ("num_cycles=2",)}, "unknown key 'num_cycles'"),
         ({"lr_scheduler": "cosine", "lr_scheduler_args": ("num_cycle=2",)}, "Did you mean 'num_cycles'"),
         ({"lr_scheduler": "cosine", "lr_scheduler_args": ("num_cycles='x'",)}, "cosine refused num_cycles='x'"),

@@ -93,6 +93,24 @@ def test_the_picture_is_the_one_of_the_formula(family: StableDiffusion, models: 
     assert ours.float().std() > 1  # not a plain grey
 
 
+@torch.no_grad()
+def test_a_sampler_that_scales_its_input(family: StableDiffusion, models: PreviewModels, tmp_path: Path) -> None:
+    """Euler: dx = noise * dsigma (Karras et al. 2022, algorithm 1, no churn); the model sees x / sqrt(sigma^2 + 1)."""
+    prompt = replace(CAT, sample_sampler="euler", scale=1.0)
+    (picture,) = previewer(family, [prompt], tmp_path).render(models, step=3, epoch=None, **F32)
+    alphas = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)
+    sigmas = ((1 - alphas) / alphas).sqrt().float()
+    context = family.encode_text(family.tokenize([prompt.prompt]), models.encoders)
+    times = [667, 334, 1]
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(7)) * (sigmas[times[0]] ** 2 + 1).sqrt()
+    for t, after in zip(times, [*sigmas[times[1:]], torch.tensor(0.0)]):
+        noise = family.predict(models.denoiser, x / (sigmas[t] ** 2 + 1).sqrt(), torch.tensor([t]), context, None)
+        x = x + noise * (after - sigmas[t])
+    expected = to_image(models.vae.decode(x / 0.18215).sample.clamp(-1, 1)[0])  # type: ignore[operator]
+    ours, theirs = (torch.tensor(list(i.tobytes()), dtype=torch.int16) for i in (picture.image, expected))
+    assert (ours - theirs).abs().max() <= 1
+
+
 def pixels_of(picture: Any) -> bytes:
     return picture.image.tobytes()
 
@@ -196,9 +214,10 @@ class Noisy(nn.Module):
         self.inner = inner
         self.dropout = nn.Dropout(0.5)
         self.was_training: list[bool] = []
+        self.drawn: list[float] = []
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        torch.rand(1)
+        self.drawn.append(torch.rand(1).item())
         random.random()
         self.was_training.append(self.training or self.dropout.training or torch.is_grad_enabled())
         return self.inner(*args, **kwargs)
@@ -225,6 +244,8 @@ def test_training_goes_on_as_if_nothing_had_been(
     assert maker.render(changed, step=1, epoch=None, **F32)
     maker.prepare(models.encoders)
     assert denoiser.was_training == [False] * 3
+    generator = torch.Generator().manual_seed(7)  # the prompt's seed, not the state of the training
+    assert denoiser.drawn == [torch.rand(1, generator=generator).item() for _ in range(3)]
     assert [m.training for m in modules] == modes and torch.is_grad_enabled()
     assert torch.equal(torch.rand(3), expected[0]) and random.random() == expected[1]
     assert all(torch.equal(p.grad, torch.ones_like(p)) for p in denoiser.parameters() if p.grad is not None)

@@ -131,7 +131,7 @@ def test_state_of_another_run_is_refused(sd1: Path, dataset: Path, lively: Path,
     with pytest.raises(UserError) as told:
         train(sd1, lively, tmp_path / "second", resume=state, network_dim=8, optimizer_type="Lion", max_train_steps=4)
     text = str(told.value)
-    assert "--network_dim was 4, is 8" in text and "--optimizer_type was , is Lion" in text and "dataset" in text
+    assert "--network_dim was 4, is 8" in text and "--optimizer_type was AdamW, is Lion" in text and "dataset" in text
     assert not (tmp_path / "second" / "x.safetensors").exists()
 
 

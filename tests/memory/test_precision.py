@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Half-precision storage of frozen matrices changes no bit of a float32 computation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from library.memory.precision import HALF, cast_when_used, keeps_file_dtype
+from library.models.options import SDOptions
+from library.models.sd import StableDiffusion
+from tests.tiny import make_tiny_sd
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("bias", [True, False])
+def test_forward_and_gradient_are_bit_identical(dtype: torch.dtype, bias: bool) -> None:
+    torch.manual_seed(0)
+    stored = nn.Linear(24, 40, bias=bias).requires_grad_(False)
+    stored.weight.data = stored.weight.data.to(dtype)
+    plain = nn.Linear(24, 40, bias=bias).requires_grad_(False)
+    plain.weight.data = stored.weight.data.float()
+    if bias:
+        plain.bias.data = stored.bias.data.clone()
+    assert cast_when_used(nn.Sequential(stored)) == 1
+    inputs = [torch.randn(3, 7, 24).requires_grad_() for _ in range(1)] * 2
+    outputs, gradients = [], []
+    for module, x in zip((stored, plain), inputs):
+        y = module(x)
+        (gradient,) = torch.autograd.grad(y.square().sum(), x)
+        outputs.append(y)
+        gradients.append(gradient)
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(gradients[0], gradients[1])
+    assert stored.weight.dtype == dtype
+
+
+def test_only_matrices_of_linear_layers_stay() -> None:
+    assert keeps_file_dtype("model.diffusion_model.middle_block.1.proj.weight", (4, 4))
+    assert not keeps_file_dtype("text_model.embeddings.token_embedding.weight", (49408, 768))
+    assert not keeps_file_dtype("conv_in.weight", (320, 4, 3, 3))
+    assert not keeps_file_dtype("norm.weight", (320,))
+
+
+@pytest.mark.parametrize(("version", "layout"), [(1, "single"), (1, "diffusers"), (2, "single"), (2, "diffusers")])
+def test_models_give_the_same_bits_at_half_the_size(tmp_path: Path, version: int, layout: str) -> None:
+    path = make_tiny_sd(tmp_path / "model", version=version, layout=layout, dtype=torch.float16)
+    family = StableDiffusion(SDOptions(pretrained_model_name_or_path=str(path), v2=version == 2))
+    results = []
+    for keep_half in (False, True):
+        (encoder,) = family.load_text_encoders(torch.float32, "cpu", keep_half=keep_half)
+        unet = family.load_denoiser(torch.float32, "cpu", keep_half=keep_half)
+        halves = [m for module in (encoder, unet) for m in module.modules() if isinstance(m, nn.Linear)]
+        assert any(m.weight.dtype == torch.float16 for m in halves) == keep_half
+        others = [p for module in (encoder, unet) for p in module.parameters() if p.ndim != 2]
+        assert all(p.dtype == torch.float32 for p in others)
+        cond = family.encode_text(family.tokenize(["a cat"]), [encoder])
+        x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        y = family.predict(unet, x, torch.tensor([500]), cond, None)
+        (gradient,) = torch.autograd.grad(y.square().sum(), x)
+        results.append((y.detach(), gradient))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
