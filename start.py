@@ -82,7 +82,7 @@ def test(arguments: list[str]) -> None:
 
 
 def main() -> None:
-    if sys.version_info < (3, 10):
+    if sys.version_info < (3, 10):  # noqa: UP036 - this script is what an older Python runs first
         sys.exit(f"Trainyard needs Python 3.10 or newer; this is {sys.version.split()[0]}")
     words = {"demo": "requirements.txt", "test": "requirements-test.txt", "setup": "requirements.txt"}
     if len(sys.argv) < 2 or sys.argv[1] not in words:

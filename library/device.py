@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 DTYPES = {"no": torch.float32, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+MASTER_WEIGHTS = "fp16_master_weights_and_grads"  # a key of DeepSpeed's configuration, not of accelerate's plugin
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,10 @@ def _deepspeed_plugin(arguments: dict[str, Any]) -> Any:
         raise UserError("--deepspeed: the package is not installed: pip install deepspeed (Linux with CUDA)")
     from accelerate import DeepSpeedPlugin
 
-    return DeepSpeedPlugin(**arguments)
+    plugin = DeepSpeedPlugin(**{k: v for k, v in arguments.items() if k != MASTER_WEIGHTS})
+    if arguments.get(MASTER_WEIGHTS):
+        plugin.deepspeed_config.setdefault("fp16", {})[MASTER_WEIGHTS] = True
+    return plugin
 
 
 def accelerator_present() -> bool:

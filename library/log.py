@@ -60,7 +60,7 @@ class OnlyOnce(logging.Filter):
         return new
 
 
-class progress:  # noqa: N801 - reads as a function: `with progress(10, "caching latents") as bar: bar.advance()`
+class progress:
     """A progress bar on stderr with rate and ETA: redrawn in place on a terminal, a line now and then elsewhere."""
 
     def __init__(self, total: int, what: str, unit: str = "it", *, start: int = 0, note: str = "") -> None:

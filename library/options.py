@@ -8,8 +8,8 @@
 
         def problems(self) -> Iterator[str]: ...      # combinations that make no sense, one line each
 
-A method's options are a dataclass of such groups. `resolve` reads command line and --config_file into it: default < TOML
-< command line. Every mistake is collected and reported at once. This module imports no torch: `--help` is instant.
+A method's options are a dataclass of such groups. `resolve` reads command line and --config_file into it:
+default < TOML < command line. Every mistake is collected and reported at once. This module imports no torch: `--help` is instant.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def option(
     secret: bool = False,
     zero_is_unset: bool = False,
 ) -> Any:
-    """One option. `parse` turns a CLI text or TOML value into the field's value and raises ValueError saying what it expects.
+    """One option. `parse` makes the field's value of a CLI text or TOML value; ValueError says what it expects.
 
     answer: the option is accepted and has nothing left to do; this line says what does its job now. It is shown once.
     secret: never printed, logged, dumped or written to metadata.
@@ -249,7 +249,7 @@ def describe(spec: Spec) -> str:
 
 @dataclass(frozen=True)
 class Resolved:
-    """The options object of the method, one line per option or key that was answered instead of used, and what was given."""
+    """The options object of the method, a line per option or key that was answered instead of used, what was given."""
 
     options: Any
     answers: tuple[str, ...]
@@ -269,7 +269,7 @@ def resolve(
         _read_config_file(path, all_specs, problems) if path and not command_line.get("output_config") else ({}, [])
     )
     values: dict[str, Any] = {}
-    sources = {**{k: str(path) for k in table}, **{k: "command line" for k in command_line}}
+    sources = {**{k: str(path) for k in table}, **dict.fromkeys(command_line, "command line")}
     for name, raw in {**table, **command_line}.items():
         if raw == "":  # not given: graphical programs write empty fields so
             continue
@@ -327,7 +327,7 @@ def _config_path(command_line: Mapping[str, Any]) -> Path | None:
 def _read_config_file(
     path: Path, all_specs: Mapping[str, Spec], problems: list[str]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Known keys with their values, and the known keys of other programs. Tables are only headings: one level is flattened."""
+    """Known keys with their values, and the known keys of other programs. Tables are only headings: one level goes."""
     flat: dict[str, Any] = {}
     for key, value in read_toml(path, "--config_file").items():
         flat.update(value if isinstance(value, dict) else {key: value})

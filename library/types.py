@@ -28,7 +28,7 @@ class LatentSpec:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids of a batch of captions. `ids` maps encoder name -> (B, chunks, length) int64; `weights` alike, float."""
+    """Token ids of a batch of captions. `ids`: encoder name -> (B, chunks, length) int64; `weights` alike, float."""
 
     ids: dict[str, Tensor]
     weights: dict[str, Tensor] | None = None
@@ -87,7 +87,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Noised:
-    """What the objective made of clean latents. `t` is what `predict` takes; `weight` multiplies the per-sample loss."""
+    """What the objective made of clean latents. `t` is what `predict` takes, `weight` multiplies the sample's loss."""
 
     x_t: Tensor  # B C h w
     t: Tensor  # B (DDPM: int64 0..999; flow: float32 sigma in 0..1)

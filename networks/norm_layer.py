@@ -44,7 +44,8 @@ class NormLayer(AdapterLayer):
         bias = None if self.b_norm is None else self.b_norm.to(x.dtype)
         if isinstance(module, nn.LayerNorm):
             return F.layer_norm(x, module.normalized_shape, weight, bias, module.eps)
-        return F.group_norm(x, module.num_groups, weight, bias, module.eps)
+        # torch 2.13 on the CPU crashes in the backward pass of a channels-last input that needs no gradient
+        return F.group_norm(x.contiguous(), module.num_groups, weight, bias, module.eps)
 
     def merged_weight(self, index: int = 0) -> Tensor:
         return self._module().weight.detach().float() + self.multiplier * self.w_norm.detach().float()

@@ -47,7 +47,8 @@ def run_script(
     """`python <script> <words>` in the project's folder. file_limit: bytes at which a file is full, as a disk would be."""
     if (fresh and file_limit is None) or sys.platform == "win32":
         command = [sys.executable, script, *words]
-        done = subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        alone = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=ROOT, env=alone, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         return Ended(done.returncode, done.stdout)
     server = _server()
     assert server.stdin is not None and server.stdout is not None
@@ -64,7 +65,8 @@ def run_script(
 def _server() -> subprocess.Popen[str]:
     """The server of this test session."""
     command = [sys.executable, "-m", "tests.script_runner"]
-    server = subprocess.Popen(command, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    alone = {**os.environ, "OMP_NUM_THREADS": "1"}
+    server = subprocess.Popen(command, cwd=ROOT, env=alone, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     atexit.register(server.kill)
     return server
 

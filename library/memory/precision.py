@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Frozen Linear weights in the half precision of their file while the computation is in float32.
 
-Casting float16 or bfloat16 to float32 is exact, so the results are bit-identical to weights kept in float32, at half their
-memory. Casting at each use is all it costs; autograd keeps the half-precision weight, never the float32 copy.
+Casting float16 or bfloat16 to float32 is exact, so the results are bit-identical to weights kept in float32, at half
+their memory. Casting at each use is all it costs; autograd keeps the half-precision weight, never the float32 copy.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class ModelFamily(ABC):
     def load_text_encoders(
         self, dtype: torch.dtype | None, device: torch.device | str, *, keep_half: bool = False
     ) -> list[nn.Module]:
-        """Frozen, in evaluation mode. dtype None: as the file has it. keep_half: see `library.models.loading.Part.load`."""
+        """Frozen, in evaluation mode. dtype None: as the file has it. keep_half: as in `loading.Part.load`."""
 
     @abstractmethod
     def load_vae(self, dtype: torch.dtype | None, device: torch.device | str) -> nn.Module:

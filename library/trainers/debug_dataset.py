@@ -21,7 +21,7 @@ log = get_logger()
 
 
 def write_dataset_sheets(data: TrainingData, folder: Path) -> list[Path]:
-    """The first batches of the first epoch: `debug_dataset_000.png` ... and `debug_dataset.txt`, one line per sample."""
+    """The first batches of epoch 1: `debug_dataset_000.png` ... and `debug_dataset.txt`, one line per sample."""
     folder.mkdir(parents=True, exist_ok=True)
     plans = data.plan_epoch(1)[: BATCHES_PER_SHEET * SHEETS]
     lines: list[str] = []

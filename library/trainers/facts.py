@@ -115,7 +115,7 @@ class RunRecord:
         self.hashes = FileHashes(names)
 
     def metadata(self, method: Mapping[str, Any], optimizer: str, *, step: int, epoch: int) -> dict[str, str]:
-        """`method`: what the trainer's override says (network_module, network_dim, network_alpha, network_args, extra)."""
+        """`method`: what the trainer's override says (network_module, network_dim, network_alpha, network_args)."""
         run = RunFacts(
             options=changed_values(self.options, all_values=True),
             base_model_version=self.model.base_model_version,

@@ -40,7 +40,7 @@ class _Pending:
 
 
 class StepReader:
-    """Hands out step reports as they arrive from the device, at most `lag` steps late, and stops a run that diverged."""
+    """Hands out step reports as they arrive from the device, at most `lag` steps late; stops a run that diverged."""
 
     def __init__(self, *, lag: int) -> None:
         self.lag = lag

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from library.device import DTYPES
 from library.errors import UserError
 from library.io.checkpoint import save_tensors
@@ -14,8 +16,6 @@ from library.log import get_logger
 from library.trainers.options import NetworkTrainerOptions
 from library.trainers.trainables import Trainables
 from library.trainers.trainer import Trainer
-from torch import Tensor
-
 from networks.base import AdapterNetwork
 from networks.plugin import load_network_module
 

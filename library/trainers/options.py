@@ -69,7 +69,7 @@ class PrecisionOptions:
             "tensort",
             "ipex",
             "tvm",
-        ),  # fmt: skip
+        ),
     )
     fp8_base: bool = option(False, help="Frozen model in 8-bit floats.", answer=MEMORY_ISSUE)
     fp8_base_unet: bool = option(False, help="Frozen denoiser in 8-bit floats.", answer=MEMORY_ISSUE)
@@ -135,7 +135,7 @@ class DistributedOptions:
                 "zero3_init_flag",
                 "zero3_save_16bit_model",
                 "fp16_master_weights_and_gradients",
-            )  # fmt: skip
+            )
             if getattr(self, name)
         ]
         if used and not self.deepspeed:
@@ -204,7 +204,7 @@ class NetworkOptions:
 
     def problems(self) -> Iterator[str]:
         if self.network_train_unet_only and self.network_train_text_encoder_only:
-            yield "--network_train_unet_only and --network_train_text_encoder_only leave nothing to train: give one of them"
+            yield "--network_train_unet_only and --network_train_text_encoder_only leave nothing to train: give one"
         if self.dim_from_weights and not self.network_weights:
             yield "--dim_from_weights has no effect without --network_weights"
         if self.base_weights_multiplier and not self.base_weights:
@@ -247,7 +247,7 @@ class TrainerOptions:
         if self.distributed.deepspeed and (
             self.state.save_state or self.state.save_state_on_train_end or self.state.resume
         ):
-            yield "--save_state and --resume do not work with --deepspeed, which splits the optimizer's state: leave one out"
+            yield "--save_state and --resume do not work with --deepspeed, which splits the optimizer's state"
 
 
 @dataclass(frozen=True)
@@ -258,9 +258,10 @@ class NetworkTrainerOptions(TrainerOptions):
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
-        if self.cache.texts and not self.network.network_train_unet_only:
-            if self.network.text_encoder_lr is None or any(self.network.text_encoder_lr):
-                yield (
-                    "--cache_text_encoder_outputs fixes the text encoder's outputs, which are being trained: "
-                    "add --network_train_unet_only, or leave the cache out"
-                )
+        rates = self.network.text_encoder_lr
+        trains_text = not self.network.network_train_unet_only and (rates is None or any(rates))
+        if self.cache.texts and trains_text:
+            yield (
+                "--cache_text_encoder_outputs fixes the text encoder's outputs, which are being trained: "
+                "add --network_train_unet_only, or leave the cache out"
+            )

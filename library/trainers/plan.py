@@ -65,7 +65,7 @@ class RunPlan:
 def make_plan(
     *, total_batches: int, num_processes: int, accumulation: int, max_steps: int, max_epochs: int | None, seed: int
 ) -> RunPlan:
-    """total_batches: of all processes in one epoch. `max_epochs` wins over `max_steps`. Raises UserError on no batch."""
+    """total_batches: of all processes in an epoch. `max_epochs` wins over `max_steps`. Raises UserError on no batch."""
     if total_batches == 0:
         raise UserError("no batch to train on: the dataset is empty (all of it may have gone to the validation split)")
     batches = math.ceil(total_batches / num_processes)
@@ -78,6 +78,6 @@ T = TypeVar("T")
 
 
 def share_of(items: Sequence[T], rank: int, world: int) -> Sequence[T]:
-    """The items that one process takes; one that would have fewer gets another's item again, so that all have as many."""
+    """The items of one process; one that would have fewer gets another's item again, so that all have as many."""
     own = items[rank::world]
     return own if len(own) == math.ceil(len(items) / world) else [*own, items[rank % len(items)]]

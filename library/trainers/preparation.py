@@ -23,10 +23,10 @@ from library.io.hub import download_state
 from library.io.state import StateParts, compare, load_state, read_facts
 from library.log import get_logger
 from library.models.family import ModelFamily
-from library.options import changed_values
 from library.optim.optimizers import OptimizerChoice, choose_optimizer
 from library.optim.options import OptimizerOptions
 from library.optim.schedulers import check_scheduler
+from library.options import changed_values
 from library.sampling.options import SampleOptions
 from library.sampling.prompts import Prompt, load_prompts
 from library.trainers.options import TrainerOptions
@@ -38,8 +38,8 @@ T = TypeVar("T")
 # Options that must be the same when a state is continued: the state carries what they decide.
 RESUMED_OPTIONS = (
     "optimizer_type", "optimizer_args", "learning_rate", "lr_scheduler", "lr_scheduler_type", "lr_scheduler_args",
-    "lr_warmup_steps", "gradient_accumulation_steps", "full_fp16", "full_bf16", "ema_decay", "network_module", "network_dim",
-    "network_alpha", "network_args", "network_weights", "dim_from_weights", "network_train_unet_only",
+    "lr_warmup_steps", "gradient_accumulation_steps", "full_fp16", "full_bf16", "ema_decay", "network_module",
+    "network_dim", "network_alpha", "network_args", "network_weights", "dim_from_weights", "network_train_unet_only",
     "network_train_text_encoder_only", "unet_lr", "text_encoder_lr",
 )  # fmt: skip
 
@@ -151,12 +151,14 @@ class Preparation:
             yield f"dataset {index + 1}: {stats.images} pictures, {stats.uses} with repeats{reg}{held_out}"
             yield f"dataset {index + 1}: batch size {stats.batch_size}, {stats.batches} batches, buckets {buckets}"
             if stats.reg_unused:
-                yield f"dataset {index + 1}: {len(stats.reg_unused)} regularisation pictures are not used: {first_names(stats.reg_unused)}"
+                unused = f"{len(stats.reg_unused)} regularisation pictures are not used"
+                yield f"dataset {index + 1}: {unused}: {first_names(stats.reg_unused)}"
         sizes = {stats.batch_size for stats in self.data.stats()}
         effective = "/".join(str(size * plan.accumulation * plan.num_processes) for size in sorted(sizes))
         yield (
             f"plan: {plan.total_steps} steps = {plan.total_epochs} epochs of {plan.steps_per_epoch} steps; a step is "
-            f"{plan.accumulation} batch(es) on {plan.num_processes} process(es), effective batch size {effective}; seed {plan.seed}"
+            f"{plan.accumulation} batch(es) on {plan.num_processes} process(es), effective batch size {effective}; "
+            f"seed {plan.seed}"
         )
 
 

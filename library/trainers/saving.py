@@ -80,7 +80,8 @@ class Saver:
             stopped = names.step_name(name, position.step)
             self._write_state(stopped)
             self._write(stopped, with_state=False)
-            log.info(f"stopped at step {position.step}; continue with --resume {self.folder / names.state_name(stopped)}")
+            state = self.folder / names.state_name(stopped)
+            log.info(f"stopped at step {position.step}; continue with --resume {state}")
         if self.uploader:
             self.uploader.close()
 

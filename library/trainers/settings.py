@@ -40,4 +40,5 @@ def _deepspeed_arguments(options: DistributedOptions) -> dict[str, Any]:
         "offload_param_nvme_path": options.offload_param_nvme_path,
         "zero3_init_flag": options.zero3_init_flag,
         "zero3_save_16bit_model": options.zero3_save_16bit_model,
+        "fp16_master_weights_and_grads": options.fp16_master_weights_and_gradients,
     }

@@ -58,7 +58,7 @@ class Trainer(ABC):
 
     @property
     def keeps_half(self) -> bool:
-        """Whether the models stay frozen, so that a float32 run may keep their matrices in the file's half precision."""
+        """Whether the models stay frozen: a float32 run may then keep their matrices in the file's half precision."""
         return False
 
     @abstractmethod
@@ -225,7 +225,7 @@ class Trainer(ABC):
             self.losses = MovingAverage(self.plan.steps_per_epoch, parts.losses)
             self.prepared.resume_from = None
             log.info(
-                f"resumed at step {parts.step} of {self.plan.total_steps} (epoch {parts.epoch + 1}, batch {parts.batch})"
+                f"resumed at step {parts.step} of {self.plan.total_steps}, epoch {parts.epoch + 1}, batch {parts.batch}"
             )
         elif start.initial_step or start.initial_epoch:
             step = start.initial_step or ((start.initial_epoch or 1) - 1) * self.plan.steps_per_epoch
