@@ -9,7 +9,7 @@
         def problems(self) -> Iterator[str]: ...      # combinations that make no sense, one line each
 
 A method's options are a dataclass of such groups. `resolve` reads command line and --config_file into it:
-default < TOML < command line. Every mistake is collected and reported at once. This module imports no torch: `--help` is instant.
+default < TOML < command line. Every mistake is collected and reported at once. No torch here: `--help` is instant.
 """
 
 from __future__ import annotations

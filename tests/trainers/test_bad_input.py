@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tests.script_runner import Ended, run_script
 from tests.tiny import make_tiny_sd
-from tests.trainers.helpers import DEFAULTS, argv, make_pictures, subset, write_dataset
+from tests.trainers.helpers import DEFAULTS, argv, differing, make_pictures, subset, write_dataset
 
 PRECIOUS = b"a good file of an earlier run"
 
@@ -77,7 +77,7 @@ def test_command_line(base: dict[str, Any]) -> None:
         "--train_batch_size must be at least 1, got 0",
         "--v2 expects true or false, got 'maybe'",
         "--lr_warmup_steps expects steps, a fraction below 1 or a percentage, got 'many'",
-    ] or sorted(lines) == sorted(lines) and len(lines) == 11, lines
+    ]
 
 
 def test_an_option_without_its_value(base: dict[str, Any]) -> None:
@@ -175,7 +175,7 @@ def test_options_that_have_no_effect_together(base: dict[str, Any]) -> None:
         "--log_with tensorboard needs --logging_dir",
         "--huggingface_path_in_repo has no effect without --huggingface_repo_id",
         "--save_state_to_huggingface has no effect without --huggingface_repo_id",
-        "--network_train_unet_only and --network_train_text_encoder_only leave nothing to train: give one of them",
+        "--network_train_unet_only and --network_train_text_encoder_only leave nothing to train: give one",
         "--dim_from_weights has no effect without --network_weights",
         "--base_weights_multiplier has no effect without --base_weights",
         "--network_args: 'conv_dim' is not key=value",
@@ -377,7 +377,7 @@ def test_damaged_cache_is_encoded_again(base: dict[str, Any], tmp_path: Path) ->
     cache = {"cache_latents_to_disk": True, "cache_text_encoder_outputs_to_disk": True, "network_train_unet_only": True}
     cached = {**base, **cache, "cache_dir": tmp_path / "cache"}
     assert "caching latents 5/5" in run(cached).text
-    good = (tmp_path / "out" / "x.safetensors").read_bytes()
+    good = load_file(tmp_path / "out" / "x.safetensors")
     assert "caching" not in run(cached).text
     for kind in ("latents", "texts"):
         (file,) = (tmp_path / "cache" / kind).glob("*.bin")
@@ -389,7 +389,7 @@ def test_damaged_cache_is_encoded_again(base: dict[str, Any], tmp_path: Path) ->
     assert "caching latents 1/1" in ended.text and "caching captions 1/1" in ended.text
     kinds = [line.split(" are damaged and encoded again: ")[0] for line in ended.warnings]
     assert kinds == ["1 cached captions", "1 cached latents"]
-    assert len((tmp_path / "out" / "x.safetensors").read_bytes()) == len(good)
+    assert differing(load_file(tmp_path / "out" / "x.safetensors"), good) == []
     assert "damaged" not in run(cached).text
 
 
