@@ -68,7 +68,7 @@ def option(
     zero_is_unset: 0 means not given, as graphical programs write it.
     """
     info = OptionInfo(help, tuple(choices), check, parse, answer, secret, zero_is_unset)
-    return field(default=default, metadata={"option": info})
+    return field(default=default, repr=not secret, metadata={"option": info})
 
 
 # ---- checks -------------------------------------------------------------------------------------------------------
@@ -408,14 +408,15 @@ def write_output_config(options: Any, path: Path) -> None:
 
 
 def markdown_rows(groups: Mapping[str, type]) -> Iterator[str]:
-    """docs/options.md: one table per group."""
+    """docs/options.md: per group what it is about, and a table."""
     current = None
     for spec in specs(groups).values():
         if spec.group != current:
             current = spec.group
-            yield f"\n### {current.replace('_', ' ')}\n\n| option | default | meaning |\n|---|---|---|"
-        default = "" if spec.default in (None, False, ()) else f"`{spec.default}`"
+            about = (groups[current].__doc__ or "").partition("\n")[0]
+            yield f"\n### {current.replace('_', ' ')}\n\n{about}\n\n| option | default | meaning |\n|---|---|---|"
+        default = "" if spec.default in (None, False, (), "") else f"`{spec.default}`"
         choices = f" One of {', '.join(f'`{c}`' for c in spec.info.choices)}." if spec.info.choices else ""
-        text = f"{spec.info.help}{choices}" + (f" *{spec.info.answer}*" if spec.info.answer else "")
-        text = text.replace("|", "\\|")
+        text = f"{spec.info.help}{choices}" + (f" *Answered: {spec.info.answer}.*" if spec.info.answer else "")
+        text = text.replace("|", "\\|").replace("<", "&lt;")
         yield f"| `{spec.flag}` | {default} | {text} |"

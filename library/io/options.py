@@ -105,7 +105,7 @@ class MetadataOptions:
     metadata_merged_from: str | None = option(None, help="Models that this one was merged from.")
     metadata_trigger_phrase: str | None = option(None, help="Words that call up what was trained.")
     metadata_preprocessor: str | None = option(None, help="Preprocessing that the model expects.")
-    metadata_is_negative_embedding: str | None = option(None, help="true for an embedding of negative prompts.")
+    metadata_is_negative_embedding: str | None = option(None, help="Say true for an embedding of negative prompts.")
 
     def problems(self) -> Iterator[str]:
         """A thumbnail that cannot be read is found before the training."""
@@ -142,7 +142,7 @@ class HubOptions:
         None, choices=("public", "private"), help="Who sees a repository that the upload creates; not given: private."
     )
     save_state_to_huggingface: bool = option(False, help="Upload the state folders, too.")
-    resume_from_huggingface: bool = option(False, help="--resume is user/name/folder[:revision[:type]].")
+    resume_from_huggingface: bool = option(False, help="Download the state: --resume is then user/name/folder[:revision[:type]].")
     async_upload: bool = option(False, help="Upload in the background while the training goes on.")
 
     def problems(self) -> Iterator[str]:

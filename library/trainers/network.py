@@ -17,7 +17,10 @@ from library.trainers.options import NetworkTrainerOptions
 from library.trainers.trainables import Trainables
 from library.trainers.trainer import Trainer
 from networks.base import AdapterNetwork
+from networks.formats import read_tensors, to_kohya
 from networks.plugin import load_network_module
+
+TEXT_PREFIX = "lora_te"  # of a text encoder's adapters, whatever the architecture
 
 log = get_logger()
 
@@ -42,6 +45,15 @@ class NetworkTrainer(Trainer):
         problems = [f"{flag}: {file} does not exist" for flag, file in given if not Path(file).is_file()]
         if problems:
             raise UserError(problems)
+        if self.options.cache.texts:
+            for file in options.base_weights or ():
+                if any(name.startswith(TEXT_PREFIX) for name in to_kohya(read_tensors(file))):
+                    problems.append(
+                        f"--base_weights {file} changes the text encoder, whose outputs are cached without it: "
+                        "leave out --cache_text_encoder_outputs"
+                    )
+        if problems:
+            raise UserError(problems)
 
     @property
     def keeps_half(self) -> bool:
@@ -56,7 +68,11 @@ class NetworkTrainer(Trainer):
         train_text = self.trains_text()
         self.network.attach(train_denoiser=train_denoiser, train_text_encoder=train_text)
         if options.network_weights and not options.dim_from_weights:
-            self.network.load_file(options.network_weights)
+            try:
+                self.network.load(self.given_weights())
+            except UserError as error:
+                file = options.network_weights
+                raise UserError(f"--network_weights {file}: {problem}" for problem in error.problems) from None
         if self.options.precision.gradient_checkpointing:
             self.network.enable_gradient_checkpointing()
         groups = self.network.param_groups(
@@ -80,11 +96,15 @@ class NetworkTrainer(Trainer):
     def trains_text(self) -> bool:
         """True when the text encoders get adapters that learn."""
         options = self.options.network
-        rates = options.text_encoder_lr
-        return not options.network_train_unet_only and bool(self.models.encoders) and (rates is None or any(rates))
+        encoders = self.models.encoders
+        # graphical programs give more rates than there are encoders
+        rates = None if options.text_encoder_lr is None else options.text_encoder_lr[: len(encoders)]
+        return not options.network_train_unet_only and bool(encoders) and (rates is None or any(rates))
 
     def create_network(self) -> AdapterNetwork:
         options, models = self.options.network, self.models
+        # no adapters on what does not learn: their first values would shift the draws of the others
+        encoders = models.encoders if self.trains_text() else []
         module = load_network_module(self.network_module)
         if options.dim_from_weights:
             assert options.network_weights is not None
@@ -92,9 +112,9 @@ class NetworkTrainer(Trainer):
                 1.0,
                 options.network_weights,
                 models.vae,
-                models.encoders,
+                encoders,
                 models.denoiser,
-                None,
+                self.given_weights(),
                 False,
                 neuron_dropout=options.network_dropout,
                 **self.network_args,
@@ -102,9 +122,22 @@ class NetworkTrainer(Trainer):
             network.load(weights)
             return network
         return module.create_network(
-            1.0, options.network_dim, options.network_alpha, models.vae, models.encoders, models.denoiser,
+            1.0, options.network_dim, options.network_alpha, models.vae, encoders, models.denoiser,
             neuron_dropout=options.network_dropout, **self.network_args,
         )  # fmt: skip
+
+    def given_weights(self) -> dict[str, Tensor]:
+        """--network_weights, without adapters of text encoders that do not learn."""
+        file = self.options.network.network_weights
+        assert file is not None
+        tensors = to_kohya(read_tensors(file))
+        if self.trains_text():
+            return tensors
+        kept = {name: value for name, value in tensors.items() if not name.startswith(TEXT_PREFIX)}
+        if len(kept) < len(tensors):
+            count = len(tensors) - len(kept)
+            log.warning(f"--network_weights {file}: {count} tensors are of text encoders, which do not learn: left out")
+        return kept
 
     @property
     def network_args(self) -> dict[str, str]:

@@ -258,7 +258,7 @@ class Trainer(ABC):
                 self.accelerator.backward(loss)
             total += loss.detach()
         grad_norm = self.clip_gradients()
-        rates = {f"lr/{group.get('name', i)}": group["lr"] for i, group in enumerate(self.optim.optimizer.param_groups)}
+        rates = self.rates()
         self.optimizer.step()
         self.scheduler.step(self.losses.mean if self.scheduler.needs_loss else None)
         self.zero_gradients()
@@ -314,6 +314,16 @@ class Trainer(ABC):
             return self.flat.clip_grad_norm(limit)
         norm = self.accelerator.clip_grad_norm_(self.trainables.parameters(), limit)
         return torch.as_tensor(0.0 if norm is None else norm, device=self.device)
+
+    def rates(self) -> dict[str, float | Tensor]:
+        """The learning rate of each group, and times the step size where the optimizer finds that itself."""
+        found: dict[str, float | Tensor] = {}
+        for group, rate in zip(self.optim.optimizer.param_groups, self.scheduler.get_last_lr()):
+            name = group.get("name", f"group {len(found)}")
+            found[f"lr/{name}"] = rate
+            if self.prepared.optimizer.row.finds_rate:
+                found[f"lr/d*{name}"] = rate * group["d"]
+        return found
 
     def zero_gradients(self) -> None:
         if self.flat is not None:

@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from library.cli import EXIT_STOPPED, load_attribute
 from library.io.state import StateParts, load_state, newest_state
@@ -27,8 +27,9 @@ from library.trainers.network import NetworkTrainer
 from library.trainers.options import NetworkTrainerOptions
 from library.trainers.tracking import Trackers
 
+Adapters = dict[str, Tensor]  # keys and values of a LoRA file
+
 CAPTIONS = ("cat, red, photo", "dog, blue, photo, star", "sks girl, red, star", "sks, blue", "photo, dog", "star, cat, red")
-SECOND_SAVE = {"save_every_n_steps": 1, "save_state": True}
 
 # What every run here has unless it says otherwise. No worker processes: a fork costs more than these batches.
 DEFAULTS: dict[str, Any] = {
@@ -86,11 +87,20 @@ class Recorded(NetworkTrainer):
     """The trainer of the script, with its step reports kept, and a Ctrl-C of its own in a chosen step."""
 
     interrupt_in: int | None = None  # optimizer step, from 1
+    keep_gradients = False
     each_step: Callable[[Recorded], None] | None = None  # looks at the trainer right after each optimizer step
 
     def run(self) -> int:
         self.reports: list[StepReport] = []
+        self.gradients: list[dict[str, Tensor]] = []  # of each optimizer step before clipping, by the keys of the file
         return super().run()
+
+    def clip_gradients(self) -> Tensor:
+        if self.keep_gradients:
+            layers = self.network.named_layers().items()  # type: ignore[attr-defined]
+            own = {f"{name}.{part}": p for name, layer in layers for part, p in layer.named_tensors().items()}
+            self.gradients.append({key: p.grad.clone() for key, p in own.items() if p.grad is not None})
+        return super().clip_gradients()
 
     def report(self, reports: Sequence[StepReport], trackers: Trackers) -> None:
         self.reports += reports
@@ -160,12 +170,12 @@ def make_trainer(values: Mapping[str, Any], *, family: str = "sd", cls: type[Rec
 
 def train(
     model: Path, dataset: Path | None, folder: Path, *, interrupt_in: int | None = None,
-    each_step: Callable[[Recorded], None] | None = None, family: str = "sd", **values: Any,
+    each_step: Callable[[Recorded], None] | None = None, keep_gradients: bool = False, family: str = "sd", **values: Any,
 ) -> Run:  # fmt: skip
     """One run; `values` stand above DEFAULTS. Errors come as the exceptions that the script turns into lines."""
     own = {"pretrained_model_name_or_path": model, "dataset_config": dataset, "output_dir": folder}
     trainer = make_trainer({**DEFAULTS, **own, **values}, family=family)
-    trainer.interrupt_in, trainer.each_step = interrupt_in, each_step
+    trainer.interrupt_in, trainer.each_step, trainer.keep_gradients = interrupt_in, each_step, keep_gradients
     return Run(trainer, trainer.run(), folder)
 
 
@@ -209,3 +219,24 @@ def assert_same_run(one: Run, other: Run, *, state: bool = True) -> None:
 def micro_generator(run: Run, micro_step: int) -> torch.Generator:
     """The generator of timestep and noise of one micro-batch, on rank 0."""
     return torch.Generator().manual_seed(derive_seed(run.trainer.plan.seed, "noise", micro_step, 0))
+
+
+# ---- literal formulas -----------------------------------------------------------------------------------------------
+
+
+def with_lora(module: nn.Module, adapters: Adapters, published: Callable[[str], str]) -> dict[str, Tensor]:
+    """The module's weights, W + alpha / rank * up @ down where there is an adapter. `published`: path -> name in a file."""
+    weights = dict(module.state_dict())
+    for path, _ in module.named_modules():
+        if f"{(name := published(path))}.alpha" not in adapters:
+            continue
+        alpha, down, up = (adapters[f"{name}.{part}"] for part in ("alpha", "lora_down.weight", "lora_up.weight"))
+        delta = up.flatten(1) @ down.flatten(1) * (alpha / len(down))
+        weights[f"{path}.weight"] = weights[f"{path}.weight"] + delta.view_as(weights[f"{path}.weight"])
+    return weights
+
+
+def randomized(weights: Adapters, seed: int = 0) -> Adapters:
+    """The same LoRA with all matrices far from zero."""
+    generator = torch.Generator().manual_seed(seed)
+    return {k: v if k.endswith("alpha") else 0.1 * torch.randn(v.shape, generator=generator) for k, v in weights.items()}

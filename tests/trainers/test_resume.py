@@ -85,9 +85,9 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_resumes(name: str, sd1: Path, lively: Path, tmp_path: Path) -> None:
-    values: dict[str, Any] = {"optimizer_type": name, "max_train_steps": 5, "save_state": True, **OPTIMIZERS[name]}
+    values: dict[str, Any] = {"optimizer_type": name, "max_train_steps": 4, "save_state": True, **OPTIMIZERS[name]}
     whole = train(sd1, lively, tmp_path / "whole", **values)
-    assert_same_run(train_with_stops(sd1, lively, tmp_path / "stopped", [2, 3], **values), whole)
+    assert_same_run(train_with_stops(sd1, lively, tmp_path / "stopped", [2], **values), whole)
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
@@ -120,7 +120,9 @@ def test_resumed_run_goes_on_in_file_names_and_average(sd1: Path, dataset: Path,
     values = {"max_train_steps": 5, "save_state": True, "save_every_n_steps": 2}
     run = train_with_stops(sd1, dataset, tmp_path, [3], **values)
     assert [report.step for report in run.trainer.reports] == [4, 5]
-    assert run.names("*.safetensors") == [f"x{n}.safetensors" for n in ("", "-step00000002", "-step00000003", "-step00000004")]
+    assert run.names("*.safetensors") == [
+        *(f"x-step{step:08d}.safetensors" for step in (2, 3, 4)), "x.safetensors"
+    ]  # fmt: skip
     assert (run.state.step, run.state.epoch, run.state.batch) == (5, 1, 2)
     assert len(run.state.losses) == 3  # of the last epoch's length, two of them from before or after the stop
 

@@ -3,10 +3,10 @@
 
 draw.py       captioned coloured shapes, the rocket concept, picture sets
 tokenizer.py  CLIP-layout byte-pair tokenizer with single-token words
-vae.py        autoencoder training, latent whitening, latent cache
+vae.py        autoencoder training, latent whitening, decoder polish
 text.py       text encoder and its classification pretraining
 unet.py       denoiser training: resumable, EMA, warm-up/constant/decay schedule
 score.py      which known thing (or the rocket) a picture shows; numpy and PIL only
-sampling.py   pictures for the checks during and after training
-assemble.py   the diffusers folder
+training.py   budget, learning-rate schedule, averages, safe files
+assemble.py   the diffusers folder: writing, loading, sampling
 """

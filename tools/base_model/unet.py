@@ -78,9 +78,9 @@ def stratified_timesteps(count: int, generator: torch.Generator) -> Tensor:
 def loss_weights(alphas_bar: Tensor) -> Tensor:
     """min(1 / alpha_bar, 25) / 4.
 
-    v-prediction's weighting of an epsilon model (Salimans & Ho 2022, arXiv:2202.00512, appendix D, where
-    1 / alpha_bar = 1 + 1 / SNR), cut off at pure noise. With the plain loss, which cares little about the
-    noisy end, pictures ignored their captions for long.
+    v-prediction's weighting (Salimans & Ho 2022, arXiv:2202.00512: SNR + 1 on the error of the picture, hence
+    1 + 1 / SNR = 1 / alpha_bar on that of the noise), cut off near pure noise. With the plain loss, which cares
+    little about the noisy end, pictures ignored their captions for long.
     """
     return (1 / alphas_bar).clamp(max=25) / 4
 
@@ -105,10 +105,7 @@ class DenoiserTraining:
         self._average = WeightAverage(self._parameters, options.average_decay)
         self._generator = torch.Generator().manual_seed(options.seed)
         self._alphas_bar = build_scheduler().alphas_cumprod
-        rank, processes = (
-            (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
-        )
-        self._share = slice(rank, None, processes)  # of each batch
+        self._share = slice(_rank(), None, distributed.get_world_size() if distributed.is_initialized() else 1)
         self.step = 0
         self.samples = 0
         self.minutes = 0.0
@@ -174,6 +171,11 @@ class DenoiserTraining:
         self._average.update(self.step)
 
 
+def _rank() -> int:
+    """Of this process among those that train together; 0 when there is one."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
 def _average_gradients(parameters: list[nn.Parameter]) -> None:
     """Over all processes, in one message; every parameter has a gradient."""
     gradients = [parameter.grad for parameter in parameters]
@@ -186,7 +188,7 @@ def _average_gradients(parameters: list[nn.Parameter]) -> None:
 
 def train_denoiser(training: DenoiserTraining, data: TrainingSet, budget: Budget, checkpoint: Path) -> None:
     """Train until the budget is spent; save every few minutes and at the end."""
-    first = not distributed.is_initialized() or distributed.get_rank() == 0
+    first = _rank() == 0
     schedule = Schedule(training.options.learning_rate)
     watch, errors, saved_minutes = Stopwatch(training.minutes), RunningMean(), training.minutes
     while (fraction := budget.fraction(training.samples, training.minutes)) < 1:
