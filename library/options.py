@@ -417,6 +417,6 @@ def markdown_rows(groups: Mapping[str, type]) -> Iterator[str]:
             yield f"\n### {current.replace('_', ' ')}\n\n{about}\n\n| option | default | meaning |\n|---|---|---|"
         default = "" if spec.default in (None, False, (), "") else f"`{spec.default}`"
         choices = f" One of {', '.join(f'`{c}`' for c in spec.info.choices)}." if spec.info.choices else ""
-        text = f"{spec.info.help}{choices}" + (f" *Answered: {spec.info.answer}.*" if spec.info.answer else "")
+        text = f"{spec.info.help}{choices}" + (f" *Has no effect: {spec.info.answer}.*" if spec.info.answer else "")
         text = text.replace("|", "\\|").replace("<", "&lt;")
         yield f"| `{spec.flag}` | {default} | {text} |"

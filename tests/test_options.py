@@ -321,7 +321,7 @@ def test_markdown() -> None:
     assert "| `--learning_rate` | `0.0001` | How fast. |" in lines
     assert "| `--name` |  | A &lt;name> \\| or two. |" in lines
     assert "| `--kind` | `plain` | Which kind. One of `plain`, `fancy`. |" in lines
-    assert "| `--gone` |  | Was needed. *Answered: nothing to do now.* |" in lines
+    assert "| `--gone` |  | Was needed. *Has no effect: nothing to do now.* |" in lines
 
 
 def test_secrets_are_never_shown(tmp_path: Path) -> None:

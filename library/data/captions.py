@@ -100,16 +100,6 @@ def _warm_tokens(count: int, rules: CaptionRules, *, step: int, total_steps: int
     return math.floor(step * ((count - rules.token_warmup_min) / last)) + rules.token_warmup_min
 
 
-def varies(rules: CaptionRules) -> bool:
-    """True when the final text depends on the draws, the epoch or the step, and not on the raw text alone."""
-    return (
-        rules.caption_dropout_rate > 0
-        or rules.caption_dropout_every_n_epochs > 0
-        or _has_variants(rules)
-        or rules.token_warmup_step > 0
-    )
-
-
 def _has_variants(rules: CaptionRules) -> bool:
     """True when captions that are not dropped differ from draw to draw."""
     return rules.shuffle_caption or rules.enable_wildcard or rules.caption_tag_dropout_rate > 0

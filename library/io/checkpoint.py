@@ -17,8 +17,6 @@ from library.io.metadata import tensor_hashes
 from library.io.options import SaveOptions, StateOptions, name_problems
 from library.io.tensor_file import check_safetensors, data_bytes, write_safetensors
 
-SAVE_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
 # ---- names --------------------------------------------------------------------------------------------------------
 
 

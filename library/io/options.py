@@ -71,7 +71,7 @@ class StateOptions:
     save_last_n_steps_state: int | None = option(
         None, check=at_least(0), help="As --save_last_n_steps, for states; not given: the same number."
     )
-    resume: str | None = option(None, help="State folder to continue from.")
+    resume: str | None = option(None, help="State folder to continue from, or: latest.")
     skip_until_initial_step: bool = option(False, help="Was needed to skip seen data.", answer=RESUME_IS_EXACT)
     initial_epoch: int | None = option(
         None, check=at_least(0), help="Count epochs from this number, 1 being the first, without loading a state."

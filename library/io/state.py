@@ -3,19 +3,17 @@
 
 A state is a folder:
     weights.safetensors   the weights that learn
-    optimizer.pt          optimizer, scheduler, scaler, EMA and generator states
+    optimizer.pt          optimizer, scheduler, scaler and EMA
     train_state.json      position in the run, loss history, and the fingerprint of what must be the same on resume
     manifest.json         size and sha256 of the other files
 
-Seeds come from counters (`library.rng`), so position and fingerprint are all that the data order needs; generator
-states are kept for third-party code that draws from the global generators.
+Seeds come from counters (`library.rng`), so position and fingerprint are all that data order and draws need.
 """
 
 from __future__ import annotations
 
 import json
 import pickle
-import random
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -60,12 +58,10 @@ class StateParts:
     scaler: dict[str, Any] | None = None
     ema: dict[str, Any] | None = None
     losses: list[float] = field(default_factory=list)
-    rng: dict[str, Any] = field(default_factory=dict)
-    notes: dict[str, Any] = field(default_factory=dict)  # JSON values that a resumed run wants back
 
 
-JSON_PARTS = ("step", "epoch", "batch", "fingerprint", "losses", "notes")
-TORCH_PARTS = ("optimizer", "scheduler", "scaler", "ema", "rng")
+JSON_PARTS = ("step", "epoch", "batch", "fingerprint", "losses")
+TORCH_PARTS = ("optimizer", "scheduler", "scaler", "ema")
 
 
 # ---- save ---------------------------------------------------------------------------------------------------------
@@ -151,7 +147,7 @@ def load_state(folder: str | Path) -> StateParts:
 
 
 def read_facts(folder: str | Path) -> dict[str, Any]:
-    """step, epoch, batch, fingerprint, losses and notes of a state: for checks before a model is loaded.
+    """step, epoch, batch, fingerprint and losses of a state: for checks before a model is loaded.
 
     Sizes of all files are checked, their content is not. Raises UserError.
     """
@@ -255,57 +251,3 @@ def newest_state(output_dir: str | Path, output_name: str | None) -> Path | None
                 continue
             found.append((step, (path / MANIFEST).stat().st_mtime_ns, path))
     return max(found)[-1] if found else None
-
-
-# ---- back into the objects ----------------------------------------------------------------------------------------
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
-    """`optimizer.load_state_dict`, and then every state tensor in the number format in which it was saved.
-
-    torch casts state tensors to the parameter's format on loading, so that float32 moments of bfloat16 weights would
-    lose their low bits and the run would not continue exactly.
-    """
-    optimizer.load_state_dict(_copy(saved))
-    order = [p for group in optimizer.param_groups for p in group["params"]]
-    numbers = [n for group in saved["param_groups"] for n in group["params"]]
-    for parameter, number in zip(order, numbers, strict=True):
-        live = optimizer.state[parameter]
-        for key, value in _leaves(saved["state"].get(number, {})):
-            loaded = live.get(key)
-            if isinstance(value, Tensor) and isinstance(loaded, Tensor) and loaded.dtype != value.dtype:
-                live[key] = value.to(loaded.device, copy=True)
-
-
-def _leaves(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Key and value of a parameter's state; bitsandbytes packs some of them into an inner table when saving."""
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value)
-        else:
-            yield key, value
-
-
-def _copy(value: Any) -> Any:
-    """Containers and tensors anew: an optimizer writes into the tensors that it was given."""
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, Mapping):
-        return {k: _copy(v) for k, v in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_copy(v) for v in value)
-    return value
-
-
-def rng_state() -> dict[str, Any]:
-    """States of the global generators of Python, torch and the CUDA device of this process."""
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-    return {"python": random.getstate(), "torch": torch.get_rng_state(), "cuda": cuda}
-
-
-def restore_rng(saved: Mapping[str, Any]) -> None:
-    """Set the global generators; CUDA only where both runs use it."""
-    random.setstate(saved["python"])
-    torch.set_rng_state(saved["torch"])
-    if saved["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(saved["cuda"])

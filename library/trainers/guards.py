@@ -91,8 +91,3 @@ class MovingAverage:
     @property
     def mean(self) -> float:
         return sum(self.values) / len(self.values) if self.values else math.nan
-
-
-def nonfinite_tensors(tensors: dict[str, Tensor]) -> list[str]:
-    """Names of the tensors that hold a NaN or an infinity."""
-    return [name for name, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]

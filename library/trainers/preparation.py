@@ -20,7 +20,7 @@ from library.data.scan import Scan, scan
 from library.errors import UserError, first_names
 from library.io.checkpoint import check_output, extension_of, last_name, state_name
 from library.io.hub import download_state
-from library.io.state import StateParts, compare, load_state, read_facts
+from library.io.state import StateParts, compare, load_state, newest_state, read_facts
 from library.log import get_logger
 from library.models.family import ModelFamily
 from library.optim.optimizers import OptimizerChoice, choose_optimizer
@@ -34,6 +34,7 @@ from library.trainers.plan import RunPlan
 from library.trainers.tracking import check_trackers
 
 T = TypeVar("T")
+LATEST = "latest"  # --resume latest: the newest state of this output_dir and output_name
 
 # Options that must be the same when a state is continued: the state carries what they decide.
 RESUMED_OPTIONS = (
@@ -202,6 +203,13 @@ def resume_folder(options: TrainerOptions) -> Path | None:
     """The folder of --resume, fetched from the hub if asked for."""
     if not options.state.resume:
         return None
+    if options.state.resume == LATEST:
+        save = options.save
+        newest = newest_state(save.output_dir or ".", save.output_name)
+        if newest is None:
+            raise UserError(f"--resume {LATEST}: {save.output_dir} holds no state of {last_name(save.output_name)}")
+        log.info(f"--resume {LATEST}: {newest}")
+        return newest
     if options.hub.resume_from_huggingface:
         return download_state(options.state.resume, options.hub.huggingface_token)
     return Path(options.state.resume)
