@@ -41,12 +41,19 @@ def make_accelerator(mixed_precision: str, settings: DistributedSettings) -> Acc
             gradient_as_bucket_view=settings.gradient_as_bucket_view,
             static_graph=settings.static_graph,
             broadcast_buffers=False,
+            # --clip_skip leaves the last layers of a text encoder without gradient
+            find_unused_parameters=not settings.static_graph,
         )
     ]
     if settings.timeout_minutes:
         handlers.append(InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=settings.timeout_minutes)))
     plugin = _deepspeed_plugin(settings.deepspeed) if settings.deepspeed else None
-    return Accelerator(mixed_precision=mixed_precision, kwargs_handlers=handlers, deepspeed_plugin=plugin)
+    return Accelerator(
+        mixed_precision=mixed_precision,
+        cpu=not accelerator_present(),  # else processes of torchrun would not see each other on a machine without a GPU
+        kwargs_handlers=handlers,
+        deepspeed_plugin=plugin,
+    )
 
 
 def _deepspeed_plugin(arguments: dict[str, Any]) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import importlib
 import json
 import os
 import runpy
@@ -44,7 +45,7 @@ class Ended:
 def run_script(
     *words: str, script: str = "train_network.py", fresh: bool = False, file_limit: int | None = None
 ) -> Ended:
-    """`python <script> <words>` in the project's folder. file_limit: bytes at which a file is full, as a disk would be."""
+    """`python <script> <words>` in the project's folder. file_limit: bytes at which a file is full."""
     if (fresh and file_limit is None) or sys.platform == "win32":
         command = [sys.executable, script, *words]
         alone = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -76,10 +77,10 @@ def _server() -> subprocess.Popen[str]:
 
 def serve() -> None:
     """Answer each request on stdin with an exit code on stdout."""
-    import library.models.sd
-    import library.trainers.network
     from library.models.quick_import import import_diffusers
 
+    for name in ("library.models.sd", "library.trainers.network"):
+        importlib.import_module(name)
     import_diffusers()
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:

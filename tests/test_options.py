@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""library/options.py and library/cli.py: reading values, where they come from, all mistakes at once, and the way out."""
+"""library/options.py and library/cli.py: values, where they come from, all mistakes at once, and how a run ends."""
 
 from __future__ import annotations
 
@@ -248,7 +248,19 @@ def test_what_is_written_reads_back(tmp_path: Path) -> None:
 
 
 def test_dump_holds_what_differs_but_no_secret(tmp_path: Path) -> None:
-    given = ["--learning_rate", "1e-5", "--args", "a=1", TEXTS[0], "--fast", "--token", "hf_secret", "--rates", "0", "0.5"]
+    given = [
+        "--learning_rate",
+        "1e-5",
+        "--args",
+        "a=1",
+        TEXTS[0],
+        "--fast",
+        "--token",
+        "hf_secret",
+        "--rates",
+        "0",
+        "0.5",
+    ]
     options = read(*given).options
     path = tmp_path / "c.toml"
     path.write_text(dump_toml(options), encoding="utf-8")
@@ -286,7 +298,16 @@ def test_toml_with_a_byte_order_mark(tmp_path: Path) -> None:
 
 def test_output_config(tmp_path: Path) -> None:
     path = tmp_path / "new" / "c.toml"
-    words = ["--pretrained_model_name_or_path", "m", "--output_dir", "o", "--network_dim", "4", "--huggingface_token", "hf_x"]
+    words = [
+        "--pretrained_model_name_or_path",
+        "m",
+        "--output_dir",
+        "o",
+        "--network_dim",
+        "4",
+        "--huggingface_token",
+        "hf_x",
+    ]
     ended = run_script(*words, "--output_config", "--config_file", str(path.with_suffix("")), fresh=True)
     assert ended.code == 0, ended.text
     assert read_toml(path, "x") == {"pretrained_model_name_or_path": "m", "output_dir": "o", "network_dim": 4}
@@ -294,7 +315,9 @@ def test_output_config(tmp_path: Path) -> None:
     ended = run_script(*words, "--seed", "3", "--output_config", "--config_file", str(path))
     assert (ended.code, ended.errors) == (2, [f"--output_config: {path} exists; give --config_file another name"])
     assert path.read_bytes() == before
-    assert run_script(*words, "--output_config").errors == ["--output_config: give the file to write with --config_file"]
+    assert run_script(*words, "--output_config").errors == [
+        "--output_config: give the file to write with --config_file"
+    ]
 
 
 # ---- the options of the script --------------------------------------------------------------------------------------

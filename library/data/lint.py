@@ -122,9 +122,10 @@ def longer_than_limit(
     if not long:
         return None
     subject = "1 caption is" if len(long) == 1 else f"{len(long)} captions are"
+    note = "see max_token_length"
     if len(counted) < len(texts):
-        subject = f"of the {len(counted)} longest captions {len(long)} are"
-    return f"{subject} longer than {limit} tokens and will be cut (see max_token_length): {first_names(long)}"
+        subject, note = f"at least {subject}", f"the {len(counted)} longest were counted; {note}"
+    return f"{subject} longer than {limit} tokens and will be cut ({note}): {first_names(long)}"
 
 
 def _longest_form(sample: Sample) -> str:

@@ -142,7 +142,9 @@ class HubOptions:
         None, choices=("public", "private"), help="Who sees a repository that the upload creates; not given: private."
     )
     save_state_to_huggingface: bool = option(False, help="Upload the state folders, too.")
-    resume_from_huggingface: bool = option(False, help="Download the state: --resume is then user/name/folder[:revision[:type]].")
+    resume_from_huggingface: bool = option(
+        False, help="Download the state: --resume is then user/name/folder[:revision[:type]]."
+    )
     async_upload: bool = option(False, help="Upload in the background while the training goes on.")
 
     def problems(self) -> Iterator[str]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -32,7 +33,7 @@ def write_dataset_sheets(data: TrainingData, folder: Path) -> list[Path]:
         labels = [caption for batch in batches for caption in batch.captions]
         path = folder / f"debug_dataset_{start // BATCHES_PER_SHEET:03d}.png"
         sheet = contact_sheet(pictures, labels, columns=min(6, len(pictures)))
-        atomic_write(path, lambda temp, sheet=sheet: sheet.save(temp, format="PNG"))
+        atomic_write(path, partial(sheet.save, format="PNG"))
         written.append(path)
         lines += [f"{name}\t{caption}" for batch in batches for name, caption in zip(batch.names, batch.captions)]
     (folder / "debug_dataset.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

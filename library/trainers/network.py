@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from library.device import DTYPES
@@ -72,7 +73,8 @@ class NetworkTrainer(Trainer):
                 self.network.load(self.given_weights())
             except UserError as error:
                 file = options.network_weights
-                raise UserError(f"--network_weights {file}: {problem}" for problem in error.problems) from None
+                lines = (problem.removeprefix(f"{file}: ") for problem in error.problems)
+                raise UserError(f"--network_weights {file}: {line}" for line in lines) from None
         if self.options.precision.gradient_checkpointing:
             self.network.enable_gradient_checkpointing()
         groups = self.network.param_groups(
@@ -85,6 +87,7 @@ class NetworkTrainer(Trainer):
         return Trainables(
             module=self.network,
             groups=groups,
+            modules=self.network.module_parameters(),
             state=self.network.exact_state,
             load=self.network.load_exact_state,
             trains_text=train_text,
@@ -154,9 +157,10 @@ class NetworkTrainer(Trainer):
         multipliers = options.base_weights_multiplier or ()
         for index, file in enumerate(options.base_weights or ()):
             multiplier = multipliers[index] if index < len(multipliers) else 1.0
-            network, weights = module.create_network_from_weights(
-                multiplier, file, models.vae, models.encoders, models.denoiser, for_inference=True
-            )
+            with torch.random.fork_rng(devices=[]):  # the layers made here must not shift the draws of those that learn
+                network, weights = module.create_network_from_weights(
+                    multiplier, file, models.vae, models.encoders, models.denoiser, for_inference=True
+                )
             network.load(weights)
             network.merge_into()
             log.info(f"merged {file} at strength {multiplier}")

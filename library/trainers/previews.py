@@ -54,16 +54,15 @@ class Previews:
         epoch_ended: bool, weights: AbstractContextManager[Any],
     ) -> None:  # fmt: skip
         """Make previews when they are due after `position.step` steps. Inside `weights` the model is what is shown."""
-        epoch_end = position.epoch if epoch_ended else None
+        epoch_end = position.epoch if epoch_ended and self.options.every_n_epochs else None
         if self.previewer is None or not due(self.options, position.step, epoch_end):
             return
         assert models.vae is not None
         with weights:
             models.vae.to(self.device)
             shown = PreviewModels(models.denoiser, models.vae, models.encoders, others)
-            epoch = epoch_end if self.options.every_n_epochs else None
             pictures = self.previewer.render(
-                shown, step=position.step, epoch=epoch, device=self.device, dtype=self.dtype
+                shown, step=position.step, epoch=epoch_end, device=self.device, dtype=self.dtype
             )
         for index, picture in enumerate(pictures):
             trackers.picture(f"preview/{index:02d} {picture.prompt.prompt[:60]}", picture.image, position.step)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +33,7 @@ class Trainables:
 
     module: nn.Module  # holds every trainable parameter
     groups: list[dict[str, Any]]  # {"params": [...], "lr": float, "name": str}, the optimizer's groups
+    modules: dict[str, list[nn.Parameter]]  # published name of each part -> its parameters, for messages
     state: Callable[[], dict[str, Tensor]]
     load: Callable[[dict[str, Tensor]], None]
     trains_text: bool  # gradients flow through the text encoders
@@ -70,25 +71,25 @@ class StepModule(nn.Module):
 
 
 class GradientWatch:
-    """Remembers which trainable parameters ever received a gradient, until the first save."""
+    """Remembers which modules ever received a gradient, until the first save."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.silent = {name for name, p in module.named_parameters() if p.requires_grad}
+    def __init__(self, modules: Mapping[str, Sequence[nn.Parameter]]) -> None:
+        learning = {name: [p for p in parameters if p.requires_grad] for name, parameters in modules.items()}
+        self.silent = {name for name, parameters in learning.items() if parameters}
         self._hooks = {
-            name: p.register_post_accumulate_grad_hook(lambda _, n=name: self._heard(n))
-            for name, p in module.named_parameters()
-            if p.requires_grad
+            name: [p.register_post_accumulate_grad_hook(lambda _, n=name: self._heard(n)) for p in parameters]
+            for name, parameters in learning.items()
         }
 
     def _heard(self, name: str) -> None:
         self.silent.discard(name)
-        handle = self._hooks.pop(name, None)
-        if handle is not None:
+        for handle in self._hooks.pop(name, ()):
             handle.remove()
 
     def stop(self) -> list[str]:
         """End watching; the names of the modules none of whose parameters ever received a gradient."""
-        for handle in self._hooks.values():
-            handle.remove()
+        for handles in self._hooks.values():
+            for handle in handles:
+                handle.remove()
         self._hooks.clear()
-        return sorted({name.rsplit(".", 1)[0] for name in self.silent})
+        return sorted(self.silent)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -187,7 +188,7 @@ class Trainer(ABC):
             self.family.facts(),
             self.family.model_names(),
         )
-        self.watch: GradientWatch | None = GradientWatch(self.trainables.module)
+        self.watch: GradientWatch | None = GradientWatch(self.trainables.modules)
         self.losses = MovingAverage(self.plan.steps_per_epoch)
         # a schedule that follows the loss must see every loss at its step, or the run would depend on timing
         self.reader = StepReader(lag=0 if self.scheduler.needs_loss else 4)
@@ -230,8 +231,9 @@ class Trainer(ABC):
         elif start.initial_step or start.initial_epoch:
             step = start.initial_step or ((start.initial_epoch or 1) - 1) * self.plan.steps_per_epoch
             self.position = self.plan.position_of(step)
-            if not self.scheduler.needs_loss:
-                for _ in range(step):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch's: a schedule before the first optimizer step. Here it is meant
+                for _ in range(0 if self.scheduler.needs_loss else step):
                     self.scheduler.step()
         self.plan.require_steps_after(self.position.step)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What training must do with every architecture. A new one is a row in CASES: a tiny model, its options, a reference."""
+"""What training must do with every architecture. A new one is a row in CASES: tiny model, options, reference."""
 
 from __future__ import annotations
 
@@ -18,7 +18,16 @@ from torch.func import functional_call
 from library.types import Batch
 from tests.tiny import make_tiny_sd
 from tests.trainers.helpers import (
-    Adapters, Run, assert_same_run, make_pictures, micro_generator, randomized, subset, train, train_with_stops, with_lora,
+    Adapters,
+    Run,
+    assert_same_run,
+    make_pictures,
+    micro_generator,
+    randomized,
+    subset,
+    train,
+    train_with_stops,
+    with_lora,
     write_dataset,
 )  # fmt: skip
 
@@ -147,7 +156,12 @@ def test_cached_latents_and_texts_train_the_same(subject: Subject, tmp_path: Pat
 
 
 def test_gradient_checkpointing_changes_nothing(subject: Subject, trained: Path, tmp_path: Path) -> None:
-    values = {"network_weights": trained, "max_train_steps": 1, "keep_gradients": True, "network_args": ["rank_dropout=0.3"]}
+    values = {
+        "network_weights": trained,
+        "max_train_steps": 1,
+        "keep_gradients": True,
+        "network_args": ["rank_dropout=0.3"],
+    }
     plain = subject.train(tmp_path / "plain", **values)
     for name, options in {"recomputed": {}, "offloaded": {"cpu_offload_checkpointing": True}}.items():
         run = subject.train(tmp_path / name, gradient_checkpointing=True, **options, **values)
@@ -161,7 +175,7 @@ def test_saved_file_loads_as_it_was(subject: Subject, tmp_path: Path) -> None:
         begun: list[dict[str, Tensor]] = []
         subject.train(
             tmp_path / name, network_weights=first.file, max_train_steps=1, learning_rate=1e-30, **options,
-            each_step=lambda trainer: begun.append(trainer.network.state(None)),
+            each_step=lambda trainer, seen=begun: seen.append(trainer.network.state(None)),
         )  # fmt: skip
         assert begun[0].keys() == first.weights.keys()
         assert all(torch.equal(begun[0][key], value) for key, value in first.weights.items())

@@ -142,7 +142,8 @@ def test_longer_than_limit() -> None:
     assert counted == [["one two three four five", "one two three four", "abcdefg hij klm", "my own one two"]]
     assert longer_than_limit([*samples, *samples], words, 3) == longer_than_limit(samples, words, 3)
     assert longer_than_limit(samples, words, 3, most=1) == (
-        "of the 1 longest captions 1 are longer than 3 tokens and will be cut (see max_token_length): /lines.png (5 tokens)"
+        "at least 1 caption is longer than 3 tokens and will be cut (the 1 longest were counted; "
+        "see max_token_length): /lines.png (5 tokens)"
     )
     assert longer_than_limit(samples, words, 5) is None
     assert longer_than_limit([], words, 5) is None

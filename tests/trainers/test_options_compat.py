@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every option of today's train_network.py is known here, with the same default, and so is a file of the kohya_ss GUI."""
+"""Every option of today's train_network.py is known, with the same default, and so is a file of the kohya_ss GUI."""
 
 from __future__ import annotations
 
@@ -86,9 +86,10 @@ GUI: dict[str, Any] = {
     "loss_type": "l2", "lr_scheduler": "cosine", "lr_scheduler_args": [], "lr_scheduler_num_cycles": 1,
     "lr_scheduler_power": 1, "lr_warmup_steps": 1, "max_bucket_reso": 2048, "max_data_loader_n_workers": 0,
     "max_grad_norm": 1, "max_timestep": 1000, "max_token_length": 75, "max_train_steps": 3, "min_bucket_reso": 256,
-    "mixed_precision": "bf16", "mode_scale": 1.29, "model_prediction_type": "sigma_scaled", "multires_noise_discount": 0.3,
-    "network_alpha": 1, "network_args": [], "network_dim": 8, "network_module": "networks.lora",
-    "noise_offset_type": "Original", "optimizer_args": [], "optimizer_type": "AdamW", "output_name": "last",
+    "mixed_precision": "bf16", "mode_scale": 1.29, "model_prediction_type": "sigma_scaled",
+    "multires_noise_discount": 0.3, "network_alpha": 1, "network_args": [], "network_dim": 8,
+    "network_module": "networks.lora", "noise_offset_type": "Original",
+    "optimizer_args": [], "optimizer_type": "AdamW", "output_name": "last",
     "prior_loss_weight": 1, "resolution": "64,64", "sample_sampler": "euler_a", "save_every_n_epochs": 1,
     "save_model_as": "safetensors", "save_precision": "fp16", "sdpa": True, "t5xxl_max_token_length": 512,
     "text_encoder_lr": [5e-5, 0.0001], "timestep_sampling": "sigma", "train_batch_size": 2, "unet_lr": 1e-4,
@@ -110,7 +111,9 @@ EMPTY: dict[str, Any] = {
 
 
 def write_config(path: Path, values: dict[str, Any]) -> Path:
-    path.write_text("".join(f"{key} = {toml_value(value)}\n" for key, value in sorted(values.items())), encoding="utf-8")
+    path.write_text(
+        "".join(f"{key} = {toml_value(value)}\n" for key, value in sorted(values.items())), encoding="utf-8"
+    )
     return path
 
 

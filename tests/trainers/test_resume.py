@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from library.errors import UserError
-from tests.trainers.helpers import assert_same_run, subset, train, train_with_stops, write_dataset
+from tests.trainers.helpers import assert_same_run, make_pictures, subset, train, train_with_stops, write_dataset
 
 # Everything that draws, remembers or counts at once. Captions: shuffle, drop, warm up; pictures: flip, random crop.
 EVERYTHING: dict[str, Any] = {
@@ -38,10 +39,10 @@ CAPTIONS = {
 
 
 @pytest.fixture(scope="module")
-def lively(ground: Path, pictures: Path) -> Path:
-    """Five pictures larger than the bucket, three batches an epoch: nothing is the same twice."""
-    changing = subset(pictures, flip_aug=True, random_crop=True, **CAPTIONS)
-    return write_dataset(ground / "lively.toml", changing, resolution=[64, 64], enable_bucket=False)
+def lively(ground: Path) -> Path:
+    """Five pictures of another shape than the bucket, three batches an epoch: nothing is the same twice."""
+    pictures = make_pictures(ground / "wide pictures", 5, size=(112, 72))
+    return write_dataset(ground / "lively.toml", subset(pictures, flip_aug=True, random_crop=True, **CAPTIONS))
 
 
 # Where to stop, and what to change. With 3 batches an epoch and accumulation 2 the second group holds 1 batch.
@@ -88,6 +89,14 @@ def test_every_optimizer_resumes(name: str, sd1: Path, lively: Path, tmp_path: P
     values: dict[str, Any] = {"optimizer_type": name, "max_train_steps": 4, "save_state": True, **OPTIMIZERS[name]}
     whole = train(sd1, lively, tmp_path / "whole", **values)
     assert_same_run(train_with_stops(sd1, lively, tmp_path / "stopped", [2], **values), whole)
+    kinds = {value.dtype for part in whole.state.optimizer["state"].values() for value in tensors_of(part)}
+    assert (torch.uint8 in kinds) == ("8bit" in name)
+
+
+def tensors_of(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, dict):
+        return [tensor for item in value.values() for tensor in tensors_of(item)]
+    return [value] if isinstance(value, torch.Tensor) else []
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
@@ -107,7 +116,13 @@ def test_caches(on_disk: bool, sd1: Path, pictures: Path, ground: Path, tmp_path
 def test_saves_on_the_way_change_nothing(sd1: Path, lively: Path, tmp_path: Path) -> None:
     """For an optimizer that trains other weights than it saves, too."""
     for name in ("AdamW", "AdamWScheduleFree"):
-        values = {**EVERYTHING, "optimizer_type": name, "max_train_steps": 4, "lr_scheduler": None, "lr_warmup_steps": None}
+        values = {
+            **EVERYTHING,
+            "optimizer_type": name,
+            "max_train_steps": 4,
+            "lr_scheduler": None,
+            "lr_warmup_steps": None,
+        }
         if name == "AdamWScheduleFree":
             values["ema_decay"] = None
         plain = train(sd1, lively, tmp_path / name, **values)

@@ -22,8 +22,18 @@ from torch import Tensor
 from library.errors import UserError
 from tests.tiny import make_tiny_sd
 from tests.trainers.helpers import (
-    Run, assert_same_run, differing, make_pictures, micro_generator, randomized, subset, train, train_with_stops,
-    with_lora, write_dataset, write_datasets,
+    Run,
+    assert_same_run,
+    differing,
+    make_pictures,
+    micro_generator,
+    randomized,
+    subset,
+    train,
+    train_with_stops,
+    with_lora,
+    write_dataset,
+    write_datasets,
 )  # fmt: skip
 
 GOLDEN = Path(__file__).parents[1] / "data_files" / "trainers" / "golden_losses.json"
@@ -52,7 +62,8 @@ GOLDEN_RUNS: dict[str, tuple[int, dict[str, Any]]] = {
             "multires_noise_iterations": 4, "multires_noise_discount": 0.4, "ip_noise_gamma": 0.1,
             "min_snr_gamma": 5, "loss_type": "huber", "huber_schedule": "exponential", "huber_c": 0.2,
             "min_timestep": 100, "max_timestep": 900, "gradient_accumulation_steps": 2, "max_grad_norm": 0.5,
-            "lr_scheduler": "cosine", "lr_warmup_steps": 2, "clip_skip": 2, "network_args": ["conv_dim=2", "rank_dropout=0.2"],
+            "lr_scheduler": "cosine", "lr_warmup_steps": 2, "clip_skip": 2,
+            "network_args": ["conv_dim=2", "rank_dropout=0.2"],
         },
     ),
 }  # fmt: skip
@@ -134,7 +145,7 @@ def test_preserved_pictures_learn_the_base_model(sd1: Path, lora: Path, tmp_path
     data = write_dataset(tmp_path / "d.toml", subset(pictures, **keep))
     assert train(sd1, data, tmp_path / "fresh", max_train_steps=2).losses == [0.0, 0.0]
 
-    run = train(sd1, data, tmp_path / "far", network_weights=lora, network_train_unet_only=True, **ONE)
+    run = train(sd1, data, tmp_path / "far", network_weights=lora, **ONE)
     trainer = run.trainer
     trainer.network.load(load_file(lora))
     with torch.no_grad():
@@ -195,7 +206,9 @@ def test_nothing_learns(sd1: Path, dataset: Path, tmp_path: Path) -> None:
         train(sd1, dataset, tmp_path, learning_rate=0)
 
 
-def test_part_of_network_weights_that_does_not_learn_is_left_out(sd1: Path, lora: Path, dataset: Path, tmp_path: Path) -> None:
+def test_part_of_network_weights_that_does_not_learn_is_left_out(
+    sd1: Path, lora: Path, dataset: Path, tmp_path: Path
+) -> None:
     """Cached texts or not: the same run."""
     values = {"network_weights": lora, "network_train_unet_only": True, **ONE}
     plain = train(sd1, dataset, tmp_path / "plain", **values)
@@ -212,7 +225,10 @@ def merged_model(model: Path, lora: dict[str, Tensor], folder: Path) -> Path:
     from transformers import CLIPTextModel
 
     shutil.copytree(model, folder)
-    for part, cls, prefix in (("unet", UNet2DConditionModel, "lora_unet_"), ("text_encoder", CLIPTextModel, "lora_te_")):
+    for part, cls, prefix in (
+        ("unet", UNet2DConditionModel, "lora_unet_"),
+        ("text_encoder", CLIPTextModel, "lora_te_"),
+    ):
         module = cls.from_pretrained(folder / part)
         flat = part == "text_encoder" and "text_model" not in dict(module.named_children())
         inner = "text_model." if flat else ""
@@ -246,7 +262,10 @@ def test_scale_weight_norms(sd1: Path, dataset: Path, tmp_path: Path) -> None:
     def norms(run: Run) -> list[float]:
         """Of alpha / rank * up @ down, with alpha 2 and rank 4."""
         names = [key.removesuffix(".alpha") for key in run.weights if key.endswith(".alpha")]
-        pairs = [(run.weights[f"{n}.lora_up.weight"].flatten(1), run.weights[f"{n}.lora_down.weight"].flatten(1)) for n in names]
+        pairs = [
+            (run.weights[f"{n}.lora_up.weight"].flatten(1), run.weights[f"{n}.lora_down.weight"].flatten(1))
+            for n in names
+        ]
         return [float((up @ down).norm()) * 0.5 for up, down in pairs]
 
     free = norms(train(sd1, dataset, tmp_path / "free"))
@@ -295,7 +314,13 @@ def test_gradient_clipping_and_accumulation(sd1: Path, tmp_path: Path) -> None:
     stepped: list[dict[str, Tensor]] = []
     sgd = {"optimizer_type": "SGD", "learning_rate": 1.0, "gradient_accumulation_steps": 2, "max_grad_norm": limit}
     clipped = train(
-        sd1, data, tmp_path / "clipped", each_step=lambda t: stepped.append(t.network.state(None)), **ONE, **sgd, **values
+        sd1,
+        data,
+        tmp_path / "clipped",
+        each_step=lambda t: stepped.append(t.network.state(None)),
+        **ONE,
+        **sgd,
+        **values,
     )
     change = torch.stack([value.norm() for key, value in clipped.weights.items() if "lora_up" in key]).norm()
     ups = torch.stack([value.norm() for key, value in mean.items() if "lora_up" in key]).norm()
@@ -314,7 +339,10 @@ def test_several_datasets_at_several_sizes(sd1: Path, tmp_path: Path) -> None:
     )
     run = train(sd1, data, tmp_path / "out", max_train_epochs=1)
     plans = list(run.trainer.data.plan_epoch(1))
-    assert sorted((plan.bucket, len(plan.samples)) for plan in plans) == [((64, 64), 1), ((64, 64), 2)] + [((128, 64), 1)] * 6
+    assert (
+        sorted((plan.bucket, len(plan.samples)) for plan in plans)
+        == [((64, 64), 1), ((64, 64), 2)] + [((128, 64), 1)] * 6
+    )
     assert len(run.losses) == 8 and run.metadata["ss_num_train_images"] == "9"
     assert len({run.trainer.latents_of(run.trainer.data.load(p, step=0)).shape[-2:] for p in plans}) == 2
 
@@ -323,9 +351,7 @@ def test_folder_form(sd1: Path, tmp_path: Path) -> None:
     make_pictures(tmp_path / "train" / "3_sks cat", 2)
     make_pictures(tmp_path / "reg" / "1_cat", 2, first=2)
     values = {"train_data_dir": tmp_path / "train", "reg_data_dir": tmp_path / "reg", "resolution": 64}
-    run = train(
-        sd1, None, tmp_path / "out", train_batch_size=4, caption_extension=".txt", max_train_epochs=2, **values
-    )
+    run = train(sd1, None, tmp_path / "out", train_batch_size=4, caption_extension=".txt", max_train_epochs=2, **values)
     assert len(run.losses) == 6  # 2 pictures 3 times and as many uses of the others, in batches of 4
     assert run.metadata["ss_num_reg_images"] == "6"
     tags = json.loads(run.metadata["ss_tag_frequency"])
@@ -367,7 +393,9 @@ def test_validation_previews_and_logs_disturb_nothing(sd1: Path, tmp_path: Path)
     pictures = make_pictures(tmp_path / "pictures", 6)
     changing = subset(pictures, shuffle_caption=True, flip_aug=True, random_crop=True)
     data = write_dataset(tmp_path / "d.toml", changing, validation_split=0.3)
-    (tmp_path / "prompts.txt").write_text("cat --w 64 --h 64 --s 2 --d 1\nred dog --n blue --s 2 --l 3\n", encoding="utf-8")
+    (tmp_path / "prompts.txt").write_text(
+        "cat --w 64 --h 64 --s 2 --d 1\nred dog --n blue --s 2 --l 3\n", encoding="utf-8"
+    )
     values = {"network_dropout": 0.2, "ema_decay": 0.9, "network_args": ["module_dropout=0.2"], "save_state": True}
     quiet = train(sd1, data, tmp_path / "quiet", validate_every_n_steps=1000, **values)
     watched = train(
@@ -392,7 +420,9 @@ def test_validation_previews_and_logs_disturb_nothing(sd1: Path, tmp_path: Path)
 
 
 def test_validation_loss_is_the_mean_over_fixed_timesteps(sd1: Path, tmp_path: Path) -> None:
-    data = write_dataset(tmp_path / "d.toml", subset(make_pictures(tmp_path / "p", 6)), validation_split=0.5, batch_size=1)
+    data = write_dataset(
+        tmp_path / "d.toml", subset(make_pictures(tmp_path / "p", 6)), validation_split=0.5, batch_size=1
+    )
     run = train(sd1, data, tmp_path / "out", max_validation_steps=2, **ONE)
     trainer, losses = run.trainer, []
     with torch.no_grad(), trainer.shown():
@@ -449,12 +479,29 @@ def test_moving_average_is_what_is_saved(sd1: Path, dataset: Path, tmp_path: Pat
         torch.testing.assert_close(run.weights[key], average, rtol=1e-5, atol=1e-7)
 
 
+@pytest.fixture(scope="module")
+def shallow(sd1: Path, ground: Path) -> Path:
+    """A model of three blocks: each takes seconds to compile."""
+    from diffusers import UNet2DConditionModel
+
+    folder = shutil.copytree(sd1, ground / "shallow")
+    config = UNet2DConditionModel.load_config(folder / "unet")
+    config |= {"down_block_types": ["CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D"]}
+    torch.manual_seed(0)
+    UNet2DConditionModel.from_config({**config, "block_out_channels": [32]}).save_pretrained(folder / "unet")
+    return folder
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiled_blocks_train_the_same(backend: str, sd1: Path, pictures: Path, tmp_path: Path) -> None:
+def test_compiled_blocks_train_the_same(backend: str, shallow: Path, pictures: Path, tmp_path: Path) -> None:
     data = write_dataset(tmp_path / "d.toml", subset(pictures), batch_size=5)
-    plain = train(sd1, data, tmp_path / "plain", max_train_steps=2)
-    run = train(sd1, data, tmp_path / "compiled", torch_compile=True, dynamo_backend=backend, max_train_steps=2)
+    plain = train(shallow, data, tmp_path / "plain", max_train_steps=2)
+    run = train(shallow, data, tmp_path / "compiled", torch_compile=True, dynamo_backend=backend, max_train_steps=2)
     assert run.losses == pytest.approx(plain.losses, rel=1e-5)
+    compiled = [
+        block._compiled_call_impl is not None for block in run.trainer.family.blocks(run.trainer.models.denoiser)
+    ]
+    assert compiled == [True] * 3
 
 
 def test_lycoris_trains_and_resumes(sd1: Path, dataset: Path, tmp_path: Path) -> None:

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Epochs and steps: arithmetic of the plan, positions, shares of several processes."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+
+from library.errors import UserError
+from library.trainers.plan import Position, RunPlan, make_plan, share_of
+
+
+def plan(**values: int | None) -> RunPlan:
+    given = {"total_batches": 10, "num_processes": 1, "accumulation": 1, "max_steps": 25, "max_epochs": None, "seed": 1}
+    return make_plan(**{**given, **values})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("batches", "processes", "accumulation", "per_process", "steps_per_epoch"),
+    [
+        (10, 1, 1, 10, 10), (10, 1, 3, 10, 4), (10, 2, 1, 5, 5), (11, 2, 1, 6, 6), (11, 2, 4, 6, 2), (3, 1, 8, 3, 1),
+        (1, 4, 1, 1, 1),
+    ],
+)  # fmt: skip
+def test_steps_of_an_epoch(
+    batches: int, processes: int, accumulation: int, per_process: int, steps_per_epoch: int
+) -> None:
+    made = plan(total_batches=batches, num_processes=processes, accumulation=accumulation)
+    assert (made.batches_per_epoch, made.steps_per_epoch) == (per_process, steps_per_epoch)
+
+
+def test_epochs_win_over_steps() -> None:
+    assert plan().total_steps == 25 and plan().total_epochs == 3
+    assert plan(max_epochs=4).total_steps == 40 and plan(max_epochs=4).total_epochs == 4
+    assert plan(max_epochs=2, accumulation=3).total_steps == 8
+    assert plan(max_steps=20).total_epochs == 2
+
+
+def test_empty_dataset_is_a_user_error() -> None:
+    with pytest.raises(UserError, match="no batch to train on"):
+        plan(total_batches=0)
+
+
+@pytest.mark.parametrize("accumulation", [1, 3, 4, 20])
+def test_groups_and_positions_agree(accumulation: int) -> None:
+    """Walking through the groups of all epochs, the position before each step is `position_of` that step."""
+    made = plan(accumulation=accumulation, max_steps=3 * math.ceil(10 / accumulation))
+    step, micro_steps = 0, []
+    for epoch in range(3):
+        for group in made.groups(0):
+            assert made.position_of(step) == Position(step, epoch, group.start)
+            assert next(iter(made.groups(group.start))) == group  # a resumed epoch goes on with the same group
+            micro_steps += [made.micro_step(epoch, batch) for batch in group]
+            step += 1
+    assert step == made.total_steps
+    assert all(b - a == 1 for a, b in pairwise(micro_steps))
+
+
+def test_shares_are_disjoint_and_of_one_length() -> None:
+    for count in range(1, 12):
+        for world in range(1, 5):
+            shares = [list(share_of(range(count), rank, world)) for rank in range(world)]
+            assert {len(share) for share in shares} == {math.ceil(count / world)}
+            assert set().union(*shares) == set(range(count))
+            extra = sum(map(len, shares)) - count
+            assert extra == -count % world  # no more is done twice than evenness asks for
