@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,53 +24,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from library.errors import UserError, first_names
+from networks.formats import read_tensors, write_tensors
+from networks.spec import TargetSpec
 
-Part = Literal["denoiser", "text_encoder"]
 Rates = float | Sequence[float] | None  # one learning rate, or one per text encoder
-
-
-@dataclass(frozen=True, eq=False)
-class TargetModule:
-    """One module that an adapter changes, or some of its output rows."""
-
-    path: str  # dotted path inside the model, as published
-    module: nn.Module
-    rows: slice | None = None  # output rows (channels) that belong to the target; None: all
-
-    @property
-    def width(self) -> int:
-        """How many output rows the target covers."""
-        return self.full_width if self.rows is None else self.rows.stop - self.rows.start
-
-    @property
-    def full_width(self) -> int:
-        """Output rows of the module: features, channels, or the length of a norm's weight."""
-        weight = self.module.weight
-        assert isinstance(weight, Tensor)
-        if isinstance(self.module, (nn.Linear, nn.Conv2d)):
-            return self.module.out_features if isinstance(self.module, nn.Linear) else self.module.out_channels
-        return weight.shape[0]
-
-
-@dataclass(frozen=True, eq=False)
-class TargetSpec:
-    """A published layer: its name in adapter files and the modules that stand for it, in the order of its rows."""
-
-    name: str  # e.g. lora_unet_down_blocks_0_attentions_0_proj_in
-    modules: tuple[TargetModule, ...]
-    part: Part
-    block: int | None = None  # index among the architecture's blocks, for ranks and learning rates per block
-    encoder: int = 0  # which text encoder
-    split: bool = False  # an adapter of its own for each module, fused on save
-
-    @property
-    def width(self) -> int:
-        return sum(m.width for m in self.modules)
-
-    def own_rows(self, index: int) -> slice:
-        """The rows of the target that module `index` produces."""
-        start = sum(m.width for m in self.modules[:index])
-        return slice(start, start + self.modules[index].width)
 
 
 @dataclass(frozen=True)
@@ -248,14 +205,10 @@ class AdapterNetwork(nn.Module, ABC):
 
     def save(self, path: str | Path, *, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
         """Write `state(dtype)` as .safetensors, or with torch for .pt and .ckpt (which hold no metadata)."""
-        from networks.formats import write_tensors
-
         write_tensors(path, self.state(dtype), metadata)
 
     def load_file(self, path: str | Path) -> None:
         """`load` from a file. Raises UserError that names it."""
-        from networks.formats import read_tensors
-
         try:
             self.load(read_tensors(path))
         except UserError as error:

@@ -10,12 +10,13 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from library.errors import UserError, first_names
-from networks.base import AdapterLayer, TargetSpec
+from networks.base import AdapterLayer
 from networks.formats import by_module, read_tensors, to_kohya
 from networks.lr_weights import BlockLayout, plan_ranks
 from networks.network import LayerNetwork, RateRules
 from networks.norm_layer import NormLayer
 from networks.options import BlockOptions, LoraPlusOptions
+from networks.spec import TargetSpec
 
 MakeLayer = Callable[[TargetSpec, int, float], AdapterLayer]  # (target, rank, alpha)
 FindTargets = Callable[[bool, bool], list[TargetSpec]]  # (with 3x3 convolutions, with norms)

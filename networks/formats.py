@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError, first_names
-from networks.base import TargetSpec
+from networks.spec import TargetSpec
 from networks.targets import DENOISER_PREFIX, ENCODER_PREFIX, published_encoder_path
 
 TORCH_SUFFIXES = (".pt", ".ckpt", ".pth", ".bin")

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from networks.base import AdapterLayer, TargetSpec
+from networks.base import AdapterLayer
+from networks.spec import TargetSpec
 from networks.weight_layer import WeightLayer, convolve
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from library.errors import UserError
 from library.log import get_logger
-from networks.base import TargetSpec
 from networks.options import BlockOptions
+from networks.spec import TargetSpec
 
 
 @dataclass(frozen=True)

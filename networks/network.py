@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from library.errors import UserError, first_names
 from library.log import get_logger
-from networks.base import AdapterLayer, AdapterNetwork, NormReport, Part, Rates
+from networks.base import AdapterLayer, AdapterNetwork, NormReport, Rates
 from networks.formats import by_module, to_kohya
+from networks.spec import Part
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from networks.base import Part, TargetModule, TargetSpec
 from networks.lr_weights import BlockLayout
+from networks.spec import Part, TargetModule, TargetSpec
 
 TextEncoders = nn.Module | Sequence[nn.Module] | None
 

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from networks.base import AdapterLayer, TargetSpec
+from networks.base import AdapterLayer
+from networks.spec import TargetSpec
 
 
 def convolve(x: Tensor, weight: Tensor, like: nn.Conv2d) -> Tensor:

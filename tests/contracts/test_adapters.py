@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from networks.base import AdapterLayer, TargetModule, TargetSpec
+from networks.base import AdapterLayer
 from networks.lora_layer import LoRALayer, LoraSettings
 from networks.network import LayerNetwork, RateRules
 from networks.norm_layer import NormLayer
+from networks.spec import TargetModule, TargetSpec
 from tests.networks.models import distance, randomize
 
 RANK = 4

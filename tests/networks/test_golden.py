@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from networks.base import TargetModule, TargetSpec
 from networks.lora import create_network, create_network_from_weights
 from networks.lora_layer import SplitLoRALayer
+from networks.spec import TargetModule, TargetSpec
 from tests.networks.models import DATA, read_json
 
 KEYS: dict[str, list[Any]] = read_json("lora_keys.json")

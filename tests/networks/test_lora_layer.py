@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from networks.base import TargetModule, TargetSpec
 from networks.lora import create_network, create_network_from_weights
 from networks.lora_layer import LoRALayer, LoraSettings, SplitLoRALayer
+from networks.spec import TargetModule, TargetSpec
 from tests.networks.models import distance, randomize, run_unet, tiny_clip, tiny_unet
 
 

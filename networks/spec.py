@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an adapter is put on: published layers, and the modules that stand for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+Part = Literal["denoiser", "text_encoder"]
+
+
+@dataclass(frozen=True, eq=False)
+class TargetModule:
+    """One module that an adapter changes, or some of its output rows."""
+
+    path: str  # dotted path inside the model, as published
+    module: nn.Module
+    rows: slice | None = None  # output rows (channels) that belong to the target; None: all
+
+    @property
+    def width(self) -> int:
+        """How many output rows the target covers."""
+        return self.full_width if self.rows is None else self.rows.stop - self.rows.start
+
+    @property
+    def full_width(self) -> int:
+        """Output rows of the module: features, channels, or the length of a norm's weight."""
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        if isinstance(self.module, (nn.Linear, nn.Conv2d)):
+            return self.module.out_features if isinstance(self.module, nn.Linear) else self.module.out_channels
+        return weight.shape[0]
+
+
+@dataclass(frozen=True, eq=False)
+class TargetSpec:
+    """A published layer: its name in adapter files and the modules that stand for it, in the order of its rows."""
+
+    name: str  # e.g. lora_unet_down_blocks_0_attentions_0_proj_in
+    modules: tuple[TargetModule, ...]
+    part: Part
+    block: int | None = None  # index among the architecture's blocks, for ranks and learning rates per block
+    encoder: int = 0  # which text encoder
+    split: bool = False  # an adapter of its own for each module, fused on save
+
+    @property
+    def width(self) -> int:
+        return sum(m.width for m in self.modules)
+
+    def own_rows(self, index: int) -> slice:
+        """The rows of the target that module `index` produces."""
+        start = sum(m.width for m in self.modules[:index])
+        return slice(start, start + self.modules[index].width)
