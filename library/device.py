@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from library.errors import UserError
 
@@ -27,6 +28,7 @@ class DistributedSettings:
     gradient_as_bucket_view: bool = False
     static_graph: bool = False
     deepspeed: dict[str, Any] = field(default_factory=dict)  # arguments of accelerate's DeepSpeedPlugin
+    batch_size: int = 1  # per device; DeepSpeed wants to know it
 
 
 def make_accelerator(mixed_precision: str, settings: DistributedSettings) -> Accelerator:
@@ -47,7 +49,7 @@ def make_accelerator(mixed_precision: str, settings: DistributedSettings) -> Acc
     ]
     if settings.timeout_minutes:
         handlers.append(InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=settings.timeout_minutes)))
-    plugin = _deepspeed_plugin(settings.deepspeed) if settings.deepspeed else None
+    plugin = _deepspeed_plugin(settings.deepspeed, settings.batch_size) if settings.deepspeed else None
     return Accelerator(
         mixed_precision=mixed_precision,
         cpu=not accelerator_present(),  # else processes of torchrun would not see each other on a machine without a GPU
@@ -56,12 +58,13 @@ def make_accelerator(mixed_precision: str, settings: DistributedSettings) -> Acc
     )
 
 
-def _deepspeed_plugin(arguments: dict[str, Any]) -> Any:
+def _deepspeed_plugin(arguments: dict[str, Any], batch_size: int) -> Any:
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError("--deepspeed: the package is not installed: pip install deepspeed (Linux with CUDA)")
     from accelerate import DeepSpeedPlugin
 
     plugin = DeepSpeedPlugin(**{k: v for k, v in arguments.items() if k != MASTER_WEIGHTS})
+    plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = batch_size  # it sees no loader to take it from
     if arguments.get(MASTER_WEIGHTS):
         plugin.deepspeed_config.setdefault("fp16", {})[MASTER_WEIGHTS] = True
     return plugin
@@ -74,6 +77,16 @@ def accelerator_present() -> bool:
 
 def _xpu_available() -> bool:
     return torch.xpu.is_available() if "xpu" in dir(torch) else False
+
+
+def unscale_half_gradients(scaler: torch.amp.GradScaler) -> None:
+    """Let the scaler unscale fp16 gradients, which weights in fp16 have (--full_fp16): torch refuses them by itself."""
+    refusing = scaler._unscale_grads_
+
+    def unscale(optimizer: torch.optim.Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool) -> Any:
+        return refusing(optimizer, inv_scale, found_inf, True)
+
+    scaler._unscale_grads_ = unscale  # type: ignore[method-assign]
 
 
 def free_memory() -> None:

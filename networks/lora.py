@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from library.errors import UserError
+from library.log import get_logger
 from networks.base import AdapterNetwork
 from networks.build import build_network, network_from_weights, rate_rules, weights_of
 from networks.lora_layer import LoRALayer, LoraSettings, lora_layer
@@ -76,6 +77,10 @@ def create_network_from_weights(
     given = [name for name in decided if getattr(blocks, name) is not None]
     if given:
         raise UserError(f"--network_args: {', '.join(given)}: ranks and alphas come from {file}; leave them out")
+    forms = [name for name, value in vars(options["layer"]).items() if value and name != "wd_on_output"]
+    forms += ["train_norm"] if blocks.train_norm else []
+    if forms:
+        get_logger().warning("--network_args: %s: no effect, %s decides the form of its layers", ", ".join(forms), file)
     network = network_from_weights(
         every_target(text_encoder, unet),
         FILE_LAYERS,

@@ -242,6 +242,8 @@ def _read_file(options: DataOptions, path: Path, bucket_step: int, problems: lis
             hint = nearest(key, ("general", "datasets"))
             tail = f"Did you mean '{hint}'?" if hint else "A dataset file has [general] and [[datasets]]"
             reader.problems.append(f"{path}: unknown key '{key}'. {tail}")
+    if "cache_info" in _all_keys(document):
+        get_logger().info("%s: cache_info: always done now, in the cache folder", path)
     general = reader.table(document.get("general") or {}, "general", "general")
     tables = reader.array(document.get("datasets") or [], "datasets")
     if not tables and not problems:
@@ -259,6 +261,14 @@ def _read_file(options: DataOptions, path: Path, bucket_step: int, problems: lis
         ]
         found.append(_dataset(reader, place, _Levels(*levels), subsets, bucket_step))
     return [dataset for dataset in found if dataset is not None]
+
+
+def _all_keys(value: Any) -> Iterator[str]:
+    """The keys of a table and of all tables inside it."""
+    for key, inner in value.items() if isinstance(value, dict) else ():
+        yield key
+        for item in inner if isinstance(inner, list) else [inner]:
+            yield from _all_keys(item)
 
 
 def _read_subset(

@@ -17,15 +17,14 @@ from library.log import progress
 
 IMAGE_EXTENSIONS = frozenset({"png", "jpg", "jpeg", "webp", "bmp", "avif", "jxl"})
 
-_CHUNK = 512  # files between two looks at the clock
+_CHUNK = 256  # files between two looks at the clock
 _SLOW_SECONDS = 0.00015  # waiting per file that tells a network or cold disk from a warm one
+_SLOW_CHUNKS = 3  # in a row: a busy machine makes single ones wait, where threads would only cost time
 _THREADS = 16
+_BATCH = 8  # files a thread takes at once, because handing one over takes longer than reading a file from memory
 _SHOW_PROGRESS = 5000  # files
 
 _OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0)  # O_BINARY: Windows only
-
-Job = tuple[str, int, int]  # path, size in bytes, modification time
-
 
 class Folder:
     """The files of a folder by name. `images` and `texts` hold what `look` has found of good files."""
@@ -44,8 +43,11 @@ class Folder:
     @cached_property
     def pictures(self) -> dict[str, str]:
         """Picture name -> stem, sorted by name."""
+        # The manifest's names come first: they are in order already, which makes sorting quick
+        names = [name for name in self.images if name in self.names]
+        names += self.names.difference(self.images)
         # hidden files are no pictures: macOS keeps "._name.jpg" beside "name.jpg"
-        found = [n for n in self.names if n.rpartition(".")[2].lower() in IMAGE_EXTENSIONS and n[0] != "." and "." in n]
+        found = [n for n in names if n.rpartition(".")[2].lower() in IMAGE_EXTENSIONS and n[0] != "." and "." in n]
         return {name: name.rpartition(".")[0] for name in sorted(found)}
 
     @cached_property
@@ -65,28 +67,29 @@ class Folder:
         """Fills `texts` for `names`; what is wrong with the others stands in `problems`."""
         self._look(names, self.texts, _read_text, "reading captions")
 
-    def _look(self, names: Iterable[str], known: dict, read: Callable[[Job], Any], what: str) -> None:
+    def _look(self, names: Iterable[str], known: dict, read: Callable[[str], Any], what: str) -> None:
         stale: list[str] = []
-        jobs: list[Job] = []
+        stat = os.stat
         with self._directory() as (handle, prefix):
             for name in names:
-                try:
-                    status = os.stat(prefix + name, dir_fd=handle)
-                except OSError as error:  # a broken link, or deleted since the listing
-                    self.problems[name] = f"cannot be read ({error.strerror})"
-                    known.pop(name, None)
-                    continue
                 row = known.get(name)
-                if row is None or row[1] != status.st_mtime_ns or row[0] != status.st_size:
+                if row is None:  # will be opened, and its size and time are cheaper to have then
                     stale.append(name)
-                    jobs.append((self.prefix + name, status.st_size, status.st_mtime_ns))
-        for name, found in zip(stale, read_all(read, jobs, what)):
+                    continue
+                try:
+                    status = stat(prefix + name, dir_fd=handle)
+                except OSError:  # became a broken link, or was deleted since the listing: opening it says so
+                    stale.append(name)
+                    continue
+                if row[1] != status.st_mtime_ns or row[0] != status.st_size:
+                    stale.append(name)
+        for name, found in zip(stale, read_all(read, [self.prefix + name for name in stale], what)):
             if isinstance(found, str):
                 self.problems[name] = found
-                known.pop(name, None)
+                self._changed |= known.pop(name, None) is not None
             else:
                 known[name] = found
-        self._changed = self._changed or bool(stale)
+                self._changed = True
 
     @contextlib.contextmanager
     def _directory(self) -> Iterator[tuple[int | None, str]]:
@@ -121,21 +124,30 @@ class Folder:
         return ", ".join(f"{count} {kind}" for kind, count in most) or "nothing"
 
 
-def _read_image(job: Job) -> ImageRow | str:
-    path, size, mtime_ns = job
-    width, height, flags, problem = read_header(path, size)
-    return problem or (size, mtime_ns, width, height, flags)
-
-
-def _read_text(job: Job) -> TextRow | str:
-    path, size, mtime_ns = job
+def _read_image(path: str) -> ImageRow | str:
     try:
         handle = os.open(path, _OPEN_FLAGS)
         try:
+            status = os.fstat(handle)
+            size = status.st_size
+            width, height, flags, problem = read_header(path, handle, size)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return problem or (size, status.st_mtime_ns, width, height, flags)
+
+
+def _read_text(path: str) -> TextRow | str:
+    try:
+        handle = os.open(path, _OPEN_FLAGS)
+        try:
+            status = os.fstat(handle)
+            size = status.st_size
             data = os.read(handle, size + 1)
         finally:
             os.close(handle)
-        return size, mtime_ns, data.decode("utf-8").removeprefix("\ufeff")
+        return size, status.st_mtime_ns, data.decode("utf-8").removeprefix("\ufeff")
     except OSError as error:
         return f"cannot be read ({error.strerror})"
     except UnicodeDecodeError as error:
@@ -143,24 +155,28 @@ def _read_text(job: Job) -> TextRow | str:
         return f"is not UTF-8 text (byte {error.start}{hint}): save it as UTF-8"
 
 
-def read_all(read: Callable[[Job], Any], jobs: list[Job], what: str) -> list[Any]:
-    """`read` of each job, in order. One thread while files come from memory, many when the storage makes us wait."""
-    if not jobs:
+def read_all(read: Callable[[str], Any], paths: list[str], what: str) -> list[Any]:
+    """`read` of each path, in order. One thread while files come from memory, many when the storage makes us wait."""
+    if not paths:
         return []
     found: list[Any] = []
-    bar = progress(len(jobs), what, "files") if len(jobs) >= _SHOW_PROGRESS else None
+    bar = progress(len(paths), what, "files") if len(paths) >= _SHOW_PROGRESS else None
     pool: ThreadPoolExecutor | None = None
+    slow = 0
     try:
-        for start in range(0, len(jobs), _CHUNK):
-            chunk = jobs[start : start + _CHUNK]
+        for start in range(0, len(paths), _CHUNK):
+            chunk = paths[start : start + _CHUNK]
             if pool is None:
                 wall, busy = time.perf_counter(), time.thread_time()
                 found.extend(map(read, chunk))
                 waited = time.perf_counter() - wall - (time.thread_time() - busy)
-                if waited > _SLOW_SECONDS * len(chunk) and start + _CHUNK < len(jobs):
+                slow = slow + 1 if waited > _SLOW_SECONDS * len(chunk) else 0
+                if slow == _SLOW_CHUNKS and start + _CHUNK < len(paths):
                     pool = ThreadPoolExecutor(_THREADS)
             else:
-                found.extend(pool.map(read, chunk))
+                batches = [chunk[place : place + _BATCH] for place in range(0, len(chunk), _BATCH)]
+                for rows in pool.map(lambda batch: list(map(read, batch)), batches):
+                    found.extend(rows)
             if bar is not None:
                 bar.advance(len(chunk))
     finally:

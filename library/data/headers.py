@@ -25,8 +25,6 @@ MAX_PIXELS = 2 * (1 << 30) // 12  # 179 million, what PIL agrees to decode
 ALPHA = 1  # flag: the picture has an alpha channel or a transparent colour
 TURNED = 2  # flag: EXIF orientation other than 1; today's caches, which ignore it, are then of another picture
 
-_OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0)  # O_BINARY: Windows only
-
 
 class Header(NamedTuple):
     """What a file says of itself. width and height are after EXIF orientation; problem is "" for a good file."""
@@ -54,25 +52,18 @@ class _Source:
         return self.at(max(self.size - count, 0), count)
 
 
-def read_header(path: str, size: int) -> Header:
-    """The header of the picture file `path` of `size` bytes. Never raises: what is wrong stands in `problem`."""
+def read_header(path: str, handle: int, size: int) -> Header:
+    """The header of the picture file `path` of `size` bytes, just opened as `handle`. What is wrong with the picture
+    stands in `problem`. Raises OSError when the file cannot be read."""
     if size == 0:
         return _broken("is empty (0 bytes)")
+    head = os.read(handle, HEAD_BYTES)
     try:
-        handle = os.open(path, _OPEN_FLAGS)
-    except OSError as error:
-        return _broken(f"cannot be read ({error.strerror})")
-    try:
-        head = os.read(handle, HEAD_BYTES)
         parse = _PARSERS.get(head[:2])
         found = parse(_Source(handle, head, size)) if parse else None
-    except OSError as error:
-        return _broken(f"cannot be read ({error.strerror})")
     except (IndexError, struct.error):
         found = None  # the file ended inside its header; PIL says what is wrong with it
-    finally:
-        os.close(handle)
-    if found is None or (not found.problem and min(found[:2]) < 1):
+    if found is None or (not found.problem and (found.width < 1 or found.height < 1)):
         found = _decode(path, head)
     return _checked(found)
 
@@ -82,10 +73,11 @@ def _broken(problem: str) -> Header:
 
 
 def _checked(header: Header) -> Header:
-    if header.problem or (max(header[:2]) <= MAX_SIDE and header.width * header.height <= MAX_PIXELS):
+    width, height, _, problem = header
+    if problem or (width <= MAX_SIDE and height <= MAX_SIDE and width * height <= MAX_PIXELS):
         return header
     return header._replace(
-        problem=f"is {header.width}x{header.height} pixels: more than {MAX_SIDE:,} on a side or {MAX_PIXELS:,} in all"
+        problem=f"is {width}x{height} pixels: more than {MAX_SIDE:,} on a side or {MAX_PIXELS:,} in all"
     )
 
 
@@ -125,6 +117,8 @@ def _xmp_orientation(packet: bytes) -> int | None:
 
 # ---- formats: a parser returns None where it is not sure, and PIL decodes the file ----------------------------------
 
+# Marker, length and, in a frame header, precision, height and width: one call is quicker than picking out the bytes
+_JPEG_SEGMENT = struct.Struct(">BBHBHH")
 _JPEG_FRAMES = frozenset({0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF})
 
 
@@ -132,15 +126,15 @@ def _jpeg(source: _Source) -> Header | None:
     """Segments up to the frame header; the file must end with the end-of-image marker."""
     position = 2
     exif = xmp = None
+    head, inside = source.head, len(source.head) - _JPEG_SEGMENT.size
     while True:
-        block = source.head[position : position + 9]
-        if len(block) < 9:
-            block = source.at(position, 9)
-        marker, length = block[1], block[2] << 8 | block[3]
-        if block[0] != 0xFF or marker < 0xC0 or 0xD0 <= marker <= 0xDA or marker == 0xFF:
+        if position <= inside:
+            start, marker, length, _, height, width = _JPEG_SEGMENT.unpack_from(head, position)
+        else:
+            start, marker, length, _, height, width = _JPEG_SEGMENT.unpack(source.at(position, _JPEG_SEGMENT.size))
+        if start != 0xFF or marker < 0xC0 or 0xD0 <= marker <= 0xDA or marker == 0xFF:
             return None  # fill bytes, or a scan before the frame: legal or damaged, PIL knows
         if marker in _JPEG_FRAMES:
-            height, width = block[5] << 8 | block[6], block[7] << 8 | block[8]
             break
         if marker == 0xE1:
             data = source.at(position + 4, length - 2)

@@ -139,7 +139,9 @@ class DataOptions:
     caption_tag_dropout_rate: float = option(0.0, help="Share of caption parts that are dropped.", check=between(0, 1))
     dataset_repeats: int = option(1, help="Times that each picture is used in an epoch.", check=at_least(1))
     train_batch_size: int = option(1, help="Pictures in a batch, per device.", check=at_least(1))
-    max_data_loader_n_workers: int = option(8, help="Most processes that load pictures.", check=at_least(0))
+    max_data_loader_n_workers: int = option(
+        8, help="Most processes that load pictures (never more than cores).", check=at_least(0)
+    )
     persistent_data_loader_workers: bool = option(False, help="Keep the loading processes from epoch to epoch.")
     prior_loss_weight: float = option(1.0, help="Weight of the loss of regularisation pictures.", check=at_least(0))
     conditioning_data_dir: str | None = option(

@@ -89,6 +89,10 @@ def _paused_gc() -> Iterator[None]:
         yield
     finally:
         if was_on:
+            if gc.get_freeze_count() == 0:
+                # Moves all objects to the oldest generation; else the first collection would walk through every one
+                gc.freeze()
+                gc.unfreeze()
             gc.enable()
 
 
@@ -173,19 +177,25 @@ class _Scanner:
         """A sample for each picture of `captions` that is good."""
         found = []
         legacy = self.npz_suffix is not None and folder.has_npz
-        prefix, images = folder.prefix, folder.images
+        prefix, images, new = folder.prefix, folder.images, object.__new__
         for name, caption in captions.items():
             row = images.get(name)
             if row is None:
                 continue
             file_size, mtime_ns, width, height, flags = row
-            mask = masks.get(name) if masks else None
-            npz = self._legacy(folder, name, row) if legacy else None
-            found.append(
-                Sample(
-                    prefix + name, (width, height), caption, config, mtime_ns, file_size, flags & ALPHA != 0, mask, npz
-                )
-            )
+            # A frozen dataclass sets each field through object.__setattr__; writing to __dict__ takes a third of the time
+            sample = new(Sample)
+            values = sample.__dict__
+            values["path"] = prefix + name
+            values["size"] = (width, height)
+            values["caption"] = caption
+            values["subset"] = config
+            values["mtime_ns"] = mtime_ns
+            values["file_size"] = file_size
+            values["has_alpha"] = flags & ALPHA != 0
+            values["mask_path"] = masks.get(name) if masks else None
+            values["legacy_latents"] = self._legacy(folder, name, row) if legacy else None
+            found.append(sample)
         return found
 
     def _legacy(self, folder: Folder, name: str, row: ImageRow) -> str | None:

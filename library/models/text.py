@@ -6,8 +6,10 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
+from library.io.atomic import atomic_write
 from library.types import Tokens
 
 CHUNK = 75  # tokens between the start and the end token of one pass of the encoder
@@ -147,7 +150,19 @@ def find_tokenizer(model: Path, *, version: int, cache: str | None) -> ClipToken
     places = [Path(cache) / repository.replace("/", "_") for repository in TOKENIZER_IDS[version]] if cache else []
     places += [] if model.is_dir() else [model.parent / "tokenizer"]
     found = next((place for place in places if _is_tokenizer(place)), None)
-    return read_tokenizer(found or _from_hub(version, places), padding=padding)
+    if found is None:
+        found = _from_hub(version, places)
+        if cache:
+            _keep(found, Path(cache) / CLIP_ID.replace("/", "_"))
+    return read_tokenizer(found, padding=padding)
+
+
+def _keep(folder: Path, place: Path) -> None:
+    """Copy a tokenizer into --tokenizer_cache_dir, for machines without network."""
+    place.mkdir(parents=True, exist_ok=True)
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            atomic_write(place / name, partial(shutil.copyfile, folder / name))
 
 
 def _is_tokenizer(folder: Path) -> bool:

@@ -93,5 +93,7 @@ class LossOptions:
 
     def problems(self) -> Iterator[str]:
         """Combinations that make no sense."""
+        if self.loss_type in ("huber", "smooth_l1") and self.huber_schedule == "snr" and self.huber_scale != 1:
+            yield "--huber_scale has no effect with --huber_schedule snr: give constant or exponential"
         if self.loss_type in ("huber", "smooth_l1") and self.huber_schedule == "exponential" and self.huber_c > 1:
             yield f"--huber_c {self.huber_c}: the exponential schedule falls from 1 to --huber_c: give at most 1"

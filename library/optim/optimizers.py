@@ -171,6 +171,26 @@ class OptimizerChoice:
         """The same over four numbers, for checks. Raises UserError as `build` does."""
         return self.build([{"params": [torch.nn.Parameter(torch.zeros(2, 2))]}])
 
+    def check_dtype(self, dtype: torch.dtype) -> None:
+        """Weights of this dtype stay finite where gradients are 0 or small. Raises UserError.
+
+        In fp16 the squares of usual gradients and eps are 0, so that Adam and its kin divide 0 by 0; bitsandbytes, Lion
+        and others keep float32 states or divide by nothing.
+        """
+        weight = torch.nn.Parameter(torch.zeros(2, 2, dtype=dtype))
+        optimizer = self.build([{"params": [weight]}]).optimizer
+        for gradient in (0.0, 1e-4):
+            weight.grad = torch.full_like(weight, gradient)
+            try:
+                optimizer.step()
+            except Exception:  # foreign code, perhaps only for a GPU: then this machine cannot tell
+                return
+        if not bool(torch.isfinite(weight).all()):
+            raise UserError(
+                f"{FLAG} {self.name} makes weights in {str(dtype).partition('.')[2]} not finite (small numbers are 0 "
+                "there): leave --full_fp16 out, or use AdamW8bit or Lion"
+            )
+
     def described(self) -> str:
         """The settings as the user knows them."""
         return ", ".join([f"learning_rate={self.learning_rate}", *(f"{k}={v!r}" for k, v in self.settings.items())])

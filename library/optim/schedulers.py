@@ -192,6 +192,16 @@ SCHEDULES: dict[str, Row] = {
     "piecewise_constant": Row(piecewise_constant, warms_up=False),
 }
 NO_WARMUP = {"constant": "use constant_with_warmup", "reduce_lr_on_plateau": "leave it out"}
+ONLY_FOR = {  # option -> the schedules that read it
+    "lr_decay_steps": ("warmup_stable_decay",),
+    "lr_scheduler_timescale": ("inverse_sqrt",),
+    "lr_scheduler_min_lr_ratio": (
+        "cosine_with_min_lr",
+        "cosine_warmup_with_min_lr",
+        "warmup_stable_decay",
+        "reduce_lr_on_plateau",
+    ),
+}
 OTHER_NAMES = ("reduce_lr_on_plateau", "adafactor:<learning rate>")
 
 
@@ -272,9 +282,20 @@ def check_scheduler(options: SchedulerOptions, choice: OptimizerChoice, *, total
     toy = choice.toy()
     build_scheduler(options, toy, total_steps=total_steps)
     name = effective_name(options, toy)
-    given = options.lr_scheduler_type or options.lr_scheduler != "constant" or options.lr_warmup_steps
+    chosen = options.lr_scheduler_type or name
+    for option, names in ONLY_FOR.items():
+        if vars(options)[option] and chosen not in names:
+            get_logger().warning(f"--{option} has no effect with {chosen}: it is for {', '.join(names)}")
+    given = (
+        options.lr_scheduler_type
+        or options.lr_scheduler != "constant"
+        or options.lr_warmup_steps
+        or options.lr_scheduler_args
+    )
     if toy.schedule is not None and given and not options.lr_scheduler.startswith("adafactor"):
-        get_logger().warning(f"{choice.name} has its own schedule: --lr_scheduler and --lr_warmup_steps have no effect")
+        get_logger().warning(
+            f"{choice.name} has its own schedule: the options --lr_scheduler... and --lr_warmup_steps have no effect"
+        )
     elif options.lr_warmup_steps and name == "piecewise_constant":
         get_logger().warning("--lr_warmup_steps: --lr_scheduler piecewise_constant has no warm-up; step_rules say all")
     elif (warmup := plan_of(options, toy.optimizer, total_steps).warmup) > total_steps:

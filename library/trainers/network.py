@@ -41,6 +41,8 @@ class NetworkTrainer(Trainer):
     def check_files(self) -> None:
         """The network files to start from are there and hold a network."""
         options = self.options.network
+        if options.dim_from_weights and options.network_dim is not None:
+            log.warning("--network_dim and --network_alpha: no effect with --dim_from_weights, the file has its own")
         given = [("--network_weights", options.network_weights)] if options.network_weights else []
         given += [("--base_weights", file) for file in options.base_weights or ()]
         problems = [f"{flag}: {file} does not exist" for flag, file in given if not Path(file).is_file()]

@@ -31,9 +31,11 @@ from library.sampling.options import SampleOptions
 from library.sampling.prompts import Prompt, load_prompts
 from library.trainers.options import TrainerOptions
 from library.trainers.plan import RunPlan
+from library.trainers.settings import trained_dtype
 from library.trainers.tracking import check_trackers
 
 T = TypeVar("T")
+UNKNOWN_LENGTH = 10**9  # steps; longer than any run
 LATEST = "latest"  # --resume latest: the newest state of this output_dir and output_name
 
 # Options that must be the same when a state is continued: the state carries what they decide.
@@ -93,13 +95,14 @@ class Preparation:
         prompts = checks.run(lambda: preview_prompts(options.sample))
         checks.run(lambda: check_trackers(options.logging))
         optimizer = checks.run(lambda: choose_optimizer(options.optimizer))
+        checks.run(lambda: check_precision(options, optimizer))
         checks.run(lambda: check_schedule(options, optimizer))
         seed = run_seed(options, facts)
         found = checks.run(lambda: scan_datasets(family, options))
         data = checks.run(lambda: training_data(found, options, seed)) if found else None
         checks.finish()
         assert found is not None and data is not None and optimizer is not None and prompts is not None
-        for line in data_warnings(family, found, data):
+        for line in (*data_warnings(family, found, data), *idle_options(options, data)):
             log.warning(line)
         state = load_state(resume) if resume else None
         return cls(options, seed, found, data, prompts, optimizer, state, data.validation_plans())
@@ -174,11 +177,21 @@ def preview_prompts(options: SampleOptions) -> tuple[Prompt, ...]:
 
 
 def check_schedule(options: TrainerOptions, optimizer: OptimizerChoice | None) -> None:
-    """The learning-rate schedule, also where the optimizer is wrong: then as it would be with the default one."""
+    """The learning-rate schedule, also where the optimizer is wrong: then as it would be with the default one.
+
+    With --max_train_epochs the length is not known yet; `Trainer.make_plan` looks again when it is.
+    """
     if optimizer is None and options.scheduler.lr_scheduler.startswith("adafactor"):
         return
     chosen = optimizer or choose_optimizer(OptimizerOptions())
-    check_scheduler(options.scheduler, chosen, total_steps=options.train.max_train_steps)
+    total = UNKNOWN_LENGTH if options.train.max_train_epochs else options.train.max_train_steps
+    check_scheduler(options.scheduler, chosen, total_steps=total)
+
+
+def check_precision(options: TrainerOptions, optimizer: OptimizerChoice | None) -> None:
+    """--full_fp16: the optimizer can work on weights in fp16. Raises UserError."""
+    if optimizer is not None and options.precision.full_fp16:
+        optimizer.check_dtype(trained_dtype(options.precision))
 
 
 def run_seed(options: TrainerOptions, state: dict[str, Any] | None) -> int:
@@ -241,6 +254,18 @@ def data_warnings(family: ModelFamily, found: Scan, data: TrainingData) -> Itera
         longer_than_limit(samples, family.count_tokens, family.token_limit),
     )
     yield from (line for line in lines if line is not None)
+
+
+def idle_options(options: TrainerOptions, data: TrainingData) -> Iterator[str]:
+    """Options that will do nothing in this run, which only the datasets tell, or which graphical programs leave in."""
+    names = ("validation_seed", "validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps")
+    values = {**vars(options.data), **vars(options.train)}
+    given = [f"--{name}" for name in names if values[name] is not None]
+    if given and not any(stats.validation_images for stats in data.stats()):
+        yield f"{', '.join(given)}: no effect, no picture is held out (see --validation_split)"
+    if options.sample.sample_prompts and not options.sample.wanted:
+        ways = "--sample_every_n_epochs, --sample_every_n_steps or --sample_at_first"
+        yield f"--sample_prompts: no previews are made without {ways}"
 
 
 def training_data(found: Scan, options: TrainerOptions, seed: int) -> TrainingData:

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,8 @@ class Previews:
     def prepare(self, encoders: list[nn.Module]) -> None:
         """Encode the prompts, so that the text encoders can go."""
         if self.previewer:
-            self.previewer.prepare(encoders)
+            with harmless("encoding of the preview prompts"):
+                self.previewer.prepare(encoders)
 
     def if_due(
         self, models: Models, others: list[nn.Module], trackers: Trackers, position: Position, *,
@@ -58,14 +60,18 @@ class Previews:
         if self.previewer is None or not due(self.options, position.step, epoch_end):
             return
         assert models.vae is not None
-        with weights:
+        home = next(models.vae.parameters()).device  # main memory, where latents are cached
+        pictures: list[Picture] = []
+        with weights, harmless("preview"):
             models.vae.to(self.device)
             shown = PreviewModels(models.denoiser, models.vae, models.encoders, others)
             pictures = self.previewer.render(
                 shown, step=position.step, epoch=epoch_end, device=self.device, dtype=self.dtype
             )
-        for index, picture in enumerate(pictures):
-            trackers.picture(f"preview/{index:02d} {picture.prompt.prompt[:60]}", picture.image, position.step)
+        models.vae.to(home)
+        with harmless("log of the previews"):
+            for index, picture in enumerate(pictures):
+                trackers.picture(f"preview/{index:02d} {picture.prompt.prompt[:60]}", picture.image, position.step)
         if position.step == 0:
             self.first = pictures
         self.latest = pictures
@@ -79,6 +85,17 @@ class Previews:
             f"{when}: {p.prompt.prompt}" for when, row in (("before", self.first), ("after", self.latest)) for p in row
         ]
         path = self.folder / f"{self.name}_before_after.png"
-        sheet = contact_sheet(images, labels, columns=len(self.first))
-        atomic_write(path, lambda temp: sheet.save(temp, format="PNG"))
-        log.info(f"before and after: {path}")
+        with harmless("sheet of before and after"):
+            sheet = contact_sheet(images, labels, columns=len(self.first))
+            atomic_write(path, lambda temp: sheet.save(temp, format="PNG"))
+            log.info(f"before and after: {path}")
+
+
+@contextmanager
+def harmless(what: str) -> Iterator[None]:
+    """What fails inside is one warning: nothing about pictures may end a training."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        log.warning(f"{what} failed, the training goes on: {type(error).__name__}: {reason}")

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 
+from library.data.options import DataOptions
 from library.device import DTYPES, DistributedSettings
 from library.trainers.options import DistributedOptions, PrecisionOptions
 
@@ -21,18 +23,26 @@ def trained_dtype(options: PrecisionOptions) -> torch.dtype:
     return DTYPES[options.mixed_precision] if options.full_bf16 or options.full_fp16 else torch.float32
 
 
-def distributed_settings(options: DistributedOptions) -> DistributedSettings:
-    """Options of several processes as `library.device` takes them."""
+def loading_processes(options: DataOptions) -> int:
+    """Processes that load pictures: more than the machine has cores would only wait for each other."""
+    return min(options.max_data_loader_n_workers, os.cpu_count() or 1)
+
+
+def distributed_settings(options: DistributedOptions, *, max_grad_norm: float, batch_size: int) -> DistributedSettings:
+    """Options of several processes as `library.device` takes them. DeepSpeed clips by itself."""
     return DistributedSettings(
         timeout_minutes=options.ddp_timeout,
         gradient_as_bucket_view=options.ddp_gradient_as_bucket_view,
         static_graph=options.ddp_static_graph,
-        deepspeed=_deepspeed_arguments(options) if options.deepspeed else {},
+        deepspeed=_deepspeed_arguments(options, max_grad_norm) if options.deepspeed else {},
+        batch_size=batch_size,
     )
 
 
-def _deepspeed_arguments(options: DistributedOptions) -> dict[str, Any]:
+def _deepspeed_arguments(options: DistributedOptions, max_grad_norm: float) -> dict[str, Any]:
     return {
+        "gradient_accumulation_steps": 1,  # the trainer divides the loss and says which micro-batch is the last
+        "gradient_clipping": max_grad_norm,  # 0: not at all
         "zero_stage": options.zero_stage,
         "offload_optimizer_device": options.offload_optimizer_device,
         "offload_optimizer_nvme_path": options.offload_optimizer_nvme_path,

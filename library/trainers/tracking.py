@@ -9,9 +9,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from library.errors import UserError
+from library.errors import UserError, unknown
+from library.log import get_logger
 from library.options import read_toml
 from library.trainers.options import LoggingOptions
+
+KINDS = ("tensorboard", "wandb")
+STEP = "global_step"  # name of the step among wandb's values
+
+log = get_logger()
 
 
 class Tracker(Protocol):
@@ -24,12 +30,12 @@ class Tracker(Protocol):
 
 
 class TensorBoardTracker:
-    """Event files in one folder."""
+    """Event files in one folder. `settings`: further arguments of SummaryWriter."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder))
+        self.writer = SummaryWriter(**{"log_dir": str(folder), **settings})
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
@@ -48,10 +54,14 @@ class TensorBoardTracker:
 
 
 class WandbTracker:
-    """A run of the wandb service."""
+    """A run of the wandb service. `settings`: further arguments of wandb.init.
+
+    The step is a value of its own: numbers of a step arrive after the pictures of a later one, and wandb's own counter
+    drops what comes late.
+    """
 
     def __init__(
-        self, project: str, run_name: str | None, folder: Path | None, key: str | None, settings: dict[str, Any]
+        self, project: str, run_name: str | None, folder: Path | None, key: str | None, settings: Mapping[str, Any]
     ):
         import wandb
 
@@ -59,13 +69,15 @@ class WandbTracker:
             wandb.login(key=key)
         self.wandb = wandb
         where = str(folder) if folder else None
-        self.run = wandb.init(project=project, name=run_name, dir=where, **settings)
+        self.run = wandb.init(**{"project": project, "name": run_name, "dir": where, **settings})
+        self.run.define_metric(STEP)
+        self.run.define_metric("*", step_metric=STEP)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        self.run.log(dict(values), step=step)
+        self.run.log({**values, STEP: step})
 
     def picture(self, name: str, image: Any, step: int) -> None:
-        self.run.log({name: self.wandb.Image(image)}, step=step)
+        self.run.log({name: self.wandb.Image(image), STEP: step})
 
     def text(self, name: str, value: str) -> None:
         self.run.config.update({name: value})
@@ -107,8 +119,38 @@ def check_trackers(options: LoggingOptions) -> None:
         except OSError as error:
             reason = error.strerror or error
             raise UserError(f"--logging_dir: {options.logging_dir} cannot be made or used: {reason}") from None
-    if options.log_tracker_config:
-        read_toml(Path(options.log_tracker_config), "--log_tracker_config")
+    tracker_settings(options)
+    unused = [f"--{name}" for name in needs_log(options) if getattr(options, name)]
+    if unused:
+        needed = "--log_with wandb" if options.logging_dir else "--logging_dir or --log_with wandb"
+        log.warning(f"{', '.join(unused)}: no effect without {needed}")
+
+
+def needs_log(options: LoggingOptions) -> tuple[str, ...]:
+    """The options that say something to a log program that this run does not have.
+
+    The name of the wandb run is not among them: graphical programs always give it.
+    """
+    if options.log_with in ("wandb", "all"):
+        return ()
+    if options.logging_dir:
+        return ("wandb_api_key",)
+    return ("log_prefix", "log_tracker_name", "log_tracker_config", "log_config", "wandb_api_key")
+
+
+def tracker_settings(options: LoggingOptions) -> dict[str, Any]:
+    """--log_tracker_config: arguments under [tensorboard] and [wandb]. Raises UserError."""
+    if not options.log_tracker_config:
+        return {}
+    settings = read_toml(Path(options.log_tracker_config), "--log_tracker_config")
+    where = f"--log_tracker_config: {options.log_tracker_config}"
+    wrong = [unknown(where, key, KINDS, kind="table") for key in settings if key not in KINDS]
+    wrong += [
+        f"{where}: {key} expects a table: [{key}]" for key in KINDS if not isinstance(settings.get(key, {}), dict)
+    ]
+    if wrong:
+        raise UserError(wrong)
+    return settings
 
 
 def open_trackers(options: LoggingOptions, *, main_process: bool, project: str) -> Trackers:
@@ -122,10 +164,10 @@ def open_trackers(options: LoggingOptions, *, main_process: bool, project: str) 
         if options.logging_dir
         else None
     )
-    settings = read_toml(Path(options.log_tracker_config), "--log_tracker_config") if options.log_tracker_config else {}
+    settings = tracker_settings(options)
     trackers: list[Tracker] = []
     if kind in ("tensorboard", "all") and folder is not None:
-        trackers.append(TensorBoardTracker(folder / name))
+        trackers.append(TensorBoardTracker(folder / name, settings.get("tensorboard", {})))
     if kind in ("wandb", "all"):
         trackers.append(
             WandbTracker(name, options.wandb_run_name, folder, options.wandb_api_key, settings.get("wandb", {}))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.device import free_memory, make_accelerator, seed_everything
+from library.device import free_memory, make_accelerator, seed_everything, unscale_half_gradients
 from library.errors import first_names
 from library.io.state import StateParts
 from library.log import get_logger, progress
@@ -23,7 +23,7 @@ from library.models.family import ModelFamily
 from library.models.quick_import import import_diffusers
 from library.optim.ema import Ema
 from library.optim.flat import FlatParameters
-from library.optim.schedulers import build_scheduler
+from library.optim.schedulers import build_scheduler, check_scheduler
 from library.options import dump_toml
 from library.rng import derive_seed, torch_generator
 from library.trainers.caching import Caches, Share
@@ -35,7 +35,7 @@ from library.trainers.plan import Position, make_plan, share_of
 from library.trainers.preparation import Preparation
 from library.trainers.previews import Previews
 from library.trainers.saving import Saver
-from library.trainers.settings import compute_dtype, distributed_settings, trained_dtype
+from library.trainers.settings import compute_dtype, distributed_settings, loading_processes, trained_dtype
 from library.trainers.signals import EXIT_STOPPED, StopRequest, StopVote
 from library.trainers.tracking import Trackers, open_trackers
 from library.trainers.trainables import GradientWatch, Models, StepModule, Trainables
@@ -99,8 +99,15 @@ class Trainer(ABC):
     def start_processes(self) -> None:
         options = self.options
         self.accelerator = make_accelerator(
-            options.precision.mixed_precision, distributed_settings(options.distributed)
+            options.precision.mixed_precision,
+            distributed_settings(
+                options.distributed,
+                max_grad_norm=options.optimizer.max_grad_norm,
+                batch_size=max(dataset.config.batch_size for dataset in self.prepared.found.datasets),
+            ),
         )
+        if options.precision.full_fp16 and self.accelerator.scaler is not None:
+            unscale_half_gradients(self.accelerator.scaler)
         self.device = self.accelerator.device
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.main_process = self.accelerator.is_main_process
@@ -116,6 +123,7 @@ class Trainer(ABC):
             max_epochs=train.max_train_epochs,
             seed=self.prepared.seed,
         )
+        check_scheduler(self.options.scheduler, self.prepared.optimizer, total_steps=self.plan.total_steps)
         self.prepared.check_resume(self.plan)
         for line in self.prepared.describe(self.plan):
             log.info(line)
@@ -305,7 +313,8 @@ class Trainer(ABC):
         return replace(noised, target=torch.where(keep, prior, noised.target))
 
     def gradient_sync(self, *, is_last: bool) -> AbstractContextManager[Any]:
-        """Processes exchange gradients only in the last micro-batch of a step."""
+        """Processes exchange gradients, and DeepSpeed steps, only in the last micro-batch of a step."""
+        self.accelerator.gradient_state._set_sync_gradients(is_last)
         return nullcontext() if is_last else self.accelerator.no_sync(self.model)
 
     def clip_gradients(self) -> Tensor:
@@ -366,7 +375,7 @@ class Trainer(ABC):
         """The micro-batches of one optimizer step after the other, from the current position to the end of the run."""
         data, plan = self.options.data, self.plan
         pin = self.device.type == "cuda"
-        workers, persistent = data.max_data_loader_n_workers, data.persistent_data_loader_workers
+        workers, persistent = loading_processes(data), data.persistent_data_loader_workers
         with self.data.loader(workers=workers, persistent=persistent, pin_memory=pin) as loader:
             while self.position.step < plan.total_steps:
                 epoch, first = self.position.epoch, self.position.batch

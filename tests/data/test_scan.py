@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import struct
+import threading
 import time
 import zlib
 from pathlib import Path
@@ -16,7 +17,7 @@ from PIL import Image, ImageOps, PngImagePlugin, features
 
 from library.data import folder as folder_module
 from library.data.folder import Folder, read_all
-from library.data.headers import ALPHA, TURNED, read_header
+from library.data.headers import ALPHA, TURNED, Header, read_header
 from library.data.manifest import manifest_path, read_manifest
 from library.data.records import BucketRules, CaptionRules, DatasetConfig, Sample, SubsetConfig
 from library.data.scan import SubsetScan, caption_of, join_tags, scan
@@ -49,6 +50,11 @@ def by_name(found: SubsetScan) -> dict[str, Sample]:
 
 
 # ---- headers ------------------------------------------------------------------------------------------------------
+
+
+def header_of(path: Path) -> Header:
+    with path.open("rb", buffering=0) as file:
+        return read_header(str(path), file.fileno(), path.stat().st_size)
 
 
 def exif(orientation: int) -> bytes:
@@ -118,39 +124,39 @@ def test_header_equals_pil(tmp_path: Path, name: str) -> None:
         orientation = image.getexif().get(0x0112, 1)
         alpha = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
     flags = (ALPHA if alpha else 0) | (TURNED if orientation != 1 else 0)
-    assert read_header(str(path), path.stat().st_size) == (*upright.size, flags, "")
+    assert header_of(path) == (*upright.size, flags, "")
 
 
 @pytest.mark.skipif(not features.check("avif"), reason="this PIL has no AVIF")
 def test_avif(tmp_path: Path) -> None:
     path = make(tmp_path / "a.avif", (40, 24))
-    assert read_header(str(path), path.stat().st_size)[:2] == (40, 24)
+    assert header_of(path)[:2] == (40, 24)
     path.write_bytes(path.read_bytes()[:-10])
-    assert read_header(str(path), path.stat().st_size).problem
+    assert header_of(path).problem
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_all_orientations(tmp_path: Path, orientation: int) -> None:
     path = make(tmp_path / "a.jpg", (40, 24), exif=exif(orientation))
     expected = (24, 40) if orientation >= 5 else (40, 24)
-    assert read_header(str(path), path.stat().st_size)[:2] == expected
+    assert header_of(path)[:2] == expected
 
 
 def test_png_with_a_trailer_and_late_exif(tmp_path: Path) -> None:
     path = make(tmp_path / "a.png", (40, 24))
     path.write_bytes(path.read_bytes() + b"some program's notes")
-    assert read_header(str(path), path.stat().st_size) == (40, 24, 0, "")
+    assert header_of(path) == (40, 24, 0, "")
     chunk = b"eXIf" + exif(6).removeprefix(b"Exif\0\0")
     data = make(tmp_path / "b.png", (40, 24)).read_bytes()
     late = data[:-12] + struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) + data[-12:]
     (tmp_path / "b.png").write_bytes(late)
-    assert read_header(str(tmp_path / "b.png"), len(late))[:2] == (24, 40)
+    assert header_of(tmp_path / "b.png")[:2] == (24, 40)
 
 
 def test_jpeg_with_a_trailer(tmp_path: Path) -> None:
     path = make(tmp_path / "a.jpg", (40, 24))
     path.write_bytes(path.read_bytes() + bytes(100))
-    assert read_header(str(path), path.stat().st_size) == (40, 24, 0, "")
+    assert header_of(path) == (40, 24, 0, "")
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "b.webp", "a.bmp"])
@@ -161,7 +167,7 @@ def test_truncated_files_are_found(tmp_path: Path, name: str, share: float) -> N
     picture.save(path, **({"lossless": True} if name == "b.webp" else {}))
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * share)])
-    assert read_header(str(path), path.stat().st_size).problem
+    assert header_of(path).problem
 
 
 def test_fake_and_empty_files(tmp_path: Path) -> None:
@@ -176,8 +182,7 @@ def test_fake_and_empty_files(tmp_path: Path) -> None:
     for name, (data, problem) in cases.items():
         path = tmp_path / name
         path.write_bytes(data)
-        assert read_header(str(path), len(data)).problem == problem
-    assert "cannot be read" in read_header(str(tmp_path / "none.png"), 5).problem
+        assert header_of(path).problem == problem
 
 
 def test_absurd_sizes(tmp_path: Path) -> None:
@@ -185,7 +190,7 @@ def test_absurd_sizes(tmp_path: Path) -> None:
     for width, height in ((65536, 1), (1, 70000), (20000, 20000)):
         data[16:24] = struct.pack(">II", width, height)
         (tmp_path / "a.png").write_bytes(data)
-        problem = read_header(str(tmp_path / "a.png"), len(data)).problem
+        problem = header_of(tmp_path / "a.png").problem
         assert problem == f"is {width}x{height} pixels: more than 65,535 on a side or 178,956,970 in all"
 
 
@@ -244,6 +249,7 @@ def test_samples_are_sorted_and_complete(tmp_path: Path) -> None:
     assert sample.has_alpha and not by_name(found)["b.png"].has_alpha
     assert (sample.size, sample.mtime_ns) == ((32, 24), OLD * 10**9)
     assert sample.file_size == (tmp_path / "alpha.png").stat().st_size
+    assert vars(sample) == vars(Sample(**vars(sample)))  # no field is forgotten
     assert os.path.isabs(sample.path) and sample.subset.image_dir == str(tmp_path)
     assert found.problems == ()
 
@@ -488,12 +494,16 @@ def test_subsets_share_a_folder(tmp_path: Path) -> None:
 
 
 def test_slow_storage_is_read_by_threads_in_order() -> None:
-    def slow(job: tuple[str, int, int]) -> int:
-        time.sleep(0.0005)
-        return job[1]
+    threads = set()
 
-    jobs = [("", number, 0) for number in range(2 * folder_module._CHUNK + 7)]
-    assert read_all(slow, jobs, "reading") == list(range(len(jobs)))
+    def slow(path: str) -> int:
+        threads.add(threading.get_ident())
+        time.sleep(0.0005)
+        return int(path)
+
+    count = (folder_module._SLOW_CHUNKS + 1) * folder_module._CHUNK + 7
+    assert read_all(slow, [str(number) for number in range(count)], "reading") == list(range(count))
+    assert len(threads) > 1
 
 
 def test_names_that_are_not_unicode(tmp_path: Path) -> None:
