@@ -78,7 +78,7 @@ def test(arguments: list[str]) -> None:
     run([python, "-m", "ruff", "check", "."])
     run([python, "-m", "ruff", "format", "--check", "."])
     run([python, "-m", "mypy"])
-    run([python, "-m", "pytest", *arguments])
+    run([python, "-m", "pytest", "-n", "2", "--dist", "loadfile", *arguments])
 
 
 def main() -> None:

@@ -34,7 +34,7 @@ class DistributedSettings:
 def make_accelerator(mixed_precision: str, settings: DistributedSettings) -> Accelerator:
     """The accelerator. Raises UserError where the machine cannot do what was asked for."""
     from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+    from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
 
     if mixed_precision == "fp16" and not accelerator_present():
         raise UserError("--mixed_precision fp16 needs a GPU; on the CPU use --mixed_precision bf16 or no")
@@ -55,6 +55,8 @@ def make_accelerator(mixed_precision: str, settings: DistributedSettings) -> Acc
         cpu=not accelerator_present(),  # else processes of torchrun would not see each other on a machine without a GPU
         kwargs_handlers=handlers,
         deepspeed_plugin=plugin,
+        # the trainer accumulates; a number given to `accelerate launch` would only divide every loss
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
     )
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make the built-in base model: pictures, autoencoder, text encoder, denoiser, diffusers folder, score.
 
-The shipped examples/base_model was made by
+The shipped examples/base_model was made with the settings of
 
-    python tools/make_base_model.py --stage all --work /tmp/base --deadline_minutes 110
+    python tools/make_base_model.py --stage all --work /tmp/base --deadline_minutes 105
 
 Each stage reads what the earlier ones left in the work folder, so they can also be run one by one.
 The denoiser stage goes on from its last save when started again after a stop.

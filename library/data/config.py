@@ -28,6 +28,9 @@ def _attributes(value: Any) -> dict[str, Any]:
     preserve = value.get("diff_output_preservation", False)
     if not isinstance(preserve, bool):
         raise ValueError(f"expects diff_output_preservation = true or false, got {preserve!r}")
+    for key in value:  # the table is free, but a mistyped name is not meant
+        if key != "diff_output_preservation" and nearest(key, ["diff_output_preservation"]):
+            raise ValueError(f"has an unknown key '{key}'. Did you mean 'diff_output_preservation'?")
     return value
 
 

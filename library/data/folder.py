@@ -16,6 +16,7 @@ from library.data.manifest import ImageRow, TextRow, manifest_path, read_manifes
 from library.log import progress
 
 IMAGE_EXTENSIONS = frozenset({"png", "jpg", "jpeg", "webp", "bmp", "avif", "jxl"})
+_ENDINGS = frozenset(f".{extension}"[-4:] for extension in IMAGE_EXTENSIONS)
 
 _CHUNK = 256  # files between two looks at the clock
 _SLOW_SECONDS = 0.00015  # waiting per file that tells a network or cold disk from a warm one
@@ -26,6 +27,7 @@ _SHOW_PROGRESS = 5000  # files
 
 _OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0)  # O_BINARY: Windows only
 
+
 class Folder:
     """The files of a folder by name. `images` and `texts` hold what `look` has found of good files."""
 
@@ -33,7 +35,8 @@ class Folder:
         """Raises OSError when the folder cannot be listed."""
         self.path = os.path.abspath(path)
         self.prefix = os.path.join(self.path, "")
-        self.names = frozenset(os.listdir(self.path))
+        self._listed = os.listdir(self.path)
+        self.names = frozenset(self._listed)
         self.manifest_path = manifest_path(self.path, cache_dir)
         self.manifest = read_manifest(self.manifest_path)
         self.images, self.texts = self.manifest.images, self.manifest.texts
@@ -43,11 +46,11 @@ class Folder:
     @cached_property
     def pictures(self) -> dict[str, str]:
         """Picture name -> stem, sorted by name."""
-        # The manifest's names come first: they are in order already, which makes sorting quick
-        names = [name for name in self.images if name in self.names]
-        names += self.names.difference(self.images)
+        # Most other files are sorted out by their last four letters, which are quick to have. The list and not the set:
+        # its names follow each other in memory, which for 100,000 of them halves the time of this loop
+        likely = [name for name in self._listed if name[-4:].lower() in _ENDINGS]
         # hidden files are no pictures: macOS keeps "._name.jpg" beside "name.jpg"
-        found = [n for n in names if n.rpartition(".")[2].lower() in IMAGE_EXTENSIONS and n[0] != "." and "." in n]
+        found = [n for n in likely if n.rpartition(".")[2].lower() in IMAGE_EXTENSIONS and n[0] != "." and "." in n]
         return {name: name.rpartition(".")[0] for name in sorted(found)}
 
     @cached_property
@@ -69,10 +72,10 @@ class Folder:
 
     def _look(self, names: Iterable[str], known: dict, read: Callable[[str], Any], what: str) -> None:
         stale: list[str] = []
-        stat = os.stat
+        stat, row_of = os.stat, known.get
         with self._directory() as (handle, prefix):
             for name in names:
-                row = known.get(name)
+                row = row_of(name)
                 if row is None:  # will be opened, and its size and time are cheaper to have then
                     stale.append(name)
                     continue
@@ -105,11 +108,11 @@ class Folder:
 
     def remember(self) -> bool:
         """Writes the manifest where something changed; False where that is not possible."""
-        gone = [(rows, name) for rows in (self.images, self.texts) for name in rows.keys() - self.names]
-        for rows, name in gone:
-            del rows[name]
-        if not (self._changed or gone):
-            return True
+        if not self._changed:
+            return True  # rows of files that are gone do no harm, and looking for them takes time
+        for rows in (self.images, self.texts):
+            for name in rows.keys() - self.names:
+                del rows[name]
         self._changed = False
         return write_manifest(self.manifest_path, self.manifest)
 

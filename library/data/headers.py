@@ -49,6 +49,8 @@ class _Source:
         return os.read(self.handle, count)
 
     def tail(self, count: int) -> bytes:
+        if len(self.head) >= self.size:
+            return self.head[-count:]
         return self.at(max(self.size - count, 0), count)
 
 
@@ -118,8 +120,10 @@ def _xmp_orientation(packet: bytes) -> int | None:
 # ---- formats: a parser returns None where it is not sure, and PIL decodes the file ----------------------------------
 
 # Marker, length and, in a frame header, precision, height and width: one call is quicker than picking out the bytes
-_JPEG_SEGMENT = struct.Struct(">BBHBHH")
-_JPEG_FRAMES = frozenset({0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF})
+_JPEG_SEGMENT = struct.Struct(">HHBHH")
+_JPEG_APP1 = 0xFFE1  # Exif or XMP
+_JPEG_FRAMES = frozenset(range(0xFFC0, 0xFFD0)) - {0xFFC4, 0xFFC8, 0xFFCC}
+_JPEG_OTHERS = frozenset({0xFFC4, 0xFFC8, 0xFFCC, *range(0xFFDB, 0xFFFF)}) - {_JPEG_APP1}
 
 
 def _jpeg(source: _Source) -> Header | None:
@@ -129,19 +133,19 @@ def _jpeg(source: _Source) -> Header | None:
     head, inside = source.head, len(source.head) - _JPEG_SEGMENT.size
     while True:
         if position <= inside:
-            start, marker, length, _, height, width = _JPEG_SEGMENT.unpack_from(head, position)
+            marker, length, _, height, width = _JPEG_SEGMENT.unpack_from(head, position)
         else:
-            start, marker, length, _, height, width = _JPEG_SEGMENT.unpack(source.at(position, _JPEG_SEGMENT.size))
-        if start != 0xFF or marker < 0xC0 or 0xD0 <= marker <= 0xDA or marker == 0xFF:
-            return None  # fill bytes, or a scan before the frame: legal or damaged, PIL knows
+            marker, length, _, height, width = _JPEG_SEGMENT.unpack(source.at(position, _JPEG_SEGMENT.size))
         if marker in _JPEG_FRAMES:
             break
-        if marker == 0xE1:
+        if marker == _JPEG_APP1:
             data = source.at(position + 4, length - 2)
             if data[:6] == b"Exif\0\0":
                 exif = exif or _exif_orientation(data[6:])
             elif data[:5] == b"http:":
                 xmp = xmp or _xmp_orientation(data)
+        elif marker not in _JPEG_OTHERS:
+            return None  # fill bytes, or a scan before the frame: legal or damaged, PIL knows
         position += 2 + length
     if source.tail(2) != b"\xff\xd9":
         return None

@@ -3,26 +3,30 @@
 
 One JSON file per picture folder, written to a temporary name and renamed: two processes may scan at once, the last one
 wins, and a reader sees a whole file. An entry counts only while size and modification time of its file are the same. A
-folder that cannot be written has no manifest, which costs time and nothing else. Columns instead of rows in JSON: for
-100,000 pictures it is parsed in 0.10 and made in 0.18 CPU seconds, where SQLite rows took 0.23 and 0.30.
+folder that cannot be written has no manifest, which costs time and nothing else. Columns instead of rows, and numbers
+as base64 of 64-bit integers: plain JSON columns take twice as long to parse and to make, SQLite rows more than that.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import json
 import os
+import struct
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-VERSION = 1
+VERSION = 2
 FOLDER = ".trainyard"
 
 # A file that changed this recently could change again without a new modification time (FAT counts in steps of 2 s)
 SETTLED_NS = 2_000_000_000
+_EARLIEST_NS = -(2**63)  # what 64 bits hold, the year 1677; NTFS has files of 1601
 
 
 # Plain tuples: 200,000 of them are made at every start
@@ -55,7 +59,7 @@ def read_manifest(path: Path) -> Manifest:
             _rows(document["images"], (int, int, int, int, int)),
             _rows(document["texts"], (int, int, str)),
         )
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
+    except (OSError, ValueError, KeyError, TypeError, IndexError, struct.error):
         return Manifest()
 
 
@@ -79,19 +83,38 @@ def write_manifest(path: Path, manifest: Manifest) -> bool:
         return False
 
 
-def _columns(rows: dict[str, Any], limit: int) -> list[list]:
-    names = [name for name, row in rows.items() if row[1] < limit]
-    return [names, *map(list, zip(*(rows[name] for name in names)))]
+def _columns(rows: dict[str, Any], limit: int) -> list[list[str] | str]:
+    """The names with slashes between, then a column for each field of the rows; without times from `limit` on."""
+    names = [name for name, row in rows.items() if _EARLIEST_NS <= row[1] < limit]
+    columns = zip(*(rows[name] for name in names))
+    return ["/".join(names), *(_packed(column) if isinstance(column[0], int) else list(column) for column in columns)]
 
 
-def _rows(columns: list[list], types: tuple[type, ...]) -> dict[str, Any]:
-    """Name -> row. Raises ValueError when the columns do not fit together or hold something else."""
-    names, *values = columns
-    if not names:
+def _rows(columns: list[Any], types: tuple[type, ...]) -> dict[str, Any]:
+    """Name -> row. Raises ValueError, TypeError or struct.error when the columns hold or are something else."""
+    joined, *values = columns
+    if not isinstance(joined, str):
+        raise TypeError("the names are no text")
+    if not joined:
         return {}
-    if len(values) != len(types) or any(len(column) != len(names) for column in values):
-        raise ValueError("columns of different length")
-    for column, wanted in zip(values, types):
-        if set(map(type, column)) != {wanted}:
-            raise ValueError(f"a column is not all {wanted.__name__}")
-    return dict(zip(names, zip(*values)))
+    names = joined.split("/")
+    if len(values) != len(types):
+        raise ValueError("a column is missing")
+    count = len(names)
+    pairs = zip(values, types)
+    fields = [_unpacked(column, count) if wanted is int else _texts(column, count) for column, wanted in pairs]
+    return dict(zip(names, zip(*fields)))
+
+
+def _packed(numbers: Sequence[int]) -> str:
+    return base64.b64encode(struct.pack(f"<{len(numbers)}q", *numbers)).decode("ascii")
+
+
+def _unpacked(column: str, count: int) -> Iterable[int]:
+    return struct.unpack(f"<{count}q", base64.b64decode(column))
+
+
+def _texts(column: list[str], count: int) -> Iterable[str]:
+    if len(column) != count or set(map(type, column)) != {str}:
+        raise ValueError("a column is too short or not all text")
+    return column

@@ -161,6 +161,8 @@ class DataOptions:
             yield "--reg_data_dir needs --train_data_dir: regularisation pictures alone teach nothing"
         elif self.reg_data_dir and self.in_json:
             yield "--reg_data_dir has no effect with --in_json: describe both in a --dataset_config"
+        if self.dataset_repeats != 1 and self.train_data_dir and not (self.in_json or self.dataset_config):
+            yield "--dataset_repeats has no effect with --train_data_dir, whose folders' names say how often (10_name)"
         if self.min_bucket_reso > self.max_bucket_reso:
             yield f"--min_bucket_reso {self.min_bucket_reso} is larger than --max_bucket_reso {self.max_bucket_reso}"
         if self.persistent_data_loader_workers and self.max_data_loader_n_workers == 0:

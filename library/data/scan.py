@@ -12,7 +12,7 @@ import contextlib
 import gc
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,24 +145,24 @@ class _Scanner:
         pictures = folder.pictures
         files = _caption_files(folder, config.caption_extension)
         folder.look_at_images(pictures)
-        folder.look_at_texts(dict.fromkeys(files.values()))
-        captions: dict[str, str] = {}
+        folder.look_at_texts(dict.fromkeys(file for file in files if file))
+        captions: list[str] = []
         missing: list[str] = []
         empty: list[str] = []
         wildcard = config.captions.enable_wildcard
         fallback = config.class_tokens or ""
-        for name in pictures:
-            file = files.get(name)
-            row = folder.texts.get(file) if file else None
+        texts = folder.texts
+        for name, file in zip(pictures, files):
+            row = texts.get(file)
             caption = (caption_of(row[2], enable_wildcard=wildcard) if row else "") or fallback
-            captions[name] = caption
+            captions.append(caption)
             if not caption:
                 (empty if file else missing).append(name)
         wrong = [f"{folder.prefix}{name}: {folder.problems[name]}" for name in _with_problems(folder, pictures, files)]
         masks, mask_problems, unused = self._masks(config, pictures)
         return SubsetScan(
             config=config,
-            samples=tuple(self._samples(folder, config, captions, masks)),
+            samples=tuple(self._samples(folder, config, zip(pictures, captions), masks)),
             problems=(*wrong, *mask_problems),
             without_caption=tuple(missing),
             empty_caption=tuple(empty),
@@ -172,18 +172,18 @@ class _Scanner:
         )
 
     def _samples(
-        self, folder: Folder, config: SubsetConfig, captions: dict[str, str], masks: dict[str, str]
+        self, folder: Folder, config: SubsetConfig, captions: Iterable[tuple[str, str]], masks: dict[str, str]
     ) -> list[Sample]:
-        """A sample for each picture of `captions` that is good."""
+        """A sample for each picture of `captions` (picture name, caption) that is good."""
         found = []
         legacy = self.npz_suffix is not None and folder.has_npz
         prefix, images, new = folder.prefix, folder.images, object.__new__
-        for name, caption in captions.items():
+        for name, caption in captions:
             row = images.get(name)
             if row is None:
                 continue
             file_size, mtime_ns, width, height, flags = row
-            # A frozen dataclass sets each field through object.__setattr__; writing to __dict__ takes a third of the time
+            # A frozen dataclass sets each field through object.__setattr__, which takes three times as long as this
             sample = new(Sample)
             values = sample.__dict__
             values["path"] = prefix + name
@@ -257,7 +257,7 @@ class _Scanner:
             stems = {name: name.rpartition(".")[0] for name in captions}
             masks, mask_problems, _ = self._masks(config, stems)
             problems += mask_problems
-            samples += self._samples(folder, config, captions, masks)
+            samples += self._samples(folder, config, captions.items(), masks)
         samples.sort(key=lambda sample: sample.path)
         return SubsetScan(
             config=config,
@@ -278,23 +278,24 @@ class _Scanner:
         return (folder, name) if name else None
 
 
-def _caption_files(folder: Folder, extension: str) -> dict[str, str]:
-    """Picture name -> caption file: of the same stem, or of the stem without the four fields of a face position."""
-    found = {}
+def _caption_files(folder: Folder, extension: str) -> list[str]:
+    """Caption file of each picture: of the same stem, or of the stem without the four fields of a face position; ""
+    where there is none."""
+    found = []
     names = folder.names
-    for name, stem in folder.pictures.items():
+    for stem in folder.pictures.values():
         file = stem + extension
-        if file in names:
-            found[name] = file
-        elif stem.count("_") >= 4:
-            file = stem.rsplit("_", 4)[0] + extension
-            if file in names:
-                found[name] = file
+        if file not in names:
+            face = stem.rsplit("_", 4)
+            file = face[0] + extension
+            if len(face) < 5 or file not in names:
+                file = ""
+        found.append(file)
     return found
 
 
-def _with_problems(folder: Folder, pictures: dict[str, str], files: dict[str, str]) -> list[str]:
-    wanted = pictures.keys() | set(files.values()) if folder.problems else set()
+def _with_problems(folder: Folder, pictures: dict[str, str], files: list[str]) -> list[str]:
+    wanted = {*pictures, *files} if folder.problems else set()
     return sorted(folder.problems.keys() & wanted)
 
 

@@ -37,6 +37,8 @@ class SaveOptions:
         if not self.output_dir:
             yield "give --output_dir, the folder for everything that the run writes"
         yield from name_problems(self.output_name)
+        if self.no_metadata and self.training_comment:
+            yield "--training_comment has no effect with --no_metadata, which leaves it out of the file"
         if self.save_n_epoch_ratio and self.save_every_n_epochs:
             yield "--save_n_epoch_ratio and --save_every_n_epochs both say when to save: give only one of them"
         if self.save_last_n_epochs and not (self.save_every_n_epochs or self.save_n_epoch_ratio):

@@ -17,6 +17,8 @@ LIKELY_CAUSES = (
     "Likely causes: a learning rate that is too high, fp16 overflow (use --mixed_precision bf16, or --no_half_vae), "
     "or a damaged picture. Nothing was saved over an earlier file; --resume the last state with a lower rate."
 )
+# fp16: each step that the scaler leaves out halves its scale, from 65536; after so many in a row it cannot be the scale
+MOST_SKIPS = 30
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class StepReader:
     def __init__(self, *, lag: int) -> None:
         self.lag = lag
         self._pending: deque[_Pending] = deque()
+        self._skipped = 0  # steps in a row that the fp16 scaler left out
 
     def push(self, step: int, loss: Tensor, grad_norm: Tensor, names: Sequence[str], *, scaler_skips: bool,
              others: dict[str, float | Tensor]) -> None:  # fmt: skip
@@ -71,7 +74,9 @@ class StepReader:
                 item.ready.synchronize()
             loss, norm = item.values.tolist()
             wrong = "loss" if not math.isfinite(loss) else "gradient norm"
-            if not math.isfinite(loss) or (not math.isfinite(norm) and not item.scaler_skips):
+            self._skipped = 0 if math.isfinite(norm) else self._skipped + 1
+            may_skip = item.scaler_skips and self._skipped <= MOST_SKIPS
+            if not math.isfinite(loss) or (not math.isfinite(norm) and not may_skip):
                 raise StopTraining(
                     f"the {wrong} of step {item.step} is not finite (loss {loss}, gradient norm {norm}). "
                     f"Its pictures: {first_names(item.names, 8)}. {LIKELY_CAUSES}"

@@ -95,14 +95,14 @@ class Preparation:
         prompts = checks.run(lambda: preview_prompts(options.sample))
         checks.run(lambda: check_trackers(options.logging))
         optimizer = checks.run(lambda: choose_optimizer(options.optimizer))
-        checks.run(lambda: check_precision(options, optimizer))
+        checks.run(lambda: check_weights(options, optimizer))
         checks.run(lambda: check_schedule(options, optimizer))
         seed = run_seed(options, facts)
         found = checks.run(lambda: scan_datasets(family, options))
         data = checks.run(lambda: training_data(found, options, seed)) if found else None
         checks.finish()
         assert found is not None and data is not None and optimizer is not None and prompts is not None
-        for line in (*data_warnings(family, found, data), *idle_options(options, data)):
+        for line in (*data_warnings(family, found, data), *idle_options(options, found, data)):
             log.warning(line)
         state = load_state(resume) if resume else None
         return cls(options, seed, found, data, prompts, optimizer, state, data.validation_plans())
@@ -133,8 +133,10 @@ class Preparation:
     def dataset_digests(self) -> dict[str, dict[str, str]]:
         """Per subset its folder, and digests of its pictures, captions and settings."""
         result: dict[str, dict[str, str]] = {}
-        for index, subset in enumerate(self.found.subsets, start=1):
-            rules = (subset.config.num_repeats, subset.config.captions, subset.config.images)
+        pairs = ((dataset.config, subset) for dataset in self.found.datasets for subset in dataset.subsets)
+        for index, (dataset, subset) in enumerate(pairs, start=1):
+            sizes = (dataset.buckets, dataset.batch_size, dataset.network_multiplier, dataset.validation_split)
+            rules = (subset.config.num_repeats, subset.config.captions, subset.config.images, sizes)
             pictures = [(Path(sample.path).name, sample.file_size) for sample in subset.samples]
             result[f"subset {index}"] = {
                 "folder": Path(subset.config.name).name,
@@ -188,9 +190,13 @@ def check_schedule(options: TrainerOptions, optimizer: OptimizerChoice | None) -
     check_scheduler(options.scheduler, chosen, total_steps=total)
 
 
-def check_precision(options: TrainerOptions, optimizer: OptimizerChoice | None) -> None:
-    """--full_fp16: the optimizer can work on weights in fp16. Raises UserError."""
-    if optimizer is not None and options.precision.full_fp16:
+def check_weights(options: TrainerOptions, optimizer: OptimizerChoice | None) -> None:
+    """The optimizer can work on weights in fp16 (--full_fp16), and they are averaged once. Raises UserError."""
+    if optimizer is None:
+        return
+    if optimizer.row.schedule_free and options.ema.ema_decay is not None:
+        raise UserError(f"--ema_decay: {optimizer.name} averages the weights by itself: leave one of them out")
+    if options.precision.full_fp16:
         optimizer.check_dtype(trained_dtype(options.precision))
 
 
@@ -256,13 +262,17 @@ def data_warnings(family: ModelFamily, found: Scan, data: TrainingData) -> Itera
     yield from (line for line in lines if line is not None)
 
 
-def idle_options(options: TrainerOptions, data: TrainingData) -> Iterator[str]:
+def idle_options(options: TrainerOptions, found: Scan, data: TrainingData) -> Iterator[str]:
     """Options that will do nothing in this run, which only the datasets tell, or which graphical programs leave in."""
     names = ("validation_seed", "validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps")
     values = {**vars(options.data), **vars(options.train)}
     given = [f"--{name}" for name in names if values[name] is not None]
     if given and not any(stats.validation_images for stats in data.stats()):
         yield f"{', '.join(given)}: no effect, no picture is held out (see --validation_split)"
+    if any(d.config.buckets.bucket_no_upscale and not d.config.buckets.enable_bucket for d in found.datasets):
+        yield "bucket_no_upscale: no effect without enable_bucket"
+    if options.sample.every_n_steps and options.sample.every_n_epochs:
+        yield "--sample_every_n_steps: no effect, --sample_every_n_epochs wins"
     if options.sample.sample_prompts and not options.sample.wanted:
         ways = "--sample_every_n_epochs, --sample_every_n_steps or --sample_at_first"
         yield f"--sample_prompts: no previews are made without {ways}"

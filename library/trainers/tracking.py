@@ -113,6 +113,8 @@ def check_trackers(options: LoggingOptions) -> None:
     """The programs for the curves are installed and their settings can be read. Raises UserError."""
     if options.log_with in ("wandb", "all") and importlib.util.find_spec("wandb") is None:
         raise UserError(f"--log_with {options.log_with}: the package is not installed: pip install wandb")
+    if options.logging_dir and options.log_with != "wandb" and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("--logging_dir: the package is not installed: pip install tensorboard")
     if options.logging_dir:
         try:
             Path(options.logging_dir).mkdir(parents=True, exist_ok=True)

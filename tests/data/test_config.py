@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -254,6 +255,10 @@ BAD_LINES = {  # line in the subset -> what is said
     "custom_attributes = 1": (
         "datasets[0].subsets[0]: custom_attributes expects a table such as { diff_output_preservation = true }, got 1"
     ),
+    "custom_attributes = { diff_output_preservaton = true }": (
+        "datasets[0].subsets[0]: custom_attributes has an unknown key 'diff_output_preservaton'. "
+        "Did you mean 'diff_output_preservation'?"
+    ),
     "batch_size = 2": "datasets[0].subsets[0]: batch_size cannot stand here; it belongs in [general] or [[datasets]]",
     "train_batch_size = 2": "datasets[0].subsets[0]: unknown key 'train_batch_size'. Did you mean 'batch_size'?",
     "prior_loss_weight = 0.5": (
@@ -435,3 +440,23 @@ def test_defaults_of_options_equal_todays() -> None:
     ours = {"caption_variants", "cache_dir"}
     assert set(found) - ours == set(golden)
     assert {name: found[name].default for name in golden} == golden
+
+
+def test_cache_info_is_answered_once(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    text = """
+    [[datasets]]
+    resolution = 64
+      [[datasets.subsets]]
+      image_dir = "PICS"
+      cache_info = true
+    """
+    with caplog.at_level(logging.INFO, logger="trainyard"):
+        load(folder, text)
+        load(folder, text.replace("cache_info = true", ""))
+    assert caplog.messages == [f"{folder / 'data.toml'}: cache_info: always done now, in the cache folder"]
+
+
+def test_repeats_that_the_folder_form_has_itself() -> None:
+    (problem,) = DataOptions(train_data_dir="pics", dataset_repeats=5).problems()
+    assert problem.startswith("--dataset_repeats has no effect with --train_data_dir")
+    assert list(DataOptions(train_data_dir="pics", in_json="meta.json", dataset_repeats=5).problems()) == []

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import multiprocessing
 import os
@@ -18,7 +19,7 @@ from PIL import Image, ImageOps, PngImagePlugin, features
 from library.data import folder as folder_module
 from library.data.folder import Folder, read_all
 from library.data.headers import ALPHA, TURNED, Header, read_header
-from library.data.manifest import manifest_path, read_manifest
+from library.data.manifest import Manifest, manifest_path, read_manifest, write_manifest
 from library.data.records import BucketRules, CaptionRules, DatasetConfig, Sample, SubsetConfig
 from library.data.scan import SubsetScan, caption_of, join_tags, scan
 
@@ -427,6 +428,15 @@ def test_files_of_this_moment_are_not_trusted_next_time(tmp_path: Path) -> None:
     assert read_manifest(manifest_path(str(tmp_path), None)).images == {}
 
 
+def test_manifest_keeps_every_number_it_can(tmp_path: Path) -> None:
+    now = time.time_ns()
+    images = {"a": (2**62, -(2**63), 1, 2, 3), "b": (0, now - 10**10, 65535, 1, 0)}
+    unfit = {"year 1601": (5, -11_644_473_600 * 10**9, 1, 1, 0), "just now": (5, now, 1, 1, 0)}
+    texts = {"a\n.txt": (3, 5, 'ü\n"\ud800')}
+    assert write_manifest(tmp_path / "m.json", Manifest({**images, **unfit}, texts))
+    assert read_manifest(tmp_path / "m.json") == Manifest(images, texts)
+
+
 def test_cache_dir_holds_the_manifests(tmp_path: Path) -> None:
     first, second = filled(tmp_path / "one"), filled(tmp_path / "two")
     cache = tmp_path / "cache"
@@ -457,16 +467,27 @@ def test_read_only_folder(tmp_path: Path) -> None:
         tmp_path.chmod(0o755)
 
 
+ONE, TWO = (base64.b64encode(struct.pack(f"<{n}q", *range(n))).decode() for n in (1, 2))
+
+
 @pytest.mark.parametrize(
-    "damage", [b"", b"{", b"[]", b'{"version": 0}', b'{"version": 1, "images": [["a.jpg"], [1]], "texts": [[]]}',
-               b'{"version": 1, "images": [["a.jpg"], [1], [2], [3], [4], ["x"]], "texts": [[]]}', b"\xff\xfe"]
+    "damage", [b"", b"{", b"[]", b"\xff\xfe", {"version": 0},
+               {"version": 2, "images": ["a.jpg", ONE], "texts": [""]},
+               {"version": 2, "images": ["a.jpg", ONE, ONE, ONE, ONE, TWO], "texts": [""]},
+               {"version": 2, "images": ["a.jpg", ONE, ONE, ONE, ONE, "x"], "texts": [""]},
+               {"version": 2, "images": ["a.jpg", ONE, ONE, ONE, ONE, [1]], "texts": [""]},
+               {"version": 2, "images": ["a/b", ONE, ONE, ONE, ONE, ONE], "texts": [""]},
+               {"version": 2, "images": [1, ONE, ONE, ONE, ONE, ONE], "texts": [""]},
+               {"version": 2, "images": [""], "texts": ["a.txt", ONE, ONE, [3]]},
+               {"version": 2, "images": [""], "texts": ["a.txt", ONE, ONE, ["a", "b"]]}]
 )  # fmt: skip
-def test_damaged_manifest_is_made_again(tmp_path: Path, damage: bytes) -> None:
+def test_damaged_manifest_is_made_again(tmp_path: Path, damage: bytes | dict) -> None:
     subset = filled(tmp_path)
     first = scan_one(subset)
     path = manifest_path(str(tmp_path), None)
     whole = path.read_bytes()
-    path.write_bytes(damage)
+    path.write_bytes(damage if isinstance(damage, bytes) else json.dumps(damage).encode())
+    assert read_manifest(path) == Manifest()
     assert scan_one(subset) == first
     assert path.read_bytes() == whole
 

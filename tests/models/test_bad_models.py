@@ -212,3 +212,24 @@ def test_unknown_noise_schedule(folder, tmp_path):
     shutil.copytree(folder, path)
     (path / "scheduler" / "scheduler_config.json").write_text(json.dumps({"beta_schedule": "cosine"}))
     assert "'cosine'" in line(lambda: family(path).objective(DDPMOptions(), LossOptions()))
+
+
+def test_a_tokenizer_of_the_hub_is_kept(single, tmp_path, monkeypatch):
+    """Fetched from the hub (here: its local cache) once, then found in --tokenizer_cache_dir without it."""
+    from huggingface_hub import constants
+
+    hub, cache, path = tmp_path / "hub", tmp_path / "cache", tmp_path / "m.safetensors"
+    shutil.copy(single, path)
+    revision = "0123456789012345678901234567890123456789"
+    repository = hub / "models--openai--clip-vit-large-patch14"
+    write_tokenizer(repository / "snapshots" / revision)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(revision)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(hub))
+    first = family(path, tokenizer_cache_dir=str(cache))
+    first.check()
+    shutil.rmtree(hub)
+    second = family(path, tokenizer_cache_dir=str(cache))
+    second.check()
+    assert second.tokenizer.folder == cache / "openai_clip-vit-large-patch14"
+    assert second.tokenizer.fingerprint() == first.tokenizer.fingerprint()

@@ -262,3 +262,14 @@ def test_peft_has_the_scale_in_lora_b() -> None:
     assert torch.equal(up, state[f"{QUERY}.lora_up.weight"] * 2.0 / 4)
     with pytest.raises(UserError, match="have no name in the peft format"):
         to_peft(network(train_norm="True").state(None), sd_targets(tiny_clip(), tiny_unet(), norm=True))
+
+
+def test_form_options_beside_a_file_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "lora.safetensors"
+    network().save(path, dtype=None, metadata={})
+    with caplog.at_level(logging.WARNING, logger="trainyard"):
+        made, _ = create_network_from_weights(
+            1.0, path, None, tiny_clip(), tiny_unet(), dora_wd="True", train_norm="True", rank_dropout="0.1"
+        )
+    assert f"--network_args: dora_wd, train_norm: no effect, {path} decides the form of its layers" in caplog.messages
+    assert not any("dora_scale" in key for key in made.state(None))

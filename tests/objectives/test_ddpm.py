@@ -317,3 +317,10 @@ def test_options_that_fit_have_no_problems():
 def test_options_that_do_not_fit_the_prediction(given, prediction_type, line):
     with pytest.raises(UserError, match=line):
         DDPMObjective(DDPMOptions(**given), LossOptions(), prediction_type=prediction_type)
+
+
+def test_huber_scale_without_effect():
+    (problem,) = LossOptions(loss_type="huber", huber_scale=2.0).problems()
+    assert problem == "--huber_scale has no effect with --huber_schedule snr: give constant or exponential"
+    assert list(LossOptions(loss_type="huber", huber_schedule="constant", huber_scale=2.0).problems()) == []
+    assert list(LossOptions(huber_scale=2.0).problems()) == []  # graphical programs give it whatever the loss

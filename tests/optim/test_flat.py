@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from library.device import unscale_half_gradients
 from library.optim.flat import FlatParameters, flatten
 from library.optim.optimizers import OPTIMIZERS, choose_optimizer
 from library.optim.options import OptimizerOptions
@@ -106,3 +107,32 @@ def test_bf16_parameters():
     assert all(group.buffer.dtype == torch.bfloat16 for group in flat.groups)
     backward(params, 0)
     assert all(p.grad.dtype == torch.bfloat16 and bool(p.grad.any()) for p in params)
+
+
+def test_half_gradients_are_unscaled_and_clipped():
+    """--full_fp16: what the trainer does with torch's scaler, which refuses fp16 gradients by itself."""
+    weights = [nn.Parameter(torch.ones(n, dtype=torch.float16)) for n in (3, 5)]
+    flat = FlatParameters([{"params": [w], "lr": 1.0} for w in weights])
+    optimizer = torch.optim.SGD(flat.param_groups, lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+
+    def step(factor: float) -> float:
+        flat.zero_grad()
+        scaler.scale(factor * (weights[0].float().sum() + weights[1].float().sum())).backward()
+        scaler.unscale_(optimizer)
+        norm = flat.clip_grad_norm(1.0).item()
+        scaler.step(optimizer)
+        scaler.update()
+        return norm
+
+    with pytest.raises(ValueError, match="FP16"):
+        step(2.0)
+    unscale_half_gradients(scaler)
+    scaler.update(1024.0)
+    assert step(2.0) == pytest.approx(2 * 8**0.5, rel=1e-3)
+    after = [w.detach().clone() for w in weights]
+    for weight in after:
+        torch.testing.assert_close(weight.float(), torch.full_like(weight.float(), 1 - 1 / 8**0.5), rtol=1e-3, atol=0)
+    assert step(1e4) == float("inf")  # 1024 e4 is beyond fp16: the step is left out and the scale halved
+    assert scaler.get_scale() == 512.0
+    assert all(torch.equal(w, old) for w, old in zip(weights, after, strict=True))

@@ -144,3 +144,19 @@ def test_every_row_has_a_package_that_pip_can_install():
 
 def test_ema_is_off_by_default():
     assert EmaOptions().ema_decay is None
+
+
+@pytest.mark.parametrize("name", ["AdamW", "AdamWScheduleFree"])
+def test_weights_in_fp16_that_would_become_nan(name):
+    if name not in ("AdamW",):
+        pytest.importorskip("schedulefree")
+    choice = choose(name, learning_rate=1e-4)
+    with pytest.raises(UserError, match=f"--optimizer_type {name} makes weights in float16 not finite") as caught:
+        choice.check_dtype(torch.float16)
+    assert len(caught.value.problems) == 1
+    choice.check_dtype(torch.bfloat16)
+
+
+def test_optimizers_for_weights_in_fp16():
+    choose("lion_pytorch.Lion", learning_rate=1e-4).check_dtype(torch.float16)
+    choose("SGDNesterov", learning_rate=1e-4).check_dtype(torch.float16)

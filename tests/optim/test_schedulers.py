@@ -227,3 +227,22 @@ def test_steps_are_whole_or_a_fraction():
     (problem,) = SchedulerOptions(lr_scheduler="linear", lr_warmup_steps=1.5).problems()
     assert problem == "--lr_warmup_steps 1.5: give whole steps, a fraction below 1 or a percentage up to 100%"
     assert list(SchedulerOptions(lr_warmup_steps=0.5, lr_decay_steps=3).problems()) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"lr_scheduler": "cosine", "lr_decay_steps": 5}, "--lr_decay_steps has no effect with cosine"),
+        ({"lr_scheduler": "linear", "lr_scheduler_timescale": 5}, "--lr_scheduler_timescale has no effect with linear"),
+        ({"lr_scheduler": "cosine", "lr_scheduler_min_lr_ratio": 0.1}, "--lr_scheduler_min_lr_ratio has no effect"),
+        ({"lr_scheduler": "warmup_stable_decay", "lr_decay_steps": 5, "lr_scheduler_min_lr_ratio": 0.1}, None),
+        ({"lr_scheduler": "cosine_with_min_lr", "lr_scheduler_min_lr_ratio": 0.1}, None),
+        ({"lr_scheduler": "inverse_sqrt", "lr_scheduler_timescale": 5}, None),
+    ],
+)
+def test_options_that_the_schedule_does_not_read(given, line, caplog):
+    choice = choose_optimizer(OptimizerOptions(learning_rate=1e-3))
+    with caplog.at_level(logging.WARNING, logger="trainyard"):
+        check_scheduler(SchedulerOptions(**given), choice, total_steps=100)
+    found = [r.getMessage() for r in caplog.records if r.name == "trainyard"]
+    assert [text.startswith(line) for text in found] == [True] if line else found == []

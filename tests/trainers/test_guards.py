@@ -15,7 +15,7 @@ from torch import nn
 
 from library.cli import EXIT_DIVERGED, guarded
 from library.errors import StopTraining, UserError
-from library.trainers.guards import MovingAverage, StepReader
+from library.trainers.guards import MOST_SKIPS, MovingAverage, StepReader
 from library.trainers.trainables import GradientWatch
 from tests.trainers.helpers import differing, make_pictures, subset, train, write_dataset
 
@@ -105,6 +105,19 @@ def test_reader_lets_the_scaler_skip() -> None:
         reader.arrived()
     reader.push(3, inf, one, ["a.png"], scaler_skips=True, others={})
     with pytest.raises(StopTraining, match="the loss of step 3"):
+        reader.flush()
+
+
+def test_a_scaler_that_skips_for_ever_stops() -> None:
+    """fp16: what no scale mends is a diverged run; a good step in between begins the count anew."""
+    reader = StepReader(lag=0)
+    inf, one = torch.tensor(math.inf), torch.tensor(1.0)
+    norms = [inf] * MOST_SKIPS + [one] + [inf] * MOST_SKIPS
+    for step, norm in enumerate(norms, start=1):
+        reader.push(step, one, norm, ["a.png"], scaler_skips=True, others={})
+    assert len(reader.flush()) == len(norms)
+    reader.push(len(norms) + 1, one, inf, ["a.png"], scaler_skips=True, others={})
+    with pytest.raises(StopTraining, match=f"the gradient norm of step {len(norms) + 1} is not finite"):
         reader.flush()
 
 

@@ -152,6 +152,14 @@ def test_state_of_another_run_is_refused(sd1: Path, dataset: Path, lively: Path,
     assert not (tmp_path / "second" / "x.safetensors").exists()
 
 
+def test_state_of_another_size_is_refused(sd1: Path, pictures: Path, tmp_path: Path) -> None:
+    """As many batches, the same pictures and captions, but other pixels."""
+    small, large = (write_dataset(tmp_path / f"{n}.toml", subset(pictures), resolution=n) for n in (64, 128))
+    train(sd1, small, tmp_path / "first", max_train_steps=1, save_state=True)
+    with pytest.raises(UserError, match=r"another run: dataset subset 1 settings was \w+, is \w+\. "):
+        train(sd1, large, tmp_path / "second", resume=tmp_path / "first" / "x-state")
+
+
 def test_nothing_left_to_do(sd1: Path, dataset: Path, tmp_path: Path) -> None:
     train(sd1, dataset, tmp_path, max_train_steps=2, save_state=True)
     with pytest.raises(UserError, match="the run starts at step 2 and ends at step 2"):

@@ -8,6 +8,7 @@ The golden losses are written anew, after a change that is meant to change numbe
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
 from pathlib import Path
@@ -513,6 +514,103 @@ def test_lycoris_trains_and_resumes(sd1: Path, dataset: Path, tmp_path: Path) ->
     assert_same_run(train_with_stops(sd1, dataset, tmp_path / "stopped", [2], **values), whole)
     losses = train(sd1, dataset, tmp_path / "on", network_weights=whole.file, **ONE, **values).losses
     assert losses != pytest.approx(train(sd1, dataset, tmp_path / "new", **ONE, **values).losses, rel=1e-5)
+
+
+# ---- what the length of the run decides -----------------------------------------------------------------------------
+
+
+def test_schedule_is_checked_against_the_epochs(sd1: Path, dataset: Path, tmp_path: Path) -> None:
+    """--max_train_epochs wins: 3 batches x 2 epochs are 6 steps, whatever --max_train_steps says."""
+    values = {"max_train_epochs": 2, "max_train_steps": 1, "lr_scheduler": "warmup_stable_decay"}
+    run = train(sd1, dataset, tmp_path / "fits", lr_decay_steps=4, **values)
+    rates = [report.others["lr/unet"] for report in run.trainer.reports]
+    expected = [1, 1, 1, *(0.5 * (1 + math.cos(math.pi * i / 4)) for i in (1, 2, 3))]
+    assert rates == pytest.approx([1e-2 * factor for factor in expected])
+    with pytest.raises(UserError, match="--lr_decay_steps 7 are longer than the run of 6 steps"):
+        train(sd1, dataset, tmp_path / "long", lr_decay_steps=7, **{**values, "max_train_steps": 1000})
+    accelerator = run.trainer.accelerator
+    with run.trainer.gradient_sync(is_last=False):
+        assert not accelerator.sync_gradients
+    with run.trainer.gradient_sync(is_last=True):
+        assert accelerator.sync_gradients
+
+
+# ---- what may fail, and what is said of options that do nothing ------------------------------------------------------
+
+
+def test_pictures_that_cannot_be_written_end_no_run(
+    sd1: Path, dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "prompts.txt").write_text("cat --w 64 --h 64 --s 1", encoding="utf-8")
+    (tmp_path / "out" / "sample" / "x_before_after.png" / "in the way").mkdir(parents=True)
+    run = train(
+        sd1, dataset, tmp_path / "out", sample_prompts=tmp_path / "prompts.txt", sample_every_n_steps=1,
+        sample_at_first=True, cache_latents=True, **ONE,
+    )  # fmt: skip
+    assert run.code == 0 and len(run.names("sample/x_0*.png")) == 2
+    (line,) = [text for text in caplog.messages if "before and after" in text]
+    assert line.startswith("sheet of before and after failed, the training goes on: ")
+
+
+def test_options_that_do_nothing_are_named(
+    sd1: Path, lora: Path, dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "prompts.txt").write_text("cat", encoding="utf-8")
+    train(
+        sd1, dataset, tmp_path / "out", validate_every_n_steps=2, validation_seed=3, log_config=True, log_prefix="a",
+        bucket_no_upscale=True,
+        sample_prompts=tmp_path / "prompts.txt", dim_from_weights=True, network_weights=lora, **ONE,
+    )  # fmt: skip
+    assert [text for text in caplog.messages if "no effect" in text or "no previews" in text] == [
+        "--network_dim and --network_alpha: no effect with --dim_from_weights, the file has its own",
+        "--log_prefix, --log_config: no effect without --logging_dir or --log_with wandb",
+        "--validation_seed, --validate_every_n_steps: no effect, no picture is held out (see --validation_split)",
+        "bucket_no_upscale: no effect without enable_bucket",
+        "--sample_prompts: no previews are made without --sample_every_n_epochs, --sample_every_n_steps or "
+        "--sample_at_first",
+    ]
+
+
+def test_previews_by_steps_and_by_epochs(
+    sd1: Path, dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "prompts.txt").write_text("cat", encoding="utf-8")
+    values = {"sample_prompts": tmp_path / "prompts.txt", "sample_every_n_steps": 1, "sample_every_n_epochs": 1}
+    run = train(sd1, dataset, tmp_path / "out", **values, **ONE)
+    assert "--sample_every_n_steps: no effect, --sample_every_n_epochs wins" in caplog.messages
+    assert run.names("sample/*") == []
+
+
+def test_weights_are_averaged_once(sd1: Path, dataset: Path, tmp_path: Path) -> None:
+    pytest.importorskip("schedulefree")
+    with pytest.raises(UserError, match="--ema_decay: AdamWScheduleFree averages the weights by itself"):
+        train(sd1, dataset, tmp_path, optimizer_type="AdamWScheduleFree", ema_decay=0.9)
+
+
+def test_accumulation_given_to_the_launcher_changes_nothing(
+    sd1: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`accelerate launch --gradient_accumulation_steps 4` sets this variable; accelerate would divide every loss."""
+    plain = train(sd1, dataset, tmp_path / "plain", **ONE)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    run = train(sd1, dataset, tmp_path / "launched", **ONE)
+    assert run.trainer.reports[0].grad_norm == plain.trainer.reports[0].grad_norm > 0
+
+
+def test_settings_of_the_log_program(sd1: Path, dataset: Path, tmp_path: Path) -> None:
+    config = tmp_path / "tracker.toml"
+    config.write_text('[tensorboard]\nfilename_suffix = ".mine"\n', encoding="utf-8")
+    values = {"logging_dir": tmp_path / "logs", "log_tracker_config": config, **ONE}
+    train(sd1, dataset, tmp_path / "out", **values)
+    (file,) = (tmp_path / "logs").rglob("events.*")
+    assert file.name.endswith(".mine")
+    config.write_text("wandb = 3\n[tensorbord]\na = 1\n", encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        train(sd1, dataset, tmp_path / "out", **values)
+    assert caught.value.problems == [
+        f"--log_tracker_config: {config}: unknown table 'tensorbord'. Did you mean 'tensorboard'?",
+        f"--log_tracker_config: {config}: wandb expects a table: [wandb]",
+    ]
 
 
 if __name__ == "__main__":
