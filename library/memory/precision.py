@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frozen Linear weights in the half precision of their file while the computation is in float32.
+"""Frozen Linear and Conv2d weights in the half precision of their file while the computation is in float32.
 
 Casting float16 or bfloat16 to float32 is exact, so the results are bit-identical to weights kept in float32, at half
-their memory. Casting at each use is all it costs; autograd keeps the half-precision weight, never the float32 copy.
+their memory. Casting at each use is all it costs; autograd keeps the half-precision weight, never the float32 copy,
+and not the input either, which only a weight's gradient would need.
 """
 
 from __future__ import annotations
@@ -31,23 +32,50 @@ class _CastLinear(torch.autograd.Function):
         return gradient @ weight.to(gradient.dtype), None, None
 
 
+class _CastConv2d(torch.autograd.Function):
+    """A 2-D convolution, likewise."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, conv: nn.Conv2d) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.conv, ctx.shape = conv, x.shape
+        return F.conv2d(x, weight.to(x.dtype), bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (weight,) = ctx.saved_tensors
+        (gradient,) = gradients
+        conv, only_input = ctx.conv, [True, False, False]
+        like_x = gradient.new_zeros(()).expand(ctx.shape)  # only its shape is looked at
+        result = torch.ops.aten.convolution_backward(
+            gradient, like_x, weight.to(gradient.dtype), None,
+            conv.stride, conv.padding, conv.dilation, False, (0, 0), conv.groups, only_input,
+        )  # fmt: skip
+        return result[0], None, None, None
+
+
 def cast_when_used(module: nn.Module) -> int:
-    """Make every frozen Linear inside `module` whose weight is half precision compute in its input's dtype.
+    """Make every frozen Linear and Conv2d inside `module` whose weight is half precision compute in its input's dtype.
 
     Returns how many there are. Biases must have the computation's dtype.
     """
     count = 0
     for child in module.modules():
-        if isinstance(child, nn.Linear) and child.weight.dtype in HALF:
-            child.forward = _forward_of(child)  # type: ignore[method-assign]
+        if isinstance(child, (nn.Linear, nn.Conv2d)) and child.weight.dtype in HALF:
+            child.forward = _linear(child) if isinstance(child, nn.Linear) else _conv(child)  # type: ignore[method-assign]
             count += 1
     return count
 
 
-def _forward_of(linear: nn.Linear) -> Any:
+def _linear(linear: nn.Linear) -> Any:
     return lambda x: _CastLinear.apply(x, linear.weight, linear.bias)
 
 
+def _conv(conv: nn.Conv2d) -> Any:
+    assert conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+    return lambda x: _CastConv2d.apply(x, conv.weight, conv.bias, conv)
+
+
 def keeps_file_dtype(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a weight is one that `cast_when_used` serves: a matrix that is not an embedding."""
-    return len(shape) == 2 and name.endswith(".weight") and "embed" not in name
+    """Whether a weight is one that `cast_when_used` serves: a matrix or a kernel, but not an embedding."""
+    return len(shape) in (2, 4) and name.endswith(".weight") and "embed" not in name

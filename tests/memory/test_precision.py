@@ -37,10 +37,28 @@ def test_forward_and_gradient_are_bit_identical(dtype: torch.dtype, bias: bool) 
     assert stored.weight.dtype == dtype
 
 
-def test_only_matrices_of_linear_layers_stay() -> None:
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("settings", [{}, {"stride": 2, "padding": 1}, {"padding": 1, "groups": 2, "bias": False}])
+def test_convolutions_are_bit_identical(dtype: torch.dtype, settings: dict) -> None:
+    torch.manual_seed(0)
+    stored = nn.Conv2d(4, 6, 3, **settings).requires_grad_(False)
+    stored.weight.data = stored.weight.data.to(dtype)
+    plain = nn.Conv2d(4, 6, 3, **settings).requires_grad_(False)
+    plain.weight.data = stored.weight.data.float()
+    if plain.bias is not None:
+        plain.bias.data = stored.bias.data.clone()
+    assert cast_when_used(nn.Sequential(stored)) == 1
+    x = torch.randn(2, 4, 9, 8).requires_grad_()
+    left, right = stored(x), plain(x)
+    assert torch.equal(left, right)
+    gradients = [torch.autograd.grad(y.square().sum(), x)[0] for y in (left, right)]
+    assert torch.equal(gradients[0], gradients[1])
+
+
+def test_only_matrices_and_kernels_stay() -> None:
     assert keeps_file_dtype("model.diffusion_model.middle_block.1.proj.weight", (4, 4))
     assert not keeps_file_dtype("text_model.embeddings.token_embedding.weight", (49408, 768))
-    assert not keeps_file_dtype("conv_in.weight", (320, 4, 3, 3))
+    assert keeps_file_dtype("conv_in.weight", (320, 4, 3, 3))
     assert not keeps_file_dtype("norm.weight", (320,))
 
 
@@ -52,9 +70,9 @@ def test_models_give_the_same_bits_at_half_the_size(tmp_path: Path, version: int
     for keep_half in (False, True):
         (encoder,) = family.load_text_encoders(torch.float32, "cpu", keep_half=keep_half)
         unet = family.load_denoiser(torch.float32, "cpu", keep_half=keep_half)
-        halves = [m for module in (encoder, unet) for m in module.modules() if isinstance(m, nn.Linear)]
+        halves = [m for module in (encoder, unet) for m in module.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
         assert any(m.weight.dtype == torch.float16 for m in halves) == keep_half
-        others = [p for module in (encoder, unet) for p in module.parameters() if p.ndim != 2]
+        others = [p for module in (encoder, unet) for p in module.parameters() if p.ndim not in (2, 4)]
         assert all(p.dtype == torch.float32 for p in others)
         cond = family.encode_text(family.tokenize(["a cat"]), [encoder])
         x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
