@@ -17,29 +17,44 @@ from torch import Tensor, nn
 HALF = (torch.float16, torch.bfloat16)
 
 
+class Scratch:
+    """Memory for the cast weight of one layer at a time: taking new memory for each costs more than the cast."""
+
+    def __init__(self) -> None:
+        self._buffer: Tensor | None = None
+
+    def cast(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """`weight` in `dtype`, valid until the next cast."""
+        buffer = self._buffer
+        if buffer is None or buffer.numel() < weight.numel() or (buffer.dtype, buffer.device) != (dtype, weight.device):
+            buffer = self._buffer = torch.empty(weight.numel(), dtype=dtype, device=weight.device)
+        return buffer[: weight.numel()].view(weight.shape).copy_(weight)
+
+
 class _CastLinear(torch.autograd.Function):
     """y = x W^T + b with W cast to x's dtype, in the backward pass again. W and b get no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scratch: Scratch) -> Tensor:
         ctx.save_for_backward(weight)
-        return F.linear(x, weight.to(x.dtype), bias)
+        ctx.scratch = scratch
+        return F.linear(x, scratch.cast(weight, x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (weight,) = ctx.saved_tensors
         (gradient,) = gradients
-        return gradient @ weight.to(gradient.dtype), None, None
+        return gradient @ ctx.scratch.cast(weight, gradient.dtype), None, None, None
 
 
 class _CastConv2d(torch.autograd.Function):
     """A 2-D convolution, likewise."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, conv: nn.Conv2d) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, conv: nn.Conv2d, scratch: Scratch) -> Tensor:
         ctx.save_for_backward(weight)
-        ctx.conv, ctx.shape = conv, x.shape
-        return F.conv2d(x, weight.to(x.dtype), bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+        ctx.conv, ctx.shape, ctx.scratch = conv, x.shape, scratch
+        return F.conv2d(x, scratch.cast(weight, x.dtype), bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
@@ -48,10 +63,10 @@ class _CastConv2d(torch.autograd.Function):
         conv, only_input = ctx.conv, [True, False, False]
         like_x = gradient.new_zeros(()).expand(ctx.shape)  # only its shape is looked at
         result = torch.ops.aten.convolution_backward(
-            gradient, like_x, weight.to(gradient.dtype), None,
+            gradient, like_x, ctx.scratch.cast(weight, gradient.dtype), None,
             conv.stride, conv.padding, conv.dilation, False, (0, 0), conv.groups, only_input,
         )  # fmt: skip
-        return result[0], None, None, None
+        return result[0], None, None, None, None
 
 
 def cast_when_used(module: nn.Module) -> int:
@@ -59,21 +74,21 @@ def cast_when_used(module: nn.Module) -> int:
 
     Returns how many there are. Biases must have the computation's dtype.
     """
-    count = 0
+    count, scratch = 0, Scratch()
     for child in module.modules():
         if isinstance(child, (nn.Linear, nn.Conv2d)) and child.weight.dtype in HALF:
-            child.forward = _linear(child) if isinstance(child, nn.Linear) else _conv(child)  # type: ignore[method-assign]
+            child.forward = _linear(child, scratch) if isinstance(child, nn.Linear) else _conv(child, scratch)  # type: ignore[method-assign]
             count += 1
     return count
 
 
-def _linear(linear: nn.Linear) -> Any:
-    return lambda x: _CastLinear.apply(x, linear.weight, linear.bias)
+def _linear(linear: nn.Linear, scratch: Scratch) -> Any:
+    return lambda x: _CastLinear.apply(x, linear.weight, linear.bias, scratch)
 
 
-def _conv(conv: nn.Conv2d) -> Any:
+def _conv(conv: nn.Conv2d, scratch: Scratch) -> Any:
     assert conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
-    return lambda x: _CastConv2d.apply(x, conv.weight, conv.bias, conv)
+    return lambda x: _CastConv2d.apply(x, conv.weight, conv.bias, conv, scratch)
 
 
 def keeps_file_dtype(name: str, shape: tuple[int, ...]) -> bool:
