@@ -343,16 +343,21 @@ def _read_config_file(
     return flat, foreign
 
 
-def read_toml(path: Path, what: str) -> dict[str, Any]:
-    """A TOML file as a dict. Raises UserError naming `what`, the file and the line."""
+def read_text(path: Path, what: str, kind: str) -> str:
+    """A UTF-8 text file. Raises UserError naming `what` asked for it; `kind` says what is needed ("a TOML file")."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{what}: {path} does not exist") from None
     except IsADirectoryError:
-        raise UserError(f"{what}: {path} is a folder; a TOML file is needed") from None
+        raise UserError(f"{what}: {path} is a folder; {kind} is needed") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{what}: {path} is not UTF-8 text (byte {error.start})") from None
+
+
+def read_toml(path: Path, what: str) -> dict[str, Any]:
+    """A TOML file as a dict. Raises UserError naming `what`, the file and the line."""
+    text = read_text(path, what, "a TOML file")
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

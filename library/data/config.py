@@ -17,7 +17,7 @@ from library.data.options import CacheOptions, DataOptions
 from library.data.records import BucketRules, CaptionRules, DatasetConfig, ImageRules, SubsetConfig
 from library.errors import UserError, first_names, nearest, unknown
 from library.log import get_logger
-from library.options import Spec, at_least, option, read_toml, specs
+from library.options import Spec, at_least, option, read_text, read_toml, specs
 
 _Table = dict[str, Any]
 
@@ -87,13 +87,7 @@ def read_document(path: Path) -> dict[str, Any]:
     if path.suffix.lower() != ".json":
         return read_toml(path, "--dataset_config")
     try:
-        document = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise UserError(f"--dataset_config: {path} does not exist") from None
-    except IsADirectoryError:
-        raise UserError(f"--dataset_config: {path} is a folder; a TOML or JSON file is needed") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"--dataset_config: {path} is not UTF-8 text (byte {error.start})") from None
+        document = json.loads(read_text(path, "--dataset_config", "a TOML or JSON file"))
     except json.JSONDecodeError as error:
         raise UserError(f"--dataset_config: {path}, line {error.lineno} is not valid JSON: {error.msg}") from None
     if not isinstance(document, dict):
