@@ -86,6 +86,14 @@ def between(low: float, high: float) -> Check:
     return lambda value: None if low <= value <= high else f"must be between {low} and {high}"
 
 
+def refused(reason: str) -> Check:
+    """For options that other architectures have: any value that asks for something is refused, with the reason.
+
+    0, false and the like, which graphical programs write for options that are not used, pass.
+    """
+    return lambda value: f"has no meaning here: {reason}" if value else None
+
+
 def int_or_fraction(value: Any) -> int | float:
     """A number of steps, a fraction of the run below 1, or "10%"."""
     try:

@@ -28,11 +28,15 @@ class LatentSpec:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids of a batch of captions. `ids`: encoder name -> (B, chunks, length) int64; `weights` alike, float."""
+    """Token ids of a batch of captions: encoder name -> (B, chunks, 77) int64 for CLIP, (B, length) for others.
+
+    `weights` alike, float. `masks`: (B, length) bool, True where a token is none of the padding.
+    """
 
     ids: dict[str, Tensor]
     weights: dict[str, Tensor] | None = None
     truncated: tuple[int, ...] = ()  # indices of captions that were longer than the limit
+    masks: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass

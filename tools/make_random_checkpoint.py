@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.io.tensor_file import header_bytes, ordered_names
 from library.models import sd_keys
-from library.models.keys import Rule, publish
+from library.names.keys import Rule, publish
 from library.models.kl_vae import build_vae
 from library.models.loading import build_empty, shipped_config
 from library.models.sd import published_tensors, unused_open_clip

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Outputs of text encoders that are computed once: keyed by the caption and the weights of the encoders.
+"""Outputs of text encoders that are computed once: keyed by the caption and the weights of the encoder.
 
-Equal captions are kept once, without padding. An edited caption or another encoder changes the key.
+Equal captions are kept once, without padding. An edited caption or another encoder changes the key. Each encoder has a
+cache of its own: only those with something left to encode are loaded, one after the other.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -29,9 +30,9 @@ def text_store(cache_dir: str | None) -> TensorStore:
 
 
 class TextCache:
-    """Cached outputs of one set of text encoders; a `TextSource`.
+    """Cached outputs of one text encoder; a `TextSource`.
 
-    fingerprint: digest of the encoders' weights. settings: whatever else decides what they give (tokenizer, clip_skip,
+    fingerprint: digest of the encoder's weights. settings: whatever else decides what it gives (tokenizer, clip_skip,
     max_token_length ...), as text. dtype: of the floating-point outputs that are kept; others stay as they are.
     skip_check: the index of the store is trusted.
     """
@@ -104,3 +105,21 @@ class TextCache:
     def _key(self, caption: str) -> bytes:
         parts = (FORMAT, self.fingerprint, self.settings, str(self.dtype), caption)
         return hashlib.blake2b("\x1f".join(parts).encode(), digest_size=20).digest()
+
+
+class TextCaches:
+    """The caches of several encoders side by side; a `TextSource` that gives what all of them have for a caption."""
+
+    def __init__(self, parts: Mapping[str, TextCache]) -> None:
+        self.parts = dict(parts)
+
+    def get(self, caption: str) -> Cond:
+        """The unpadded outputs for a caption. Raises UserError when they are not there."""
+        cond: Cond = {}
+        for part in self.parts.values():
+            cond |= part.get(caption)
+        return cond
+
+    def close(self) -> None:
+        for part in self.parts.values():
+            part.close()

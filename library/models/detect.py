@@ -114,6 +114,9 @@ PARTS = (
     ),
 )
 SD_UNET = "input_blocks.0.0.weight"
+SD_ANSWER = "a Stable Diffusion 1.x or 2.x checkpoint: use train_network.py"
+UNKNOWN_ANSWERS = {"sd": "no Stable Diffusion checkpoint: it has no model.diffusion_model.* weights"}
+SD_ANSWER = "a Stable Diffusion 1.x or 2.x checkpoint: use train_network.py"
 
 # start of a pipeline's class name -> architecture; a longer name stands before those that it starts with
 PIPELINES = {
@@ -139,28 +142,31 @@ def _prefix(name: str) -> str:
     return next((p for p in PREFIXES if name.startswith(p)), "")
 
 
-def foreign_file(shapes: Shapes) -> str | None:
-    """What a file is that is no SD 1.x/2.x checkpoint ("an SDXL checkpoint: use sdxl_train_network.py"), or None."""
+def foreign_file(shapes: Shapes, wanted: str = "sd") -> str | None:
+    """What a file is that is no checkpoint of architecture `wanted`, or None when it is one.
+
+    "an SDXL checkpoint: use sdxl_train_network.py". wanted: the name of one of ARCHITECTURES, or "sd" for SD 1.x/2.x.
+    """
     if any(name.endswith(ADAPTER_ENDINGS) for name in shapes):
         return ADAPTER_ANSWER
     if any(name.endswith(CONTROL_ENDINGS) for name in shapes):
         return CONTROL_ANSWER
     kind = architecture(shapes)
     if kind is not None:
-        return kind.answer
+        return None if kind.name == wanted else kind.answer
     names = {name[len(_prefix(name)) :] for name in shapes}
     if SD_UNET in names:
-        return None
+        return None if wanted == "sd" else SD_ANSWER
     part = next((part for part in PARTS if any(mark in names for mark in part.marks)), None)
-    return part.answer if part else "no Stable Diffusion checkpoint: it has no model.diffusion_model.* weights"
+    return part.answer if part else UNKNOWN_ANSWERS.get(wanted, "a file of unknown names: it has no denoiser inside")
 
 
-def foreign_pipeline(class_name: str) -> str | None:
-    """The same for a folder, by `_class_name` in its model_index.json."""
+def foreign_pipeline(class_name: str, wanted: str = "sd") -> str | None:
+    """The same for a folder, by `_class_name` in its model_index.json. Unknown classes pass."""
     for start, name in PIPELINES.items():
         if class_name.startswith(start):
-            return next(kind.answer for kind in ARCHITECTURES if kind.name == name)
-    return None
+            return None if name == wanted else next(kind.answer for kind in ARCHITECTURES if kind.name == name)
+    return SD_ANSWER if class_name.startswith("StableDiffusion") and wanted != "sd" else None
 
 
 def context_dim(shapes: Shapes) -> int | None:

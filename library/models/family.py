@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,6 +27,20 @@ class ModelFacts:
     architecture: str  # modelspec.architecture without "/lora": "stable-diffusion-v1"
     implementation: str  # modelspec.implementation
     prediction_type: str | None  # modelspec.prediction_type: "epsilon", "v"
+    more: Mapping[str, str] = field(default_factory=dict)  # further ss_* entries of adapter files
+
+
+@dataclass(frozen=True)
+class PreviewDefaults:
+    """What a prompt of a preview means where it says nothing, and which of its fields the family makes use of."""
+
+    steps: int = 30
+    scale: float = 7.5  # classifier-free guidance; 1 is without
+    guidance: float | None = None  # embedded guidance, of distilled models
+    size: int = 512  # pixels of a side where the dataset has no size
+    cfg_trunc_ratio: float | None = None  # share of the steps, the noisiest, that have classifier-free guidance
+    renorm_cfg: float | None = None  # most that guidance may lengthen a prediction
+    honoured: tuple[str, ...] = ()  # of library.sampling.preview.SPECIAL_FIELDS
 
 
 class ModelFamily(ABC):
@@ -36,7 +50,11 @@ class ModelFamily(ABC):
     Options: ClassVar[type[ModelOptions]]
     latent: ClassVar[LatentSpec]
     network_module: ClassVar[str]  # default of --network_module
+    adapter_prefixes: ClassVar[Mapping[str, str]]  # text encoder -> what names in adapter files begin with: "lora_te1"
     bucket_step: ClassVar[int]  # picture sides are multiples of it
+    preview: ClassVar[PreviewDefaults] = PreviewDefaults()
+    # text encoders whose adapters are only trained when this --network_args key is True: too large to train unasked
+    asked_encoders: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, options: Any) -> None:
         self.options = options
@@ -47,10 +65,18 @@ class ModelFamily(ABC):
     def check(self) -> None:
         """Find the files and read their headers. Raises UserError for whatever a header can tell."""
 
+    @property
     @abstractmethod
-    def load_text_encoders(
-        self, dtype: torch.dtype | None, device: torch.device | str, *, keep_half: bool = False
-    ) -> list[nn.Module]:
+    def encoders(self) -> tuple[str, ...]:
+        """Names of the text encoders of this run, in the order of adapter files and learning rates.
+
+        Optional ones that were not given are left out. Known after `check`.
+        """
+
+    @abstractmethod
+    def load_text_encoder(
+        self, name: str, dtype: torch.dtype | None, device: torch.device | str, *, keep_half: bool = False
+    ) -> nn.Module:
         """Frozen, in evaluation mode. dtype None: as the file has it. keep_half: as in `loading.Part.load`."""
 
     @abstractmethod
@@ -79,8 +105,22 @@ class ModelFamily(ABC):
         """Number of tokens of each caption, uncut, counted as `token_limit` counts."""
 
     @abstractmethod
-    def encode_text(self, tokens: Tokens, encoders: Sequence[nn.Module]) -> Cond:
-        """What `predict` reads, for the whole batch (every tensor B first). Gradient flows where an encoder learns."""
+    def encode_part(self, name: str, encoder: nn.Module, tokens: Tokens) -> Cond:
+        """What encoder `name` gives for the whole batch (every tensor B first): the part of a Cond that is its own.
+
+        Gradient flows where the encoder learns. Padding that nothing reads is cut to the longest caption, with a mask.
+        """
+
+    def encode_text(self, tokens: Tokens, encoders: Mapping[str, nn.Module]) -> Cond:
+        """The parts of these encoders together. A batch may have further parts from the cache."""
+        cond: Cond = {}
+        for name, encoder in encoders.items():
+            cond |= self.encode_part(name, encoder, tokens)
+        return cond
+
+    def drop_text(self, cond: Cond) -> Cond:
+        """In training only: leave out outputs of single encoders at random (torch's global generator)."""
+        return cond
 
     def split_cond(self, cond: Cond) -> list[Cond]:
         """One Cond per caption, without the batch axis: what the cache holds."""
@@ -129,23 +169,42 @@ class ModelFamily(ABC):
             encoder.train()  # transformers recomputes in training mode only
             encoder.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
 
+    # ---- full training
+
+    def learning_parts(self, options: Any) -> dict[str, float | None]:
+        """Which parts learn ("denoiser" or an encoder's name), each with its own learning rate or None.
+
+        options: the option group "finetune" that this family has.
+        """
+        return {"denoiser": None}
+
+    def denoiser_groups(self, denoiser: nn.Module, options: Any, rate: float) -> list[dict[str, Any]]:
+        """Optimizer groups {"params", "lr", "name"} of the denoiser. What is in none of them stays frozen."""
+        return [{"params": [*denoiser.parameters()], "lr": rate, "name": "denoiser"}]
+
     # ---- files
 
     @abstractmethod
     def save(
         self,
         denoiser: nn.Module,
-        encoders: Sequence[nn.Module],
-        vae: nn.Module,
+        encoders: Mapping[str, nn.Module],
         path: Path,
         dtype: torch.dtype | None,
         metadata: Mapping[str, str] | None,
     ) -> None:
-        """Write one .safetensors file in published names, whole or not at all. dtype None: as the modules have it."""
+        """Write a checkpoint in published names (.safetensors), whole or not at all. dtype None: as the modules have it.
+
+        encoders: those that learned. What else belongs into the file is taken from the source.
+        """
 
     @abstractmethod
-    def fingerprints(self) -> dict[str, str]:
-        """Under "vae" and "text": a hash of all that cached latents or text outputs depend on besides their inputs."""
+    def vae_fingerprint(self) -> str:
+        """A hash of all that cached latents depend on besides the pictures."""
+
+    @abstractmethod
+    def text_fingerprint(self, name: str) -> str:
+        """A hash of all that cached outputs of encoder `name` depend on besides the captions."""
 
     @abstractmethod
     def model_names(self) -> dict[str, str]:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
-from library.models.keys import CONV_1X1, Rule, Shapes
+from library.names.keys import CONV_1X1, Rule, Shapes
 from library.models.loading import Part, own_names, part_file, read_json
-from library.models.sd_keys import OLD_VAE_ATTENTION, VAE_PREFIX, vae_rules
+from library.names.sd import OLD_VAE_ATTENTION, VAE_PREFIX, vae_rules
 from library.models.weight_files import WeightFile, open_weights
 
 VAE_FILES = ("vae/config.json", "vae/*.safetensors", "config.json", "diffusion_pytorch_model*.safetensors")

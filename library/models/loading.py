@@ -20,7 +20,7 @@ from torch import nn
 
 from library.errors import UserError, first_names, nearest
 from library.memory.precision import cast_when_used, keeps_file_dtype
-from library.models.keys import Rule, read
+from library.names.keys import Rule, read
 from library.models.weight_files import WEIGHT_SUFFIXES, WeightFile, open_weights
 
 CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "configs" / "models"
@@ -41,14 +41,17 @@ class Part:
     build: Callable[[], nn.Module]
     rules: Callable[[nn.Module], tuple[Rule, ...]]
     settings: str = ""  # what else its outputs depend on: part of the fingerprint
+    finish: Callable[[nn.Module], None] | None = None  # what is done to the module when its weights are in
 
     def load(self, dtype: torch.dtype | None, device: torch.device | str, *, keep_half: bool = False) -> nn.Module:
-        """The module with its weights, in evaluation mode and frozen. dtype None: as the file has them.
+        """The module with its weights, in evaluation mode and frozen. dtype None: as the file has them, fp8 as bfloat16.
 
         keep_half: matrices that the file has in half precision stay so and are cast when they are used, for a module
         that only computes in `dtype` (see library.memory.precision). Raises UserError when weights are missing or have
         another shape.
         """
+        if dtype is None and self.file.is_float8:
+            dtype = torch.bfloat16
         module = build_empty(self.build)
         shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
         shape_of, as_is = self.file.shapes, keep_half and dtype == torch.float32
@@ -61,9 +64,12 @@ class Part:
                 f"{self.file.path}: {len(wrong)} weights of the {self.what} are missing or have another shape "
                 f"({first_names(wrong)}); the file is incomplete or of another architecture"
             )
-        module.load_state_dict(tensors, assign=True)
+        module.load_state_dict(tensors, strict=False, assign=True)  # not strict: one parameter may have two names
+        assert not any(parameter.is_meta for parameter in module.parameters()), f"a rule of the {self.what} is missing"
         if as_is:
             cast_when_used(module)
+        if self.finish is not None:
+            self.finish(module)
         return module.to(device).eval().requires_grad_(False)  # `to` moves the buffers that no file holds
 
     def fingerprint(self) -> str:

@@ -6,7 +6,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from library.models.flux_options import FluxFineTuneOptions, FluxOptions
+from library.models.lumina_options import LuminaOptions
 from library.models.options import SDOptions
+from library.objectives.flow_options import FluxFlowOptions, LuminaFlowOptions
 
 
 @dataclass(frozen=True)
@@ -19,4 +22,11 @@ class FamilyEntry:
 
 FAMILIES: dict[str, FamilyEntry] = {
     "sd": FamilyEntry("library.models.sd:StableDiffusion", {"model": SDOptions}),
+    "flux": FamilyEntry(
+        "library.models.flux:Flux",
+        {"model": FluxOptions, "objective": FluxFlowOptions, "finetune": FluxFineTuneOptions},
+    ),
+    "lumina": FamilyEntry(
+        "library.models.lumina:Lumina", {"model": LuminaOptions, "objective": LuminaFlowOptions}
+    ),
 }

@@ -21,10 +21,10 @@ from library.io.checkpoint import save_tensors
 from library.log import get_logger
 from library.models import kl_vae
 from library.models.family import ModelFacts, ModelFamily
-from library.models.keys import Rule, publish
+from library.names.keys import Rule, publish
 from library.models.loading import PIPELINE_FILES, locate
 from library.models.options import SDOptions
-from library.models.sd_keys import (
+from library.names.sd import (
     CLIP_PREFIX,
     OPEN_CLIP_PREFIX,
     UNET_PREFIX,
@@ -53,6 +53,7 @@ class StableDiffusion(ModelFamily):
     Options = SDOptions
     latent = LatentSpec("sd", channels=4, factor=8, npz_suffix="_sd.npz")
     network_module = "networks.lora"
+    adapter_prefixes = {ENCODER: "lora_te"}
     bucket_step = 64
 
     def __init__(self, options: SDOptions) -> None:
@@ -90,10 +91,14 @@ class StableDiffusion(ModelFamily):
                 f"only {vocabulary}; it belongs to another model"
             )
 
-    def load_text_encoders(
-        self, dtype: torch.dtype | None, device: torch.device | str, *, keep_half: bool = False
-    ) -> list[nn.Module]:
-        return [self.parts.text_encoder.load(dtype, device, keep_half=keep_half)]
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        return (ENCODER,)
+
+    def load_text_encoder(
+        self, name: str, dtype: torch.dtype | None, device: torch.device | str, *, keep_half: bool = False
+    ) -> nn.Module:
+        return self.parts.text_encoder.load(dtype, device, keep_half=keep_half)
 
     def load_vae(self, dtype: torch.dtype | None, device: torch.device | str) -> nn.Module:
         return self.parts.vae.load(torch.float32 if self.options.no_half_vae else dtype, device)
@@ -117,8 +122,7 @@ class StableDiffusion(ModelFamily):
     def count_tokens(self, captions: Sequence[str]) -> list[int]:
         return self.tokenizer.count(captions, weighted=self.options.weighted_captions)
 
-    def encode_text(self, tokens: Tokens, encoders: Sequence[nn.Module]) -> Cond:
-        (encoder,) = encoders
+    def encode_part(self, name: str, encoder: nn.Module, tokens: Tokens) -> Cond:
         ids = tokens.ids[ENCODER].to(next(encoder.parameters()).device)  # B chunks 77
         states = self._states(encoder, ids.flatten(0, 1)).unflatten(0, ids.shape[:2])
         context = join_chunks(states)
@@ -160,13 +164,13 @@ class StableDiffusion(ModelFamily):
     def save(
         self,
         denoiser: nn.Module,
-        encoders: Sequence[nn.Module],
-        vae: nn.Module,
+        encoders: Mapping[str, nn.Module],
         path: Path,
         dtype: torch.dtype | None,
         metadata: Mapping[str, str] | None,
     ) -> None:
-        tensors = published_tensors(denoiser, encoders[0], vae, version=self.version)
+        encoder = encoders.get(ENCODER) or self.parts.text_encoder.load(None, "cpu")
+        tensors = published_tensors(denoiser, encoder, self.parts.vae.load(None, "cpu"), version=self.version)
         if self.version == 2:
             tensors |= self._rest_of_open_clip(tensors)
         save_tensors(path, tensors, metadata or {}, dtype=dtype, hashes=False)
@@ -182,11 +186,13 @@ class StableDiffusion(ModelFamily):
     def scale_legacy(self, latents: Tensor) -> Tensor:
         return latents * 0.18215  # of every published VAE of SD 1.x and 2.x
 
-    def fingerprints(self) -> dict[str, str]:
+    def vae_fingerprint(self) -> str:
+        return self.parts.vae.fingerprint()
+
+    def text_fingerprint(self, name: str) -> str:
         settings = (self.version, self.layer, self.max_tokens, self.options.weighted_captions)
         parts = f"{self.parts.text_encoder.fingerprint()} {self.tokenizer.fingerprint()} {settings}"
-        text = hashlib.blake2b(parts.encode(), digest_size=16)
-        return {"vae": self.parts.vae.fingerprint(), "text": text.hexdigest()}
+        return hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
 
     def model_names(self) -> dict[str, str]:
         names = {"sd_model": self.options.pretrained_model_name_or_path, "vae": self.options.vae}

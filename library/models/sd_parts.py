@@ -17,9 +17,9 @@ from torch import nn
 from library.errors import UserError
 from library.models import kl_vae
 from library.models.detect import context_dim, foreign_file, foreign_pipeline
-from library.models.keys import Shapes
+from library.names.keys import Shapes
 from library.models.loading import Part, own_names, part_file, read_json, shipped_config
-from library.models.sd_keys import (
+from library.names.sd import (
     CLIP_PREFIX,
     OPEN_CLIP_PREFIX,
     UNET_PREFIX,

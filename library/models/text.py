@@ -27,7 +27,15 @@ WEIGHT_SYNTAX = re.compile(r"\\[\\()\[\]]|\\|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)
 # Hub repository of the tokenizer per version. The vocabularies are equal, only the padding differs.
 CLIP_ID = "openai/clip-vit-large-patch14"
 TOKENIZER_IDS = {1: (CLIP_ID,), 2: ("stabilityai/stable-diffusion-2", CLIP_ID)}
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
 SD2_PADDING = "!"  # token 0
 
 
@@ -138,23 +146,63 @@ def join_chunks(states: Tensor) -> Tensor:
 # ---- where the tokenizer comes from ---------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class TokenizerKind:
+    """Which files a tokenizer consists of, and which transformers class reads them."""
+
+    name: str  # for messages: "a T5"
+    reader: str  # class in transformers
+    files: tuple[str, ...]  # any of these makes a folder one of this kind; the best first
+    advice: str  # what to put where there is none
+
+
+CLIP_KIND = TokenizerKind("a CLIP", "CLIPTokenizer", ("tokenizer.json", "vocab.json"), "vocab.json and merges.txt")
+
+
 def find_tokenizer(model: Path, *, version: int, cache: str | None) -> ClipTokenizer:
-    """From the model folder, --tokenizer_cache_dir, a `tokenizer` folder beside a single file, or the hub.
+    """SD's: in the model folder or in `tokenizer` beside a single file, in --tokenizer_cache_dir, or from the hub.
 
     Raises UserError saying which files to put where.
     """
-    own = model / "tokenizer" if model.is_dir() else None
-    if own is not None and _is_tokenizer(own):
-        return read_tokenizer(own)
-    padding = SD2_PADDING if version == 2 else None
-    places = [Path(cache) / repository.replace("/", "_") for repository in TOKENIZER_IDS[version]] if cache else []
-    places += [] if model.is_dir() else [model.parent / "tokenizer"]
-    found = next((place for place in places if _is_tokenizer(place)), None)
-    if found is None:
-        found = _from_hub(version, places)
-        if cache:
-            _keep(found, Path(cache) / CLIP_ID.replace("/", "_"))
+    own = (model if model.is_dir() else model.parent) / "tokenizer"
+    others = [Path(cache) / repository.replace("/", "_") for repository in TOKENIZER_IDS[version]] if cache else []
+    found = find_folder(CLIP_KIND, [own, *others], cache=cache, hub=((CLIP_ID, ""),))
+    padding = SD2_PADDING if version == 2 and not (model.is_dir() and found == own) else None
     return read_tokenizer(found, padding=padding)
+
+
+def find_folder(
+    kind: TokenizerKind,
+    folders: Sequence[Path],
+    *,
+    cache: str | None,
+    hub: Sequence[tuple[str, str]],
+    advice: str = "",
+) -> Path:
+    """The first folder with such a tokenizer: of `folders`, then in --tokenizer_cache_dir, then from the hub.
+
+    hub: repositories and their subfolders, the usual one first; what comes from there is kept in the cache folder.
+    advice: a further way out. Raises UserError saying which files to put where.
+    """
+    kept = Path(cache) / hub[0][0].replace("/", "_") if cache else None
+    for folder in (*folders, *([kept, kept / hub[0][1]] if kept else [])):
+        if _has_tokenizer(folder, kind):
+            return folder
+    for repository, subfolder in hub:
+        found = _from_hub(repository, subfolder, kind)
+        if found is not None:
+            if kept is not None:
+                _keep(found, kept)
+            return found
+    repository, subfolder = hub[0]
+    files = f"{kind.advice} of {repository}" + (f"/{subfolder}" if subfolder else "")
+    where = kept or (folders[0] if folders else None)
+    place = where or f"<folder>/{repository.replace('/', '_')} and give --tokenizer_cache_dir <folder>"
+    raise UserError(f"no tokenizer: the hub cannot be reached; put {files} into {place}{advice}")
+
+
+def _has_tokenizer(folder: Path, kind: TokenizerKind) -> bool:
+    return any((folder / name).is_file() for name in kind.files)
 
 
 def _keep(folder: Path, place: Path) -> None:
@@ -165,32 +213,35 @@ def _keep(folder: Path, place: Path) -> None:
             atomic_write(place / name, partial(shutil.copyfile, folder / name))
 
 
-def _is_tokenizer(folder: Path) -> bool:
-    return (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file()
+def _from_hub(repository: str, subfolder: str, kind: TokenizerKind) -> Path | None:
+    """Folder of a tokenizer in the hub's local cache, else downloaded into it. None where neither gives one."""
+    from huggingface_hub import snapshot_download
+
+    start = f"{subfolder}/" if subfolder else ""
+    patterns = [start + name for name in TOKENIZER_FILES]
+    for local_only in (True, False):
+        try:
+            folder = Path(snapshot_download(repository, allow_patterns=patterns, local_files_only=local_only))
+        except Exception:  # no network, offline mode, not in the cache: the errors differ from version to version
+            continue
+        if _has_tokenizer(folder / subfolder, kind):
+            return folder / subfolder
+    return None
+
+
+def load_tokenizer(folder: Path, kind: TokenizerKind) -> Any:
+    """The transformers tokenizer in a folder. Raises UserError when its files are damaged."""
+    import transformers
+
+    try:
+        return getattr(transformers, kind.reader).from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # the tokenizers library raises bare Exceptions on damaged files
+        problem = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{folder} is not readable as {kind.name} tokenizer: {problem}") from None
 
 
 def read_tokenizer(folder: Path, *, padding: str | None = None) -> ClipTokenizer:
-    """The tokenizer in a folder; `padding` is another padding token than its own."""
-    from transformers import CLIPTokenizer
-
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # the tokenizers library raises bare Exceptions on damaged files
-        raise UserError(f"{folder} is not readable as a CLIP tokenizer: {str(error).splitlines()[0]}") from None
+    """The CLIP tokenizer in a folder; `padding` is another padding token than its own."""
+    tokenizer = load_tokenizer(folder, CLIP_KIND)
     pad = tokenizer.convert_tokens_to_ids(padding) if padding is not None else tokenizer.pad_token_id
     return ClipTokenizer(folder, tokenizer, tokenizer.bos_token_id, tokenizer.eos_token_id, pad)
-
-
-def _from_hub(version: int, places: Sequence[Path]) -> Path:
-    """Folder of the tokenizer in the hub's local cache, else downloaded into it."""
-    from huggingface_hub import snapshot_download
-
-    for local_only in (True, False):
-        try:
-            folder = Path(snapshot_download(CLIP_ID, allow_patterns=list(TOKENIZER_FILES), local_files_only=local_only))
-        except Exception:  # no network, offline mode, not in the cache: the errors differ from version to version
-            continue
-        if _is_tokenizer(folder):
-            return folder
-    where = places[0] if places else f"<folder>/{CLIP_ID.replace('/', '_')} and give --tokenizer_cache_dir <folder>"
-    raise UserError(f"no tokenizer: the hub cannot be reached; put vocab.json and merges.txt of {CLIP_ID} into {where}")

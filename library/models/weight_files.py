@@ -47,6 +47,7 @@ class WeightFile(ABC):
 
     path: Path
     shapes: Mapping[str, tuple[int, ...]]
+    is_float8: bool = False  # whether weights of it are stored in 8 bits: nothing computes in them
 
     @abstractmethod
     def tensor(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
@@ -160,6 +161,19 @@ class TensorsFile(WeightFile):
     def tensor(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
         tensor = self._tensors[name]
         return tensor.to(device=device, dtype=_wanted_dtype(tensor.dtype, dtype))
+
+
+class CompletedFile(WeightFile):
+    """A file together with tensors that it lacks."""
+
+    def __init__(self, file: WeightFile, more: Mapping[str, Tensor]):
+        self.path, self.is_float8, self._file = file.path, file.is_float8, file
+        self._more = TensorsFile(file.path, more)
+        self.shapes = {**self._more.shapes, **file.shapes}
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
+        file = self._file if name in self._file.shapes else self._more
+        return file.tensor(name, dtype, device)
 
 
 class SplitFile(WeightFile):

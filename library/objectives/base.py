@@ -29,8 +29,13 @@ class Sampler(Protocol):
 class Objective(Protocol):
     """What is added to clean latents and what the model has to say about it. Pure, with explicit generators."""
 
-    def sample_t(self, count: int, generator: torch.Generator, device: torch.device | str) -> Tensor:
-        """Timesteps of a batch, (B,), drawn from `generator`, which must be on `device`."""
+    def sample_t(
+        self, count: int, size: tuple[int, int], generator: torch.Generator, device: torch.device | str
+    ) -> Tensor:
+        """Times of a batch, (B,), drawn from `generator`, which must be on `device`. size: (h, w) of its latents.
+
+        DDPM: int64 timesteps; flow: float32 noise levels in [0, 1].
+        """
         ...
 
     def noise(self, latents: Tensor, t: Tensor, generator: torch.Generator) -> Noised:
@@ -45,6 +50,9 @@ class Objective(Protocol):
         """The fixed timesteps at which a validation loss is measured."""
         ...
 
-    def sampler(self, name: str, steps: int) -> Sampler:
-        """A fresh sampler for one picture (it keeps state between steps). Raises UserError for an unknown name."""
+    def sampler(self, name: str, steps: int, *, size: tuple[int, int], shift: float | None = None) -> Sampler:
+        """A fresh sampler for one picture (it keeps state between steps). Raises UserError for an unknown name.
+
+        size: (h, w) of the latent. shift: of the noise levels, in place of the model's own; flow only.
+        """
         ...

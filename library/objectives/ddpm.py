@@ -133,8 +133,10 @@ class DDPMObjective:
             self._tables[device] = self._tables[torch.device("cpu")].to(device)
         return self._tables[device]
 
-    def sample_t(self, count: int, generator: torch.Generator, device: torch.device | str) -> Tensor:
-        """Timesteps, (B,) int64, uniform over [min_timestep, max_timestep); both equal: that one."""
+    def sample_t(
+        self, count: int, size: tuple[int, int], generator: torch.Generator, device: torch.device | str
+    ) -> Tensor:
+        """Timesteps, (B,) int64, uniform over [min_timestep, max_timestep) at every size; both equal: that one."""
         low, high = self.options.timestep_range
         return torch.randint(low, max(high, low + 1), (count,), generator=generator, device=device)
 
@@ -166,8 +168,8 @@ class DDPMObjective:
         low, high = self.options.timestep_range
         return [low + (high - low) * i // (VALIDATION_POINTS + 1) for i in range(1, VALIDATION_POINTS + 1)]
 
-    def sampler(self, name: str, steps: int) -> Sampler:
-        """A sampler over the betas that this objective trains."""
+    def sampler(self, name: str, steps: int, *, size: tuple[int, int], shift: float | None = None) -> Sampler:
+        """A sampler over the betas that this objective trains, the same for every size; a shift is of flow models."""
         return build_sampler(
             name,
             steps,

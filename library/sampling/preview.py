@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -30,7 +30,6 @@ from library.types import Batch, Cond, LatentSpec, Tokens
 
 log = get_logger()
 
-DEFAULT_STEPS, DEFAULT_SCALE = 30, 7.5
 # Fields that only some architectures can honour.
 SPECIAL_FIELDS = ("guidance_scale", "controlnet_image", "cfg_trunc_ratio", "renorm_cfg", "flow_shift")
 
@@ -48,7 +47,24 @@ class Sampler(Protocol):
 class SamplerSource(Protocol):
     """An objective, seen from here."""
 
-    def sampler(self, name: str, steps: int) -> Sampler: ...
+    def sampler(self, name: str, steps: int, *, size: tuple[int, int], shift: float | None = None) -> Sampler: ...
+
+
+class Defaults(Protocol):
+    """`library.models.family.PreviewDefaults`, seen from here."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def scale(self) -> float: ...
+    @property
+    def guidance(self) -> float | None: ...
+    @property
+    def cfg_trunc_ratio(self) -> float | None: ...
+    @property
+    def renorm_cfg(self) -> float | None: ...
+    @property
+    def honoured(self) -> tuple[str, ...]: ...
 
 
 class Family(Protocol):
@@ -58,21 +74,29 @@ class Family(Protocol):
     def name(self) -> str: ...
     @property
     def latent(self) -> LatentSpec: ...
+    @property
+    def preview(self) -> Defaults: ...
     def tokenize(self, captions: list[str]) -> Tokens: ...
-    def encode_text(self, tokens: Tokens, encoders: Sequence[nn.Module]) -> Cond: ...
-    def split_cond(self, cond: Cond) -> list[Cond]: ...
+    def encode_text(self, tokens: Tokens, encoders: Mapping[str, nn.Module]) -> Cond: ...
     def join_conds(self, conds: list[Cond]) -> Cond: ...
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Cond, batch: Batch | None) -> Tensor: ...
     def decode_latent(self, vae: nn.Module, latents: Tensor) -> Tensor: ...
 
 
+class TextSource(Protocol):
+    """Cached outputs of text encoders."""
+
+    def get(self, caption: str) -> Cond: ...
+
+
 @dataclass(frozen=True)
 class PreviewModels:
-    """The models of a preview. `others` are modules that act on them from outside, such as a network."""
+    """The models of a preview. `encoders`: those whose outputs are not cached. `others` are modules that act on them
+    from outside, such as a network."""
 
     denoiser: nn.Module
     vae: nn.Module
-    encoders: Sequence[nn.Module] = ()
+    encoders: Mapping[str, nn.Module] = field(default_factory=dict)
     others: Sequence[nn.Module] = ()
 
 
@@ -109,32 +133,27 @@ class Previewer:
         seed: int = 0,
         default_size: tuple[int, int] = (512, 512),
         size_multiple: int | None = None,
-        honoured: Sequence[str] = (),
+        texts: TextSource | None = None,
     ) -> None:
         """seed: of the run, for prompts without one. default_size: (width, height) of prompts without one.
 
-        size_multiple: sizes are rounded down to it; not given: pixels per latent pixel. honoured: those of
-        SPECIAL_FIELDS that the family's `predict` makes use of.
+        size_multiple: sizes are rounded down to it; not given: pixels per latent pixel. texts: the cached outputs of
+        text encoders for all prompts. Raises UserError for a sampler that the objective does not have.
         """
         self.family, self.objective, self.prompts = family, objective, tuple(prompts)
         self.folder, self.output_name = Path(output_dir) / "sample", output_name
         self.sampler, self.seed, self.default_size = sampler, seed, default_size
         self.multiple = size_multiple or family.latent.factor
-        self.conds: dict[str, Cond] = {}
-        ignored = given_fields(prompts, [name for name in SPECIAL_FIELDS if name not in honoured])
+        self.texts = texts
+        defaults = family.preview
+        ignored = given_fields(prompts, [name for name in SPECIAL_FIELDS if name not in defaults.honoured])
         if ignored:
             short = {key: f"--{name}" for name, key in INLINE.items()}
             log.warning(
                 f"--sample_prompts: {', '.join(short[n] for n in ignored)} has no effect with {family.name} models"
             )
-
-    def prepare(self, encoders: Sequence[nn.Module]) -> None:
-        """Encode all prompts once and keep the results on the CPU, so that the text encoders can be freed."""
-        with undisturbed(encoders):
-            for prompt in self.prompts:
-                texts = [prompt.negative_prompt, prompt.prompt]
-                found = self.family.split_cond(self.family.encode_text(self.family.tokenize(texts), encoders))
-                self.conds |= {t: {k: v.to("cpu") for k, v in c.items()} for t, c in zip(texts, found, strict=True)}
+        for prompt in self.prompts:
+            self._sampler(prompt)
 
     def render(
         self, models: PreviewModels, *, step: int, epoch: int | None, device: torch.device | str, dtype: torch.dtype
@@ -147,7 +166,7 @@ class Previewer:
         pictures: list[Picture] = []
         failed: list[str] = []
         device = torch.device(device)
-        with undisturbed([models.denoiser, models.vae, *models.encoders, *models.others]):
+        with undisturbed([models.denoiser, models.vae, *models.encoders.values(), *models.others]):
             for index, prompt in enumerate(self.prompts):
                 try:
                     image = self._picture(models, prompt, index, device, dtype)
@@ -199,35 +218,66 @@ class Previewer:
 
     def _denoise(self, models: PreviewModels, prompt: Prompt, seed: int, device: torch.device) -> Tensor:
         """Noise to latents (1 C h w). Guidance: Ho and Salimans 2022, equation 6, both terms in one batch."""
-        scale = DEFAULT_SCALE if prompt.scale is None else prompt.scale
-        guided = scale != 1.0
-        cond = self._cond(models, prompt, guided, device)
-        sampler = self.objective.sampler(prompt.sample_sampler or self.sampler, prompt.sample_steps or DEFAULT_STEPS)
+        scale = self.scale_of(prompt)
+        sampler = self._sampler(prompt)
         # On the CPU, so that a seed gives the same picture on every device.
         generator = torch.Generator().manual_seed(seed)
-        width, height = self.size_of(prompt)
-        latent = self.family.latent
-        shape = (1, latent.channels, height // latent.factor, width // latent.factor)
+        shape = (1, self.family.latent.channels, *self._latent_size(prompt))
         x = (torch.randn(shape, generator=generator) * sampler.init_noise_sigma).to(device)
-        for t in sampler.timesteps:
-            shown = sampler.scale_input(x, t)
+        last_guided = self._last_guided(prompt, len(sampler.timesteps)) if scale != 1.0 else -1
+        conds = {guided: self._cond(models, prompt, guided, device) for guided in {last_guided >= 0, False}}
+        for index, t in enumerate(sampler.timesteps):
+            guided = index <= last_guided
             count = 2 if guided else 1
-            pred = self.family.predict(
-                models.denoiser, shown.repeat(count, 1, 1, 1), t.to(device).expand(count), cond, None
-            ).float()
+            shown = sampler.scale_input(x, t).repeat(count, 1, 1, 1)
+            pred = self.family.predict(models.denoiser, shown, t.to(device).expand(count), conds[guided], None).float()
             if guided:
                 without, with_prompt = pred.chunk(2)
-                pred = without + scale * (with_prompt - without)
+                pred = self._renormed(without + scale * (with_prompt - without), with_prompt, prompt)
             x = sampler.step(pred, t, x, generator)
         return x
+
+    def scale_of(self, prompt: Prompt) -> float:
+        """Classifier-free guidance; 1: the prompt alone."""
+        return self.family.preview.scale if prompt.scale is None else prompt.scale
+
+    def _latent_size(self, prompt: Prompt) -> tuple[int, int]:
+        width, height = self.size_of(prompt)
+        factor = self.family.latent.factor
+        return height // factor, width // factor
+
+    def _sampler(self, prompt: Prompt) -> Sampler:
+        return self.objective.sampler(
+            prompt.sample_sampler or self.sampler,
+            prompt.sample_steps or self.family.preview.steps,
+            size=self._latent_size(prompt),
+            shift=prompt.flow_shift,
+        )
+
+    def _last_guided(self, prompt: Prompt, steps: int) -> int:
+        """Index of the last step with guidance: the first, noisiest ones have it."""
+        ratio = self.family.preview.cfg_trunc_ratio if prompt.cfg_trunc_ratio is None else prompt.cfg_trunc_ratio
+        return steps - 1 if ratio is None else int(ratio * steps) - 1
+
+    def _renormed(self, guided: Tensor, plain: Tensor, prompt: Prompt) -> Tensor:
+        """`guided` at most renorm_cfg times as long as `plain` (Lumina-Image 2.0, arXiv:2503.21758, section 3.4)."""
+        limit = self.family.preview.renorm_cfg if prompt.renorm_cfg is None else prompt.renorm_cfg
+        if not limit:
+            return guided
+        lengths = [torch.linalg.vector_norm(x, dim=(1, 2, 3), keepdim=True) for x in (plain, guided)]
+        return guided * (limit * lengths[0] / lengths[1].clamp_min(1e-8)).clamp(max=1)
 
     def _cond(self, models: PreviewModels, prompt: Prompt, guided: bool, device: torch.device) -> Cond:
         """What `predict` reads: of the negative prompt and the prompt, or of the prompt alone."""
         texts = [prompt.negative_prompt, prompt.prompt] if guided else [prompt.prompt]
-        if all(text in self.conds for text in texts):
-            cond = self.family.join_conds([self.conds[text] for text in texts])
-        else:
-            cond = self.family.encode_text(self.family.tokenize(texts), models.encoders)
+        cond: Cond = {}
+        if self.texts is not None:
+            cond = self.family.join_conds([self.texts.get(text) for text in texts])
+        if models.encoders:
+            cond |= self.family.encode_text(self.family.tokenize(texts), models.encoders)
+        guidance = self.family.preview.guidance if prompt.guidance_scale is None else prompt.guidance_scale
+        if guidance is not None:
+            cond["guidance"] = torch.full((len(texts),), guidance)
         return {k: v.to(device) for k, v in cond.items()}
 
     def _write(self, path: Path, image: Image.Image, prompt: Prompt, seed: int) -> None:
@@ -240,9 +290,9 @@ class Previewer:
     def _parameters(self, prompt: Prompt, image: Image.Image, seed: int) -> str:
         """The picture's settings in the text form that picture viewers of web UIs know."""
         settings = {
-            "Steps": prompt.sample_steps or DEFAULT_STEPS,
+            "Steps": prompt.sample_steps or self.family.preview.steps,
             "Sampler": prompt.sample_sampler or self.sampler,
-            "CFG scale": DEFAULT_SCALE if prompt.scale is None else prompt.scale,
+            "CFG scale": self.scale_of(prompt),
             "Seed": seed,
             "Size": f"{image.width}x{image.height}",
         }

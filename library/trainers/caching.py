@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from library.data.dataset import TrainingData
 from library.data.latent_cache import LatentCache, LatentFolders
-from library.data.text_cache import TextCache, text_store
+from library.data.text_cache import TextCache, TextCaches, text_store
 from library.models.family import ModelFamily
 from library.trainers.options import TrainerOptions
 from library.types import Cond
@@ -27,47 +27,61 @@ class Share:
 
 
 class Caches:
-    """Latents and text outputs of one run; None where the options ask for no cache."""
+    """Latents and text outputs of one run.
 
-    def __init__(self, family: ModelFamily, options: TrainerOptions, data: TrainingData, dtype: torch.dtype) -> None:
+    learning: text encoders that are trained, whose outputs cannot be cached. more_texts: prompts of previews.
+    """
+
+    def __init__(
+        self, family: ModelFamily, options: TrainerOptions, data: TrainingData, dtype: torch.dtype, *,
+        learning: Collection[str], more_texts: Sequence[str],
+    ) -> None:  # fmt: skip
+        self.family, self.options, self.data, self.dtype = family, options.cache, data, dtype
+        self.latents = self._latent_cache(options) if options.cache.latents else None
+        cached = [name for name in family.encoders if name not in learning] if options.cache.texts else []
+        self.texts = TextCaches({name: self._text_cache(name, options) for name in cached}) if cached else None
+        self.captions = list(dict.fromkeys([*data.all_captions(), *more_texts])) if cached else []
+
+    def _latent_cache(self, options: TrainerOptions) -> LatentCache:
         cache = options.cache
-        self.family, self.options, self.data = family, cache, data
-        prints = family.fingerprints() if cache.latents or cache.texts else {}
-        self.latents: LatentCache | None = None
-        self.texts: TextCache | None = None
-        if cache.latents:
-            self.latents = LatentCache(
-                LatentFolders(cache.cache_dir, disk=cache.cache_latents_to_disk),
-                family.latent,
-                vae_fingerprint=prints["vae"],
-                dtype=dtype,
-                masked_loss=options.data.masked_loss,
-                scale_legacy=family.scale_legacy,
-                skip_check=cache.skip_cache_check,
-            )
-        if cache.texts:
-            folder = self._text_folder(options) if cache.cache_text_encoder_outputs_to_disk else None
-            self.texts = TextCache(
-                text_store(folder),
-                fingerprint=prints["text"],
-                settings="",
-                dtype=dtype,
-                skip_check=cache.skip_cache_check,
-            )
+        return LatentCache(
+            LatentFolders(cache.cache_dir, disk=cache.cache_latents_to_disk),
+            self.family.latent,
+            vae_fingerprint=self.family.vae_fingerprint(),
+            dtype=self.dtype,
+            masked_loss=options.data.masked_loss,
+            scale_legacy=self.family.scale_legacy,
+            skip_check=cache.skip_cache_check,
+        )
 
-    def _text_folder(self, options: TrainerOptions) -> str:
+    def _text_cache(self, name: str, options: TrainerOptions) -> TextCache:
+        folder = self._text_folder() if options.cache.cache_text_encoder_outputs_to_disk else None
+        return TextCache(
+            text_store(folder),
+            fingerprint=self.family.text_fingerprint(name),
+            settings=name,
+            dtype=self.dtype,
+            skip_check=options.cache.skip_cache_check,
+        )
+
+    def _text_folder(self) -> str:
         """--cache_dir, or beside the first dataset's pictures: captions are shared between datasets."""
         sample = self.data.encoding_jobs()[0].sample
         beside = os.path.join(sample.subset.image_dir or os.path.dirname(sample.path), ".trainyard")
-        return options.cache.cache_dir or beside
+        return self.options.cache_dir or beside
 
     def latents_missing(self) -> bool:
         """True when the VAE has pictures to encode."""
         return self.latents is not None and bool(self.latents.missing(self.data.encoding_jobs()))
 
-    def texts_missing(self) -> bool:
-        """True when the text encoders have captions to encode."""
-        return self.texts is not None and bool(self.texts.missing(self.data.all_captions()))
+    def caches_text(self, name: str) -> bool:
+        """True when the outputs of text encoder `name` are cached."""
+        return self.texts is not None and name in self.texts.parts
+
+    def texts_missing(self, name: str) -> bool:
+        """True when text encoder `name`, whose outputs are cached, has captions to encode."""
+        assert self.texts is not None
+        return bool(self.texts.parts[name].missing(self.captions))
 
     @torch.no_grad()
     def fill_latents(self, vae: nn.Module, share: Share) -> None:
@@ -89,15 +103,15 @@ class Caches:
         )
 
     @torch.no_grad()
-    def fill_texts(self, encoders: Sequence[nn.Module], share: Share) -> None:
-        """Encode the captions that are missing."""
+    def fill_texts(self, name: str, encoder: nn.Module, share: Share) -> None:
+        """Encode the captions that are missing with text encoder `name`."""
         assert self.texts is not None
 
         def encode(captions: list[str]) -> list[Cond]:
-            return self.family.split_cond(self.family.encode_text(self.family.tokenize(captions), encoders))
+            return self.family.split_cond(self.family.encode_part(name, encoder, self.family.tokenize(captions)))
 
-        self.texts.fill(
-            self.data.all_captions(),
+        self.texts.parts[name].fill(
+            self.captions,
             encode,
             batch_size=self.options.text_encoder_batch_size or 16,
             rank=share.rank,

@@ -7,17 +7,27 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from library.data.parts import DatasetStats
 from library.data.records import DatasetConfig, Sample
-from library.io.metadata import DatasetFacts, RunFacts, SpecFacts, SubsetFacts, build_metadata, file_facts
+from library.io.metadata import (
+    DatasetFacts,
+    RunFacts,
+    SpecFacts,
+    SubsetFacts,
+    build_metadata,
+    file_facts,
+    modelspec,
+)
 from library.models.family import ModelFacts
 from library.options import changed_values
 from library.trainers.options import TrainerOptions
 from library.trainers.plan import RunPlan
 
 VERSION = "0.1.0"
+PUBLISHED_LAYOUT = "https://github.com/Stability-AI/generative-models"  # of checkpoints whose adapters say "diffusers"
 
 
 class FileHashes:
@@ -115,9 +125,15 @@ class RunRecord:
         self.hashes = FileHashes(names)
 
     def metadata(self, method: Mapping[str, Any], optimizer: str, *, step: int, epoch: int) -> dict[str, str]:
-        """`method`: what the trainer's override says (network_module, network_dim, network_alpha, network_args)."""
+        """Of an adapter file. `method`: what the trainer says (network_module, network_dim, network_alpha, network_args).
+
+        Of a checkpoint, whose trainer says nothing: only what it is (modelspec.*), not how it was made.
+        """
+        now = time.time()
+        if not method:
+            return modelspec(self._values(), self._checkpoint_spec(), self.options.metadata, now=now)
         run = RunFacts(
-            options=changed_values(self.options, all_values=True),
+            options=self._values(),
             base_model_version=self.model.base_model_version,
             datasets=self.datasets,
             from_dataset_config=bool(self.options.data.dataset_config),
@@ -133,14 +149,28 @@ class RunRecord:
             files=self.hashes.wait(),
             **method,
         )
-        spec = SpecFacts(
+        minimum = self.options.save.no_metadata
+        return build_metadata(
+            run, self._adapter_spec(), self.options.metadata, step=step, epoch=epoch, now=now, minimum=minimum
+        )
+
+    def _values(self) -> dict[str, Any]:
+        return changed_values(self.options, all_values=True)
+
+    def _adapter_spec(self) -> SpecFacts:
+        return SpecFacts(
             architecture=f"{self.model.architecture}/lora",
             implementation=self.model.implementation,
             prediction_type=self.model.prediction_type,
             resolution=max((d.resolution for d in self.datasets), key=lambda r: r[0] * r[1]),
             version=VERSION,
         )
-        minimum = self.options.save.no_metadata
-        return build_metadata(
-            run, spec, self.options.metadata, step=step, epoch=epoch, now=time.time(), minimum=minimum
+
+    def _checkpoint_spec(self) -> SpecFacts:
+        own = self.model.implementation
+        return replace(
+            self._adapter_spec(),
+            architecture=self.model.architecture,
+            implementation=PUBLISHED_LAYOUT if own == "diffusers" else own,
+            kind="Checkpoint",
         )

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from library.device import DTYPES
 from library.errors import UserError
@@ -19,9 +19,8 @@ from library.trainers.trainables import Trainables
 from library.trainers.trainer import Trainer
 from networks.base import AdapterNetwork
 from networks.formats import read_tensors, to_kohya
+from networks.network import encoder_rate
 from networks.plugin import load_network_module
-
-TEXT_PREFIX = "lora_te"  # of a text encoder's adapters, whatever the architecture
 
 log = get_logger()
 
@@ -30,9 +29,10 @@ class NetworkTrainer(Trainer):
     """`--network_module`: ours, or any module with create_network(...) and create_network_from_weights(...)."""
 
     options: NetworkTrainerOptions
+    project = "network_train"
 
     def checks(self) -> list[Callable[[], None]]:
-        return [self.check_module, self.check_files]
+        return [self.check_module, self.check_files, self.check_caches]
 
     def check_module(self) -> None:
         """The network module can be imported and knows the --network_args."""
@@ -49,8 +49,9 @@ class NetworkTrainer(Trainer):
         if problems:
             raise UserError(problems)
         if self.options.cache.texts:
+            prefixes = self.prefixes_of(self.family.encoders, learning=False)
             for file in options.base_weights or ():
-                if any(name.startswith(TEXT_PREFIX) for name in to_kohya(read_tensors(file))):
+                if any(name.startswith(prefixes) for name in to_kohya(read_tensors(file))):
                     problems.append(
                         f"--base_weights {file} changes the text encoder, whose outputs are cached without it: "
                         "leave out --cache_text_encoder_outputs"
@@ -58,8 +59,35 @@ class NetworkTrainer(Trainer):
         if problems:
             raise UserError(problems)
 
+    def check_caches(self) -> None:
+        """Cached text outputs leave something to cache."""
+        if self.options.cache.texts and self.learning.issuperset(self.family.encoders):
+            raise UserError(
+                "--cache_text_encoder_outputs fixes the text encoder's outputs, which are being trained: "
+                "add --network_train_unet_only, or leave the cache out"
+            )
+
     @property
-    def keeps_half(self) -> bool:
+    def learning(self) -> frozenset[str]:
+        options = self.options.network
+        parts = set() if options.network_train_text_encoder_only or options.unet_lr == 0 else {"denoiser"}
+        if not options.network_train_unet_only:
+            parts.update(name for index, name in enumerate(self.family.encoders) if self.trains_encoder(name, index))
+        return frozenset(parts)
+
+    def trains_encoder(self, name: str, index: int) -> bool:
+        """Whether text encoder `name` gets adapters: large ones only when --network_args ask for it."""
+        asked = self.family.asked_encoders.get(name)
+        if asked is not None and self.network_args.get(asked, "").lower() not in ("true", "1", "yes", "on"):
+            return False
+        return encoder_rate(self.options.network.text_encoder_lr, index) != 0
+
+    def prefixes_of(self, encoders: Sequence[str], *, learning: bool) -> tuple[str, ...]:
+        """What the names of the adapters of these encoders begin with, of those that learn or of the others."""
+        names = [name for name in encoders if (name in self.learning) == learning]
+        return tuple(f"{self.family.adapter_prefixes[name]}_" for name in names)
+
+    def keeps_half(self, part: str) -> bool:
         """Merging into half precision would round, and third-party networks may read the weights themselves."""
         return not self.options.network.base_weights and self.network_module.startswith("networks.")
 
@@ -67,9 +95,8 @@ class NetworkTrainer(Trainer):
         options = self.options.network
         self.merge_base_weights()
         self.network = self.create_network()
-        train_denoiser = not options.network_train_text_encoder_only and options.unet_lr != 0
-        train_text = self.trains_text()
-        self.network.attach(train_denoiser=train_denoiser, train_text_encoder=train_text)
+        learning = self.learning
+        self.network.attach(train_denoiser="denoiser" in learning, train_text_encoder=bool(learning - {"denoiser"}))
         if options.network_weights and not options.dim_from_weights:
             try:
                 self.network.load(self.given_weights())
@@ -92,24 +119,15 @@ class NetworkTrainer(Trainer):
             modules=self.network.module_parameters(),
             state=self.network.exact_state,
             load=self.network.load_exact_state,
-            trains_text=train_text,
+            encoders=learning - {"denoiser"},
             set_multiplier=self.network.set_multiplier,
             base_model=self.network.disabled,
             epoch_started=self.network.epoch_started,
         )
 
-    def trains_text(self) -> bool:
-        """True when the text encoders get adapters that learn."""
-        options = self.options.network
-        encoders = self.models.encoders
-        # graphical programs give more rates than there are encoders
-        rates = None if options.text_encoder_lr is None else options.text_encoder_lr[: len(encoders)]
-        return not options.network_train_unet_only and bool(encoders) and (rates is None or any(rates))
-
     def create_network(self) -> AdapterNetwork:
         options, models = self.options.network, self.models
-        # no adapters on what does not learn: their first values would shift the draws of the others
-        encoders = models.encoders if self.trains_text() else []
+        encoders = self.encoders_in_order(self.learning)
         module = load_network_module(self.network_module)
         if options.dim_from_weights:
             assert options.network_weights is not None
@@ -136,13 +154,20 @@ class NetworkTrainer(Trainer):
         file = self.options.network.network_weights
         assert file is not None
         tensors = to_kohya(read_tensors(file))
-        if self.trains_text():
-            return tensors
-        kept = {name: value for name, value in tensors.items() if not name.startswith(TEXT_PREFIX)}
+        frozen = self.prefixes_of([*self.family.adapter_prefixes], learning=False)
+        kept = {name: value for name, value in tensors.items() if not name.startswith(frozen)}
         if len(kept) < len(tensors):
             count = len(tensors) - len(kept)
             log.warning(f"--network_weights {file}: {count} tensors are of text encoders, which do not learn: left out")
         return kept
+
+    def encoders_in_order(self, wanted: Collection[str]) -> list[nn.Module | None]:
+        """The loaded text encoders among `wanted` in their places, None for the others; empty without any.
+
+        No adapters on what does not learn: their first values would shift the draws of the others.
+        """
+        found = [self.models.encoders.get(name) if name in wanted else None for name in self.family.encoders]
+        return found if any(encoder is not None for encoder in found) else []
 
     @property
     def network_args(self) -> dict[str, str]:
@@ -157,11 +182,12 @@ class NetworkTrainer(Trainer):
         options, models = self.options.network, self.models
         module = load_network_module(self.network_module)
         multipliers = options.base_weights_multiplier or ()
+        encoders = self.encoders_in_order(self.family.encoders)
         for index, file in enumerate(options.base_weights or ()):
             multiplier = multipliers[index] if index < len(multipliers) else 1.0
             with torch.random.fork_rng(devices=[]):  # the layers made here must not shift the draws of those that learn
                 network, weights = module.create_network_from_weights(
-                    multiplier, file, models.vae, models.encoders, models.denoiser, for_inference=True
+                    multiplier, file, models.vae, encoders, models.denoiser, for_inference=True
                 )
             network.load(weights)
             network.merge_into()

@@ -255,13 +255,3 @@ class NetworkTrainerOptions(TrainerOptions):
     """LoRA and every other adapter."""
 
     network: NetworkOptions
-
-    def problems(self) -> Iterator[str]:
-        yield from super().problems()
-        rates = self.network.text_encoder_lr
-        trains_text = not self.network.network_train_unet_only and (rates is None or any(rates))
-        if self.cache.texts and trains_text:
-            yield (
-                "--cache_text_encoder_outputs fixes the text encoder's outputs, which are being trained: "
-                "add --network_train_unet_only, or leave the cache out"
-            )

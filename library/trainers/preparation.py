@@ -66,7 +66,7 @@ class Checks:
     def finish(self) -> None:
         """Raises UserError with every problem."""
         if self.problems:
-            raise UserError(self.problems)
+            raise UserError(dict.fromkeys(self.problems))  # two checks may find the same
 
 
 @dataclass

@@ -15,7 +15,7 @@ from library.io.atomic import atomic_write
 from library.log import get_logger
 from library.models.family import ModelFamily
 from library.objectives.base import Objective
-from library.sampling.preview import Picture, Previewer, PreviewModels, contact_sheet, due
+from library.sampling.preview import Picture, Previewer, PreviewModels, TextSource, contact_sheet, due
 from library.sampling.prompts import Prompt
 from library.trainers.options import TrainerOptions
 from library.trainers.plan import Position
@@ -31,6 +31,7 @@ class Previews:
     def __init__(
         self, family: ModelFamily, objective: Objective, options: TrainerOptions, prompts: tuple[Prompt, ...], *,
         device: torch.device, dtype: torch.dtype, seed: int, active: bool, size: tuple[int, int],
+        texts: TextSource | None,
     ) -> None:  # fmt: skip
         self.options, self.device, self.dtype = options.sample, device, dtype
         self.name, self.folder = options.save.output_name or "last", Path(options.save.output_dir or ".") / "sample"
@@ -40,16 +41,11 @@ class Previews:
             Previewer(
                 family, objective, prompts, output_dir=options.save.output_dir or ".", seed=seed,
                 output_name=options.save.output_name, sampler=options.sample.sample_sampler, default_size=size,
+                texts=texts,
             )
             if prompts and active
             else None
         )  # fmt: skip
-
-    def prepare(self, encoders: list[nn.Module]) -> None:
-        """Encode the prompts, so that the text encoders can go."""
-        if self.previewer:
-            with harmless("encoding of the preview prompts"):
-                self.previewer.prepare(encoders)
 
     def if_due(
         self, models: Models, others: list[nn.Module], trackers: Trackers, position: Position, *,

@@ -20,11 +20,11 @@ class Models:
     """The models of a run. What has no more work to do is dropped (None, or an empty list)."""
 
     denoiser: nn.Module
-    encoders: list[nn.Module] = field(default_factory=list)
+    encoders: dict[str, nn.Module] = field(default_factory=dict)
     vae: nn.Module | None = None
 
     def all(self) -> list[nn.Module]:
-        return [self.denoiser, *self.encoders, *([self.vae] if self.vae is not None else [])]
+        return [self.denoiser, *self.encoders.values(), *([self.vae] if self.vae is not None else [])]
 
 
 @dataclass
@@ -36,7 +36,8 @@ class Trainables:
     modules: dict[str, list[nn.Parameter]]  # published name of each part -> its parameters, for messages
     state: Callable[[], dict[str, Tensor]]
     load: Callable[[dict[str, Tensor]], None]
-    trains_text: bool  # gradients flow through the text encoders
+    encoders: frozenset[str] = frozenset()  # text encoders that gradients flow through
+    flat: bool = True  # many small parameters: clip and step them as one buffer per group
     set_multiplier: Callable[[float], None] = lambda value: None
     epoch_started: Callable[[], None] = lambda: None  # called before the first batch of each epoch
     base_model: Callable[[], AbstractContextManager[Any]] = (
@@ -48,25 +49,27 @@ class Trainables:
 
 
 class StepModule(nn.Module):
-    """Denoiser, text encoders and network as one module: what DDP and DeepSpeed wrap, and autocast surrounds.
+    """Denoiser, text encoders and what learns as one module: what DDP and DeepSpeed wrap, and autocast surrounds.
 
-    forward(x_t, t, batch, tokens): tokens are None when the batch carries cached text outputs.
+    forward(x_t, t, batch, tokens): tokens are None when all text outputs come with the batch.
     """
 
     def __init__(self, family: ModelFamily, models: Models, trainables: Trainables) -> None:
         super().__init__()
         self.family = family
         self.denoiser = models.denoiser
-        self.encoders = nn.ModuleList(models.encoders)
+        self.encoders = nn.ModuleDict(models.encoders)
         self.trained = trainables.module
-        self.trains_text = trainables.trains_text
+        self.learning = trainables.encoders
 
     def forward(self, x_t: Tensor, t: Tensor, batch: Batch, tokens: Tokens | None) -> Tensor:
-        cond = batch.cond
-        if cond is None:
+        cond = dict(batch.cond or {})
+        for name, encoder in self.encoders.items():
             assert tokens is not None
-            with torch.set_grad_enabled(self.trains_text and torch.is_grad_enabled()):
-                cond = self.family.encode_text(tokens, list(self.encoders))
+            with torch.set_grad_enabled(name in self.learning and torch.is_grad_enabled()):
+                cond |= self.family.encode_part(name, encoder, tokens)
+        if self.trained.training:
+            cond = self.family.drop_text(cond)
         return self.family.predict(self.denoiser, x_t, t, cond, batch)
 
 

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,8 @@ log = get_logger()
 class Trainer(ABC):
     """One run. `family` knows the architecture, `options` what the user wants."""
 
+    project: ClassVar[str]  # name of the log's project where none is given
+
     def __init__(self, family: ModelFamily, options: TrainerOptions) -> None:
         self.family, self.options = family, options
         self.position = Position()
@@ -58,9 +60,17 @@ class Trainer(ABC):
         return []
 
     @property
-    def keeps_half(self) -> bool:
-        """Whether the models stay frozen: a float32 run may then keep their matrices in the file's half precision."""
-        return False
+    @abstractmethod
+    def learning(self) -> frozenset[str]:
+        """Models that learn, or whose adapters do: "denoiser" and names of text encoders."""
+
+    def keeps_half(self, part: str) -> bool:
+        """Whether a model stays frozen: a float32 run may then keep its matrices in the file's half precision."""
+        return part not in self.learning
+
+    def load_dtype(self, part: str) -> torch.dtype:
+        """The dtype in which a model is loaded."""
+        return self.dtype
 
     @abstractmethod
     def build_trainables(self) -> Trainables:
@@ -133,18 +143,22 @@ class Trainer(ABC):
         import_diffusers()
         family, share, prompts = self.family, Share(self.rank, self.world), self.prepared.prompts
         self.objective = family.objective(self.options.objective, self.options.loss)
+        texts = [text for prompt in prompts for text in (prompt.negative_prompt, prompt.prompt)]
+        caches = Caches(
+            family, self.options, self.prepared.data, self.dtype, learning=self.learning, more_texts=texts
+        )
         self.previews = Previews(
             family, self.objective, self.options, prompts, device=self.device, dtype=self.dtype, seed=self.plan.seed,
             active=self.main_process, size=self.prepared.found.datasets[0].config.buckets.resolution,
+            texts=caches.texts,
         )  # fmt: skip
-        caches = Caches(family, self.options, self.prepared.data, self.dtype)
-        encoders: list[nn.Module] = []
-        if caches.texts is None or prompts or caches.texts_missing():
-            encoders = family.load_text_encoders(self.dtype, self.device, keep_half=self.keeps_half)
-        if caches.texts is not None:
-            caches.fill_texts(encoders, share)
-            self.previews.prepare(encoders)
-            encoders = []
+        encoders: dict[str, nn.Module] = {}
+        for name in family.encoders:
+            if not caches.caches_text(name):
+                encoders[name] = self.load_encoder(name)
+            elif caches.texts_missing(name):
+                caches.fill_texts(name, self.load_encoder(name), share)
+                free_memory()
         vae = None
         if caches.latents is None or prompts or caches.latents_missing():
             vae = family.load_vae(self.dtype, self.device)
@@ -157,23 +171,30 @@ class Trainer(ABC):
         self.data = self.prepared.data.prepared(
             total_steps=self.plan.total_steps, latents=caches.latents, texts=caches.texts, join=family.join_conds
         )
-        denoiser = family.load_denoiser(self.dtype, self.device, keep_half=self.keeps_half)
+        denoiser = family.load_denoiser(
+            self.load_dtype("denoiser"), self.device, keep_half=self.keeps_half("denoiser")
+        )
         self.models = Models(denoiser, encoders, vae)
         for module in self.models.all():
             module.requires_grad_(False)
+
+    def load_encoder(self, name: str) -> nn.Module:
+        return self.family.load_text_encoder(
+            name, self.load_dtype(name), self.device, keep_half=self.keeps_half(name)
+        )
 
     def build_optimizer(self) -> None:
         """Precision, memory and speed of what learns, then optimizer and schedule."""
         precision, trainables = self.options.precision, self.trainables
         trainables.module.to(self.device, trained_dtype(precision))
         if precision.gradient_checkpointing:
-            self.family.enable_checkpointing(
-                self.models.denoiser, self.models.encoders if trainables.trains_text else []
-            )
+            learning = [encoder for name, encoder in self.models.encoders.items() if name in trainables.encoders]
+            self.family.enable_checkpointing(self.models.denoiser, learning)
         if precision.torch_compile:
             for block in self.family.blocks(self.models.denoiser):
                 block.compile(backend=precision.dynamo_backend)
-        joined = self.prepared.optimizer.row.elementwise and not self.options.distributed.deepspeed
+        elementwise = self.prepared.optimizer.row.elementwise and not self.options.distributed.deepspeed
+        joined = elementwise and trainables.flat
         self.flat = FlatParameters(trainables.groups) if joined else None
         self.optim = self.prepared.optimizer.build(self.flat.param_groups if self.flat else trainables.groups)
         module = StepModule(self.family, self.models, trainables)
@@ -284,7 +305,9 @@ class Trainer(ABC):
     def batch_loss(self, batch: Batch, generator: torch.Generator, t: Tensor | None = None) -> Tensor:
         """Steps 2 to 7 of docs/architecture.md: the mean loss of one micro-batch. `t` is fixed in validation."""
         latents = self.latents_of(batch)
-        t = self.objective.sample_t(batch.size, generator, self.device) if t is None else t
+        if t is None:
+            height, width = latents.shape[-2:]
+            t = self.objective.sample_t(batch.size, (height, width), generator, self.device)
         noised = self.objective.noise(latents, t, generator)
         self.trainables.set_multiplier(batch.network_multiplier)
         pred = self.predict(noised, batch)
@@ -300,7 +323,7 @@ class Trainer(ABC):
             return self.family.encode_image(self.models.vae, batch.pixels, batch.latent_seeds).float()
 
     def predict(self, noised: Noised, batch: Batch) -> Tensor:
-        tokens = None if batch.cond is not None else self.family.tokenize(batch.captions)
+        tokens = self.family.tokenize(batch.captions) if self.models.encoders else None
         offload = self.options.precision.cpu_offload_checkpointing and torch.is_grad_enabled()
         with torch.autograd.graph.save_on_cpu(pin_memory=self.device.type == "cuda") if offload else nullcontext():
             return self.model(noised.x_t.to(self.dtype), noised.t, batch, tokens).float()
@@ -345,7 +368,7 @@ class Trainer(ABC):
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
     def train(self) -> int:
-        trackers = open_trackers(self.options.logging, main_process=self.main_process, project="network_train")
+        trackers = open_trackers(self.options.logging, main_process=self.main_process, project=self.project)
         if self.options.logging.log_config:
             trackers.text("config", dump_toml(self.options))
         self.saver.write_config(self.options)

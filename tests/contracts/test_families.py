@@ -1,24 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What training must do with every architecture. A new one is a row in CASES: tiny model, options, reference."""
+"""What LoRA training must do with every architecture. A new one is a file in tests/families and a row in CASES."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.func import functional_call
 
-from library.types import Batch
-from tests.tiny import make_tiny_sd
+from tests.families import flux, lumina, sd, sd3
+from tests.families.base import Case
 from tests.trainers.helpers import (
-    Adapters,
     Run,
     assert_same_run,
     make_pictures,
@@ -27,62 +23,10 @@ from tests.trainers.helpers import (
     subset,
     train,
     train_with_stops,
-    with_lora,
     write_dataset,
-)  # fmt: skip
+)
 
-
-@dataclass(frozen=True)
-class Case:
-    """One architecture in one configuration."""
-
-    family: str  # of library.models.registry
-    make: Callable[[Path], Path]  # a tiny model below a folder -> --pretrained_model_name_or_path
-    loss: Callable[[Path, Batch, Adapters, torch.Generator], Tensor]  # of one batch, from libraries and formulas only
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-# ---- Stable Diffusion 1.x and 2.x -----------------------------------------------------------------------------------
-
-
-def sd_loss(folder: Path, batch: Batch, adapters: Adapters, generator: torch.Generator) -> Tensor:
-    """diffusers and transformers as their users call them. Draws: timesteps, then noise."""
-    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer
-
-    unet = UNet2DConditionModel.from_pretrained(folder / "unet")
-    vae = AutoencoderKL.from_pretrained(folder / "vae")
-    encoder = CLIPTextModel.from_pretrained(folder / "text_encoder")
-    scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-
-    ids = tokenizer(batch.captions, padding="max_length", truncation=True, max_length=77, return_tensors="pt").input_ids
-    inner = "" if "text_model" in dict(encoder.named_children()) else "text_model."
-    weights = with_lora(encoder, adapters, lambda path: f"lora_te_{inner}{path}".replace(".", "_"))
-    states = functional_call(encoder, weights, (ids,)).last_hidden_state
-    with torch.no_grad():
-        posterior = vae.encode(batch.pixels).latent_dist
-    shape = posterior.mean.shape[1:]
-    draws = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in batch.latent_seeds]
-    latents = (posterior.mean + posterior.std * torch.stack(draws)) * vae.config.scaling_factor
-
-    t = torch.randint(0, 1000, (len(latents),), generator=generator)
-    noise = torch.randn(latents.shape, generator=generator)
-    noisy = scheduler.add_noise(latents, noise, t)
-    weights = with_lora(unet, adapters, lambda path: f"lora_unet_{path}".replace(".", "_"))
-    pred = functional_call(unet, weights, (noisy, t, states)).sample
-    is_v = scheduler.config.prediction_type == "v_prediction"
-    return F.mse_loss(pred, scheduler.get_velocity(latents, noise, t) if is_v else noise)
-
-
-CASES: dict[str, Case] = {
-    "sd1": Case("sd", lambda folder: make_tiny_sd(folder, version=1), sd_loss),
-    "sd2 v": Case(
-        "sd", lambda folder: make_tiny_sd(folder, version=2, v_prediction=True), sd_loss,
-        {"v2": True, "v_parameterization": True},
-    ),
-}  # fmt: skip
-
+CASES: dict[str, Case] = {**sd.CASES, **flux.CASES, **sd3.CASES, **lumina.CASES}
 
 # ---- the contract ---------------------------------------------------------------------------------------------------
 
@@ -92,13 +36,16 @@ class Subject:
     """A case with its model made, and a dataset of one batch."""
 
     case: Case
-    model: Path
+    model: dict[str, Any]  # the options that name it
     dataset: Path
     ground: Path
 
-    def train(self, folder: Path, dataset: Path | None = None, **values: Any) -> Run:
-        own = {**self.case.options, **values}
-        return train(self.model, dataset or self.dataset, folder, family=self.case.family, **own)
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"family": self.case.family, "network_module": None, **self.model, **self.case.options}
+
+    def train(self, folder: Path, **values: Any) -> Run:
+        return train(None, self.dataset, folder, **{**self.options, **values})
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -139,7 +86,7 @@ def test_one_step_equals_the_literal_reference(subject: Subject, trained: Path, 
 def test_overfits_one_batch(subject: Subject, tmp_path: Path) -> None:
     """At one noise level, so that losses can be compared."""
     losses = subject.train(
-        tmp_path, network_dim=16, network_alpha=16, network_args=["conv_dim=16", "conv_alpha=16"],
+        tmp_path, network_dim=16, network_alpha=16, **subject.case.overfit,
         min_timestep=700, max_timestep=700, learning_rate=2e-2, max_train_steps=30,
     ).losses  # fmt: skip
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
@@ -152,7 +99,7 @@ def test_cached_latents_and_texts_train_the_same(subject: Subject, tmp_path: Pat
     both = subject.train(tmp_path / "both", cache_latents=True, cache_text_encoder_outputs=True, **values)
     assert latents.losses == pytest.approx(plain.losses, rel=1e-5)
     assert both.losses == pytest.approx(plain.losses, rel=1e-5)
-    assert both.trainer.models.vae is None and both.trainer.models.encoders == []
+    assert both.trainer.models.vae is None and both.trainer.models.encoders == {}
 
 
 def test_gradient_checkpointing_changes_nothing(subject: Subject, trained: Path, tmp_path: Path) -> None:
@@ -183,6 +130,6 @@ def test_saved_file_loads_as_it_was(subject: Subject, tmp_path: Path) -> None:
 
 def test_resume_is_exact(subject: Subject, tmp_path: Path) -> None:
     data = write_dataset(tmp_path / "three.toml", subset(make_pictures(tmp_path / "pictures", 5), shuffle_caption=True))
-    values = {**subject.case.options, "family": subject.case.family, "max_train_steps": 4, "save_state": True}
-    whole = train(subject.model, data, tmp_path / "whole", **values)
-    assert_same_run(train_with_stops(subject.model, data, tmp_path / "stopped", [2], **values), whole)
+    values = {**subject.options, "max_train_steps": 4, "save_state": True}
+    whole = train(None, data, tmp_path / "whole", **values)
+    assert_same_run(train_with_stops(None, data, tmp_path / "stopped", [2], **values), whole)

@@ -68,13 +68,13 @@ def test_models_give_the_same_bits_at_half_the_size(tmp_path: Path, version: int
     family = StableDiffusion(SDOptions(pretrained_model_name_or_path=str(path), v2=version == 2))
     results = []
     for keep_half in (False, True):
-        (encoder,) = family.load_text_encoders(torch.float32, "cpu", keep_half=keep_half)
+        encoder = family.load_text_encoder("clip", torch.float32, "cpu", keep_half=keep_half)
         unet = family.load_denoiser(torch.float32, "cpu", keep_half=keep_half)
         halves = [m for module in (encoder, unet) for m in module.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
         assert any(m.weight.dtype == torch.float16 for m in halves) == keep_half
         others = [p for module in (encoder, unet) for p in module.parameters() if p.ndim not in (2, 4)]
         assert all(p.dtype == torch.float32 for p in others)
-        cond = family.encode_text(family.tokenize(["a cat"]), [encoder])
+        cond = family.encode_text(family.tokenize(["a cat"]), {"clip": encoder})
         x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
         y = family.predict(unet, x, torch.tensor([500]), cond, None)
         (gradient,) = torch.autograd.grad(y.square().sum(), x)

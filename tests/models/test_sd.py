@@ -37,7 +37,7 @@ def family(path, **options):
 
 
 def load_all(sd, dtype=None):
-    return sd.load_denoiser(dtype, "cpu"), sd.load_vae(dtype, "cpu"), sd.load_text_encoders(dtype, "cpu")[0]
+    return sd.load_denoiser(dtype, "cpu"), sd.load_vae(dtype, "cpu"), sd.load_text_encoder("clip", dtype, "cpu")
 
 
 def assert_equal_modules(found, expected):
@@ -48,7 +48,7 @@ def assert_equal_modules(found, expected):
 
 
 def text_context(sd, captions=CAPTIONS, encoder=None):
-    encoders = [encoder] if encoder is not None else sd.load_text_encoders(None, "cpu")
+    encoders = {"clip": encoder if encoder is not None else sd.load_text_encoder("clip", None, "cpu")}
     with torch.no_grad():
         return sd.encode_text(sd.tokenize(list(captions)), encoders)["context"]
 
@@ -143,7 +143,7 @@ def test_diffusers_opens_our_single_file(models, tmp_path, version):
     sd = family(models[version, "diffusers"], v2=version == 2)
     unet, vae, encoder = load_all(sd)
     path = tmp_path / "out.safetensors"
-    sd.save(unet, [encoder], vae, path, None, {"modelspec.title": "t"})
+    sd.save(unet, {"clip": encoder}, path, None, {"modelspec.title": "t"})
     pipeline = StableDiffusionPipeline.from_single_file(
         str(path), config=str(models[version, "diffusers"]), local_files_only=True
     )
@@ -165,7 +165,7 @@ def old_names(tensors):
 
 @pytest.mark.parametrize("kind", ["folder", "model", "file", "old_file", "published", "published_alone", "flat"])
 def test_vae_option(models, tmp_path, kind):
-    from library.models.sd_keys import VAE_PREFIX
+    from library.names.sd import VAE_PREFIX
 
     model = make_tiny_sd(tmp_path / "other", seed=5)
     single = load_file(make_tiny_sd(tmp_path / "other1", seed=5, layout="single"))
@@ -231,7 +231,7 @@ def test_decode_undoes_the_scale(models):
 def test_last_states_and_clip_skip(models, version):
     path, v2 = models[version, "single"], version == 2
     plain = family(path, v2=v2)
-    encoder = plain.load_text_encoders(None, "cpu")[0]
+    encoder = plain.load_text_encoder("clip", None, "cpu")
     ids = plain.tokenize(CAPTIONS).ids["clip"][:, 0]
     with torch.no_grad():
         output = encoder(ids, output_hidden_states=True)
@@ -248,7 +248,7 @@ def test_last_states_and_clip_skip(models, version):
 
 def test_sd2_leaves_out_the_last_block_of_the_file(models):
     blocks = {n.split(".")[4] for n in load_file(models[2, "single"]) if ".resblocks." in n}
-    encoder = family(models[2, "single"], v2=True).load_text_encoders(None, "cpu")[0]
+    encoder = family(models[2, "single"], v2=True).load_text_encoder("clip", None, "cpu")
     assert len(blocks) == LAYERS + 1 and encoder.config.num_hidden_layers == LAYERS
 
 
@@ -256,7 +256,7 @@ def test_sd2_leaves_out_the_last_block_of_the_file(models):
 @pytest.mark.parametrize("limit, length", [(75, 77), (150, 152), (225, 227)])
 def test_chunks_are_encoded_apart_and_joined(models, version, limit, length):
     sd = family(models[version, "single"], v2=version == 2, max_token_length=limit)
-    encoder = sd.load_text_encoders(None, "cpu")[0]
+    encoder = sd.load_text_encoder("clip", None, "cpu")
     caption = " ".join(["red dog cat"] * 40)  # 120 tokens
     found = text_context(sd, [caption, "cat"], encoder)
     assert found.shape == (2, length, WIDTH)
@@ -282,8 +282,8 @@ def test_weights_multiply_the_states_of_their_tokens(models):
 
 def test_gradient_flows_into_an_encoder_that_learns(models):
     sd = family(models[1, "single"], clip_skip=2, weighted_captions=True)
-    encoder = sd.load_text_encoders(None, "cpu")[0].requires_grad_(True)
-    sd.encode_text(sd.tokenize(["(cat:1.2)"]), [encoder])["context"].pow(2).mean().backward()
+    encoder = sd.load_text_encoder("clip", None, "cpu").requires_grad_(True)
+    sd.encode_text(sd.tokenize(["(cat:1.2)"]), {"clip": encoder})["context"].pow(2).mean().backward()
     assert encoder.encoder.layers[0].mlp.fc1.weight.grad.abs().sum() > 0
     assert encoder.encoder.layers[-1].mlp.fc1.weight.grad is None  # above the layer that is read
 
@@ -329,7 +329,7 @@ def test_checkpointing_changes_no_gradient(models):
         block.ff.register_forward_pre_hook(lambda *_: calls.append("unet"))
         if checkpointing:
             sd.enable_checkpointing(unet, [encoder])
-        sd.predict(unet, x, t, sd.encode_text(tokens, [encoder]), None).pow(2).mean().backward()
+        sd.predict(unet, x, t, sd.encode_text(tokens, {"clip": encoder}), None).pow(2).mean().backward()
         return calls, {f"{i}.{n}": p.grad for i, m in enumerate((unet, encoder)) for n, p in m.named_parameters()}
 
     (calls, plain), (calls_again, recomputed) = gradients(False), gradients(True)
@@ -375,7 +375,7 @@ def test_save_gives_back_the_file(models, tmp_path, version):
     source = models[version, "single"]
     sd = family(source, v2=version == 2)
     unet, vae, encoder = load_all(sd)
-    sd.save(unet, [encoder], vae, tmp_path / "out.safetensors", None, {"a": "b"})
+    sd.save(unet, {"clip": encoder}, tmp_path / "out.safetensors", None, {"a": "b"})
     before, after = load_file(source), load_file(tmp_path / "out.safetensors")
     assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
     from library.models.weight_files import open_weights
@@ -393,7 +393,7 @@ def test_save_in_half_precision_and_what_sd2_keeps_of_its_source(models, tmp_pat
     unet, vae, encoder = load_all(sd)
     with torch.no_grad():
         encoder.final_layer_norm.bias.fill_(3)
-    sd.save(unet, [encoder], vae, tmp_path / "out.safetensors", torch.float16, None)
+    sd.save(unet, {"clip": encoder}, tmp_path / "out.safetensors", torch.float16, None)
     saved = load_file(tmp_path / "out.safetensors")
     assert saved.keys() == tensors.keys() and {t.dtype for t in saved.values()} == {torch.float16}
     assert torch.equal(saved[kept], tensors[kept].half())
@@ -403,12 +403,16 @@ def test_save_in_half_precision_and_what_sd2_keeps_of_its_source(models, tmp_pat
 # ---- fingerprints ---------------------------------------------------------------------------------------------------
 
 
+def fingerprints(sd):
+    return {"vae": sd.vae_fingerprint(), "text": sd.text_fingerprint("clip")}
+
+
 def test_fingerprints_tell_weights_and_settings(models, tmp_path):
     path = models[1, "single"]
-    base = family(path).fingerprints()
-    assert base == family(path).fingerprints()
+    base = fingerprints(family(path))
+    assert base == fingerprints(family(path))
     settings = ({"clip_skip": 2}, {"max_token_length": 150}, {"weighted_captions": True})
-    changed = [family(path, **s).fingerprints() for s in settings]
+    changed = [fingerprints(family(path, **s)) for s in settings]
     assert {f["vae"] for f in changed} == {base["vae"]}
     assert len({base["text"], *(f["text"] for f in changed)}) == 4
 
@@ -421,23 +425,23 @@ def test_fingerprints_tell_weights_and_settings(models, tmp_path):
     ):
         other = {**tensors, name: tensors[name] + 1e-3}
         save_file(other, tmp_path / "changed.safetensors")
-        found = family(tmp_path / "changed.safetensors").fingerprints()
+        found = fingerprints(family(tmp_path / "changed.safetensors"))
         assert {key for key in base if base[key] != found[key]} == ({part} if part else set())
 
 
 def test_the_scaling_factor_is_part_of_the_fingerprint(models, tmp_path):
     vae = tmp_path / "vae"
     shutil.copytree(models[1, "diffusers"] / "vae", vae)
-    before = family(models[1, "diffusers"], vae=str(vae)).fingerprints()
+    before = fingerprints(family(models[1, "diffusers"], vae=str(vae)))
     config = json.loads((vae / "config.json").read_text())
     (vae / "config.json").write_text(json.dumps({**config, "scaling_factor": 0.13025}))
-    after = family(models[1, "diffusers"], vae=str(vae)).fingerprints()
+    after = fingerprints(family(models[1, "diffusers"], vae=str(vae)))
     assert before["vae"] != after["vae"] and before["text"] == after["text"]
 
 
 def test_a_vae_option_changes_only_its_fingerprint(models, tmp_path):
     other = make_tiny_sd(tmp_path / "other", seed=5)
-    base, found = (family(models[1, "single"], vae=v).fingerprints() for v in (None, str(other)))
+    base, found = (fingerprints(family(models[1, "single"], vae=v)) for v in (None, str(other)))
     assert base["vae"] != found["vae"] and base["text"] == found["text"]
 
 

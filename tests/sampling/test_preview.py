@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from library.models.family import PreviewDefaults
 from library.models.options import SDOptions
 from library.models.sd import StableDiffusion
 from library.objectives.ddpm import DDPMObjective
@@ -24,6 +25,7 @@ from library.rng import derive_seed
 from library.sampling.options import SAMPLER_NAMES, SampleOptions
 from library.sampling.preview import Previewer, PreviewModels, contact_sheet, due, to_image, undisturbed
 from library.sampling.prompts import Prompt
+from library.types import Cond
 from tests.tiny import make_tiny_sd
 
 F32: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
@@ -37,10 +39,11 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> StableDiffusion:
 
 @pytest.fixture
 def models(family: StableDiffusion) -> PreviewModels:
+    family = StableDiffusion(family.options)  # some tests write into the weights, which are mapped
     return PreviewModels(
         family.load_denoiser(torch.float32, "cpu"),
         family.load_vae(torch.float32, "cpu"),
-        family.load_text_encoders(torch.float32, "cpu"),
+        {"clip": family.load_text_encoder("clip", torch.float32, "cpu")},
     )
 
 
@@ -153,17 +156,23 @@ def test_every_sampler_makes_a_picture(
     assert picture.image.size == (64, 64) and len(set(pixels_of(picture))) > 10
 
 
-def test_prepared_texts_need_no_encoder_afterwards(
+def test_cached_texts_need_no_encoder(
     family: StableDiffusion, models: PreviewModels, tmp_path: Path
 ) -> None:
     prompts = [CAT, Prompt("star", sample_steps=3, scale=1.0, seed=1)]
     expected = previewer(family, prompts, tmp_path).render(models, step=1, epoch=None, **F32)
-    maker = previewer(family, prompts, tmp_path)
-    maker.prepare(models.encoders)
-    without = replace(models, encoders=())
-    found = maker.render(without, step=1, epoch=None, **F32)
+    texts = [text for prompt in prompts for text in (prompt.negative_prompt, prompt.prompt)]
+    conds = family.split_cond(family.encode_text(family.tokenize(texts), models.encoders))
+    maker = previewer(family, prompts, tmp_path, texts=Stored(dict(zip(texts, conds, strict=True))))
+    found = maker.render(replace(models, encoders={}), step=1, epoch=None, **F32)
     assert [pixels_of(p) for p in found] == [pixels_of(p) for p in expected]
-    assert all(not t.requires_grad for cond in maker.conds.values() for t in cond.values())
+
+
+class Stored(dict[str, Cond]):
+    """Outputs of text encoders by caption."""
+
+    def get(self, caption: str) -> Cond:  # type: ignore[override]
+        return self[caption]
 
 
 def test_bfloat16_computation(family: StableDiffusion, models: PreviewModels, tmp_path: Path) -> None:
@@ -232,7 +241,7 @@ def test_training_goes_on_as_if_nothing_had_been(
     for parameter in denoiser.parameters():
         parameter.grad = torch.ones_like(parameter)
     changed = replace(models, denoiser=denoiser, others=[network])
-    modules = [m for model in (denoiser, models.vae, *models.encoders, network) for m in model.modules()]
+    modules = [m for model in (denoiser, models.vae, *models.encoders.values(), network) for m in model.modules()]
     modes = [m.training for m in modules]
     assert any(modes) and not all(modes)
     torch.manual_seed(5)
@@ -242,7 +251,6 @@ def test_training_goes_on_as_if_nothing_had_been(
     random.seed(5)
     maker = previewer(family, [CAT], tmp_path)
     assert maker.render(changed, step=1, epoch=None, **F32)
-    maker.prepare(models.encoders)
     assert denoiser.was_training == [False] * 3
     generator = torch.Generator().manual_seed(7)  # the prompt's seed, not the state of the training
     assert denoiser.drawn == [torch.rand(1, generator=generator).item() for _ in range(3)]
@@ -317,9 +325,34 @@ def test_options_that_the_family_cannot_honour_are_named_once(
 ) -> None:
     prompts = [replace(CAT, guidance_scale=3.5), replace(CAT, flow_shift=2.0)]
     with caplog.at_level(logging.WARNING, "trainyard"):
-        previewer(family, prompts, tmp_path, honoured=["flow_shift"])
-        previewer(family, prompts, tmp_path, honoured=["flow_shift", "guidance_scale"])
+        for honoured in (("flow_shift",), ("flow_shift", "guidance_scale")):
+            family_with = StableDiffusion(family.options)
+            family_with.preview = PreviewDefaults(honoured=honoured)  # type: ignore[misc]
+            previewer(family_with, prompts, tmp_path)
     assert [r.getMessage() for r in caplog.records] == ["--sample_prompts: --g has no effect with sd models"]
+
+
+def test_guidance_only_in_the_first_steps_and_no_longer_than_allowed(
+    family: StableDiffusion, models: PreviewModels, tmp_path: Path
+) -> None:
+    prompt = replace(CAT, sample_steps=4, cfg_trunc_ratio=0.5, renorm_cfg=1.0)
+    maker, objective = previewer(family, [prompt], tmp_path), OBJECTIVE
+    denoiser = Noisy(models.denoiser)
+    (picture,) = maker.render(replace(models, denoiser=denoiser), step=1, epoch=None, **F32)
+    sampler = objective.sampler("ddim", 4, size=(8, 8))
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(7))
+    conds = [family.encode_text(family.tokenize([text]), models.encoders) for text in ("blue dog", "red cat")]
+    with torch.no_grad():
+        for index, t in enumerate(sampler.timesteps):
+            without, plain = (family.predict(models.denoiser, x, t.expand(1), cond, None) for cond in conds)
+            pred = plain
+            if index < 2:
+                pred = without + 4.0 * (plain - without)
+                pred = pred * min(1.0, float(plain.norm() / pred.norm()))
+            x = sampler.step(pred, t, x, None)
+        expected = to_image(family.decode_latent(models.vae, x)[0])
+    difference = (torch.tensor(list(pixels_of(picture))) - torch.tensor(list(expected.tobytes()))).abs().max()
+    assert difference <= 1
 
 
 def test_undisturbed_restores_after_an_error() -> None:

@@ -43,7 +43,6 @@ CAPTIONS = (
 # What every run here has unless it says otherwise. No worker processes: a fork costs more than these batches.
 DEFAULTS: dict[str, Any] = {
     "output_name": "x",
-    "network_module": "networks.lora",
     "network_dim": 4,
     "network_alpha": 2,
     "learning_rate": 1e-2,
@@ -183,7 +182,7 @@ def make_trainer(values: Mapping[str, Any], *, family: str = "sd", cls: type[Rec
 
 
 def train(
-    model: Path, dataset: Path | None, folder: Path, *, interrupt_in: int | None = None,
+    model: Path | None, dataset: Path | None, folder: Path, *, interrupt_in: int | None = None,
     each_step: Callable[[Recorded], None] | None = None, keep_gradients: bool = False, family: str = "sd",
     **values: Any,
 ) -> Run:  # fmt: skip
@@ -202,7 +201,7 @@ def settle() -> None:
     gc.freeze()
 
 
-def train_with_stops(model: Path, dataset: Path, folder: Path, stops: Sequence[int], **values: Any) -> Run:
+def train_with_stops(model: Path | None, dataset: Path, folder: Path, stops: Sequence[int], **values: Any) -> Run:
     """The same run, stopped by Ctrl-C after each of the steps `stops` and resumed from the newest state."""
     state = None
     for step in stops:

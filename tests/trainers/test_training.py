@@ -152,7 +152,7 @@ def test_preserved_pictures_learn_the_base_model(sd1: Path, lora: Path, tmp_path
     with torch.no_grad():
         batch = trainer.data.load(trainer.data.plan_epoch(1)[0], step=0)
         generator = micro_generator(run, 0)
-        t = trainer.objective.sample_t(2, generator, "cpu")
+        t = trainer.objective.sample_t(2, (8, 8), generator, "cpu")
         noised = trainer.objective.noise(trainer.latents_of(batch), t, generator)
         ours = trainer.predict(noised, batch)
         trainer.network.detach()

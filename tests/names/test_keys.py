@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from library.models import sd_keys
-from library.models.keys import CONV_1X1, COPY, SWAP_HALVES, TRANSPOSE, ModuleName, Rule, expand, publish, read
+from library.names import sd as sd_names
+from library.names.keys import CONV_1X1, COPY, SWAP_HALVES, TRANSPOSE, Rule, expand, named, publish, read
 from library.models.kl_vae import LDM_BLOCK, build_vae, layout
 from library.models.loading import build_empty, shipped_config
 from library.models.sd import published_tensors, unused_open_clip
@@ -60,7 +60,7 @@ def test_read_names_what_is_missing_or_misshapen():
 
 
 def test_expand_takes_the_longest_name_and_refuses_gaps():
-    names = [ModuleName("A", "a"), ModuleName("AB", "a.b", CONV_1X1)]
+    names = [named("A", "a"), named("AB", "a.b", op=CONV_1X1)]
     assert expand(names, ["a.weight", "a.b.weight", "a.b.bias", "a.c.d.weight"]) == (
         Rule("A.weight", ("a.weight",)),
         Rule("AB.weight", ("a.b.weight",), CONV_1X1),
@@ -74,8 +74,8 @@ def test_expand_takes_the_longest_name_and_refuses_gaps():
 @pytest.mark.parametrize("version", [1, 2])
 def test_tiny_models_come_back_bit_equal(version):
     unet, vae, encoder = tiny_modules(version=version)
-    text_rules = sd_keys.open_clip_rules if version == 2 else sd_keys.clip_rules
-    for module, rules in ((unet, sd_keys.unet_rules), (vae, sd_keys.vae_rules), (encoder, text_rules)):
+    text_rules = sd_names.open_clip_rules if version == 2 else sd_names.clip_rules
+    for module, rules in ((unet, sd_names.unet_rules), (vae, sd_names.vae_rules), (encoder, text_rules)):
         state = module.state_dict()
         published, back, wrong = round_trip(state, rules(module), {n: tuple(t.shape) for n, t in state.items()})
         assert not wrong and back.keys() == state.keys()
@@ -106,12 +106,12 @@ def test_configurations_read_from_shapes_equal_the_shipped_ones(version, name):
         return {n[len(prefix) :]: s for n, s in shapes.items() if n.startswith(prefix)}
 
     text_prefix, text_layout = {
-        1: (sd_keys.CLIP_PREFIX, clip_layout),
-        2: (sd_keys.OPEN_CLIP_PREFIX, open_clip_layout),
+        1: (sd_names.CLIP_PREFIX, clip_layout),
+        2: (sd_names.OPEN_CLIP_PREFIX, open_clip_layout),
     }[version]
     found = {
-        "unet": unet_layout(below(sd_keys.UNET_PREFIX), version),
-        "vae": layout(below(sd_keys.VAE_PREFIX), LDM_BLOCK),
+        "unet": unet_layout(below(sd_names.UNET_PREFIX), version),
+        "vae": layout(below(sd_names.VAE_PREFIX), LDM_BLOCK),
         "text_encoder": text_layout(below(text_prefix)),
     }
     found["vae"] = {k: v for k, v in found["vae"].items() if k not in ("use_quant_conv", "use_post_quant_conv")}

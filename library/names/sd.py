@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from library.models.keys import CONV_1X1, ModuleName, Rule, expand
+from library.names.keys import CONV_1X1, ModuleName, Rule, expand, named
 
 if TYPE_CHECKING:
     from torch import nn
@@ -59,7 +59,7 @@ OPEN_CLIP_BLOCK = (
 
 
 def _inside(published: str, ours: str, table: Iterable[tuple[str, str]]) -> Iterator[ModuleName]:
-    return (ModuleName(f"{published}.{a}", f"{ours}.{b}") for a, b in table)
+    return (named(f"{published}.{a}", f"{ours}.{b}") for a, b in table)
 
 
 def _children_of(root: nn.Module) -> Count:
@@ -71,10 +71,10 @@ def _children_of(root: nn.Module) -> Count:
 def unet_module_names(unet: nn.Module) -> list[ModuleName]:
     """Published and own name of each part of the U-Net. Attention blocks have the same names inside."""
     count = _children_of(unet)
-    names = [ModuleName(a, b) for a, b in UNET_ENDS]
+    names = [named(a, b) for a, b in UNET_ENDS]
     names += _down_names(count)
     names += _inside("middle_block.0", "mid_block.resnets.0", UNET_RESNET)
-    names += [ModuleName("middle_block.1", "mid_block.attentions.0")]
+    names += [named("middle_block.1", "mid_block.attentions.0")]
     names += _inside("middle_block.2", "mid_block.resnets.1", UNET_RESNET)
     return names + list(_up_names(count))
 
@@ -86,10 +86,10 @@ def _down_names(count: Count) -> Iterator[ModuleName]:
         for j in range(count(f"{block}.resnets")):
             yield from _inside(f"input_blocks.{index}.0", f"{block}.resnets.{j}", UNET_RESNET)
             if count(f"{block}.attentions"):
-                yield ModuleName(f"input_blocks.{index}.1", f"{block}.attentions.{j}")
+                yield named(f"input_blocks.{index}.1", f"{block}.attentions.{j}")
             index += 1
         if count(f"{block}.downsamplers"):
-            yield ModuleName(f"input_blocks.{index}.0.op", f"{block}.downsamplers.0.conv")
+            yield named(f"input_blocks.{index}.0.op", f"{block}.downsamplers.0.conv")
             index += 1
 
 
@@ -101,36 +101,36 @@ def _up_names(count: Count) -> Iterator[ModuleName]:
         for j in range(resnets):
             yield from _inside(f"output_blocks.{index}.0", f"{block}.resnets.{j}", UNET_RESNET)
             if count(f"{block}.attentions"):
-                yield ModuleName(f"output_blocks.{index}.1", f"{block}.attentions.{j}")
+                yield named(f"output_blocks.{index}.1", f"{block}.attentions.{j}")
             if j == resnets - 1 and count(f"{block}.upsamplers"):
                 place = 2 if count(f"{block}.attentions") else 1
-                yield ModuleName(f"output_blocks.{index}.{place}.conv", f"{block}.upsamplers.0.conv")
+                yield named(f"output_blocks.{index}.{place}.conv", f"{block}.upsamplers.0.conv")
             index += 1
 
 
 def vae_module_names(vae: nn.Module) -> list[ModuleName]:
     """The KL autoencoder of SD 1/2/XL/3 and FLUX. Its one attention is made of 1x1 convolutions in the file."""
     count = _children_of(vae)
-    names = [ModuleName("quant_conv", "quant_conv"), ModuleName("post_quant_conv", "post_quant_conv")]
+    names = [named("quant_conv", "quant_conv"), named("post_quant_conv", "post_quant_conv")]
     for side in ("encoder", "decoder"):
         mid, attention = f"{side}.mid_block", f"{side}.mid_block.attentions.0"
-        names += [ModuleName(f"{side}.{n}", f"{side}.{n}") for n in ("conv_in", "conv_out")]
-        names += [ModuleName(f"{side}.norm_out", f"{side}.conv_norm_out")]
+        names += [named(f"{side}.{n}", f"{side}.{n}") for n in ("conv_in", "conv_out")]
+        names += [named(f"{side}.norm_out", f"{side}.conv_norm_out")]
         names += _inside(f"{side}.mid.block_1", f"{mid}.resnets.0", VAE_RESNET)
         names += _inside(f"{side}.mid.block_2", f"{mid}.resnets.1", VAE_RESNET)
-        names += [ModuleName(f"{side}.mid.attn_1.norm", f"{attention}.group_norm")]
-        names += [ModuleName(f"{side}.mid.attn_1.{a}", f"{attention}.{b}", CONV_1X1) for a, b in VAE_ATTENTION]
+        names += [named(f"{side}.mid.attn_1.norm", f"{attention}.group_norm")]
+        names += [named(f"{side}.mid.attn_1.{a}", f"{attention}.{b}", op=CONV_1X1) for a, b in VAE_ATTENTION]
     levels = count("encoder.down_blocks")
     for i in range(levels):
         ours = f"encoder.down_blocks.{i}"
         for j in range(count(f"{ours}.resnets")):
             names += _inside(f"encoder.down.{i}.block.{j}", f"{ours}.resnets.{j}", VAE_RESNET)
-        names += [ModuleName(f"encoder.down.{i}.downsample.conv", f"{ours}.downsamplers.0.conv")]
+        names += [named(f"encoder.down.{i}.downsample.conv", f"{ours}.downsamplers.0.conv")]
     for i in range(levels):
         ours, theirs = f"decoder.up_blocks.{i}", f"decoder.up.{levels - 1 - i}"  # the file counts from the full size
         for j in range(count(f"{ours}.resnets")):
             names += _inside(f"{theirs}.block.{j}", f"{ours}.resnets.{j}", VAE_RESNET)
-        names += [ModuleName(f"{theirs}.upsample.conv", f"{ours}.upsamplers.0.conv")]
+        names += [named(f"{theirs}.upsample.conv", f"{ours}.upsamplers.0.conv")]
     return names
 
 

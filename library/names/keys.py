@@ -2,9 +2,9 @@
 """Reversible tables of weight names: the names that checkpoint files use, and the names inside our modules.
 
 A table is a tuple of rules. `publish` turns our tensors into the file's, `read` the file's into ours, and
-`read(publish(x)) == x` bit for bit. A family only writes tables (see sd_keys.py); the two functions here are
-the only interpreter. Module names (`ModuleName`) come first: they also name LoRA layers; `expand` makes tensor
-rules of them.
+`read(publish(x)) == x` bit for bit. An architecture only writes tables (see sd.py, flux.py ...); the two functions
+here are the only interpreter. Module names (`ModuleName`) come first: they also name LoRA layers; `expand` makes
+tensor rules of them.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ class Op:
 
     publish: Callable[[Tensor], Tensor]
     read: Callable[[Tensor, tuple[int, ...]], Tensor]
+    of_bias: bool = False  # a module's bias changes like its weight
 
 
 def _swap_halves(tensor: Tensor) -> Tensor:
@@ -39,7 +40,7 @@ COPY = Op(lambda t: t, lambda t, shape: t)
 CONV_1X1 = Op(lambda t: t.reshape(*t.shape[:2], 1, 1), lambda t, shape: t.reshape(shape))
 TRANSPOSE = Op(lambda t: t.T, lambda t, shape: t.T)
 # (scale, shift) here, (shift, scale) in the file
-SWAP_HALVES = Op(_swap_halves, lambda t, shape: _swap_halves(t))
+SWAP_HALVES = Op(_swap_halves, lambda t, shape: _swap_halves(t), of_bias=True)
 
 
 @dataclass(frozen=True)
@@ -53,28 +54,61 @@ class Rule:
 
 @dataclass(frozen=True)
 class ModuleName:
-    """A module (a leaf, or everything below it) under its published name and under ours; `op` changes its weight."""
+    """A module under its published name and under ours. Made with `named`.
+
+    One name of ours: a leaf, everything below a module, or a single tensor. Several: Linear layers that read the same
+    input and are one Linear in the file, in the order of its rows.
+    """
 
     published: str
-    ours: str
+    ours: tuple[str, ...]
     op: Op = COPY
 
 
+def named(published: str, *ours: str, op: Op = COPY) -> ModuleName:
+    """`ModuleName` with our names one after the other."""
+    return ModuleName(published, ours, op)
+
+
+def repeated(count: int, names: Iterable[ModuleName]) -> list[ModuleName]:
+    """The names of a block for `{i}` = 0 .. count - 1, block by block."""
+    table = list(names)
+    return [
+        ModuleName(name.published.format(i=i), tuple(own.format(i=i) for own in name.ours), name.op)
+        for i in range(count)
+        for name in table
+    ]
+
+
+def part_rows(total: int, inputs: int, parts: int) -> tuple[int, ...]:
+    """Rows of each part of a fused layer with `inputs` columns: q as wide as the input, k and v alike; then the rest.
+
+    Holds for every published fused layer: q, k, v (also with fewer key heads) and q, k, v, mlp. Two parts are halves.
+    """
+    if parts < 3:
+        return (total // parts,) * parts
+    if parts == 3:
+        return inputs, (total - inputs) // 2, (total - inputs) // 2
+    return inputs, inputs, inputs, total - 3 * inputs
+
+
 def expand(names: Iterable[ModuleName], tensors: Iterable[str]) -> tuple[Rule, ...]:
-    """One rule per tensor name of ours, by the longest module name that contains it.
+    """One rule per tensor of the file, for the tensors of ours, each by the longest name that contains it.
 
     Raises ValueError naming the tensors that no module name covers: a table must be whole.
     """
-    table = {name.ours: name for name in names}
+    table = {own: name for name in names for own in name.ours}
     rules, uncovered = [], []
     for tensor in tensors:
         parts = tensor.split(".")
-        owner = next((table[p] for i in range(len(parts), 0, -1) if (p := ".".join(parts[:i])) in table), None)
-        if owner is None:
+        own = next((p for i in range(len(parts), 0, -1) if (p := ".".join(parts[:i])) in table), None)
+        if own is None:
             uncovered.append(tensor)
             continue
-        op = owner.op if tensor.endswith(".weight") else COPY
-        rules.append(Rule(owner.published + tensor[len(owner.ours) :], (tensor,), op))
+        owner, ending = table[own], tensor[len(own) :]
+        if own == owner.ours[0]:  # the others of a fused layer come with the first
+            op = owner.op if owner.op.of_bias or tensor.endswith(".weight") else COPY
+            rules.append(Rule(owner.published + ending, tuple(name + ending for name in owner.ours), op))
     if uncovered:
         raise ValueError(f"no published name for {uncovered}")
     return tuple(rules)
