@@ -14,6 +14,7 @@ from library.errors import StopTraining, UserError
 from library.log import get_logger, is_main_process, setup_logging
 from library.models.registry import FAMILIES
 from library.options import group_types, resolve, write_output_config
+from library.trainers.finetune_options import FineTuneTrainerOptions
 from library.trainers.options import NetworkTrainerOptions
 
 EXIT_BAD_INPUT = 2
@@ -23,6 +24,7 @@ EXIT_DIVERGED = 4  # non-finite loss or gradients
 # method -> (trainer class, its options)
 METHODS: dict[str, tuple[str, type]] = {
     "network": ("library.trainers.network:NetworkTrainer", NetworkTrainerOptions),
+    "finetune": ("library.trainers.finetune:FineTuneTrainer", FineTuneTrainerOptions),
 }
 
 

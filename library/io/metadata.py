@@ -74,6 +74,19 @@ OPTION_KEYS = {
     "ss_validation_seed": "validation_seed",
     "ss_validation_split": "validation_split",
     "ss_zero_terminal_snr": "zero_terminal_snr",
+    # options that only some architectures have
+    "ss_apply_lg_attn_mask": "apply_lg_attn_mask",
+    "ss_apply_t5_attn_mask": "apply_t5_attn_mask",
+    "ss_discrete_flow_shift": "discrete_flow_shift",
+    "ss_guidance_scale": "guidance_scale",
+    "ss_logit_mean": "logit_mean",
+    "ss_logit_std": "logit_std",
+    "ss_mode_scale": "mode_scale",
+    "ss_model_prediction_type": "model_prediction_type",
+    "ss_model_type": "model_type",
+    "ss_sigmoid_scale": "sigmoid_scale",
+    "ss_timestep_sampling": "timestep_sampling",
+    "ss_weighting_scheme": "weighting_scheme",
 }
 # What --no_metadata keeps, because readers and the merge tools need it.
 MINIMUM_KEYS = (
@@ -187,7 +200,6 @@ class RunFacts:
     started_at: float
     num_validation_images: int = 0
     files: Mapping[str, str] = field(default_factory=dict)  # ss_sd_model_name, ss_sd_model_hash ...: see file_facts
-    extra: Mapping[str, Any] = field(default_factory=dict)  # keys of the architecture, such as ss_guidance_scale
 
 
 @dataclass(frozen=True)
@@ -220,7 +232,7 @@ def build_metadata(
     step, epoch: optimizer steps done and epochs finished; now: Unix seconds of the save; minimum: --no_metadata.
     """
     keys: dict[str, Any] = {key: run.options[name] for key, name in OPTION_KEYS.items() if name in run.options}
-    keys |= {**_run_keys(run), **_network_keys(run), **_dataset_keys(run), **run.extra, **run.files}
+    keys |= {**_run_keys(run), **_network_keys(run), **_dataset_keys(run), **run.files}
     keys |= {"ss_steps": step, "ss_epoch": epoch, "ss_training_finished_at": now}
     if minimum:
         keys = {k: v for k, v in keys.items() if k in MINIMUM_KEYS}

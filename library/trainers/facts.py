@@ -27,6 +27,8 @@ from library.trainers.options import TrainerOptions
 from library.trainers.plan import RunPlan
 
 VERSION = "0.1.0"
+# kind of file -> what modelspec.architecture ends with
+ENDINGS = {"LoRA": "/lora", "Checkpoint": "", "TextualInversion": "/textual-inversion"}
 PUBLISHED_LAYOUT = "https://github.com/Stability-AI/generative-models"  # of checkpoints whose adapters say "diffusers"
 
 
@@ -124,17 +126,29 @@ class RunRecord:
         self.validation_images = sum(n.validation_images for n in stats)
         self.hashes = FileHashes(names)
 
-    def metadata(self, method: Mapping[str, Any], optimizer: str, *, step: int, epoch: int) -> dict[str, str]:
-        """Of an adapter file. `method`: what the trainer says (network_module, network_dim, network_alpha, network_args).
+    def metadata(
+        self, kind: str, method: Mapping[str, Any] | None, optimizer: str, *, step: int, epoch: int
+    ) -> dict[str, str]:
+        """Of a file of `kind` (one of ENDINGS).
 
-        Of a checkpoint, whose trainer says nothing: only what it is (modelspec.*), not how it was made.
+        method: what the trainer's override says (network_module, network_dim, network_alpha, network_args); None:
+        only modelspec.* entries.
         """
-        now = time.time()
-        if not method:
-            return modelspec(self._values(), self._checkpoint_spec(), self.options.metadata, now=now)
+        options, model, now = changed_values(self.options, all_values=True), self.model, time.time()
+        whole = kind == "Checkpoint" and model.checkpoint_implementation is not None
+        spec = SpecFacts(
+            architecture=f"{model.architecture}{ENDINGS[kind]}",
+            implementation=model.checkpoint_implementation or "" if whole else model.implementation,
+            prediction_type=model.prediction_type,
+            resolution=max((d.resolution for d in self.datasets), key=lambda r: r[0] * r[1]),
+            version=VERSION,
+            kind=kind,
+        )
+        if method is None:
+            return modelspec(options, spec, self.options.metadata, now=now)
         run = RunFacts(
-            options=self._values(),
-            base_model_version=self.model.base_model_version,
+            options=options,
+            base_model_version=model.base_model_version,
             datasets=self.datasets,
             from_dataset_config=bool(self.options.data.dataset_config),
             optimizer=optimizer,
@@ -150,27 +164,4 @@ class RunRecord:
             **method,
         )
         minimum = self.options.save.no_metadata
-        return build_metadata(
-            run, self._adapter_spec(), self.options.metadata, step=step, epoch=epoch, now=now, minimum=minimum
-        )
-
-    def _values(self) -> dict[str, Any]:
-        return changed_values(self.options, all_values=True)
-
-    def _adapter_spec(self) -> SpecFacts:
-        return SpecFacts(
-            architecture=f"{self.model.architecture}/lora",
-            implementation=self.model.implementation,
-            prediction_type=self.model.prediction_type,
-            resolution=max((d.resolution for d in self.datasets), key=lambda r: r[0] * r[1]),
-            version=VERSION,
-        )
-
-    def _checkpoint_spec(self) -> SpecFacts:
-        own = self.model.implementation
-        return replace(
-            self._adapter_spec(),
-            architecture=self.model.architecture,
-            implementation=PUBLISHED_LAYOUT if own == "diffusers" else own,
-            kind="Checkpoint",
-        )
+        return build_metadata(run, spec, self.options.metadata, step=step, epoch=epoch, now=now, minimum=minimum)

@@ -30,6 +30,7 @@ class NetworkTrainer(Trainer):
 
     options: NetworkTrainerOptions
     project = "network_train"
+    kind = "LoRA"
 
     def checks(self) -> list[Callable[[], None]]:
         return [self.check_module, self.check_files, self.check_caches]

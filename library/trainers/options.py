@@ -73,6 +73,10 @@ class PrecisionOptions:
     )
     fp8_base: bool = option(False, help="Frozen model in 8-bit floats.", answer=MEMORY_ISSUE)
     fp8_base_unet: bool = option(False, help="Frozen denoiser in 8-bit floats.", answer=MEMORY_ISSUE)
+    blocks_to_swap: int | None = option(
+        None, help="Blocks of the denoiser that wait in main memory.", answer="not available in this version; "
+        "the whole denoiser stays on the card", zero_is_unset=True,
+    )  # fmt: skip
     sdpa: bool = option(False, help="Attention of torch.", answer="always used")
     xformers: bool = option(
         False, help="Attention of xformers.", answer="torch's own memory-efficient attention is used"
@@ -196,6 +200,12 @@ class NetworkOptions:
     )
     scale_weight_norms: float | None = option(
         None, help="Scale weights down to this norm after each step.", check=positive, zero_is_unset=True
+    )
+    lora_format: str = option(
+        "kohya",
+        help="Names of the tensors in the file: kohya (A1111/Forge, ComfyUI, this program), comfy (ComfyUI) or "
+        "peft (diffusers).",
+        choices=("kohya", "comfy", "peft"),
     )
     base_weights: tuple[str, ...] | None = option(None, help="Network files to merge into the model before training.")
     base_weights_multiplier: tuple[float, ...] | None = option(

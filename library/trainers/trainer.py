@@ -48,6 +48,7 @@ class Trainer(ABC):
     """One run. `family` knows the architecture, `options` what the user wants."""
 
     project: ClassVar[str]  # name of the log's project where none is given
+    kind: ClassVar[str]  # of the files that are saved, for their metadata: a key of library.trainers.facts.ENDINGS
 
     def __init__(self, family: ModelFamily, options: TrainerOptions) -> None:
         self.family, self.options = family, options
@@ -85,8 +86,8 @@ class Trainer(ABC):
         """Write the trained weights to `path`, whole or not at all."""
 
     @abstractmethod
-    def metadata(self) -> dict[str, Any]:
-        """The fields of library.io.metadata.RunFacts that the method knows."""
+    def metadata(self) -> dict[str, Any] | None:
+        """The fields of library.io.metadata.RunFacts that the method knows; None: only modelspec.* entries."""
 
     # ---- the run ----------------------------------------------------------------------------------------------------
 
@@ -269,7 +270,7 @@ class Trainer(ABC):
     def write_model(self, path: Path) -> None:
         """Write the trained weights (their moving average, if there is one) with metadata."""
         metadata = self.record.metadata(
-            self.metadata(), self.optim.name_for_metadata, step=self.position.step, epoch=self.position.epoch
+            self.kind, self.metadata(), self.optim.name_for_metadata, step=self.position.step, epoch=self.position.epoch
         )
         with self.averaged():
             self.save_model(path, metadata)

@@ -217,8 +217,8 @@ def test_keys_that_depend_on_the_run() -> None:
     facts = run(
         {"output_name": None, "unet_lr": 1e-4, "text_encoder_lr": (1e-5, 2e-5)}, (dataset(enable_bucket=False),)
     )
-    facts = replace(facts, extra={"ss_guidance_scale": 3.5}, num_processes=2)
-    facts = replace(facts, options={k: v for k, v in facts.options.items() if k != "scale_weight_norms"})
+    options = {k: v for k, v in facts.options.items() if k != "scale_weight_norms"}
+    facts = replace(facts, options={**options, "guidance_scale": 3.5}, num_processes=2)
     ours = build_metadata(facts, flow, MetadataOptions(), step=1, epoch=0, now=7.0)
     assert "modelspec.prediction_type" not in ours and "ss_scale_weight_norms" not in ours
     assert ours["modelspec.title"] == "LoRA@7.0" and ours["ss_guidance_scale"] == "3.5"

@@ -17,6 +17,7 @@ from library.options import Spec, resolve, specs, toml_value
 from library.trainers.options import NetworkTrainerOptions
 from tests.script_runner import run_script
 from tests.trainers.helpers import make_pictures
+from tools import make_options_doc
 
 DATA = json.loads((Path(__file__).parents[1] / "data_files/trainers/train_network_options.json").read_text())
 OPTIONS: dict[str, dict[str, Any]] = {row["name"]: row for row in DATA["options"]}
@@ -40,6 +41,44 @@ OWN_SAMPLES = {
     "caption_extension": (".tags", ".tags"),
     "caption_extention": ("tags", ".tags"),
 }
+
+
+# ---- the other scripts ----------------------------------------------------------------------------------------------
+
+SCRIPTS: dict[str, dict[str, Any]] = json.loads(
+    (Path(__file__).parents[1] / "data_files/trainers/script_options.json").read_text()
+)["scripts"]
+THEIRS: dict[str, dict[str, dict[str, Any]]] = {
+    script: {
+        **{name: row for name, row in OPTIONS.items() if name not in facts["without"]},
+        **{row["name"]: row for row in facts["options"]},
+    }
+    for script, facts in SCRIPTS.items()
+}
+METHOD_AND_FAMILY = {script: make_options_doc.SCRIPTS[f"{script}.py"] for script in SCRIPTS}
+# (script or part of its name, option) -> why its default or its choices are not those of today
+DIFFERENT_THERE = {
+    ("_train", "save_model_as"): "one format: what is asked for besides is answered with one line",
+    ("lumina", "gemma2_max_token_length"): "theirs says None and takes 256",
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_option_of_the_script_is_known_with_its_default(script: str) -> None:
+    ours = specs(option_groups(*METHOD_AND_FAMILY[script]))
+    assert sorted(THEIRS[script].keys() - ours.keys()) == []
+    wrong = {}
+    for name, theirs in THEIRS[script].items():
+        if any(part in script and name == option for part, option in DIFFERENT_THERE):
+            continue
+        own = ours[name]
+        default = list(own.default) or None if isinstance(own.default, tuple) else own.default
+        if default != theirs["default"] or (own.hint is bool) != (theirs["type"] == "bool"):
+            wrong[name] = (default, theirs["default"])
+        for choice in theirs.get("choices", []):
+            if choice is not None and name not in DIFFERENT:
+                assert own.read(choice) is not None
+    assert wrong == {}
 
 
 def test_there_are_193() -> None:

@@ -5,18 +5,14 @@ from __future__ import annotations
 
 import math
 import os
-import os
 from itertools import pairwise
 
 import pytest
 
 from library.data.options import DataOptions
-from library.data.options import DataOptions
 from library.errors import UserError
 from library.trainers.options import DistributedOptions
-from library.trainers.options import DistributedOptions
 from library.trainers.plan import Position, RunPlan, make_plan, share_of
-from library.trainers.settings import distributed_settings, loading_processes
 from library.trainers.settings import distributed_settings, loading_processes
 
 
@@ -74,21 +70,6 @@ def test_shares_are_disjoint_and_of_one_length() -> None:
             assert set().union(*shares) == set(range(count))
             extra = sum(map(len, shares)) - count
             assert extra == -count % world  # no more is done twice than evenness asks for
-
-
-def test_loading_processes_are_no_more_than_cores() -> None:
-    cores = os.cpu_count() or 1
-    assert loading_processes(DataOptions(max_data_loader_n_workers=10_000)) == cores
-    assert loading_processes(DataOptions(max_data_loader_n_workers=0)) == 0
-
-
-def test_deepspeed_is_told_what_it_does_itself() -> None:
-    options = DistributedOptions(deepspeed=True, zero_stage=3, ddp_timeout=5)
-    settings = distributed_settings(options, max_grad_norm=0.5, batch_size=3)
-    assert (settings.timeout_minutes, settings.batch_size) == (5, 3)
-    given = {k: settings.deepspeed[k] for k in ("zero_stage", "gradient_clipping", "gradient_accumulation_steps")}
-    assert given == {"zero_stage": 3, "gradient_clipping": 0.5, "gradient_accumulation_steps": 1}
-    assert distributed_settings(DistributedOptions(), max_grad_norm=1.0, batch_size=1).deepspeed == {}
 
 
 def test_loading_processes_are_no_more_than_cores() -> None:

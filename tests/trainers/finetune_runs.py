@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny full-training runs in this process, as helpers.py has them for networks."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState
+from torch import Tensor
+
+from library.cli import EXIT_STOPPED, load_attribute
+from library.io.state import newest_state
+from library.models.registry import FAMILIES
+from library.options import resolve
+from library.trainers.finetune import FineTuneTrainer
+from library.trainers.finetune_options import FineTuneTrainerOptions
+from library.trainers.guards import StepReport
+from library.trainers.tracking import Trackers
+from tests.trainers.helpers import Run, argv, settle
+
+DEFAULTS: dict[str, Any] = {
+    "output_name": "x",
+    "learning_rate": 1e-3,
+    "seed": 7,
+    "max_train_steps": 4,
+    "max_data_loader_n_workers": 0,
+}
+
+
+class RecordedFineTune(FineTuneTrainer):
+    """The trainer of the scripts, with what the tests look at kept."""
+
+    interrupt_in: int | None = None  # optimizer step, from 1
+    keep_gradients = False
+    before: Callable[[RecordedFineTune], None] | None = None  # looks at the trainer right before the first step
+    each_step: Callable[[RecordedFineTune], None] | None = None  # ... and right after each optimizer step
+
+    def run(self) -> int:
+        self.reports: list[StepReport] = []
+        self.gradients: list[dict[str, Tensor]] = []  # of each optimizer step before clipping
+        return super().run()
+
+    def restore(self) -> None:
+        super().restore()
+        if self.before is not None:
+            self.before(self)
+
+    def clip_gradients(self) -> Tensor:
+        if self.keep_gradients:
+            own = self.learned.learning_parameters()
+            self.gradients.append({name: p.grad.clone() for name, p in own.items() if p.grad is not None})
+        return super().clip_gradients()
+
+    def report(self, reports: Sequence[StepReport], trackers: Trackers) -> None:
+        self.reports += reports
+        super().report(reports, trackers)
+
+    def after_step(self) -> dict[str, float | Tensor]:
+        found = super().after_step()
+        if self.each_step is not None:
+            self.each_step(self)
+        if self.position.step + 1 == self.interrupt_in:
+            signal.raise_signal(signal.SIGINT)
+        return found
+
+
+def make_finetune(values: Mapping[str, Any], *, family: str) -> RecordedFineTune:
+    """The trainer for these options."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    entry = FAMILIES[family]
+    options = resolve(FineTuneTrainerOptions, entry.option_groups, argv(values), prog="test").options
+    return RecordedFineTune(load_attribute(entry.path)(options.model), options)
+
+
+def finetune(
+    dataset: Path | None, folder: Path, *, family: str, interrupt_in: int | None = None, keep_gradients: bool = False,
+    before: Callable[[RecordedFineTune], None] | None = None,
+    each_step: Callable[[RecordedFineTune], None] | None = None, **values: Any,
+) -> Run:  # fmt: skip
+    """One run; `values` stand above DEFAULTS. Errors come as the exceptions that the script turns into lines."""
+    trainer = make_finetune({**DEFAULTS, "dataset_config": dataset, "output_dir": folder, **values}, family=family)
+    trainer.interrupt_in, trainer.keep_gradients = interrupt_in, keep_gradients
+    trainer.before, trainer.each_step = before, each_step
+    code = trainer.run()
+    settle()
+    return Run(trainer, code, folder)  # type: ignore[arg-type]
+
+
+def finetune_with_stop(dataset: Path, folder: Path, stop: int, **values: Any) -> Run:
+    """The same run, stopped by Ctrl-C after step `stop` and resumed."""
+    assert finetune(dataset, folder, interrupt_in=stop, **values).code == EXIT_STOPPED
+    state = newest_state(folder, "x")
+    assert state is not None and state.name == f"x-step{stop:08d}-state"
+    return finetune(dataset, folder, resume=state, **values)
