@@ -26,16 +26,24 @@ MEASURES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
-def huber_thresholds(options: LossOptions, alphas_cumprod: Tensor) -> Tensor:
-    """Threshold c of each timestep, (T,) float32 (Khrapov et al. 2024, scheduled pseudo-Huber loss).
+def scheduled_threshold(options: LossOptions, time: Tensor) -> Tensor:
+    """Threshold c of the constant and exponential schedules; `time` runs from 0 (clean) to 1 (noise), any shape.
 
-    exponential: c = huber_c^(t/T) * scale.  snr: c = (1 - huber_c) / (1 + sigma)^2 + huber_c, with sigma^2 = 1/SNR.
+    exponential: c = huber_c^time * scale (Khrapov et al. 2024, scheduled pseudo-Huber loss).
     """
-    count = len(alphas_cumprod)
     if options.huber_schedule == "constant":
-        return torch.full((count,), options.huber_c * options.huber_scale)
-    if options.huber_schedule == "exponential":
-        return options.huber_c ** (torch.arange(count) / count) * options.huber_scale
+        return torch.full_like(time, options.huber_c * options.huber_scale)
+    return options.huber_c**time * options.huber_scale
+
+
+def huber_thresholds(options: LossOptions, alphas_cumprod: Tensor) -> Tensor:
+    """Threshold c of each DDPM timestep, (T,) float32 (Khrapov et al. 2024).
+
+    snr: c = (1 - huber_c) / (1 + sigma)^2 + huber_c, with sigma^2 = 1/SNR; the others: `scheduled_threshold`.
+    """
+    if options.huber_schedule != "snr":
+        count = len(alphas_cumprod)
+        return scheduled_threshold(options, torch.arange(count) / count)
     sigmas = ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
     return (1 - options.huber_c) / (1 + sigmas) ** 2 + options.huber_c
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from library.objectives.options import DDPMOptions
+from library.objectives.options import DDPMOptions, NoisingOptions
 from library.rng import python_rng
 
 
@@ -79,7 +79,7 @@ def make_noise(latents: Tensor, options: DDPMOptions, generator: torch.Generator
     return noise
 
 
-def perturb(noise: Tensor, options: DDPMOptions, generator: torch.Generator) -> Tensor:
+def perturb(noise: Tensor, options: NoisingOptions, generator: torch.Generator) -> Tensor:
     """Input perturbation (Ning et al. 2023): the noise that the model sees; the target stays `noise`.
 
     Order of the draws: [strength], perturbation.

@@ -10,7 +10,38 @@ from library.options import at_least, between, option, positive
 
 
 @dataclass(frozen=True)
-class DDPMOptions:
+class NoisingOptions:
+    """What every objective has: the range of timesteps and the perturbation of the input."""
+
+    min_timestep: int | None = option(None, help="Lowest timestep to train (0).", check=between(0, 999))
+    max_timestep: int | None = option(
+        None, help="End of the timesteps to train, itself excluded (1000).", check=between(1, 1000), zero_is_unset=True
+    )
+    ip_noise_gamma: float | None = option(
+        None, help="Extra noise in the model's input that it need not predict (0.1 is usual).", check=at_least(0)
+    )
+    ip_noise_gamma_random_strength: bool = option(
+        False, help="Draw the strength of --ip_noise_gamma anew for every batch, between 0 and the given value."
+    )
+
+    @property
+    def timestep_range(self) -> tuple[int, int]:
+        """Lowest timestep and the end (excluded unless both are equal)."""
+        low = 0 if self.min_timestep is None else self.min_timestep
+        high = 1000 if self.max_timestep is None else self.max_timestep
+        return low, high
+
+    def problems(self) -> Iterator[str]:
+        """Combinations that make no sense."""
+        low, high = self.timestep_range
+        if low > high:
+            yield f"--min_timestep {low} is above --max_timestep {high}"
+        if self.ip_noise_gamma_random_strength and not self.ip_noise_gamma:
+            yield "--ip_noise_gamma_random_strength has no effect without --ip_noise_gamma"
+
+
+@dataclass(frozen=True)
+class DDPMOptions(NoisingOptions):
     """Noise, timesteps and SNR weights of the models trained with discrete DDPM steps (SD 1.x, SD 2.x, SDXL)."""
 
     noise_offset: float | None = option(
@@ -28,18 +59,8 @@ class DDPMOptions:
     multires_noise_discount: float = option(
         0.3, help="Strength of each coarser noise resolution relative to the one before.", check=between(0, 1)
     )
-    ip_noise_gamma: float | None = option(
-        None, help="Extra noise in the model's input that it need not predict (0.1 is usual).", check=at_least(0)
-    )
-    ip_noise_gamma_random_strength: bool = option(
-        False, help="Draw the strength of --ip_noise_gamma anew for every batch, between 0 and the given value."
-    )
     zero_terminal_snr: bool = option(
         False, help="Change the noise schedule so that the last timestep is pure noise; meant for --v_parameterization."
-    )
-    min_timestep: int | None = option(None, help="Lowest timestep to train (0).", check=between(0, 999))
-    max_timestep: int | None = option(
-        None, help="End of the timesteps to train, itself excluded (1000).", check=between(1, 1000), zero_is_unset=True
     )
     min_snr_gamma: float | None = option(
         None, help="Cap the weight of easy timesteps at this signal-to-noise ratio (5 is usual).", check=at_least(0)
@@ -54,24 +75,13 @@ class DDPMOptions:
         False, help="Weight the loss by one over the root of the signal-to-noise ratio."
     )
 
-    @property
-    def timestep_range(self) -> tuple[int, int]:
-        """Lowest timestep and the end (excluded unless both are equal)."""
-        low = 0 if self.min_timestep is None else self.min_timestep
-        high = 1000 if self.max_timestep is None else self.max_timestep
-        return low, high
-
     def problems(self) -> Iterator[str]:
         """Combinations that make no sense."""
-        low, high = self.timestep_range
-        if low > high:
-            yield f"--min_timestep {low} is above --max_timestep {high}"
+        yield from super().problems()
         if self.adaptive_noise_scale and not self.noise_offset:
             yield "--adaptive_noise_scale adds to --noise_offset and has no effect without it: give --noise_offset too"
         if self.noise_offset_random_strength and not self.noise_offset:
             yield "--noise_offset_random_strength has no effect without --noise_offset"
-        if self.ip_noise_gamma_random_strength and not self.ip_noise_gamma:
-            yield "--ip_noise_gamma_random_strength has no effect without --ip_noise_gamma"
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,75 @@ def build_sampler(
     return DiffusersSampler(scheduler, noisy=row.noisy)
 
 
+# ---- flow models --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FlowRow:
+    """One sampler of flow models: class in diffusers, its settings, how often it visits a noise level but the first.
+
+    highest: noise level that its formulas read in place of 1, for those that divide by 1 - s.
+    """
+
+    scheduler: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    visits: int = 1
+    highest: float = 1.0
+
+
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+FLOW_EULER = FlowRow("FlowMatchEulerDiscreteScheduler")  # DDIM of a flow is Euler's method
+
+FLOW_SAMPLERS: dict[str, FlowRow] = {
+    "ddim": FLOW_EULER,
+    "euler": FLOW_EULER,
+    "k_euler": FLOW_EULER,
+    "heun": FlowRow("FlowMatchHeunDiscreteScheduler", visits=2),
+    "dpmsolver++": FlowRow("DPMSolverMultistepScheduler", FLOW),
+    "dpmsingle": FlowRow("DPMSolverSinglestepScheduler", {**FLOW, "lower_order_final": True}, highest=0.999),
+}
+
+
+class FlowSampler:
+    """A diffusers scheduler for flows behind the `Sampler` protocol: the steps are taken in order, once."""
+
+    init_noise_sigma = 1.0
+
+    def __init__(self, scheduler: Any, timesteps: Tensor) -> None:
+        self.scheduler, self.timesteps = scheduler, timesteps
+
+    def scale_input(self, x: Tensor, t: Tensor) -> Tensor:
+        """The state itself."""
+        return x
+
+    def step(self, pred: Tensor, t: Tensor, x: Tensor, generator: torch.Generator | None) -> Tensor:
+        """The next state, float32. pred: the velocity n - x0."""
+        return self.scheduler.step(pred.float(), t, x.float(), return_dict=False)[0]
+
+
+def build_flow_sampler(name: str, sigmas: Tensor) -> Sampler:
+    """A sampler along the noise levels sigmas (steps + 1), falling from 1 to 0.
+
+    Raises UserError for an unknown name and for one that is for other models only.
+    """
+    row = FLOW_SAMPLERS.get(name)
+    if row is None and name in SAMPLERS:
+        works = ", ".join(FLOW_SAMPLERS)
+        raise UserError(f"--sample_sampler {name} is not for this model, which is a flow: give one of {works}")
+    if row is None:
+        raise UserError(unknown("--sample_sampler", name, FLOW_SAMPLERS))
+    scheduler = scheduler_class(row.scheduler)(**row.settings)
+    scheduler.set_timesteps(len(sigmas) - 1)
+    visited = torch.cat([sigmas[:1], sigmas[1:-1].repeat_interleave(row.visits), sigmas[-1:]])
+    # Our noise levels in place of the scheduler's own, which differ from class to class; counted, not looked up.
+    scheduler.sigmas = visited.clamp(max=row.highest)
+    scheduler.set_begin_index(0)
+    return FlowSampler(scheduler, visited[:-1])
+
+
+# ---- the schedulers of diffusers ----------------------------------------------------------------------------------
+
+
 def sampling_betas(alphas_cumprod: Tensor) -> Tensor:
     """Betas, (T,), of the schedule with every a_t at least `SMALLEST_ALPHA`."""
     kept = alphas_cumprod.double().clamp(min=SMALLEST_ALPHA)

@@ -168,7 +168,7 @@ def test_nothing_waits_for_the_device():
     )
     objective = DDPMObjective(options, LossOptions(loss_type="huber"))
     with FakeTensorMode(allow_non_fake_inputs=True):
-        t = objective.sample_t(2, seeded(), "cpu")
+        t = objective.sample_t(2, (8, 8), seeded(), "cpu")
         noised = objective.noise(torch.empty(2, 4, 8, 8), t, seeded())
         loss = objective.loss(torch.empty(2, 4, 8, 8), noised, batch_of(2, masks=torch.empty(2, 1, 64, 64)))
         with pytest.raises(DataDependentOutputException):
@@ -267,16 +267,16 @@ def test_half_precision_latents_are_noised_in_float32():
 
 def test_timesteps_are_uniform_over_the_range():
     objective = DDPMObjective(DDPMOptions(min_timestep=200, max_timestep=210), LossOptions())
-    t = objective.sample_t(5000, seeded(), "cpu")
+    t = objective.sample_t(5000, (8, 8), seeded(), "cpu")
     counts = torch.bincount(t, minlength=1000)
     assert t.dtype == torch.int64 and int(t.min()) == 200 and int(t.max()) == 209
     assert counts[200:210].min() > 400
-    assert torch.equal(t, objective.sample_t(5000, seeded(), "cpu"))
+    assert torch.equal(t, objective.sample_t(5000, (8, 8), seeded(), "cpu"))
 
 
 def test_equal_bounds_train_one_timestep():
     objective = DDPMObjective(DDPMOptions(min_timestep=300, max_timestep=300), LossOptions())
-    assert objective.sample_t(4, seeded(), "cpu").tolist() == [300] * 4
+    assert objective.sample_t(4, (8, 8), seeded(), "cpu").tolist() == [300] * 4
 
 
 def test_validation_timesteps():

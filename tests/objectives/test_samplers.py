@@ -26,7 +26,7 @@ def signal_and_sigma(objective, t):
 
 
 def run(objective, name, steps=30):
-    sampler = objective.sampler(name, steps)
+    sampler = objective.sampler(name, steps, size=(4, 4))
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(TARGET.shape, generator=generator) * sampler.init_noise_sigma
     for t in sampler.timesteps:
@@ -62,12 +62,12 @@ def test_ancestral_noise_comes_from_the_generator():
 
 def test_zero_terminal_snr_starts_at_the_last_timestep():
     objective = DDPMObjective(DDPMOptions(zero_terminal_snr=True), LossOptions(), prediction_type=V)
-    assert int(objective.sampler("ddim", 10).timesteps[0]) == 999
+    assert int(objective.sampler("ddim", 10, size=(4, 4)).timesteps[0]) == 999
 
 
 def test_unknown_name():
     with pytest.raises(UserError, match=r"unknown key 'eular_a'\. Did you mean 'euler_a'"):
-        DDPMObjective(DDPMOptions(), LossOptions()).sampler("eular_a", 10)
+        DDPMObjective(DDPMOptions(), LossOptions()).sampler("eular_a", 10, size=(4, 4))
 
 
 def test_lms_coefficients():
