@@ -107,6 +107,7 @@ def longer_than_limit(
     count_tokens: Callable[[list[str]], Sequence[int]],
     limit: int,
     *,
+    option: str = "--max_token_length",
     most: int = MOST_COUNTED,
 ) -> str | None:
     """One line on the captions of more than `limit` tokens. Of very many captions the `most` longest are counted.
@@ -122,7 +123,7 @@ def longer_than_limit(
     if not long:
         return None
     subject = "1 caption is" if len(long) == 1 else f"{len(long)} captions are"
-    note = "see max_token_length"
+    note = f"see {option}"
     if len(counted) < len(texts):
         subject, note = f"at least {subject}", f"the {len(counted)} longest were counted; {note}"
     return f"{subject} longer than {limit} tokens and will be cut ({note}): {first_names(long)}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,9 +25,9 @@ class ModelFacts:
 
     base_model_version: str  # ss_base_model_version: "sd_v1"
     architecture: str  # modelspec.architecture without "/lora": "stable-diffusion-v1"
-    implementation: str  # modelspec.implementation
+    implementation: str  # modelspec.implementation of adapter files
     prediction_type: str | None  # modelspec.prediction_type: "epsilon", "v"
-    more: Mapping[str, str] = field(default_factory=dict)  # further ss_* entries of adapter files
+    checkpoint_implementation: str | None = None  # the same of whole checkpoints, where it differs
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class PreviewDefaults:
     scale: float = 7.5  # classifier-free guidance; 1 is without
     guidance: float | None = None  # embedded guidance, of distilled models
     size: int = 512  # pixels of a side where the dataset has no size
-    cfg_trunc_ratio: float | None = None  # share of the steps, the noisiest, that have classifier-free guidance
+    cfg_trunc_ratio: float | None = None  # classifier-free guidance only at noise levels above 1 - this
     renorm_cfg: float | None = None  # most that guidance may lengthen a prediction
     honoured: tuple[str, ...] = ()  # of library.sampling.preview.SPECIAL_FIELDS
 
@@ -52,6 +52,8 @@ class ModelFamily(ABC):
     network_module: ClassVar[str]  # default of --network_module
     adapter_prefixes: ClassVar[Mapping[str, str]]  # text encoder -> what names in adapter files begin with: "lora_te1"
     bucket_step: ClassVar[int]  # picture sides are multiples of it
+    token_option: ClassVar[str] = "--max_token_length"  # the option that sets `token_limit`
+    side_endings: ClassVar[tuple[str, ...]] = ()  # of further files that `save` may write: "_clip_l"
     preview: ClassVar[PreviewDefaults] = PreviewDefaults()
     # text encoders whose adapters are only trained when this --network_args key is True: too large to train unasked
     asked_encoders: ClassVar[Mapping[str, str]] = {}

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from library.models.flux_options import FluxFineTuneOptions, FluxOptions
 from library.models.lumina_options import LuminaOptions
 from library.models.options import SDOptions
-from library.objectives.flow_options import FluxFlowOptions, LuminaFlowOptions
+from library.models.sd3_options import SD3FineTuneOptions, SD3Options
+from library.objectives.flow_options import FluxFlowOptions, LuminaFlowOptions, SD3FlowOptions
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,9 @@ FAMILIES: dict[str, FamilyEntry] = {
         "library.models.flux:Flux",
         {"model": FluxOptions, "objective": FluxFlowOptions, "finetune": FluxFineTuneOptions},
     ),
-    "lumina": FamilyEntry(
-        "library.models.lumina:Lumina", {"model": LuminaOptions, "objective": LuminaFlowOptions}
+    "lumina": FamilyEntry("library.models.lumina:Lumina", {"model": LuminaOptions, "objective": LuminaFlowOptions}),
+    "sd3": FamilyEntry(
+        "library.models.sd3:StableDiffusion3",
+        {"model": SD3Options, "objective": SD3FlowOptions, "finetune": SD3FineTuneOptions},
     ),
 }

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
+from library.log import get_logger
 from library.objectives.base import Sampler
 from library.objectives.flow_options import FlowOptions, huber_problems
 from library.objectives.loss import MEASURES, per_sample, scheduled_threshold
 from library.objectives.noise import draw, perturb
 from library.objectives.options import LossOptions
-from library.objectives.samplers import build_flow_sampler
+from library.objectives.samplers import FLOW_SAMPLERS, SAMPLERS, build_flow_sampler
 from library.types import Batch, Noised
 
 NUM_TIMESTEPS = 1000  # noise levels are given to users, and drawn by "sigma" and SD3, in thousandths
@@ -133,6 +134,7 @@ class FlowObjective:
         if problems:
             raise UserError(problems)
         self.options, self.loss_options, self.preview_shift = options, loss, preview_shift
+        self._replaced: set[str] = set()  # names of samplers of other models that were asked for
 
     def sample_t(self, count: int, size: Size, generator: torch.Generator, device: torch.device | str) -> Tensor:
         """Noise levels, (B,) float32 in [0, 1], as --timestep_sampling distributes them at this latent size."""
@@ -184,8 +186,15 @@ class FlowObjective:
     def sampler(self, name: str, steps: int, *, size: Size, shift: float | None = None) -> Sampler:
         """A sampler from noise level 1 down to 0 in `steps` steps, evenly spaced but for the shift.
 
-        Raises UserError for a name that flows do not have and for a shift that is not above 0.
+        Names that only other models have, which graphical programs write unasked, mean Euler's method, with a warning.
+        Raises UserError for an unknown name and for a shift that is not above 0.
         """
+        if name in SAMPLERS and name not in FLOW_SAMPLERS:
+            if name not in self._replaced:
+                works = ", ".join(FLOW_SAMPLERS)
+                get_logger().warning(f"sampler {name} is not for flow models: euler is used (there are {works})")
+            self._replaced.add(name)
+            name = "euler"
         k = self.preview_shift(size) if shift is None else shift
         if k <= 0:
             raise UserError(f"--fs {k}: the shift of a preview must be greater than 0")

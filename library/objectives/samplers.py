@@ -155,12 +155,9 @@ class FlowSampler:
 def build_flow_sampler(name: str, sigmas: Tensor) -> Sampler:
     """A sampler along the noise levels sigmas (steps + 1), falling from 1 to 0.
 
-    Raises UserError for an unknown name and for one that is for other models only.
+    Raises UserError for an unknown name.
     """
     row = FLOW_SAMPLERS.get(name)
-    if row is None and name in SAMPLERS:
-        works = ", ".join(FLOW_SAMPLERS)
-        raise UserError(f"--sample_sampler {name} is not for this model, which is a flow: give one of {works}")
     if row is None:
         raise UserError(unknown("--sample_sampler", name, FLOW_SAMPLERS))
     scheduler = scheduler_class(row.scheduler)(**row.settings)

@@ -224,10 +224,10 @@ class Previewer:
         generator = torch.Generator().manual_seed(seed)
         shape = (1, self.family.latent.channels, *self._latent_size(prompt))
         x = (torch.randn(shape, generator=generator) * sampler.init_noise_sigma).to(device)
-        last_guided = self._last_guided(prompt, len(sampler.timesteps)) if scale != 1.0 else -1
-        conds = {guided: self._cond(models, prompt, guided, device) for guided in {last_guided >= 0, False}}
-        for index, t in enumerate(sampler.timesteps):
-            guided = index <= last_guided
+        guided_above = self._guided_above(prompt) if scale != 1.0 else float("inf")
+        guided_ones = [float(t) > guided_above for t in sampler.timesteps]
+        conds = {guided: self._cond(models, prompt, guided, device) for guided in set(guided_ones)}
+        for t, guided in zip(sampler.timesteps, guided_ones, strict=True):
             count = 2 if guided else 1
             shown = sampler.scale_input(x, t).repeat(count, 1, 1, 1)
             pred = self.family.predict(models.denoiser, shown, t.to(device).expand(count), conds[guided], None).float()
@@ -254,10 +254,10 @@ class Previewer:
             shift=prompt.flow_shift,
         )
 
-    def _last_guided(self, prompt: Prompt, steps: int) -> int:
-        """Index of the last step with guidance: the first, noisiest ones have it."""
+    def _guided_above(self, prompt: Prompt) -> float:
+        """The time above which there is guidance. --ctr counts from pure noise: 0.25 is noise levels 1 to 0.75."""
         ratio = self.family.preview.cfg_trunc_ratio if prompt.cfg_trunc_ratio is None else prompt.cfg_trunc_ratio
-        return steps - 1 if ratio is None else int(ratio * steps) - 1
+        return -1.0 if ratio is None else 1.0 - ratio
 
     def _renormed(self, guided: Tensor, plain: Tensor, prompt: Prompt) -> Tensor:
         """`guided` at most renorm_cfg times as long as `plain` (Lumina-Image 2.0, arXiv:2503.21758, section 3.4)."""

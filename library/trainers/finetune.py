@@ -23,7 +23,8 @@ class FineTuneTrainer(Trainer):
     """The family says which parts learn, each at which rate, and how a model is written."""
 
     options: FineTuneTrainerOptions
-    project = "finetuning"
+    project, kind = "finetuning", "Checkpoint"
+    kind = "Checkpoint"
 
     # ---- what learns ------------------------------------------------------------------------------------------------
 
@@ -49,9 +50,7 @@ class FineTuneTrainer(Trainer):
 
     def build_trainables(self) -> Trainables:
         models, rates = self.models, self.learning_rates
-        modules = {
-            name: models.denoiser if name == "denoiser" else models.encoders[name] for name in rates
-        }
+        modules = {name: models.denoiser if name == "denoiser" else models.encoders[name] for name in rates}
         groups: list[dict[str, Any]] = []
         for name, rate in rates.items():
             if name == "denoiser":
@@ -103,7 +102,7 @@ class FineTuneTrainer(Trainer):
         wanted = [s.name for s in subsets if s.custom_attributes.get("diff_output_preservation")]
         if wanted:
             raise UserError(
-                f"custom_attributes.diff_output_preservation ({first_names(wanted)}) compares with the untrained model, "
+                f"custom_attributes.diff_output_preservation ({first_names(wanted)}) needs the untrained model, "
                 "which full training changes: leave it out, or train a network"
             )
 
@@ -115,9 +114,8 @@ class FineTuneTrainer(Trainer):
         encoders = {name: module for name, module in models.encoders.items() if name in self.learning}
         self.family.save(models.denoiser, encoders, path, dtype, metadata)
 
-    def metadata(self) -> dict[str, Any]:
+    def metadata(self) -> None:
         """A checkpoint says what it is, not how it was made."""
-        return {}
 
 
 class LearningModels(nn.ModuleDict):

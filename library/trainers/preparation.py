@@ -257,7 +257,7 @@ def data_warnings(family: ModelFamily, found: Scan, data: TrainingData) -> Itera
     samples = [sample for dataset in found.datasets for sample in dataset.samples]
     lines = (
         smaller_than_bucket(list(enlarged)),
-        longer_than_limit(samples, family.count_tokens, family.token_limit),
+        longer_than_limit(samples, family.count_tokens, family.token_limit, option=family.token_option),
     )
     yield from (line for line in lines if line is not None)
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from library.io import checkpoint as names
@@ -22,13 +22,14 @@ class Saver:
 
     def __init__(
         self, options: TrainerOptions, plan: RunPlan, *, active: bool,
-        write_model: Callable[[Path], None], state: Callable[[], StateParts],
+        write_model: Callable[[Path], None], state: Callable[[], StateParts], side_endings: Sequence[str] = (),
     ) -> None:  # fmt: skip
+        """side_endings: of the stems of further files that `write_model` may write beside the one it is told."""
         self.save, self.options, self.plan, self.active = options.save, options.state, plan, active
         self.folder = Path(options.save.output_dir or ".")
         self.extension = names.extension_of(options.save.save_model_as)
         self.every_epochs = names.epochs_between_saves(options.save, plan.total_epochs)
-        self.write_model, self.state = write_model, state
+        self.write_model, self.state, self.endings = write_model, state, ("", *side_endings)
         self.uploads_states = options.hub.save_state_to_huggingface
         self.uploader = Uploader(options.hub) if active and options.hub.huggingface_repo_id else None
         self.written: list[Path] = []
@@ -88,13 +89,20 @@ class Saver:
     def _write(self, name: str, *, with_state: bool) -> None:
         if not self.active:
             return
-        path = self.folder / f"{name}{self.extension}"
+        paths = self._files(name)
         if self.uploader:
-            self.uploader.release(path)
-        self.write_model(path)
-        self._written(path, upload=True)
+            for path in paths:
+                self.uploader.release(path)
+        self.write_model(paths[0])
+        for path in paths:
+            if path.exists():
+                self._written(path, upload=True)
         if with_state:
             self._write_state(name)
+
+    def _files(self, name: str) -> list[Path]:
+        """The file of a save, and those that may lie beside it."""
+        return [self.folder / f"{name}{ending}{self.extension}" for ending in self.endings]
 
     def _write_state(self, name: str) -> None:
         if not self.active:
@@ -119,4 +127,5 @@ class Saver:
         if keep_model:
             names.remove_state(self.folder, names.state_name(name))
         else:
-            names.remove_save(self.folder, f"{name}{self.extension}")
+            for path in self._files(name):
+                names.remove_save(self.folder, path.name)

@@ -208,8 +208,9 @@ class Trainer(ABC):
     def build_outputs(self) -> None:
         """What watches the run and what it writes."""
         self.saver = Saver(
-            self.options, self.plan, active=self.main_process, write_model=self.write_model, state=self.state_parts
-        )
+            self.options, self.plan, active=self.main_process, write_model=self.write_model, state=self.state_parts,
+            side_endings=self.family.side_endings,
+        )  # fmt: skip
         self.record = RunRecord(
             self.options,
             self.plan,

@@ -136,14 +136,14 @@ def test_longer_than_limit() -> None:
         sample("/fits.png", "abcdefg hij klm"),
     ]
     assert longer_than_limit(samples, words, 3) == (
-        "4 captions are longer than 3 tokens and will be cut (see max_token_length): "
+        "4 captions are longer than 3 tokens and will be cut (see --max_token_length): "
         "/long.png (4 tokens), /same.png (4 tokens), /prefix.png (4 tokens) and 1 more"
     )
     assert counted == [["one two three four five", "one two three four", "abcdefg hij klm", "my own one two"]]
     assert longer_than_limit([*samples, *samples], words, 3) == longer_than_limit(samples, words, 3)
     assert longer_than_limit(samples, words, 3, most=1) == (
         "at least 1 caption is longer than 3 tokens and will be cut (the 1 longest were counted; "
-        "see max_token_length): /lines.png (5 tokens)"
+        "see --max_token_length): /lines.png (5 tokens)"
     )
     assert longer_than_limit(samples, words, 5) is None
     assert longer_than_limit([], words, 5) is None

@@ -14,7 +14,7 @@ from torch import Tensor
 from library.types import Batch
 from tests.trainers.helpers import Adapters
 
-# options that name the tiny model, a batch, adapters (keys of a kohya file), the micro-step's generator -> mean loss
+# options of the run, a batch, adapters (keys of a kohya file), the micro-step's generator -> mean loss
 Loss = Callable[[dict[str, Any], Batch, Adapters, torch.Generator], Tensor]
 
 

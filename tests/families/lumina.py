@@ -140,7 +140,7 @@ def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
             merges[left, letter] = None
             left += letter
     letters = ["▁", *"abcdefghijklmnopqrstuvwxyz,.()<>:"]
-    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", *letters, *(f"<0x{i:02X}>" for i in range(256))]
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *letters, *(f"<0x{i:02X}>" for i in range(256))]
     tokens += [a + b for a, b in merges]
     return {token: i for i, token in enumerate(tokens)}, list(merges)
 
@@ -201,12 +201,25 @@ def loss(options: dict[str, Any], batch: Batch, adapters: Adapters, generator: t
     return F.mse_loss(answer, latents - noise)
 
 
+LAYERS = {  # diffusers -> published
+    ".norm1.linear": ".adaLN_modulation.1",
+    ".attn.to_out.0": ".attention.out",
+    ".attn.to_q": ".attention.qkv",
+    ".attn.to_k": ".attention.qkv",
+    ".attn.to_v": ".attention.qkv",
+    ".feed_forward.linear_": ".feed_forward.w",
+    "norm_out.linear_1": "final_layer.adaLN_modulation.1",
+    "norm_out.linear_2": "final_layer.linear",
+    "time_caption_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "time_caption_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "time_caption_embed.caption_embedder.1": "cap_embedder.1",
+}
+
+
 def published_path(path: str) -> str:
     """The name of a layer of the denoiser in adapter files; q, k and v have one name."""
-    path = path.replace(".norm1.linear", ".adaLN_modulation.1").replace(".attn.to_out.0", ".attention.out")
-    path = path.replace(".feed_forward.linear_", ".feed_forward.w")
-    for part in "qkv":
-        path = path.replace(f".attn.to_{part}", ".attention.qkv")
+    for own, name in LAYERS.items():
+        path = path.replace(own, name)
     return f"lora_unet_{path}".replace(".", "_")
 
 

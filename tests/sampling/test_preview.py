@@ -20,6 +20,8 @@ from library.models.family import PreviewDefaults
 from library.models.options import SDOptions
 from library.models.sd import StableDiffusion
 from library.objectives.ddpm import DDPMObjective
+from library.objectives.flow import FlowObjective, constant_shift
+from library.objectives.flow_options import FluxFlowOptions
 from library.objectives.options import DDPMOptions, LossOptions
 from library.rng import derive_seed
 from library.sampling.options import SAMPLER_NAMES, SampleOptions
@@ -336,7 +338,8 @@ def test_guidance_only_in_the_first_steps_and_no_longer_than_allowed(
     family: StableDiffusion, models: PreviewModels, tmp_path: Path
 ) -> None:
     prompt = replace(CAT, sample_steps=4, cfg_trunc_ratio=0.5, renorm_cfg=1.0)
-    maker, objective = previewer(family, [prompt], tmp_path), OBJECTIVE
+    objective = FlowObjective(FluxFlowOptions(), LossOptions(), preview_shift=constant_shift(1.0))
+    maker = Previewer(family, objective, [prompt], output_dir=tmp_path, output_name="my", default_size=(64, 64))
     denoiser = Noisy(models.denoiser)
     (picture,) = maker.render(replace(models, denoiser=denoiser), step=1, epoch=None, **F32)
     sampler = objective.sampler("ddim", 4, size=(8, 8))
@@ -346,7 +349,7 @@ def test_guidance_only_in_the_first_steps_and_no_longer_than_allowed(
         for index, t in enumerate(sampler.timesteps):
             without, plain = (family.predict(models.denoiser, x, t.expand(1), cond, None) for cond in conds)
             pred = plain
-            if index < 2:
+            if index < 2:  # noise levels 1 and 0.75; 0.5 and 0.25 are not above 0.5
                 pred = without + 4.0 * (plain - without)
                 pred = pred * min(1.0, float(plain.norm() / pred.norm()))
             x = sampler.step(pred, t, x, None)
