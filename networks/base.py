@@ -25,6 +25,7 @@ from torch.utils.hooks import RemovableHandle
 
 from library.errors import UserError, first_names
 from networks.formats import read_tensors, write_tensors
+from networks.shared import SharedCall
 from networks.spec import TargetSpec
 
 Rates = float | Sequence[float] | None  # one learning rate, or one per text encoder
@@ -52,6 +53,7 @@ class AdapterLayer(nn.Module, ABC):
         self.scale = 1.0  # what `delta` is multiplied with, besides the multiplier; alpha / rank for LoRA
         self.multiplier = 1.0
         self.enabled = True
+        self.shared = SharedCall(len(target.modules))
         self._handles: list[RemovableHandle] = []
 
     # ---- what a subclass says --------------------------------------------------------------------------------------
@@ -102,6 +104,9 @@ class AdapterLayer(nn.Module, ABC):
     def set_multiplier(self, multiplier: float) -> None:
         self.multiplier = multiplier
 
+    def step_taken(self) -> None:
+        """Called after each optimizer step, before the gradients are cleared."""
+
     # ---- at work ---------------------------------------------------------------------------------------------------
 
     def attach(self) -> None:
@@ -117,7 +122,12 @@ class AdapterLayer(nn.Module, ABC):
 
     def _hook(self, index: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
         def add_change(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            return self.change(args[0], output, index) if self.enabled else None
+            if not self.enabled:
+                return None
+            self.shared.enter(args[0], index)
+            changed = self.change(args[0], output, index)
+            self.shared.leave()
+            return changed
 
         return add_change
 
@@ -127,13 +137,13 @@ class AdapterLayer(nn.Module, ABC):
         return torch.add(y, self.place(delta, index), alpha=self.scale * self.multiplier)
 
     def gate(self, delta: Tensor) -> Tensor:
-        """Module dropout: in training, nothing with probability `module_dropout`.
+        """Module dropout: in training, nothing with probability `module_dropout`, the same in all modules.
 
         A factor instead of a branch: no wait for the device, and every parameter gets a gradient on every rank.
         """
         if not (self.training and self.module_dropout):
             return delta
-        return delta * (torch.rand((), device=delta.device) >= self.module_dropout)
+        return delta * self.shared.value("kept", lambda: torch.rand((), device=delta.device) >= self.module_dropout)
 
     def place(self, delta: Tensor, index: int) -> Tensor:
         """`delta` of the target's rows as wide as the module's output, zero in the rows of others."""
@@ -214,27 +224,34 @@ class AdapterNetwork(nn.Module, ABC):
         except UserError as error:
             raise UserError([p if str(path) in p else f"{path}: {p}" for p in error.problems]) from None
 
+    def exact_tensors(self) -> dict[str, Tensor]:
+        """Everything that a resumed run needs to go on exactly, by name."""
+        return dict(self.named_parameters())
+
     def exact_state(self) -> dict[str, Tensor]:
         """Every parameter as it is, for resuming: a published file folds some together (`use_scalar`)."""
-        return {name: parameter.detach().cpu().clone() for name, parameter in self.named_parameters()}
+        return {name: tensor.detach().cpu().clone() for name, tensor in self.exact_tensors().items()}
 
     def load_exact_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what `exact_state` gave. Raises UserError when it is of another network."""
-        own = dict(self.named_parameters())
+        own = self.exact_tensors()
         wrong = [
             n for n in sorted({*own, *tensors}) if n not in own or n not in tensors or own[n].shape != tensors[n].shape
         ]
         if wrong:
             raise UserError(f"the state is of another network: {len(wrong)} parameters differ: {first_names(wrong)}")
         with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(tensors[name])
+            for name, tensor in own.items():
+                tensor.copy_(tensors[name])
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         return (parameter for parameters in self.module_parameters().values() for parameter in parameters)
 
     def epoch_started(self) -> None:
         """Called at the start of each epoch; some third-party modules need it."""
+
+    def step_taken(self) -> None:
+        """Called after each optimizer step, before the gradients are cleared; some adapters look at them (GGPO)."""
 
     def enable_gradient_checkpointing(self) -> None:
         """Called once when the models recompute activations: hooks are recomputed with their modules."""

@@ -3,23 +3,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from library.errors import UserError, first_names
+from library.log import get_logger
 from networks.base import AdapterLayer
 from networks.formats import by_module, read_tensors, to_kohya
-from networks.lr_weights import BlockLayout, plan_ranks
 from networks.network import LayerNetwork, RateRules
 from networks.norm_layer import NormLayer
-from networks.options import BlockOptions, LoraPlusOptions
+from networks.options import LoraPlusOptions, PatternOptions
 from networks.spec import TargetSpec
 
 MakeLayer = Callable[[TargetSpec, int, float], AdapterLayer]  # (target, rank, alpha)
-FindTargets = Callable[[bool, bool], list[TargetSpec]]  # (with 3x3 convolutions, with norms)
+Ranks = Callable[[TargetSpec], tuple[int, float]]  # rank (0: no adapter) and alpha
 
 
 class FileLayer(Protocol):
@@ -32,35 +32,39 @@ class FileLayer(Protocol):
     def from_tensors(cls, target: TargetSpec, tensors: Mapping[str, Tensor], settings: Any) -> AdapterLayer: ...
 
 
-def build_network(
-    find_targets: FindTargets,
-    make_layer: MakeLayer,
-    *,
-    layout: BlockLayout | None,
-    blocks: BlockOptions,
-    plus: LoraPlusOptions,
-    multiplier: float,
-    dim: int | None,
-    alpha: float | None,
-) -> LayerNetwork:
-    """A new network. dim None is 4, alpha None is 1. Raises UserError when nothing is left to adapt."""
+def default_sizes(dim: int | None, alpha: float | None) -> tuple[int, float]:
+    """--network_dim (None is 4) and --network_alpha (None is 1). Raises UserError for a dim below 1."""
     if dim is not None and dim < 1:
         raise UserError(f"--network_dim must be at least 1, got {dim}")
-    plan = plan_ranks(blocks, layout, dim=4 if dim is None else int(dim), alpha=1.0 if alpha is None else float(alpha))
+    return 4 if dim is None else int(dim), 1.0 if alpha is None else float(alpha)
+
+
+def build_network(
+    targets: Iterable[TargetSpec],
+    ranks: Ranks,
+    make_layer: MakeLayer,
+    *,
+    patterns: PatternOptions,
+    alpha: float,
+    rates: RateRules,
+    multiplier: float,
+) -> LayerNetwork:
+    """A new network. network_reg_dims stands above `ranks`. Raises UserError when nothing is left to adapt."""
     layers: list[AdapterLayer] = []
-    for target in find_targets(plan.has_conv, blocks.train_norm):
-        module = target.modules[0].module
-        if isinstance(module, (nn.LayerNorm, nn.GroupNorm)):
-            if plan.rank_alpha(target, is_3x3=False)[0]:
-                layers.append(NormLayer(target))
+    for target in targets:
+        matched = [rank for pattern, rank in patterns.network_reg_dims or () if pattern.search(target.name)]
+        rank, own_alpha = (matched[0], alpha) if matched else ranks(target)
+        if not rank:
             continue
-        is_3x3 = isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1)
-        rank, own_alpha = plan.rank_alpha(target, is_3x3=is_3x3)
-        if rank:
-            layers.append(make_layer(target, rank, own_alpha))
+        if isinstance(target.modules[0].module, (nn.LayerNorm, nn.GroupNorm)):
+            layers.append(NormLayer(target))
+            continue
+        layers.append(make_layer(target, rank, own_alpha))
+        if patterns.verbose:
+            get_logger().info("adapter %s: rank %d, alpha %g", target.name, rank, own_alpha)
     if not layers:
         raise UserError("--network_args: no layer is left to train (every block has rank or learning-rate weight 0)")
-    return LayerNetwork(layers, rates=rate_rules(plus, plan.lr_weights), multiplier=multiplier)
+    return LayerNetwork(layers, rates=rates, multiplier=multiplier)
 
 
 def network_from_weights(
@@ -97,11 +101,16 @@ def network_from_weights(
     return LayerNetwork([made[name] for name in known if name in made], rates=rates, multiplier=multiplier)
 
 
-def rate_rules(plus: LoraPlusOptions, block_weights: tuple[float, ...] | None) -> RateRules:
-    """LoRA+ ratios: the one of a model stands above the general one."""
+def rate_rules(plus: LoraPlusOptions, patterns: PatternOptions, block_weights: tuple[float, ...] | None) -> RateRules:
+    """LoRA+ ratios (the one of a model stands above the general one), rates by name and by block."""
     general = plus.loraplus_lr_ratio
     denoiser, encoder = plus.loraplus_unet_lr_ratio, plus.loraplus_text_encoder_lr_ratio
-    return RateRules(block_weights, general if denoiser is None else denoiser, general if encoder is None else encoder)
+    return RateRules(
+        block_weights,
+        general if denoiser is None else denoiser,
+        general if encoder is None else encoder,
+        patterns.network_reg_lrs or (),
+    )
 
 
 def weights_of(file: str | Path | None, weights: Mapping[str, Tensor] | None) -> dict[str, Tensor]:

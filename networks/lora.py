@@ -12,23 +12,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from library.errors import UserError
-from library.log import get_logger
 from networks.base import AdapterNetwork
-from networks.build import build_network, network_from_weights, rate_rules, weights_of
-from networks.lora_layer import LoRALayer, LoraSettings, lora_layer
-from networks.lr_weights import block_lr_weights
-from networks.norm_layer import NormLayer
-from networks.options import BlockOptions, DropoutOptions, LoraLayerOptions, LoraPlusOptions, read_network_args
+from networks.build import default_sizes
+from networks.lora_build import LORA_ARGUMENTS, lora_from_weights, new_lora
+from networks.lr_weights import block_lr_weights, plan_ranks
+from networks.options import BlockOptions, read_network_args
+from networks.spec import TargetSpec
 from networks.targets import SD_BLOCKS, TextEncoders, every_target, sd_targets
 
-ARGUMENTS: dict[str, type] = {
-    "blocks": BlockOptions,
-    "layer": LoraLayerOptions,
-    "dropout": DropoutOptions,
-    "plus": LoraPlusOptions,
-}
-FILE_LAYERS = (LoRALayer, NormLayer)
+ARGUMENTS: dict[str, type] = {"blocks": BlockOptions, **LORA_ARGUMENTS}
+FILE_DECIDES = ("conv_dim", "conv_alpha", "block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas")
 
 
 def create_network(
@@ -43,16 +36,21 @@ def create_network(
 ) -> AdapterNetwork:
     """A new LoRA, not yet attached. `kwargs` are --network_args. Raises UserError listing every mistake in them."""
     options = read_network_args(ARGUMENTS, kwargs)
-    settings = lora_settings(options["layer"], options["dropout"], neuron_dropout)
-    return build_network(
-        lambda conv, norm: sd_targets(text_encoder, unet, conv=conv, norm=norm),
-        lambda target, rank, alpha: lora_layer(target, rank=rank, alpha=alpha, settings=settings),
-        layout=SD_BLOCKS,
-        blocks=options["blocks"],
-        plus=options["plus"],
+    dim, alpha = default_sizes(network_dim, network_alpha)
+    plan = plan_ranks(options["blocks"], SD_BLOCKS, dim=dim, alpha=alpha)
+
+    def ranks(target: TargetSpec) -> tuple[int, float]:
+        module = target.modules[0].module
+        return plan.rank_alpha(target, is_3x3=isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1))
+
+    return new_lora(
+        options,
+        sd_targets(text_encoder, unet, conv=plan.has_conv, norm=options["blocks"].train_norm),
+        ranks,
+        alpha=alpha,
+        neuron_dropout=neuron_dropout,
         multiplier=multiplier,
-        dim=network_dim,
-        alpha=network_alpha,
+        block_weights=plan.lr_weights,
     )
 
 
@@ -73,38 +71,15 @@ def create_network_from_weights(
     """
     options = read_network_args(ARGUMENTS, kwargs)
     blocks: BlockOptions = options["blocks"]
-    decided = ("conv_dim", "conv_alpha", "block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas")
-    given = [name for name in decided if getattr(blocks, name) is not None]
-    if given:
-        raise UserError(f"--network_args: {', '.join(given)}: ranks and alphas come from {file}; leave them out")
-    forms = [name for name, value in vars(options["layer"]).items() if value and name != "wd_on_output"]
-    forms += ["train_norm"] if blocks.train_norm else []
-    if forms:
-        get_logger().warning("--network_args: %s: no effect, %s decides the form of its layers", ", ".join(forms), file)
-    network = network_from_weights(
+    return lora_from_weights(
+        options,
         every_target(text_encoder, unet),
-        FILE_LAYERS,
-        weights := weights_of(file, weights_sd),
-        settings=lora_settings(options["layer"], options["dropout"], neuron_dropout),
-        rates=rate_rules(options["plus"], block_lr_weights(blocks, SD_BLOCKS)),
+        decided=[name for name in FILE_DECIDES if getattr(blocks, name) is not None],
+        more_forms=["train_norm"] if blocks.train_norm else [],
+        file=file,
+        weights_sd=weights_sd,
+        for_inference=for_inference,
+        neuron_dropout=neuron_dropout,
         multiplier=multiplier,
-        file=str(file or "adapter weights"),
-    )
-    if for_inference:
-        network.requires_grad_(False).eval()
-    return network, weights
-
-
-def lora_settings(layer: LoraLayerOptions, dropout: DropoutOptions, neuron_dropout: float | None) -> LoraSettings:
-    """The options of a LoRA layer. Raises UserError when --network_dropout is given twice with two values."""
-    if neuron_dropout is not None and dropout.dropout is not None and neuron_dropout != dropout.dropout:
-        raise UserError(f"--network_args: dropout={dropout.dropout} is --network_dropout, which is {neuron_dropout}")
-    return LoraSettings(
-        tucker=layer.use_tucker,
-        scalar=layer.use_scalar,
-        dora=("output" if layer.wd_on_output else "input") if layer.dora_wd else None,
-        rs_lora=layer.rs_lora,
-        neuron_dropout=neuron_dropout or dropout.dropout or 0.0,
-        rank_dropout=dropout.rank_dropout or 0.0,
-        module_dropout=dropout.module_dropout or 0.0,
+        block_weights=block_lr_weights(blocks, SD_BLOCKS),
     )

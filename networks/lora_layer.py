@@ -4,6 +4,9 @@
 A 3x3 convolution keeps its kernel in `lora_down` (rank, in, 3, 3), or with use_tucker in `lora_mid` (rank, rank, 3, 3)
 between two 1x1 matrices. rs_lora (arXiv:2312.03732) scales by alpha / sqrt(rank); since readers divide by the rank, the
 file holds alpha * sqrt(rank).
+
+GGPO (LoRA-GGPO, arXiv:2502.14538v1): in training the weight W' = W + ΔW is moved by Gaussian noise, so that training
+finds flat minima. Row i has the standard deviation (sigma ‖W'_i‖ + beta ‖∇W'_i‖²) / sqrt(rows), from the last step.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ class LoraSettings:
     neuron_dropout: float = 0.0
     rank_dropout: float = 0.0
     module_dropout: float = 0.0
+    noise: tuple[float, float] | None = None  # (sigma, beta) of GGPO
 
 
 class LoRALayer(WeightLayer):
@@ -57,6 +61,8 @@ class LoRALayer(WeightLayer):
         up = _uniform if settings.scalar else torch.zeros
         self.lora_up = nn.Parameter(up(target.width, rank, *point))
         self.scalar = nn.Parameter(torch.zeros(())) if settings.scalar else None
+        self.noise: Tensor | None  # standard deviation per row; none before the first step
+        self.register_buffer("noise", None if settings.noise is None else torch.zeros(target.width))
 
     @staticmethod
     def claims(names: set[str]) -> bool:
@@ -75,9 +81,21 @@ class LoRALayer(WeightLayer):
 
     # ---- forward ---------------------------------------------------------------------------------------------------
 
+    def change(self, x: Tensor, y: Tensor, index: int) -> Tensor:
+        changed = super().change(x, y, index)
+        if self.noise is None or not self.training:
+            return changed
+        return changed + self.place(self._perturbation(x, index).to(y.dtype), index)
+
     def delta(self, x: Tensor, index: int = 0) -> Tensor:
         """up(dropout(down(x))): computed in x's dtype, or in autocast's."""
-        module = self.target.modules[index].module
+        inner = self.shared.value(self, lambda: self._inner(x))
+        up = self._up(index).to(inner.dtype)
+        return F.conv2d(inner, up) if self.is_conv else F.linear(inner, up)
+
+    def _inner(self, x: Tensor) -> Tensor:
+        """dropout(down(x)): what all modules of the target share, as the rows of one fused layer would."""
+        module = self.target.modules[0].module
         down = self.lora_down.to(x.dtype)
         if not isinstance(module, nn.Conv2d):
             inner = F.linear(x, down)
@@ -85,10 +103,7 @@ class LoRALayer(WeightLayer):
             inner = convolve(x, down, module)
         else:
             inner = convolve(F.conv2d(x, down), self.lora_mid.to(x.dtype), module)
-        if self.training:
-            inner = self._drop(inner)
-        up = self._up(index).to(inner.dtype)
-        return F.conv2d(inner, up) if self.is_conv else F.linear(inner, up)
+        return self._drop(inner) if self.training else inner
 
     def _up(self, index: int) -> Tensor:
         """The rows of the up matrix for module `index`, with the learned factor in it."""
@@ -107,6 +122,35 @@ class LoRALayer(WeightLayer):
             inner = inner * kept.to(inner.dtype)
         return inner
 
+    # ---- GGPO ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _perturbation(self, x: Tensor, index: int) -> Tensor:
+        """Random weights times x. A constant: for a gradient the random matrix, as large as W, would be kept."""
+        assert self.noise is not None
+        module = self.target.modules[index].module
+        rows = self.noise[self.target.own_rows(index)].to(x.dtype)
+        draw = torch.randn(self.base_weight(index).shape, dtype=x.dtype, device=x.device)
+        draw *= rows.reshape(-1, *[1] * (draw.dim() - 1))
+        return convolve(x, draw, module) if isinstance(module, nn.Conv2d) else F.linear(x, draw)
+
+    @torch.no_grad()
+    def step_taken(self) -> None:
+        """The next step's noise, from the weights as they are now and from this step's gradients.
+
+        ∇W' is approximated by s (∇B A + B ∇A), whose row norms need no matrix as large as W.
+        """
+        if self.noise is None or self.settings.noise is None:
+            return
+        sigma, beta = self.settings.noise
+        down, up = self.lora_down.float().flatten(1), self.lora_up.float().flatten(1)
+        down_gradient, up_gradient = _gradient(self.lora_down), _gradient(self.lora_up)
+        square = (up_gradient @ (down @ down.T) * up_gradient).sum(1)
+        square += 2 * (up_gradient @ (down @ down_gradient.T) * up).sum(1)
+        square += (up @ (down_gradient @ down_gradient.T) * up).sum(1)
+        norms = torch.cat([self.weight_norms(index) for index in range(len(self.target.modules))])
+        self.noise.copy_((sigma * norms + beta * self.scale**2 * square) / math.sqrt(len(norms)))
+
     # ---- weights ---------------------------------------------------------------------------------------------------
 
     def _factors(self, index: int) -> tuple[Tensor, Tensor]:
@@ -122,7 +166,7 @@ class LoRALayer(WeightLayer):
 
     def weight_norms(self, index: int) -> Tensor:
         """‖W + s·B·A‖ per row without forming the sum: ‖w‖² + 2s (W Aᵀ)·b + s² b (A Aᵀ) bᵀ."""
-        if self.dora != "output":
+        if self.dora == "input":
             return super().weight_norms(index)
         weight = self.base_weight(index).flatten(1)
         up, down = self._factors(index)
@@ -179,7 +223,7 @@ class LoRALayer(WeightLayer):
 class SplitLoRALayer(AdapterLayer):
     """A LoRA of its own for each Linear of a target, written as one: downs stacked, ups on the diagonal of one matrix.
 
-    The file's rank is n times as large, so its alpha is too: alpha / rank stays what was trained.
+    The file's rank is n times as large, so its alpha is too: alpha / rank stays what was trained (decision 0006).
     """
 
     saved: ClassVar[tuple[str, ...]] = LoRALayer.saved
@@ -190,6 +234,8 @@ class SplitLoRALayer(AdapterLayer):
         singles = [replace(target, modules=(module,), split=False) for module in target.modules]
         self.parts = nn.ModuleList(LoRALayer(single, rank=rank, alpha=alpha, settings=settings) for single in singles)
         self.rank = rank * len(self.parts)
+        for part in self._all():
+            part.shared = self.shared  # module dropout drops all of them or none
 
     def _part(self, index: int) -> LoRALayer:
         part = self.parts[index]
@@ -203,6 +249,10 @@ class SplitLoRALayer(AdapterLayer):
         super().set_multiplier(multiplier)
         for part in self._all():
             part.set_multiplier(multiplier)
+
+    def step_taken(self) -> None:
+        for part in self._all():
+            part.step_taken()
 
     def delta(self, x: Tensor, index: int = 0) -> Tensor:
         return self._part(index).delta(x)
@@ -233,6 +283,8 @@ class SplitLoRALayer(AdapterLayer):
         return fused
 
     def problem(self, tensors: Mapping[str, Tensor]) -> str | None:
+        if len(tensors.get("lora_down.weight", ())) % len(self.parts):
+            return "was not trained with split_qkv"
         expected = {name: value.shape for name, value in self.tensors().items() if name != "alpha"}
         for name, shape in expected.items():
             if name not in tensors:
@@ -263,6 +315,12 @@ def lora_layer(target: TargetSpec, *, rank: int, alpha: float, settings: LoraSet
     """The LoRA for a target: one for all of its modules, or one for each."""
     kind = SplitLoRALayer if target.split else LoRALayer
     return kind(target, rank=rank, alpha=alpha, settings=settings)
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    """The parameter's gradient as a float32 matrix; zero when it has none."""
+    gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    return gradient.float().flatten(1)
 
 
 def _uniform(*shape: int) -> Tensor:

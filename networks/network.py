@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,11 +21,15 @@ from networks.spec import Part
 
 @dataclass(frozen=True)
 class RateRules:
-    """Learning rates within a network: a factor per denoiser block, and LoRA+ ratios (None: no group of its own)."""
+    """Learning rates within a network: a factor per denoiser block, LoRA+ ratios (None: no group of its own), patterns.
+
+    patterns: (regular expression, rate); a layer whose name has the first one has that rate, whatever the others are.
+    """
 
     block_weights: tuple[float, ...] | None = None
     denoiser_plus: float | None = None
     text_encoder_plus: float | None = None
+    patterns: tuple[tuple[re.Pattern[str], float], ...] = ()
 
 
 class LayerNetwork(AdapterNetwork):
@@ -87,6 +92,13 @@ class LayerNetwork(AdapterNetwork):
         all_norms = torch.stack(norms)
         return NormReport(torch.stack(scaled).sum(), all_norms.mean(), all_norms.max())
 
+    def step_taken(self) -> None:
+        for layer in self.named_layers().values():
+            layer.step_taken()
+
+    def exact_tensors(self) -> dict[str, Tensor]:
+        return {**super().exact_tensors(), **dict(self.named_buffers())}
+
     def merge_into(self, *, dtype: torch.dtype | None = None) -> None:
         self.detach()
         for layer in self.named_layers().values():
@@ -97,21 +109,37 @@ class LayerNetwork(AdapterNetwork):
     def param_groups(
         self, *, learning_rate: float | None, unet_lr: float | None = None, text_encoder_lr: Rates = None
     ) -> list[dict[str, Any]]:
+        rules = self.rates
         groups: list[dict[str, Any]] = []
         encoders = self.named_layers("text_encoder").values()
         for index in sorted({layer.target.encoder for layer in encoders}):
             layers = [layer for layer in encoders if layer.target.encoder == index]
-            name = f"textencoder {index + 1}" if any(layer.target.encoder for layer in encoders) else "textencoder"
             rate = encoder_rate(text_encoder_lr, index)
-            groups += _groups(layers, name, learning_rate if rate is None else rate, self.rates.text_encoder_plus)
+            rate = learning_rate if rate is None else rate
+            name = encoder_label(layers[0].target.name)
+            others, matched = self._matched(name, layers, rules.text_encoder_plus)
+            groups += [*matched, *_groups(others, name, rate, rules.text_encoder_plus)]
         rate = learning_rate if unet_lr is None else unet_lr
-        for name, weight, layers in self._denoiser_blocks():
-            groups += _groups(layers, name, None if rate is None else rate * weight, self.rates.denoiser_plus)
+        others, matched = self._matched("unet", [*self.named_layers("denoiser").values()], rules.denoiser_plus)
+        groups += matched
+        for name, weight, layers in self._denoiser_blocks(others):
+            groups += _groups(layers, name, None if rate is None else rate * weight, rules.denoiser_plus)
         return groups
 
-    def _denoiser_blocks(self) -> list[tuple[str, float, list[AdapterLayer]]]:
+    def _matched(
+        self, part: str, layers: Sequence[AdapterLayer], plus: float | None
+    ) -> tuple[list[AdapterLayer], list[dict[str, Any]]]:
+        """The layers that no pattern matches, and the groups of the others."""
+        groups: list[dict[str, Any]] = []
+        others = [*layers]
+        for index, (pattern, rate) in enumerate(self.rates.patterns):
+            own = [layer for layer in others if pattern.search(layer.target.name)]
+            others = [layer for layer in others if not pattern.search(layer.target.name)]
+            groups += _groups(own, f"{part} reg_lr_{index}", rate, plus)
+        return others, groups
+
+    def _denoiser_blocks(self, layers: list[AdapterLayer]) -> list[tuple[str, float, list[AdapterLayer]]]:
         """(group name, learning-rate factor, layers): one entry, or one per block in the order of the file."""
-        layers = [*self.named_layers("denoiser").values()]
         weights = self.rates.block_weights
         if weights is None:
             return [("unet", 1.0, layers)]
@@ -172,6 +200,11 @@ def encoder_rate(rates: Rates, index: int) -> float | None:
     if isinstance(rates, Sequence):
         return rates[min(index, len(rates) - 1)] if rates else None
     return rates
+
+
+def encoder_label(name: str) -> str:
+    """ "textencoder", or "textencoder 2" for the layers of lora_te2_."""
+    return f"textencoder {name.split('_')[1].removeprefix('te')}".strip()
 
 
 def _groups(layers: Sequence[AdapterLayer], name: str, rate: float | None, plus: float | None) -> list[dict[str, Any]]:

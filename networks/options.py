@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from library.errors import UserError, unknown
+from library.log import get_logger
 from library.options import at_least, between, convert, option, positive, specs
 
 PRESETS = ("cosine", "sine", "linear", "reverse_linear", "zeros")
@@ -34,6 +36,53 @@ def lr_weights(value: Any) -> str | tuple[float, ...]:
     if base:
         convert(base, float)
     return text
+
+
+def rank_list(count: int) -> Callable[[Any], tuple[int, ...]]:
+    """A parser of exactly `count` ranks, `4,4,0` or `[4,4,0]`."""
+
+    def parse(value: Any) -> tuple[int, ...]:
+        found = comma_list(int)(value.strip().strip("[]") if isinstance(value, str) else value)
+        if len(found) != count:
+            raise ValueError(f"needs {count} values, got {len(found)}")
+        return tuple(int(rank) for rank in found)
+
+    return parse
+
+
+def block_ranges(value: Any) -> tuple[tuple[int, int], ...] | None:
+    """`0-3,7` as ((0, 3), (7, 7)); `none` as (); `all` as None."""
+    text = ",".join(str(item) for item in value) if isinstance(value, (list, tuple)) else str(value).strip()
+    if text in ("all", "none"):
+        return None if text == "all" else ()
+    found = []
+    for item in text.split(","):
+        numbers = re.fullmatch(r"(\d+)(?:-(\d+))?", item.strip())
+        first, last = (int(numbers[1]), int(numbers[2] or numbers[1])) if numbers else (1, 0)
+        if first > last:
+            raise ValueError(f"expects all, none, or numbers and ranges such as 0-3,7; got '{item.strip()}'")
+        found.append((first, last))
+    return tuple(found)
+
+
+def patterns(kind: type) -> Callable[[Any], tuple[tuple[re.Pattern[str], Any], ...]]:
+    """A parser of `regex=value,regex=value`, values of `kind`, not below 0."""
+
+    def parse(value: Any) -> tuple[tuple[re.Pattern[str], Any], ...]:
+        found = []
+        for pair in str(value).split(","):
+            pattern, equals, number = pair.strip().rpartition("=")
+            if not equals:
+                raise ValueError(f"expects regex=value,regex=value, got '{pair.strip()}'")
+            try:
+                found.append((re.compile(pattern), convert(number, kind)))
+            except re.error as error:
+                raise ValueError(f"'{pattern}' is no regular expression: {error}") from None
+            if found[-1][1] < 0:
+                raise ValueError(f"must not be below 0, got {pair.strip()}")
+        return tuple(found)
+
+    return parse
 
 
 @dataclass(frozen=True)
@@ -111,10 +160,87 @@ class LoraLayerOptions:
     dora_wd: bool = option(False, help="DoRA: learn the length of the weight's rows apart from their direction.")
     wd_on_output: bool = option(True, help="DoRA over output rows; false: over input columns, which few programs read.")
     rs_lora: bool = option(False, help="Scale by alpha / sqrt(rank) instead of alpha / rank.")
+    ggpo_sigma: float | None = option(
+        None, help="GGPO: in training, noise in proportion to the norms of the weight's rows, e.g. 0.03.",
+        check=at_least(0),
+    )  # fmt: skip
+    ggpo_beta: float | None = option(
+        None, help="GGPO: noise in proportion to the squared norms of the gradient's rows, e.g. 0.01.",
+        check=at_least(0),
+    )  # fmt: skip
+
+    @property
+    def noise(self) -> tuple[float, float] | None:
+        """(sigma, beta) of GGPO, or None without."""
+        found = (self.ggpo_sigma or 0.0, self.ggpo_beta or 0.0)
+        return found if any(found) else None
+
+    @property
+    def form(self) -> list[str]:
+        """The options given that decide which tensors a file has."""
+        return [name for name in ("use_tucker", "use_scalar", "dora_wd", "rs_lora") if getattr(self, name)]
 
     def problems(self) -> Iterator[str]:
         if not self.wd_on_output and not self.dora_wd:
             yield "wd_on_output has no effect without dora_wd"
+        if self.noise and (self.use_tucker or self.use_scalar):
+            yield "ggpo_sigma and ggpo_beta do not go with use_tucker or use_scalar"
+
+
+@dataclass(frozen=True)
+class PatternOptions:
+    """Ranks and learning rates by the names of layers, as they stand in the file."""
+
+    network_reg_dims: tuple[tuple[re.Pattern[str], int], ...] | None = option(
+        None, help="regex=rank,regex=rank: the first that matches a layer's name sets its rank.", parse=patterns(int)
+    )
+    network_reg_lrs: tuple[tuple[re.Pattern[str], float], ...] | None = option(
+        None, help="regex=rate,regex=rate: the first that matches a layer's name sets its learning rate.",
+        parse=patterns(float),
+    )  # fmt: skip
+    verbose: bool = option(False, help="Log name, rank and alpha of every adapter.")
+
+
+@dataclass(frozen=True)
+class NoConvOptions:
+    """Options that have nothing to do in models without 3x3 convolutions."""
+
+    conv_dim: int | None = option(None, help="No effect: this model has no 3x3 convolutions.")
+    conv_alpha: float | None = option(None, help="No effect: this model has no 3x3 convolutions.")
+
+    def warn(self) -> None:
+        """One line when they are given."""
+        given = [name for name, value in vars(self).items() if value is not None]
+        if given:
+            get_logger().warning(
+                "--network_args: %s: no effect, this model has no 3x3 convolutions", " and ".join(given)
+            )
+
+
+@dataclass(frozen=True)
+class FusedLayerOptions(LoraLayerOptions):
+    """How a LoRA layer is built where published layers are several modules."""
+
+    wd_on_output: bool = option(
+        True, help="DoRA over output rows, the only kind that is possible here.",
+        check=lambda value: None if value else "must be true: fused layers have no columns of their own",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SplitOptions:
+    """How layers that are fused in published files are adapted."""
+
+    split_qkv: bool = option(
+        False, help="An adapter of its own for each of q, k, v (and the MLP in one layer with it)."
+    )
+
+
+@dataclass(frozen=True)
+class T5Options:
+    """Whether the largest text encoder learns."""
+
+    train_t5xxl: bool = option(False, help="Also train adapters of T5-XXL.")
 
 
 def read_network_args(groups: Mapping[str, type], given: Mapping[str, Any]) -> dict[str, Any]:

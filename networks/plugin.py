@@ -13,7 +13,7 @@ import importlib.util
 import inspect
 import pkgutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,11 +48,13 @@ class Models:
 
     text_encoder: nn.Module | list[nn.Module] | None
     unet: nn.Module | None
+    places: tuple[int, ...] = ()  # of the text encoders, among the learning rates
 
     @classmethod
     def published(cls, text_encoder: TextEncoders, unet: nn.Module | None) -> Models:
-        encoders = [_published(encoder) for encoder in as_list(text_encoder)]
-        return cls(None if not encoders else encoders[0] if len(encoders) == 1 else encoders, unet)
+        given = {place: encoder for place, encoder in enumerate(as_list(text_encoder)) if encoder is not None}
+        encoders = [_published(encoder) for encoder in given.values()]
+        return cls(None if not encoders else encoders[0] if len(encoders) == 1 else encoders, unet, tuple(given))
 
 
 def _published(encoder: nn.Module) -> nn.Module:
@@ -67,6 +69,11 @@ class NetworkModule:
     name: str
     module: ModuleType
 
+    @property
+    def is_own(self) -> bool:
+        """Whether it is one of this package: those find their way in models and lists of encoders as they are."""
+        return self.module.__name__.startswith("networks.")
+
     def check_arguments(self, arguments: Mapping[str, Any]) -> None:
         """Raises UserError listing every mistake in --network_args; third-party modules check their own when built."""
         groups = self.module.__dict__.get("ARGUMENTS")
@@ -80,11 +87,12 @@ class NetworkModule:
     ) -> AdapterNetwork:  # fmt: skip
         """A new network. Raises UserError for what the module refuses."""
         models = Models.published(text_encoder, unet)
+        encoders = text_encoder if self.is_own else models.text_encoder
         if neuron_dropout is not None:
             kwargs.setdefault("dropout", neuron_dropout)  # LyCORIS reads this name
         made = self._guarded(
             self.module.create_network, multiplier, network_dim, network_alpha, vae,
-            models.text_encoder, unet, neuron_dropout=neuron_dropout, **kwargs,
+            encoders, unet, neuron_dropout=neuron_dropout, **kwargs,
         )  # fmt: skip
         return made if isinstance(made, AdapterNetwork) else PluginNetwork(made, models, self.name, multiplier)
 
@@ -98,8 +106,9 @@ class NetworkModule:
         if create is None:
             raise UserError(f"--network_module {self.name} has no create_network_from_weights()")
         models = Models.published(text_encoder, unet)
+        encoders = text_encoder if self.is_own else models.text_encoder
         path = None if file is None else str(file)
-        made, weights = self._guarded(create, multiplier, path, vae, models.text_encoder, unet,
+        made, weights = self._guarded(create, multiplier, path, vae, encoders, unet,
                                       weights_sd=weights_sd, for_inference=for_inference, **kwargs)  # fmt: skip
         if isinstance(made, AdapterNetwork):
             return made, weights
@@ -112,7 +121,7 @@ class NetworkModule:
         except UserError:
             raise
         except (TypeError, ValueError, KeyError, NotImplementedError) as error:
-            if self.module.__name__.startswith("networks."):
+            if self.is_own:
                 raise
             refused = f"--network_module {self.name} refuses these --network_args"
             raise UserError(f"{refused}: {type(error).__name__}: {error}") from error
@@ -198,8 +207,8 @@ class PluginNetwork(AdapterNetwork):
     ) -> list[dict[str, Any]]:
         many = getattr(self.network, "prepare_optimizer_params_with_multiple_te_lrs", None)
         prepare = many or self.network.prepare_optimizer_params
-        rates = [*text_encoder_lr] if isinstance(text_encoder_lr, Sequence) else [text_encoder_lr]
-        encoder = (None if rates == [None] else rates) if many else encoder_rate(text_encoder_lr, 0)
+        rates = [encoder_rate(text_encoder_lr, place) for place in self.models[0].places or (0,)]
+        encoder = (None if rates[0] is None else rates) if many else rates[0]
         args = [encoder, unet_lr, learning_rate]
         if not _takes(prepare, 3):
             args = [learning_rate if encoder is None else encoder, learning_rate if unet_lr is None else unet_lr]

@@ -15,7 +15,7 @@ from torch import nn
 from networks.lr_weights import BlockLayout
 from networks.spec import Part, TargetModule, TargetSpec
 
-TextEncoders = nn.Module | Sequence[nn.Module] | None
+TextEncoders = nn.Module | Sequence[nn.Module | None] | None  # None in its place: gets no adapters
 
 DENOISER_PREFIX = "lora_unet"
 ENCODER_PREFIX = "lora_te"
@@ -33,7 +33,7 @@ CHILD_ORDER = {
 _SD_BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.")
 
 
-def as_list(text_encoder: TextEncoders) -> list[nn.Module]:
+def as_list(text_encoder: TextEncoders) -> list[nn.Module | None]:
     """One text encoder, several or none, as a list."""
     if text_encoder is None:
         return []
@@ -76,14 +76,30 @@ def published_encoder_path(path: str) -> str:
     return path if path.startswith("text_model.") else f"text_model.{path}"
 
 
+def encoder_targets(
+    encoder: nn.Module,
+    prefix: str,
+    blocks: frozenset[str] | None,
+    index: int,
+    *,
+    clip: bool = False,
+    kinds: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d),
+) -> list[TargetSpec]:
+    """Targets in a text encoder: the layers inside `blocks` (None: anywhere). clip: with the level `text_model`."""
+    return [
+        _target(prefix, published_encoder_path(path) if clip else path, module, "text_encoder", encoder=index)
+        for path, module in _walk(encoder, "", blocks, kinds)
+    ]
+
+
 def _encoders(
     text_encoder: TextEncoders, blocks: frozenset[str] | None, kinds: tuple[type[nn.Module], ...]
 ) -> Iterator[TargetSpec]:
     encoders = as_list(text_encoder)
     for index, encoder in enumerate(encoders):
         prefix = ENCODER_PREFIX if len(encoders) == 1 else f"{ENCODER_PREFIX}{index + 1}"
-        for path, module in _walk(encoder, "", blocks, kinds):
-            yield _target(prefix, published_encoder_path(path), module, "text_encoder", encoder=index)
+        if encoder is not None:
+            yield from encoder_targets(encoder, prefix, blocks, index, clip=True, kinds=kinds)
 
 
 def _denoiser(

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from library.errors import UserError
 from networks.base import AdapterLayer
 from networks.spec import TargetSpec
 
@@ -108,14 +109,14 @@ class WeightLayer(AdapterLayer):
         return self._norms(self.base_weight(index).float() + self.scale * self.delta_weight(index))
 
     def _norms(self, weight: Tensor) -> Tensor:
-        flat = weight.flatten(1) if self.dora == "output" else weight.transpose(0, 1).flatten(1)
+        flat = weight.transpose(0, 1).flatten(1) if self.dora == "input" else weight.flatten(1)
         return torch.linalg.vector_norm(flat, dim=1, dtype=torch.float32)
 
     def _initial_magnitude(self) -> Tensor:
         """‖W‖, so that training starts at the base model. Rows of all modules in order; columns need one module."""
         indices = range(len(self.target.modules))
         if self.dora == "input" and len(indices) > 1:
-            raise ValueError(f"{self.target.name}: DoRA over input columns needs one module per target")
+            raise UserError(f"{self.target.name}: DoRA over input columns is not possible, it is {len(indices)} pieces")
         norms = torch.cat([self._norms(self.base_weight(index)) for index in indices])
         ones = [1] * (self.base_weight().dim() - 1)
         norms = norms.reshape(-1, *ones) if self.dora == "output" else norms.reshape(1, -1, *ones[1:])

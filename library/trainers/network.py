@@ -195,6 +195,7 @@ class NetworkTrainer(Trainer):
             log.info(f"merged {file} at strength {multiplier}")
 
     def after_step(self) -> dict[str, float | Tensor]:
+        self.network.step_taken()
         limit = self.options.network.scale_weight_norms
         if limit is None:
             return {}

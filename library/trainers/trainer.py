@@ -78,7 +78,7 @@ class Trainer(ABC):
         """Attach or choose what learns; everything else is frozen already."""
 
     def after_step(self) -> dict[str, float | Tensor]:
-        """After an optimizer step: what a method still does to its weights, and numbers for the log."""
+        """After an optimizer step, with its gradients still there: what a method does besides, and numbers to log."""
         return {}
 
     @abstractmethod
@@ -294,8 +294,8 @@ class Trainer(ABC):
         rates = self.rates()
         self.optimizer.step()
         self.scheduler.step(self.losses.mean if self.scheduler.needs_loss else None)
-        self.zero_gradients()
         more = self.after_step()
+        self.zero_gradients()
         if self.ema:
             self.ema.update(self.position.step)
         names = [name for batch in batches for name in batch.names]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from networks.base import AdapterLayer
-from networks.lora_layer import LoRALayer, LoraSettings
+from networks.lora_layer import LoraSettings, lora_layer
 from networks.network import LayerNetwork, RateRules
 from networks.norm_layer import NormLayer
 from networks.spec import TargetModule, TargetSpec
@@ -20,7 +20,19 @@ RANK = 4
 
 
 def lora(**settings: object) -> Callable[[TargetSpec], AdapterLayer]:
-    return lambda target: LoRALayer(target, rank=RANK, alpha=2.0, settings=LoraSettings(**settings))  # type: ignore[arg-type]
+    return lambda target: lora_layer(target, rank=RANK, alpha=2.0, settings=LoraSettings(**settings))  # type: ignore[arg-type]
+
+
+class Attention(nn.Module):
+    """Three layers with one input, which are one layer in published files; k and v are narrower."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(12, 6), nn.Linear(12, 4), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        k = self.k(x)
+        return torch.cat([self.q(x), k, self.v(x)], -1)
 
 
 WEIGHT_ADAPTERS: dict[str, Callable[[TargetSpec], AdapterLayer]] = {
@@ -37,12 +49,28 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv1x1": (lambda: nn.Conv2d(6, 10, 1, bias=False), (2, 6, 7, 5)),
     "conv3x3": (lambda: nn.Conv2d(6, 10, 3, stride=2, padding=1), (2, 6, 7, 5)),
 }
+# modules that stand for a published layer in another way than one for one
+PIECES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "fused": (Attention, (2, 5, 12)),
+    "split": (Attention, (2, 5, 12)),
+    "swapped": (lambda: nn.Linear(12, 10), (2, 5, 12)),
+}
 NORMS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "layer_norm": (lambda: nn.LayerNorm(12), (2, 5, 12)),
     "group_norm": (lambda: nn.GroupNorm(3, 6), (2, 6, 7, 5)),
 }
 CASES = [(adapter, kind) for adapter in WEIGHT_ADAPTERS for kind in MODULES] + [("norm", kind) for kind in NORMS]
+CASES += [(adapter, kind) for adapter in WEIGHT_ADAPTERS for kind in PIECES if adapter != "dora_input"]
 DTYPES = [torch.float32, torch.bfloat16]
+
+
+def pieces(module: nn.Module, kind: str) -> tuple[TargetModule, ...]:
+    """The modules of the target, or the halves of one in another order."""
+    if isinstance(module, Attention):
+        return tuple(TargetModule(name, getattr(module, name)) for name in ("q", "k", "v"))
+    if kind == "swapped":
+        return TargetModule("x", module, slice(5, 10)), TargetModule("x", module, slice(0, 5))
+    return (TargetModule("x", module),)
 
 
 class Subject:
@@ -50,11 +78,11 @@ class Subject:
 
     def __init__(self, adapter: str, kind: str, dtype: torch.dtype):
         torch.manual_seed(0)
-        make, shape = (MODULES | NORMS)[kind]
+        make, shape = (MODULES | PIECES | NORMS)[kind]
         self.module = make().requires_grad_(False).to(dtype)
         self.x = torch.randn(shape, dtype=dtype)
         self.plain = self.module(self.x)
-        target = TargetSpec("lora_unet_x", (TargetModule("x", self.module),), "denoiser", block=3)
+        target = TargetSpec("lora_unet_x", pieces(self.module, kind), "denoiser", block=3, split=kind == "split")
         self.make = WEIGHT_ADAPTERS.get(adapter, NormLayer)
         self.layer = self.make(target)
         self.network = LayerNetwork([self.layer], rates=RateRules(denoiser_plus=2.0))
@@ -185,7 +213,9 @@ def test_autocast_is_near_full_precision(subject: Subject) -> None:
 def test_module_dropout_switches_the_whole_adapter(subject: Subject) -> None:
     randomize(subject.network)
     changed = subject.output()
-    subject.layer.module_dropout = 0.5
+    for layer in subject.network.modules():
+        if isinstance(layer, AdapterLayer):
+            layer.module_dropout = 0.5
     seen = set()
     for seed in range(12):
         torch.manual_seed(seed)

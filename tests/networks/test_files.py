@@ -13,10 +13,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from library.errors import UserError
-from networks.formats import read_tensors, to_kohya, to_peft
+from networks.formats import convert, read_tensors, to_kohya
 from networks.lora import create_network, create_network_from_weights
 from networks.network import LayerNetwork
-from networks.targets import sd_targets
 from tests.networks.models import randomize, tiny_clip, tiny_unet
 
 QUERY = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -257,11 +256,11 @@ def test_peft_and_kohya_names() -> None:
 def test_peft_has_the_scale_in_lora_b() -> None:
     made = network(dim=4)
     state = made.state(None)
-    peft = to_peft(state, sd_targets(tiny_clip(), tiny_unet()))
+    peft = convert(state, "peft")
     up = peft["unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_B.weight"]
     assert torch.equal(up, state[f"{QUERY}.lora_up.weight"] * 2.0 / 4)
     with pytest.raises(UserError, match="have no name in the peft format"):
-        to_peft(network(train_norm="True").state(None), sd_targets(tiny_clip(), tiny_unet(), norm=True))
+        convert(network(train_norm="True").state(None), "peft")
 
 
 def test_form_options_beside_a_file_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -226,6 +226,30 @@ def test_a_minimal_users_module(monkeypatch: pytest.MonkeyPatch) -> None:
             call()
 
 
+def test_a_users_module_gets_the_encoders_that_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No None in the place of the others, and the rate of the encoder's own place."""
+    given: list[Any] = []
+
+    class Rates(Minimal):
+        def prepare_optimizer_params_with_multiple_te_lrs(self, text_encoder_lr: Any, unet_lr: Any, lr: Any) -> Any:
+            given.append(text_encoder_lr)
+            return [{"params": [self.shift], "lr": lr}]
+
+    def create(multiplier: float, dim: Any, alpha: Any, vae: Any, text_encoder: Any, unet: Any, **kwargs: Any) -> Rates:
+        given.append(text_encoder)
+        return Rates()
+
+    install(monkeypatch, create)
+    first, second = nn.Linear(1, 1), nn.Linear(1, 1)
+    module = load_network_module("users_network")
+    network = module.create_network(1.0, None, None, None, [None, first, second], nn.Linear(4, 4))
+    network.param_groups(learning_rate=1.0, text_encoder_lr=[0.1, 0.2, 0.3])
+    network.param_groups(learning_rate=1.0, text_encoder_lr=0.1)
+    network.param_groups(learning_rate=1.0)
+    module.create_network(1.0, None, None, None, [None, second], nn.Linear(4, 4))
+    assert given == [[first, second], [0.2, 0.3], [0.1, 0.1], None, second]
+
+
 def test_a_users_module_that_breaks_the_contract(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, lambda *args, **kwargs: nn.Linear(1, 1))
     with pytest.raises(UserError, match="users_network: its network lacks apply_to, prepare_optimizer_params"):

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Write a LoRA file in another format: kohya, comfy or peft.
+
+    python networks/convert_lora.py --src lora.safetensors --dst lora_peft.safetensors --to peft
+
+Architecture and format of --src are found from its keys. Which program reads which format: docs/lora_formats.md.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:  # started as a script, from any folder
+    sys.path.insert(0, str(ROOT))
+
+from library.cli import guarded  # noqa: E402
+from library.errors import UserError  # noqa: E402
+from library.options import option, resolve  # noqa: E402
+
+PRECISIONS = {"float": "float32", "fp16": "float16", "bf16": "bfloat16"}
+# Header entries that describe the scale of the tensors in the source's format
+OF_ONE_FORMAT = ("lora_alphas", "lora_adapter_metadata")
+# What stands before a weight in the files that people have
+DENOISER_PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")
+ENCODER_PREFIXES = ("", "cond_stage_model.transformer.", "model.")
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """What to convert."""
+
+    src: str | None = option(None, help="LoRA file to read, in any of the three formats.")
+    dst: str | None = option(None, help="File to write (.safetensors).")
+    to: str | None = option(None, help="Format to write.", choices=("kohya", "comfy", "peft"))
+    save_precision: str | None = option(
+        None, help="Precision of the weights in the new file; without it they keep theirs.", choices=tuple(PRECISIONS)
+    )
+    base_model: tuple[str, ...] = option(
+        (), help="Files (.safetensors) with the base model's weights; only DoRA to or from comfy needs them."
+    )
+
+    def problems(self) -> Iterator[str]:
+        """What is missing or would destroy something."""
+        for name in ("src", "dst", "to"):
+            if getattr(self, name) is None:
+                yield f"--{name} is needed"
+        if self.dst is not None and Path(self.dst).suffix != ".safetensors":
+            yield f"--dst {self.dst}: the file must end with .safetensors"
+        if self.src and self.dst and Path(self.src).resolve() == Path(self.dst).resolve():
+            yield f"--dst {self.dst} is --src itself: give another file"
+
+
+@dataclass(frozen=True)
+class ConvertLoraOptions:
+    """All options of this script."""
+
+    convert: ConvertOptions = field(default_factory=ConvertOptions)
+
+
+def convert_file(options: ConvertOptions) -> None:
+    """Read, convert, write whole or not at all. Raises UserError for what cannot be converted."""
+    import torch
+
+    from library.io.checkpoint import save_tensors
+    from networks.formats import alphas_in, convert, dora_norms, header, layers_in, read_metadata, read_tensors
+
+    assert options.src and options.dst and options.to
+    if Path(options.dst).is_dir():
+        raise UserError(f"--dst {options.dst} is a folder; give a file")
+    tensors, metadata = read_tensors(options.src), read_metadata(options.src)
+    try:
+        norms = None
+        if options.base_model:
+            with ExitStack() as files:
+                base = BaseWeights(options.base_model, files)
+                layers = layers_in(tensors)
+                norms = dora_norms(tensors, lambda name: base.weight(layers[name]))
+        tensors = convert(tensors, "kohya", alphas=alphas_in(metadata), norms=norms)
+        if options.save_precision:
+            dtype = getattr(torch, PRECISIONS[options.save_precision])
+            tensors = {
+                key: value.to(dtype) if value.is_floating_point() and not key.endswith(".alpha") else value
+                for key, value in tensors.items()
+            }
+        result = convert(tensors, options.to, norms=norms)
+    except UserError as error:
+        raise UserError([f"{options.src}: {problem}" for problem in error.problems]) from None
+    kept = {key: value for key, value in metadata.items() if key not in OF_ONE_FORMAT}
+    Path(options.dst).parent.mkdir(parents=True, exist_ok=True)
+    save_tensors(options.dst, result, {**kept, **header(tensors, options.to)})
+
+
+class BaseWeights:
+    """Weights of a base model by layer, from one or several files in published names or in those of diffusers."""
+
+    def __init__(self, paths: Sequence[str], files: ExitStack) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        self.sources: dict[str, Any] = {}
+        for path in paths:
+            try:
+                file = files.enter_context(safe_open(path, "pt"))
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"--base_model {path}: not a readable .safetensors file ({error})") from None
+            self.sources |= dict.fromkeys(file.keys(), file)
+
+    def weight(self, layer: Any) -> Any:
+        """The weight of a `Layer`, rows as published; None when no file has it."""
+        import torch
+
+        prefixes = (
+            (*ENCODER_PREFIXES, layer.comfy.removesuffix(layer.published)) if layer.encoder else DENOISER_PREFIXES
+        )
+        for prefix in prefixes:
+            found = self._read(prefix + layer.published)
+            if found is not None:
+                return found
+        parts = [self._read(path.partition(".")[2]) for path in layer.parts]
+        if any(part is None for part in parts):
+            return None
+        whole = torch.cat(parts)
+        swaps = whole.dim() == 2 and layer.swaps(*whole.shape)
+        return torch.cat(whole.chunk(2)[::-1]) if swaps else whole
+
+    def _read(self, path: str) -> Any:
+        """A weight in float32; fp8 files have a factor beside it."""
+        if f"{path}.weight" not in self.sources:
+            return None
+        weight = self.sources[f"{path}.weight"].get_tensor(f"{path}.weight").float()
+        for name in (f"{path}.scale_weight", f"{path}.weight_scale"):
+            if name in self.sources:
+                weight = weight * self.sources[name].get_tensor(name).float()
+        return weight
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code: 0, or 2 for bad input."""
+
+    def action() -> int:
+        words = sys.argv[1:] if argv is None else argv
+        description = inspect.cleandoc(__doc__ or "")
+        found = resolve(ConvertLoraOptions, {}, words, prog="convert_lora.py", description=description)
+        convert_file(found.options.convert)
+        return 0
+
+    return guarded(action)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Under which names adapter files know the layers of each architecture: one small table per architecture.
+
+kohya:  lora_unet_double_blocks_0_img_attn_qkv                     (published path, underscores)
+comfy:  diffusion_model.double_blocks.0.img_attn.qkv               (published path; encoders: text_encoders.<name>...)
+peft:   transformer.transformer_blocks.0.attn.to_q, .to_k, .to_v   (path in diffusers; fused layers are several)
+
+Which program reads which of them: docs/lora_formats.md.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+from torch import nn
+
+from library.names.flux import flux_names
+from library.names.keys import SWAP_HALVES, ModuleName, expand, named
+from library.names.lumina import lumina_names
+from library.names.sd import unet_module_names
+from library.names.sd3 import sd3_names
+
+MOST_BLOCKS = 200  # what numbers in foreign keys may blow a table up to
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A published layer and its names. Rows of the parts, one after the other, are the rows of the layer."""
+
+    kohya: str
+    comfy: str
+    parts: tuple[str, ...]  # peft
+    published: str  # path in the part's own checkpoint file
+    encoder: bool = False
+    swap: bool = False  # (shift, scale) in published files, (scale, shift) in diffusers: where rows = 2 x inputs
+    widths: tuple[float, ...] = (1.0,)  # rows of each part, in units of the inputs
+
+    def swaps(self, rows: int, inputs: int) -> bool:
+        """Whether the halves of this layer's rows stand in another order in diffusers."""
+        return self.swap and rows == 2 * inputs
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A text encoder: what stands before the paths of its layers in each format."""
+
+    kohya: str
+    comfy: str
+    peft: str
+    paths: Callable[[int], Iterable[str]]
+    aliases: tuple[str, ...] = ()  # further kohya prefixes that other trainers write
+
+
+@dataclass(frozen=True, eq=False)
+class Architecture:
+    """How adapter files of one architecture are named."""
+
+    name: str
+    title: str
+    denoiser: Callable[[int], Iterable[ModuleName]]  # for so many blocks of each kind
+    encoders: tuple[Encoder, ...]
+    peft: str = "transformer"
+    kohya_is_diffusers: bool = False  # kohya keys have the path of diffusers instead of the published one
+    fused: Mapping[int, tuple[float, ...]] = field(default_factory=dict)  # number of parts -> their `widths`
+    comfy_alpha: bool = True  # False: a reader of the comfy format refuses alpha, so the scale is inside lora_B
+
+    def layers(self, blocks: int) -> Iterator[Layer]:
+        """Every layer that an adapter may be on: encoders first, as in files."""
+        for encoder in self.encoders:
+            for path in encoder.paths(blocks):
+                yield Layer(
+                    f"{encoder.kohya}_{flat(path)}", f"{encoder.comfy}.{path}", (f"{encoder.peft}.{path}",), path,
+                    encoder=True,
+                )  # fmt: skip
+        for name in self.denoiser(blocks):
+            path = name.ours[0] if self.kohya_is_diffusers else name.published
+            yield Layer(
+                f"lora_unet_{flat(path)}",
+                f"diffusion_model.{name.published}",
+                tuple(f"{self.peft}.{own}" for own in name.ours),
+                name.published,
+                swap=name.op is SWAP_HALVES,
+                widths=self.fused.get(len(name.ours), (1.0,) * len(name.ours)),
+            )
+
+
+def flat(path: str) -> str:
+    return path.replace(".", "_")
+
+
+# ---- text encoders ------------------------------------------------------------------------------------------------
+
+
+def clip_paths(blocks: int) -> Iterator[str]:
+    for i in range(blocks):
+        block = f"text_model.encoder.layers.{i}"
+        yield from (f"{block}.self_attn.{name}_proj" for name in ("k", "v", "q", "out"))
+        yield from (f"{block}.{name}" for name in ("mlp.fc1", "mlp.fc2", "layer_norm1", "layer_norm2"))
+    yield "text_model.final_layer_norm"
+
+
+def t5_paths(blocks: int) -> Iterator[str]:
+    for i in range(blocks):
+        block = f"encoder.block.{i}.layer"
+        yield from (f"{block}.0.{name}" for name in ("SelfAttention.q", "SelfAttention.k", "SelfAttention.v"))
+        yield from (f"{block}.{name}" for name in ("0.SelfAttention.o", "0.layer_norm", "1.layer_norm"))
+        yield from (f"{block}.1.DenseReluDense.{name}" for name in ("wi_0", "wi_1", "wo"))
+    yield "encoder.final_layer_norm"
+
+
+def gemma2_paths(blocks: int) -> Iterator[str]:
+    for i in range(blocks):
+        yield from (f"layers.{i}.self_attn.{name}_proj" for name in "qkvo")
+        yield from (f"layers.{i}.mlp.{name}_proj" for name in ("gate", "up", "down"))
+
+
+# ---- denoisers ----------------------------------------------------------------------------------------------------
+
+RESNET = ("norm1", "conv1", "time_emb_proj", "norm2", "conv2", "conv_shortcut")
+TRANSFORMER = (
+    *(f"{attention}.{name}" for attention in ("attn1", "attn2") for name in ("to_q", "to_k", "to_v", "to_out.0")),
+    *("ff.net.0.proj", "ff.net.2", "norm1", "norm2", "norm3"),
+)
+ATTENTION = ("norm", "proj_in", *(f"transformer_blocks.0.{name}" for name in TRANSFORMER), "proj_out")
+UNET_OUTSIDE = ("conv_in", "time_embedding.linear_1", "time_embedding.linear_2", "conv_norm_out", "conv_out")
+
+
+def sd_unet_paths() -> Iterator[str]:
+    """Layers of the U-Net of Stable Diffusion 1.x and 2.x, as diffusers names them."""
+    yield from UNET_OUTSIDE
+    for side, resnets, with_attention, sampler in (
+        ("down", 2, (0, 1, 2), "downsamplers"),
+        ("up", 3, (1, 2, 3), "upsamplers"),
+    ):
+        for i in range(4):
+            block = f"{side}_blocks.{i}"
+            yield from (f"{block}.resnets.{j}.{name}" for j in range(resnets) for name in RESNET)
+            if i in with_attention:
+                yield from (f"{block}.attentions.{j}.{name}" for j in range(resnets) for name in ATTENTION)
+            if i < 3:
+                yield f"{block}.{sampler}.0.conv"
+    yield from (f"mid_block.resnets.{j}.{name}" for j in range(2) for name in RESNET)
+    yield from (f"mid_block.attentions.0.{name}" for name in ATTENTION)
+
+
+@functools.cache
+def sd_denoiser(blocks: int) -> tuple[ModuleName, ...]:
+    """Published and own names. The published ones follow the module tree, so a tree of empty modules is made."""
+    paths = [*sd_unet_paths()]
+    tree = nn.Module()
+    for path in paths:
+        here = tree
+        for step in path.split("."):
+            if step not in dict(here.named_children()):
+                here.add_module(step, nn.Module())
+            here = here.get_submodule(step)
+    return tuple(named(rule.published, *rule.ours) for rule in expand(unet_module_names(tree), paths))
+
+
+def flux_denoiser(blocks: int) -> list[ModuleName]:
+    return [n for n in flux_names(blocks, blocks, guidance_layers=blocks) if not n.published.endswith(".scale")]
+
+
+def sd3_denoiser(blocks: int) -> list[ModuleName]:
+    """A file does not say how many blocks the model has, so `Layer.swaps` finds the last one by its shape."""
+    last = ".context_block.adaLN_modulation.1"
+    return [replace(n, op=SWAP_HALVES) if n.published.endswith(last) else n for n in sd3_names(blocks)]
+
+
+# ---- the table ----------------------------------------------------------------------------------------------------
+
+
+def _sd(name: str, title: str, clip: str) -> Architecture:
+    encoder = Encoder("lora_te", f"text_encoders.{clip}.transformer", "text_encoder", clip_paths, ("lora_te1",))
+    return Architecture(name, title, sd_denoiser, (encoder,), peft="unet", kohya_is_diffusers=True)
+
+
+CLIP_L = Encoder("lora_te1", "text_encoders.clip_l.transformer", "text_encoder", clip_paths)
+CLIP_G = Encoder("lora_te2", "text_encoders.clip_g.transformer", "text_encoder_2", clip_paths)
+T5_OF_SD3 = Encoder("lora_te3", "text_encoders.t5xxl.transformer", "text_encoder_3", t5_paths)
+T5_OF_FLUX = replace(T5_OF_SD3, peft="text_encoder_2", aliases=("lora_te2",))
+GEMMA2 = Encoder("lora_te", "text_encoders.gemma2_2b.transformer.model", "text_encoder", gemma2_paths)
+
+# In this order, which decides about files that have text encoders only.
+ARCHITECTURES = (
+    _sd("sd1", "Stable Diffusion 1.x", "clip_l"),
+    _sd("sd2", "Stable Diffusion 2.x", "clip_h"),
+    Architecture(
+        "flux", "FLUX.1 or Chroma", flux_denoiser, (CLIP_L, T5_OF_FLUX), fused={4: (1.0, 1.0, 1.0, 4.0)}
+    ),
+    Architecture("sd3", "Stable Diffusion 3 or 3.5", sd3_denoiser, (CLIP_L, CLIP_G, T5_OF_SD3)),
+    Architecture(
+        "lumina", "Lumina-Image 2.0", lambda blocks: lumina_names(blocks, blocks), (GEMMA2,),
+        fused={3: (1.0, 1 / 3, 1 / 3)}, comfy_alpha=False,
+    ),
+)  # fmt: skip
+BY_NAME = {architecture.name: architecture for architecture in ARCHITECTURES}
+
+
+# ---- from a path in a file to a layer -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a path of a file stands for: a layer, or one part of it (as peft has it)."""
+
+    layer: Layer
+    part: int | None
+
+
+@dataclass(frozen=True)
+class Index:
+    """Every spelling of every layer of an architecture."""
+
+    architecture: Architecture
+    places: Mapping[str, Place]
+
+    def find(self, path: str) -> Place | None:
+        """The layer for a path, with whatever other programs write before it."""
+        path = path.removeprefix("base_model.model.").removeprefix("model.diffusion_model.")
+        for prefix in ("", "diffusion_model.", f"{self.architecture.peft}."):
+            found = self.places.get(prefix + path)
+            if found is not None:
+                return found
+        return None
+
+
+def blocks_in(paths: Iterable[str]) -> int:
+    """How many blocks a table needs for these paths."""
+    numbers = (int(number) for path in paths for number in re.findall(r"\d+", path))
+    return 1 + max((n for n in numbers if n < MOST_BLOCKS), default=0)
+
+
+@functools.lru_cache(maxsize=16)
+def index_of(architecture: Architecture, blocks: int) -> Index:
+    """The index for so many blocks. Own spellings win over aliases."""
+    places: dict[str, Place] = {}
+    aliases: dict[str, Place] = {}
+    for layer in architecture.layers(blocks):
+        whole = Place(layer, None)
+        places |= {layer.kohya: whole, layer.comfy: whole}
+        for i, path in enumerate(layer.parts):
+            place = Place(layer, i)
+            places[path] = place
+            if layer.encoder:
+                aliases[path.replace(".text_model.", ".")] = place  # as transformers 5 has it
+            else:
+                own = flat(path.removeprefix(f"{architecture.peft}."))
+                aliases |= {f"lora_transformer_{own}": place, f"lora_unet_{own}": place}
+    for encoder in architecture.encoders:
+        for path in encoder.paths(blocks):
+            whole = places[f"{encoder.kohya}_{flat(path)}"]
+            aliases |= {f"{prefix}_{flat(path)}": whole for prefix in encoder.aliases}
+    return Index(architecture, aliases | places)

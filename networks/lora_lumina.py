@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""--network_module networks.lora_lumina: LoRA for Lumina-Image 2.0.
+
+The Linear layers of all blocks and of the final layer; with embedder_dims also the embedders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from library.names.lumina import lumina_names
+from library.options import at_least, option
+from networks.base import AdapterNetwork
+from networks.lora_family import LoraFamily
+from networks.options import rank_list
+from networks.spec import TargetSpec
+from networks.table_targets import count, table_targets
+from networks.targets import TextEncoders
+from networks.type_dims import TypeDims, short_name
+
+MODELS = ("Lumina2Transformer2DModel",)
+NOISE, CONTEXT, LAYERS, FINAL = "noise_refiner_", "context_refiner_", "layers_", "final_layer_"
+KINDS = {
+    "all": (CONTEXT, NOISE, LAYERS, FINAL),
+    "transformer": (LAYERS,),
+    "refiners": (CONTEXT, NOISE),
+    "noise_refiner": (NOISE,),
+    "context_refiner": (CONTEXT,),
+}
+EMBEDDERS = ("x_embedder", "t_embedder", "cap_embedder")
+# as files have it: the MLP of a block is feed_forward there, so "mlp" is the timestep embedder only
+TYPES = {"attn_dim": ("attention",), "mlp_dim": ("mlp",), "mod_dim": ("modulation",), "refiner_dim": ("refiner",)}
+
+
+@dataclass(frozen=True)
+class LuminaOptions:
+    """Ranks by the kind of a layer, and which blocks learn. A rank of 0 is no adapter; the first that fits counts."""
+
+    attn_dim: int | None = option(None, help="Rank of attention.", check=at_least(0))
+    mlp_dim: int | None = option(
+        None,
+        help="Rank of layers with mlp in their name: the timestep embedder (blocks have feed_forward).",
+        check=at_least(0),
+    )
+    mod_dim: int | None = option(None, help="Rank of modulation.", check=at_least(0))
+    refiner_dim: int | None = option(None, help="Rank of the other layers in the refiner blocks.", check=at_least(0))
+    embedder_dims: tuple[int, ...] | None = option(
+        None, help="Ranks of x_embedder, t_embedder, cap_embedder, with commas.",
+        parse=rank_list(len(EMBEDDERS)), check=at_least(0),
+    )  # fmt: skip
+    train_blocks: str | None = option(None, help="The kind of blocks that gets adapters.", choices=tuple(KINDS))
+
+
+def denoiser_targets(model: nn.Module) -> list[TargetSpec]:
+    """Every layer that an adapter file may name."""
+    targets = table_targets(lumina_names(count(model, "layers"), count(model, "noise_refiner")), model)
+    return sorted(targets, key=lambda target: short_name(target).startswith(EMBEDDERS))  # in files these come last
+
+
+def type_dims(options: LuminaOptions, dim: int, targets: list[TargetSpec]) -> TypeDims:
+    """The ranks that the options ask for."""
+    return TypeDims(
+        dim,
+        KINDS[options.train_blocks or "all"],
+        types=tuple((words, getattr(options, name)) for name, words in TYPES.items()),
+        outside=dict(zip(EMBEDDERS, options.embedder_dims or ())),
+    )
+
+
+FAMILY = LoraFamily("networks.lora_lumina", MODELS, LuminaOptions, denoiser_targets, type_dims, {})
+ARGUMENTS = FAMILY.arguments
+
+
+def create_network(
+    multiplier: float,
+    network_dim: int | None,
+    network_alpha: float | None,
+    vae: nn.Module | None,
+    text_encoder: TextEncoders,
+    unet: nn.Module | None,
+    neuron_dropout: float | None = None,
+    **kwargs: Any,
+) -> AdapterNetwork:
+    """As `LoraFamily.create`; text encoders: Gemma 2. `kwargs` are --network_args."""
+    return FAMILY.create(multiplier, network_dim, network_alpha, text_encoder, unet, neuron_dropout, kwargs)
+
+
+def create_network_from_weights(
+    multiplier: float,
+    file: str | Path | None,
+    vae: nn.Module | None,
+    text_encoder: TextEncoders,
+    unet: nn.Module | None,
+    weights_sd: Mapping[str, Tensor] | None = None,
+    for_inference: bool = False,
+    neuron_dropout: float | None = None,
+    **kwargs: Any,
+) -> tuple[AdapterNetwork, dict[str, Tensor]]:
+    """As `LoraFamily.from_weights`."""
+    return FAMILY.from_weights(multiplier, file, text_encoder, unet, weights_sd, for_inference, neuron_dropout, kwargs)

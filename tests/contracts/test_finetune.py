@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What full training must do with every architecture. A new one is a file in tests/families and a row in its CASES."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from library.errors import UserError
+from tests.families import flux, lumina, sd, sd3
+from tests.families.base import Case
+from tests.trainers.finetune_runs import RecordedFineTune, finetune, finetune_with_stop, open_adapters
+from tests.trainers.helpers import (
+    Run,
+    assert_same_run,
+    make_pictures,
+    micro_generator,
+    subset,
+    train,
+    write_dataset,
+)
+
+CASES: dict[str, Case] = {**sd.CASES, **flux.CASES, **sd3.CASES, **lumina.CASES}
+DENOISER = "lora_unet_"  # begins the names of its adapters
+# options for what a saved model leaves out -> folders of the pipeline in which these are
+SEPARATE = {
+    "chroma": {"t5xxl": "text_encoder", "ae": "vae"},
+    "sd3": {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "text_encoder_3"},
+    "sd35": {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "text_encoder_3"},
+    "lumina system prompt": {"gemma2": "text_encoder", "ae": "vae"},
+}
+HALF = {"mixed_precision": "bf16", "full_bf16": True}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A case with its model made, and a dataset of one batch."""
+
+    name: str
+    case: Case
+    model: dict[str, Any]  # the options that name it
+    dataset: Path
+    ground: Path
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"family": self.case.family, **self.model, **self.case.options}
+
+    def finetune(self, folder: Path, **values: Any) -> Run:
+        return finetune(self.dataset, folder, **{**self.options, **values})
+
+    def after(self, file: Path) -> dict[str, Any]:
+        """The options of a run that begins with a saved file."""
+        pipeline = self.ground / "model" / "pipeline"
+        for tokenizer in [*pipeline.glob("tokenizer*"), *(self.ground / "model").glob("tokenizer*")]:
+            shutil.copytree(tokenizer, file.parent / tokenizer.name, dirs_exist_ok=True)
+        others = {option: pipeline / folder for option, folder in SEPARATE.get(self.name, {}).items()}
+        return {"pretrained_model_name_or_path": file, **others}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    ground = tmp_path_factory.mktemp("family")
+    data = write_dataset(ground / "one_batch.toml", subset(make_pictures(ground / "pictures", 2)))
+    case = CASES[request.param]
+    return Subject(request.param, case, case.make(ground / "model"), data, ground)
+
+
+def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float) -> None:
+    """Each tensor's difference, relative to the largest gradient of all."""
+    assert ours.keys() == theirs.keys()
+    largest = max(float(value.abs().max()) for value in theirs.values())
+    wrong = {k: float((ours[k] - theirs[k]).abs().max()) / largest for k in ours}
+    assert max(wrong.values()) < tolerance, max(wrong.items(), key=lambda item: item[1])
+
+
+def published_gradients(run: Run, file: Path) -> dict[str, Tensor]:
+    """The gradients of the first step under the names of adapters: written and read back as if they were a model."""
+    trainer = run.trainer
+    with torch.no_grad():
+        for name, parameter in trainer.models.denoiser.named_parameters():
+            parameter.copy_(trainer.gradients[0].get(f"denoiser.{name}", torch.zeros(())))
+    trainer.family.save(trainer.models.denoiser, {}, file, None, {})
+    own = {name: p.detach() for name, p in trainer.models.denoiser.named_parameters()}
+    published = {key.removeprefix("model.diffusion_model."): value for key, value in load_file(file).items()}
+    return {DENOISER + k.removesuffix(".weight").replace(".", "_"): v for k, v in {**own, **published}.items()}
+
+
+def test_one_step_equals_the_literal_reference(subject: Subject, tmp_path: Path) -> None:
+    run = subject.finetune(tmp_path / "run", max_train_steps=1, keep_gradients=True)
+    network = train(None, subject.dataset, tmp_path / "network", **subject.options, max_train_steps=1)
+    adapters = open_adapters(network.weights, (DENOISER,))
+    batch = run.trainer.data.load(run.trainer.data.plan_epoch(1)[0], step=0)
+    loss = subject.case.loss({**subject.model, **subject.case.options}, batch, adapters, micro_generator(run, 0))
+    loss.backward()
+    assert run.losses[0] == pytest.approx(loss.item(), rel=1e-5)
+    ups = {k.removesuffix(".lora_up.weight"): v for k, v in adapters.items() if k.endswith("up.weight")}
+    expected = {name: torch.zeros_like(up) if up.grad is None else up.grad for name, up in ups.items()}
+    found = published_gradients(run, tmp_path / "gradients.safetensors")
+    assert len(expected) > 10
+    assert_close({k: found[k].view_as(v) for k, v in expected.items()}, expected, 1e-5)
+
+
+def test_overfits_one_batch(subject: Subject, tmp_path: Path) -> None:
+    """At one noise level, so that losses can be compared."""
+    values = {"min_timestep": 700, "max_timestep": 700, "max_train_steps": 40, "learning_rate": 1e-2}
+    losses = subject.finetune(tmp_path, **values).losses
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+
+
+def test_cached_latents_and_texts_train_the_same(subject: Subject, tmp_path: Path) -> None:
+    plain = subject.finetune(tmp_path / "plain", max_train_steps=2)
+    both = subject.finetune(tmp_path / "both", cache_latents=True, cache_text_encoder_outputs=True, max_train_steps=2)
+    assert both.losses == pytest.approx(plain.losses, rel=1e-5)
+    assert both.trainer.models.vae is None and both.trainer.models.encoders == {}
+
+
+def test_gradient_checkpointing_changes_nothing(subject: Subject, tmp_path: Path) -> None:
+    values = {"max_train_steps": 1, "keep_gradients": True}
+    plain = subject.finetune(tmp_path / "plain", **values)
+    run = subject.finetune(tmp_path / "recomputed", gradient_checkpointing=True, **values)
+    assert run.losses == pytest.approx(plain.losses, rel=1e-6)
+    assert_close(run.trainer.gradients[0], plain.trainer.gradients[0], 1e-6)
+
+
+def test_half_precision_trains_and_previews(subject: Subject, tmp_path: Path) -> None:
+    """Weights in float32 below computation in bf16, and everything in bf16."""
+    (tmp_path / "prompts.txt").write_text("cat, red --w 64 --h 64 --s 2 --d 1\n", encoding="utf-8")
+    full = subject.finetune(tmp_path / "float32", max_train_steps=2)
+    values = {"max_train_steps": 2, "sample_prompts": tmp_path / "prompts.txt", "sample_every_n_steps": 2}
+    for name, more in {"mixed": {"mixed_precision": "bf16"}, "full": HALF}.items():
+        run = subject.finetune(tmp_path / name, **values, **more)
+        assert run.losses == pytest.approx(full.losses, rel=0.02)
+        assert len(list((tmp_path / name).rglob("*.png"))) == 1
+
+
+def test_saved_model_is_what_was_trained(subject: Subject, tmp_path: Path) -> None:
+    """A run that begins with the saved file begins with the same weights, bit for bit."""
+    first = subject.finetune(tmp_path / "first", max_train_steps=2)
+    begun: list[dict[str, Tensor]] = []
+
+    def look(trainer: RecordedFineTune) -> None:
+        begun.append({name: value.clone() for name, value in trainer.learned.state().items()})
+
+    again = subject.finetune(tmp_path / "again", **subject.after(first.file), max_train_steps=1, before=look)
+    ended = first.trainer.trainables.state()
+    assert begun[0].keys() == ended.keys()
+    assert all(torch.equal(begun[0][name], value) for name, value in ended.items())
+    assert load_file(first.file).keys() == load_file(again.file).keys()
+
+
+def test_file_says_what_it_is(subject: Subject, tmp_path: Path) -> None:
+    run = subject.finetune(tmp_path, max_train_steps=1, save_precision="fp16")
+    facts = run.trainer.family.facts()
+    always = {
+        "sai_model_spec",
+        "architecture",
+        "implementation",
+        "title",
+        "resolution",
+        "date",
+        "implementation_version",
+    }
+    assert run.metadata.keys() - {"modelspec.prediction_type"} == {f"modelspec.{name}" for name in always}
+    assert run.metadata["modelspec.architecture"] == facts.architecture
+    assert run.metadata["modelspec.implementation"] != "diffusers"
+    assert {value.dtype for key, value in run.weights.items() if "first_stage" not in key} == {torch.float16}
+
+
+def test_what_does_not_learn_stays(subject: Subject, tmp_path: Path) -> None:
+    frozen: dict[str, Tensor] = {}
+
+    def others(trainer: RecordedFineTune) -> dict[str, Tensor]:
+        models = {"vae": trainer.models.vae, **trainer.models.encoders}
+        return {f"{n}.{k}": v for n, m in models.items() if m is not None for k, v in m.state_dict().items()}
+
+    def look(trainer: RecordedFineTune) -> None:
+        frozen.update({name: value.clone() for name, value in others(trainer).items()})
+
+    run = subject.finetune(tmp_path, max_train_steps=2, before=look)
+    assert frozen and all(torch.equal(frozen[name], value) for name, value in others(run.trainer).items())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["float32 with ema", "stochastic", "kahan"])
+def test_resume_is_exact(kind: str, subject: Subject, tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "three.toml", subset(make_pictures(tmp_path / "pictures", 5), shuffle_caption=True))
+    more = {"ema_decay": 0.9} if kind == "float32 with ema" else {**HALF, "bf16_update": kind}
+    values = {**subject.options, **more, "max_train_steps": 4, "save_state": True, "lr_scheduler": "cosine"}
+    whole = finetune(data, tmp_path / "whole", **values)
+    assert_same_run(finetune_with_stop(data, tmp_path / "stopped", 2, **values), whole)
+    if kind != "float32 with ema":
+        assert {p.dtype for p in whole.trainer.trainables.parameters()} == {torch.bfloat16}
+
+
+def test_untrained_model_is_gone(subject: Subject, tmp_path: Path) -> None:
+    """What would need it is refused before a model is loaded."""
+    wanted = subset(subject.ground / "pictures", custom_attributes={"diff_output_preservation": True})
+    data = write_dataset(tmp_path / "kept.toml", wanted)
+    with pytest.raises(UserError, match=r"diff_output_preservation .*pictures.* full training"):
+        finetune(data, tmp_path / "run", **subject.options)
+    with pytest.raises(UserError, match="all learning rates are 0"):
+        subject.finetune(tmp_path / "run", learning_rate=0)
