@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frozen Linear and Conv2d weights in the half precision of their file while the computation is in float32.
+"""Frozen Linear and Conv2d weights in the half precision or fp8 of their file while the computation is in float32.
 
-Casting float16 or bfloat16 to float32 is exact, so the results are bit-identical to weights kept in float32, at half
-their memory. Casting at each use is all it costs; autograd keeps the half-precision weight, never the float32 copy,
-and not the input either, which only a weight's gradient would need.
+Casting float16, bfloat16 or fp8 to float32 is exact, so the results are bit-identical to weights kept in float32, at
+half their memory or a quarter of it. Casting at each use is all it costs; autograd keeps the weight as it is stored,
+never the float32 copy, and not the input either, which only a weight's gradient would need.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 HALF = (torch.float16, torch.bfloat16)
+SMALL = (*HALF, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 class Scratch:
@@ -70,13 +71,13 @@ class _CastConv2d(torch.autograd.Function):
 
 
 def cast_when_used(module: nn.Module) -> int:
-    """Make every frozen Linear and Conv2d inside `module` whose weight is half precision compute in its input's dtype.
+    """Make every frozen Linear and Conv2d inside `module` whose weight is stored small compute in its input's dtype.
 
     Returns how many there are. Biases must have the computation's dtype.
     """
     count, scratch = 0, Scratch()
     for child in module.modules():
-        if isinstance(child, (nn.Linear, nn.Conv2d)) and child.weight.dtype in HALF:
+        if isinstance(child, (nn.Linear, nn.Conv2d)) and child.weight.dtype in SMALL:
             child.forward = _linear(child, scratch) if isinstance(child, nn.Linear) else _conv(child, scratch)  # type: ignore[method-assign]
             count += 1
     return count
@@ -91,6 +92,26 @@ def _conv(conv: nn.Conv2d, scratch: Scratch) -> Any:
     return lambda x: _CastConv2d.apply(x, conv.weight, conv.bias, conv, scratch)
 
 
-def keeps_file_dtype(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a weight is one that `cast_when_used` serves: a matrix or a kernel, but not an embedding."""
-    return len(shape) in (2, 4) and name.endswith(".weight") and "embed" not in name
+def never_in_float16(linear: nn.Linear) -> None:
+    """Compute this layer in float32 where it would be in float16: for layers whose outputs exceed 65504.
+
+    The weight stays as it is. The output is float32 then, and autocast does not change that.
+    """
+    plain, scratch = linear.forward, Scratch()
+
+    def forward(x: Tensor) -> Tensor:
+        device, weight = x.device.type, linear.weight
+        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+        if not autocast and torch.float16 not in (x.dtype, weight.dtype):
+            return plain(x)
+        with torch.autocast(device, enabled=False):
+            if weight.requires_grad or weight.dtype == torch.float32:
+                return F.linear(x.float(), weight.float(), None if linear.bias is None else linear.bias.float())
+            return _CastLinear.apply(x.float(), weight, linear.bias, scratch)
+
+    linear.forward = forward  # type: ignore[method-assign, assignment]
+
+
+def castable_weights(module: nn.Module) -> set[str]:
+    """Names of the weights that `cast_when_used` can serve. An embedding is none: it is not cast when it is used."""
+    return {f"{n}.weight" for n, child in module.named_modules() if isinstance(child, (nn.Linear, nn.Conv2d))}

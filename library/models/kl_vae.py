@@ -11,18 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
-from library.names.keys import CONV_1X1, Rule, Shapes
 from library.models.loading import Part, own_names, part_file, read_json
-from library.names.sd import OLD_VAE_ATTENTION, VAE_PREFIX, vae_rules
 from library.models.weight_files import WeightFile, open_weights
+from library.names.keys import CONV_1X1, Rule, Shapes
+from library.names.sd import OLD_VAE_ATTENTION, VAE_PREFIX, vae_rules
 
 VAE_FILES = ("vae/config.json", "vae/*.safetensors", "config.json", "diffusion_pytorch_model*.safetensors")
+PREFIXES = (VAE_PREFIX, "vae.", "")  # of published names: Stable Diffusion's checkpoints, Lumina's, a VAE alone
 
 
-def vae_part(path: Path, default_config: Mapping[str, Any]) -> Part:
+def vae_part(path: Path, default_config: Mapping[str, Any], *, option: str = "--vae") -> Part:
     """A VAE in a file (published or diffusers names, alone or inside a checkpoint) or in a folder (its own, a model's).
 
-    default_config: what a file does not say of itself, such as the scaling factor.
+    default_config: what a file does not say of itself, such as the scaling factor. option: for messages.
     """
     if path.is_dir():
         folder = path / "vae" if (path / "vae").is_dir() else path
@@ -31,17 +32,17 @@ def vae_part(path: Path, default_config: Mapping[str, Any]) -> Part:
     try:
         if "encoder.down_blocks.0.resnets.0.conv1.weight" in file.shapes:
             return folder_part(file, {**default_config, **layout(file.shapes, DIFFUSERS_BLOCK)})
-        return published_part(file, default_config, advice="--vae needs one that has")
+        return published_part(file, default_config, advice=f"{option} needs one that has")
     except KeyError as error:  # a size is read from a weight that is not there
-        raise UserError(f"--vae: {path} is incomplete: it lacks {error.args[0]}") from None
+        raise UserError(f"{option}: {path} is incomplete: it lacks {error.args[0]}") from None
 
 
 def published_part(file: WeightFile, default_config: Mapping[str, Any], advice: str = "give one with --vae") -> Part:
-    """A VAE under published names, with or without `first_stage_model.`; `advice` is for a file that has none."""
-    prefix = VAE_PREFIX if f"{VAE_PREFIX}encoder.conv_in.weight" in file.shapes else ""
-    shapes = {name[len(prefix) :]: shape for name, shape in file.shapes.items() if name.startswith(prefix)}
-    if "encoder.conv_in.weight" not in shapes:
+    """A VAE under published names, with one of PREFIXES; `advice` is for a file that has none."""
+    prefix = next((prefix for prefix in PREFIXES if f"{prefix}encoder.conv_in.weight" in file.shapes), None)
+    if prefix is None:
         raise UserError(f"{file.path} has no VAE inside; {advice}")
+    shapes = {name[len(prefix) :]: shape for name, shape in file.shapes.items() if name.startswith(prefix)}
     config = {**default_config, **layout(shapes, LDM_BLOCK)}
     return Part("VAE", file, prefix, lambda: build_vae(config), vae_rules, _scale(config))
 

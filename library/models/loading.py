@@ -7,7 +7,6 @@ copied unless a cast or another device is asked for, so the peak stays near the 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -19,9 +18,10 @@ import torch
 from torch import nn
 
 from library.errors import UserError, first_names, nearest
-from library.memory.precision import cast_when_used, keeps_file_dtype
-from library.names.keys import Rule, read
+from library.memory.precision import cast_when_used, castable_weights
+from library.models.fingerprints import weights_fingerprint
 from library.models.weight_files import WEIGHT_SUFFIXES, WeightFile, open_weights
+from library.names.keys import Rule, read
 
 CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "configs" / "models"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -44,21 +44,22 @@ class Part:
     finish: Callable[[nn.Module], None] | None = None  # what is done to the module when its weights are in
 
     def load(self, dtype: torch.dtype | None, device: torch.device | str, *, keep_half: bool = False) -> nn.Module:
-        """The module with its weights, in evaluation mode and frozen. dtype None: as the file has them, fp8 as bfloat16.
+        """The module with its weights, frozen, in evaluation mode. dtype None: as the file has them, fp8 as bfloat16.
 
-        keep_half: matrices that the file has in half precision stay so and are cast when they are used, for a module
-        that only computes in `dtype` (see library.memory.precision). Raises UserError when weights are missing or have
-        another shape.
+        keep_half: matrices that the file has in half precision or fp8 stay so and are cast when they are used, for a
+        module that only computes in `dtype` (see library.memory.precision). Raises UserError when weights are missing
+        or have another shape.
         """
         if dtype is None and self.file.is_float8:
             dtype = torch.bfloat16
         module = build_empty(self.build)
         shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-        shape_of, as_is = self.file.shapes, keep_half and dtype == torch.float32
-        get = lambda name: self.file.tensor(
-            name, None if as_is and keeps_file_dtype(name, shape_of[name]) else dtype, device
-        )
-        tensors, wrong = read(get, self.file.shapes, self.rules(module), shapes, self.prefix)
+        rules, as_is = self.rules(module), keep_half and dtype == torch.float32
+        castable = castable_weights(module) if as_is else set()
+        kept = {self.prefix + rule.published for rule in rules if castable.issuperset(rule.ours)}
+        get = lambda name: self.file.tensor(name, None if name in kept else dtype, device)
+        tensors, wrong = read(get, self.file.shapes, rules, shapes, self.prefix)
+        self.file.release()  # the module alone holds its weights: they go when it goes
         if wrong:
             raise UserError(
                 f"{self.file.path}: {len(wrong)} weights of the {self.what} are missing or have another shape "
@@ -74,13 +75,7 @@ class Part:
 
     def fingerprint(self) -> str:
         """Hash of settings and of names, shapes and bytes of this part's weights: equal only for equal contents."""
-        digest = hashlib.blake2b(self.settings.encode(), digest_size=16)
-        file = open_weights(self.file.path)  # a mapping of its own: what it touches is given back at the end
-        for name in sorted(n for n in file.shapes if n.startswith(self.prefix)):
-            tensor = file.tensor(name)
-            digest.update(f"{name[len(self.prefix) :]} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return weights_fingerprint(self.file, self.prefix, self.settings)
 
 
 def build_empty(build: Callable[[], nn.Module]) -> nn.Module:
@@ -152,6 +147,8 @@ def part_file(folder: Path) -> WeightFile:
                 ):
                     if (folder / name).is_file():
                         return open_weights(folder / name)
+                for part in folder.glob(f"{base}{variant}-00001-of-*{ending}"):  # the index was left behind
+                    return open_weights(part)
     raise UserError(f"{folder} has no weights: {BASE_NAMES[0]}.safetensors or {BASE_NAMES[1]}.safetensors is missing")
 
 

@@ -207,6 +207,7 @@ class StableDiffusion(ModelFamily):
             else f"stable-diffusion-v2-{'768-v' if is_v else '512'}",
             implementation="diffusers",
             prediction_type="v" if is_v else "epsilon",
+            checkpoint_implementation="https://github.com/Stability-AI/generative-models",
         )
 
 

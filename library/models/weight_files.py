@@ -3,6 +3,7 @@
 
 A tensor that is wanted as it lies in the file is mapped: it takes memory only where it is touched, and no copy is made.
 A tensor that is wanted in another dtype is read and cast alone, so the peak is what is kept plus one tensor.
+Scales that files of 8-bit weights have beside them are applied here: no reader of weights meets one.
 Format of safetensors: https://github.com/huggingface/safetensors#format
 """
 
@@ -13,14 +14,14 @@ import pickle
 import re
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from library.errors import UserError
+from library.errors import UserError, first_names
 
 DTYPES = {
     "F64": torch.float64,
@@ -36,10 +37,12 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 READ_NUMBERS = 1 << 20  # numbers that are read at a time when they are cast
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
+PART_NAME = re.compile(r"(.+)-\d{5}-of-(\d{5})(\..+)")
 
 
 class WeightFile(ABC):
@@ -48,6 +51,15 @@ class WeightFile(ABC):
     path: Path
     shapes: Mapping[str, tuple[int, ...]]
     is_float8: bool = False  # whether weights of it are stored in 8 bits: nothing computes in them
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All files that its weights are read from."""
+        return (self.path,)
+
+    @abstractmethod
+    def release(self) -> None:
+        """Let go of the file's mapping: what it takes of memory is given back when the last tensor of it is gone."""
 
     @abstractmethod
     def tensor(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
@@ -63,6 +75,7 @@ class SafetensorsFile(WeightFile):
         self.metadata: dict[str, str] = header.pop("__metadata__", {})
         self._entries = {name: _Entry.read(path, name, value) for name, value in header.items()}
         self.shapes = {name: entry.shape for name, entry in self._entries.items()}
+        self.is_float8 = any(entry.dtype in FLOAT8 for entry in self._entries.values())
         needed = self._start + max((entry.end for entry in self._entries.values()), default=0)
         size = path.stat().st_size
         if size < needed:
@@ -76,6 +89,9 @@ class SafetensorsFile(WeightFile):
         aligned = (self._start + entry.begin) % entry.dtype.itemsize == 0
         tensor = self._map(entry) if stays and aligned else self._read(entry, wanted)
         return tensor.to(device).to(wanted)
+
+    def release(self) -> None:
+        self._mapped = None
 
     def _map(self, entry: _Entry) -> Tensor:
         if self._mapped is None:
@@ -157,10 +173,14 @@ class TensorsFile(WeightFile):
         self.path = path
         self._tensors = tensors
         self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        self.is_float8 = any(tensor.dtype in FLOAT8 for tensor in tensors.values())
 
     def tensor(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
         tensor = self._tensors[name]
         return tensor.to(device=device, dtype=_wanted_dtype(tensor.dtype, dtype))
+
+    def release(self) -> None:
+        """Nothing: these tensors cannot be read a second time."""
 
 
 class CompletedFile(WeightFile):
@@ -171,36 +191,140 @@ class CompletedFile(WeightFile):
         self._more = TensorsFile(file.path, more)
         self.shapes = {**self._more.shapes, **file.shapes}
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return self._file.files
+
+    def release(self) -> None:
+        self._file.release()
+
     def tensor(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
         file = self._file if name in self._file.shapes else self._more
         return file.tensor(name, dtype, device)
 
 
 class SplitFile(WeightFile):
-    """Weights split over several files by an index (`{"weight_map": {name: file}}`)."""
+    """Weights split over several files. places: the file of each name."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, files: Mapping[str, WeightFile], places: Mapping[str, str]):
         self.path = path
+        self._files, self._places = files, places
+        lost = [name for name, file in places.items() if name not in files[file].shapes]
+        if lost:
+            raise UserError(f"{path}: {places[lost[0]]} lacks {lost[0]}, which the index says is there")
+        self.shapes = {name: files[file].shapes[name] for name, file in places.items()}
+        self.is_float8 = any(file.is_float8 for file in files.values())
+
+    @classmethod
+    def of_index(cls, path: Path) -> SplitFile:
+        """By an index file (`{"weight_map": {name: file}}`)."""
         try:
-            self._places: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+            places: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{path} is not readable as an index of weight files") from None
-        self._files = {name: open_weights(path.parent / name) for name in sorted(set(self._places.values()))}
-        lost = [n for n, file in self._places.items() if n not in self._files[file].shapes]
-        if lost:
-            raise UserError(f"{path}: {self._places[lost[0]]} lacks {lost[0]}, which the index says is there")
-        self.shapes = {name: self._files[file].shapes[name] for name, file in self._places.items()}
+        return cls(path, {name: _open_file(path.parent / name) for name in sorted(set(places.values()))}, places)
+
+    @classmethod
+    def of_parts(cls, path: Path, names: Sequence[str]) -> SplitFile:
+        """By the names of all parts, which are beside `path`, one of them."""
+        missing = [name for name in names if not (path.parent / name).is_file()]
+        if missing:
+            raise UserError(f"{path} is one of {len(names)} parts, and {first_names(missing)} is not beside it")
+        files = {name: _open_file(path.parent / name) for name in names}
+        return cls(path, files, {name: part for part, file in files.items() for name in file.shapes})
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (self.path, *(file.path for file in self._files.values()))
+
+    def release(self) -> None:
+        for file in self._files.values():
+            file.release()
 
     def tensor(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
         return self._files[self._places[name]].tensor(name, dtype, device)
 
 
+# ---- scaled 8-bit weights -------------------------------------------------------------------------------------------
+
+# ComfyUI's names beside `<module>.weight`: the older ones, and those of its `comfy_quant` files
+SCALES = ("scale_weight", "weight_scale")
+SCALE_EXTRAS = ("scale_input", "input_scale", "comfy_quant")  # of computing in 8 bits, which is not done here
+SCALE_MARKER = "scaled_fp8"  # an empty tensor that says which kind of 8 bits the file has
+FLOAT8_FORMATS = ("float8_e4m3fn", "float8_e5m2")
+
+
+class ScaledFile(WeightFile):
+    """A file whose matrices are `weight * scale`, shown as if it held the products."""
+
+    def __init__(self, file: WeightFile):
+        self.path, self._file = file.path, file
+        self._scales = {
+            f"{name.rpartition('.')[0]}.weight": name for name in file.shapes if name.rpartition(".")[2] in SCALES
+        }
+        extras = {*SCALES, *SCALE_EXTRAS, SCALE_MARKER}
+        self.shapes = {name: shape for name, shape in file.shapes.items() if name.rpartition(".")[2] not in extras}
+        self.is_float8 = True
+        self._check()
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return self._file.files
+
+    def release(self) -> None:
+        self._file.release()
+
+    def _check(self) -> None:
+        """Other formats of `comfy_quant`, such as 4 bits, have the same names for other things."""
+        for name in (n for n in self._file.shapes if n.endswith(".comfy_quant")):
+            text = self._file.tensor(name).numpy().tobytes()
+            try:
+                kind = json.loads(text)["format"]
+            except (ValueError, KeyError, TypeError):
+                kind = "unreadable"
+            if kind not in FLOAT8_FORMATS:
+                known = " and ".join(FLOAT8_FORMATS)
+                raise UserError(f"{self.path}: {name} says that weights are stored as {kind}; {known} can be read")
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
+        """Scaled tensors are multiplied in float32, and are float32 without a dtype."""
+        if name not in self._scales:
+            return self._file.tensor(name, dtype, device)
+        scale = self._file.tensor(self._scales[name], torch.float32, device)
+        weight = self._file.tensor(name, torch.float32, device)
+        if scale.numel() == 1:
+            scale = scale.reshape(())
+        elif scale.shape == weight.shape[:1]:  # one per row
+            scale = scale.reshape(-1, *[1] * (weight.ndim - 1))
+        return (weight * scale).to(dtype or torch.float32)
+
+
+# ---- opening --------------------------------------------------------------------------------------------------------
+
+
 def open_weights(path: Path) -> WeightFile:
-    """The reader for a file, by its ending. Raises UserError when it is missing, damaged or of another kind."""
+    """The reader for a file, by its name. Raises UserError when it is missing, damaged or of another kind.
+
+    One part of a split file (`x-00001-of-00003.safetensors`) stands for all of them.
+    """
+    if path.name.endswith(".index.json") and path.is_file():
+        return _unscaled(SplitFile.of_index(path))
+    part = PART_NAME.fullmatch(path.name)
+    if part is None or not path.is_file():
+        return _unscaled(_open_file(path))
+    start, count, ending = part.groups()
+    names = [f"{start}-{i:05d}-of-{count}{ending}" for i in range(1, int(count) + 1)]
+    return _unscaled(SplitFile.of_parts(path, names))
+
+
+def _unscaled(file: WeightFile) -> WeightFile:
+    ends = {name.rpartition(".")[2] for name in file.shapes}
+    return ScaledFile(file) if ends & {*SCALES, SCALE_MARKER} else file
+
+
+def _open_file(path: Path) -> WeightFile:
     if not path.is_file():
         raise UserError(f"{path} does not exist")
-    if path.name.endswith(".index.json"):
-        return SplitFile(path)
     if path.suffix == ".safetensors":
         return SafetensorsFile(path)
     if path.suffix in PICKLE_SUFFIXES:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from library.memory.precision import HALF, cast_when_used, keeps_file_dtype
+from library.memory.precision import HALF, cast_when_used, castable_weights, never_in_float16
 from library.models.options import SDOptions
 from library.models.sd import StableDiffusion
 from tests.tiny import make_tiny_sd
@@ -56,10 +56,52 @@ def test_convolutions_are_bit_identical(dtype: torch.dtype, settings: dict) -> N
 
 
 def test_only_matrices_and_kernels_stay() -> None:
-    assert keeps_file_dtype("model.diffusion_model.middle_block.1.proj.weight", (4, 4))
-    assert not keeps_file_dtype("text_model.embeddings.token_embedding.weight", (49408, 768))
-    assert keeps_file_dtype("conv_in.weight", (320, 4, 3, 3))
-    assert not keeps_file_dtype("norm.weight", (320,))
+    module = nn.ModuleDict({"embed": nn.Embedding(4, 4), "norm": nn.LayerNorm(4), "conv": nn.Conv2d(4, 4, 3)})
+    module["inner"] = nn.Sequential(nn.Linear(4, 4))
+    assert castable_weights(module) == {"conv.weight", "inner.0.weight"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_eight_bits_give_the_same_bits_too(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    linear, x = nn.Linear(24, 40).requires_grad_(False), torch.randn(3, 24)
+    linear.weight.data = linear.weight.data.to(dtype)
+    expected = torch.nn.functional.linear(x, linear.weight.float(), linear.bias)
+    assert cast_when_used(linear) == 1 and torch.equal(linear(x), expected)
+
+
+def large(weight_dtype: torch.dtype) -> nn.Linear:
+    """Every output is 64 * 60 * 60 = 230400, beyond float16."""
+    linear = nn.Linear(64, 8, bias=False).requires_grad_(False)
+    linear.weight.data = torch.full((8, 64), 60.0, dtype=weight_dtype)
+    never_in_float16(linear)
+    return linear
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_a_layer_that_is_never_in_float16(learns: bool) -> None:
+    half = large(torch.float16).requires_grad_(learns)
+    x = torch.full((2, 64), 60.0, dtype=torch.float16, requires_grad=True)
+    y = half(x)
+    assert y.dtype == torch.float32 and torch.equal(y, torch.full((2, 8), 230400.0))
+    y.sum().backward()
+    assert torch.equal(x.grad, torch.full((2, 64), 480.0, dtype=torch.float16))
+    assert (half.weight.grad is not None) == learns
+
+
+def test_autocast_does_not_bring_float16_back() -> None:
+    for weight_dtype in (torch.float16, torch.float32):
+        layer = large(weight_dtype)
+        with torch.autocast("cpu", dtype=torch.float16):
+            assert torch.nn.functional.linear(torch.full((2, 64), 60.0), layer.weight).isinf().all()
+            assert torch.equal(layer(torch.full((2, 64), 60.0)), torch.full((2, 8), 230400.0))
+
+
+def test_other_computations_are_left_alone() -> None:
+    layer = large(torch.bfloat16)
+    assert layer(torch.ones(2, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert large(torch.float32)(torch.ones(2, 64)).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(("version", "layout"), [(1, "single"), (1, "diffusers"), (2, "single"), (2, "diffusers")])

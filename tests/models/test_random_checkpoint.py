@@ -28,6 +28,6 @@ def test_both_layouts_hold_the_same_weights(tmp_path, capsys, version):
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert {t.dtype for n, t in states[0].items() if n.startswith("0.")} == {torch.float16}
     with torch.no_grad():
-        context = sd.encode_text(sd.tokenize(["a red cat"]), modules[2:])
+        context = sd.encode_text(sd.tokenize(["a red cat"]), {"clip": modules[2]})
         found = sd.predict(modules[0].float(), torch.randn(1, 4, 8, 8), torch.tensor([5]), context, None)
     assert torch.isfinite(found).all() and found.std() > 0

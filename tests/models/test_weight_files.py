@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from library.errors import UserError
-from library.models.weight_files import open_weights
+from library.models.weight_files import CompletedFile, open_weights
 
 ROOT = Path(__file__).parents[2]
 TENSORS = {
@@ -130,6 +130,108 @@ def test_split_files(tmp_path):
     assert "2.safetensors lacks a" in line(index)
     index.write_text("[]")
     assert "index" in line(index)
+
+
+PARTS = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+
+
+def test_one_part_stands_for_all(tmp_path):
+    for name, key in zip(PARTS, ("a", "b", "scalar")):
+        save_file({key: TENSORS[key]}, tmp_path / name)
+    for name in PARTS:
+        file = open_weights(tmp_path / name)
+        assert sorted(file.shapes) == ["a", "b", "scalar"] and file.path == tmp_path / name
+        assert all(torch.equal(file.tensor(key), TENSORS[key]) for key in file.shapes)
+        assert set(file.files) == {tmp_path / part for part in PARTS}
+    (tmp_path / PARTS[1]).unlink()
+    assert line(tmp_path / PARTS[0]).endswith(f"is one of 3 parts, and {PARTS[1]} is not beside it")
+    assert "does not exist" in line(tmp_path / PARTS[1])
+
+
+def test_an_index_that_names_a_missing_file(tmp_path):
+    (tmp_path / "m.index.json").write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
+    with pytest.raises(UserError, match=f"^{tmp_path / 'gone.safetensors'} does not exist$"):
+        open_weights(tmp_path / "m.index.json")
+
+
+def test_a_file_with_what_it_lacks(safetensors):
+    file = CompletedFile(open_weights(safetensors), {"a": torch.zeros(1), "more": torch.tensor([0.5, 2.0])})
+    assert file.shapes["more"] == (2,) and file.files == (safetensors,)
+    assert torch.equal(file.tensor("a"), TENSORS["a"])  # what the file has comes from the file
+    assert file.tensor("more", torch.float16).tolist() == [0.5, 2.0]
+
+
+# ---- 8 bits ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_fp8_is_cast_exactly(tmp_path, dtype, suffix):
+    values, path = torch.randn(7, 5).to(dtype), tmp_path / f"m{suffix}"
+    save_file({"x": values}, path) if suffix == ".safetensors" else torch.save({"x": values}, path)
+    file = open_weights(path)
+    assert file.is_float8 and file.tensor("x").dtype == dtype
+    for wanted in (torch.float32, torch.bfloat16, torch.float16):
+        assert torch.equal(file.tensor("x", wanted), values.to(wanted))
+
+
+def test_other_files_are_not_fp8(safetensors):
+    assert not open_weights(safetensors).is_float8
+
+
+SCALED = torch.tensor([[1.0, -448.0], [0.5, 2.0], [0.0, 16.0]])
+QUANT = torch.frombuffer(bytearray(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    "extras, marker",
+    [
+        ({"scale_weight": torch.tensor(0.25), "scale_input": torch.ones(1)}, {"scaled_fp8": torch.zeros(0)}),
+        ({"scale_weight": torch.tensor([0.25])}, {"t5.scaled_fp8": torch.zeros(2)}),
+        ({"weight_scale": torch.tensor([[0.25]]), "input_scale": torch.tensor(1.0), "comfy_quant": QUANT}, {}),
+        ({"weight_scale": torch.tensor([0.25, 0.25, 0.25])}, {}),
+    ],
+)
+def test_scaled_fp8(tmp_path, extras, marker):
+    path = tmp_path / "m.safetensors"
+    tensors = {
+        "t5.q.weight": SCALED.to(torch.float8_e4m3fn),
+        "t5.q.bias": torch.ones(3),
+        "t5.norm.weight": torch.ones(2),
+    }
+    tensors |= {f"t5.q.{name}": tensor for name, tensor in extras.items()}
+    save_file(tensors | {n: t.to(torch.float8_e4m3fn) for n, t in marker.items()}, path)
+    file = open_weights(path)
+    assert dict(file.shapes) == {"t5.q.weight": (3, 2), "t5.q.bias": (3,), "t5.norm.weight": (2,)}
+    assert file.is_float8 and file.files == (path,)
+    for dtype in (None, torch.float32, torch.bfloat16, torch.float16):
+        weight = file.tensor("t5.q.weight", dtype)
+        assert weight.dtype == (dtype or torch.float32) and torch.equal(weight.float(), SCALED * 0.25)
+    assert torch.equal(file.tensor("t5.q.bias"), torch.ones(3))
+
+
+def test_a_scale_per_row(tmp_path):
+    scales = torch.tensor([1.0, 2.0, 4.0])
+    for shape in ((3,), (3, 1)):
+        tensors = {"q.weight": SCALED.to(torch.float8_e4m3fn), "q.weight_scale": scales.reshape(shape)}
+        save_file(tensors, tmp_path / "m.safetensors")
+        weight = open_weights(tmp_path / "m.safetensors").tensor("q.weight")
+        assert torch.equal(weight, SCALED * scales[:, None])
+
+
+@pytest.mark.parametrize(
+    "content, kind", [(b'{"format": "nvfp4"}', "nvfp4"), (b"\xff", "unreadable"), (b"[]", "unread")]
+)
+def test_other_quantisations_are_refused(tmp_path, content, kind):
+    quant = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    tensors = {
+        "q.weight": torch.zeros(2, 2, dtype=torch.uint8),
+        "q.weight_scale": torch.ones(2),
+        "q.comfy_quant": quant,
+    }
+    save_file(tensors, tmp_path / "m.safetensors")
+    problem = line(tmp_path / "m.safetensors")
+    assert kind in problem and "q.comfy_quant" in problem and "float8_e4m3fn" in problem
 
 
 # ---- torch checkpoints ----------------------------------------------------------------------------------------------
@@ -262,3 +364,32 @@ def test_a_cast_costs_no_more_than_its_result(big_file):
     loaded, touched = measure(big_file, "float32")
     assert 500 < loaded < 512 + 60
     assert touched < 512 + 60
+
+
+RELEASE = """
+import sys
+from pathlib import Path
+from library.models.weight_files import open_weights
+
+def memory():  # MiB
+    return next(int(l.split()[1]) // 1024 for l in open("/proc/self/status") if l.startswith("VmRSS"))
+
+file = open_weights(Path(sys.argv[1]))
+before = memory()
+kept = [file.tensor(name) for name in file.shapes]
+total = sum(float(t.sum(dtype=__import__("torch").float32)) for t in kept)
+touched = memory() - before
+file.release()
+held = memory() - before
+del kept
+print(touched, held, memory() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_released_mapping_goes_with_its_last_tensor(big_file):
+    run = subprocess.run(
+        [sys.executable, "-c", RELEASE, str(big_file)], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    touched, held, after = map(int, run.stdout.split())
+    assert touched > 250 and held > 250 and after < 30

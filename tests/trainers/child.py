@@ -35,13 +35,13 @@ def start(target: Callable[..., None], *args: Any) -> ForkServerProcess:
     return process
 
 
-def script(values: Mapping[str, Any], output: Path) -> None:
-    """`python train_network.py` with these options; what it prints goes to a file."""
+def script(values: Mapping[str, Any], output: Path, method: str = "network", family: str = "sd") -> None:
+    """A training script with these options, train_network.py by default; what it prints goes to a file."""
     torch.set_num_threads(1)
     settle()
     redirect(output)
-    sys.argv[0] = "train_network.py"
-    run_script("network", "sd", argv(values))
+    sys.argv[0] = "script.py"
+    run_script(method, family, argv(values))
 
 
 def rank_of_two(rank: int, port: int, values: Mapping[str, Any], interrupt_in: int | None, result: Path) -> None:

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options of full training, the method that trains a model's own weights. A family adds what it lets learn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from library.options import option
+
+PLAIN_STEP = "comes with the memory options; until then the plain optimizer step is used, with the same result"
+
+
+@dataclass(frozen=True)
+class FineTuneOptions:
+    """What full training has in every family. `ModelFamily.learning_parts` and `denoiser_groups` read a subclass."""
+
+    bf16_update: str = option(  # no `| None`: "none" is one of the choices
+        "",
+        help="How weights in bf16 take in updates that are smaller than their last digit (with --full_bf16: "
+        "stochastic): rounding at random, a sum that keeps what was cut, or plain rounding, which loses them.",
+        choices=("stochastic", "kahan", "none"),
+    )
+    fused_optimizer_groups: int | None = option(
+        None, help="Number of groups of weights that are stepped during the backward pass.", answer=PLAIN_STEP
+    )
+    blockwise_fused_optimizers: bool = option(
+        False, help="Step each block's weights during the backward pass.", answer=PLAIN_STEP
+    )
+    mem_eff_save: bool = option(
+        False,
+        help="Save with little memory.",
+        answer="there is one way to save; it takes at most one copy of the model in main memory",
+    )
+    skip_latents_validity_check: bool = option(
+        False,
+        help="Do not look into cached latents at the start.",
+        answer="looking takes no time, the cache keeps an index; --skip_cache_check trusts that without the pictures",
+    )

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every training script as a user runs it: its recipe, its mistakes, and its process killed in the middle."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from library.io.state import load_state, newest_state
+from tests.families import flux, lumina, sd, sd3
+from tests.families.base import Case
+from tests.script_runner import ROOT, run_script
+from tests.trainers import child
+from tests.trainers.helpers import argv, differing, make_pictures, subset, write_dataset
+from tools.make_options_doc import SCRIPTS
+
+PRECIOUS = b"a good file of an earlier run"
+CASES: dict[str, Case] = {**sd.CASES, **flux.CASES, **sd3.CASES, **lumina.CASES}
+RECIPES = {
+    "sd_lora": ("train_network.py", "sd1"),
+    "flux_lora": ("flux_train_network.py", "flux"),
+    "flux_full": ("flux_train.py", "flux"),
+    "sd3_lora": ("sd3_train_network.py", "sd35"),
+    "sd3_full": ("sd3_train.py", "sd35"),
+    "lumina_lora": ("lumina_train_network.py", "lumina"),
+    "lumina_full": ("lumina_train.py", "lumina"),
+}
+# (script, case): every script with every case of its family, full training of SD 1.x and 2.x aside
+RUNS = [
+    (script, name)
+    for script, (method, family) in SCRIPTS.items()
+    for name, case in CASES.items()
+    if case.family == family
+]
+
+
+@dataclass(frozen=True)
+class Ground:
+    """Tiny models by case, and a dataset of three batches an epoch."""
+
+    models: dict[str, dict[str, Any]]
+    dataset: Path
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ground]:
+    folder = tmp_path_factory.mktemp("scripts")
+    data = write_dataset(folder / "dataset.toml", subset(make_pictures(folder / "pictures", 5)))
+    models = {name: {**case.make(folder / f"m{i}"), **case.options} for i, (name, case) in enumerate(CASES.items())}
+    yield Ground(models, data)
+
+
+# ---- recipes --------------------------------------------------------------------------------------------------------
+
+
+def test_every_recipe_is_run() -> None:
+    recipes = {path.stem for path in (ROOT / "configs").glob("*.toml")} - {"demo", "demo_dataset", "dataset_folder"}
+    assert recipes == set(RECIPES)
+    assert {script for script, _ in RECIPES.values()} == set(SCRIPTS)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_trains(name: str, ground: Ground, tmp_path: Path) -> None:
+    """As it is, but for the paths, the length of the run and an optimizer that needs a GPU."""
+    script, case = RECIPES[name]
+    own = {
+        "dataset_config": ground.dataset, "output_dir": tmp_path, "optimizer_type": "AdamW", "optimizer_args": [],
+        "max_train_epochs": 0, "max_train_steps": 1, "max_data_loader_n_workers": 0, "cache_dir": tmp_path / "cache",
+        "min_bucket_reso": 64, "max_bucket_reso": 64,
+    }  # fmt: skip
+    words = argv({"config_file": f"configs/{name}.toml", **ground.models[case], **own})
+    ended = run_script(*words, "--optimizer_args", script=script)
+    assert ended.code == 0, ended.text
+    assert len(load_file(next(tmp_path.glob("*.safetensors")))) > 10
+    assert "has no effect" not in ended.text and "ignored" not in ended.text
+
+
+# ---- bad input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=RUNS, ids=lambda run: f"{run[0]} {run[1]}")
+def base(request: pytest.FixtureRequest, ground: Ground, tmp_path: Path) -> tuple[str, str, dict[str, Any]]:
+    """Script, case and the options of a good run. The folder of the output holds a file that must stay as it is."""
+    script, name = request.param
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "x.safetensors").write_bytes(PRECIOUS)
+    own = {"dataset_config": ground.dataset, "output_dir": tmp_path / "out", "output_name": "x", "max_train_steps": 2}
+    return script, name, {**ground.models[name], **own}
+
+
+def refused(script: str, values: dict[str, Any], *words: str) -> list[str]:
+    """The lines with which the script refuses these options."""
+    ended = run_script(*argv(values), *words, script=script)
+    assert ended.code == 2, ended.text
+    assert "Traceback" not in ended.text
+    output = Path(values["output_dir"])
+    assert [path.name for path in output.iterdir()] == ["x.safetensors"]
+    assert (output / "x.safetensors").read_bytes() == PRECIOUS
+    assert ended.errors, ended.text
+    return ended.errors
+
+
+def test_mistakes_are_all_told_at_once(base: tuple[str, str, dict[str, Any]], tmp_path: Path) -> None:
+    script, _, values = base
+    lines = refused(script, values, "--learning_rat", "3", "--max_train_steps", "ten", "--mixed_precision", "bf61")
+    assert lines[0] == "Unknown option --learning_rat. Did you mean --learning_rate?"
+    assert "--max_train_steps expects a whole number, got 'ten'" in lines and len(lines) == 3
+
+    lines = refused(script, {**values, "pretrained_model_name_or_path": tmp_path / "gone.safetensors",
+                             "dataset_config": tmp_path / "gone.toml"})  # fmt: skip
+    assert any("gone.safetensors" in line for line in lines) and any("gone.toml" in line for line in lines)
+
+
+def test_models_of_other_architectures_and_broken_ones(
+    base: tuple[str, str, dict[str, Any]], ground: Ground, tmp_path: Path
+) -> None:
+    script, name, values = base
+    family = CASES[name].family
+    for other, case in CASES.items():
+        if case.family != family:
+            foreign = ground.models[other]["pretrained_model_name_or_path"]
+            lines = refused(script, {**values, "pretrained_model_name_or_path": foreign})
+            assert any(str(foreign) in line for line in lines), lines
+
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes((1000).to_bytes(8, "little") + b'{"a"')
+    lines = refused(script, {**values, "pretrained_model_name_or_path": broken})
+    assert any(str(broken) in line and "cut short" in line for line in lines), lines
+
+
+# ---- killed ---------------------------------------------------------------------------------------------------------
+
+
+def test_killed_in_the_middle(base: tuple[str, str, dict[str, Any]], tmp_path: Path) -> None:
+    """SIGKILL after the second save: what is there is whole, and the next process ends with the very same weights."""
+    script, _, values = base
+    method, family = SCRIPTS[script]
+    values = {
+        **values, "seed": 7, "save_state": True, "max_train_steps": 8, "learning_rate": 1e-3,
+        "max_data_loader_n_workers": 0, "network_dim": 4 if method == "network" else None,
+    }  # fmt: skip
+    output = tmp_path / "output.txt"
+    whole = child.start(child.script, {**values, "output_dir": tmp_path / "whole"}, output, method, family)
+    assert child.exit_code(whole) == 0, output.read_text(encoding="utf-8")[-3000:]
+
+    folder = tmp_path / "killed"
+    values = {**values, "output_dir": folder, "save_every_n_steps": 1}
+    process = child.start(child.script, values, output, method, family)
+    child.wait_until(lambda: len(child.states(folder)) > 1, process, output)
+    time.sleep(random.Random(script).uniform(0, 0.05))
+    process.kill()
+    assert child.exit_code(process) == -signal.SIGKILL
+    for path in folder.glob("[!.]*.safetensors"):
+        with safe_open(path, "pt") as file:
+            assert len(list(file.keys())) > 10
+    state = newest_state(folder, "x")
+    assert state is not None and load_state(state).step >= 2
+
+    again = child.start(child.script, {**values, "resume": state}, output, method, family)
+    assert child.exit_code(again) == 0, output.read_text(encoding="utf-8")[-3000:]
+    assert differing(load_file(folder / "x.safetensors"), load_file(tmp_path / "whole" / "x.safetensors")) == []
