@@ -247,6 +247,10 @@ class AdapterNetwork(nn.Module, ABC):
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         return (parameter for parameters in self.module_parameters().values() for parameter in parameters)
 
+    def targets(self) -> dict[str, TargetSpec]:
+        """Published name -> what the adapter of that name is put on; empty for third-party modules."""
+        return {}
+
     def epoch_started(self) -> None:
         """Called at the start of each epoch; some third-party modules need it."""
 

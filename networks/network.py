@@ -16,7 +16,7 @@ from library.errors import UserError, first_names
 from library.log import get_logger
 from networks.base import AdapterLayer, AdapterNetwork, NormReport, Rates
 from networks.formats import by_module, to_kohya
-from networks.spec import Part
+from networks.spec import Part, TargetSpec
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,9 @@ class LayerNetwork(AdapterNetwork):
             return NormReport(zero, zero, zero)
         all_norms = torch.stack(norms)
         return NormReport(torch.stack(scaled).sum(), all_norms.mean(), all_norms.max())
+
+    def targets(self) -> dict[str, TargetSpec]:
+        return {name: layer.target for name, layer in self.named_layers().items()}
 
     def step_taken(self) -> None:
         for layer in self.named_layers().values():

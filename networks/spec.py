@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 Part = Literal["denoiser", "text_encoder"]
@@ -48,6 +49,16 @@ class TargetSpec:
     @property
     def width(self) -> int:
         return sum(m.width for m in self.modules)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight of the published layer, as it is stored."""
+        parts = []
+        for module in self.modules:
+            assert isinstance(module.module.weight, Tensor)
+            weight = module.module.weight.detach()
+            parts.append(weight if module.rows is None else weight[module.rows])
+        return torch.cat(parts)
 
     def own_rows(self, index: int) -> slice:
         """The rows of the target that module `index` produces."""

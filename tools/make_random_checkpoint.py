@@ -26,12 +26,12 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.io.tensor_file import header_bytes, ordered_names
-from library.models import sd_keys
-from library.names.keys import Rule, publish
 from library.models.kl_vae import build_vae
 from library.models.loading import build_empty, shipped_config
 from library.models.sd import published_tensors, unused_open_clip
 from library.models.sd_parts import build_text_encoder, build_unet
+from library.names import sd as sd_keys
+from library.names.keys import Rule, publish
 from library.rng import torch_generator
 from tools.base_model.tokenizer import save_tokenizer
 

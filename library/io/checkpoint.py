@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pickle
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -166,6 +166,23 @@ def require_finite(tensors: Mapping[str, Tensor], path: str | Path) -> None:
         raise StopTraining(f"{path} is not written: {count} are not finite ({first_names(bad)})")
 
 
+class Ready(Mapping[str, Tensor]):
+    """Tensors as a file holds them, each brought to main memory when it is asked for: no model is there twice."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
+        self.tensors, self.dtype = tensors, dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self.tensors[name].detach()
+        return tensor.to("cpu", self.dtype if tensor.is_floating_point() else None).contiguous()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
 def save_tensors(
     path: str | Path,
     tensors: Mapping[str, Tensor],
@@ -174,18 +191,18 @@ def save_tensors(
     dtype: torch.dtype | None = None,
     hashes: bool = True,
 ) -> Path:
-    """Write weights atomically, in `dtype` if given. The ending of `path` says how.
+    """Write weights atomically, in `dtype` if given, one after the other. The ending of `path` says how.
 
     .safetensors: with `metadata`, and for adapters (`hashes`) with the identities of `metadata.tensor_hashes`.
     .ckpt, .pt: a pickle of the tensors only.
     Raises SaveError (disk, permissions), StopTraining (a weight is not finite).
     """
     path = Path(path)
-    ready = {n: t.detach().to("cpu", dtype if t.is_floating_point() else None).contiguous() for n, t in tensors.items()}
+    ready = Ready(tensors, dtype)
     require_finite(ready, path)
     size = data_bytes(ready)
     if path.suffix == ".safetensors":
-        complete = {**metadata, **(tensor_hashes(ready, metadata) if hashes else {})}
+        complete = {**metadata, **(tensor_hashes(dict(ready), metadata) if hashes else {})}
         written: list[str] = []
         return atomic_write(
             path,

@@ -195,7 +195,7 @@ class ModelFamily(ABC):
         dtype: torch.dtype | None,
         metadata: Mapping[str, str] | None,
     ) -> None:
-        """Write a checkpoint in published names (.safetensors), whole or not at all. dtype None: as the modules have it.
+        """Write a checkpoint in published names (.safetensors), whole or not at all. dtype None: as it is.
 
         encoders: those that learned. What else belongs into the file is taken from the source.
         """

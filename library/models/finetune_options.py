@@ -14,12 +14,6 @@ PLAIN_STEP = "comes with the memory options; until then the plain optimizer step
 class FineTuneOptions:
     """What full training has in every family. `ModelFamily.learning_parts` and `denoiser_groups` read a subclass."""
 
-    bf16_update: str = option(  # no `| None`: "none" is one of the choices
-        "",
-        help="How weights in bf16 take in updates that are smaller than their last digit (with --full_bf16: "
-        "stochastic): rounding at random, a sum that keeps what was cut, or plain rounding, which loses them.",
-        choices=("stochastic", "kahan", "none"),
-    )
     fused_optimizer_groups: int | None = option(
         None, help="Number of groups of weights that are stepped during the backward pass.", answer=PLAIN_STEP
     )
@@ -29,7 +23,7 @@ class FineTuneOptions:
     mem_eff_save: bool = option(
         False,
         help="Save with little memory.",
-        answer="there is one way to save; it takes at most one copy of the model in main memory",
+        answer="always so: tensors are written one after the other",
     )
     skip_latents_validity_check: bool = option(
         False,

@@ -25,7 +25,7 @@ from library.models.flux_parts import CLIP, T5, FluxParts, denoiser_rules, open_
 from library.models.flux_patches import RecomputeWithMask
 from library.models.text import CHUNK, ClipTokenizer
 from library.models.tokenizers import TextTokenizer, clip_tokenizer, t5_tokenizer, tokenizer_folders
-from library.names.keys import publish
+from library.names.keys import Published
 from library.objectives.flow import FlowObjective, constant_shift, resolution_shift
 from library.objectives.flow_options import FluxFlowOptions
 from library.objectives.options import LossOptions
@@ -234,7 +234,7 @@ class Flux(ModelFamily):
         dtype: torch.dtype | None,
         metadata: Mapping[str, str] | None,
     ) -> None:
-        tensors = publish(denoiser.state_dict(), denoiser_rules(denoiser))
+        tensors = Published(denoiser.state_dict(), denoiser_rules(denoiser))
         save_tensors(path, tensors, metadata or {}, dtype=dtype, hashes=False)
 
     def vae_fingerprint(self) -> str:

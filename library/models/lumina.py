@@ -9,6 +9,7 @@ text is the states of Gemma 2 2B. Trained with flow matching: the model's time r
 from __future__ import annotations
 
 import hashlib
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +25,7 @@ from library.models.family import ModelFacts, ModelFamily, PreviewDefaults
 from library.models.lumina_options import LuminaOptions
 from library.models.lumina_parts import LATENT_CHANNELS, UNUSED, LuminaParts, denoiser_rules, open_parts
 from library.models.tokenizers import TextTokenizer, gemma2_tokenizer, tokenizer_folders
-from library.names.keys import publish
+from library.names.keys import Published
 from library.objectives.flow import FlowObjective, constant_shift
 from library.objectives.flow_options import LuminaFlowOptions
 from library.objectives.options import LossOptions
@@ -176,9 +177,9 @@ class Lumina(ModelFamily):
         dtype: torch.dtype | None,
         metadata: Mapping[str, str] | None,
     ) -> None:
-        tensors = publish(denoiser.state_dict(), denoiser_rules(denoiser))
-        tensors[UNUSED] = self._unused(tensors)
-        save_tensors(path, tensors, metadata or {}, dtype=dtype, hashes=False)
+        tensors = Published(denoiser.state_dict(), denoiser_rules(denoiser))
+        whole = ChainMap({UNUSED: self._unused(tensors)}, tensors)  # type: ignore[arg-type]
+        save_tensors(path, whole, metadata or {}, dtype=dtype, hashes=False)
 
     def _unused(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """What readers of such files expect and no picture depends on: from the source, else made up."""

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,11 @@ from library.io.checkpoint import save_tensors
 from library.log import get_logger
 from library.models import kl_vae
 from library.models.family import ModelFacts, ModelFamily
-from library.names.keys import Rule, publish
 from library.models.loading import PIPELINE_FILES, locate
 from library.models.options import SDOptions
+from library.models.sd_parts import SDParts, open_parts
+from library.models.text import CHUNK, ClipTokenizer, find_tokenizer, join_chunks
+from library.names.keys import Rule, publish
 from library.names.sd import (
     CLIP_PREFIX,
     OPEN_CLIP_PREFIX,
@@ -35,8 +37,6 @@ from library.names.sd import (
     unet_rules,
     vae_rules,
 )
-from library.models.sd_parts import SDParts, open_parts
-from library.models.text import CHUNK, ClipTokenizer, find_tokenizer, join_chunks
 from library.objectives.ddpm import DDPMObjective, scaled_linear_betas
 from library.objectives.options import DDPMOptions, LossOptions
 from library.types import Batch, Cond, LatentSpec, Tokens
@@ -53,7 +53,7 @@ class StableDiffusion(ModelFamily):
     Options = SDOptions
     latent = LatentSpec("sd", channels=4, factor=8, npz_suffix="_sd.npz")
     network_module = "networks.lora"
-    adapter_prefixes = {ENCODER: "lora_te"}
+    adapter_prefixes: ClassVar[Mapping[str, str]] = {ENCODER: "lora_te"}
     bucket_step = 64
 
     def __init__(self, options: SDOptions) -> None:

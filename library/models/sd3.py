@@ -10,6 +10,7 @@ side, then those of T5, and the pooled states of both CLIPs. An encoder may be m
 from __future__ import annotations
 
 import hashlib
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -36,7 +37,7 @@ from library.models.tokenizers import (
     t5_tokenizer,
     tokenizer_folders,
 )
-from library.names.keys import publish
+from library.names.keys import Published
 from library.names.sd import VAE_PREFIX, vae_rules
 from library.objectives.flow import FlowObjective, constant_shift
 from library.objectives.flow_options import SD3FlowOptions
@@ -294,9 +295,9 @@ class StableDiffusion3(ModelFamily):
     ) -> None:
         """MMDiT and VAE in `path`; each text encoder that learned beside it, in `<name>_<encoder>.safetensors`."""
         vae = self.parts.vae.load(None, "cpu")
-        tensors = publish(denoiser.state_dict(), mmdit_rules(denoiser), MMDIT_PREFIX)
-        tensors |= publish(vae.state_dict(), vae_rules(vae), VAE_PREFIX)
-        save_tensors(path, tensors, metadata or {}, dtype=dtype, hashes=False)
+        mmdit = Published(denoiser.state_dict(), mmdit_rules(denoiser), MMDIT_PREFIX)
+        whole: Any = ChainMap(mmdit, Published(vae.state_dict(), vae_rules(vae), VAE_PREFIX))  # type: ignore[arg-type]
+        save_tensors(path, whole, metadata or {}, dtype=dtype, hashes=False)
         for name, encoder in encoders.items():
             beside = path.with_name(f"{path.stem}_{name}{path.suffix}")
             save_tensors(beside, self.parts.encoders[name].published(encoder), {}, dtype=dtype, hashes=False)

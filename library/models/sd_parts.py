@@ -17,8 +17,9 @@ from torch import nn
 from library.errors import UserError
 from library.models import kl_vae
 from library.models.detect import context_dim, foreign_file, foreign_pipeline
-from library.names.keys import Shapes
 from library.models.loading import Part, own_names, part_file, read_json, shipped_config
+from library.models.weight_files import WeightFile, open_weights
+from library.names.keys import Shapes
 from library.names.sd import (
     CLIP_PREFIX,
     OPEN_CLIP_PREFIX,
@@ -27,7 +28,6 @@ from library.names.sd import (
     open_clip_rules,
     unet_rules,
 )
-from library.models.weight_files import WeightFile, open_weights
 
 CONTEXT_DIMS = {768: 1, 1024: 2}
 CUT_OPEN_CLIP_BLOCKS = 23  # files that left out the last block already; whole ones have 24

@@ -34,7 +34,10 @@ DOUBLE_BLOCK = (
     named(f"{THEIR_DOUBLE}img_mlp.2", f"{DOUBLE}ff.net.2"),
     named(f"{THEIR_DOUBLE}txt_mod.lin", f"{DOUBLE}norm1_context.linear"),
     named(
-        f"{THEIR_DOUBLE}txt_attn.qkv", f"{DOUBLE}attn.add_q_proj", f"{DOUBLE}attn.add_k_proj", f"{DOUBLE}attn.add_v_proj"
+        f"{THEIR_DOUBLE}txt_attn.qkv",
+        f"{DOUBLE}attn.add_q_proj",
+        f"{DOUBLE}attn.add_k_proj",
+        f"{DOUBLE}attn.add_v_proj",
     ),
     named(f"{THEIR_DOUBLE}txt_attn.norm.query_norm.scale", f"{DOUBLE}attn.norm_added_q.weight"),
     named(f"{THEIR_DOUBLE}txt_attn.norm.key_norm.scale", f"{DOUBLE}attn.norm_added_k.weight"),

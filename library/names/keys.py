@@ -9,7 +9,7 @@ tensor rules of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -114,16 +114,30 @@ def expand(names: Iterable[ModuleName], tensors: Iterable[str]) -> tuple[Rule, .
     return tuple(rules)
 
 
-def publish(tensors: Mapping[str, Tensor], rules: Sequence[Rule], prefix: str = "") -> dict[str, Tensor]:
-    """Our tensors under the file's names, contiguous."""
-    import torch
+class Published(Mapping[str, "Tensor"]):
+    """Our tensors under the file's names, contiguous; each is put together when it is asked for, and not kept."""
 
-    result = {}
-    for rule in rules:
-        parts = [tensors[name] for name in rule.ours]
+    def __init__(self, tensors: Mapping[str, Tensor], rules: Sequence[Rule], prefix: str = "") -> None:
+        self.tensors, self.rules = tensors, {prefix + rule.published: rule for rule in rules}
+
+    def __getitem__(self, name: str) -> Tensor:
+        import torch
+
+        rule = self.rules[name]
+        parts = [self.tensors[own] for own in rule.ours]
         whole = torch.cat(parts, 0) if len(parts) > 1 else parts[0]
-        result[prefix + rule.published] = rule.op.publish(whole).contiguous()
-    return result
+        return rule.op.publish(whole).contiguous()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.rules)
+
+    def __len__(self) -> int:
+        return len(self.rules)
+
+
+def publish(tensors: Mapping[str, Tensor], rules: Sequence[Rule], prefix: str = "") -> dict[str, Tensor]:
+    """Our tensors under the file's names, all at once."""
+    return dict(Published(tensors, rules, prefix))
 
 
 def read(

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weight names of SD3 and SD3.5: published names, and diffusers' own.
 
-Published names: https://github.com/Stability-AI/sd3-ref (mmditx.py). The order of the rows is the order in adapter files.
+Published names: https://github.com/Stability-AI/sd3-ref (mmditx.py). The order
+of the rows is the order in adapter files.
 """
 
 from __future__ import annotations

@@ -36,6 +36,12 @@ class Row:
     elementwise: bool = False  # an element's update depends on that element only: tensors may be joined (flat.py)
     finds_rate: bool = False  # estimates its step size; the learning rate is one factor near 1 for all groups
     schedule_free: bool = False  # has train() and eval() weights and its own schedule
+    foreign: bool = False  # a class that this table and torch do not have: nothing is known of it
+
+    @property
+    def by_weight(self) -> bool:
+        """Whether a weight's update depends on that weight only, and nothing is counted per group."""
+        return not (self.finds_rate or self.schedule_free or self.foreign)
 
 
 MOMENTUM: Mapping[str, Any] = {"momentum": 0.9}
@@ -242,7 +248,8 @@ def find_optimizer(name: str) -> tuple[Row, type[torch.optim.Optimizer]]:
     if "." not in name and name not in in_torch:
         raise UserError(unknown(FLAG, name, [*OPTIMIZERS, *in_torch], kind="name"))
     cls = import_class(name, default_module="torch.optim", base=base, flag=FLAG)
-    return Row(name, elementwise=short in ELEMENTWISE_IN_TORCH, schedule_free=_has_modes(cls)), cls
+    elementwise, foreign = short in ELEMENTWISE_IN_TORCH, short not in in_torch
+    return Row(name, elementwise=elementwise, schedule_free=_has_modes(cls), foreign=foreign), cls
 
 
 def _has_modes(cls: type) -> bool:

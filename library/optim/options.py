@@ -30,7 +30,7 @@ class OptimizerOptions:
     fused_backward_pass: bool = option(
         False,
         help="Step each weight as soon as its gradient is there.",
-        answer="the gradients of adapters are small: freeing them one by one saves nothing",
+        answer="comes with the memory options for full training; the gradients of adapters are small in any case",
     )
 
     @property

@@ -40,10 +40,6 @@ class FineTuneTrainer(Trainer):
     def learning(self) -> frozenset[str]:
         return frozenset(self.learning_rates)
 
-    @property
-    def bf16_update(self) -> str:
-        return self.options.bf16_update
-
     def load_dtype(self, part: str) -> torch.dtype:
         """Weights that learn are loaded as they will be kept: a detour over half precision would round them."""
         return trained_dtype(self.options.precision) if part in self.learning else self.dtype

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,15 +36,3 @@ class FineTuneTrainerOptions(TrainerOptions):
 
     save: CheckpointOptions
     finetune: FineTuneOptions
-
-    def problems(self) -> Iterator[str]:
-        yield from super().problems()
-        if self.finetune.bf16_update and not self.precision.full_bf16:
-            yield "--bf16_update has no effect without --full_bf16: weights are kept in float32"
-
-    @property
-    def bf16_update(self) -> str:
-        """How weights in bf16 are updated: "stochastic", "kahan" or "none"."""
-        if not self.precision.full_bf16 or self.distributed.deepspeed:  # DeepSpeed keeps float32 weights by itself
-            return "none"
-        return self.finetune.bf16_update or "stochastic"

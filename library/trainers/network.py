@@ -18,7 +18,7 @@ from library.trainers.options import NetworkTrainerOptions
 from library.trainers.trainables import Trainables
 from library.trainers.trainer import Trainer
 from networks.base import AdapterNetwork
-from networks.formats import read_tensors, to_kohya
+from networks.formats import convert, dora_norms, header, read_adapter
 from networks.network import encoder_rate
 from networks.plugin import load_network_module
 
@@ -52,7 +52,7 @@ class NetworkTrainer(Trainer):
         if self.options.cache.texts:
             prefixes = self.prefixes_of(self.family.encoders, learning=False)
             for file in options.base_weights or ():
-                if any(name.startswith(prefixes) for name in to_kohya(read_tensors(file))):
+                if any(name.startswith(prefixes) for name in read_adapter(file)):
                     problems.append(
                         f"--base_weights {file} changes the text encoder, whose outputs are cached without it: "
                         "leave out --cache_text_encoder_outputs"
@@ -105,6 +105,7 @@ class NetworkTrainer(Trainer):
                 file = options.network_weights
                 lines = (problem.removeprefix(f"{file}: ") for problem in error.problems)
                 raise UserError(f"--network_weights {file}: {line}" for line in lines) from None
+        self.formatted(self.network.state(None))  # what has no name in the format is refused now, not at the first save
         if self.options.precision.gradient_checkpointing:
             self.network.enable_gradient_checkpointing()
         groups = self.network.param_groups(
@@ -154,7 +155,7 @@ class NetworkTrainer(Trainer):
         """--network_weights, without adapters of text encoders that do not learn."""
         file = self.options.network.network_weights
         assert file is not None
-        tensors = to_kohya(read_tensors(file))
+        tensors = read_adapter(file)
         frozen = self.prefixes_of([*self.family.adapter_prefixes], learning=False)
         kept = {name: value for name, value in tensors.items() if not name.startswith(frozen)}
         if len(kept) < len(tensors):
@@ -208,8 +209,18 @@ class NetworkTrainer(Trainer):
 
     def save_model(self, path: Path, metadata: dict[str, str]) -> None:
         precision = self.options.save.save_precision
-        dtype = DTYPES[precision] if precision else None
-        save_tensors(path, self.network.state(dtype), metadata)
+        tensors, entries = self.formatted(self.network.state(DTYPES[precision] if precision else None))
+        save_tensors(path, tensors, {**metadata, **entries})
+
+    def formatted(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The network's tensors under the names of --lora_format, and what the file's header has to say of them."""
+        wanted = self.options.network.lora_format
+        if wanted == "kohya":
+            return tensors, {}
+        targets = self.network.targets()
+        weight_of = lambda name: targets[name].weight if name in targets else None
+        norms = dora_norms(tensors, weight_of) if wanted == "comfy" else None
+        return convert(tensors, wanted, norms=norms), header(tensors, wanted)
 
     def metadata(self) -> dict[str, Any]:
         options = self.options.network

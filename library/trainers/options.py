@@ -47,6 +47,12 @@ class PrecisionOptions:
     mixed_precision: str = option("no", help="Compute dtype.", choices=("no", "fp16", "bf16"))
     full_fp16: bool = option(False, help="Keep trained weights and gradients in fp16 too.")
     full_bf16: bool = option(False, help="Keep trained weights and gradients in bf16 too.")
+    bf16_update: str = option(  # no `| None`: "none" is one of the choices
+        "",
+        help="How weights in bf16 take in updates that are smaller than their last digit (with --full_bf16: "
+        "stochastic): rounding at random, a sum that keeps what was cut, or plain rounding, which loses them.",
+        choices=("stochastic", "kahan", "none"),
+    )
     gradient_checkpointing: bool = option(
         False, help="Recompute activations in the backward pass: less memory, slower."
     )
@@ -95,6 +101,8 @@ class PrecisionOptions:
         for name in ("fp16", "bf16"):
             if getattr(self, f"full_{name}") and self.mixed_precision != name:
                 yield f"--full_{name} needs --mixed_precision {name}"
+        if self.bf16_update and not self.full_bf16:
+            yield "--bf16_update has no effect without --full_bf16: weights are kept in float32"
         if self.cpu_offload_checkpointing and not self.gradient_checkpointing:
             yield "--cpu_offload_checkpointing has no effect without --gradient_checkpointing"
         if self.torch_compile and self.dynamo_backend == "no":
@@ -251,6 +259,13 @@ class TrainerOptions:
     metadata: MetadataOptions
     hub: HubOptions
 
+    @property
+    def bf16_update(self) -> str:
+        """How weights in bf16 are updated: "stochastic", "kahan" or "none"."""
+        if not self.precision.full_bf16 or self.distributed.deepspeed:  # DeepSpeed keeps float32 weights by itself
+            return "none"
+        return self.precision.bf16_update or "stochastic"
+
     def problems(self) -> Iterator[str]:
         """Combinations across groups that make no sense."""
         yield from cross_problems(self.save, self.state, self.hub)
@@ -265,3 +280,9 @@ class NetworkTrainerOptions(TrainerOptions):
     """LoRA and every other adapter."""
 
     network: NetworkOptions
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        written, names = self.save.save_model_as, self.network.lora_format
+        if names != "kohya" and written not in (None, "safetensors"):
+            yield f"--lora_format {names} needs --save_model_as safetensors: {written} has no place for alpha"

@@ -43,7 +43,8 @@ RESUMED_OPTIONS = (
     "optimizer_type", "optimizer_args", "learning_rate", "lr_scheduler", "lr_scheduler_type", "lr_scheduler_args",
     "lr_warmup_steps", "gradient_accumulation_steps", "full_fp16", "full_bf16", "ema_decay", "network_module",
     "network_dim", "network_alpha", "network_args", "network_weights", "dim_from_weights", "network_train_unet_only",
-    "network_train_text_encoder_only", "unet_lr", "text_encoder_lr",
+    "network_train_text_encoder_only", "unet_lr", "text_encoder_lr", "bf16_update", "train_text_encoder", "train_t5xxl",
+    "learning_rate_te", "learning_rate_te1", "learning_rate_te2", "learning_rate_te3", "num_last_block_to_freeze",
 )  # fmt: skip
 
 log = get_logger()
@@ -119,7 +120,7 @@ class Preparation:
         if lines:
             raise UserError(
                 f"--resume: {self.options.state.resume} is a state of another run: {'; '.join(lines)}. "
-                "Give the same settings, or start anew from the file beside it with --network_weights"
+                "Give the same settings, or start anew from the file beside it"
             )
         plan.require_steps_after(self.resume_from.step)
 

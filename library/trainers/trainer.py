@@ -21,6 +21,7 @@ from library.io.state import StateParts
 from library.log import get_logger, progress
 from library.models.family import ModelFamily
 from library.models.quick_import import import_diffusers
+from library.optim.bf16 import build_bf16
 from library.optim.ema import Ema
 from library.optim.flat import FlatParameters
 from library.optim.schedulers import build_scheduler, check_scheduler
@@ -145,9 +146,7 @@ class Trainer(ABC):
         family, share, prompts = self.family, Share(self.rank, self.world), self.prepared.prompts
         self.objective = family.objective(self.options.objective, self.options.loss)
         texts = [text for prompt in prompts for text in (prompt.negative_prompt, prompt.prompt)]
-        caches = Caches(
-            family, self.options, self.prepared.data, self.dtype, learning=self.learning, more_texts=texts
-        )
+        caches = Caches(family, self.options, self.prepared.data, self.dtype, learning=self.learning, more_texts=texts)
         self.previews = Previews(
             family, self.objective, self.options, prompts, device=self.device, dtype=self.dtype, seed=self.plan.seed,
             active=self.main_process, size=self.prepared.found.datasets[0].config.buckets.resolution,
@@ -172,17 +171,13 @@ class Trainer(ABC):
         self.data = self.prepared.data.prepared(
             total_steps=self.plan.total_steps, latents=caches.latents, texts=caches.texts, join=family.join_conds
         )
-        denoiser = family.load_denoiser(
-            self.load_dtype("denoiser"), self.device, keep_half=self.keeps_half("denoiser")
-        )
+        denoiser = family.load_denoiser(self.load_dtype("denoiser"), self.device, keep_half=self.keeps_half("denoiser"))
         self.models = Models(denoiser, encoders, vae)
         for module in self.models.all():
             module.requires_grad_(False)
 
     def load_encoder(self, name: str) -> nn.Module:
-        return self.family.load_text_encoder(
-            name, self.load_dtype(name), self.device, keep_half=self.keeps_half(name)
-        )
+        return self.family.load_text_encoder(name, self.load_dtype(name), self.device, keep_half=self.keeps_half(name))
 
     def build_optimizer(self) -> None:
         """Precision, memory and speed of what learns, then optimizer and schedule."""
@@ -197,7 +192,8 @@ class Trainer(ABC):
         elementwise = self.prepared.optimizer.row.elementwise and not self.options.distributed.deepspeed
         joined = elementwise and trainables.flat
         self.flat = FlatParameters(trainables.groups) if joined else None
-        self.optim = self.prepared.optimizer.build(self.flat.param_groups if self.flat else trainables.groups)
+        groups = self.flat.param_groups if self.flat else trainables.groups
+        self.optim = build_bf16(self.prepared.optimizer, groups, self.options.bf16_update, seed=self.plan.seed)
         module = StepModule(self.family, self.models, trainables)
         self.model, self.optimizer = self.accelerator.prepare(module, self.optim.optimizer)
         self.scheduler = build_scheduler(self.options.scheduler, self.optim, total_steps=self.plan.total_steps)
@@ -217,7 +213,7 @@ class Trainer(ABC):
             self.prepared.datasets,
             self.data.stats(),
             self.family.facts(),
-            self.family.model_names(),
+            self.family.model_names() if self.metadata() is not None else {},  # hashing gigabytes takes its time
         )
         self.watch: GradientWatch | None = GradientWatch(self.trainables.modules)
         self.losses = MovingAverage(self.plan.steps_per_epoch)

@@ -374,7 +374,7 @@ def test_facts_for_the_metadata(options, version, architecture, prediction):
 def test_save_gives_back_the_file(models, tmp_path, version):
     source = models[version, "single"]
     sd = family(source, v2=version == 2)
-    unet, vae, encoder = load_all(sd)
+    unet, _, encoder = load_all(sd)
     sd.save(unet, {"clip": encoder}, tmp_path / "out.safetensors", None, {"a": "b"})
     before, after = load_file(source), load_file(tmp_path / "out.safetensors")
     assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
@@ -390,7 +390,7 @@ def test_save_in_half_precision_and_what_sd2_keeps_of_its_source(models, tmp_pat
     (tmp_path / "tokenizer").symlink_to(models[2, "single"].parent / "tokenizer")
     save_file(tensors, tmp_path / "source.safetensors")
     sd = family(tmp_path / "source.safetensors", v2=True)
-    unet, vae, encoder = load_all(sd)
+    unet, _, encoder = load_all(sd)
     with torch.no_grad():
         encoder.final_layer_norm.bias.fill_(3)
     sd.save(unet, {"clip": encoder}, tmp_path / "out.safetensors", torch.float16, None)

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from library.names import sd as sd_names
-from library.names.keys import CONV_1X1, COPY, SWAP_HALVES, TRANSPOSE, Rule, expand, named, publish, read
 from library.models.kl_vae import LDM_BLOCK, build_vae, layout
 from library.models.loading import build_empty, shipped_config
 from library.models.sd import published_tensors, unused_open_clip
 from library.models.sd_parts import build_text_encoder, build_unet, clip_layout, open_clip_layout, unet_layout
+from library.names import sd as sd_names
+from library.names.keys import CONV_1X1, COPY, SWAP_HALVES, TRANSPOSE, Rule, expand, named, publish, read
 from tests.tiny import tiny_modules
 
 DATA = Path(__file__).parents[1] / "data_files" / "models"

@@ -241,6 +241,9 @@ def test_split_layers_have_the_small_rank() -> None:
     assert shapes == {"to_q": (48, 2), "to_k": (16, 2)}
     down = tensors["lora_unet_layers_1_attention_qkv.lora_down.weight"]
     assert torch.equal(peft["transformer.layers.1.attn.to_k.lora_A.weight"], down[2:4])
+    tensors = adapter(lumina(), split=True, rank=2, dora=True)
+    tensors["lora_unet_layers_1_attention_qkv.lora_up.weight"][:, 1] = 0  # a rank that is not used
+    assert convert(tensors, "peft")["transformer.layers.1.attn.to_q.lora_B.weight"].shape == (48, 2)
 
 
 def test_last_layers_have_their_halves_swapped() -> None:

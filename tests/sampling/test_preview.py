@@ -158,9 +158,7 @@ def test_every_sampler_makes_a_picture(
     assert picture.image.size == (64, 64) and len(set(pixels_of(picture))) > 10
 
 
-def test_cached_texts_need_no_encoder(
-    family: StableDiffusion, models: PreviewModels, tmp_path: Path
-) -> None:
+def test_cached_texts_need_no_encoder(family: StableDiffusion, models: PreviewModels, tmp_path: Path) -> None:
     prompts = [CAT, Prompt("star", sample_steps=3, scale=1.0, seed=1)]
     expected = previewer(family, prompts, tmp_path).render(models, step=1, epoch=None, **F32)
     texts = [text for prompt in prompts for text in (prompt.negative_prompt, prompt.prompt)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from library.trainers.finetune import FineTuneTrainer
 from library.trainers.finetune_options import FineTuneTrainerOptions
 from library.trainers.guards import StepReport
 from library.trainers.tracking import Trackers
-from tests.trainers.helpers import Run, argv, settle
+from tests.trainers.helpers import Adapters, Run, argv, settle
 
 DEFAULTS: dict[str, Any] = {
     "output_name": "x",
@@ -97,3 +96,19 @@ def finetune_with_stop(dataset: Path, folder: Path, stop: int, **values: Any) ->
     state = newest_state(folder, "x")
     assert state is not None and state.name == f"x-step{stop:08d}-state"
     return finetune(dataset, folder, resume=state, **values)
+
+
+def open_adapters(weights: Adapters, prefixes: tuple[str, ...]) -> Adapters:
+    """Adapters of full rank that change nothing, for the layers of a LoRA file whose names begin with `prefixes`.
+
+    `down` is the identity, so that the gradient of `up` is the gradient of the layer's weight: a literal loss with
+    adapters is a literal loss of full training, too.
+    """
+    result: Adapters = {}
+    for name in {key.split(".")[0] for key in weights if key.startswith(prefixes)}:
+        down, up = weights[f"{name}.lora_down.weight"], weights[f"{name}.lora_up.weight"]
+        rank = down[0].numel()
+        result[f"{name}.alpha"] = torch.tensor(float(rank))
+        result[f"{name}.lora_down.weight"] = torch.eye(rank).view(rank, *down.shape[1:])
+        result[f"{name}.lora_up.weight"] = torch.zeros(len(up), rank, *up.shape[2:]).requires_grad_()
+    return result

@@ -374,7 +374,7 @@ def test_warnings_and_the_run_goes_on(base: dict[str, Any], tmp_path: Path) -> N
         "6 pictures are smaller than their bucket and will be enlarged (see bucket_no_upscale): "
         f"{folder}/p00.png (40x50 to 64x64), {folder}/p01.png (40x50 to 64x64), {folder}/p02.png (40x50 to 64x64) "
         "and 3 more",
-        "2 captions are longer than 75 tokens and will be cut (see max_token_length): "
+        "2 captions are longer than 75 tokens and will be cut (see --max_token_length): "
         f"{folder}/p00.png (80 tokens), {folder}/p01.png (120 tokens)",
     ]
     longer = {"dataset_config": tmp_path / "d.toml", "max_train_steps": 1, "max_token_length": 150}

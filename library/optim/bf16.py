@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Updates of bf16 weights that lose nothing on average (stochastic rounding) or nothing at all (a kept remainder).
+
+A bf16 number has 8 significant bits: an update below 1/512 of its weight rounds to no update, however often it comes.
+Here the optimizer sees float32 copies of weights and gradients, a few weights at a time, and what it made of them goes
+back in one of two ways:
+
+    stochastic   up or down at random, so that the expected value is the float32 one
+    kahan        the nearest bf16 number; what that cuts off is kept in 16 bits more and comes back in the next step,
+                 as in Kahan's sum (1965). Both parts together are exactly the float32 weight
+
+    built = build_bf16(choice, groups, "stochastic", seed=run_seed)       # in place of choice.build(groups)
+
+The optimizer's own states are float32. Both ways are elementwise, take no value to the host, and are the same on every
+process: draws depend on (seed, number of the step) and on the order of the weights only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.optim.optimizers import BuiltOptimizer, OptimizerChoice
+from library.rng import torch_generator
+
+LOW_BITS = 16  # of a float32 below a bf16 number
+CHUNK = 1 << 24  # float32 numbers that are on the device at a time, beside at most one weight that is larger
+STATE_KEY = "bf16_update"
+
+
+# ---- numbers --------------------------------------------------------------------------------------------------------
+
+
+def round_stochastic(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """float32 -> bf16 neighbours of x, the nearer one more often: the expected value is x. Infinities and nan stay.
+
+    Equally distributed noise below the last bf16 digit, then a cut: the bits of a float order magnitudes.
+    """
+    noise = torch.randint(0, 1 << LOW_BITS, x.shape, dtype=torch.int32, device=x.device, generator=generator)
+    rounded = (noise.add_(x.view(torch.int32)) >> LOW_BITS).to(torch.int16).view(torch.bfloat16)
+    return torch.where(x.isfinite(), rounded, x.bfloat16())
+
+
+def split(x: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 -> (nearest bf16, int16 remainder in units of the last float32 digit); `join` is the exact inverse.
+
+    Infinities and nan have remainder 0.
+    """
+    bits = x.view(torch.int32)
+    high = (bits + (1 << LOW_BITS - 1)) >> LOW_BITS
+    low = (bits - (high << LOW_BITS)).to(torch.int16)
+    finite = x.isfinite()
+    nearest = torch.where(finite, high.to(torch.int16).view(torch.bfloat16), x.bfloat16())
+    return nearest, torch.where(finite, low, 0)
+
+
+def join(high: Tensor, low: Tensor) -> Tensor:
+    """The float32 numbers whose parts `split` gave."""
+    return ((high.view(torch.int16).to(torch.int32) << LOW_BITS) + low).view(torch.float32)
+
+
+# ---- one weight -----------------------------------------------------------------------------------------------------
+
+
+class Weight:
+    """A bf16 weight and the float32 parameter that the optimizer knows it by, which has memory only while in use."""
+
+    def __init__(self, real: Tensor, *, keeps_rest: bool) -> None:
+        self.real = real
+        self.empty = torch.zeros((), device=real.device).expand(real.shape)  # the shape without the memory
+        self.shadow = nn.Parameter(self.empty)
+        self.rest = torch.zeros_like(real, dtype=torch.int16) if keeps_rest else None
+
+    def show(self) -> None:
+        """Let the optimizer see the weight and its gradient."""
+        real = self.real.detach()
+        self.shadow.data = real.float() if self.rest is None else join(real, self.rest)
+        self.shadow.grad = None if self.real.grad is None else self.real.grad.float()
+
+    def take(self, generator: torch.Generator | None) -> None:
+        """Take over what the optimizer made of it."""
+        real, value = self.real.detach(), self.shadow.detach()
+        if self.rest is None:
+            real.copy_(round_stochastic(value, generator))
+        else:
+            nearest, rest = split(value)
+            real.copy_(nearest)
+            self.rest.copy_(rest)
+
+    def look(self) -> None:
+        """Show what the optimizer made of it, for a while: the remainder stays that of the weight in training."""
+        self.real.detach().copy_(self.shadow.detach())
+
+    def hide(self) -> None:
+        """Give the float32 memory back."""
+        self.shadow.grad = None
+        self.shadow.data = self.empty
+
+
+# ---- all weights ----------------------------------------------------------------------------------------------------
+
+
+class Bf16Optimizer(torch.optim.Optimizer):
+    """An optimizer of the float32 shadows of bf16 weights; seen from outside it is one of the weights themselves.
+
+    whole: the inner optimizer has to see all weights at once (it computes something over all of them, or counts its
+    steps per group); all float32 copies are then in memory together.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
+        groups: Sequence[dict[str, Any]],
+        rounding: str,
+        *,
+        seed: int,
+        whole: bool = True,
+        chunk: int = CHUNK,
+    ) -> None:
+        # not super().__init__: groups, defaults and states are those of the inner optimizer
+        self.seed, self.whole, self.chunk, self.steps = seed, whole, chunk, 0
+        self.weights = [[Weight(p, keeps_rest=rounding == "kahan") for p in group["params"]] for group in groups]
+        shadows = [{**group, "params": [w.shadow for w in own]} for group, own in zip(groups, self.weights)]
+        self.inner = build(shadows)
+        self._name(lambda weight: weight.real)
+
+    def _name(self, which: Callable[[Weight], Tensor]) -> None:
+        for group, own in zip(self.inner.param_groups, self.weights, strict=True):
+            group["params"] = [which(weight) for weight in own]
+
+    @contextmanager
+    def _inside(self) -> Iterator[torch.optim.Optimizer]:
+        """The inner optimizer with its own parameters in its groups."""
+        self._name(lambda weight: weight.shadow)
+        try:
+            yield self.inner
+        finally:
+            self._name(lambda weight: weight.real)
+
+    # ---- what the rest of the program uses of an optimizer
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return self.inner.param_groups
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        return self.inner.defaults
+
+    @property
+    def state(self) -> dict[Tensor, Any]:  # type: ignore[override]
+        """The inner optimizer's states by the weights that they belong to."""
+        pairs = ((w.real, w.shadow) for own in self.weights for w in own)
+        return {real: self.inner.state[shadow] for real, shadow in pairs if shadow in self.inner.state}
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for own in self.weights:
+            for weight in own:
+                if set_to_none:
+                    weight.real.grad = None
+                elif weight.real.grad is not None:
+                    weight.real.grad.zero_()
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step over all weights, a chunk of them at a time."""
+        assert closure is None, "the loss is evaluated once per step"
+        device = self.weights[0][0].real.device
+        generator = torch_generator(self.seed, "bf16 update", self.steps, device=device)
+        self.steps += 1
+        with self._inside() as inner:
+            groups = inner.param_groups
+            try:
+                for parts in self._chunks():
+                    weights = [weight for part in parts.values() for weight in part]
+                    for weight in weights:
+                        weight.show()
+                    inner.param_groups = [groups[i] for i in parts]
+                    for i, part in parts.items():
+                        groups[i]["params"] = [weight.shadow for weight in part]
+                    inner.step()
+                    for weight in weights:
+                        weight.take(generator)
+                        weight.hide()
+            finally:
+                inner.param_groups = groups
+
+    def _chunks(self) -> Iterator[dict[int, list[Weight]]]:
+        """Group number -> weights that are shown together."""
+        if self.whole:
+            yield dict(enumerate(self.weights))
+            return
+        for i, own in enumerate(self.weights):
+            part: list[Weight] = []
+            size = 0
+            for weight in own:
+                if part and size + weight.real.numel() > self.chunk:
+                    yield {i: part}
+                    part, size = [], 0
+                part.append(weight)
+                size += weight.real.numel()
+            if part:
+                yield {i: part}
+
+    # ---- schedule-free optimizers have weights for training and others to look at
+
+    def train(self) -> None:
+        self._change_mode("train")
+
+    def eval(self) -> None:
+        self._change_mode("eval")
+
+    @torch.no_grad()
+    def _change_mode(self, mode: str) -> None:
+        weights = [weight for own in self.weights for weight in own]
+        with self._inside() as inner:
+            for weight in weights:
+                weight.show()
+            getattr(inner, mode)()
+            for weight in weights:
+                weight.look()
+                weight.hide()
+
+    # ---- states
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner optimizer's state, and what the next step needs besides the weights."""
+        with self._inside() as inner:
+            state = inner.state_dict()
+        rests = [weight.rest for own in self.weights for weight in own]
+        return {**state, STATE_KEY: {"steps": self.steps, "rests": rests}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state`. Raises ValueError when it belongs to other weights or another way of rounding."""
+        own = dict(state)
+        kept = own.pop(STATE_KEY)
+        with self._inside() as inner:
+            inner.load_state_dict(own)
+        self.steps = kept["steps"]
+        for weight, rest in zip((w for part in self.weights for w in part), kept["rests"], strict=True):
+            if (rest is None) != (weight.rest is None):
+                raise ValueError("the state was saved with another --bf16_update")
+            if weight.rest is not None:
+                weight.rest.copy_(rest)
+
+
+def build_bf16(
+    choice: OptimizerChoice, groups: list[dict[str, Any]], rounding: str, *, seed: int, chunk: int = CHUNK
+) -> BuiltOptimizer:
+    """As `choice.build(groups)`, for bf16 weights. rounding: "stochastic", "kahan", or "none" for plain bf16.
+
+    Raises UserError when the optimizer refuses its settings.
+    """
+    if rounding == "none":
+        return choice.build(groups)
+    built: list[BuiltOptimizer] = []
+
+    def build(shadows: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        built.append(choice.build(shadows))
+        return built[0].optimizer
+
+    optimizer = Bf16Optimizer(build, groups, rounding, seed=seed, whole=not choice.row.by_weight, chunk=chunk)
+    built[0].optimizer = optimizer
+    return built[0]
