@@ -25,10 +25,10 @@ BEGIN, END = "<!-- figures of benchmarks/bf16_update.py -->\n", "<!-- end of fig
 STEPS, EVERY, RATE, BATCH = 200, 10, 5e-5, 4
 # name -> (dtype of the weights, --bf16_update, colour)
 RUNS: dict[str, tuple[torch.dtype, str, str]] = {
-    "float32": (torch.float32, "none", "#222222"),
+    "float32": (torch.float32, "plain", "#222222"),
     "bf16, stochastic": (torch.bfloat16, "stochastic", "#1f77b4"),
     "bf16, kahan": (torch.bfloat16, "kahan", "#2ca02c"),
-    "bf16, none": (torch.bfloat16, "none", "#d62728"),
+    "bf16, plain": (torch.bfloat16, "plain", "#d62728"),
 }
 
 

@@ -251,11 +251,11 @@ class Bf16Optimizer(torch.optim.Optimizer):
 def build_bf16(
     choice: OptimizerChoice, groups: list[dict[str, Any]], rounding: str, *, seed: int, chunk: int = CHUNK
 ) -> BuiltOptimizer:
-    """As `choice.build(groups)`, for bf16 weights. rounding: "stochastic", "kahan", or "none" for plain bf16.
+    """As `choice.build(groups)`, for bf16 weights. rounding: "stochastic", "kahan", or "plain" for ordinary rounding.
 
     Raises UserError when the optimizer refuses its settings.
     """
-    if rounding == "none":
+    if rounding == "plain":
         return choice.build(groups)
     built: list[BuiltOptimizer] = []
 

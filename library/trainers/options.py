@@ -47,11 +47,11 @@ class PrecisionOptions:
     mixed_precision: str = option("no", help="Compute dtype.", choices=("no", "fp16", "bf16"))
     full_fp16: bool = option(False, help="Keep trained weights and gradients in fp16 too.")
     full_bf16: bool = option(False, help="Keep trained weights and gradients in bf16 too.")
-    bf16_update: str = option(  # no `| None`: "none" is one of the choices
-        "",
+    bf16_update: str | None = option(
+        None,
         help="How weights in bf16 take in updates that are smaller than their last digit (with --full_bf16: "
         "stochastic): rounding at random, a sum that keeps what was cut, or plain rounding, which loses them.",
-        choices=("stochastic", "kahan", "none"),
+        choices=("stochastic", "kahan", "plain"),
     )
     gradient_checkpointing: bool = option(
         False, help="Recompute activations in the backward pass: less memory, slower."
@@ -261,9 +261,9 @@ class TrainerOptions:
 
     @property
     def bf16_update(self) -> str:
-        """How weights in bf16 are updated: "stochastic", "kahan" or "none"."""
+        """How weights in bf16 are updated: "stochastic", "kahan" or "plain"."""
         if not self.precision.full_bf16 or self.distributed.deepspeed:  # DeepSpeed keeps float32 weights by itself
-            return "none"
+            return "plain"
         return self.precision.bf16_update or "stochastic"
 
     def problems(self) -> Iterator[str]:

@@ -42,8 +42,12 @@ SWITCHES = (
     "ip_noise_gamma_random_strength", "lowram", "noise_offset_random_strength", "v2", "zero_terminal_snr",
 )  # fmt: skip
 # Values that today's program gets from its parser in these runs; everything else is None, False or listed per run.
+FLOW = (  # options that train_network.py has not
+    "apply_lg_attn_mask", "apply_t5_attn_mask", "discrete_flow_shift", "guidance_scale", "logit_mean", "logit_std",
+    "mode_scale", "model_prediction_type", "model_type", "sigmoid_scale", "timestep_sampling", "weighting_scheme",
+)  # fmt: skip
 DEFAULTS: dict[str, Any] = {
-    **dict.fromkeys(OPTION_KEYS.values()),
+    **{name: None for name in OPTION_KEYS.values() if name not in FLOW},
     **dict.fromkeys(SWITCHES, False),
     "caption_dropout_every_n_epochs": 0, "caption_dropout_rate": 0.0, "caption_tag_dropout_rate": 0.0,
     "gradient_accumulation_steps": 1, "huber_c": 0.1, "huber_scale": 1.0, "huber_schedule": "snr",

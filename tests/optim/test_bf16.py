@@ -112,9 +112,9 @@ RATES = {"AdamW": 1e-3, "SGDNesterov": 2e-4, "Lion": 1e-3, "Adafactor": 1e-3, "A
 @pytest.mark.parametrize("name", [name for name in RATES if name in INSTALLED])
 def test_tracks_float32_where_plain_bf16_does_not(name):
     runs = {
-        "float32": Regression(name, torch.float32, "none", RATES[name]).run(200),
+        "float32": Regression(name, torch.float32, "plain", RATES[name]).run(200),
         **{kind: Regression(name, torch.bfloat16, kind, RATES[name]).run(200) for kind in ("stochastic", "kahan")},
-        "plain": Regression(name, torch.bfloat16, "none", RATES[name]).run(200),
+        "plain": Regression(name, torch.bfloat16, "plain", RATES[name]).run(200),
     }
     learned = runs["float32"][0] - runs["float32"][-1]
     assert learned > 0.2 * runs["float32"][0]
@@ -246,7 +246,7 @@ def test_flat_buffers_are_weights_too(rounding):
         loss.backward()
         run.built.optimizer.step()
         losses.append(loss.item())
-    full = Regression("AdamW", torch.float32, "none", 1e-3).run(100)
+    full = Regression("AdamW", torch.float32, "plain", 1e-3).run(100)
     assert max(abs(a - b) for a, b in zip(losses, full)) < 0.05 * (full[0] - full[-1])
 
 

@@ -163,9 +163,9 @@ def test_options_that_have_no_effect_together(base: dict[str, Any]) -> None:
         "--persistent_data_loader_workers has no effect with --max_data_loader_n_workers 0",
         "--skip_cache_check has no effect without --cache_latents_to_disk or the same for text outputs",
         "--min_timestep 900 is above --max_timestep 100",
+        "--ip_noise_gamma_random_strength has no effect without --ip_noise_gamma",
         "--adaptive_noise_scale adds to --noise_offset and has no effect without it: give --noise_offset too",
         "--noise_offset_random_strength has no effect without --noise_offset",
-        "--ip_noise_gamma_random_strength has no effect without --ip_noise_gamma",
         "--huber_scale has no effect with --huber_schedule snr: give constant or exponential",
         "--use_8bit_adam and --use_lion_optimizer and --optimizer_type each name an optimizer: give one of them",
         "--full_fp16 needs --mixed_precision fp16",
@@ -530,7 +530,7 @@ def test_state_of_another_run(base: dict[str, Any], stopped: Path, pictures: Pat
     changed = {"network_dim": 8, "optimizer_type": "Lion", "dataset_config": other, "seed": 9}
     (line,) = refused(base, resume=state, **changed, max_train_steps=4)
     start = f"--resume: {state} is a state of another run: "
-    end = ". Give the same settings, or start anew from the file beside it with --network_weights"
+    end = ". Give the same settings, or start anew from the file beside it"
     assert line.startswith(start) and line.endswith(end)
     found = line[len(start) : -len(end)].split("; ")
     assert found[:6] == [

@@ -156,7 +156,7 @@ def test_saved_weights_are_the_moving_average(sd1: Path, one_batch: Path, tmp_pa
     assert torch.equal(run.trainer.learned.state()[f"denoiser.{name}"], seen[-1][f"denoiser.{name}"])
 
 
-@pytest.mark.parametrize(("asked", "kept"), [(None, 0), ("kahan", 2), ("none", None)])
+@pytest.mark.parametrize(("asked", "kept"), [(None, 0), ("kahan", 2), ("plain", None)])
 def test_bf16_weights_are_updated_as_asked(
     asked: str | None, kept: int | None, sd1: Path, one_batch: Path, tmp_path: Path
 ) -> None:
@@ -193,13 +193,13 @@ def read(family: str = "flux", **values: Any) -> Resolved:
 
 
 def test_bf16_update_goes_with_full_bf16() -> None:
-    assert read().options.bf16_update == "none"
+    assert read().options.bf16_update == "plain"
     assert read(**HALF).options.bf16_update == "stochastic"
-    for kind in ("kahan", "none"):
+    for kind in ("kahan", "plain"):
         assert read(**HALF, bf16_update=kind).options.bf16_update == kind
     with pytest.raises(UserError, match="--bf16_update has no effect without --full_bf16"):
         read(bf16_update="kahan")
-    with pytest.raises(UserError, match="--bf16_update 'kahn' is not one of stochastic, kahan, none"):
+    with pytest.raises(UserError, match="--bf16_update 'kahn' is not one of stochastic, kahan, plain"):
         read(**HALF, bf16_update="kahn")
 
 
