@@ -1,8 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What LoRA training must do with every architecture. A new one is a file in tests/families and a row in CASES."""
+"""What LoRA training must do with every architecture. A new one is a file in tests/families and a row in CASES.
+
+The golden losses are written anew, after a change that is meant to change numbers, by
+    python -m tests.contracts.test_families
+"""
 
 from __future__ import annotations
 
+import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from networks.formats import format_of, read_adapter
 from tests.families import flux, lumina, sd, sd3
 from tests.families.base import Case
 from tests.trainers.helpers import (
@@ -134,3 +141,46 @@ def test_resume_is_exact(subject: Subject, tmp_path: Path) -> None:
     values = {**subject.options, "max_train_steps": 4, "save_state": True}
     whole = train(None, data, tmp_path / "whole", **values)
     assert_same_run(train_with_stops(None, data, tmp_path / "stopped", [2], **values), whole)
+
+
+def test_every_format_holds_the_same_network(subject: Subject, trained: Path, tmp_path: Path) -> None:
+    """--lora_format comfy and peft, read back, are the file of --lora_format kohya to the last bit."""
+    values = {"network_weights": trained, "max_train_steps": 1, "learning_rate": 1e-30, "network_alpha": 4}
+    expected = subject.train(tmp_path / "kohya", **values).weights
+    for name in ("comfy", "peft"):
+        run = subject.train(tmp_path / name, lora_format=name, **values)
+        assert format_of(run.weights) == name and "ss_steps" in run.metadata
+        found = read_adapter(run.file)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key].view_as(value), value) for key, value in expected.items())
+
+
+# ---- golden losses --------------------------------------------------------------------------------------------------
+
+GOLDEN = Path(__file__).parents[1] / "data_files" / "trainers" / "golden_family_losses.json"
+
+
+def golden_run(name: str, ground: Path) -> list[float]:
+    """Four steps on three batches an epoch; everything has its default but the seed and the rate."""
+    case = CASES[name]
+    data = write_dataset(ground / "data.toml", subset(make_pictures(ground / "pictures", 5)))
+    model = {**case.make(ground / "model"), **case.options}
+    return train(None, data, ground / "run", family=case.family, network_module=None, **model).losses
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_golden_losses(name: str, tmp_path: Path) -> None:
+    assert golden_run(name, tmp_path) == pytest.approx(json.loads(GOLDEN.read_text())[name], rel=1e-4)
+
+
+def write_golden_losses() -> None:
+    losses = {}
+    for name in CASES:
+        with tempfile.TemporaryDirectory() as folder:
+            losses[name] = golden_run(name, Path(folder))
+    GOLDEN.write_text(json.dumps(losses, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    write_golden_losses()
