@@ -37,20 +37,25 @@ class LoraFamily:
         own = {"blocks": self.options, "split": SplitOptions, "conv": NoConvOptions}
         return {**own, **self.more_options, **LORA_ARGUMENTS, "layer": FusedLayerOptions}
 
-    def create(
+    def create_network(
         self,
         multiplier: float,
-        dim: int | None,
-        alpha: float | None,
+        network_dim: int | None,
+        network_alpha: float | None,
+        vae: nn.Module | None,
         text_encoder: TextEncoders,
         unet: nn.Module | None,
-        neuron_dropout: float | None,
-        arguments: Mapping[str, Any],
+        neuron_dropout: float | None = None,
+        **kwargs: Any,
     ) -> AdapterNetwork:
-        """A new LoRA, not yet attached. Raises UserError listing every mistake in the arguments."""
-        options = read_network_args(self.arguments, arguments)
+        """A new LoRA, not yet attached. `kwargs` are --network_args.
+
+        Text encoders in the order of the family, None where one gets no adapters. Raises UserError listing every
+        mistake in the arguments.
+        """
+        options = read_network_args(self.arguments, kwargs)
         options["conv"].warn()
-        dim, alpha = default_sizes(dim, alpha)
+        dim, alpha = default_sizes(network_dim, network_alpha)
         asked = "t5" in options and options["t5"].train_t5xxl
         targets = self.targets(text_encoder, unet, split=options["split"].split_qkv, t5=asked)
         rules = self.type_dims(options["blocks"], dim, targets)
@@ -63,22 +68,23 @@ class LoraFamily:
             multiplier=multiplier,
         )
 
-    def from_weights(
+    def create_network_from_weights(
         self,
         multiplier: float,
         file: str | Path | None,
+        vae: nn.Module | None,
         text_encoder: TextEncoders,
         unet: nn.Module | None,
-        weights_sd: Mapping[str, Tensor] | None,
-        for_inference: bool,
-        neuron_dropout: float | None,
-        arguments: Mapping[str, Any],
+        weights_sd: Mapping[str, Tensor] | None = None,
+        for_inference: bool = False,
+        neuron_dropout: float | None = None,
+        **kwargs: Any,
     ) -> tuple[AdapterNetwork, dict[str, Tensor]]:
         """A LoRA with the layers, ranks, alphas and values of a file (or of `weights_sd`), and its tensors.
 
         Any Linear of the models may be in the file. Raises UserError.
         """
-        options = read_network_args(self.arguments, arguments)
+        options = read_network_args(self.arguments, kwargs)
         options["conv"].warn()
         return lora_from_weights(
             options,

@@ -6,21 +6,16 @@ The Linear layers of all blocks and of the final layer; with embedder_dims also 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from library.names.lumina import lumina_names
 from library.options import at_least, option
-from networks.base import AdapterNetwork
 from networks.lora_family import LoraFamily
 from networks.options import rank_list
 from networks.spec import TargetSpec
 from networks.table_targets import count, table_targets
-from networks.targets import TextEncoders
 from networks.type_dims import TypeDims, short_name
 
 MODELS = ("Lumina2Transformer2DModel",)
@@ -74,32 +69,5 @@ def type_dims(options: LuminaOptions, dim: int, targets: list[TargetSpec]) -> Ty
 
 FAMILY = LoraFamily("networks.lora_lumina", MODELS, LuminaOptions, denoiser_targets, type_dims, {})
 ARGUMENTS = FAMILY.arguments
-
-
-def create_network(
-    multiplier: float,
-    network_dim: int | None,
-    network_alpha: float | None,
-    vae: nn.Module | None,
-    text_encoder: TextEncoders,
-    unet: nn.Module | None,
-    neuron_dropout: float | None = None,
-    **kwargs: Any,
-) -> AdapterNetwork:
-    """As `LoraFamily.create`; text encoders: Gemma 2. `kwargs` are --network_args."""
-    return FAMILY.create(multiplier, network_dim, network_alpha, text_encoder, unet, neuron_dropout, kwargs)
-
-
-def create_network_from_weights(
-    multiplier: float,
-    file: str | Path | None,
-    vae: nn.Module | None,
-    text_encoder: TextEncoders,
-    unet: nn.Module | None,
-    weights_sd: Mapping[str, Tensor] | None = None,
-    for_inference: bool = False,
-    neuron_dropout: float | None = None,
-    **kwargs: Any,
-) -> tuple[AdapterNetwork, dict[str, Tensor]]:
-    """As `LoraFamily.from_weights`."""
-    return FAMILY.from_weights(multiplier, file, text_encoder, unet, weights_sd, for_inference, neuron_dropout, kwargs)
+create_network = FAMILY.create_network
+create_network_from_weights = FAMILY.create_network_from_weights

@@ -6,21 +6,16 @@ The Linear layers of the joint blocks; with emb_dims also the embedders and the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from library.names.sd3 import sd3_names
 from library.options import at_least, option
-from networks.base import AdapterNetwork
 from networks.lora_family import LoraFamily
 from networks.options import T5Options, block_ranges, rank_list
 from networks.spec import TargetSpec
 from networks.table_targets import count, table_targets
-from networks.targets import TextEncoders
 from networks.type_dims import TypeDims, check_blocks, raise_problems
 
 MODELS = ("SD3Transformer2DModel",)
@@ -77,32 +72,5 @@ def type_dims(options: Sd3Options, dim: int, targets: list[TargetSpec]) -> TypeD
 
 FAMILY = LoraFamily("networks.lora_sd3", MODELS, Sd3Options, denoiser_targets, type_dims, {"t5": T5Options})
 ARGUMENTS = FAMILY.arguments
-
-
-def create_network(
-    multiplier: float,
-    network_dim: int | None,
-    network_alpha: float | None,
-    vae: nn.Module | None,
-    text_encoder: TextEncoders,
-    unet: nn.Module | None,
-    neuron_dropout: float | None = None,
-    **kwargs: Any,
-) -> AdapterNetwork:
-    """As `LoraFamily.create`; text encoders: CLIP-L, CLIP-G, T5-XXL. `kwargs` are --network_args."""
-    return FAMILY.create(multiplier, network_dim, network_alpha, text_encoder, unet, neuron_dropout, kwargs)
-
-
-def create_network_from_weights(
-    multiplier: float,
-    file: str | Path | None,
-    vae: nn.Module | None,
-    text_encoder: TextEncoders,
-    unet: nn.Module | None,
-    weights_sd: Mapping[str, Tensor] | None = None,
-    for_inference: bool = False,
-    neuron_dropout: float | None = None,
-    **kwargs: Any,
-) -> tuple[AdapterNetwork, dict[str, Tensor]]:
-    """As `LoraFamily.from_weights`."""
-    return FAMILY.from_weights(multiplier, file, text_encoder, unet, weights_sd, for_inference, neuron_dropout, kwargs)
+create_network = FAMILY.create_network
+create_network_from_weights = FAMILY.create_network_from_weights

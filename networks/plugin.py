@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import inspect
 import pkgutil
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -32,6 +33,8 @@ from networks.targets import TextEncoders, as_list
 
 REQUIRED = ("apply_to", "prepare_optimizer_params", "load_weights", "save_weights")
 INSTALL = {"lycoris": "pip install lycoris-lora"}
+
+DEFINITION = re.compile(r"^(def create_network\(|create_network = )", re.MULTILINE)
 
 
 class PublishedEncoder(nn.Module):
@@ -148,7 +151,7 @@ def own_modules() -> list[str]:
 def _defines_create_network(name: str) -> bool:
     spec = importlib.util.find_spec(name)
     origin = spec.origin if spec is not None else None
-    return origin is not None and "\ndef create_network(" in Path(origin).read_text("utf-8")
+    return origin is not None and DEFINITION.search(Path(origin).read_text("utf-8")) is not None
 
 
 def _hint(name: str) -> str:
