@@ -33,6 +33,7 @@ class Row:
     package: str = ""  # what pip installs it from ("" comes with the project)
     defaults: Mapping[str, Any] = field(default_factory=dict)  # settings that --optimizer_args may change
     fixed: Mapping[str, Any] = field(default_factory=dict)  # settings that make the name what it is
+    quick: Mapping[str, Any] = field(default_factory=dict)  # how it is computed where --optimizer_args do not say
     elementwise: bool = False  # an element's update depends on that element only: tensors may be joined (flat.py)
     finds_rate: bool = False  # estimates its step size; the learning rate is one factor near 1 for all groups
     schedule_free: bool = False  # has train() and eval() weights and its own schedule
@@ -50,7 +51,7 @@ BNB, DADAPT, SCHEDULE_FREE = "bitsandbytes", "dadaptation", "schedulefree"
 PREPRINT = Row("dadaptation.experimental.DAdaptAdamPreprint", DADAPT, finds_rate=True)
 
 OPTIMIZERS: dict[str, Row] = {
-    "AdamW": Row("torch.optim.AdamW", elementwise=True),
+    "AdamW": Row("torch.optim.AdamW", quick={"fused": True}, elementwise=True),  # the others need a second buffer
     "SGDNesterov": Row("torch.optim.SGD", defaults=MOMENTUM, fixed=NESTEROV, elementwise=True),
     "AdamW8bit": Row("bitsandbytes.optim.AdamW8bit", BNB),  # not elementwise: 8-bit states share a scale per 256
     "PagedAdamW8bit": Row("bitsandbytes.optim.PagedAdamW8bit", BNB),
@@ -76,6 +77,7 @@ OPTIMIZERS: dict[str, Row] = {
 }
 BY_LOWER_NAME = {name.lower(): row for name, row in OPTIMIZERS.items()}
 ELEMENTWISE_IN_TORCH = {"Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "SGD"}
+WAYS = {"fused", "foreach", "capturable", "differentiable"}  # settings of torch's optimizers that exclude each other
 NOT_FOR_TRAINING = {
     "LBFGS": "it evaluates the loss several times per step",
     "SparseAdam": "it takes sparse gradients only",
@@ -157,15 +159,19 @@ class OptimizerChoice:
         text = ",".join(f"{k}={v}" for k, v in self.settings.items())
         return f"{self.cls.__module__}.{self.cls.__name__}" + (f"({text})" if text else "")
 
-    def build(self, param_groups: list[dict[str, Any]]) -> BuiltOptimizer:
-        """The optimizer over groups of {"params", "lr", ...}. Raises UserError when it refuses its settings."""
+    def build(self, param_groups: list[dict[str, Any]], *, quick: bool = True) -> BuiltOptimizer:
+        """The optimizer over groups of {"params", "lr", ...}. Raises UserError when it refuses its settings.
+
+        quick: compute it in the quick way, unless the settings choose one.
+        """
         groups = [dict(group) for group in param_groups]
         if self.learning_rate is None:
             groups = [{k: v for k, v in group.items() if k != "lr"} for group in groups]
         elif self.row.finds_rate:
             self._one_rate(groups)
+        way = {} if WAYS & self.settings.keys() or not quick else self.row.quick
         try:
-            optimizer = self.cls(groups, lr=self.learning_rate, **self.row.fixed, **self.settings)  # type: ignore[call-arg]
+            optimizer = self.cls(groups, lr=self.learning_rate, **way, **self.row.fixed, **self.settings)  # type: ignore[call-arg]
         except (TypeError, ValueError, AssertionError, RuntimeError) as error:
             raise UserError(f"{FLAG} {self.name}: refused with {self.described()}: {first_line(error)}") from None
         row = self.row
@@ -184,7 +190,8 @@ class OptimizerChoice:
         and others keep float32 states or divide by nothing.
         """
         weight = torch.nn.Parameter(torch.zeros(2, 2, dtype=dtype))
-        optimizer = self.build([{"params": [weight]}]).optimizer
+        # the plain way: the quick one computes in float32, and hides that squares are 0 in the states
+        optimizer = self.build([{"params": [weight]}], quick=False).optimizer
         for gradient in (0.0, 1e-4):
             weight.grad = torch.full_like(weight, gradient)
             try:

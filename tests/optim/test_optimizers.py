@@ -160,3 +160,11 @@ def test_weights_in_fp16_that_would_become_nan(name):
 def test_optimizers_for_weights_in_fp16():
     choose("lion_pytorch.Lion", learning_rate=1e-4).check_dtype(torch.float16)
     choose("SGDNesterov", learning_rate=1e-4).check_dtype(torch.float16)
+
+
+def test_adamw_is_fused_unless_the_settings_say_otherwise():
+    plain = choose("AdamW", learning_rate=1e-3)
+    assert plain.toy().optimizer.defaults["fused"] and plain.metadata_name == "torch.optim.adamw.AdamW"
+    for setting in ("foreach=True", "fused=False"):
+        asked = choose("AdamW", learning_rate=1e-3, optimizer_args=(setting,)).toy().optimizer
+        assert not asked.defaults["fused"]
