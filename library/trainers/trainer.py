@@ -198,6 +198,7 @@ class Trainer(ABC):
         self.model, self.optimizer = self.accelerator.prepare(module, self.optim.optimizer)
         self.scheduler = build_scheduler(self.options.scheduler, self.optim, total_steps=self.plan.total_steps)
         self.optim.train_mode()
+        free_memory()  # of the weights as they were before they were joined
         decay = self.options.ema.ema_decay
         self.ema = Ema(trainables.parameters(), decay) if decay is not None else None
 
