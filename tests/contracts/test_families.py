@@ -18,6 +18,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from library.cli import load_attribute
+from library.models.registry import FAMILIES
+from library.options import specs
 from networks.formats import format_of, read_adapter
 from tests.families import flux, lumina, sd, sd3
 from tests.families.base import Case
@@ -89,6 +92,45 @@ def test_one_step_equals_the_literal_reference(subject: Subject, trained: Path, 
     # an adapter of a layer that is not read has no gradient
     grads = {k: torch.zeros_like(v) if v.grad is None else v.grad for k, v in adapters.items() if k[-5:] != "alpha"}
     assert_close(run.trainer.gradients[0], grads, 1e-5)
+
+
+def test_one_step_of_split_layers_equals_the_literal_reference(subject: Subject, tmp_path: Path) -> None:
+    """split_qkv: the file's up matrices are block-diagonal, and outside of the blocks nothing learns."""
+    module = load_attribute(FAMILIES[subject.case.family].path).network_module
+    if "split_qkv" not in specs(load_attribute(f"{module}:ARGUMENTS")):
+        return  # no layer of this model is published as several in one
+    values = {"network_args": ["split_qkv=True"], "max_train_steps": 1}
+    pattern = subject.train(tmp_path / "first", **values).trainer.network
+    for layer in pattern.named_layers().values():
+        for parameter in layer.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+    save_file(pattern.state(None), tmp_path / "trained.safetensors")
+    weights = tmp_path / "trained.safetensors"
+    run = subject.train(tmp_path / "run", network_weights=weights, keep_gradients=True, **values)
+    adapters = {key: value.requires_grad_() for key, value in load_file(weights).items()}
+    batch = run.trainer.data.load(run.trainer.data.plan_epoch(1)[0], step=0)
+    loss = subject.case.loss({**subject.model, **subject.case.options}, batch, adapters, micro_generator(run, 0))
+    loss.backward()
+    assert run.losses[0] == pytest.approx(loss.item(), rel=1e-5)
+    found = fused(run.trainer.gradients[0])
+    assert any(".1.lora_up" in key for key in run.trainer.gradients[0]) and found.keys() <= adapters.keys()
+    expected = {key: torch.zeros_like(v) if (v := adapters[key]).grad is None else v.grad for key in found}
+    inside = {key: fused_pattern(key, run.trainer.gradients[0]) for key in found}
+    assert_close(found, {key: value * inside[key] for key, value in expected.items()}, 1e-5)
+
+
+def fused(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gradients of the parts of split layers (`name.0.lora_down.weight` ...) as those of the matrices in the file."""
+    parts: dict[str, list[Tensor]] = {}
+    for key, value in gradients.items():
+        name, _, rest = key.partition(".")
+        parts.setdefault(f"{name}.{rest.lstrip('0123456789.')}", []).append(value)
+    return {k: torch.block_diag(*v) if "lora_up" in k and len(v) > 1 else torch.cat(v) for k, v in parts.items()}
+
+
+def fused_pattern(key: str, gradients: dict[str, Tensor]) -> Tensor:
+    """1 where a matrix of the file has a part, 0 in the rest of a block-diagonal one."""
+    return fused({name: torch.ones_like(value) for name, value in gradients.items()})[key]
 
 
 def test_overfits_one_batch(subject: Subject, tmp_path: Path) -> None:

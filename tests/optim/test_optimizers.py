@@ -166,5 +166,5 @@ def test_adamw_is_fused_unless_the_settings_say_otherwise():
     plain = choose("AdamW", learning_rate=1e-3)
     assert plain.toy().optimizer.defaults["fused"] and plain.metadata_name == "torch.optim.adamw.AdamW"
     for setting in ("foreach=True", "fused=False"):
-        asked = choose("AdamW", learning_rate=1e-3, optimizer_args=(setting,)).toy().optimizer
+        asked = choose("AdamW", setting, learning_rate=1e-3).toy().optimizer
         assert not asked.defaults["fused"]
