@@ -57,7 +57,10 @@ class Part:
         rules, as_is = self.rules(module), keep_half and dtype == torch.float32
         castable = castable_weights(module) if as_is else set()
         kept = {self.prefix + rule.published for rule in rules if castable.issuperset(rule.ours)}
-        get = lambda name: self.file.tensor(name, None if name in kept else dtype, device)
+        moved = {self.prefix + rule.published for rule in rules if rule.op.moves}
+        get = lambda name: (self.file.copy if name in moved else self.file.tensor)(
+            name, None if name in kept else dtype, device
+        )
         tensors, wrong = read(get, self.file.shapes, rules, shapes, self.prefix)
         self.file.release()  # the module alone holds its weights: they go when it goes
         if wrong:

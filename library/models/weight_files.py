@@ -65,6 +65,10 @@ class WeightFile(ABC):
     def tensor(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
         """One tensor; integers keep their dtype. Without a cast it is mapped if possible: do not overwrite the file."""
 
+    def copy(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
+        """The same, not mapped: for a tensor of which only another arrangement is kept."""
+        return self.tensor(name, dtype, device)
+
 
 class SafetensorsFile(WeightFile):
     """A .safetensors file. Raises UserError when it is not one, or is cut short."""
@@ -89,6 +93,10 @@ class SafetensorsFile(WeightFile):
         aligned = (self._start + entry.begin) % entry.dtype.itemsize == 0
         tensor = self._map(entry) if stays and aligned else self._read(entry, wanted)
         return tensor.to(device).to(wanted)
+
+    def copy(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
+        entry = self._entries[name]
+        return self._read(entry, _wanted_dtype(entry.dtype, dtype)).to(device)
 
     def release(self) -> None:
         self._mapped = None

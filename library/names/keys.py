@@ -26,6 +26,7 @@ class Op:
     publish: Callable[[Tensor], Tensor]
     read: Callable[[Tensor, tuple[int, ...]], Tensor]
     of_bias: bool = False  # a module's bias changes like its weight
+    moves: bool = False  # what is read is a copy
 
 
 def _swap_halves(tensor: Tensor) -> Tensor:
@@ -40,7 +41,7 @@ COPY = Op(lambda t: t, lambda t, shape: t)
 CONV_1X1 = Op(lambda t: t.reshape(*t.shape[:2], 1, 1), lambda t, shape: t.reshape(shape))
 TRANSPOSE = Op(lambda t: t.T, lambda t, shape: t.T)
 # (scale, shift) here, (shift, scale) in the file
-SWAP_HALVES = Op(_swap_halves, lambda t, shape: _swap_halves(t), of_bias=True)
+SWAP_HALVES = Op(_swap_halves, lambda t, shape: _swap_halves(t), of_bias=True, moves=True)
 
 
 @dataclass(frozen=True)
