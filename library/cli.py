@@ -14,8 +14,10 @@ from library.errors import StopTraining, UserError
 from library.log import get_logger, is_main_process, setup_logging
 from library.models.registry import FAMILIES
 from library.options import group_types, resolve, write_output_config
-from library.trainers.finetune_options import FineTuneTrainerOptions
+from library.trainers.control_net_lllite_options import LLLiteTrainerOptions
+from library.trainers.finetune_options import DreamBoothTrainerOptions, FineTuneTrainerOptions
 from library.trainers.options import NetworkTrainerOptions
+from library.trainers.textual_inversion_options import TextualInversionOptions
 
 EXIT_BAD_INPUT = 2
 EXIT_STOPPED = 3  # Ctrl-C or SIGTERM: the step was finished and the state saved
@@ -25,6 +27,9 @@ EXIT_DIVERGED = 4  # non-finite loss or gradients
 METHODS: dict[str, tuple[str, type]] = {
     "network": ("library.trainers.network:NetworkTrainer", NetworkTrainerOptions),
     "finetune": ("library.trainers.finetune:FineTuneTrainer", FineTuneTrainerOptions),
+    "dreambooth": ("library.trainers.finetune:DreamBoothTrainer", DreamBoothTrainerOptions),
+    "lllite": ("library.trainers.control_net_lllite:LLLiteTrainer", LLLiteTrainerOptions),
+    "textual_inversion": ("library.trainers.textual_inversion:TextualInversionTrainer", TextualInversionOptions),
 }
 
 

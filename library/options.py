@@ -203,9 +203,10 @@ class ConfigFileOptions:
 
 
 def group_types(method: type, overrides: Mapping[str, type]) -> dict[str, type]:
-    """Group name -> dataclass of a method's options; a family's own groups replace the general ones."""
+    """Group name -> dataclass of a method's options; a family's own groups replace the more general ones."""
     hints = typing.get_type_hints(method)
-    return {f.name: overrides.get(f.name, hints[f.name]) for f in dataclasses.fields(method)}
+    names = [f.name for f in dataclasses.fields(method)]
+    return {n: hints[n] if issubclass(hints[n], overrides.get(n, hints[n])) else overrides[n] for n in names}
 
 
 def specs(groups: Mapping[str, type]) -> dict[str, Spec]:

@@ -45,6 +45,7 @@ class AdapterLayer(nn.Module, ABC):
 
     saved: ClassVar[tuple[str, ...]]  # suffixes of its keys in a file; not every one is always there
     plus: ClassVar[tuple[str, ...]] = ()  # parameters that LoRA+ trains faster (arXiv:2402.12354)
+    sparse: ClassVar[bool] = False  # in some steps some parameters have no gradient, and must stay as they are then
 
     def __init__(self, target: TargetSpec, *, module_dropout: float = 0.0):
         super().__init__()
@@ -205,6 +206,9 @@ class AdapterNetwork(nn.Module, ABC):
     def set_multiplier(self, multiplier: float) -> None:
         """Strength of the adapters from now on; 1 is what is trained."""
 
+    def set_condition(self, control: Tensor | None) -> None:
+        """Control images B 3 H W in [-1, 1] that the next passes belong to; most networks look at none."""
+
     @abstractmethod
     def scale_norms(self, max_norm: float) -> NormReport:
         """Scale every adapter whose change of the weight has a Frobenius norm above `max_norm` down to it."""
@@ -250,6 +254,10 @@ class AdapterNetwork(nn.Module, ABC):
     def targets(self) -> dict[str, TargetSpec]:
         """Published name -> what the adapter of that name is put on; empty for third-party modules."""
         return {}
+
+    def is_sparse(self) -> bool:
+        """Whether some parameters have no gradient in some steps, and must stay as they are then (DyLoRA)."""
+        return False
 
     def epoch_started(self) -> None:
         """Called at the start of each epoch; some third-party modules need it."""

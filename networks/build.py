@@ -18,6 +18,16 @@ from networks.norm_layer import NormLayer
 from networks.options import LoraPlusOptions, PatternOptions
 from networks.spec import TargetSpec
 
+# what a file of another kind is told by -> the module that reads it
+READERS = {
+    "lora_down.weight": "networks.lora",
+    "hada_w1_a": "networks.loha",
+    "lokr_w1": "networks.lokr",
+    "lokr_w1_a": "networks.lokr",
+    "oft_blocks": "networks.oft",
+    "oft_blocks.0": "networks.oft_flux",
+}
+
 MakeLayer = Callable[[TargetSpec, int, float], AdapterLayer]  # (target, rank, alpha)
 Ranks = Callable[[TargetSpec], tuple[int, float]]  # rank (0: no adapter) and alpha
 
@@ -30,6 +40,14 @@ class FileLayer(Protocol):
 
     @classmethod
     def from_tensors(cls, target: TargetSpec, tensors: Mapping[str, Tensor], settings: Any) -> AdapterLayer: ...
+
+
+class FileReader(Protocol):
+    """What makes layers from the tensors of a file: a FileLayer itself, or something that stands for one."""
+
+    def claims(self, names: set[str], /) -> bool: ...
+
+    def from_tensors(self, target: TargetSpec, tensors: Mapping[str, Tensor], settings: Any, /) -> AdapterLayer: ...
 
 
 def default_sizes(dim: int | None, alpha: float | None) -> tuple[int, float]:
@@ -69,7 +87,7 @@ def build_network(
 
 def network_from_weights(
     targets: Sequence[TargetSpec],
-    kinds: Sequence[type[FileLayer]],
+    kinds: Sequence[FileReader],
     weights: Mapping[str, Tensor],
     *,
     settings: Any,
@@ -84,11 +102,13 @@ def network_from_weights(
     if foreign:
         raise UserError(f"{file}: {len(foreign)} keys name no layer of this model: {first_names(foreign)}")
     problems: list[str] = []
+    readers: dict[str, None] = {}
     made: dict[str, AdapterLayer] = {}
     for name, tensors in files.items():
         kind = next((kind for kind in kinds if kind.claims(set(tensors))), None)
         if kind is None:
             problems.append(f"{name} ({', '.join(tensors)})")
+            readers |= {READERS[suffix]: None for suffix in tensors if suffix in READERS}
             continue
         made[name] = kind.from_tensors(known[name], tensors, settings)
         problem = made[name].problem(tensors)
@@ -97,7 +117,9 @@ def network_from_weights(
         else:
             made[name].load_tensors(tensors)
     if problems:
-        raise UserError(f"{file}: {len(problems)} adapters are of another kind or damaged: {first_names(problems)}")
+        advice = f" (--network_module {' or '.join(readers)} reads such files)" if readers else ""
+        names = first_names(problems)
+        raise UserError(f"{file}: {len(problems)} adapters are of another kind or damaged: {names}{advice}")
     return LayerNetwork([made[name] for name in known if name in made], rates=rates, multiplier=multiplier)
 
 

@@ -124,32 +124,48 @@ TRANSFORMER = (
     *(f"{attention}.{name}" for attention in ("attn1", "attn2") for name in ("to_q", "to_k", "to_v", "to_out.0")),
     *("ff.net.0.proj", "ff.net.2", "norm1", "norm2", "norm3"),
 )
-ATTENTION = ("norm", "proj_in", *(f"transformer_blocks.0.{name}" for name in TRANSFORMER), "proj_out")
 UNET_OUTSIDE = ("conv_in", "time_embedding.linear_1", "time_embedding.linear_2", "conv_norm_out", "conv_out")
+LABELS = ("add_embedding.linear_1", "add_embedding.linear_2")
+UNET_SIDES = (("down", 2, "downsamplers"), ("up", 3, "upsamplers"))  # residual blocks of a level, what ends it
 
 
-def sd_unet_paths() -> Iterator[str]:
-    """Layers of the U-Net of Stable Diffusion 1.x and 2.x, as diffusers names them."""
-    yield from UNET_OUTSIDE
-    for side, resnets, with_attention, sampler in (
-        ("down", 2, (0, 1, 2), "downsamplers"),
-        ("up", 3, (1, 2, 3), "upsamplers"),
-    ):
-        for i in range(4):
-            block = f"{side}_blocks.{i}"
-            yield from (f"{block}.resnets.{j}.{name}" for j in range(resnets) for name in RESNET)
-            if i in with_attention:
-                yield from (f"{block}.attentions.{j}.{name}" for j in range(resnets) for name in ATTENTION)
-            if i < 3:
-                yield f"{block}.{sampler}.0.conv"
-    yield from (f"mid_block.resnets.{j}.{name}" for j in range(2) for name in RESNET)
-    yield from (f"mid_block.attentions.0.{name}" for name in ATTENTION)
+@dataclass(frozen=True)
+class UnetShape:
+    """How many transformer blocks each attention of a U-Net has, level by level; 0 is a level without attention."""
+
+    down: tuple[int, ...]
+    middle: int
+    up: tuple[int, ...]
+    outside: tuple[str, ...] = UNET_OUTSIDE
+
+    def paths(self) -> Iterator[str]:
+        """Its layers, as diffusers names them."""
+        yield from self.outside
+        for (side, resnets, sampler), depths in zip(UNET_SIDES, (self.down, self.up), strict=True):
+            for i, depth in enumerate(depths):
+                block = f"{side}_blocks.{i}"
+                yield from (f"{block}.resnets.{j}.{name}" for j in range(resnets) for name in RESNET)
+                if depth:
+                    yield from (f"{block}.attentions.{j}.{name}" for j in range(resnets) for name in _attention(depth))
+                if i < len(depths) - 1:
+                    yield f"{block}.{sampler}.0.conv"
+        yield from (f"mid_block.resnets.{j}.{name}" for j in range(2) for name in RESNET)
+        yield from (f"mid_block.attentions.0.{name}" for name in _attention(self.middle))
+
+
+SD_UNET = UnetShape((1, 1, 1, 0), 1, (0, 1, 1, 1))
+SDXL_UNET = UnetShape((0, 2, 10), 10, (10, 2, 0), (*UNET_OUTSIDE, *LABELS))
+
+
+def _attention(depth: int) -> tuple[str, ...]:
+    inner = (f"transformer_blocks.{i}.{name}" for i in range(depth) for name in TRANSFORMER)
+    return ("norm", "proj_in", *inner, "proj_out")
 
 
 @functools.cache
-def sd_denoiser(blocks: int) -> tuple[ModuleName, ...]:
+def unet_names(shape: UnetShape) -> tuple[ModuleName, ...]:
     """Published and own names. The published ones follow the module tree, so a tree of empty modules is made."""
-    paths = [*sd_unet_paths()]
+    paths = [*shape.paths()]
     tree = nn.Module()
     for path in paths:
         here = tree
@@ -175,7 +191,9 @@ def sd3_denoiser(blocks: int) -> list[ModuleName]:
 
 def _sd(name: str, title: str, clip: str) -> Architecture:
     encoder = Encoder("lora_te", f"text_encoders.{clip}.transformer", "text_encoder", clip_paths, ("lora_te1",))
-    return Architecture(name, title, sd_denoiser, (encoder,), peft="unet", kohya_is_diffusers=True)
+    return Architecture(
+        name, title, lambda blocks: unet_names(SD_UNET), (encoder,), peft="unet", kohya_is_diffusers=True
+    )
 
 
 CLIP_L = Encoder("lora_te1", "text_encoders.clip_l.transformer", "text_encoder", clip_paths)
@@ -190,6 +208,9 @@ ARCHITECTURES = (
     _sd("sd2", "Stable Diffusion 2.x", "clip_h"),
     Architecture(
         "flux", "FLUX.1 or Chroma", flux_denoiser, (CLIP_L, T5_OF_FLUX), fused={4: (1.0, 1.0, 1.0, 4.0)}
+    ),
+    Architecture(
+        "sdxl", "Stable Diffusion XL", lambda blocks: unet_names(SDXL_UNET), (CLIP_L, CLIP_G), peft="unet"
     ),
     Architecture("sd3", "Stable Diffusion 3 or 3.5", sd3_denoiser, (CLIP_L, CLIP_G, T5_OF_SD3)),
     Architecture(

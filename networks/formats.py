@@ -52,8 +52,11 @@ PEFT_METADATA = "lora_adapter_metadata"  # header entry of diffusers: ranks and 
 
 COMFY_PREFIXES = ("diffusion_model.", "model.diffusion_model.", "text_encoders.")
 PEFT_PREFIXES = ("unet.", "transformer.", "text_encoder.", "text_encoder_2.", "text_encoder_3.")
+OFT_PREFIX = "oft_unet_"
 # Flat names with the path of diffusers: of OneTrainer, and of older FLUX trainers
 FLAT_PEFT_PREFIXES = ("lora_transformer_", "lora_unet_transformer_blocks_", "lora_unet_single_transformer_blocks_")
+# Of U-Nets: kohya's own names for Stable Diffusion 1.x and 2.x, and flat names of diffusers for XL
+FLAT_UNET_PREFIXES = ("lora_unet_down_blocks_", "lora_unet_mid_block_", "lora_unet_up_blocks_")
 # What follows the path of a layer -> kohya's suffix ("": as it stands). In peft files an adapter's name may be inside.
 ENDINGS = tuple(
     (re.compile(rf"(.+)\.({ending})"), suffix)
@@ -167,6 +170,9 @@ def _parse(key: str) -> tuple[str, str] | None:
 
 def _paths(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Path as in the file -> kohya's suffix -> tensor. Raises UserError naming the keys that are not understood."""
+    rotations = [key for key in tensors if key.startswith(OFT_PREFIX)]
+    if rotations:
+        raise UserError(f"OFT has no names in other formats than kohya: {first_names(rotations)}")
     found: dict[str, dict[str, Tensor]] = {}
     unknown: list[str] = []
     for key, value in tensors.items():
@@ -208,12 +214,22 @@ def _is_sd2(tensors: Mapping[str, Tensor]) -> bool:
     )
 
 
+def _of_deep_unet(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the layers of a file are in Stable Diffusion XL and not all in 1.x: its attention is deeper."""
+    try:
+        return architecture_of(tensors) == "sdxl"
+    except UserError:
+        return False
+
+
 def format_of(tensors: Mapping[str, Tensor]) -> Format:
     """Which of the three formats the keys are closest to."""
     if any(key.startswith(COMFY_PREFIXES) for key in tensors):
         return "comfy"
     if any(key.startswith((*PEFT_PREFIXES, *FLAT_PEFT_PREFIXES, "base_model.")) for key in tensors):
         return "peft"
+    if any(key.startswith(FLAT_UNET_PREFIXES) for key in tensors):
+        return "peft" if _of_deep_unet(tensors) else "kohya"
     bare = [path for key in tensors if (parsed := _parse(key)) and "." in (path := parsed[0])]
     blocks = blocks_in(bare)
     places = [index_of(a, blocks).find(path) for a in ARCHITECTURES for path in bare]

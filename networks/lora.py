@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""--network_module networks.lora: LoRA for Stable Diffusion 1.x and 2.x.
+"""--network_module networks.lora: LoRA for Stable Diffusion 1.x, 2.x and XL.
 
 Linear layers and 1x1 convolutions of attention and of the text encoder; with conv_dim also the 3x3 convolutions.
 """
@@ -18,7 +18,7 @@ from networks.lora_build import LORA_ARGUMENTS, lora_from_weights, new_lora
 from networks.lr_weights import block_lr_weights, plan_ranks
 from networks.options import BlockOptions, read_network_args
 from networks.spec import TargetSpec
-from networks.targets import SD_BLOCKS, TextEncoders, every_target, sd_targets
+from networks.targets import TextEncoders, block_layout, every_target, sd_targets
 
 ARGUMENTS: dict[str, type] = {"blocks": BlockOptions, **LORA_ARGUMENTS}
 FILE_DECIDES = ("conv_dim", "conv_alpha", "block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas")
@@ -37,7 +37,7 @@ def create_network(
     """A new LoRA, not yet attached. `kwargs` are --network_args. Raises UserError listing every mistake in them."""
     options = read_network_args(ARGUMENTS, kwargs)
     dim, alpha = default_sizes(network_dim, network_alpha)
-    plan = plan_ranks(options["blocks"], SD_BLOCKS, dim=dim, alpha=alpha)
+    plan = plan_ranks(options["blocks"], block_layout(text_encoder, unet), dim=dim, alpha=alpha)
 
     def ranks(target: TargetSpec) -> tuple[int, float]:
         module = target.modules[0].module
@@ -81,5 +81,5 @@ def create_network_from_weights(
         for_inference=for_inference,
         neuron_dropout=neuron_dropout,
         multiplier=multiplier,
-        block_weights=block_lr_weights(blocks, SD_BLOCKS),
+        block_weights=block_lr_weights(blocks, block_layout(text_encoder, unet)),
     )

@@ -99,6 +99,9 @@ class LayerNetwork(AdapterNetwork):
         for layer in self.named_layers().values():
             layer.step_taken()
 
+    def is_sparse(self) -> bool:
+        return any(layer.sparse for layer in self.named_layers().values())
+
     def exact_tensors(self) -> dict[str, Tensor]:
         return {**super().exact_tensors(), **dict(self.named_buffers())}
 
@@ -218,7 +221,7 @@ def _groups(layers: Sequence[AdapterLayer], name: str, rate: float | None, plus:
     fast: list[nn.Parameter] = []
     for layer in layers:
         for parameter_name, parameter in layer.named_parameters():
-            is_fast = plus is not None and parameter_name.rpartition(".")[2] in layer.plus
+            is_fast = plus is not None and not {*parameter_name.split(".")}.isdisjoint(layer.plus)
             (fast if is_fast else slow).append(parameter)
     groups = [{"params": slow, "lr": rate, "name": name}]
     if plus is not None:

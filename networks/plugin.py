@@ -77,6 +77,11 @@ class NetworkModule:
         """Whether it is one of this package: those find their way in models and lists of encoders as they are."""
         return self.module.__name__.startswith("networks.")
 
+    @property
+    def conditioned(self) -> bool:
+        """Whether its networks look at control images. Such a network changes the denoiser only."""
+        return bool(self.module.__dict__.get("CONDITIONED", False))
+
     def check_arguments(self, arguments: Mapping[str, Any]) -> None:
         """Raises UserError listing every mistake in --network_args; third-party modules check their own when built."""
         groups = self.module.__dict__.get("ARGUMENTS")

@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which modules of Stable Diffusion 1.x and 2.x get adapters, under which names and in which order.
+"""Which modules of Stable Diffusion 1.x, 2.x and XL get adapters, under which names and in which order.
 
-Names are fixed by the files that people share: `lora_unet_` or `lora_te_` and the module's path with `_` for `.`.
-transformers 5 dropped the level `text_model` of CLIPTextModel; names keep it.
+Names are fixed by the files that people share: `lora_unet_` or `lora_te_` and the module's path with `_` for `.`. The
+U-Net's paths are those of diffusers in files of 1.x and 2.x and the published ones in files of XL, whose encoders are
+`lora_te1_` and `lora_te2_`. transformers 5 dropped the level `text_model` of CLIPTextModel; names keep it.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import nn
 
+from library.names.sd import sdxl_block, unet_module_names
 from networks.lr_weights import BlockLayout
 from networks.spec import Part, TargetModule, TargetSpec
 
@@ -21,6 +24,7 @@ DENOISER_PREFIX = "lora_unet"
 ENCODER_PREFIX = "lora_te"
 
 SD_BLOCKS = BlockLayout(down=12, mid=1, up=12)
+SDXL_BLOCKS = BlockLayout(down=9, mid=3, up=9, outer=1)
 SD_ATTENTION = frozenset({"Transformer2DModel"})
 SD_CONVOLUTION = frozenset({"ResnetBlock2D", "Downsample2D", "Upsample2D"})
 CLIP_BLOCKS = frozenset({"CLIPAttention", "CLIPMLP"})
@@ -40,6 +44,19 @@ def as_list(text_encoder: TextEncoders) -> list[nn.Module | None]:
     return [text_encoder] if isinstance(text_encoder, nn.Module) else [*text_encoder]
 
 
+def has_published_names(text_encoder: TextEncoders, unet: nn.Module | None) -> bool:
+    """Whether files have the names of checkpoints: those of SDXL, whose U-Net is told sizes and has two encoders."""
+    if unet is None:
+        return len(as_list(text_encoder)) > 1
+    config: Any = getattr(unet, "config", {})  # of diffusers; a plain module has none
+    return config.get("addition_embed_type") == "text_time"
+
+
+def block_layout(text_encoder: TextEncoders, unet: nn.Module | None) -> BlockLayout:
+    """How the blocks are counted for which ranks and learning rates are given."""
+    return SDXL_BLOCKS if has_published_names(text_encoder, unet) else SD_BLOCKS
+
+
 def sd_targets(
     text_encoder: TextEncoders, unet: nn.Module | None, *, conv: bool = False, norm: bool = False
 ) -> list[TargetSpec]:
@@ -49,14 +66,25 @@ def sd_targets(
     """
     kinds: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d)
     kinds += (nn.LayerNorm, nn.GroupNorm) if norm else ()
-    blocks = SD_ATTENTION | SD_CONVOLUTION if conv else SD_ATTENTION
-    return [*_encoders(text_encoder, CLIP_BLOCKS, kinds), *_denoiser(unet, blocks, kinds)]
+    return _targets(text_encoder, unet, CLIP_BLOCKS, SD_ATTENTION | SD_CONVOLUTION if conv else SD_ATTENTION, kinds)
 
 
 def every_target(text_encoder: TextEncoders, unet: nn.Module | None) -> list[TargetSpec]:
     """Every layer that an adapter file may name: also those outside of the default blocks."""
-    kinds = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GroupNorm)
-    return [*_encoders(text_encoder, None, kinds), *_denoiser(unet, None, kinds)]
+    return _targets(text_encoder, unet, None, None, (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GroupNorm))
+
+
+def _targets(
+    text_encoder: TextEncoders,
+    unet: nn.Module | None,
+    encoder_blocks: frozenset[str] | None,
+    denoiser_blocks: frozenset[str] | None,
+    kinds: tuple[type[nn.Module], ...],
+) -> list[TargetSpec]:
+    """Layers of `kinds` inside blocks of these classes (None: anywhere)."""
+    is_xl = has_published_names(text_encoder, unet)
+    denoiser = _sdxl_denoiser if is_xl else _denoiser
+    return [*_encoders(text_encoder, encoder_blocks, kinds, is_xl), *denoiser(unet, denoiser_blocks, kinds)]
 
 
 def sd_block(path: str) -> int | None:
@@ -72,8 +100,8 @@ def sd_block(path: str) -> int | None:
 
 
 def published_encoder_path(path: str) -> str:
-    """A CLIP module path with the level `text_model` that published names have."""
-    return path if path.startswith("text_model.") else f"text_model.{path}"
+    """A CLIP module path with the level `text_model` that published names have; the projection is outside of it."""
+    return path if path.startswith(("text_model.", "text_projection")) else f"text_model.{path}"
 
 
 def encoder_targets(
@@ -93,11 +121,11 @@ def encoder_targets(
 
 
 def _encoders(
-    text_encoder: TextEncoders, blocks: frozenset[str] | None, kinds: tuple[type[nn.Module], ...]
+    text_encoder: TextEncoders, blocks: frozenset[str] | None, kinds: tuple[type[nn.Module], ...], numbered: bool
 ) -> Iterator[TargetSpec]:
     encoders = as_list(text_encoder)
     for index, encoder in enumerate(encoders):
-        prefix = ENCODER_PREFIX if len(encoders) == 1 else f"{ENCODER_PREFIX}{index + 1}"
+        prefix = f"{ENCODER_PREFIX}{index + 1}" if numbered or len(encoders) > 1 else ENCODER_PREFIX
         if encoder is not None:
             yield from encoder_targets(encoder, prefix, blocks, index, clip=True, kinds=kinds)
 
@@ -107,6 +135,24 @@ def _denoiser(
 ) -> Iterator[TargetSpec]:
     for path, module in _walk(unet, "", blocks, kinds):
         yield _target(DENOISER_PREFIX, path, module, "denoiser", block=sd_block(path))
+
+
+def _sdxl_denoiser(
+    unet: nn.Module | None, blocks: frozenset[str] | None, kinds: tuple[type[nn.Module], ...]
+) -> list[TargetSpec]:
+    """In the order of the published names, within a block in ours."""
+    if unet is None:
+        return []
+    table = {name.ours[0]: (place, name.published) for place, name in enumerate(unet_module_names(unet))}
+    found = []
+    for path, module in _walk(unet, "", blocks, kinds):
+        steps = path.split(".")
+        own = next(own for i in range(len(steps), 0, -1) if (own := ".".join(steps[:i])) in table)
+        place, start = table[own]
+        published = start + path[len(own) :]
+        target = _target(DENOISER_PREFIX, published, module, "denoiser", block=sdxl_block(published))
+        found.append((place, target))
+    return [target for _, target in sorted(found, key=lambda pair: pair[0])]
 
 
 def _target(

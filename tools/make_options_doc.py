@@ -18,6 +18,13 @@ from library.options import markdown_rows  # noqa: E402
 
 SCRIPTS = {
     "train_network.py": ("network", "sd"),
+    "train_db.py": ("dreambooth", "sd"),
+    "fine_tune.py": ("finetune", "sd"),
+    "train_textual_inversion.py": ("textual_inversion", "sd"),
+    "sdxl_train_network.py": ("network", "sdxl"),
+    "sdxl_train.py": ("finetune", "sdxl"),
+    "sdxl_train_textual_inversion.py": ("textual_inversion", "sdxl"),
+    "sdxl_train_control_net_lllite.py": ("lllite", "sdxl"),
     "flux_train_network.py": ("network", "flux"),
     "flux_train.py": ("finetune", "flux"),
     "sd3_train_network.py": ("network", "sd3"),

@@ -48,7 +48,8 @@ def main() -> None:
         first = measure([*train, "--max_train_steps", "1"], settings.threads)
         print("| run | CPU s per step | CPU s in all | peak RSS GB |\n|---|---|---|---|")
         print(f"| 1 step, T5, CLIP and autoencoder fill the caches | | {first.cpu_s:.1f} | {first.peak_gb:.2f} |")
-        for name, more in {"everything cached": [], "the same with checkpointing": ["--gradient_checkpointing"]}.items():
+        runs = {"everything cached": [], "the same with checkpointing": ["--gradient_checkpointing"]}
+        for name, more in runs.items():
             few, many = (measure([*train, *more, "--max_train_steps", str(n)], settings.threads) for n in (FEW, MANY))
             step = (many.cpu_s - few.cpu_s) / (MANY - FEW)
             print(f"| {MANY} steps, {name} | {step:.1f} | {many.cpu_s:.1f} | {many.peak_gb:.2f} |")

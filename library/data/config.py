@@ -40,7 +40,9 @@ class FileKeys:
 
     image_dir: str | None = option(None, help="Folder of the pictures.")
     metadata_file: str | None = option(None, help="JSON or JSON Lines file with captions and tags per picture.")
-    conditioning_data_dir: str | None = option(None, help="Folder of masks with the pictures' names.")
+    conditioning_data_dir: str | None = option(
+        None, help="Folder of masks (or control images) with the pictures' names."
+    )
     is_reg: bool = option(False, help="Regularisation pictures: weighted by --prior_loss_weight.")
     class_tokens: str | None = option(None, help="Caption of pictures that have none.")
     custom_attributes: Mapping[str, Any] | None = option(
@@ -101,6 +103,7 @@ class _Reader:
 
     file: str
     problems: list[str] = field(default_factory=list)
+    conditioned: bool = False  # conditioning_data_dir is read: for masks, or for control images
     known: dict[str, Spec] = field(default_factory=key_specs)
 
     def where(self, place: str) -> str:
@@ -156,10 +159,10 @@ class _Reader:
 # ---- the file -----------------------------------------------------------------------------------------------------
 
 
-def _fallback(options: DataOptions) -> _Table:
+def _fallback(options: DataOptions, control: bool) -> _Table:
     """The command line's values under the file's names."""
     extension = options.caption_extention or options.caption_extension or ".caption"
-    conditioning = options.conditioning_data_dir if options.masked_loss else None
+    conditioning = options.conditioning_data_dir if options.masked_loss or control else None
     return {
         **vars(options),
         "batch_size": options.train_batch_size,
@@ -229,9 +232,11 @@ def bucket_problems(rules: BucketRules, bucket_step: int) -> Iterator[str]:
         yield f"max_bucket_reso {rules.max_bucket_reso} is smaller than the resolution: give at least {long}"
 
 
-def _read_file(options: DataOptions, path: Path, bucket_step: int, problems: list[str]) -> list[DatasetConfig]:
+def _read_file(
+    options: DataOptions, path: Path, bucket_step: int, problems: list[str], control: bool
+) -> list[DatasetConfig]:
     document = read_document(path)
-    reader = _Reader(str(path), problems)
+    reader = _Reader(str(path), problems, options.masked_loss or control)
     for key in document:
         if key == "subsets":
             reader.problems.append(f"{path}: subsets belong to a dataset: write [[datasets]] and [[datasets.subsets]]")
@@ -249,13 +254,11 @@ def _read_file(options: DataOptions, path: Path, bucket_step: int, problems: lis
     for index, raw in enumerate(tables):
         place = f"datasets[{index}]"
         own = reader.table(raw, place, "datasets", also=("subsets",))
-        levels = (own, general, _fallback(options))
+        levels = (own, general, _fallback(options, control))
         raws = reader.array(raw.get("subsets") or [], f"{place}.subsets") if isinstance(raw, dict) else []
         if not raws:
             reader.report(place, "no [[datasets.subsets]] is given: add one with image_dir or metadata_file")
-        subsets = [
-            _read_subset(reader, table, f"{place}.subsets[{i}]", own, levels, options) for i, table in enumerate(raws)
-        ]
+        subsets = [_read_subset(reader, table, f"{place}.subsets[{i}]", own, levels) for i, table in enumerate(raws)]
         found.append(_dataset(reader, place, _Levels(*levels), subsets, bucket_step))
     return [dataset for dataset in found if dataset is not None]
 
@@ -268,9 +271,7 @@ def _all_keys(value: Any) -> Iterator[str]:
             yield from _all_keys(item)
 
 
-def _read_subset(
-    reader: _Reader, raw: Any, place: str, dataset: _Table, levels: tuple[_Table, ...], options: DataOptions
-) -> SubsetConfig:
+def _read_subset(reader: _Reader, raw: Any, place: str, dataset: _Table, levels: tuple[_Table, ...]) -> SubsetConfig:
     own = reader.table(raw, place, "subsets")
     subset = _subset(_Levels(own, *levels))
     named = isinstance(raw, dict) and bool({"image_dir", "metadata_file"} & set(raw))
@@ -280,7 +281,7 @@ def _read_subset(
         for key in ("class_tokens", "caption_extension", "cache_info"):
             if own.get(key, dataset.get(key)):
                 reader.report(place, f"{key} has no effect with metadata_file: its captions stand in that file")
-    if own.get("conditioning_data_dir") and not options.masked_loss:
+    if own.get("conditioning_data_dir") and not reader.conditioned:
         reader.report(place, "conditioning_data_dir has no effect without --masked_loss")
     if subset.num_repeats == 0:
         get_logger().warning("%s: num_repeats is 0: left out", reader.where(place))
@@ -342,12 +343,24 @@ def _folder_subsets(parent: str, flag: str, is_reg: bool, levels: _Table, proble
     return subsets
 
 
-def _read_command_line(options: DataOptions, bucket_step: int, problems: list[str]) -> list[DatasetConfig]:
-    levels = _fallback(options)
+def _holds_pictures(root: Path) -> bool:
+    """Whether a folder has no subfolder `<repeats>_<class words>`: with control images it is itself the subset."""
+    return root.is_dir() and not any(
+        entry.is_dir() and entry.name.partition("_")[0].strip().isdecimal() for entry in root.iterdir()
+    )
+
+
+def _read_command_line(
+    options: DataOptions, bucket_step: int, problems: list[str], control: bool
+) -> list[DatasetConfig]:
+    levels = _fallback(options, control)
     if options.in_json:
         own = {"image_dir": options.train_data_dir or None, "metadata_file": options.in_json}
         subsets = [_subset(_Levels(own, levels))]
         problems.extend(f"--in_json: {text}" for text in missing_paths(subsets[0]))
+    elif control and _holds_pictures(Path(options.train_data_dir or "")):
+        subsets = [_subset(_Levels({"image_dir": options.train_data_dir, "num_repeats": 1}, levels))]
+        problems.extend(f"--train_data_dir: {text}" for text in missing_paths(subsets[0]))
     else:
         subsets = _folder_subsets(options.train_data_dir or "", "--train_data_dir", False, levels, problems)
         if options.reg_data_dir:
@@ -364,14 +377,18 @@ def _read_command_line(options: DataOptions, bucket_step: int, problems: list[st
 
 
 def dataset_problems(
-    datasets: Iterable[DatasetConfig], options: DataOptions, cache: CacheOptions | None = None
+    datasets: Iterable[DatasetConfig], options: DataOptions, cache: CacheOptions | None = None, control: bool = False
 ) -> Iterator[str]:
     """What makes no sense about the datasets as a whole: masks nobody reads, changes that a cache would hide."""
     subsets = [subset for dataset in datasets for subset in dataset.subsets]
-    masked = any(s.conditioning_data_dir or s.images.alpha_mask for s in subsets)
+    masked = any((s.conditioning_data_dir and not control) or s.images.alpha_mask for s in subsets)
     if options.masked_loss and subsets and not masked:
-        yield "--masked_loss has no effect: no subset has conditioning_data_dir or alpha_mask = true"
-    if options.conditioning_data_dir and not options.masked_loss:
+        where = "alpha_mask = true" if control else "conditioning_data_dir or alpha_mask = true"
+        yield f"--masked_loss has no effect: no subset has {where}"
+    without = [s.name for s in subsets if not s.conditioning_data_dir] if control else []
+    if without:
+        yield f"conditioning_data_dir, the folder of the control images, is missing for {first_names(without)}"
+    if options.conditioning_data_dir and not options.masked_loss and not control:
         yield "--conditioning_data_dir has no effect without --masked_loss"
     if cache is None or not cache.latents:
         return
@@ -382,24 +399,25 @@ def dataset_problems(
 
 
 def load_dataset_config(
-    options: DataOptions, *, bucket_step: int, cache: CacheOptions | None = None
+    options: DataOptions, *, bucket_step: int, cache: CacheOptions | None = None, control: bool = False
 ) -> tuple[DatasetConfig, ...]:
     """The datasets that the options describe. Raises UserError listing every mistake.
 
     bucket_step: pixels that bucket sides must be multiples of (the model family's). cache: checked together, if given.
+    control: each subset must have a conditioning_data_dir, which holds control images and never masks.
     """
     problems: list[str] = []
     if options.dataset_config:
-        datasets = _read_file(options, Path(options.dataset_config), bucket_step, problems)
+        datasets = _read_file(options, Path(options.dataset_config), bucket_step, problems, control)
     elif options.train_data_dir or options.in_json:
-        datasets = _read_command_line(options, bucket_step, problems)
+        datasets = _read_command_line(options, bucket_step, problems, control)
     else:
         raise UserError(
             "no training data: give --dataset_config FILE.toml, or --train_data_dir FOLDER and --resolution"
         )
     kept = tuple(dataset for dataset in datasets if dataset.subsets)
     if not problems:
-        problems.extend(dataset_problems(kept, options, cache))
+        problems.extend(dataset_problems(kept, options, cache, control))
     if not problems and not kept:
         problems.append(f"{options.dataset_config}: every subset has num_repeats = 0, so there is nothing to train on")
     if problems:

@@ -223,6 +223,7 @@ class TrainingData:
             original_sizes=_sizes([(sample.size[1], sample.size[0]) for sample in samples]),
             crop_top_lefts=_sizes([item.crop_top_left for item in items]),
             target_sizes=_sizes([(plan.bucket[1], plan.bucket[0])] * len(items)),
+            control=_stack([item.control for item in items]),
             network_multiplier=part.config.network_multiplier,
             keep_prior=[bool(s.subset.custom_attributes.get("diff_output_preservation", False)) for s in samples],
         )
@@ -239,10 +240,13 @@ class TrainingData:
             if not images.wants_mask(sample, masked_loss=self.masked_loss):
                 mask = None
             told = images.fixed_conditioning(bucket, sample.size, flipped=flipped)
-            return _Item(sample, caption, flipped, None, latents, mask, told)
-        prepared = images.prepare(sample, bucket, rng, flipped=flipped, masked_loss=self.masked_loss, rules=rules)
-        pixels, mask = _pixels(prepared.rgb), _mask(prepared.mask)
-        return _Item(sample, caption, flipped, pixels, None, mask, prepared.crop_top_left)
+            control = _control(images.prepare_control(sample, bucket, flipped=flipped))
+            return _Item(sample, caption, flipped, None, latents, mask, told, control)
+        prepared = images.prepare(
+            sample, bucket, rng, flipped=flipped, masked_loss=self.masked_loss, rules=rules, with_control=True
+        )
+        pixels, mask, control = _pixels(prepared.rgb), _mask(prepared.mask), _control(prepared.control)
+        return _Item(sample, caption, flipped, pixels, None, mask, prepared.crop_top_left, control)
 
     def _caption(self, sample: Sample, plan: BatchPlan, place: int, step: int) -> str:
         rng = python_rng(self.seed, "caption", plan.epoch, plan.position, place)
@@ -265,6 +269,7 @@ class _Item(NamedTuple):
     latents: Tensor | None
     mask: Tensor | None
     crop_top_left: tuple[float, float]
+    control: Tensor | None
 
 
 # ---- small helpers ------------------------------------------------------------------------------------------------
@@ -289,6 +294,11 @@ def _validation_caption(sample: Sample) -> str:
 def _pixels(rgb: np.ndarray) -> Tensor:
     """H W 3 uint8 as 3 H W float32 in [-1, 1]."""
     return torch.from_numpy(rgb.transpose(2, 0, 1).astype(np.float32)) / 127.5 - 1.0
+
+
+def _control(control: np.ndarray | None) -> Tensor | None:
+    """H W 3 uint8 as 3 H W float32 in [-1, 1]."""
+    return None if control is None else _pixels(control)
 
 
 def _mask(mask: np.ndarray | None) -> Tensor | None:

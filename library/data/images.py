@@ -192,6 +192,7 @@ class Prepared:
     original_size: Size
     crop_top_left: tuple[float, float]
     target_size: Size
+    control: np.ndarray | None = None  # H W 3 uint8
 
 
 def face_of(path: str) -> Face | None:
@@ -234,18 +235,21 @@ def resize_and_crop(
     rng: random.Random,
     *,
     mask: np.ndarray | None = None,
+    control: np.ndarray | None = None,
     face: Face | None = None,
     flipped: bool = False,
 ) -> Prepared:
     """Resize, crop (centre, random, around the face), flip, colour. picture: H W 3 uint8; mask: h w uint8, any size.
 
-    Draws from `rng`: crop (x, then y), then colour.
+    control: h w 3 uint8, any size; its colours stay. Draws from `rng`: crop (x, then y), then colour.
     """
     size = (picture.shape[1], picture.shape[0])
     window = choose_window(size, bucket, rules, rng, face)
     pixels = _cut(resize(picture, window.resized, rules.resize_interpolation), bucket.reso, window)
     if mask is not None:
         mask = _cut(_resize_mask(mask, window.resized), bucket.reso, window)
+    if control is not None:
+        control = cut_control(control, bucket, rules, window, flipped=flipped)
     if flipped:
         pixels = pixels[:, ::-1]
         mask = None if mask is None else mask[:, ::-1]
@@ -257,7 +261,14 @@ def resize_and_crop(
         original_size=(size[1], size[0]),
         crop_top_left=window.told_flipped if flipped else window.told,
         target_size=(bucket.reso[1], bucket.reso[0]),
+        control=control,
     )
+
+
+def cut_control(control: np.ndarray, bucket: Bucket, rules: ImageRules, window: Window, *, flipped: bool) -> np.ndarray:
+    """The control image (h w 3 uint8) stretched over its picture, and what lies in the picture's window of it."""
+    pixels = _cut(resize(control, window.resized, rules.resize_interpolation), bucket.reso, window)
+    return np.ascontiguousarray(pixels[:, ::-1] if flipped else pixels)
 
 
 def resize(picture: np.ndarray, size: Size, interpolation: str | None = None) -> np.ndarray:
@@ -369,10 +380,12 @@ def prepare(
     flipped: bool,
     masked_loss: bool,
     rules: ImageRules | None = None,
+    with_control: bool = False,
 ) -> Prepared:
     """Reads the file of a sample (and its mask) and makes it ready under its subset's rules, or the given ones.
 
-    The mask picture (its first channel) outranks the alpha channel. Raises UserError naming the file.
+    The mask picture (its first channel) outranks the alpha channel. with_control: the control image is read too.
+    Raises UserError naming the file.
     """
     rules = rules or sample.subset.images
     picture = load_image(sample.path, alpha=rules.alpha_mask)
@@ -380,4 +393,19 @@ def prepare(
     if masked_loss and sample.mask_path is not None:
         mask = load_image(sample.mask_path, alpha=True).rgb[..., 0]
     face = face_of(sample.path) if rules.face_crop_aug_range is not None else None
-    return resize_and_crop(picture.rgb, bucket, rules, rng, mask=mask, face=face, flipped=flipped)
+    control = load_control(sample.control_path) if with_control and sample.control_path is not None else None
+    return resize_and_crop(picture.rgb, bucket, rules, rng, mask=mask, control=control, face=face, flipped=flipped)
+
+
+def load_control(path: str) -> np.ndarray:
+    """A control image, h w 3 uint8. Colours under transparency stay as they are. Raises UserError naming the file."""
+    return load_image(path, alpha=True).rgb
+
+
+def prepare_control(sample: Sample, bucket: Bucket, *, flipped: bool) -> np.ndarray | None:
+    """The control image (H W 3 uint8) of a sample whose latents are cached, so that nothing is drawn."""
+    if sample.control_path is None:
+        return None
+    rules = sample.subset.images
+    window = choose_window(sample.size, bucket, rules, random.Random(0), None)
+    return cut_control(load_control(sample.control_path), bucket, rules, window, flipped=flipped)

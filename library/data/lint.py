@@ -55,7 +55,8 @@ def subset_warnings(subset: SubsetScan) -> Iterator[str]:
         yield f"{name}: pictures of one stem share a caption ({len(names)} times): {first_names(names)}"
     if subset.unused_masks:
         masks = subset.config.conditioning_data_dir or ""
-        yield _line(masks, subset.unused_masks, "masks have", "mask has", "no picture of the same name")
+        kind = "control image" if any(sample.control_path for sample in subset.samples) else "mask"
+        yield _line(masks, subset.unused_masks, f"{kind}s have", f"{kind} has", "no picture of the same name")
 
 
 def _line(where: str, names: Sequence[str], many: str, one: str, rest: str) -> str:

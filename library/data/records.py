@@ -95,4 +95,5 @@ class Sample:
     file_size: int
     has_alpha: bool = False
     mask_path: str | None = None  # conditioning image with the same stem (masked_loss)
+    control_path: str | None = None  # the same where the conditioning images are control images
     legacy_latents: str | None = None  # today's npz beside the picture, if one is there

@@ -12,7 +12,7 @@ import contextlib
 import gc
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,8 @@ from library.data.headers import ALPHA, TURNED
 from library.data.manifest import ImageRow
 from library.data.records import DatasetConfig, Sample, SubsetConfig
 from library.errors import first_names
+
+MOST_STRETCH = 1.25  # of a control image over its picture; those that were rounded to multiples of 64 have less
 
 
 @dataclass(frozen=True)
@@ -66,14 +68,16 @@ def scan(
     cache_dir: str | None = None,
     npz_suffix: str | None = None,
     plain_npz: bool = False,
+    control: bool = False,
 ) -> Scan:
     """Looks at the folders of the datasets.
 
     cache_dir: folder of the manifests; None: `.trainyard` in each picture folder. npz_suffix: also look for today's
     latent files beside the pictures, such as "_sd.npz"; plain_npz: `<stem>.npz` counts as one too (SD and SDXL).
+    control: the pictures of conditioning_data_dir are control images, not masks.
     """
     with _paused_gc():
-        scanner = _Scanner(cache_dir, npz_suffix, plain_npz)
+        scanner = _Scanner(cache_dir, npz_suffix, plain_npz, control)
         datasets = [DatasetScan(c, tuple(scanner.subset(s) for s in c.subsets)) for c in configs]
         for folder in scanner.folders.values():
             folder.remember()
@@ -119,8 +123,8 @@ def join_tags(caption: str, tags: str, *, separator: str, enable_wildcard: bool)
 class _Scanner:
     """One scan: its folders, each listed once, whatever number of subsets use them."""
 
-    def __init__(self, cache_dir: str | None, npz_suffix: str | None, plain_npz: bool) -> None:
-        self.cache_dir, self.npz_suffix, self.plain_npz = cache_dir, npz_suffix, plain_npz
+    def __init__(self, cache_dir: str | None, npz_suffix: str | None, plain_npz: bool, control: bool) -> None:
+        self.cache_dir, self.npz_suffix, self.plain_npz, self.control = cache_dir, npz_suffix, plain_npz, control
         self.folders: dict[str, Folder] = {}
 
     def folder(self, path: str) -> Folder:
@@ -159,7 +163,7 @@ class _Scanner:
             if not caption:
                 (empty if file else missing).append(name)
         wrong = [f"{folder.prefix}{name}: {folder.problems[name]}" for name in _with_problems(folder, pictures, files)]
-        masks, mask_problems, unused = self._masks(config, pictures)
+        masks, mask_problems, unused = self._masks(config, pictures, folder.images)
         return SubsetScan(
             config=config,
             samples=tuple(self._samples(folder, config, zip(pictures, captions), masks)),
@@ -174,10 +178,11 @@ class _Scanner:
     def _samples(
         self, folder: Folder, config: SubsetConfig, captions: Iterable[tuple[str, str]], masks: dict[str, str]
     ) -> list[Sample]:
-        """A sample for each picture of `captions` (picture name, caption) that is good."""
+        """A sample for each picture of `captions` (picture name, caption) that is good; `masks` or control images."""
         found = []
         legacy = self.npz_suffix is not None and folder.has_npz
         prefix, images, new = folder.prefix, folder.images, object.__new__
+        masks, controls = ({}, masks) if self.control else (masks, {})
         for name, caption in captions:
             row = images.get(name)
             if row is None:
@@ -194,6 +199,7 @@ class _Scanner:
             values["file_size"] = file_size
             values["has_alpha"] = flags & ALPHA != 0
             values["mask_path"] = masks.get(name) if masks else None
+            values["control_path"] = controls.get(name) if controls else None
             values["legacy_latents"] = self._legacy(folder, name, row) if legacy else None
             found.append(sample)
         return found
@@ -210,8 +216,10 @@ class _Scanner:
                 return folder.prefix + file
         return None
 
-    def _masks(self, config: SubsetConfig, pictures: dict[str, str]) -> tuple[dict[str, str], list[str], list[str]]:
-        """Picture name -> mask path, by stem; what is wrong; masks without a picture."""
+    def _masks(
+        self, config: SubsetConfig, pictures: dict[str, str], rows: Mapping[str, ImageRow]
+    ) -> tuple[dict[str, str], list[str], list[str]]:
+        """Picture name -> path of its mask or control image, by stem; what is wrong; those without a picture."""
         if not config.conditioning_data_dir:
             return {}, [], []
         folder = self.folder(config.conditioning_data_dir)
@@ -222,7 +230,10 @@ class _Scanner:
         missing = [name for name in pictures if name not in pairs]
         if missing:
             names = first_names(missing, 10)
-            problems.append(f"{folder.path}: no mask of the same name for {len(missing)} pictures: {names}")
+            kind = "control image" if self.control else "mask"
+            problems.append(f"{folder.path}: no {kind} of the same name for {len(missing)} pictures: {names}")
+        if self.control:
+            problems += _other_shapes(folder, pairs, rows)
         unused = [name for name in folder.pictures if name not in used]
         return {name: folder.prefix + mask for name, mask in pairs.items()}, problems, unused
 
@@ -255,7 +266,7 @@ class _Scanner:
                 f"{folder.prefix}{name}: {folder.problems[name]}" for name in captions if name in folder.problems
             ]
             stems = {name: name.rpartition(".")[0] for name in captions}
-            masks, mask_problems, _ = self._masks(config, stems)
+            masks, mask_problems, _ = self._masks(config, stems, folder.images)
             problems += mask_problems
             samples += self._samples(folder, config, captions.items(), masks)
         samples.sort(key=lambda sample: sample.path)
@@ -276,6 +287,21 @@ class _Scanner:
             return None
         name = name if name in folder.names else folder.by_stem.get(name, "")
         return (folder, name) if name else None
+
+
+def _other_shapes(folder: Folder, pairs: Mapping[str, str], rows: Mapping[str, ImageRow]) -> list[str]:
+    """One line on the control images that cannot show their picture: stretched over it they would be distorted."""
+    wrong = []
+    for name, control in pairs.items():
+        if name not in rows or control not in folder.images:
+            continue
+        (_, _, width, height, _), (_, _, own_width, own_height, _) = rows[name], folder.images[control]
+        ratio = width * own_height / (height * own_width)
+        if max(ratio, 1 / ratio) > MOST_STRETCH:
+            wrong.append(f"{control} ({own_width}x{own_height}, the picture {width}x{height})")
+    if not wrong:
+        return []
+    return [f"{folder.path}: {len(wrong)} control images have another shape than their pictures: {first_names(wrong)}"]
 
 
 def _caption_files(folder: Folder, extension: str) -> list[str]:

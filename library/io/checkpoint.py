@@ -4,9 +4,13 @@
 from __future__ import annotations
 
 import pickle
+import re
 import uuid
+from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +20,8 @@ from library.io.atomic import SaveError, atomic_write, clean_leftovers, free_byt
 from library.io.metadata import tensor_hashes
 from library.io.options import SaveOptions, StateOptions, name_problems
 from library.io.tensor_file import check_safetensors, data_bytes, write_safetensors
+
+MODEL_INDEX = "model_index.json"  # in every diffusers folder
 
 # ---- names --------------------------------------------------------------------------------------------------------
 
@@ -40,9 +46,38 @@ def state_name(save_name: str) -> str:
     return f"{save_name}-state"
 
 
+def is_save_of(name: str, output_name: str | None, extension: str) -> bool:
+    """Whether a run of that --output_name gives this name to one of its saves."""
+    own = [re.escape(last_name(output_name)), f"{re.escape(output_name or 'epoch')}-[0-9]{{6,}}"]
+    own.append(f"{re.escape(output_name or 'at')}-step[0-9]{{8,}}")
+    return re.fullmatch(f"({'|'.join(own)}){re.escape(extension)}", name) is not None
+
+
+# --save_model_as -> file ending; diffusers layouts are folders
+EXTENSIONS = {"safetensors": ".safetensors", "ckpt": ".ckpt", "pt": ".pt", "diffusers": "", "diffusers_safetensors": ""}
+
+
 def extension_of(save_model_as: str) -> str:
-    """File ending of --save_model_as."""
-    return f".{save_model_as}"
+    """File ending of --save_model_as, empty where a save is a folder."""
+    return EXTENSIONS[save_model_as]
+
+
+@dataclass(frozen=True)
+class CheckpointForm:
+    """How a whole model is written. Epochs and steps are what a .ckpt says of the training."""
+
+    kind: str = "safetensors"  # a key of EXTENSIONS
+    epochs: int = 0
+    steps: int = 0
+
+    @property
+    def is_folder(self) -> bool:
+        return not EXTENSIONS[self.kind]
+
+    @property
+    def weights_ending(self) -> str:
+        """Of the files of weights inside a folder."""
+        return ".safetensors" if self.kind == "diffusers_safetensors" else ".bin"
 
 
 # ---- when to save, and what to remove then ------------------------------------------------------------------------
@@ -89,11 +124,14 @@ def states_to_keep(save: SaveOptions, state: StateOptions) -> tuple[int | None, 
 
 
 def remove_save(folder: str | Path, name: str) -> bool:
-    """Remove an outdated save. Only a plain file of exactly that name goes; True when there was one."""
+    """Remove an outdated save: a plain file of exactly that name, or a diffusers folder. True when there was one."""
     path = Path(folder) / name
-    if not path.is_file():
+    if path.is_file():
+        path.unlink(missing_ok=True)
+    elif (path / MODEL_INDEX).is_file():
+        remove_folder(path)
+    else:
         return False
-    path.unlink(missing_ok=True)
     return True
 
 
@@ -105,12 +143,14 @@ def check_output(
     output_name: str | None,
     *,
     files: Iterable[str] = (),
+    models: Iterable[str] = (),
     states: Iterable[str] = (),
     needed_bytes: int = 0,
 ) -> list[str]:
     """Make the output folder and prove that the run will be able to write there, before anything expensive is done.
 
-    files, states: names that the run will write; needed_bytes: room for the largest save and what it replaces.
+    files, models (diffusers folders), states: names that the run will write; needed_bytes: room for the largest save
+    and what it replaces.
     Removes what killed runs left half-written and returns the names concerned. Raises UserError with every problem.
     """
     folder = Path(folder)
@@ -122,6 +162,7 @@ def check_output(
     for name in files:
         if (folder / name).is_dir():
             problems.append(f"--output_name: {folder / name} is a folder, where the run wants to write a file")
+    problems += [text for name in models if (text := _model_problem(folder / name))]
     for name in states:
         if (folder / name).exists() and not (folder / name).is_dir():
             problems.append(f"--output_name: {folder / name} is a file, where the run wants to write a state folder")
@@ -131,6 +172,15 @@ def check_output(
     if problems:
         raise UserError(problems)
     return leftovers
+
+
+def _model_problem(path: Path) -> str | None:
+    """What keeps us from putting a diffusers folder there: only such a one is replaced."""
+    if path.exists() and not path.is_dir():
+        return f"--output_name: {path} is a file, where the run wants to write a folder"
+    if path.is_dir() and not (path / MODEL_INDEX).is_file() and any(path.iterdir()):
+        return f"--output_name: {path} is a folder of other things, where the run wants to write a model; rename one"
+    return None
 
 
 def _folder_problem(folder: Path) -> str | None:
@@ -190,16 +240,21 @@ def save_tensors(
     *,
     dtype: torch.dtype | None = None,
     hashes: bool = True,
+    others: Mapping[str, Tensor] | None = None,
+    beside: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write weights atomically, in `dtype` if given, one after the other. The ending of `path` says how.
 
     .safetensors: with `metadata`, and for adapters (`hashes`) with the identities of `metadata.tensor_hashes`.
-    .ckpt, .pt: a pickle of the tensors only.
+    .ckpt, .pt, .bin: a pickle of the tensors only; with `beside` these lie below `state_dict`, and it beside them.
+    others: further tensors, which may be anything, where `tensors` has none of that name.
     Raises SaveError (disk, permissions), StopTraining (a weight is not finite).
     """
     path = Path(path)
-    ready = Ready(tensors, dtype)
+    ready: Any = Ready(tensors, dtype)
     require_finite(ready, path)
+    if others is not None:
+        ready = ChainMap(ready, Ready(others, dtype))  # type: ignore[arg-type]
     size = data_bytes(ready)
     if path.suffix == ".safetensors":
         complete = {**metadata, **(tensor_hashes(dict(ready), metadata) if hashes else {})}
@@ -210,22 +265,29 @@ def save_tensors(
             lambda temp: check_safetensors(temp, written[0]),
             size=size,
         )
-    # A slice would drag its whole storage into the pickle.
-    alone = {n: t.clone() for n, t in ready.items()}
-    return atomic_write(path, lambda t: _write_pickle(t, alone), lambda t: _check_pickle(t, alone), size=size)
+    alone: dict[str, Any] = {n: _alone(t) for n, t in ready.items()}
+    content = alone if beside is None else {"state_dict": alone, **beside}
+    return atomic_write(path, lambda t: _write_pickle(t, content), lambda t: _check_pickle(t, content), size=size)
 
 
-def _write_pickle(path: Path, tensors: dict[str, Tensor]) -> None:
+def _alone(tensor: Tensor) -> Tensor:
+    """The tensor in a storage of its own: a slice would drag the whole one into the pickle."""
+    own = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if own else tensor.clone()
+
+
+def _write_pickle(path: Path, content: dict[str, Any]) -> None:
     with open(path, "wb") as file:
-        torch.save(tensors, file)
+        torch.save(content, file)
 
 
-def _check_pickle(path: Path, tensors: dict[str, Tensor]) -> None:
+def _check_pickle(path: Path, content: dict[str, Any]) -> None:
     try:
-        again = torch.load(path, map_location="cpu", weights_only=True)
+        again = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
         raise SaveError(f"{path.parent}: what was written does not read back: {error}") from error
-    if again.keys() != tensors.keys():
+    inside = "state_dict"
+    if again.keys() != content.keys() or (inside in content and again[inside].keys() != content[inside].keys()):
         raise SaveError(f"{path.parent}: what was written reads back with other content")
 
 

@@ -115,7 +115,10 @@ PARTS = (
 )
 SD_UNET = "input_blocks.0.0.weight"
 SD_ANSWER = "a Stable Diffusion 1.x or 2.x checkpoint: use train_network.py"
-UNKNOWN_ANSWERS = {"sd": "no Stable Diffusion checkpoint: it has no model.diffusion_model.* weights"}
+UNKNOWN_ANSWERS = {
+    "sd": "no Stable Diffusion checkpoint: it has no model.diffusion_model.* weights",
+    "sdxl": "no SDXL checkpoint: it has no model.diffusion_model.* weights",
+}
 SD_ANSWER = "a Stable Diffusion 1.x or 2.x checkpoint: use train_network.py"
 
 # start of a pipeline's class name -> architecture; a longer name stands before those that it starts with

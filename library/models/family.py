@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from library.errors import UserError
+from library.io.checkpoint import CheckpointForm
+from library.models.new_tokens import NewWord
 from library.models.options import ModelOptions
 from library.objectives.base import Objective
 from library.objectives.options import LossOptions
@@ -54,6 +57,7 @@ class ModelFamily(ABC):
     bucket_step: ClassVar[int]  # picture sides are multiples of it
     token_option: ClassVar[str] = "--max_token_length"  # the option that sets `token_limit`
     side_endings: ClassVar[tuple[str, ...]] = ()  # of further files that `save` may write: "_clip_l"
+    formats: ClassVar[tuple[str, ...]] = ("safetensors",)  # of --save_model_as, in which checkpoints can be written
     preview: ClassVar[PreviewDefaults] = PreviewDefaults()
     # text encoders whose adapters are only trained when this --network_args key is True: too large to train unasked
     asked_encoders: ClassVar[Mapping[str, str]] = {}
@@ -171,6 +175,16 @@ class ModelFamily(ABC):
             encoder.train()  # transformers recomputes in training mode only
             encoder.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
 
+    # ---- textual inversion
+
+    def add_word(self, word: str, count: int, like: str | None) -> dict[str, NewWord]:
+        """From now on `word` in captions stands for `count` new tokens. Returns what they are to each text encoder.
+
+        like: text whose tokens they begin as. Reads headers only, so that it can come before any model is loaded.
+        Raises UserError when the vocabulary has the word, or when the model cannot be taught one.
+        """
+        raise UserError("textual inversion is not available for this model: train a LoRA instead")
+
     # ---- full training
 
     def learning_parts(self, options: Any) -> dict[str, float | None]:
@@ -199,6 +213,18 @@ class ModelFamily(ABC):
 
         encoders: those that learned. What else belongs into the file is taken from the source.
         """
+
+    def save_as(
+        self,
+        form: CheckpointForm,
+        denoiser: nn.Module,
+        encoders: Mapping[str, nn.Module],
+        path: Path,
+        dtype: torch.dtype | None,
+        metadata: Mapping[str, str] | None,
+    ) -> None:
+        """`save` in one of `formats`; `path` is a folder where the form is one."""
+        self.save(denoiser, encoders, path, dtype, metadata)
 
     @abstractmethod
     def vae_fingerprint(self) -> str:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from library.options import option
@@ -30,3 +31,12 @@ class FineTuneOptions:
         help="Do not look into cached latents at the start.",
         answer="looking takes no time, the cache keeps an index; --skip_cache_check trusts that without the pictures",
     )
+
+    @property
+    def encoders_until(self) -> int | None:
+        """The optimizer step from which on text encoders stay as they are; None: those that learn learn to the end."""
+        return None
+
+    def idle(self) -> Iterator[str]:
+        """Options that do nothing beside the others, which graphical programs leave in: for warnings."""
+        yield from ()

@@ -53,3 +53,6 @@ class SDOptions(ModelOptions):
     )
     weighted_captions: bool = option(False, help="Read (word:1.2), (word) and [word] in captions as weights.")
     no_half_vae: bool = option(False, help="Run the VAE in float32 also under mixed precision.")
+    no_token_padding: bool = option(
+        False, help="Train without the padding of captions: those of a batch are as long as its longest."
+    )

@@ -10,6 +10,8 @@ from library.models.flux_options import FluxFineTuneOptions, FluxOptions
 from library.models.lumina_options import LuminaOptions
 from library.models.options import SDOptions
 from library.models.sd3_options import SD3FineTuneOptions, SD3Options
+from library.models.sd_options import SDFineTuneOptions
+from library.models.sdxl_options import SDXLFineTuneOptions, SDXLOptions
 from library.objectives.flow_options import FluxFlowOptions, LuminaFlowOptions, SD3FlowOptions
 
 
@@ -22,7 +24,10 @@ class FamilyEntry:
 
 
 FAMILIES: dict[str, FamilyEntry] = {
-    "sd": FamilyEntry("library.models.sd:StableDiffusion", {"model": SDOptions}),
+    "sd": FamilyEntry("library.models.sd:StableDiffusion", {"model": SDOptions, "finetune": SDFineTuneOptions}),
+    "sdxl": FamilyEntry(
+        "library.models.sdxl:StableDiffusionXL", {"model": SDXLOptions, "finetune": SDXLFineTuneOptions}
+    ),
     "flux": FamilyEntry(
         "library.models.flux:Flux",
         {"model": FluxOptions, "objective": FluxFlowOptions, "finetune": FluxFineTuneOptions},

@@ -17,13 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
-from library.io.checkpoint import save_tensors
+from library.io.checkpoint import CheckpointForm
 from library.log import get_logger
 from library.models import kl_vae
 from library.models.family import ModelFacts, ModelFamily
 from library.models.loading import PIPELINE_FILES, locate
+from library.models.new_tokens import NewWord, add_word
 from library.models.options import SDOptions
+from library.models.sd_options import SDFineTuneOptions
 from library.models.sd_parts import SDParts, open_parts
+from library.models.sd_save import FORMATS, NOTHING, Pipeline, names_read, save_pipeline, save_single, scheduler_config
 from library.models.text import CHUNK, ClipTokenizer, find_tokenizer, join_chunks
 from library.names.keys import Rule, publish
 from library.names.sd import (
@@ -45,6 +48,11 @@ log = get_logger()
 
 ENCODER = "clip"  # name of the text encoder in Tokens
 CONTEXT = "context"  # name of its states in a Cond: (B, 77, width), or 152 and 227 long with more chunks
+LENGTH = "context_length"  # (B, 1): how much of them is no padding, with --no_token_padding
+# further entries of a folder's model_index.json
+EXTRAS = {
+    "feature_extractor": NOTHING, "image_encoder": NOTHING, "requires_safety_checker": False, "safety_checker": NOTHING
+}  # fmt: skip
 MODEL_FILES = (*PIPELINE_FILES, "unet/*.safetensors", "vae/*.safetensors", "text_encoder/*.safetensors")
 
 
@@ -55,6 +63,7 @@ class StableDiffusion(ModelFamily):
     network_module = "networks.lora"
     adapter_prefixes: ClassVar[Mapping[str, str]] = {ENCODER: "lora_te"}
     bucket_step = 64
+    formats = FORMATS
 
     def __init__(self, options: SDOptions) -> None:
         super().__init__(options)
@@ -129,7 +138,18 @@ class StableDiffusion(ModelFamily):
         if tokens.weights is not None:
             weights = join_chunks(tokens.weights[ENCODER]).to(context)
             context = context * weights.unsqueeze(-1)
+        if self.options.no_token_padding:
+            return {CONTEXT: context, LENGTH: self._lengths(ids)}
         return {CONTEXT: context}
+
+    def _lengths(self, ids: Tensor) -> Tensor:
+        """(B, chunks, 77) -> (B, 1): start token, the tokens of all chunks, end token."""
+        ends = (ids == self.tokenizer.end).int().argmax(-1)  # the first one of each chunk
+        return (ends - 1).sum(1, keepdim=True) + 2
+
+    def add_word(self, word: str, count: int, like: str | None) -> dict[str, NewWord]:
+        self.tokenizer, new = add_word(self.tokenizer, self.parts.text_encoder, word, count, like)
+        return {ENCODER: new}
 
     def _states(self, encoder: nn.Module, ids: Tensor) -> Tensor:
         """(N, 77) -> (N, 77, width): the last states, or those of an earlier layer through the final norm."""
@@ -153,11 +173,22 @@ class StableDiffusion(ModelFamily):
         return DDPMObjective(options, loss, prediction_type=prediction, betas=betas(self.parts.scheduler))
 
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Cond, batch: Batch | None) -> Tensor:
-        return denoiser(x_t, t, encoder_hidden_states=cond[CONTEXT], return_dict=False)[0]
+        context = cond[CONTEXT]
+        if LENGTH in cond and batch is not None:
+            # The encoder is causal: its states of captions without padding are the first ones of those with it.
+            # Previews keep the padding, as every program has it that will use the model.
+            context = context[:, : int(cond[LENGTH].max())]
+        return denoiser(x_t, t, encoder_hidden_states=context, return_dict=False)[0]
 
     def blocks(self, denoiser: nn.Module) -> list[nn.Module]:
         down, mid, up = (denoiser.get_submodule(name) for name in ("down_blocks", "mid_block", "up_blocks"))
         return [*down.children(), mid, *up.children()]
+
+    # ---- full training
+
+    def learning_parts(self, options: SDFineTuneOptions) -> dict[str, float | None]:
+        learns = options.train_text_encoder and options.encoders_until not in (-1, 0)
+        return {"denoiser": None, **({ENCODER: options.learning_rate_te} if learns else {})}
 
     # ---- files
 
@@ -169,19 +200,33 @@ class StableDiffusion(ModelFamily):
         dtype: torch.dtype | None,
         metadata: Mapping[str, str] | None,
     ) -> None:
-        encoder = encoders.get(ENCODER) or self.parts.text_encoder.load(None, "cpu")
-        tensors = published_tensors(denoiser, encoder, self.parts.vae.load(None, "cpu"), version=self.version)
-        if self.version == 2:
-            tensors |= self._rest_of_open_clip(tensors)
-        save_tensors(path, tensors, metadata or {}, dtype=dtype, hashes=False)
+        self.save_as(CheckpointForm(), denoiser, encoders, path, dtype, metadata)
 
-    def _rest_of_open_clip(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What readers of SD 2.x files expect of the text encoder and we do not load: from the source, else made up."""
-        file = self.parts.text_encoder.file
-        names = [n for n in file.shapes if n.startswith(OPEN_CLIP_PREFIX) and n not in tensors]
-        if names or self.parts.text_encoder.prefix == OPEN_CLIP_PREFIX:
-            return {name: file.tensor(name) for name in names}
-        return unused_open_clip(tensors)
+    def save_as(
+        self,
+        form: CheckpointForm,
+        denoiser: nn.Module,
+        encoders: Mapping[str, nn.Module],
+        path: Path,
+        dtype: torch.dtype | None,
+        metadata: Mapping[str, str] | None,
+    ) -> None:
+        parts = self.parts
+        vae = parts.vae.load(None, "cpu")
+        encoder = encoders.get(ENCODER) or parts.text_encoder.load(None, "cpu")
+        if form.is_folder:
+            modules = {"unet": denoiser, "vae": vae, "text_encoder": encoder}
+            scheduler = scheduler_config(parts.scheduler, v_prediction=self.options.v_parameterization)
+            pipeline = Pipeline("StableDiffusionPipeline", modules, {"tokenizer": self.tokenizer}, scheduler, EXTRAS)
+            save_pipeline(path, pipeline, form, dtype=dtype)
+            return
+        tensors = published_tensors(denoiser, encoder, vae, version=self.version)
+        source = None if parts.path.is_dir() else parts.unet.file
+        if source is None and self.version == 2:
+            tensors |= unused_open_clip(tensors)
+        pairs = ((parts.unet, denoiser), (parts.vae, vae), (parts.text_encoder, encoder))
+        known = {name for part, module in pairs if part.file is source for name in names_read(part, module)}
+        save_single(path, tensors, form, dtype=dtype, metadata=metadata, source=source, known=known)
 
     def scale_legacy(self, latents: Tensor) -> Tensor:
         return latents * 0.18215  # of every published VAE of SD 1.x and 2.x
@@ -190,7 +235,9 @@ class StableDiffusion(ModelFamily):
         return self.parts.vae.fingerprint()
 
     def text_fingerprint(self, name: str) -> str:
-        settings = (self.version, self.layer, self.max_tokens, self.options.weighted_captions)
+        settings: tuple[Any, ...] = (self.version, self.layer, self.max_tokens, self.options.weighted_captions)
+        if self.options.no_token_padding:
+            settings += (LENGTH,)
         parts = f"{self.parts.text_encoder.fingerprint()} {self.tokenizer.fingerprint()} {settings}"
         return hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
 
@@ -245,6 +292,6 @@ def unused_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     start = f"{blocks}{last}."
     rest = {f"{blocks}{last + 1}.{n[len(start) :]}": t.clone() for n, t in tensors.items() if n.startswith(start)}
     norm = tensors[f"{OPEN_CLIP_PREFIX}ln_final.weight"]
-    rest[f"{OPEN_CLIP_PREFIX}text_projection"] = torch.eye(len(norm), dtype=norm.dtype)
+    rest[f"{OPEN_CLIP_PREFIX}text_projection"] = torch.ones(len(norm), len(norm), dtype=norm.dtype)
     rest[f"{OPEN_CLIP_PREFIX}logit_scale"] = torch.ones((), dtype=norm.dtype)
     return rest

@@ -42,6 +42,7 @@ MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 READ_NUMBERS = 1 << 20  # numbers that are read at a time when they are cast
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
+COUNTS = ("epoch", "global_step")  # numbers that a .ckpt has beside its tensors
 PART_NAME = re.compile(r"(.+)-\d{5}-of-(\d{5})(\..+)")
 
 
@@ -51,6 +52,7 @@ class WeightFile(ABC):
     path: Path
     shapes: Mapping[str, tuple[int, ...]]
     is_float8: bool = False  # whether weights of it are stored in 8 bits: nothing computes in them
+    counts: Mapping[str, int] = {}  # what a .ckpt says of its training: "epoch", "global_step"
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -177,8 +179,8 @@ def _looks_like(head: bytes) -> str:
 class TensorsFile(WeightFile):
     """Tensors that are already there: a torch checkpoint."""
 
-    def __init__(self, path: Path, tensors: Mapping[str, Tensor]):
-        self.path = path
+    def __init__(self, path: Path, tensors: Mapping[str, Tensor], counts: Mapping[str, int] | None = None):
+        self.path, self.counts = path, counts or {}
         self._tensors = tensors
         self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         self.is_float8 = any(tensor.dtype in FLOAT8 for tensor in tensors.values())
@@ -371,7 +373,8 @@ def _open_torch(path: Path) -> TensorsFile:
     tensors = _find_tensors(content)
     if not tensors:
         raise UserError(f"{path} holds no named weights, so it is no model")
-    return TensorsFile(path, tensors)
+    counts = {name: content[name] for name in COUNTS if isinstance(content.get(name), int)}
+    return TensorsFile(path, tensors, counts)
 
 
 def _is_zip(path: Path) -> bool:

@@ -2,7 +2,8 @@
 """Weight names of Stable Diffusion 1.x / 2.x / XL: published (LDM) single-file names, and ours (those of diffusers).
 
 Published names: https://github.com/CompVis/latent-diffusion (U-Net, VAE), https://github.com/mlfoundations/open_clip
-(text encoder of 2.x), transformers (text encoder of 1.x). The tables follow the module tree, so any block layout works.
+(text encoder of 2.x, second one of XL), transformers (text encoder of 1.x, first one of XL). The tables follow the
+module tree, so any block layout works.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from library.names.keys import CONV_1X1, ModuleName, Rule, expand, named
+from library.names.keys import CONV_1X1, COPY, TRANSPOSE, ModuleName, Rule, expand, named
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,6 +22,10 @@ UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
 CLIP_PREFIX = "cond_stage_model.transformer.text_model."
 OPEN_CLIP_PREFIX = "cond_stage_model.model."
+SDXL_CLIP_L_PREFIX = "conditioner.embedders.0.transformer.text_model."
+SDXL_CLIP_G_PREFIX = "conditioner.embedders.1.model."
+OPEN_CLIP_PROJECTION = "text_projection"  # a bare parameter: states @ text_projection
+PLAYGROUND_PROJECTION = "text_projection.weight"  # as Playground v2 writes it: a Linear's weight
 
 UNET_ENDS = (
     ("time_embed.0", "time_embedding.linear_1"),
@@ -167,3 +172,23 @@ def open_clip_rules(encoder: nn.Module) -> tuple[Rule, ...]:
             rules += [Rule(f"{block}.attn.in_proj_{tensor}", fused)]
             rules += [Rule(f"{block}.{a}.{tensor}", (f"{ours}.{b}.{tensor}",)) for a, b in OPEN_CLIP_BLOCK]
     return tuple(rules)
+
+
+def clip_g_rules(encoder: nn.Module, projection: str = OPEN_CLIP_PROJECTION) -> tuple[Rule, ...]:
+    """OpenCLIP of SDXL's second text encoder, with the projection of its pooled state under the given name."""
+    op = TRANSPOSE if projection == OPEN_CLIP_PROJECTION else COPY
+    return (*open_clip_rules(encoder), Rule(projection, ("text_projection.weight",), op))
+
+
+# ---- the blocks of SDXL ---------------------------------------------------------------------------------------------
+
+SDXL_BLOCKS = 23  # time and label embeddings, 9 input blocks, 3 middle ones, 9 output blocks, the last layers
+_SDXL_STARTS = {"input_blocks": 1, "middle_block": 10, "output_blocks": 13}
+
+
+def sdxl_block(published: str) -> int:
+    """Index among the 23 blocks of SDXL's U-Net that rates and ranks are given for, from a published path."""
+    kind, _, rest = published.partition(".")
+    if kind in _SDXL_STARTS:
+        return _SDXL_STARTS[kind] + int(rest.partition(".")[0])
+    return SDXL_BLOCKS - 1 if kind == "out" else 0

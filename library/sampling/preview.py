@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
+from library.data.images import load_control, resize
 from library.errors import first_names
 from library.io.atomic import atomic_write
 from library.log import get_logger
@@ -98,6 +99,7 @@ class PreviewModels:
     vae: nn.Module
     encoders: Mapping[str, nn.Module] = field(default_factory=dict)
     others: Sequence[nn.Module] = ()
+    set_condition: Callable[[Tensor | None], None] = lambda control: None  # shows them a control image, 1 3 H W
 
 
 class Picture(NamedTuple):
@@ -134,19 +136,24 @@ class Previewer:
         default_size: tuple[int, int] = (512, 512),
         size_multiple: int | None = None,
         texts: TextSource | None = None,
+        conditioned: bool = False,
     ) -> None:
         """seed: of the run, for prompts without one. default_size: (width, height) of prompts without one.
 
         size_multiple: sizes are rounded down to it; not given: pixels per latent pixel. texts: the cached outputs of
-        text encoders for all prompts. Raises UserError for a sampler that the objective does not have.
+        text encoders for all prompts. conditioned: what learns looks at control images (--cn of a prompt). Raises
+        UserError for a sampler that the objective does not have, and for control images that cannot be read.
         """
         self.family, self.objective, self.prompts = family, objective, tuple(prompts)
         self.folder, self.output_name = Path(output_dir) / "sample", output_name
         self.sampler, self.seed, self.default_size = sampler, seed, default_size
         self.multiple = size_multiple or family.latent.factor
         self.texts = texts
-        defaults = family.preview
-        ignored = given_fields(prompts, [name for name in SPECIAL_FIELDS if name not in defaults.honoured])
+        honoured = (*family.preview.honoured, *(("controlnet_image",) if conditioned else ()))
+        ignored = given_fields(prompts, [name for name in SPECIAL_FIELDS if name not in honoured])
+        self.controls = [self._control(prompt) if conditioned else None for prompt in self.prompts]
+        if conditioned and None in self.controls:
+            log.warning(f"--sample_prompts: {self.controls.count(None)} prompts have no control image (--cn)")
         if ignored:
             short = {key: f"--{name}" for name, key in INLINE.items()}
             log.warning(
@@ -209,8 +216,11 @@ class Previewer:
         # Third-party code inside a model may draw from the global generators.
         torch.manual_seed(seed)
         autocast = torch.autocast(device.type, dtype, enabled=dtype in (torch.float16, torch.bfloat16))
+        control = self.controls[index]
+        models.set_condition(None if control is None else control.to(device))
         with autocast:
             latents = self._denoise(models, prompt, seed, device)
+        models.set_condition(None)
         pixels = self.family.decode_latent(models.vae, latents)  # in the VAE's own precision
         if not bool(torch.isfinite(pixels).all()):
             raise ArithmeticError("the decoded picture is not finite")
@@ -236,6 +246,13 @@ class Previewer:
                 pred = self._renormed(without + scale * (with_prompt - without), with_prompt, prompt)
             x = sampler.step(pred, t, x, generator)
         return x
+
+    def _control(self, prompt: Prompt) -> Tensor | None:
+        """The control image of a prompt at the size of its picture, 1 3 H W in [-1, 1]. Raises UserError."""
+        if prompt.controlnet_image is None:
+            return None
+        pixels = resize(load_control(prompt.controlnet_image), self.size_of(prompt))
+        return torch.from_numpy(pixels.transpose(2, 0, 1).astype("float32"))[None] / 127.5 - 1.0
 
     def scale_of(self, prompt: Prompt) -> float:
         """Classifier-free guidance; 1: the prompt alone."""

@@ -27,7 +27,12 @@ from library.trainers.plan import RunPlan
 
 VERSION = "0.1.0"
 # kind of file -> what modelspec.architecture ends with
-ENDINGS = {"LoRA": "/lora", "Checkpoint": "", "TextualInversion": "/textual-inversion"}
+ENDINGS = {
+    "LoRA": "/lora",
+    "Checkpoint": "",
+    "TextualInversion": "/textual-inversion",
+    "ControlNet-LLLite": "/control-net-lllite",
+}
 PUBLISHED_LAYOUT = "https://github.com/Stability-AI/generative-models"  # of checkpoints whose adapters say "diffusers"
 
 
@@ -134,7 +139,7 @@ class RunRecord:
         only modelspec.* entries.
         """
         options, model, now = changed_values(self.options, all_values=True), self.model, time.time()
-        whole = kind == "Checkpoint" and model.checkpoint_implementation is not None
+        whole = kind in ("Checkpoint", "TextualInversion") and model.checkpoint_implementation is not None
         spec = SpecFacts(
             architecture=f"{model.architecture}{ENDINGS[kind]}",
             implementation=model.checkpoint_implementation or "" if whole else model.implementation,

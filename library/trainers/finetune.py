@@ -13,10 +13,14 @@ from torch import Tensor, nn
 from library.data.config import load_dataset_config
 from library.device import DTYPES
 from library.errors import UserError, first_names
-from library.trainers.finetune_options import FineTuneTrainerOptions
+from library.io.checkpoint import CheckpointForm, extension_of, is_save_of
+from library.log import get_logger
+from library.trainers.finetune_options import ONE_FORMAT, FineTuneTrainerOptions
 from library.trainers.settings import trained_dtype
 from library.trainers.trainables import Trainables
 from library.trainers.trainer import Trainer
+
+log = get_logger()
 
 
 class FineTuneTrainer(Trainer):
@@ -24,7 +28,7 @@ class FineTuneTrainer(Trainer):
 
     options: FineTuneTrainerOptions
     project, kind = "finetuning", "Checkpoint"
-    kind = "Checkpoint"
+    encoders_learn = True  # until --stop_text_encoder_training
 
     # ---- what learns ------------------------------------------------------------------------------------------------
 
@@ -39,6 +43,16 @@ class FineTuneTrainer(Trainer):
     @property
     def learning(self) -> frozenset[str]:
         return frozenset(self.learning_rates)
+
+    def before_step(self) -> None:
+        """From a given step on, text encoders stay as they are: no gradient, no decay, no momentum."""
+        until = self.options.finetune.encoders_until
+        if until is None or self.position.step < until or not self.encoders_learn:
+            return
+        self.encoders_learn = False
+        for name in self.learning - {"denoiser"}:
+            self.models.encoders[name].requires_grad_(False)
+            log.info(f"the text encoder {name} stays as it is from step {until} on")
 
     def load_dtype(self, part: str) -> torch.dtype:
         """Weights that learn are loaded as they will be kept: a detour over half precision would round them."""
@@ -74,7 +88,7 @@ class FineTuneTrainer(Trainer):
     # ---- checks -----------------------------------------------------------------------------------------------------
 
     def checks(self) -> list[Callable[[], None]]:
-        return [self.check_rates, self.check_caches, self.check_data]
+        return [self.check_rates, self.check_caches, self.check_data, self.check_format, self.check_source]
 
     def check_rates(self) -> None:
         """Something learns."""
@@ -102,24 +116,67 @@ class FineTuneTrainer(Trainer):
                 "which full training changes: leave it out, or train a network"
             )
 
+    def check_format(self) -> None:
+        """Say what of the options does nothing."""
+        save = self.options.save
+        if self.family.formats == ("safetensors",) and (save.save_model_as or save.use_safetensors):
+            log.info(f"--{'save_model_as' if save.save_model_as else 'use_safetensors'}: {ONE_FORMAT}")
+        for line in self.options.finetune.idle():
+            log.warning(line)
+
+    def check_source(self) -> None:
+        """No save takes the place of the model that the run starts from: each save reads from it again."""
+        save, model = self.options.save, self.options.model
+        folder = Path(save.output_dir or ".").resolve()
+        given = {"--pretrained_model_name_or_path": model.pretrained_model_name_or_path, "--vae": model.vae}
+        problems = []
+        for flag, name in given.items():
+            path = Path(name).resolve() if name else None
+            if path and path.parent == folder and is_save_of(path.name, save.output_name, self.extension):
+                problems.append(f"--output_name: the run would overwrite {name} of {flag}; give it another name")
+        if problems:
+            raise UserError(problems)
+
     # ---- files ------------------------------------------------------------------------------------------------------
+
+    @property
+    def format(self) -> str:
+        """How the model is written: one of the family's formats."""
+        name = self.options.model.pretrained_model_name_or_path
+        wanted = self.options.save.format_after(is_file=name is not None and Path(name).is_file())
+        return wanted if wanted in self.family.formats else self.family.formats[0]
+
+    @property
+    def extension(self) -> str:
+        return extension_of(self.format)
 
     def save_model(self, path: Path, metadata: dict[str, str]) -> None:
         precision = self.options.save.save_precision
         models, dtype = self.models, DTYPES[precision] if precision else None
         encoders = {name: module for name, module in models.encoders.items() if name in self.learning}
-        self.family.save(models.denoiser, encoders, path, dtype, metadata)
+        form = CheckpointForm(self.format, self.position.epoch, self.position.step)
+        self.family.save_as(form, models.denoiser, encoders, path, dtype, metadata)
 
     def metadata(self) -> None:
         """A checkpoint says what it is, not how it was made."""
 
 
+class DreamBoothTrainer(FineTuneTrainer):
+    """train_db.py: full training under the name of its method."""
+
+    project = "dreambooth"
+
+
 class LearningModels(nn.ModuleDict):
-    """The models that learn, by part. Of their parameters those learn that need a gradient."""
+    """The models that learn, by part. Of their parameters those learn that need a gradient when it is made."""
+
+    def __init__(self, modules: dict[str, nn.Module]) -> None:
+        super().__init__(modules)
+        self._learning = frozenset(name for name, p in self.named_parameters() if p.requires_grad)
 
     def learning_parameters(self) -> dict[str, nn.Parameter]:
-        """Part and path -> parameter."""
-        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+        """Part and path -> parameter; also those that have stopped learning since."""
+        return {name: p for name, p in self.named_parameters() if name in self._learning}
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Path of each layer -> its own parameters that learn."""

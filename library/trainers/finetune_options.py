@@ -4,30 +4,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from library.io.options import SaveOptions
 from library.models.finetune_options import FineTuneOptions
+from library.models.sd_options import DreamBoothOptions
 from library.options import option
 from library.trainers.options import TrainerOptions
 
 FORMATS = ("ckpt", "safetensors", "diffusers", "diffusers_safetensors")
 ONE_FORMAT = "this model is always saved as .safetensors, under the names in which it was published"
-
-
-def only_safetensors(value: Any) -> str:
-    """Every format that other models can be saved in means the one that there is."""
-    return "safetensors" if value in FORMATS else str(value)
+SAFE = {"ckpt": "safetensors", "diffusers": "diffusers_safetensors"}  # what --use_safetensors makes of a format
 
 
 @dataclass(frozen=True)
 class CheckpointOptions(SaveOptions):
     """Where, when and how the model is written. 0 means the same as not given."""
 
-    save_model_as: str = option(
-        "safetensors", choices=FORMATS, parse=only_safetensors, help="Format of the model.", answer=ONE_FORMAT
+    save_model_as: str = option(  # no `| None`: SaveOptions knows a text only
+        None,
+        choices=FORMATS,
+        help="Format of the model: one file, or a folder as diffusers has it. Without it, what was given to start from "
+        "is followed: ckpt after a file, diffusers after a folder. Where a model has one format only, that is used.",
     )
-    use_safetensors: bool = option(False, help="Save as .safetensors.", answer=ONE_FORMAT)
+    use_safetensors: bool = option(False, help="Write safetensors in place of pickles, in a file or a folder.")
+
+    def format_after(self, *, is_file: bool) -> str:
+        """The format that is asked for by a run that starts from a file or from a folder: one of FORMATS."""
+        kind = self.save_model_as or ("ckpt" if is_file else "diffusers")
+        return SAFE.get(kind, kind) if self.use_safetensors else kind
 
 
 @dataclass(frozen=True)
@@ -36,3 +40,10 @@ class FineTuneTrainerOptions(TrainerOptions):
 
     save: CheckpointOptions
     finetune: FineTuneOptions
+
+
+@dataclass(frozen=True)
+class DreamBoothTrainerOptions(FineTuneTrainerOptions):
+    """train_db.py: full training, a text encoder that learns, and when it stops."""
+
+    finetune: DreamBoothOptions

@@ -33,11 +33,20 @@ class NetworkTrainer(Trainer):
     kind = "LoRA"
 
     def checks(self) -> list[Callable[[], None]]:
-        return [self.check_module, self.check_files, self.check_caches]
+        return [self.check_module, self.check_control, self.check_files, self.check_caches]
 
     def check_module(self) -> None:
         """The network module can be imported and knows the --network_args."""
         load_network_module(self.network_module).check_arguments(self.network_args)
+
+    def check_control(self) -> None:
+        """A network that looks at control images changes no weights, and its keys have one form."""
+        options = self.options.network
+        names = ("base_weights", "scale_weight_norms", "network_train_text_encoder_only")
+        given = [f"--{name}" for name in names if vars(options)[name]]
+        given += ["--lora_format"] if options.lora_format != "kohya" else []
+        if self.conditioned and given:
+            raise UserError(f"{name} has no meaning with --network_module {self.network_module}" for name in given)
 
     def check_files(self) -> None:
         """The network files to start from are there and hold a network."""
@@ -72,9 +81,13 @@ class NetworkTrainer(Trainer):
     def learning(self) -> frozenset[str]:
         options = self.options.network
         parts = set() if options.network_train_text_encoder_only or options.unet_lr == 0 else {"denoiser"}
-        if not options.network_train_unet_only:
+        if not options.network_train_unet_only and not self.conditioned:
             parts.update(name for index, name in enumerate(self.family.encoders) if self.trains_encoder(name, index))
         return frozenset(parts)
+
+    @property
+    def conditioned(self) -> bool:
+        return load_network_module(self.network_module).conditioned
 
     def trains_encoder(self, name: str, index: int) -> bool:
         """Whether text encoder `name` gets adapters: large ones only when --network_args ask for it."""
@@ -96,6 +109,8 @@ class NetworkTrainer(Trainer):
         options = self.options.network
         self.merge_base_weights()
         self.network = self.create_network()
+        if self.conditioned:
+            self.kind = "ControlNet-LLLite"
         learning = self.learning
         self.network.attach(train_denoiser="denoiser" in learning, train_text_encoder=bool(learning - {"denoiser"}))
         if options.network_weights and not options.dim_from_weights:
@@ -122,7 +137,9 @@ class NetworkTrainer(Trainer):
             state=self.network.exact_state,
             load=self.network.load_exact_state,
             encoders=learning - {"denoiser"},
+            flat=not self.network.is_sparse(),
             set_multiplier=self.network.set_multiplier,
+            set_condition=self.network.set_condition,
             base_model=self.network.disabled,
             epoch_started=self.network.epoch_started,
         )

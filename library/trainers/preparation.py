@@ -18,7 +18,7 @@ from library.data.plan import EpochPlan
 from library.data.records import DatasetConfig, Sample
 from library.data.scan import Scan, scan
 from library.errors import UserError, first_names
-from library.io.checkpoint import check_output, extension_of, last_name, state_name
+from library.io.checkpoint import check_output, last_name, state_name
 from library.io.hub import download_state
 from library.io.state import StateParts, compare, load_state, newest_state, read_facts
 from library.log import get_logger
@@ -45,6 +45,8 @@ RESUMED_OPTIONS = (
     "network_dim", "network_alpha", "network_args", "network_weights", "dim_from_weights", "network_train_unet_only",
     "network_train_text_encoder_only", "unet_lr", "text_encoder_lr", "bf16_update", "train_text_encoder", "train_t5xxl",
     "learning_rate_te", "learning_rate_te1", "learning_rate_te2", "learning_rate_te3", "num_last_block_to_freeze",
+    "stop_text_encoder_training", "block_lr",
+    "token_string", "num_vectors_per_token", "init_word", "weights", "cond_emb_dim",
 )  # fmt: skip
 
 log = get_logger()
@@ -84,13 +86,20 @@ class Preparation:
     validation_plans: EpochPlan | list[Any] = field(default_factory=list)
 
     @classmethod
-    def of(cls, family: ModelFamily, options: TrainerOptions, more_checks: list[Callable[[], None]]) -> Preparation:
-        """Read everything. Raises UserError with all mistakes at once; warnings are logged."""
+    def of(
+        cls, family: ModelFamily, options: TrainerOptions, more_checks: list[Callable[[], None]],
+        with_captions: Callable[[Scan], Scan], conditioned: Callable[[], bool] = lambda: False,
+        *, extension: str = ".safetensors",
+    ) -> Preparation:  # fmt: skip
+        """Read everything. Raises UserError with all mistakes at once; warnings are logged.
+
+        conditioned: whether each picture must have a control image. extension: of the saves, empty for folders.
+        """
         checks = Checks()
         checks.run(family.check)
         for check in more_checks:
             checks.run(check)
-        checks.run(lambda: check_output_folder(options))
+        checks.run(lambda: check_output_folder(options, extension))
         resume = checks.run(lambda: resume_folder(options))
         facts = checks.run(lambda: read_facts(resume)) if resume else None
         prompts = checks.run(lambda: preview_prompts(options.sample))
@@ -99,7 +108,8 @@ class Preparation:
         checks.run(lambda: check_weights(options, optimizer))
         checks.run(lambda: check_schedule(options, optimizer))
         seed = run_seed(options, facts)
-        found = checks.run(lambda: scan_datasets(family, options))
+        control = checks.run(conditioned) or False
+        found = checks.run(lambda: scan_datasets(family, options, with_captions, control=control))
         data = checks.run(lambda: training_data(found, options, seed)) if found else None
         checks.finish()
         assert found is not None and data is not None and optimizer is not None and prompts is not None
@@ -210,13 +220,13 @@ def run_seed(options: TrainerOptions, state: dict[str, Any] | None) -> int:
     return secrets.randbelow(2**32)
 
 
-def check_output_folder(options: TrainerOptions) -> None:
-    """The folder can be written to. What killed runs left half-written there is removed."""
+def check_output_folder(options: TrainerOptions, extension: str) -> None:
+    """The folder can be written to. What killed runs left half-written there is removed. extension: of the saves."""
     save = options.save
     assert save.output_dir is not None
     name = last_name(save.output_name)
-    files = [last_name(save.output_name, extension_of(save.save_model_as))]
-    check_output(save.output_dir, save.output_name, files=files, states=[state_name(name)])
+    files, models = ([f"{name}{extension}"], []) if extension else ([], [name])
+    check_output(save.output_dir, save.output_name, files=files, models=models, states=[state_name(name)])
 
 
 def resume_folder(options: TrainerOptions) -> Path | None:
@@ -235,21 +245,27 @@ def resume_folder(options: TrainerOptions) -> Path | None:
     return Path(options.state.resume)
 
 
-def scan_datasets(family: ModelFamily, options: TrainerOptions) -> Scan:
+def scan_datasets(
+    family: ModelFamily, options: TrainerOptions, with_captions: Callable[[Scan], Scan] = lambda found: found, *,
+    control: bool = False,
+) -> Scan:  # fmt: skip
     """Configuration, folders, captions and pictures. Raises UserError with all that is wrong with them."""
-    configs = load_dataset_config(options.data, bucket_step=family.bucket_step, cache=options.cache)
+    configs = load_dataset_config(options.data, bucket_step=family.bucket_step, cache=options.cache, control=control)
     found = scan(
         configs,
         cache_dir=options.cache.cache_dir,
         npz_suffix=family.latent.npz_suffix,
         plain_npz=not family.latent.npz_sized_keys,
+        control=control,
     )
-    report = lint(found)
-    if report.problems:
-        raise UserError(report.problems)
+    checks = Checks()
+    wanted = checks.run(lambda: with_captions(found)) or found
+    report = lint(wanted)
+    checks.problems += report.problems
+    checks.finish()
     for line in report.warnings:
         log.warning(line)
-    return found
+    return wanted
 
 
 def data_warnings(family: ModelFamily, found: Scan, data: TrainingData) -> Iterator[str]:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from library.io.atomic import atomic_write
 from library.log import get_logger
@@ -20,7 +19,7 @@ from library.sampling.prompts import Prompt
 from library.trainers.options import TrainerOptions
 from library.trainers.plan import Position
 from library.trainers.tracking import Trackers
-from library.trainers.trainables import Models
+from library.trainers.trainables import Models, Trainables
 
 log = get_logger()
 
@@ -31,7 +30,7 @@ class Previews:
     def __init__(
         self, family: ModelFamily, objective: Objective, options: TrainerOptions, prompts: tuple[Prompt, ...], *,
         device: torch.device, dtype: torch.dtype, seed: int, active: bool, size: tuple[int, int],
-        texts: TextSource | None,
+        texts: TextSource | None, conditioned: bool = False,
     ) -> None:  # fmt: skip
         self.options, self.device, self.dtype = options.sample, device, dtype
         self.name, self.folder = options.save.output_name or "last", Path(options.save.output_dir or ".") / "sample"
@@ -41,14 +40,14 @@ class Previews:
             Previewer(
                 family, objective, prompts, output_dir=options.save.output_dir or ".", seed=seed,
                 output_name=options.save.output_name, sampler=options.sample.sample_sampler, default_size=size,
-                texts=texts,
+                texts=texts, conditioned=conditioned,
             )
             if prompts and active
             else None
         )  # fmt: skip
 
     def if_due(
-        self, models: Models, others: list[nn.Module], trackers: Trackers, position: Position, *,
+        self, models: Models, trainables: Trainables, trackers: Trackers, position: Position, *,
         epoch_ended: bool, weights: AbstractContextManager[Any],
     ) -> None:  # fmt: skip
         """Make previews when they are due after `position.step` steps. Inside `weights` the model is what is shown."""
@@ -60,7 +59,9 @@ class Previews:
         pictures: list[Picture] = []
         with weights, harmless("preview"):
             models.vae.to(self.device)
-            shown = PreviewModels(models.denoiser, models.vae, models.encoders, others)
+            shown = PreviewModels(
+                models.denoiser, models.vae, models.encoders, [trainables.module], trainables.set_condition
+            )
             pictures = self.previewer.render(
                 shown, step=position.step, epoch=epoch_end, device=self.device, dtype=self.dtype
             )

@@ -22,12 +22,16 @@ class Saver:
 
     def __init__(
         self, options: TrainerOptions, plan: RunPlan, *, active: bool,
-        write_model: Callable[[Path], None], state: Callable[[], StateParts], side_endings: Sequence[str] = (),
+        write_model: Callable[[Path], None], state: Callable[[], StateParts], extension: str,
+        side_endings: Sequence[str] = (),
     ) -> None:  # fmt: skip
-        """side_endings: of the stems of further files that `write_model` may write beside the one it is told."""
+        """extension: of the saves, empty where each is a folder.
+
+        side_endings: of the stems of further files that `write_model` may write beside the one it is told.
+        """
         self.save, self.options, self.plan, self.active = options.save, options.state, plan, active
         self.folder = Path(options.save.output_dir or ".")
-        self.extension = names.extension_of(options.save.save_model_as)
+        self.extension = extension
         self.every_epochs = names.epochs_between_saves(options.save, plan.total_epochs)
         self.write_model, self.state, self.endings = write_model, state, ("", *side_endings)
         self.uploads_states = options.hub.save_state_to_huggingface
@@ -101,7 +105,7 @@ class Saver:
             self._write_state(name)
 
     def _files(self, name: str) -> list[Path]:
-        """The file of a save, and those that may lie beside it."""
+        """The file or folder of a save, and the files that may lie beside it."""
         return [self.folder / f"{name}{ending}{self.extension}" for ending in self.endings]
 
     def _write_state(self, name: str) -> None:
@@ -128,4 +132,6 @@ class Saver:
             names.remove_state(self.folder, names.state_name(name))
         else:
             for path in self._files(name):
+                if self.uploader:
+                    self.uploader.release(path)
                 names.remove_save(self.folder, path.name)

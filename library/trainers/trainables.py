@@ -39,6 +39,7 @@ class Trainables:
     encoders: frozenset[str] = frozenset()  # text encoders that gradients flow through
     flat: bool = True  # many small parameters: clip and step them as one buffer per group
     set_multiplier: Callable[[float], None] = lambda value: None
+    set_condition: Callable[[Tensor | None], None] = lambda control: None  # control images, B 3 H W in [-1, 1]
     epoch_started: Callable[[], None] = lambda: None  # called before the first batch of each epoch
     base_model: Callable[[], AbstractContextManager[Any]] = (
         nullcontext  # inside it the model is what it was at the start
@@ -61,6 +62,7 @@ class StepModule(nn.Module):
         self.encoders = nn.ModuleDict(models.encoders)
         self.trained = trainables.module
         self.learning = trainables.encoders
+        self.set_condition = trainables.set_condition
 
     def forward(self, x_t: Tensor, t: Tensor, batch: Batch, tokens: Tokens | None) -> Tensor:
         cond = dict(batch.cond or {})
@@ -70,6 +72,7 @@ class StepModule(nn.Module):
                 cond |= self.family.encode_part(name, encoder, tokens)
         if self.trained.training:
             cond = self.family.drop_text(cond)
+        self.set_condition(batch.control)  # it stays until the next pass: blocks are recomputed in the backward pass
         return self.family.predict(self.denoiser, x_t, t, cond, batch)
 
 

@@ -15,8 +15,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from library.data.scan import Scan
 from library.device import free_memory, make_accelerator, seed_everything, unscale_half_gradients
 from library.errors import first_names
+from library.io.checkpoint import extension_of
 from library.io.state import StateParts
 from library.log import get_logger, progress
 from library.models.family import ModelFamily
@@ -49,7 +51,7 @@ class Trainer(ABC):
     """One run. `family` knows the architecture, `options` what the user wants."""
 
     project: ClassVar[str]  # name of the log's project where none is given
-    kind: ClassVar[str]  # of the files that are saved, for their metadata: a key of library.trainers.facts.ENDINGS
+    kind: str  # of the files that are saved, for their metadata: a key of library.trainers.facts.ENDINGS
 
     def __init__(self, family: ModelFamily, options: TrainerOptions) -> None:
         self.family, self.options = family, options
@@ -61,10 +63,24 @@ class Trainer(ABC):
         """What the method checks before a model is loaded; each raises UserError."""
         return []
 
+    def with_captions(self, found: Scan) -> Scan:
+        """The datasets as the method wants their captions. Raises UserError where it cannot learn from them."""
+        return found
+
+    @property
+    def extension(self) -> str:
+        """File ending of the saves; empty where each is a folder."""
+        return extension_of(self.options.save.save_model_as)
+
     @property
     @abstractmethod
     def learning(self) -> frozenset[str]:
         """Models that learn, or whose adapters do: "denoiser" and names of text encoders."""
+
+    @property
+    def conditioned(self) -> bool:
+        """Whether what learns looks at control images: each picture must have one then. Raises UserError."""
+        return False
 
     def keeps_half(self, part: str) -> bool:
         """Whether a model stays frozen: a float32 run may then keep its matrices in the file's half precision."""
@@ -77,6 +93,9 @@ class Trainer(ABC):
     @abstractmethod
     def build_trainables(self) -> Trainables:
         """Attach or choose what learns; everything else is frozen already."""
+
+    def before_step(self) -> None:  # noqa: B027  # most methods have nothing to do here
+        """Before each optimizer step: what depends on how far the run is."""
 
     def after_step(self) -> dict[str, float | Tensor]:
         """After an optimizer step, with its gradients still there: what a method does besides, and numbers to log."""
@@ -94,7 +113,10 @@ class Trainer(ABC):
 
     def run(self) -> int:
         """Exit code 0, or EXIT_STOPPED after Ctrl-C / SIGTERM. Raises UserError and StopTraining."""
-        self.prepared = Preparation.of(self.family, self.options, self.checks())
+        self.prepared = Preparation.of(
+            self.family, self.options, self.checks(), self.with_captions, lambda: self.conditioned,
+            extension=self.extension,
+        )  # fmt: skip
         if self.options.data.debug_dataset:
             write_dataset_sheets(self.prepared.data, Path(self.options.save.output_dir or "."))
             return 0
@@ -150,7 +172,7 @@ class Trainer(ABC):
         self.previews = Previews(
             family, self.objective, self.options, prompts, device=self.device, dtype=self.dtype, seed=self.plan.seed,
             active=self.main_process, size=self.prepared.found.datasets[0].config.buckets.resolution,
-            texts=caches.texts,
+            texts=caches.texts, conditioned=self.conditioned,
         )  # fmt: skip
         encoders: dict[str, nn.Module] = {}
         for name in family.encoders:
@@ -206,7 +228,7 @@ class Trainer(ABC):
         """What watches the run and what it writes."""
         self.saver = Saver(
             self.options, self.plan, active=self.main_process, write_model=self.write_model, state=self.state_parts,
-            side_endings=self.family.side_endings,
+            extension=self.extension, side_endings=self.family.side_endings,
         )  # fmt: skip
         self.record = RunRecord(
             self.options,
@@ -277,6 +299,7 @@ class Trainer(ABC):
 
     def train_step(self, batches: Sequence[Batch], first_micro_step: int) -> None:
         """One optimizer step over its micro-batches."""
+        self.before_step()
         total = torch.zeros((), device=self.device)
         for index, batch in enumerate(batches):
             with self.gradient_sync(is_last=index == len(batches) - 1):
@@ -429,7 +452,7 @@ class Trainer(ABC):
     def preview_if_due(self, trackers: Trackers, *, epoch_ended: bool) -> None:
         self.previews.if_due(
             self.models,
-            [self.trainables.module],
+            self.trainables,
             trackers,
             self.position,
             epoch_ended=epoch_ended,

@@ -22,7 +22,7 @@ from library.cli import load_attribute
 from library.models.registry import FAMILIES
 from library.options import specs
 from networks.formats import format_of, read_adapter
-from tests.families import flux, lumina, sd, sd3
+from tests.families import flux, lumina, sd, sd3, sdxl
 from tests.families.base import Case
 from tests.trainers.helpers import (
     Run,
@@ -36,7 +36,7 @@ from tests.trainers.helpers import (
     write_dataset,
 )
 
-CASES: dict[str, Case] = {**sd.CASES, **flux.CASES, **sd3.CASES, **lumina.CASES}
+CASES: dict[str, Case] = {**sd.CASES, **sdxl.CASES, **flux.CASES, **sd3.CASES, **lumina.CASES}
 
 # ---- the contract ---------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from library.io.state import load_state, newest_state
-from tests.families import flux, lumina, sd, sd3
+from tests.families import flux, lumina, sd, sd3, sdxl
 from tests.families.base import Case
 from tests.script_runner import ROOT, run_script
 from tests.trainers import child
@@ -24,9 +24,15 @@ from tests.trainers.helpers import argv, differing, make_pictures, subset, write
 from tools.make_options_doc import SCRIPTS
 
 PRECIOUS = b"a good file of an earlier run"
-CASES: dict[str, Case] = {**sd.CASES, **flux.CASES, **sd3.CASES, **lumina.CASES}
+CASES: dict[str, Case] = {**sd.CASES, **sdxl.CASES, **flux.CASES, **sd3.CASES, **lumina.CASES}
 RECIPES = {
     "sd_lora": ("train_network.py", "sd1"),
+    "sd_full": ("fine_tune.py", "sd1"),
+    "dreambooth": ("train_db.py", "sd1"),
+    "sd_textual_inversion": ("train_textual_inversion.py", "sd1"),
+    "sdxl_lora": ("sdxl_train_network.py", "sdxl"),
+    "sdxl_full": ("sdxl_train.py", "sdxl"),
+    "sdxl_control_net_lllite": ("sdxl_train_control_net_lllite.py", "sdxl"),
     "flux_lora": ("flux_train_network.py", "flux"),
     "flux_full": ("flux_train.py", "flux"),
     "sd3_lora": ("sd3_train_network.py", "sd35"),
@@ -34,7 +40,11 @@ RECIPES = {
     "lumina_lora": ("lumina_train_network.py", "lumina"),
     "lumina_full": ("lumina_train.py", "lumina"),
 }
-# (script, case): every script with every case of its family, full training of SD 1.x and 2.x aside
+# What a script needs besides a model and pictures
+WORD = {"token_string": "zapcat", "use_object_template": True}
+NEEDS: dict[str, dict[str, Any]] = {"train_textual_inversion.py": WORD, "sdxl_train_textual_inversion.py": WORD}
+SAME_RECIPE = {"sdxl_train_textual_inversion.py"}  # runs with that of another script
+# (script, case): every script with every case of its family
 RUNS = [
     (script, name)
     for script, (method, family) in SCRIPTS.items()
@@ -48,15 +58,23 @@ class Ground:
     """Tiny models by case, and a dataset of three batches an epoch."""
 
     models: dict[str, dict[str, Any]]
-    dataset: Path
+    datasets: dict[bool, Path]  # with control images or without
+
+    def options(self, script: str, case: str) -> dict[str, Any]:
+        """Of a good run, as far as models and data go."""
+        data = self.datasets["control_net" in script]
+        return {**self.models[case], **NEEDS.get(script, {}), "dataset_config": data}
 
 
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ground]:
     folder = tmp_path_factory.mktemp("scripts")
-    data = write_dataset(folder / "dataset.toml", subset(make_pictures(folder / "pictures", 5)))
+    pictures = make_pictures(folder / "pictures", 5)
+    controls = make_pictures(folder / "controls", 5)
+    plain = write_dataset(folder / "plain.toml", subset(pictures))
+    controlled = write_dataset(folder / "controlled.toml", subset(pictures, conditioning_data_dir=str(controls)))
     models = {name: {**case.make(folder / f"m{i}"), **case.options} for i, (name, case) in enumerate(CASES.items())}
-    yield Ground(models, data)
+    yield Ground(models, {False: plain, True: controlled})
 
 
 # ---- recipes --------------------------------------------------------------------------------------------------------
@@ -65,7 +83,7 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ground]:
 def test_every_recipe_is_run() -> None:
     recipes = {path.stem for path in (ROOT / "configs").glob("*.toml")} - {"demo", "demo_dataset", "dataset_folder"}
     assert recipes == set(RECIPES)
-    assert {script for script, _ in RECIPES.values()} == set(SCRIPTS)
+    assert {script for script, _ in RECIPES.values()} | SAME_RECIPE == set(SCRIPTS)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -73,14 +91,14 @@ def test_recipe_trains(name: str, ground: Ground, tmp_path: Path) -> None:
     """As it is, but for the paths, the length of the run and an optimizer that needs a GPU."""
     script, case = RECIPES[name]
     own = {
-        "dataset_config": ground.dataset, "output_dir": tmp_path, "optimizer_type": "AdamW", "optimizer_args": [],
+        "output_dir": tmp_path, "optimizer_type": "AdamW", "optimizer_args": [],
         "max_train_epochs": 0, "max_train_steps": 1, "max_data_loader_n_workers": 0, "cache_dir": tmp_path / "cache",
         "min_bucket_reso": 64, "max_bucket_reso": 64,
     }  # fmt: skip
-    words = argv({"config_file": f"configs/{name}.toml", **ground.models[case], **own})
+    words = argv({"config_file": f"configs/{name}.toml", **ground.options(script, case), **own})
     ended = run_script(*words, "--optimizer_args", script=script)
     assert ended.code == 0, ended.text
-    assert len(load_file(next(tmp_path.glob("*.safetensors")))) > 10
+    assert load_file(next(tmp_path.glob("*.safetensors")))
     assert "has no effect" not in ended.text and "ignored" not in ended.text
 
 
@@ -93,8 +111,8 @@ def base(request: pytest.FixtureRequest, ground: Ground, tmp_path: Path) -> tupl
     script, name = request.param
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "x.safetensors").write_bytes(PRECIOUS)
-    own = {"dataset_config": ground.dataset, "output_dir": tmp_path / "out", "output_name": "x", "max_train_steps": 2}
-    return script, name, {**ground.models[name], **own}
+    own = {"output_dir": tmp_path / "out", "output_name": "x", "max_train_steps": 2, "save_model_as": "safetensors"}
+    return script, name, {**ground.options(script, name), **own}
 
 
 def refused(script: str, values: dict[str, Any], *words: str) -> list[str]:
@@ -142,8 +160,10 @@ def test_models_of_other_architectures_and_broken_ones(
 
 def test_killed_in_the_middle(base: tuple[str, str, dict[str, Any]], tmp_path: Path) -> None:
     """SIGKILL after the second save: what is there is whole, and the next process ends with the very same weights."""
-    script, _, values = base
+    script, name, values = base
     method, family = SCRIPTS[script]
+    if (script, name) != next(run for run in RUNS if run[0] == script):
+        return  # once for each script: what a case adds to saving is in the other contracts
     values = {
         **values, "seed": 7, "save_state": True, "max_train_steps": 8, "learning_rate": 1e-3,
         "max_data_loader_n_workers": 0, "network_dim": 4 if method == "network" else None,
@@ -161,7 +181,7 @@ def test_killed_in_the_middle(base: tuple[str, str, dict[str, Any]], tmp_path: P
     assert child.exit_code(process) == -signal.SIGKILL
     for path in folder.glob("[!.]*.safetensors"):
         with safe_open(path, "pt") as file:
-            assert len(list(file.keys())) > 10
+            assert list(file.keys())
     state = newest_state(folder, "x")
     assert state is not None and load_state(state).step >= 2
 

@@ -450,7 +450,7 @@ def test_a_vae_option_changes_only_its_fingerprint(models, tmp_path):
 
 def test_registry_and_options():
     entry = FAMILIES["sd"]
-    assert entry.path == "library.models.sd:StableDiffusion" and entry.option_groups == {"model": SDOptions}
+    assert entry.path == "library.models.sd:StableDiffusion" and entry.option_groups["model"] is SDOptions
     assert issubclass(SDOptions, ModelOptions)
     (problem,) = SDOptions().problems()
     assert problem.startswith("--pretrained_model_name_or_path is missing")

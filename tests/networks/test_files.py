@@ -173,7 +173,8 @@ def test_from_weights_refuses_other_models_and_kinds() -> None:
     sdxl = {"lora_unet_input_blocks_4_1_proj_in.alpha": torch.ones(())}
     assert make(sdxl) == "x.safetensors: 1 keys name no layer of this model: lora_unet_input_blocks_4_1_proj_in.alpha"
     loha = {f"{QUERY}.hada_w1_a": torch.ones(1), f"{QUERY}.alpha": torch.ones(())}
-    assert make(loha) == f"x.safetensors: 1 adapters are of another kind or damaged: {QUERY} (hada_w1_a, alpha)"
+    what = f"1 adapters are of another kind or damaged: {QUERY} (hada_w1_a, alpha)"
+    assert make(loha) == f"x.safetensors: {what} (--network_module networks.loha reads such files)"
     shape = {f"{QUERY}.lora_down.weight": torch.ones(4, 3), f"{QUERY}.lora_up.weight": torch.ones(16, 4)}
     assert "lora_down.weight has the shape (4, 3), here it is (4, 16)" in make(shape)
 

@@ -490,11 +490,11 @@ def test_comfy_takes_every_kind_of_adapter() -> None:
 
 
 def test_what_is_not_understood() -> None:
-    sdxl = random_lora(
-        {"lora_unet_input_blocks_4_1_proj_in": (8, 8), "lora_te1_text_model_encoder_layers_0_mlp_fc1": (8, 8)}
+    other = random_lora(
+        {"lora_unet_stages_4_1_proj_in": (8, 8), "lora_te1_text_model_encoder_layers_0_mlp_fc1": (8, 8)}
     )
     for tensors, expected in (
-        (sdxl, "the adapter is for no architecture that is known (Stable Diffusion 1.x, Stable Diffusion 2.x, FLUX.1"),
+        (other, "the adapter is for no architecture that is known (Stable Diffusion 1.x, Stable Diffusion 2.x, FLUX.1"),
         (random_lora({QKV: (96, 32), "lora_unet_double_blocks_0_img_mod_linear": (8, 8)}),
          "1 of 2 layers of the adapter are unknown: FLUX.1 or Chroma comes nearest but has not lora_unet_double"),
         ({"transformer.x_embedder.lora_C.weight": torch.ones(1)}, "1 keys of the adapter file are not understood"),

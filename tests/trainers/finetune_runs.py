@@ -12,12 +12,11 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
-from library.cli import EXIT_STOPPED, load_attribute
+from library.cli import EXIT_STOPPED, METHODS, load_attribute
 from library.io.state import newest_state
 from library.models.registry import FAMILIES
 from library.options import resolve
 from library.trainers.finetune import FineTuneTrainer
-from library.trainers.finetune_options import FineTuneTrainerOptions
 from library.trainers.guards import StepReport
 from library.trainers.tracking import Trackers
 from tests.trainers.helpers import Adapters, Run, argv, settle
@@ -28,6 +27,7 @@ DEFAULTS: dict[str, Any] = {
     "seed": 7,
     "max_train_steps": 4,
     "max_data_loader_n_workers": 0,
+    "save_model_as": "safetensors",
 }
 
 
@@ -68,21 +68,23 @@ class RecordedFineTune(FineTuneTrainer):
         return found
 
 
-def make_finetune(values: Mapping[str, Any], *, family: str) -> RecordedFineTune:
+def make_finetune(values: Mapping[str, Any], *, family: str, method: str = "finetune") -> RecordedFineTune:
     """The trainer for these options."""
     AcceleratorState._reset_state(reset_partial_state=True)
     entry = FAMILIES[family]
-    options = resolve(FineTuneTrainerOptions, entry.option_groups, argv(values), prog="test").options
+    options = resolve(METHODS[method][1], entry.option_groups, argv(values), prog="test").options
     return RecordedFineTune(load_attribute(entry.path)(options.model), options)
 
 
 def finetune(
-    dataset: Path | None, folder: Path, *, family: str, interrupt_in: int | None = None, keep_gradients: bool = False,
+    dataset: Path | None, folder: Path, *, family: str, method: str = "finetune",
+    interrupt_in: int | None = None, keep_gradients: bool = False,
     before: Callable[[RecordedFineTune], None] | None = None,
     each_step: Callable[[RecordedFineTune], None] | None = None, **values: Any,
 ) -> Run:  # fmt: skip
     """One run; `values` stand above DEFAULTS. Errors come as the exceptions that the script turns into lines."""
-    trainer = make_finetune({**DEFAULTS, "dataset_config": dataset, "output_dir": folder, **values}, family=family)
+    given = {**DEFAULTS, "dataset_config": dataset, "output_dir": folder, **values}
+    trainer = make_finetune(given, family=family, method=method)
     trainer.interrupt_in, trainer.keep_gradients = interrupt_in, keep_gradients
     trainer.before, trainer.each_step = before, each_step
     code = trainer.run()

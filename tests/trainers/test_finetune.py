@@ -19,7 +19,7 @@ from library.optim.ema import warm_decay
 from library.options import Resolved, resolve
 from library.trainers.finetune_options import FineTuneTrainerOptions
 from tests.families import sd3
-from tests.trainers.finetune_runs import RecordedFineTune, finetune, open_adapters
+from tests.trainers.finetune_runs import RecordedFineTune, finetune, make_finetune, open_adapters
 from tests.trainers.helpers import argv, make_pictures, micro_generator, subset, train, write_dataset
 
 HALF: dict[str, Any] = {"mixed_precision": "bf16", "full_bf16": True}
@@ -187,9 +187,11 @@ def test_stops_and_says_how_to_go_on(sd1: Path, one_batch: Path, tmp_path: Path)
 # ---- options --------------------------------------------------------------------------------------------------------
 
 
+GIVEN: dict[str, Any] = {"pretrained_model_name_or_path": "m", "dataset_config": "d.toml", "output_dir": "o"}
+
+
 def read(family: str = "flux", **values: Any) -> Resolved:
-    given = {"pretrained_model_name_or_path": "m", "dataset_config": "d.toml", "output_dir": "o", **values}
-    return resolve(FineTuneTrainerOptions, FAMILIES[family].option_groups, argv(given), prog="test")
+    return resolve(FineTuneTrainerOptions, FAMILIES[family].option_groups, argv({**GIVEN, **values}), prog="test")
 
 
 def test_bf16_update_goes_with_full_bf16() -> None:
@@ -203,18 +205,41 @@ def test_bf16_update_goes_with_full_bf16() -> None:
         read(**HALF, bf16_update="kahn")
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "sd"])
-def test_the_one_format_answers_for_all(family: str) -> None:
-    for kind in ("ckpt", "diffusers", "diffusers_safetensors", "safetensors"):
-        found = read(family, save_model_as=kind)
-        assert found.options.save.save_model_as == "safetensors"
-        assert [line for line in found.answers if line.startswith("--save_model_as: this model is always")]
+@pytest.mark.parametrize("family", ["flux", "sd3", "lumina"])
+def test_the_one_format_answers_for_all(family: str, caplog: pytest.LogCaptureFixture) -> None:
+    for kind in ("ckpt", "diffusers", "diffusers_safetensors", "safetensors", None):
+        trainer = make_finetune({**GIVEN, "save_model_as": kind}, family=family)
+        assert (trainer.format, trainer.extension) == ("safetensors", ".safetensors")
+        with caplog.at_level("INFO", "trainyard"):
+            trainer.check_format()
+        assert ("--save_model_as: this model is always saved as .safetensors" in caplog.text) == (kind is not None)
+        caplog.clear()
     with pytest.raises(UserError, match="--save_model_as 'pt' is not one of"):
         read(family, save_model_as="pt")
 
 
+@pytest.mark.parametrize(
+    ("given", "after_file", "after_folder"),
+    [
+        ({}, "ckpt", "diffusers"),
+        ({"use_safetensors": True}, "safetensors", "diffusers_safetensors"),
+        ({"save_model_as": "ckpt"}, "ckpt", "ckpt"),
+        ({"save_model_as": "ckpt", "use_safetensors": True}, "safetensors", "safetensors"),
+        ({"save_model_as": "diffusers", "use_safetensors": True}, "diffusers_safetensors", "diffusers_safetensors"),
+        ({"save_model_as": "safetensors"}, "safetensors", "safetensors"),
+    ],
+)
+def test_the_format_follows_the_input(
+    given: dict[str, Any], after_file: str, after_folder: str, tmp_path: Path
+) -> None:
+    (tmp_path / "model.safetensors").touch()
+    for name, expected in (("model.safetensors", after_file), ("", after_folder)):
+        values = {**GIVEN, "pretrained_model_name_or_path": tmp_path / name, **given}
+        assert make_finetune(values, family="sd").format == expected
+
+
 def test_memory_options_are_answered() -> None:
     names = ("fused_backward_pass", "blockwise_fused_optimizers", "mem_eff_save", "skip_latents_validity_check")
-    lines = read(fused_optimizer_groups=4, use_safetensors=True, **dict.fromkeys(names, True)).answers
-    for name in ("fused_optimizer_groups", "use_safetensors", *names):
+    lines = read(fused_optimizer_groups=4, **dict.fromkeys(names, True)).answers
+    for name in ("fused_optimizer_groups", *names):
         assert sum(line.startswith(f"--{name}: ") for line in lines) == 1, name

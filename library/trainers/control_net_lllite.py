@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ControlNet-LLLite by its own script: the model stays frozen, small networks learn to follow control images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from library.device import DTYPES
+from library.errors import UserError
+from library.io.checkpoint import save_tensors
+from library.trainers.control_net_lllite_options import LLLiteTrainerOptions
+from library.trainers.trainables import Trainables
+from library.trainers.trainer import Trainer
+from networks.base import AdapterNetwork
+from networks.control_net_lllite import create_network, create_network_from_weights, sizes_of
+from networks.formats import read_tensors
+
+
+class LLLiteTrainer(Trainer):
+    """The file is the same as that of --network_module networks.control_net_lllite."""
+
+    options: LLLiteTrainerOptions
+    project = "lllite_control_net_train"
+    kind = "ControlNet-LLLite"
+
+    def checks(self) -> list[Callable[[], None]]:
+        return [self.check_weights]
+
+    def check_weights(self) -> None:
+        """The file to start from is a ControlNet-LLLite of the sizes that are asked for. Raises UserError."""
+        given = self.given_weights()
+        if given is None:
+            return
+        file, options = self.options.lllite.network_weights, self.options.lllite
+        sizes = sizes_of(given)
+        if sizes is None:
+            raise UserError(f"--network_weights: {file} is no ControlNet-LLLite")
+        wanted = {"cond_emb_dim": options.cond_emb_dim, "network_dim": options.network_dim}
+        wrong = [
+            f"--{name} {value}: {file} of --network_weights has {size}; leave it out"
+            for (name, value), size in zip(wanted.items(), sizes, strict=True)
+            if value not in (None, size)
+        ]
+        if wrong:
+            raise UserError(wrong)
+
+    @property
+    def learning(self) -> frozenset[str]:
+        return frozenset({"denoiser"})
+
+    @property
+    def conditioned(self) -> bool:
+        return True
+
+    def build_trainables(self) -> Trainables:
+        self.network = network = self.create_network()
+        network.attach(train_denoiser=True, train_text_encoder=False)
+        groups = network.param_groups(learning_rate=self.options.optimizer.learning_rate)
+        if not groups:
+            raise UserError("nothing learns: --learning_rate is 0")
+        return Trainables(
+            module=network,
+            groups=groups,
+            modules=network.module_parameters(),
+            state=network.exact_state,
+            load=network.load_exact_state,
+            set_multiplier=network.set_multiplier,
+            set_condition=network.set_condition,
+            base_model=network.disabled,
+        )
+
+    def create_network(self) -> AdapterNetwork:
+        """New, or as --network_weights has it."""
+        options, unet = self.options.lllite, self.models.denoiser
+        given, dropout = self.given_weights(), options.network_dropout
+        if given is None:
+            sizes = {} if options.cond_emb_dim is None else {"cond_emb_dim": options.cond_emb_dim}
+            return create_network(1.0, options.network_dim, None, None, None, unet, neuron_dropout=dropout, **sizes)
+        network, _ = create_network_from_weights(
+            1.0, options.network_weights, None, None, unet, given, neuron_dropout=dropout
+        )
+        return network
+
+    def given_weights(self) -> dict[str, Tensor] | None:
+        """--network_weights. Raises UserError when it cannot be read."""
+        file = self.options.lllite.network_weights
+        try:
+            return None if file is None else read_tensors(file)
+        except UserError as error:
+            raise UserError(f"--network_weights: {line}" for line in error.problems) from None
+
+    def save_model(self, path: Path, metadata: dict[str, str]) -> None:
+        precision = self.options.save.save_precision
+        save_tensors(path, self.network.state(DTYPES[precision] if precision else None), metadata)
+
+    def metadata(self) -> dict[str, Any] | None:
+        """What it is, and not how it was made, as in the files of today."""
+        return None

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Show what is in an adapter file, and whether every number in it is finite.
+
+    python networks/check_lora_weights.py lora.safetensors
+
+Prints a line per tensor: name, shape, dtype, mean of the absolute values, smallest and largest. The exit code is 1 when
+a tensor holds inf or nan.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:  # started as a script, from any folder
+    sys.path.insert(0, str(ROOT))
+
+from library.options import option  # noqa: E402
+from networks.tool_options import missing_files, needed, run_tool  # noqa: E402
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+EXIT_NOT_FINITE = 1
+
+
+@dataclass(frozen=True)
+class CheckOptions:
+    """The file."""
+
+    file: str | None = option(None, help="Adapter file to look at; --file may be left out.")
+
+    def problems(self) -> Iterator[str]:
+        yield from needed(self, "file")
+        yield from missing_files("--file", [self.file])
+
+
+@dataclass(frozen=True)
+class CheckLoraOptions:
+    """All options of this script."""
+
+    check: CheckOptions = field(default_factory=CheckOptions)
+
+
+def lines(tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    """A line per tensor, in the order of names."""
+    width = max(len(name) for name in tensors)
+    for name in sorted(tensors):
+        value = tensors[name]
+        numbers = value.float()
+        figures = "empty"
+        if value.numel():
+            mean, low, high = float(numbers.abs().mean()), float(numbers.min()), float(numbers.max())
+            figures = f"mean |x| {mean:.6g}, min {low:.6g}, max {high:.6g}"
+        kind = str(value.dtype).removeprefix("torch.")
+        yield f"{name:{width}} {tuple(value.shape)!s:20} {kind:8} {figures}"
+
+
+def check(options: CheckLoraOptions) -> list[str]:
+    """Prints the lines. Returns the names of the tensors that are not finite."""
+    from library.io.checkpoint import nonfinite_names
+    from networks.formats import read_tensors
+
+    assert options.check.file
+    tensors = read_tensors(options.check.file)
+    print(f"{options.check.file}: {len(tensors)} tensors, {sum(t.numel() for t in tensors.values()):,} numbers")
+    print("\n".join(lines(tensors)))
+    return nonfinite_names(tensors)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code: 0; 1 when a tensor is not finite; 2 for bad input."""
+    words = [*(sys.argv[1:] if argv is None else argv)]
+    if words and not words[0].startswith("-"):
+        words.insert(0, "--file")
+    bad: list[str] = []
+    action = lambda options: bad.extend(check(options))
+    code = run_tool(CheckLoraOptions, action, words, "check_lora_weights.py", __doc__ or "")
+    for name in bad:
+        sys.stderr.write(f"not finite: {name}\n")
+    return code or (EXIT_NOT_FINITE if bad else 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

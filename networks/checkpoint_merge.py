@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters merged into the weights of a checkpoint, tensor by tensor, by the classes that apply them in training.
+
+Each layer of an adapter file is put on a module that holds nothing but the checkpoint's own weight, so every kind of
+adapter that can be trained can be merged, and merging is what applying is.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from library.errors import UserError, first_names
+from library.names.keys import part_rows
+from networks.base import AdapterLayer
+from networks.build import FileLayer
+from networks.checkpoint_layers import CheckpointLayers, Weights
+from networks.factor_layer import FactorSettings
+from networks.format_layers import DORA, DOWN, UP
+from networks.loha_layer import LoHaLayer
+from networks.lokr_layer import LoKrLayer, LokrSettings
+from networks.lora_layer import LoRALayer, LoraSettings
+from networks.lora_math import Tensors
+from networks.norm_layer import NormLayer
+from networks.oft_layer import OFTLayer, OftSettings
+from networks.spec import TargetModule, TargetSpec
+
+BIASED = "b_norm"  # an adapter with this tensor changes the bias too
+NUMBERED = "oft_blocks."  # a fused layer has one set of rotations for each of its parts
+# What a file may hold, with the settings that a layer made from a file needs. DyLoRA and LoRA-FA files are LoRA files.
+KINDS: tuple[tuple[type[FileLayer], object], ...] = (
+    (LoRALayer, LoraSettings()),
+    (NormLayer, LoraSettings()),
+    (LoHaLayer, FactorSettings()),
+    (LoKrLayer, LokrSettings()),
+    (OFTLayer, OftSettings()),
+)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter file: its layers by kohya name, and how strongly each is merged."""
+
+    label: str  # for messages
+    layers: Mapping[str, Tensors]
+    strength: Callable[[str], float]  # layer -> ratio
+
+
+@dataclass(frozen=True)
+class Step:
+    """One layer of one adapter, waiting for the checkpoint's weight."""
+
+    layer: str
+    own: Tensors
+    kind: type[FileLayer]
+    settings: object
+    strength: float
+
+    def on(self, weight: Tensor, bias: Tensor | None) -> AdapterLayer:
+        """The adapter on a module that has this weight and bias."""
+        target = target_of(self.layer, weight, bias, sum(name.startswith(NUMBERED) for name in self.own))
+        return self.kind.from_tensors(target, self.own, self.settings)
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Both with the adapter in them: new tensors, float32."""
+        layer = self.on(weight.float().clone(), None if bias is None else bias.float().clone())
+        layer.load_tensors(self.own)
+        layer.set_multiplier(self.strength)
+        layer.merge()
+        module = layer.target.modules[0].module
+        assert isinstance(module.weight, Tensor)
+        return module.weight, module.bias if isinstance(module.bias, Tensor) else None
+
+
+class MergedWeights:
+    """A checkpoint's tensors with adapters in them, each made when it is asked for. Raises UserError when unfit.
+
+    used: names of the adapters' layers that this file has; the others are of other parts of the model.
+    """
+
+    def __init__(self, file: Weights, layers: CheckpointLayers, adapters: Sequence[Adapter]) -> None:
+        self.file, self.layers = file, layers
+        self.used: list[str] = []
+        self.left: list[str] = []
+        self._steps: dict[str, list[Step]] = {}  # name of a tensor -> what happens to it, in order
+        problems: list[str] = []
+        for adapter in adapters:
+            problems += self._plan(adapter)
+        if problems:
+            raise UserError(problems)
+
+    @property
+    def changed(self) -> set[str]:
+        """Names of the tensors that differ from the file's."""
+        return set(self._steps)
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor: merged in float32, or as the file has it."""
+        if name not in self._steps:
+            return self.file.tensor(name)
+        whole = self.file.tensor(name, torch.float32)  # may be mapped: nothing is written into it
+        for step in self._steps[name]:
+            place = self.layers.places[step.layer]
+            rows = place.rows or slice(None)
+            bias = place.bias if place.bias in self.layers.shapes else None
+            if name == place.weight:
+                new = step.merged(whole[rows], None if bias is None else self.file.tensor(bias)[rows])[0]
+            else:
+                found = step.merged(self.file.tensor(place.weight)[rows], whole[rows])[1]
+                assert found is not None
+                new = found
+            if place.rows is not None:
+                whole = whole.clone()
+                whole[rows] = new
+            else:
+                whole = new
+        return whole
+
+    def _plan(self, adapter: Adapter) -> Iterator[str]:
+        """Puts an adapter's layers on the list; what is wrong with them, a line each."""
+        unknown: list[str] = []
+        unfit: list[str] = []
+        for name, own in adapter.layers.items():
+            layer = self.layers.canonical(name)
+            if layer is None:
+                unknown.append(name)
+                continue
+            if layer.kohya not in self.layers.places:
+                self.left.append(layer.kohya)
+                continue
+            kind = next((kind for kind in KINDS if kind[0].claims(set(own))), None)
+            if kind is None:
+                unfit.append(f"{name} ({', '.join(sorted(own))})")
+                continue
+            own = fitted(own, len(self.layers.shape(layer.kohya)))
+            step = Step(layer.kohya, own, *kind, adapter.strength(layer.kohya))
+            problem = self._problem(step)
+            if problem is not None:
+                unfit.append(f"{name} {problem}")
+                continue
+            self.used.append(layer.kohya)
+            place = self.layers.places[layer.kohya]
+            for tensor in (place.weight, *([place.bias] if BIASED in own else [])):
+                self._steps.setdefault(tensor, []).append(step)
+        title = self.layers.architecture.title
+        if unknown:
+            yield f"{adapter.label}: {len(unknown)} layers are not in {title}: {first_names(unknown)}"
+        elif unfit:
+            yield f"{adapter.label}: {len(unfit)} layers do not fit the model: {first_names(unfit)}"
+
+    def _problem(self, step: Step) -> str | None:
+        """Why a layer does not fit its weight, found without reading it."""
+        place = self.layers.places[step.layer]
+        weight = torch.empty(self.layers.shape(step.layer), device="meta")
+        bias = torch.empty(len(weight), device="meta") if place.bias in self.layers.shapes else None
+        if (weight.dim() == 1) != ("w_norm" in step.own):
+            return "is for another kind of layer"
+        try:
+            return step.on(weight, bias).problem(step.own)
+        except (UserError, RuntimeError, ValueError, IndexError, KeyError) as error:
+            return f"does not fit ({str(error).splitlines()[0]})"
+
+
+def target_of(name: str, weight: Tensor, bias: Tensor | None, parts: int = 0) -> TargetSpec:
+    """A target on one module that holds `weight`: Linear, convolution or norm, by its axes.
+
+    parts: how many pieces of a fused layer an adapter tells apart; 0: none.
+    """
+    module = module_of(weight, bias)
+    if parts < 2:
+        return TargetSpec(name, (TargetModule(name, module),), "denoiser")
+    ends = [*itertools.accumulate(part_rows(len(weight), weight.shape[1], parts))]
+    pieces = (TargetModule(name, module, slice(start, end)) for start, end in zip([0, *ends], ends))
+    return TargetSpec(name, tuple(pieces), "denoiser")
+
+
+def module_of(weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """A module around a weight (and bias) that is there already."""
+    module: nn.Module
+    with torch.device("meta"):
+        if weight.dim() == 1:
+            module = nn.LayerNorm(len(weight), bias=bias is not None)
+        elif weight.dim() == 2:
+            module = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+        else:
+            kernel = (weight.shape[2], weight.shape[3])
+            module = nn.Conv2d(weight.shape[1], weight.shape[0], kernel, bias=bias is not None)
+    module.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+    if bias is not None:
+        module.register_parameter("bias", nn.Parameter(bias, requires_grad=False))
+    return module
+
+
+def fitted(own: Tensors, axes: int) -> dict[str, Tensor]:
+    """A LoRA's matrices with as many axes as the weight: a 1x1 convolution and a Linear are the same layer."""
+    found = dict(own)
+    for name in (DOWN, UP, DORA):
+        value = found.get(name)
+        if value is None or value.dim() == axes:
+            continue
+        if value.dim() == 4 and axes == 2 and value.shape[2:] == (1, 1):
+            found[name] = value[:, :, 0, 0]
+        elif value.dim() == 2 and axes == 4:
+            found[name] = value[:, :, None, None]
+    return found

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""--network_module networks.dylora: DyLoRA, a LoRA that can be cut to every smaller rank.
+
+For Stable Diffusion 1.x, 2.x, XL, FLUX.1, SD3 and Lumina; the layers are those of networks.lora, files are plain LoRAs
+of the full rank. extract_lora_from_dylora.py cuts them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from library.errors import UserError
+from library.log import get_logger
+from networks.adapter_kind import AdapterKind
+from networks.base import AdapterNetwork
+from networks.dylora_layer import DyLoRALayer, DyloraSettings
+from networks.options import BlockOptions, DyloraOptions, LoraPlusOptions, NoDropoutOptions, warn_dropout
+from networks.targets import TextEncoders
+
+
+def settings(options: Mapping[str, Any], neuron_dropout: float | None) -> DyloraSettings:
+    """What a layer needs to know of the options."""
+    dropout = options["dropout"]
+    warn_dropout("networks.dylora", neuron_dropout, dropout.dropout)
+    return DyloraSettings(options["ranks"].ranks_per_block, dropout.module_dropout or 0.0)
+
+
+def blocks(options: Mapping[str, Any], dim: int, alpha: float) -> BlockOptions:
+    """Convolutions have the rank and alpha of the rest. Raises UserError when another rank is asked for."""
+    ranks: DyloraOptions = options["ranks"]
+    if ranks.conv_dim not in (None, dim):
+        raise UserError(f"--network_args: conv_dim must equal --network_dim, which is {dim}; got {ranks.conv_dim}")
+    if ranks.conv_alpha not in (None, alpha):
+        get_logger().warning("--network_args: conv_alpha: no effect, convolutions have --network_alpha")
+    return BlockOptions(conv_dim=ranks.conv_dim, conv_alpha=None if ranks.conv_dim is None else alpha)
+
+
+KIND = AdapterKind(
+    options={"ranks": DyloraOptions, "dropout": NoDropoutOptions, "plus": LoraPlusOptions},
+    layers=(DyLoRALayer,),
+    settings=settings,
+    make=lambda target, rank, alpha, own: DyLoRALayer(target, rank=rank, alpha=alpha, settings=own),
+    blocks=blocks,
+)
+ARGUMENTS = KIND.arguments
+
+
+def create_network(
+    multiplier: float,
+    network_dim: int | None,
+    network_alpha: float | None,
+    vae: nn.Module | None,
+    text_encoder: TextEncoders,
+    unet: nn.Module | None,
+    neuron_dropout: float | None = None,
+    **kwargs: Any,
+) -> AdapterNetwork:
+    """A new DyLoRA, not yet attached. `kwargs` are --network_args. Raises UserError listing every mistake in them."""
+    return KIND.create(multiplier, network_dim, network_alpha, text_encoder, unet, neuron_dropout, kwargs)
+
+
+def create_network_from_weights(
+    multiplier: float,
+    file: str | Path | None,
+    vae: nn.Module | None,
+    text_encoder: TextEncoders,
+    unet: nn.Module | None,
+    weights_sd: Mapping[str, Tensor] | None = None,
+    for_inference: bool = False,
+    neuron_dropout: float | None = None,
+    **kwargs: Any,
+) -> tuple[AdapterNetwork, dict[str, Tensor]]:
+    """As `AdapterKind.from_weights`."""
+    return KIND.from_weights(multiplier, file, text_encoder, unet, weights_sd, for_inference, neuron_dropout, kwargs)

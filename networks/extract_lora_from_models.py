@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Make a LoRA of what a model has learned: the difference of a tuned checkpoint to the original, at a given rank.
+
+    python networks/extract_lora_from_models.py --model_org base.safetensors --model_tuned tuned.safetensors \
+        --dim 32 --save_to lora.safetensors --save_precision fp16
+
+The architecture (SD 1.x, 2.x, XL, SD3, FLUX.1, Chroma, Lumina) is found from the files.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:  # started as a script, from any folder
+    sys.path.insert(0, str(ROOT))
+
+from library.options import at_least, between, option  # noqa: E402
+from networks.tool_options import (  # noqa: E402
+    PRECISIONS,
+    DeviceOptions,
+    SaveOptions,
+    missing_files,
+    needed,
+    run_tool,
+    target_problems,
+)
+
+
+@dataclass(frozen=True)
+class ExtractOptions:
+    """The two models, and the rank."""
+
+    model_org: str | None = option(None, help="The original checkpoint (one file, published names).")
+    model_tuned: str | None = option(None, help="The tuned checkpoint.")
+    dim: int = option(4, help="Rank of the LoRA.", check=at_least(1))
+    conv_dim: int | None = option(
+        None, help="Rank of 3x3 convolutions, which get a LoRA only with it (SD 1/2 and SDXL).", check=at_least(1)
+    )
+    clamp_quantile: float = option(
+        0.99, help="The largest numbers are limited to this quantile; 1 keeps them.", check=between(0, 1)
+    )
+    min_diff: float = option(
+        0.01, help="A text encoder whose weights nowhere differ by more gets no LoRA.", check=at_least(0)
+    )
+    load_precision: str | None = option(
+        None, help="Precision that both models are rounded to first.", choices=[*PRECISIONS]
+    )
+    v2: bool = option(False, help="Both models are Stable Diffusion 2.x; checked.")
+    sdxl: bool = option(False, help="Both models are SDXL; checked.")
+    v_parameterization: bool | None = option(
+        None, help="Whether the metadata say v-prediction; not given: for Stable Diffusion 2.x."
+    )
+
+    def problems(self) -> Iterator[str]:
+        yield from needed(self, "model_org", "model_tuned")
+        yield from missing_files("--model_org", [self.model_org])
+        yield from missing_files("--model_tuned", [self.model_tuned])
+        if self.v2 and self.sdxl:
+            yield "--v2 and --sdxl exclude each other"
+
+
+@dataclass(frozen=True)
+class ExtractLoraOptions:
+    """All options of this script."""
+
+    extract: ExtractOptions = field(default_factory=ExtractOptions)
+    save: SaveOptions = field(default_factory=SaveOptions)
+    device: DeviceOptions = field(default_factory=DeviceOptions)
+
+    def problems(self) -> Iterator[str]:
+        """What is missing or would destroy something."""
+        yield from target_problems("--save_to", self.save.save_to, [self.extract.model_org, self.extract.model_tuned])
+
+
+def act(options: ExtractLoraOptions) -> None:
+    from networks.format_tables import BY_NAME
+    from networks.tool_extract import Extraction, extract
+
+    asked, save = options.extract, options.save
+    assert asked.model_org and asked.model_tuned and save.save_to
+    wanted = ("sd2",) if asked.v2 else ("sdxl",) if asked.sdxl else tuple(BY_NAME)
+    extract(
+        Extraction(
+            asked.model_org,
+            asked.model_tuned,
+            save.save_to,
+            dim=asked.dim,
+            conv_dim=asked.conv_dim,
+            clamp_quantile=asked.clamp_quantile,
+            min_diff=asked.min_diff,
+            load_precision=asked.load_precision,
+            save_precision=save.save_precision,
+            device=options.device.device,
+            no_metadata=save.no_metadata,
+            v_prediction=asked.v_parameterization is not False,
+            architectures=wanted,
+        )
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code: 0, or 2 for bad input."""
+    return run_tool(ExtractLoraOptions, act, argv, "extract_lora_from_models.py", __doc__ or "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

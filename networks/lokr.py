@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""--network_module networks.lokr: LoKr for Stable Diffusion 1.x, 2.x, XL, FLUX.1, SD3 and Lumina.
+
+Files are those of LyCORIS (--network_module lycoris.kohya with algo=lokr); the layers are those of networks.lora.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from networks.adapter_kind import AdapterKind
+from networks.base import AdapterNetwork
+from networks.lokr_layer import LoKrLayer, LokrSettings
+from networks.norm_layer import NormLayer
+from networks.options import BlockOptions, DropoutOptions, FactorOptions, LokrOptions, warn_dropout
+from networks.targets import TextEncoders
+
+
+def settings(options: Mapping[str, Any], neuron_dropout: float | None) -> LokrSettings:
+    """What a layer needs to know of the options."""
+    layer, dropout, form = options["layer"], options["dropout"], options["form"]
+    warn_dropout("networks.lokr", neuron_dropout, dropout.dropout)
+    return LokrSettings(
+        tucker=layer.use_tucker,
+        scalar=layer.use_scalar,
+        dora=("output" if layer.wd_on_output else "input") if layer.dora_wd else None,
+        rs_lora=layer.rs_lora,
+        rank_dropout=dropout.rank_dropout or 0.0,
+        rank_dropout_scale=layer.rank_dropout_scale,
+        module_dropout=dropout.module_dropout or 0.0,
+        factor=form.factor,
+        decompose_both=form.decompose_both,
+        full_matrix=form.full_matrix,
+        unbalanced=form.unbalanced_factorization,
+    )
+
+
+KIND = AdapterKind(
+    options={"blocks": BlockOptions, "layer": FactorOptions, "form": LokrOptions, "dropout": DropoutOptions},
+    layers=(LoKrLayer, NormLayer),
+    settings=settings,
+    make=lambda target, rank, alpha, own: LoKrLayer(target, rank=rank, alpha=alpha, settings=own),
+    forms=lambda options: [*options["layer"].form, *options["form"].form],
+)
+ARGUMENTS = KIND.arguments
+
+
+def create_network(
+    multiplier: float,
+    network_dim: int | None,
+    network_alpha: float | None,
+    vae: nn.Module | None,
+    text_encoder: TextEncoders,
+    unet: nn.Module | None,
+    neuron_dropout: float | None = None,
+    **kwargs: Any,
+) -> AdapterNetwork:
+    """A new LoKr, not yet attached. `kwargs` are --network_args. Raises UserError listing every mistake in them."""
+    return KIND.create(multiplier, network_dim, network_alpha, text_encoder, unet, neuron_dropout, kwargs)
+
+
+def create_network_from_weights(
+    multiplier: float,
+    file: str | Path | None,
+    vae: nn.Module | None,
+    text_encoder: TextEncoders,
+    unet: nn.Module | None,
+    weights_sd: Mapping[str, Tensor] | None = None,
+    for_inference: bool = False,
+    neuron_dropout: float | None = None,
+    **kwargs: Any,
+) -> tuple[AdapterNetwork, dict[str, Tensor]]:
+    """As `AdapterKind.from_weights`."""
+    return KIND.from_weights(multiplier, file, text_encoder, unet, weights_sd, for_inference, neuron_dropout, kwargs)

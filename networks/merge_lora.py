@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Merge LoRAs and other adapters into a model, or several LoRAs into one.
+
+    python networks/merge_lora.py --sd_model model.safetensors --models a.safetensors b.safetensors --ratios 0.8 0.5 \
+        --save_to merged.safetensors --save_precision fp16
+    python networks/merge_lora.py --models a.safetensors b.safetensors --ratios 0.8 0.5 --concat --save_to c.safetensors
+
+The architecture (SD 1.x, 2.x, XL, SD3, FLUX.1, Chroma, Lumina) is found from the files. docs/lora_tools.md
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:  # started as a script, from any folder
+    sys.path.insert(0, str(ROOT))
+
+from library.options import option  # noqa: E402
+from networks.tool_options import (  # noqa: E402
+    ModelsOptions,
+    SaveOptions,
+    missing_files,
+    run_tool,
+    target_problems,
+)
+
+ENCODERS = ("clip_l", "clip_g", "t5xxl", "gemma2")
+TABLE_NAMES = {"gemma2": "gemma2_2b"}  # where the table of layers has another name
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """The model, and how several LoRAs become one."""
+
+    sd_model: str | None = option(
+        None, help="Checkpoint (one file, published names) to merge into; without one the LoRAs become one LoRA."
+    )
+    v2: bool = option(False, help="The model is Stable Diffusion 2.x.", answer="the version is found from the files")
+    concat: bool = option(False, help="Put the ranks of the LoRAs beside each other: their exact sum, of a higher rank")
+    shuffle: bool = option(False, help="With --concat: shuffle the ranks.")
+
+
+@dataclass(frozen=True)
+class EncoderOptions:
+    """Text encoders in files of their own (SD3, FLUX.1, Lumina)."""
+
+    clip_l: str | None = option(None, help="CLIP-L to merge into.")
+    clip_l_save_to: str | None = option(None, help="File to write for --clip_l.")
+    clip_g: str | None = option(None, help="CLIP-G to merge into.")
+    clip_g_save_to: str | None = option(None, help="File to write for --clip_g.")
+    t5xxl: str | None = option(None, help="T5-XXL to merge into.")
+    t5xxl_save_to: str | None = option(None, help="File to write for --t5xxl.")
+    gemma2: str | None = option(None, help="Gemma 2 to merge into.")
+    gemma2_save_to: str | None = option(None, help="File to write for --gemma2.")
+
+
+@dataclass(frozen=True)
+class MergeLoraOptions:
+    """All options of this script."""
+
+    models: ModelsOptions = field(default_factory=ModelsOptions)
+    merge: MergeOptions = field(default_factory=MergeOptions)
+    encoders: EncoderOptions = field(default_factory=EncoderOptions)
+    save: SaveOptions = field(default_factory=SaveOptions)
+
+    def problems(self) -> Iterator[str]:
+        """What is missing, makes no sense or would destroy something."""
+        parts = {"sd_model": (self.merge.sd_model, self.save.save_to), **encoder_files(self.encoders)}
+        yield from merge_problems("sd_model", parts, self.models, self.merge.concat, self.merge.shuffle)
+
+
+def encoder_files(options: EncoderOptions) -> dict[str, tuple[str | None, str | None]]:
+    """Text encoder -> the file that is read and the file that is written."""
+    return {
+        "clip_l": (options.clip_l, options.clip_l_save_to),
+        "clip_g": (options.clip_g, options.clip_g_save_to),
+        "t5xxl": (options.t5xxl, options.t5xxl_save_to),
+        "gemma2": (options.gemma2, options.gemma2_save_to),
+    }
+
+
+def merge_problems(
+    model: str,
+    parts: dict[str, tuple[str | None, str | None]],
+    models: ModelsOptions,
+    concat: bool,
+    shuffle: bool,
+) -> Iterator[str]:
+    """What is wrong with the files of a merge. parts: option -> (read, write); `model` names the denoiser's."""
+    sources = [*models.models, *(read for read, _ in parts.values())]
+    into_model = any(read for read, _ in parts.values())
+    for name, (read, write) in parts.items():
+        yield from missing_files(f"--{name}", [read])
+        target = "--save_to" if name == model else f"--{name}_save_to"
+        if read or (name == model and (write or not into_model)):
+            yield from target_problems(target, write, sources)
+        if write and not read and (name != model or into_model):
+            yield f"{target} is given without --{name}"
+    written = [Path(write).resolve() for _, write in parts.values() if write]
+    if len(set(written)) < len(written):
+        yield "two files to write have the same name"
+    if into_model and (concat or shuffle):
+        yield f"--{'concat' if concat else 'shuffle'} is for several LoRAs into one; leave out --{model}"
+    elif shuffle and not concat:
+        yield "--shuffle needs --concat: summed matrices would no longer fit each other"
+
+
+def run_merge(
+    model: str,
+    parts: dict[str, tuple[str | None, str | None]],
+    options: tuple[ModelsOptions, SaveOptions],
+    *,
+    concat: bool,
+    shuffle: bool,
+    architectures: tuple[str, ...] | None = None,
+) -> None:
+    """What all merge scripts do with their options."""
+    from networks.format_tables import BY_NAME
+    from networks.tool_merge import Merge, ModelPart, merge
+
+    found = tuple(
+        ModelPart(name, read, write, None if name == model else TABLE_NAMES.get(name, name))
+        for name, (read, write) in parts.items()
+        if read and write
+    )
+    merge(Merge(*options, found, concat, shuffle, architectures or tuple(BY_NAME)))
+
+
+def act(options: MergeLoraOptions) -> None:
+    parts = {"sd_model": (options.merge.sd_model, options.save.save_to), **encoder_files(options.encoders)}
+    asked = options.merge
+    run_merge("sd_model", parts, (options.models, options.save), concat=asked.concat, shuffle=asked.shuffle)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code: 0, or 2 for bad input."""
+    return run_tool(MergeLoraOptions, act, argv, "merge_lora.py", __doc__ or "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

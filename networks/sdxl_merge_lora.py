@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Merge LoRAs and other adapters into an SDXL model, or several SDXL LoRAs into one.
+
+    python networks/sdxl_merge_lora.py --sd_model sdxl.safetensors --models a.safetensors --ratios 0.8 \
+        --save_to merged.safetensors --save_precision fp16
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:  # started as a script, from any folder
+    sys.path.insert(0, str(ROOT))
+
+from library.options import option  # noqa: E402
+from networks.merge_lora import merge_problems, run_merge  # noqa: E402
+from networks.tool_options import ModelsOptions, SaveOptions, run_tool  # noqa: E402
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """The model, and how several LoRAs become one."""
+
+    sd_model: str | None = option(
+        None, help="SDXL checkpoint (one file) to merge into; without one the LoRAs become one LoRA."
+    )
+    concat: bool = option(False, help="Put the ranks of the LoRAs beside each other: their exact sum, of a higher rank")
+    shuffle: bool = option(False, help="With --concat: shuffle the ranks.")
+
+
+@dataclass(frozen=True)
+class SdxlMergeOptions:
+    """All options of this script."""
+
+    models: ModelsOptions = field(default_factory=ModelsOptions)
+    merge: MergeOptions = field(default_factory=MergeOptions)
+    save: SaveOptions = field(default_factory=SaveOptions)
+
+    def problems(self) -> Iterator[str]:
+        """What is missing, makes no sense or would destroy something."""
+        parts = {"sd_model": (self.merge.sd_model, self.save.save_to)}
+        yield from merge_problems("sd_model", parts, self.models, self.merge.concat, self.merge.shuffle)
+
+
+def act(options: SdxlMergeOptions) -> None:
+    run_merge(
+        "sd_model",
+        {"sd_model": (options.merge.sd_model, options.save.save_to)},
+        (options.models, options.save),
+        concat=options.merge.concat,
+        shuffle=options.merge.shuffle,
+        architectures=("sdxl",),
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code: 0, or 2 for bad input."""
+    return run_tool(SdxlMergeOptions, act, argv, "sdxl_merge_lora.py", __doc__ or "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

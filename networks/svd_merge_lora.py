@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Merge several LoRAs, of any ranks, into one of a given rank: the nearest one that there is (by singular values).
+
+    python networks/svd_merge_lora.py --models a.safetensors b.safetensors --ratios 0.8 0.5 --new_rank 16 \
+        --save_to merged.safetensors
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:  # started as a script, from any folder
+    sys.path.insert(0, str(ROOT))
+
+from library.errors import UserError  # noqa: E402
+from library.options import at_least, option  # noqa: E402
+from networks.tool_options import DeviceOptions, ModelsOptions, SaveOptions, run_tool, target_problems  # noqa: E402
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from networks.lora_math import Tensors
+
+
+@dataclass(frozen=True)
+class RankOptions:
+    """The rank of the new LoRA."""
+
+    new_rank: int = option(4, help="Rank of the new LoRA, at most that of all sources together.", check=at_least(1))
+    new_conv_rank: int | None = option(
+        None, help="Rank of convolutions with a kernel; not given: --new_rank.", check=at_least(1)
+    )
+    v2: bool = option(False, help="The LoRAs are for SD 2.x.", answer="the version is found from the files")
+
+
+@dataclass(frozen=True)
+class SvdMergeOptions:
+    """All options of this script."""
+
+    models: ModelsOptions = field(default_factory=ModelsOptions)
+    rank: RankOptions = field(default_factory=RankOptions)
+    save: SaveOptions = field(default_factory=SaveOptions)
+    device: DeviceOptions = field(default_factory=DeviceOptions)
+
+    def problems(self) -> Iterator[str]:
+        """What is missing or would destroy something."""
+        yield from target_problems("--save_to", self.save.save_to, self.models.models)
+
+
+def merge(options: SvdMergeOptions) -> None:
+    """Reads, sums, decomposes layer by layer, writes. Raises UserError for what is no plain LoRA."""
+    import torch
+
+    from library.log import progress
+    from networks.tool_files import device_named, dtype_named, merged_metadata, save_lora
+    from networks.tool_merge import read_shares, same_layers
+
+    device = device_named(options.device.device)
+    shares = read_shares(options.models)
+    layers = same_layers(shares)
+    found: dict[str, dict[str, Tensor]] = {}
+    with progress(len(layers), "layers") as bar:
+        for name, own in layers.items():
+            found[name] = nearest(name, own, options.rank, device)
+            bar.advance()
+    assert options.save.save_to is not None
+    conv_rank, arguments = options.rank.new_conv_rank, None
+    if conv_rank is not None:
+        arguments = json.dumps({"conv_dim": conv_rank, "conv_alpha": conv_rank})
+    metadata = merged_metadata(
+        [file for file, _ in shares],
+        found,
+        options.save.save_to,
+        arguments=arguments,
+        with_spec=not options.save.no_metadata,
+    )
+    save_lora(options.save.save_to, found, metadata, dtype_named(options.save.save_precision) or torch.float32)
+
+
+def nearest(
+    name: str, layers: Sequence[tuple[Tensors, float]], ranks: RankOptions, device: torch.device
+) -> dict[str, Tensor]:
+    """One layer of all files: the matrices of the rank that are nearest to Σ ratio · ΔW. Raises UserError."""
+    from networks.lora_math import ADDED, as_tensors, change_of, choose_rank, joined, spectrum_of_change
+    from networks.tool_merge import added
+
+    if all(set(own) <= ADDED for own, _ in layers):
+        return added(layers)
+    try:
+        change = joined([(change_of(name, own, device), factor) for own, factor in layers])
+    except ValueError as error:
+        raise UserError(f"{name} is not the same layer in all files ({error})") from None
+    values = spectrum_of_change(change)
+    rank = choose_rank(values.s, ranks.new_conv_rank or ranks.new_rank if change.is_3x3 else ranks.new_rank, None, 0)
+    return as_tensors(*values.cut(rank), change.shape, rank)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code: 0, or 2 for bad input."""
+    return run_tool(SvdMergeOptions, merge, argv, "svd_merge_lora.py", __doc__ or "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What cache_latents.py and cache_text_encoder_outputs.py share: the options and the preparation of a training run.
+
+They take every option of the training scripts, so that the same --config_file serves both; of saving, optimizer and
+network nothing has an effect here. What is cached, under which keys and by which code, is library.trainers.caching's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from library.cli import load_attribute, option_groups
+from library.errors import UserError
+from library.io.options import SaveOptions
+from library.log import get_logger, setup_logging
+from library.models.registry import FAMILIES
+from library.options import Resolved, build_parser, group_types, option, resolve, specs
+from library.trainers.options import TrainerOptions
+from tools.make_options_doc import SCRIPTS
+
+DEFAULT_FAMILY = "sd"
+
+log = get_logger()
+
+
+# ---- options --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ToolOptions:
+    """Which architecture the caches are for, and what the tools have besides."""
+
+    architecture: str | None = option(
+        None, help=f"Architecture of the model (default: {DEFAULT_FAMILY}).", choices=tuple(FAMILIES)
+    )
+    control_images: bool = option(
+        False,
+        help="conditioning_data_dir holds control images: the training is sdxl_train_control_net_lllite.py.",
+    )
+    skip_existing: bool = option(
+        False, help="Leave out what is there.", answer="always so: only what is missing or has changed is encoded"
+    )
+
+
+def _with_switches() -> type:
+    """`ToolOptions` with a switch for each architecture: --sdxl, --flux ..."""
+    fields: list[Any] = [(name, bool, option(False, help=f"The same as --architecture {name}.")) for name in FAMILIES]
+    names = {"__doc__": ToolOptions.__doc__}
+    return dataclasses.make_dataclass("ArchitectureOptions", fields, bases=(ToolOptions,), namespace=names, frozen=True)
+
+
+ArchitectureOptions: Any = _with_switches()
+
+
+@dataclass(frozen=True)
+class FutureSaveOptions(SaveOptions):
+    """How the training will save: without effect here, and nothing of it is needed."""
+
+    save_model_as: str = option("safetensors", help="Format of the result of the training.")
+
+    def problems(self) -> Iterator[str]:
+        return iter(())
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """What single training scripts have besides: taken, and without effect here."""
+
+
+@dataclass(frozen=True)
+class CachingOptions(TrainerOptions):
+    """All options of the training scripts, and the architecture."""
+
+    save: FutureSaveOptions
+    method: MethodOptions
+    architecture: ArchitectureOptions
+
+
+def option_groups_of(family: str) -> dict[str, type]:
+    """The groups of `CachingOptions` that an architecture has its own of."""
+    groups = dict(FAMILIES[family].option_groups)
+    own = specs(group_types(CachingOptions, groups))
+    methods = ["network", *(method for method, name in SCRIPTS.values() if name == family)]
+    others = {n: s for method in methods for n, s in specs(option_groups(method, family)).items() if n not in own}
+    fields: list[Any] = [
+        (name, spec.hint, dataclasses.field(default=spec.default, metadata={"option": spec.info}))
+        for name, spec in others.items()
+    ]
+    made = dataclasses.make_dataclass("MethodOptions", fields, frozen=True)
+    made.__doc__ = MethodOptions.__doc__
+    return {**groups, "method": made}
+
+
+def chosen_family(options: Any) -> str:
+    """The architecture that `ArchitectureOptions` name. Raises UserError when they name several."""
+    named = [name for name in FAMILIES if vars(options)[name]]
+    named += [options.architecture] if options.architecture else []
+    if len(set(named)) > 1:
+        raise UserError(f"--{' and --'.join(named)}: give one architecture")
+    return named[0] if named else DEFAULT_FAMILY
+
+
+def read_options(argv: Sequence[str], *, prog: str, description: str) -> tuple[str, Resolved]:
+    """(architecture, options): which options there are depends on the architecture, so that is read first."""
+    found = specs({"architecture": ArchitectureOptions})
+    words = [word for word in argv if word not in ("-h", "--help")]
+    given = vars(build_parser(found, prog, "").parse_known_args(words)[0])
+    try:
+        family = chosen_family(ArchitectureOptions(**{name: found[name].read(value) for name, value in given.items()}))
+    except ValueError as error:
+        raise UserError(f"--architecture {error}") from None
+    try:
+        resolved = resolve(CachingOptions, option_groups_of(family), argv, prog=prog, description=description)
+    except UserError as error:
+        others = ", ".join(f"--{name}" for name in FAMILIES if name != DEFAULT_FAMILY)
+        hint = f"no architecture is given, so Stable Diffusion 1.x / 2.x is meant; for others add {others}"
+        named = given.keys() & {"architecture", *FAMILIES}
+        raise UserError(error.problems if named else [*error.problems, hint]) from None
+    if resolved.options.config.output_config:
+        raise UserError("--output_config: let the training script write the file")
+    if chosen_family(resolved.options.architecture) != family:
+        raise UserError("the architecture cannot stand in --config_file: give it on the command line")
+    return family, resolved
+
+
+# ---- the run --------------------------------------------------------------------------------------------------------
+
+
+def run(argv: Sequence[str], fill: Callable[[CacheRun], None], *, prog: str, description: str, **cached: bool) -> int:
+    """Read the options, prepare the datasets, let `fill` encode. cached: fields of CacheOptions that this tool sets."""
+    name, resolved = read_options(argv, prog=prog, description=description)
+    options = resolved.options
+    logging = options.logging
+    setup_logging(level=logging.console_log_level, file=logging.console_log_file, simple=logging.console_log_simple)
+    for line in resolved.answers:
+        if line.startswith("--skip_existing"):  # the others are about the training
+            log.info(line)
+    nothing = {"cache_latents": False, "cache_text_encoder_outputs": False}
+    options = replace(options, cache=replace(options.cache, **nothing, **cached))
+    prepared = CacheRun(load_attribute(FAMILIES[name].path)(options.model), options)
+    fill(prepared)
+    prepared.finish()
+    return 0
+
+
+class CacheRun:
+    """The caches of the training run that these options describe, and this process's share of the work."""
+
+    def __init__(self, family: Any, options: CachingOptions) -> None:
+        """Reads and checks everything. Raises UserError with all mistakes at once, before a model is loaded."""
+        from library.device import DistributedSettings, make_accelerator
+        from library.models.quick_import import import_diffusers
+        from library.sampling.prompts import load_prompts
+        from library.trainers.caching import Caches, Share
+        from library.trainers.preparation import Checks, data_warnings, run_seed, scan_datasets, training_data
+        from library.trainers.settings import compute_dtype
+
+        checks = Checks()
+        checks.run(family.check)
+        file = options.sample.sample_prompts
+        prompts = (checks.run(lambda: load_prompts(file)) if file else None) or ()
+        control = checks.run(lambda: has_control_images(options)) or False
+        found = checks.run(lambda: scan_datasets(family, options, control=control))
+        data = checks.run(lambda: training_data(found, options, run_seed(options, None))) if found else None
+        checks.finish()
+        assert found is not None and data is not None
+        for line in (*data_warnings(family, found, data), *seed_warnings(options, data.stats())):
+            log.warning(line)
+        timeout = DistributedSettings(timeout_minutes=options.distributed.ddp_timeout)
+        self.accelerator = make_accelerator(options.precision.mixed_precision, timeout)
+        self.family, self.data, self.device = family, data, self.accelerator.device
+        self.share = Share(self.accelerator.process_index, self.accelerator.num_processes)
+        self.dtype = compute_dtype(options.precision)
+        texts = [text for prompt in prompts for text in (prompt.negative_prompt, prompt.prompt)]
+        import_diffusers()
+        self.caches = Caches(family, options, data, self.dtype, learning=(), more_texts=texts)
+
+    def finish(self) -> None:
+        """Wait until every process has written its share."""
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+
+
+def has_control_images(options: Any) -> bool:
+    """Whether the training looks at control images. Raises UserError for a network module that cannot be imported."""
+    from networks.plugin import load_network_module
+
+    module = options.method.network_module
+    return options.architecture.control_images or (module is not None and load_network_module(module).conditioned)
+
+
+def seed_warnings(options: TrainerOptions, stats: Sequence[Any]) -> Iterator[str]:
+    """What may be missing in the training because it chooses other pictures."""
+    held_out = any(dataset.validation_images for dataset in stats)
+    if held_out and options.train.seed is None and options.data.validation_seed is None:
+        yield (
+            "pictures held out for validation depend on the seed: give the same --validation_seed here and in the "
+            "training, or it may have a few pictures left to encode"
+        )
