@@ -84,19 +84,23 @@ class AdapterKind:
         """The groups of --network_args."""
         return {**self.options, "patterns": PatternOptions, "t5": T5Options}
 
-    def create(
+    def create_network(
         self,
         multiplier: float,
-        dim: int | None,
-        alpha: float | None,
+        network_dim: int | None,
+        network_alpha: float | None,
+        vae: nn.Module | None,
         text_encoder: TextEncoders,
         unet: nn.Module | None,
-        neuron_dropout: float | None,
-        arguments: Mapping[str, Any],
+        neuron_dropout: float | None = None,
+        **kwargs: Any,
     ) -> AdapterNetwork:
-        """A new network, not yet attached. Raises UserError listing every mistake in the arguments."""
-        options = read_network_args(self.arguments, arguments)
-        dim, alpha = default_sizes(dim, alpha)
+        """A new network, not yet attached. `kwargs` are --network_args.
+
+        Raises UserError listing every mistake in them.
+        """
+        options = read_network_args(self.arguments, kwargs)
+        dim, alpha = default_sizes(network_dim, network_alpha)
         blocks = self.blocks(options, dim, alpha)
         settings = self.settings(options, neuron_dropout)
         family = family_of(unet)
@@ -115,23 +119,24 @@ class AdapterKind:
             multiplier=multiplier,
         )
 
-    def from_weights(
+    def create_network_from_weights(
         self,
         multiplier: float,
         file: str | Path | None,
+        vae: nn.Module | None,
         text_encoder: TextEncoders,
         unet: nn.Module | None,
-        weights_sd: Mapping[str, Tensor] | None,
-        for_inference: bool,
-        neuron_dropout: float | None,
-        arguments: Mapping[str, Any],
+        weights_sd: Mapping[str, Tensor] | None = None,
+        for_inference: bool = False,
+        neuron_dropout: float | None = None,
+        **kwargs: Any,
     ) -> tuple[AdapterNetwork, dict[str, Tensor]]:
         """A network with the layers, ranks, alphas and values of a file (or of `weights_sd`), and its tensors.
 
         for_inference: nothing learns, and the file may be of any of these kinds. Options that the file decides (ranks)
         must not be given. Raises UserError.
         """
-        options = read_network_args(self.arguments, arguments)
+        options = read_network_args(self.arguments, kwargs)
         _refuse_ranks(options, file)
         forms = self.forms(options)
         if forms:

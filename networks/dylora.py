@@ -8,18 +8,13 @@ of the full rank. extract_lora_from_dylora.py cuts them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
-
-from torch import Tensor, nn
 
 from library.errors import UserError
 from library.log import get_logger
 from networks.adapter_kind import AdapterKind
-from networks.base import AdapterNetwork
 from networks.dylora_layer import DyLoRALayer, DyloraSettings
 from networks.options import BlockOptions, DyloraOptions, LoraPlusOptions, NoDropoutOptions, warn_dropout
-from networks.targets import TextEncoders
 
 
 def settings(options: Mapping[str, Any], neuron_dropout: float | None) -> DyloraSettings:
@@ -47,32 +42,5 @@ KIND = AdapterKind(
     blocks=blocks,
 )
 ARGUMENTS = KIND.arguments
-
-
-def create_network(
-    multiplier: float,
-    network_dim: int | None,
-    network_alpha: float | None,
-    vae: nn.Module | None,
-    text_encoder: TextEncoders,
-    unet: nn.Module | None,
-    neuron_dropout: float | None = None,
-    **kwargs: Any,
-) -> AdapterNetwork:
-    """A new DyLoRA, not yet attached. `kwargs` are --network_args. Raises UserError listing every mistake in them."""
-    return KIND.create(multiplier, network_dim, network_alpha, text_encoder, unet, neuron_dropout, kwargs)
-
-
-def create_network_from_weights(
-    multiplier: float,
-    file: str | Path | None,
-    vae: nn.Module | None,
-    text_encoder: TextEncoders,
-    unet: nn.Module | None,
-    weights_sd: Mapping[str, Tensor] | None = None,
-    for_inference: bool = False,
-    neuron_dropout: float | None = None,
-    **kwargs: Any,
-) -> tuple[AdapterNetwork, dict[str, Tensor]]:
-    """As `AdapterKind.from_weights`."""
-    return KIND.from_weights(multiplier, file, text_encoder, unet, weights_sd, for_inference, neuron_dropout, kwargs)
+create_network = KIND.create_network
+create_network_from_weights = KIND.create_network_from_weights

@@ -7,17 +7,12 @@ Files are those of LyCORIS (--network_module lycoris.kohya with algo=lokr); the 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
-
 from networks.adapter_kind import AdapterKind
-from networks.base import AdapterNetwork
 from networks.lokr_layer import LoKrLayer, LokrSettings
 from networks.norm_layer import NormLayer
 from networks.options import BlockOptions, DropoutOptions, FactorOptions, LokrOptions, warn_dropout
-from networks.targets import TextEncoders
 
 
 def settings(options: Mapping[str, Any], neuron_dropout: float | None) -> LokrSettings:
@@ -47,32 +42,5 @@ KIND = AdapterKind(
     forms=lambda options: [*options["layer"].form, *options["form"].form],
 )
 ARGUMENTS = KIND.arguments
-
-
-def create_network(
-    multiplier: float,
-    network_dim: int | None,
-    network_alpha: float | None,
-    vae: nn.Module | None,
-    text_encoder: TextEncoders,
-    unet: nn.Module | None,
-    neuron_dropout: float | None = None,
-    **kwargs: Any,
-) -> AdapterNetwork:
-    """A new LoKr, not yet attached. `kwargs` are --network_args. Raises UserError listing every mistake in them."""
-    return KIND.create(multiplier, network_dim, network_alpha, text_encoder, unet, neuron_dropout, kwargs)
-
-
-def create_network_from_weights(
-    multiplier: float,
-    file: str | Path | None,
-    vae: nn.Module | None,
-    text_encoder: TextEncoders,
-    unet: nn.Module | None,
-    weights_sd: Mapping[str, Tensor] | None = None,
-    for_inference: bool = False,
-    neuron_dropout: float | None = None,
-    **kwargs: Any,
-) -> tuple[AdapterNetwork, dict[str, Tensor]]:
-    """As `AdapterKind.from_weights`."""
-    return KIND.from_weights(multiplier, file, text_encoder, unet, weights_sd, for_inference, neuron_dropout, kwargs)
+create_network = KIND.create_network
+create_network_from_weights = KIND.create_network_from_weights

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from library.errors import UserError
 from library.io.checkpoint import CheckpointForm
+from library.models import kl_vae
 from library.models.new_tokens import NewWord
 from library.models.options import ModelOptions
 from library.objectives.base import Objective
@@ -139,13 +140,13 @@ class ModelFamily(ABC):
 
     # ---- pictures
 
-    @abstractmethod
     def encode_image(self, vae: nn.Module, pixels: Tensor, seeds: list[int]) -> Tensor:
         """Pixels B 3 H W in [-1, 1] -> scaled latents B C h w float32; posterior noise from each sample's own seed."""
+        return kl_vae.encode(vae, pixels, seeds)
 
-    @abstractmethod
     def decode_latent(self, vae: nn.Module, latents: Tensor) -> Tensor:
         """Scaled latents B C h w -> pixels B 3 H W float32 in [-1, 1]."""
+        return kl_vae.decode(vae, latents)
 
     @abstractmethod
     def scale_legacy(self, latents: Tensor) -> Tensor:

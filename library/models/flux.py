@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 from library.io.checkpoint import save_tensors
-from library.models import kl_vae
 from library.models.family import ModelFacts, ModelFamily, PreviewDefaults
 from library.models.flux_options import FluxOptions
 from library.models.flux_parts import CLIP, T5, FluxParts, denoiser_rules, open_parts
@@ -173,12 +172,6 @@ class Flux(ModelFamily):
         ]
 
     # ---- pictures
-
-    def encode_image(self, vae: nn.Module, pixels: Tensor, seeds: list[int]) -> Tensor:
-        return kl_vae.encode(vae, pixels, seeds)
-
-    def decode_latent(self, vae: nn.Module, latents: Tensor) -> Tensor:
-        return kl_vae.decode(vae, latents)
 
     def scale_legacy(self, latents: Tensor) -> Tensor:
         return latents  # sd-scripts writes FLUX latents as (z - SHIFT) * SCALE already

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 from library.io.checkpoint import save_tensors
-from library.models import kl_vae
 from library.models.family import ModelFacts, ModelFamily, PreviewDefaults
 from library.models.lumina_options import LuminaOptions
 from library.models.lumina_parts import LATENT_CHANNELS, UNUSED, LuminaParts, denoiser_rules, open_parts
@@ -137,12 +136,6 @@ class Lumina(ModelFamily):
         return [{key: tensor[i, :length] for key, tensor in cond.items()} for i, length in enumerate(lengths)]
 
     # ---- pictures
-
-    def encode_image(self, vae: nn.Module, pixels: Tensor, seeds: list[int]) -> Tensor:
-        return kl_vae.encode(vae, pixels, seeds)
-
-    def decode_latent(self, vae: nn.Module, latents: Tensor) -> Tensor:
-        return kl_vae.decode(vae, latents)
 
     def scale_legacy(self, latents: Tensor) -> Tensor:
         return latents  # sd-scripts' autoencoder of FLUX.1 and Lumina scales on its own

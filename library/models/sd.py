@@ -158,14 +158,6 @@ class StableDiffusion(ModelFamily):
         hidden = encoder(ids, output_hidden_states=True).hidden_states[-self.layer]
         return encoder.get_submodule(f"{clip_level(encoder)}final_layer_norm")(hidden)
 
-    # ---- pictures
-
-    def encode_image(self, vae: nn.Module, pixels: Tensor, seeds: list[int]) -> Tensor:
-        return kl_vae.encode(vae, pixels, seeds)
-
-    def decode_latent(self, vae: nn.Module, latents: Tensor) -> Tensor:
-        return kl_vae.decode(vae, latents)
-
     # ---- training
 
     def objective(self, options: DDPMOptions, loss: LossOptions) -> DDPMObjective:

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from library.errors import UserError
 from library.io.checkpoint import save_tensors
 from library.log import get_logger
-from library.models import kl_vae
 from library.models.family import ModelFacts, ModelFamily, PreviewDefaults
 from library.models.sd3_options import SD3FineTuneOptions, SD3Options
 from library.models.sd3_parts import CLIP_G, CLIP_L, ENCODERS, MMDIT_PREFIX, T5, SD3Parts, mmdit_rules, open_parts
@@ -219,12 +218,6 @@ class StableDiffusion3(ModelFamily):
         return parts
 
     # ---- pictures
-
-    def encode_image(self, vae: nn.Module, pixels: Tensor, seeds: list[int]) -> Tensor:
-        return kl_vae.encode(vae, pixels, seeds)
-
-    def decode_latent(self, vae: nn.Module, latents: Tensor) -> Tensor:
-        return kl_vae.decode(vae, latents)
 
     def scale_legacy(self, latents: Tensor) -> Tensor:
         return (latents - 0.0609) * 1.5305  # of the published VAE; sd-scripts scales when it reads its cache

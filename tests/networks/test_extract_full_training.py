@@ -67,5 +67,4 @@ def test_full_training_as_a_lora_misses_only_the_smallest_singular_values(tmp_pa
         assert whole > 0
         assert abs(float((up @ down - difference).norm() - tail)) < 1e-4 * whole, name
         beyond += float(tail) > 1e-2 * whole
-        assert float(tail) > 0 or min(difference.shape) <= RANK
     assert 20 < beyond < len(differences) - 20  # layers with something to miss, and layers without
