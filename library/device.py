@@ -54,8 +54,6 @@ def make_accelerator(mixed_precision: str, settings: DistributedSettings) -> Acc
     if settings.timeout_minutes:
         handlers.append(InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=settings.timeout_minutes)))
     plugin = _deepspeed_plugin(settings.deepspeed, settings.batch_size) if settings.deepspeed else None
-    if not accelerator_present():
-        return_large_blocks()
     return Accelerator(
         mixed_precision=mixed_precision,
         cpu=not accelerator_present(),  # else processes of torchrun would not see each other on a machine without a GPU
@@ -112,8 +110,8 @@ def free_memory() -> None:
 def return_large_blocks() -> None:
     """From now on glibc gives memory of tensors above 256 kB back as soon as they are freed.
 
-    For training on the CPU, where weights and activations share main memory: left to itself, glibc raises the size
-    from which it does so to 32 MB and keeps what a step has used.
+    For training on the CPU with little memory, where weights and activations share it: left to itself, glibc raises
+    the size from which it does so to 32 MB and keeps what a step has used. It takes time: a fifth of a step.
     """
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # a C library other than glibc

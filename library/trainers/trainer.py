@@ -16,7 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from library.data.scan import Scan
-from library.device import free_memory, make_accelerator, seed_everything, unscale_half_gradients
+from library.device import (
+    free_memory,
+    make_accelerator,
+    return_large_blocks,
+    seed_everything,
+    unscale_half_gradients,
+)
 from library.errors import first_names
 from library.io.checkpoint import extension_of
 from library.io.state import StateParts
@@ -143,6 +149,8 @@ class Trainer(ABC):
         if options.precision.full_fp16 and self.accelerator.scaler is not None:
             unscale_half_gradients(self.accelerator.scaler)
         self.device = self.accelerator.device
+        if self.device.type == "cpu" and options.precision.gradient_checkpointing:
+            return_large_blocks()  # who recomputes to save memory would rather have this, too
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.main_process = self.accelerator.is_main_process
         self.dtype = compute_dtype(options.precision)

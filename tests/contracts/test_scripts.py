@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -188,3 +189,40 @@ def test_killed_in_the_middle(base: tuple[str, str, dict[str, Any]], tmp_path: P
     again = child.start(child.script, {**values, "resume": state}, output, method, family)
     assert child.exit_code(again) == 0, output.read_text(encoding="utf-8")[-3000:]
     assert differing(load_file(folder / "x.safetensors"), load_file(tmp_path / "whole" / "x.safetensors")) == []
+
+
+# ---- input forms ----------------------------------------------------------------------------------------------------
+
+# family -> its maker, and the forms in which people have such models
+FORMS: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "sd": (sd.make, ("diffusers", "single")),
+    "sdxl": (sdxl.make, ("diffusers", "single")),
+    "flux": (flux.make, ("diffusers", "files", "comfy", "parts")),
+    "sd3": (sd3.make, ("diffusers", "single", "files")),
+    "lumina": (lumina.make, ("diffusers", "whole", "files")),
+}
+OPTIONS_OF_FAMILY = {"flux": flux.CASES["flux"].options}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_input_form_trains_the_same(script: str, ground: Ground, tmp_path: Path) -> None:
+    """The same weights in each form of file or folder: one step leads to the same result."""
+    method, family = SCRIPTS[script]
+    make, forms = FORMS[family]
+    results = []
+    for form in forms:
+        own = {
+            **make(tmp_path / form, layout=form), **OPTIONS_OF_FAMILY.get(family, {}), **NEEDS.get(script, {}),
+            "dataset_config": ground.datasets["control_net" in script], "output_dir": tmp_path / f"{form} out",
+            "output_name": "x", "max_train_steps": 1, "seed": 7, "optimizer_type": "SGD", "learning_rate": 1e-2,
+            "max_data_loader_n_workers": 0, "network_dim": 4 if method == "network" else None,
+            "save_model_as": "safetensors",
+        }  # fmt: skip
+        ended = run_script(*argv(own), script=script)
+        assert ended.code == 0, (form, ended.text)
+        results.append(load_file(tmp_path / f"{form} out" / "x.safetensors"))
+    first = results[0]
+    for form, other in zip(forms[1:], results[1:]):
+        both = first.keys() & other.keys()  # a source may have what no other form has
+        assert len(both) >= 0.9 * max(len(first), len(other)), form
+        assert [name for name in both if not torch.allclose(first[name], other[name], rtol=1e-4, atol=1e-6)] == [], form
