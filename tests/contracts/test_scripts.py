@@ -163,8 +163,8 @@ def test_killed_in_the_middle(base: tuple[str, str, dict[str, Any]], tmp_path: P
     """SIGKILL after the second save: what is there is whole, and the next process ends with the very same weights."""
     script, name, values = base
     method, family = SCRIPTS[script]
-    if (script, name) != next(run for run in RUNS if run[0] == script):
-        return  # once for each script: what a case adds to saving is in the other contracts
+    if method != "network" and (script, name) != next(run for run in RUNS if run[0] == script):
+        return  # every architecture with LoRA, and each other script once
     values = {
         **values, "seed": 7, "save_state": True, "max_train_steps": 8, "learning_rate": 1e-3,
         "max_data_loader_n_workers": 0, "network_dim": 4 if method == "network" else None,
