@@ -121,7 +121,7 @@ class NetworkTrainer(Trainer):
                 lines = (problem.removeprefix(f"{file}: ") for problem in error.problems)
                 raise UserError(f"--network_weights {file}: {line}" for line in lines) from None
         self.formatted(self.network.state(None))  # what has no name in the format is refused now, not at the first save
-        if self.options.precision.gradient_checkpointing:
+        if self.options.memory.gradient_checkpointing:
             self.network.enable_gradient_checkpointing()
         groups = self.network.param_groups(
             learning_rate=self.options.optimizer.learning_rate,

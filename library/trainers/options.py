@@ -8,13 +8,12 @@ from dataclasses import dataclass
 
 from library.data.options import CacheOptions, DataOptions
 from library.io.options import HubOptions, MetadataOptions, SaveOptions, StateOptions, cross_problems
+from library.memory.options import MemoryOptions
 from library.models.options import ModelOptions
 from library.objectives.options import DDPMOptions, LossOptions
 from library.optim.options import EmaOptions, OptimizerOptions, SchedulerOptions
 from library.options import ConfigFileOptions, at_least, between, option, positive
 from library.sampling.options import SampleOptions
-
-MEMORY_ISSUE = "not available in this version; the frozen model is kept in the dtype of --mixed_precision"
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class PrecisionOptions:
-    """Dtypes, memory and speed."""
+    """Dtypes, and what other programs have options for."""
 
     mixed_precision: str = option("no", help="Compute dtype.", choices=("no", "fp16", "bf16"))
     full_fp16: bool = option(False, help="Keep trained weights and gradients in fp16 too.")
@@ -53,36 +52,6 @@ class PrecisionOptions:
         "stochastic): rounding at random, a sum that keeps what was cut, or plain rounding, which loses them.",
         choices=("stochastic", "kahan", "plain"),
     )
-    gradient_checkpointing: bool = option(
-        False, help="Recompute activations in the backward pass: less memory, slower."
-    )
-    cpu_offload_checkpointing: bool = option(False, help="Keep the checkpointed activations in main memory.")
-    torch_compile: bool = option(False, help="Compile each block of the denoiser.")
-    dynamo_backend: str = option(
-        "inductor",
-        help="Backend of --torch_compile.",
-        choices=(
-            "no",
-            "eager",
-            "aot_eager",
-            "inductor",
-            "aot_ts_nvfuser",
-            "nvprims_nvfuser",
-            "cudagraphs",
-            "ofi",
-            "fx2trt",
-            "onnxrt",
-            "tensort",
-            "ipex",
-            "tvm",
-        ),
-    )
-    fp8_base: bool = option(False, help="Frozen model in 8-bit floats.", answer=MEMORY_ISSUE)
-    fp8_base_unet: bool = option(False, help="Frozen denoiser in 8-bit floats.", answer=MEMORY_ISSUE)
-    blocks_to_swap: int | None = option(
-        None, help="Blocks of the denoiser that wait in main memory.", answer="not available in this version; "
-        "the whole denoiser stays on the card", zero_is_unset=True,
-    )  # fmt: skip
     sdpa: bool = option(False, help="Attention of torch.", answer="always used")
     xformers: bool = option(
         False, help="Attention of xformers.", answer="torch's own memory-efficient attention is used"
@@ -103,12 +72,6 @@ class PrecisionOptions:
                 yield f"--full_{name} needs --mixed_precision {name}"
         if self.bf16_update and not self.full_bf16:
             yield "--bf16_update has no effect without --full_bf16: weights are kept in float32"
-        if self.cpu_offload_checkpointing and not self.gradient_checkpointing:
-            yield "--cpu_offload_checkpointing has no effect without --gradient_checkpointing"
-        if self.torch_compile and self.dynamo_backend == "no":
-            yield "--dynamo_backend no switches --torch_compile off: leave one of them out"
-        elif self.torch_compile and self.dynamo_backend not in ("eager", "aot_eager", "inductor", "cudagraphs"):
-            yield f"--dynamo_backend {self.dynamo_backend} is gone from torch: use inductor"
 
 
 @dataclass(frozen=True)
@@ -251,6 +214,7 @@ class TrainerOptions:
     scheduler: SchedulerOptions
     ema: EmaOptions
     precision: PrecisionOptions
+    memory: MemoryOptions
     distributed: DistributedOptions
     save: SaveOptions
     state: StateOptions

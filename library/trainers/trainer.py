@@ -149,7 +149,7 @@ class Trainer(ABC):
         if options.precision.full_fp16 and self.accelerator.scaler is not None:
             unscale_half_gradients(self.accelerator.scaler)
         self.device = self.accelerator.device
-        if self.device.type == "cpu" and options.precision.gradient_checkpointing:
+        if self.device.type == "cpu" and options.memory.gradient_checkpointing:
             return_large_blocks()  # who recomputes to save memory would rather have this, too
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.main_process = self.accelerator.is_main_process
@@ -211,14 +211,14 @@ class Trainer(ABC):
 
     def build_optimizer(self) -> None:
         """Precision, memory and speed of what learns, then optimizer and schedule."""
-        precision, trainables = self.options.precision, self.trainables
+        precision, memory, trainables = self.options.precision, self.options.memory, self.trainables
         trainables.module.to(self.device, trained_dtype(precision))
-        if precision.gradient_checkpointing:
+        if memory.gradient_checkpointing:
             learning = [encoder for name, encoder in self.models.encoders.items() if name in trainables.encoders]
             self.family.enable_checkpointing(self.models.denoiser, learning)
-        if precision.torch_compile:
+        if memory.compiles:
             for block in self.family.blocks(self.models.denoiser):
-                block.compile(backend=precision.dynamo_backend)
+                block.compile(backend=memory.dynamo_backend)
         elementwise = self.prepared.optimizer.row.elementwise and not self.options.distributed.deepspeed
         joined = elementwise and trainables.flat
         self.flat = FlatParameters(trainables.groups) if joined else None
@@ -354,7 +354,7 @@ class Trainer(ABC):
 
     def predict(self, noised: Noised, batch: Batch) -> Tensor:
         tokens = self.family.tokenize(batch.captions) if self.models.encoders else None
-        offload = self.options.precision.cpu_offload_checkpointing and torch.is_grad_enabled()
+        offload = self.options.memory.cpu_offload_checkpointing and torch.is_grad_enabled()
         with torch.autograd.graph.save_on_cpu(pin_memory=self.device.type == "cuda") if offload else nullcontext():
             return self.model(noised.x_t.to(self.dtype), noised.t, batch, tokens).float()
 
