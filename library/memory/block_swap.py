@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Block swap: the weights of some blocks wait in main memory and come to the device when the block runs.
+
+    swap = BlockSwap(blocks, swapped=spread(len(blocks), 20), device=device)
+    swap.install()     # from here on passes forward and backward are what they were, in less memory
+    swap.home()        # before weights are read: a save, a state
+    swap.remove()
+
+Each swapped block has one image in main memory (host_image.py); a few slots on the device (ring.py) take the images in
+turn. A block is made present before its forward pass and before the first node of its backward pass, and then the
+next ones are sent for. That order is a prediction only: whatever needs a block makes it present, or finds it so.
+
+The backward pass needs the weights that the forward pass saved (`F.linear` saves W^T). While a swapped block runs, what
+lies in a slot is therefore saved as a place in the block's image, and looked up where the block is by then. Where
+activations are recomputed, autograd saves what recomputation starts from; unpacking that makes the block present, too.
+
+Weights that learn must be updated while their block is present: in the backward pass, from hooks on the gradients.
+Whoever updates them says so (`changed`), and then what learns is copied home when the block loses its slot. Frozen
+bytes are never copied home. Hooks lie on the modules, outside of whatever replaces their `forward`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from library.memory.host_image import HostImage, is_placeholder, tensors_of
+from library.memory.ring import CudaWay, Ring
+
+
+def spread(total: int, count: int) -> list[int]:
+    """`count` of the indices 0 ... total - 1, evenly spaced, in order."""
+    return [(2 * i + 1) * total // (2 * count) for i in range(count)]
+
+
+@dataclass(frozen=True)
+class SavedPlace:
+    """A tensor that autograd saved and that is part of a block: where it lies in the block's image."""
+
+    size: torch.Size
+    stride: tuple[int, ...]
+    start: int  # in elements of dtype
+    dtype: torch.dtype
+
+
+@dataclass
+class OpenForward:
+    """A block that is in its forward pass."""
+
+    index: int
+    hooks: saved_tensors_hooks | None = None  # None: without gradient
+    inputs: frozenset[int] = frozenset()  # ids of its tensors
+
+
+class BlockSwap:
+    """Swaps blocks[i] for i in `swapped`. Nothing else may swap or join these weights at the same time.
+
+    without: tensors of these blocks that someone else moves (modulation hoisting). They are left alone. What several
+    blocks share stays on the device.
+    """
+
+    ring_class: ClassVar[type[Ring]] = Ring
+
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        swapped: Collection[int],
+        device: torch.device,
+        *,
+        slots: int = 2,
+        without: Iterable[Tensor] = (),
+    ) -> None:
+        wrong = [i for i in swapped if not 0 <= i < len(blocks)]
+        if wrong or slots < 2:
+            raise ValueError(f"no such blocks: {wrong}" if wrong else "at least two slots are needed")
+        chosen = set(swapped)
+        self.swapped = [block for i, block in enumerate(blocks) if i in chosen]  # in the order of execution
+        self.others = [block for i, block in enumerate(blocks) if i not in chosen]
+        self.device, self._slots = torch.device(device), slots
+        left_alone = frozenset(id(tensor) for tensor in without)
+        owned = [tensor for block in blocks for tensor in tensors_of(block, left_alone)]
+        owners = Counter(id(tensor) for tensor in owned)
+        self._shared = {key: tensor for tensor in owned if owners[key := id(tensor)] > 1}
+        self._without = left_alone | self._shared.keys()
+        self.before_leaving: Callable[[Sequence[nn.Parameter]], None] | None = None
+        # what is done with saved tensors that are no weights, and undone: only one pair of hooks can be in force
+        self.rest: tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] = (_itself, _itself)
+        self._images: list[HostImage] = []
+        self._ring: Ring | None = None
+        self._handles: list[Any] = []
+        self._open: list[OpenForward] = []
+        self._with_backward: set[int] = set()  # blocks that the last forward pass with gradient left a backward pass of
+        self._went_backward: set[int] = set()  # blocks whose last pass was a backward pass
+        self._changed: set[int] = set()
+        self._block_of: dict[int, int] = {}  # id of a learning parameter -> its block
+
+    # ---- life -------------------------------------------------------------------------------------------------------
+
+    def install(self) -> None:
+        """Move the swapped blocks' weights into images, those of all others to the device.
+
+        What learns is what needs a gradient now.
+        """
+        staying = [tensor for block in self.others for tensor in tensors_of(block, self._without)]
+        for tensor in (*staying, *self._shared.values()):
+            tensor.data = tensor.data.to(self.device)
+        for block in self.swapped:  # one after the other: at most one block is there twice
+            image = HostImage(tensors_of(block, self._without), pin=self.device.type == "cuda")
+            image.point(image.at_home)
+            self._images.append(image)
+        self._ring = self.ring_class(self._images, self.device, min(self._slots, len(self.swapped)))
+        self._block_of = {id(p): index for index, image in enumerate(self._images) for p in image.learning}
+        for index, block in enumerate(self.swapped):
+            self._handles += [
+                block.register_forward_pre_hook(partial(self._enter, index), prepend=True, with_kwargs=True),
+                block.register_forward_hook(partial(self._leave, index), always_call=True),
+            ]
+
+    def remove(self) -> None:
+        """The swapped weights are ordinary tensors of the host, those of the other blocks stay on the device."""
+        self.reset()
+        self.home()
+        for handle in self._handles:
+            handle.remove()
+        for image in self._images:
+            image.release()
+        self._handles, self._images, self._ring, self._block_of = [], [], None, {}
+
+    def home(self) -> None:
+        """Every tensor of swapped blocks is its image now, and the images are whole: for reading and writing weights.
+
+        Waits for the device. The next pass goes on by itself.
+        """
+        self.ring.vacate_all(self._goes_home)
+        for image in self._images:
+            image.point(image.at_home)
+
+    def reset(self) -> None:
+        """Forget a pass that ended in an exception. What was updated in it is kept; the next pass starts clean."""
+        while self._open:
+            self._close(self._open.pop())
+        self._with_backward.clear()
+        self._went_backward.clear()
+        self.ring.vacate_all(self._goes_home)
+
+    def changed(self, parameters: Iterable[Tensor]) -> None:
+        """These parameters have just been updated. Those that are in no swapped block do not matter.
+
+        Raises RuntimeError when the block of one is away: what was written then is lost.
+        """
+        for parameter in parameters:
+            index = self._block_of.get(id(parameter))
+            if index is None or index in self._changed:
+                continue
+            if self.ring.slot_of(index) is not None:
+                self._changed.add(index)
+            elif is_placeholder(parameter):
+                raise RuntimeError("a swapped weight was updated while its block was away: update in the backward pass")
+
+    # ---- figures ----------------------------------------------------------------------------------------------------
+
+    @property
+    def ring(self) -> Ring:
+        assert self._ring is not None, "not installed"
+        return self._ring
+
+    @property
+    def host_bytes(self) -> int:
+        """Of main memory that images take."""
+        return sum(image.nbytes for image in self._images)
+
+    @property
+    def ring_bytes(self) -> int:
+        """Of the device that slots take."""
+        return self.ring.nbytes_of_slot * len(self.ring.slots)
+
+    @property
+    def copies(self) -> int:
+        """Blocks copied to the device so far."""
+        return self.ring.copies
+
+    @property
+    def copies_home(self) -> int:
+        """Blocks copied back so far, after an update."""
+        return self.ring.copies_home
+
+    def measure(self) -> None:
+        """From now on note for how long the computation waits for copies, where they run beside it."""
+        if isinstance(self.ring.way_in, CudaWay):
+            self.ring.way_in.stalls = []
+
+    def stalled(self) -> float:
+        """Seconds since `measure`. The host waits for the device: not for use in a step."""
+        return self.ring.way_in.stalled() if isinstance(self.ring.way_in, CudaWay) else 0.0
+
+    # ---- who is present ---------------------------------------------------------------------------------------------
+
+    def _need(self, index: int, ahead: Iterable[int], *, backward: bool) -> None:
+        """Make block `index` present and send for what comes next, as far as there are slots."""
+        wanted = [index]
+        for following in ahead:
+            if len(wanted) == len(self.ring.slots):
+                break
+            if following not in wanted:
+                wanted.append(following)
+        self.ring.arrange(wanted, self._loses_slot_in_backward if backward else self._goes_home)
+        self.ring.use(index)
+
+    def _forward_from(self, index: int) -> Iterator[int]:
+        """The blocks after this one; in a pass without gradient the next pass follows."""
+        yield from range(index + 1, len(self.swapped))
+        if not torch.is_grad_enabled():
+            yield from range(index)
+
+    def _backward_from(self, index: int) -> Iterator[int]:
+        """The blocks before this one, then those that the next forward pass begins with."""
+        yield from (i for i in range(index - 1, -1, -1) if i in self._with_backward)
+        yield from range(len(self.swapped))
+
+    def _need_backward(self, index: int) -> None:
+        self._need(index, self._backward_from(index), backward=True)
+
+    def _loses_slot_in_backward(self, index: int) -> bool:
+        learning = self._images[index].learning
+        # gradients of a block whose own backward pass is still to come are not whole yet
+        if learning and self.before_leaving is not None and index in self._went_backward:
+            self.before_leaving(learning)
+        self._went_backward.discard(index)
+        return self._goes_home(index)
+
+    def _goes_home(self, index: int) -> bool:
+        """Whether what learns in the block, which loses its slot, is to be copied home."""
+        was_changed = index in self._changed
+        self._changed.discard(index)
+        return was_changed
+
+    # ---- hooks on the blocks ----------------------------------------------------------------------------------------
+
+    def _enter(self, index: int, block: nn.Module, args: Any, kwargs: Any) -> None:
+        self._need(index, self._forward_from(index), backward=False)
+        self._went_backward.discard(index)
+        if not torch.is_grad_enabled():
+            self._open.append(OpenForward(index))
+            return
+        hooks = saved_tensors_hooks(partial(self._pack, index), self._unpack)
+        hooks.__enter__()
+        self._open.append(OpenForward(index, hooks, frozenset(id(tensor) for tensor in _tensors((args, kwargs)))))
+
+    def _leave(self, index: int, block: nn.Module, args: Any, output: Any) -> None:
+        """Also called when the forward pass failed, then without output."""
+        if not self._open or self._open[-1].index != index:
+            return  # it failed in a hook before `_enter` was done
+        opened = self._open.pop()
+        self._close(opened)
+        if opened.hooks is None:
+            return
+        # an output that is an input belongs to another block's backward pass
+        results = [tensor for tensor in _tensors(output) if id(tensor) not in opened.inputs]
+        nodes = {node for tensor in results if (node := tensor.grad_fn) is not None}
+        for node in nodes:
+            node.register_prehook(partial(self._before_backward, index))
+        (self._with_backward.add if nodes else self._with_backward.discard)(index)
+
+    def _close(self, opened: OpenForward) -> None:
+        if opened.hooks is not None:
+            opened.hooks.__exit__()
+
+    def _before_backward(self, index: int, gradients: Any) -> None:
+        self._went_backward.add(index)
+        self._need_backward(index)
+
+    # ---- what autograd saves ----------------------------------------------------------------------------------------
+
+    def _pack(self, index: int, tensor: Tensor) -> tuple[int, Any]:
+        slot = self.ring.slot_in(tensor)
+        if slot is None:  # with its history, an output would keep its own node alive
+            return index, self.rest[0](tensor.detach())
+        assert slot.holds is not None
+        return slot.holds, SavedPlace(tensor.shape, tensor.stride(), int(tensor.storage_offset()), tensor.dtype)
+
+    def _unpack(self, saved: tuple[int, Any]) -> Tensor:
+        index, value = saved
+        slot = self.ring.slot_of(index)
+        if slot is None or slot.arrival is not None:  # the prediction was wrong
+            self._need_backward(index)
+            slot = self.ring.use(index)
+        if not isinstance(value, SavedPlace):
+            return self.rest[1](value)
+        return slot.memory.view(value.dtype).as_strided(value.size, value.stride, value.start)
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)

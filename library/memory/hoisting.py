@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Modulation hoisting: Linears that every block applies to the time embedding, computed once at the start of a pass.
+
+FLUX.1 and SD3 modulate each block by `linear(silu(temb))`: a quarter to a third of all weights, each used on one vector
+per sample. As long as nothing learns before temb, the results are constants of the pass. Here these weights live in
+main memory and pass through two buffers of the device right after the embedder gave temb; what comes out is kept, and
+is the answer of each Linear when its block calls it. Adapters on such a Linear see its real input and add their change
+to the kept answer, so they learn as ever. Those that read its weight (DoRA, OFT ...) cannot: it is away, and is NaN.
+
+    hoisting = Hoisting(embedder, linears, device, blocks=family.blocks(denoiser))
+    hoisting.install()
+    BlockSwap(..., without=hoisting.tensors)  # where blocks are swapped besides
+
+On a CUDA device weights are copied on one stream and used on another, beside the blocks before; each block waits for
+its own answers only. Recomputation finds the answers of the latest pass with gradient, whatever ran without since.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from library.memory.host_image import HostImage, tensors_of
+from library.memory.ring import Ring
+
+BUFFERS = 2
+
+
+class Kept:
+    """The answers of one Linear: of the latest pass with gradient, and of the latest without."""
+
+    def __init__(self) -> None:
+        self.with_gradient: Tensor | None = None
+        self.without: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """In place of the Linear's own. A method of an object, so that equal blocks share one compiled graph."""
+        value = self.with_gradient if torch.is_grad_enabled() else self.without
+        assert value is not None, "the embedder has not run"
+        return value
+
+
+class Hoisting:
+    """The Linears `linears`, in the order of execution, fed with silu of what `embedder` gives.
+
+    blocks: the modules that call them; without them, whatever follows the embedder waits for all answers.
+    """
+
+    ring_class: ClassVar[type[Ring]] = Ring
+
+    def __init__(
+        self,
+        embedder: nn.Module,
+        linears: Sequence[nn.Linear],
+        device: torch.device,
+        *,
+        blocks: Sequence[nn.Module] = (),
+    ) -> None:
+        self.embedder, self.linears, self.device = embedder, list(linears), torch.device(device)
+        self.tensors = [tensor for linear in linears for tensor in tensors_of(linear)]
+        inside = {id(module): block for block in blocks for module in block.modules()}
+        # block -> its last Linear
+        self._last_of = {inside[id(m)]: i for i, m in enumerate(self.linears) if id(m) in inside}
+        self._waits_in_blocks = all(id(linear) in inside for linear in linears)
+        self._kept = [Kept() for _ in self.linears]
+        self._images: list[HostImage] = []
+        self._ring: Ring | None = None
+        self._own: list[Any] = []  # the Linears' own forward methods
+        self._on_instance: list[bool] = []
+        self._handles: list[Any] = []
+        self._stream: torch.cuda.Stream | None = None
+        self._ready: dict[int, torch.cuda.Event] = {}
+
+    # ---- life -------------------------------------------------------------------------------------------------------
+
+    def install(self) -> None:
+        """Move the weights to main memory. Raises ValueError when one of them learns."""
+        if any(tensor.requires_grad for tensor in self.tensors):
+            raise ValueError("modulation weights that learn cannot be hoisted")
+        on_cuda = self.device.type == "cuda"
+        self._stream = torch.cuda.Stream(self.device) if on_cuda else None
+        for linear, kept in zip(self.linears, self._kept):
+            image = HostImage(tensors_of(linear), pin=on_cuda)
+            image.point(image.at_home)
+            self._images.append(image)
+            self._own.append(linear.forward)
+            self._on_instance.append("forward" in vars(linear))
+            linear.forward = kept.forward  # type: ignore[method-assign, assignment]
+        self._ring = self.ring_class(self._images, self.device, min(BUFFERS, len(self._images)))
+        self._handles = [self.embedder.register_forward_hook(self._compute)]
+        if on_cuda:
+            self._handles += [block.register_forward_pre_hook(self._wait) for block in self._last_of]
+
+    def remove(self) -> None:
+        """The weights are ordinary tensors of the host again, and the Linears answer for themselves."""
+        self.home()
+        for handle in self._handles:
+            handle.remove()
+        for linear, own, on_instance in zip(self.linears, self._own, self._on_instance):
+            if on_instance:
+                linear.forward = own  # type: ignore[method-assign]
+            else:
+                del linear.forward
+        for image in self._images:
+            image.release()
+        self._handles, self._images, self._own, self._on_instance, self._ring = [], [], [], [], None
+        self._kept = [Kept() for _ in self.linears]
+
+    def home(self) -> None:
+        """Every weight is its image now: for reading and writing. Waits for the device; the next pass goes on."""
+        assert self._ring is not None, "not installed"
+        self._ring.vacate_all(lambda index: False)
+        for image in self._images:
+            image.point(image.at_home)
+
+    @property
+    def host_bytes(self) -> int:
+        """Of main memory that the weights take."""
+        return sum(image.nbytes for image in self._images)
+
+    @property
+    def ring_bytes(self) -> int:
+        """Of the device that buffers take."""
+        assert self._ring is not None, "not installed"
+        return self._ring.nbytes_of_slot * len(self._ring.slots)
+
+    @property
+    def copies(self) -> int:
+        """Weights copied to the device so far."""
+        assert self._ring is not None, "not installed"
+        return self._ring.copies
+
+    # ---- a pass -----------------------------------------------------------------------------------------------------
+
+    def _compute(self, embedder: nn.Module, args: Any, embedding: Tensor) -> None:
+        """All answers for this embedding (B, width). Raises ValueError when it depends on something that learns."""
+        if embedding.requires_grad:
+            raise ValueError("something learns before the modulations, so they cannot be hoisted")
+        with_gradient = torch.is_grad_enabled()
+        if self._stream is None:
+            self._answer(embedding, with_gradient)
+            return
+        stream, current = self._stream, torch.cuda.current_stream(self.device)
+        stream.wait_stream(current)
+        embedding.record_stream(stream)
+        with torch.cuda.stream(stream):
+            values = self._answer(embedding, with_gradient)
+        for value in values:  # made on one stream, used on the other: not to be given to others too early
+            value.record_stream(current)
+        if not self._waits_in_blocks:
+            current.wait_stream(stream)
+
+    @torch.no_grad()
+    def _answer(self, embedding: Tensor, with_gradient: bool) -> list[Tensor]:
+        assert self._ring is not None
+        x, count, values = F.silu(embedding), len(self.linears), []
+        last = set(self._last_of.values())
+        for index, (own, kept) in enumerate(zip(self._own, self._kept)):
+            self._ring.arrange([index, *([(index + 1) % count] if count > 1 else [])], lambda leaving: False)
+            self._ring.use(index)
+            value = own(x)
+            if with_gradient:
+                kept.with_gradient = value
+            else:
+                kept.without = value
+            values.append(value)
+            if self._stream is not None and index in last:
+                self._ready[index] = self._stream.record_event()
+        return values
+
+    def _wait(self, block: nn.Module, args: Any) -> None:
+        """Before a block: its answers must be there."""
+        torch.cuda.current_stream(self.device).wait_event(self._ready[self._last_of[block]])
