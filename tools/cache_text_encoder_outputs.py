@@ -38,7 +38,7 @@ def fill(run: caching.CacheRun) -> None:
         missing = len(part.missing(caches.captions))
         log.info(f"{name}: {len(caches.captions)} texts are needed, {len(caches.captions) - missing} of them are there")
         if missing:
-            encoder = run.family.load_text_encoder(name, run.dtype, run.device, keep_half=True)
+            encoder = run.family.load_text_encoder(name, run.dtype, run.device, storage="half")
             caches.fill_texts(name, encoder, run.share)
             del encoder
             free_memory()

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from library.memory.quantise import QuantLinear
+
 HALF = (torch.float16, torch.bfloat16)
 SMALL = (*HALF, torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -77,6 +79,8 @@ def cast_when_used(module: nn.Module) -> int:
     """
     count, scratch = 0, Scratch()
     for child in module.modules():
+        if isinstance(child, QuantLinear):
+            continue  # it does so already
         if isinstance(child, (nn.Linear, nn.Conv2d)) and child.weight.dtype in SMALL:
             child.forward = _linear(child, scratch) if isinstance(child, nn.Linear) else _conv(child, scratch)  # type: ignore[method-assign]
             count += 1
@@ -100,11 +104,15 @@ def never_in_float16(linear: nn.Linear) -> None:
     plain, scratch = linear.forward, Scratch()
 
     def forward(x: Tensor) -> Tensor:
-        device, weight = x.device.type, linear.weight
+        device, is_quantised = x.device.type, isinstance(linear, QuantLinear)
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
-        if not autocast and torch.float16 not in (x.dtype, weight.dtype):
+        own = linear.dtype if is_quantised else linear.weight.dtype
+        if not autocast and torch.float16 not in (x.dtype, own):
             return plain(x)
         with torch.autocast(device, enabled=False):
+            if is_quantised:
+                return plain(x.float())  # it computes in its input's dtype
+            weight = linear.weight
             if weight.requires_grad or weight.dtype == torch.float32:
                 return F.linear(x.float(), weight.float(), None if linear.bias is None else linear.bias.float())
             return _CastLinear.apply(x.float(), weight, linear.bias, scratch)

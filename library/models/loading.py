@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from library.errors import UserError, first_names, nearest
 from library.memory.precision import cast_when_used, castable_weights
+from library.memory.quantise import Storage, quantise
 from library.models.fingerprints import weights_fingerprint
+from library.models.quantised_loading import Quantiser
 from library.models.weight_files import WEIGHT_SUFFIXES, WeightFile, open_weights
-from library.names.keys import Rule, read
+from library.names.keys import Rule, Shapes, read
 
 CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "configs" / "models"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -43,25 +45,20 @@ class Part:
     settings: str = ""  # what else its outputs depend on: part of the fingerprint
     finish: Callable[[nn.Module], None] | None = None  # what is done to the module when its weights are in
 
-    def load(self, dtype: torch.dtype | None, device: torch.device | str, *, keep_half: bool = False) -> nn.Module:
+    def load(self, dtype: torch.dtype | None, device: torch.device | str, *, storage: Storage = "plain") -> nn.Module:
         """The module with its weights, frozen, in evaluation mode. dtype None: as the file has them, fp8 as bfloat16.
 
-        keep_half: matrices that the file has in half precision or fp8 stay so and are cast when they are used, for a
-        module that only computes in `dtype` (see library.memory.precision). Raises UserError when weights are missing
-        or have another shape.
+        storage: how matrices are kept. "half": those that the file has in half precision or fp8 stay so and are cast
+        when they are used, for a module that only computes in `dtype` (see library.memory.precision). "fp8", "int8",
+        "nf4": those of the repeated blocks are quantised as they are read (library.memory.quantise), one at a time;
+        with "fp8", what the file has in fp8 stays as it is. Raises UserError when weights are missing or have another
+        shape.
         """
         if dtype is None and self.file.is_float8:
             dtype = torch.bfloat16
         module = build_empty(self.build)
         shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-        rules, as_is = self.rules(module), keep_half and dtype == torch.float32
-        castable = castable_weights(module) if as_is else set()
-        kept = {self.prefix + rule.published for rule in rules if castable.issuperset(rule.ours)}
-        moved = {self.prefix + rule.published for rule in rules if rule.op.moves}
-        get = lambda name: (self.file.copy if name in moved else self.file.tensor)(
-            name, None if name in kept else dtype, device
-        )
-        tensors, wrong = read(get, self.file.shapes, rules, shapes, self.prefix)
+        tensors, wrong = self._read(module, shapes, dtype, device, storage)
         self.file.release()  # the module alone holds its weights: they go when it goes
         if wrong:
             raise UserError(
@@ -70,11 +67,57 @@ class Part:
             )
         module.load_state_dict(tensors, strict=False, assign=True)  # not strict: one parameter may have two names
         assert not any(parameter.is_meta for parameter in module.parameters()), f"a rule of the {self.what} is missing"
-        if as_is:
+        if storage == "half" and dtype == torch.float32:
             cast_when_used(module)
         if self.finish is not None:
             self.finish(module)
         return module.to(device).eval().requires_grad_(False)  # `to` moves the buffers that no file holds
+
+    def empty(self, dtype: torch.dtype | None = None, storage: Storage = "plain") -> nn.Module:
+        """The module as `load` makes it, its weights without memory (on the meta device). Reads the header only."""
+        if dtype is None and self.file.is_float8:
+            dtype = torch.bfloat16
+        module = build_empty(self.build)
+        castable = castable_weights(module) if storage == "half" and dtype == torch.float32 else set()
+        in_file = {own: self.prefix + rule.published for rule in self.rules(module) for own in rule.ours}
+
+        def blank(name: str, like: Tensor) -> Tensor:
+            own = None if name in castable else dtype
+            if own is None and in_file.get(name) in self.file.shapes:
+                own = self.file.dtype(in_file[name])
+            return torch.empty_like(like, dtype=own if like.is_floating_point() else None, device="meta")
+
+        tensors = {name: blank(name, tensor) for name, tensor in module.state_dict().items()}
+        module.load_state_dict(tensors, strict=False, assign=True)
+        if storage == "half":
+            if dtype == torch.float32:
+                cast_when_used(module)
+        elif storage != "plain":
+            quantise(module, storage)
+        if self.finish is not None:
+            self.finish(module)
+        return module.eval().requires_grad_(False)
+
+    def _read(
+        self, module: nn.Module, shapes: Shapes, dtype: torch.dtype | None, device: torch.device | str, storage: Storage
+    ) -> tuple[dict[str, Tensor], list[str]]:
+        """The module's tensors by its names, and the names that are missing. Quantised Linears are put in here."""
+        file = self.file
+        rules: Sequence[Rule] = self.rules(module)
+        tensors: dict[str, Tensor] = {}
+        as_is: set[str] = set()  # our weights that are read in the file's dtype
+        keep: Callable[[str, Tensor], dict[str, Tensor]] = lambda own, tensor: {own: tensor}
+        if storage == "half":
+            as_is = castable_weights(module) if dtype == torch.float32 else set()
+        elif storage != "plain":
+            quantiser = Quantiser(module, storage, dtype)
+            tensors, rules = quantiser.take_stored(file, rules, shapes, self.prefix, device)
+            as_is, keep = quantiser.weights, quantiser.keep
+        kept = {self.prefix + rule.published for rule in rules if as_is.issuperset(rule.ours)}
+        moved = {self.prefix + rule.published for rule in rules if rule.op.moves}
+        get = lambda name: (file.copy if name in moved else file.tensor)(name, None if name in kept else dtype, device)
+        others, wrong = read(get, file.shapes, rules, shapes, self.prefix, keep)
+        return tensors | others, wrong
 
     def fingerprint(self) -> str:
         """Hash of settings and of names, shapes and bytes of this part's weights: equal only for equal contents."""

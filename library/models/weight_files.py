@@ -71,6 +71,17 @@ class WeightFile(ABC):
         """The same, not mapped: for a tensor of which only another arrangement is kept."""
         return self.tensor(name, dtype, device)
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Of `tensor(name)`."""
+        return self.tensor(name).dtype
+
+    def stored(self, name: str, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor] | None:
+        """An fp8 matrix as it lies in the file, and a float32 scale for each of its rows; None for any other tensor."""
+        if not self.is_float8 or len(self.shapes[name]) < 2:
+            return None
+        data = self.tensor(name)  # mapped where possible: any other tensor is not read
+        return (data.to(device), torch.ones(len(data), device=device)) if data.dtype in FLOAT8 else None
+
 
 class SafetensorsFile(WeightFile):
     """A .safetensors file. Raises UserError when it is not one, or is cut short."""
@@ -99,6 +110,9 @@ class SafetensorsFile(WeightFile):
     def copy(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
         entry = self._entries[name]
         return self._read(entry, _wanted_dtype(entry.dtype, dtype)).to(device)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._entries[name].dtype
 
     def release(self) -> None:
         self._mapped = None
@@ -209,8 +223,16 @@ class CompletedFile(WeightFile):
         self._file.release()
 
     def tensor(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
-        file = self._file if name in self._file.shapes else self._more
-        return file.tensor(name, dtype, device)
+        return self._holder(name).tensor(name, dtype, device)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._holder(name).dtype(name)
+
+    def _holder(self, name: str) -> WeightFile:
+        return self._file if name in self._file.shapes else self._more
+
+    def stored(self, name: str, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor] | None:
+        return (self._file if name in self._file.shapes else self._more).stored(name, device)
 
 
 class SplitFile(WeightFile):
@@ -253,6 +275,9 @@ class SplitFile(WeightFile):
 
     def tensor(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
         return self._files[self._places[name]].tensor(name, dtype, device)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._files[self._places[name]].dtype(name)
 
 
 # ---- scaled 8-bit weights -------------------------------------------------------------------------------------------
@@ -307,6 +332,17 @@ class ScaledFile(WeightFile):
         elif scale.shape == weight.shape[:1]:  # one per row
             scale = scale.reshape(-1, *[1] * (weight.ndim - 1))
         return (weight * scale).to(dtype or torch.float32)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.float32 if name in self._scales else self._file.dtype(name)
+
+    def stored(self, name: str, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor] | None:
+        found = self._file.stored(name, device)
+        if found is None or name not in self._scales:
+            return found
+        data, ones = found
+        scale = self._file.tensor(self._scales[name], torch.float32, device).flatten()
+        return (data, scale * ones) if len(scale) in (1, len(ones)) else None
 
 
 # ---- opening --------------------------------------------------------------------------------------------------------

@@ -142,30 +142,38 @@ def publish(tensors: Mapping[str, Tensor], rules: Sequence[Rule], prefix: str = 
 
 
 def read(
-    get: Callable[[str], Tensor], names: Iterable[str], rules: Sequence[Rule], shapes: Shapes, prefix: str = ""
+    get: Callable[[str], Tensor],
+    names: Iterable[str],
+    rules: Sequence[Rule],
+    shapes: Shapes,
+    prefix: str = "",
+    keep: Callable[[str, Tensor], Mapping[str, Tensor]] = lambda own, tensor: {own: tensor},
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The file's tensors under our names, and the published names that the file lacks or has in another shape.
 
-    get: reads one tensor of the file. names: what the file has. shapes: of our module.
+    get: reads one tensor of the file. names: what the file has. shapes: of our module. keep: what is kept of a tensor
+    of ours, under which names; it is called before the next one is read.
     """
     present = set(names)
     result: dict[str, Tensor] = {}
     wrong: list[str] = []
     for rule in rules:
         name = prefix + rule.published
-        if name not in present:
+        parts = read_parts(get(name), rule, shapes) if name in present else None
+        if parts is None:
             wrong.append(name)
             continue
-        tensor = get(name)
-        rows = [shapes[n][0] if shapes[n] else 1 for n in rule.ours]
-        try:
-            parts = tensor.split(rows, 0) if len(rows) > 1 else (tensor,)
-            parts = tuple(rule.op.read(part, shapes[n]) for part, n in zip(parts, rule.ours))
-        except RuntimeError:
-            wrong.append(name)
-            continue
-        if any(tuple(part.shape) != shapes[n] for part, n in zip(parts, rule.ours)):
-            wrong.append(name)
-            continue
-        result.update(zip(rule.ours, parts))
+        for own in rule.ours:
+            result.update(keep(own, parts.pop(own)))
     return result, wrong
+
+
+def read_parts(tensor: Tensor, rule: Rule, shapes: Shapes) -> dict[str, Tensor] | None:
+    """One tensor of the file as ours, by name; None when it does not fit our shapes."""
+    rows = [shapes[n][0] if shapes[n] else 1 for n in rule.ours]
+    try:
+        parts = tensor.split(rows, 0) if len(rows) > 1 else (tensor,)
+        found = {n: rule.op.read(part, shapes[n]) for part, n in zip(parts, rule.ours)}
+    except RuntimeError:
+        return None
+    return found if all(tuple(part.shape) == shapes[n] for n, part in found.items()) else None

@@ -109,11 +109,11 @@ def test_models_give_the_same_bits_at_half_the_size(tmp_path: Path, version: int
     path = make_tiny_sd(tmp_path / "model", version=version, layout=layout, dtype=torch.float16)
     family = StableDiffusion(SDOptions(pretrained_model_name_or_path=str(path), v2=version == 2))
     results = []
-    for keep_half in (False, True):
-        encoder = family.load_text_encoder("clip", torch.float32, "cpu", keep_half=keep_half)
-        unet = family.load_denoiser(torch.float32, "cpu", keep_half=keep_half)
+    for storage in ("plain", "half"):
+        encoder = family.load_text_encoder("clip", torch.float32, "cpu", storage=storage)
+        unet = family.load_denoiser(torch.float32, "cpu", storage=storage)
         halves = [m for module in (encoder, unet) for m in module.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-        assert any(m.weight.dtype == torch.float16 for m in halves) == keep_half
+        assert any(m.weight.dtype == torch.float16 for m in halves) == (storage == "half")
         others = [p for module in (encoder, unet) for p in module.parameters() if p.ndim not in (2, 4)]
         assert all(p.dtype == torch.float32 for p in others)
         cond = family.encode_text(family.tokenize(["a cat"]), {"clip": encoder})

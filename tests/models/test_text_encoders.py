@@ -156,7 +156,7 @@ def test_fp8_files(kind: str, tmp_path: Path) -> None:
     expected = reference(kind, made)
     assert_equal(outputs(kind, part.load(torch.float32, "cpu")), expected)
     assert {p.dtype for p in part.load(None, "cpu").parameters()} == {torch.bfloat16}
-    small = part.load(torch.float32, "cpu", keep_half=True)
+    small = part.load(torch.float32, "cpu", storage="half")
     assert torch.float8_e4m3fn in {p.dtype for p in small.parameters()}
     assert_equal(outputs(kind, small), expected)
 
@@ -182,14 +182,14 @@ def test_scaled_fp8_files(kind: str, names: tuple[str, str], tmp_path: Path) -> 
     part = encoder(kind, rewrite(made, scaled)).part
     expected = reference(kind, made)
     assert_equal(outputs(kind, part.load(torch.float32, "cpu")), expected)
-    assert_equal(outputs(kind, part.load(torch.float32, "cpu", keep_half=True)), expected)
+    assert_equal(outputs(kind, part.load(torch.float32, "cpu", storage="half")), expected)
     assert {p.dtype for p in part.load(None, "cpu").parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_kept_in_a_float32_run_is_exact(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     part = encoder(kind, make(kind, tmp_path, dtype=dtype).path).part
-    kept, plain = part.load(torch.float32, "cpu", keep_half=True), part.load(torch.float32, "cpu")
+    kept, plain = part.load(torch.float32, "cpu", storage="half"), part.load(torch.float32, "cpu")
     assert dtype in {p.dtype for p in kept.parameters()}
     assert_equal(outputs(kind, kept), outputs(kind, plain))
 
@@ -291,7 +291,7 @@ def test_t5_in_float16_does_not_overflow(tmp_path: Path) -> None:
     made = large_t5(tmp_path)
     exact = outputs("t5xxl", made.module)[0]
     part = t5_encoder(made.path, option="--t5xxl").part
-    for dtype, options in ((torch.float16, {}), (None, {}), (torch.float32, {"keep_half": True})):
+    for dtype, options in ((torch.float16, {}), (None, {}), (torch.float32, {"storage": "half"})):
         found = outputs("t5xxl", part.load(dtype, "cpu", **options))[0]
         torch.testing.assert_close(found.float(), exact, rtol=0.02, atol=0.02)
     assert_equal(outputs("t5xxl", part.load(torch.float16, "cpu")), reference("t5xxl", made, torch.float16))
