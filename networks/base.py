@@ -12,7 +12,7 @@ The layer works through forward hooks, so it composes with checkpointing, autoca
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +58,16 @@ class AdapterLayer(nn.Module, ABC):
         self._handles: list[RemovableHandle] = []
 
     # ---- what a subclass says --------------------------------------------------------------------------------------
+
+    @property
+    def reads_weights(self) -> bool:
+        """Whether a pass looks at the module's own weight, not only at its input and output."""
+        return True
+
+    @property
+    def reads_between_steps(self) -> bool:
+        """Whether `step_taken` looks at it."""
+        return False
 
     @abstractmethod
     def delta(self, x: Tensor, index: int = 0) -> Tensor:
@@ -126,7 +136,11 @@ class AdapterLayer(nn.Module, ABC):
             if not self.enabled:
                 return None
             self.shared.enter(args[0], index)
-            changed = self.change(args[0], output, index)
+            try:
+                changed = self.change(args[0], output, index)
+            except BaseException:  # recomputation stops in the middle of a layer, as soon as it has what it needs
+                self.shared.forget()
+                raise
             self.shared.leave()
             return changed
 
@@ -135,7 +149,7 @@ class AdapterLayer(nn.Module, ABC):
     def change(self, x: Tensor, y: Tensor, index: int) -> Tensor:
         """Output `y` of module `index` for input `x`, with the adapter's change; in y's dtype."""
         delta = self.gate(self.delta(x, index)).to(y.dtype)
-        return torch.add(y, self.place(delta, index), alpha=self.scale * self.multiplier)
+        return add_scaled(y, self.place(delta, index), self.scale * self.multiplier)
 
     def gate(self, delta: Tensor) -> Tensor:
         """Module dropout: in training, nothing with probability `module_dropout`, the same in all modules.
@@ -155,15 +169,29 @@ class AdapterLayer(nn.Module, ABC):
         return F.pad(delta, (0, 0, 0, 0, *around) if isinstance(module.module, nn.Conv2d) else around)
 
     def merge(self, dtype: torch.dtype | None = None) -> None:
-        """Write the merged values (float32 arithmetic, rounded to `dtype`) into the modules, which keep their dtype."""
+        """Write the merged values (float32 arithmetic, rounded to `dtype`) into the modules, which keep their dtype.
+
+        Raises UserError where a module makes its weight at each use: a quantised one, which cannot hold the values.
+        """
         with torch.no_grad():
             for index, target in enumerate(self.target.modules):
                 weight, bias = target.module.weight, target.module.bias
-                assert isinstance(weight, Tensor)
+                if not isinstance(weight, nn.Parameter):
+                    raise UserError(
+                        f"{self.target.name}: nothing can be merged into quantised weights; merge into the model "
+                        "before it is quantised (without --fp8_base, --fp8_base_unet, --base_quant)"
+                    )
                 weight.copy_(self.merged_weight(index).to(dtype or weight.dtype))
                 merged_bias = self.merged_bias(index)
                 if merged_bias is not None and isinstance(bias, Tensor):
                     bias.copy_(merged_bias.to(dtype or bias.dtype))
+
+
+def add_scaled(y: Tensor, change: Tensor, factor: float) -> Tensor:
+    """y + factor * change. Inductor (torch 2.13) loses `alpha` where it makes one call of this sum and a product."""
+    if torch.compiler.is_compiling():
+        return y + change * factor
+    return torch.add(y, change, alpha=factor)
 
 
 class AdapterNetwork(nn.Module, ABC):
@@ -254,6 +282,14 @@ class AdapterNetwork(nn.Module, ABC):
     def targets(self) -> dict[str, TargetSpec]:
         """Published name -> what the adapter of that name is put on; empty for third-party modules."""
         return {}
+
+    def reads_weights(self, among: Iterable[nn.Module]) -> bool:
+        """Whether a pass looks at the weights of some of these modules themselves. Of third-party ones that is open."""
+        return True
+
+    def reads_between_steps(self) -> bool:
+        """Whether `step_taken` looks at weights of the models."""
+        return False
 
     def is_sparse(self) -> bool:
         """Whether some parameters have no gradient in some steps, and must stay as they are then (DyLoRA)."""

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from library.errors import UserError
 from library.names.sd import unet_module_names
 from library.options import at_least, between, option
-from networks.base import AdapterLayer, AdapterNetwork
+from networks.base import AdapterLayer, AdapterNetwork, add_scaled
 from networks.build import network_from_weights, weights_of
 from networks.formats import by_module
 from networks.network import LayerNetwork, RateRules
@@ -166,7 +166,7 @@ class LLLiteLayer(AdapterLayer):
         if not self.enabled or self.control is None:
             return None
         x = args[0]
-        return torch.add(x, self.delta(x).to(x.dtype), alpha=self.multiplier), *args[1:]
+        return add_scaled(x, self.delta(x).to(x.dtype), self.multiplier), *args[1:]
 
     def delta(self, x: Tensor, index: int = 0) -> Tensor:
         """What is added to the input x (B n width), before the multiplier. Computed in x's dtype, or in autocast's."""

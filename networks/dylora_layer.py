@@ -51,8 +51,7 @@ class DyLoRALayer(WeightLayer):
         self.rank, self.unit = rank, settings.unit
         self.alpha = torch.tensor(float(alpha or rank)).item()  # as a file rounds it
         self.scale = self.alpha / rank
-        weight = self.base_weight()
-        inputs, kernel = weight.shape[1], weight.shape[2:]
+        _, inputs, *kernel = target.modules[0].shape
         count, ones = rank // self.unit, [1] * len(kernel)
         self.lora_down = nn.ParameterList(torch.empty(self.unit, inputs, *kernel) for _ in range(count))
         self.lora_up = nn.ParameterList(torch.zeros(target.width, self.unit, *ones) for _ in range(count))
@@ -116,7 +115,7 @@ class DyLoRALayer(WeightLayer):
     def delta_weight(self, index: int = 0) -> Tensor:
         down, up = self._whole()
         up = up[self.target.own_rows(index)]
-        return (up.float().flatten(1) @ down.float().flatten(1)).reshape(self.base_weight(index).shape)
+        return (up.float().flatten(1) @ down.float().flatten(1)).reshape(self.target.modules[index].shape)
 
     @torch.no_grad()
     def limit_norm(self, max_norm: float) -> tuple[Tensor, Tensor]:

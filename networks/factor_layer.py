@@ -45,8 +45,8 @@ class FactorLayer(WeightLayer):
         # rounded as the file rounds it: a network read back from its file has exactly the same scale
         self.alpha = torch.tensor((alpha or rank) * (math.sqrt(rank) if settings.rs_lora else 1.0)).item()
         self.scale = self.alpha / rank
-        self.kernel = tuple(self.base_weight().shape[2:])  # (kh, kw) of a convolution, () of Linear
-        self.inputs = self.base_weight().shape[1]
+        _, self.inputs, *kernel = target.modules[0].shape
+        self.kernel = tuple(kernel)  # (kh, kw) of a convolution, () of Linear
         self.tucker = settings.tucker and any(size != 1 for size in self.kernel)
         self.scalar = nn.Parameter(torch.zeros(())) if settings.scalar else None
 

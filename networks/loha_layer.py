@@ -81,7 +81,7 @@ class LoHaLayer(FactorLayer):
         """ΔW of module `index` without the learned number, computed in `dtype`."""
         rows = self.target.own_rows(index)
         first, second = (self._half(a.to(dtype), b.to(dtype), core, rows) for a, b, core in self._pairs())
-        return (first * second).reshape(self.base_weight(index).shape)
+        return (first * second).reshape(self.target.modules[index].shape)
 
     def _pairs(self) -> tuple[tuple[Tensor, Tensor, Tensor | None], ...]:
         return (self.hada_w1_a, self.hada_w1_b, self.hada_t1), (self.hada_w2_a, self.hada_w2_b, self.hada_t2)

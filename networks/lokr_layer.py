@@ -129,13 +129,11 @@ class LoKrLayer(FactorLayer):
     @classmethod
     def from_tensors(cls, target: TargetSpec, tensors: Mapping[str, Tensor], settings: LokrSettings) -> AdapterLayer:
         """A layer of the form and rank that a file's tensors have."""
-        weight = target.modules[0].module.weight
-        assert isinstance(weight, Tensor)
         dora = dora_axis(tensors, target.width)
         settings = replace(settings, tucker="lokr_t2" in tensors, dora=dora, rs_lora=False)
         inner = tensors.get("lokr_w1_b", tensors.get("lokr_w2_b"))
         rank = 1 if inner is None else len(inner)
-        form = Form.of_file(tensors, math.prod(weight.shape[2:]))
+        form = Form.of_file(tensors, math.prod(target.modules[0].shape[2:]))
         return cls(target, rank=rank, alpha=rank, settings=settings, form=form)
 
     # ---- the change ------------------------------------------------------------------------------------------------

@@ -52,8 +52,8 @@ class LoRALayer(WeightLayer):
         # rounded as the file rounds it: a network read back from its file has exactly the same scale
         self.alpha = torch.tensor((alpha or rank) * (math.sqrt(rank) if settings.rs_lora else 1.0)).item()
         self.scale = self.alpha / rank
-        weight = self.base_weight()
-        inputs, kernel = weight.shape[1], weight.shape[2:]  # kernel: (kh, kw) of a convolution, () of Linear
+        _, inputs, *sizes = target.modules[0].shape
+        kernel = torch.Size(sizes)  # kernel: (kh, kw) of a convolution, () of Linear
         point = torch.Size([1] * len(kernel))
         tucker = settings.tucker and kernel != point
         self.lora_down = nn.Parameter(_uniform(rank, inputs, *(point if tucker else kernel)))
@@ -89,12 +89,19 @@ class LoRALayer(WeightLayer):
 
     def delta(self, x: Tensor, index: int = 0) -> Tensor:
         """up(dropout(down(x))): computed in x's dtype, or in autocast's."""
-        inner = self.shared.value(self, lambda: self._inner(x))
-        up = self._up(index).to(inner.dtype)
-        return F.conv2d(inner, up) if self.is_conv else F.linear(inner, up)
+        return self.shared.value(self, lambda: self._deltas(x))[index]
+
+    def _deltas(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What is added to each module's output: the up matrix meets the input once, as in one fused layer."""
+        inner = self._inner(x)
+        up = self._up().to(inner.dtype)
+        whole = F.conv2d(inner, up) if self.is_conv else F.linear(inner, up)
+        if len(self.target.modules) == 1:
+            return (whole,)
+        return whole.split([module.width for module in self.target.modules], 1 if self.is_conv else -1)
 
     def _inner(self, x: Tensor) -> Tensor:
-        """dropout(down(x)): what all modules of the target share, as the rows of one fused layer would."""
+        """dropout(down(x)): one draw for all modules of the target, as the rows of one fused layer would have."""
         module = self.target.modules[0].module
         down = self.lora_down.to(x.dtype)
         if not isinstance(module, nn.Conv2d):
@@ -105,10 +112,9 @@ class LoRALayer(WeightLayer):
             inner = convolve(F.conv2d(x, down), self.lora_mid.to(x.dtype), module)
         return self._drop(inner) if self.training else inner
 
-    def _up(self, index: int) -> Tensor:
-        """The rows of the up matrix for module `index`, with the learned factor in it."""
-        up = self.lora_up if len(self.target.modules) == 1 else self.lora_up[self.target.own_rows(index)]
-        return up if self.scalar is None else up * self.scalar
+    def _up(self) -> Tensor:
+        """The up matrix, with the learned factor in it."""
+        return self.lora_up if self.scalar is None else self.lora_up * self.scalar
 
     def _drop(self, inner: Tensor) -> Tensor:
         """Dropout of elements, then of ranks (the same for all positions of a sample). `inner`: B ... r, or B r h w."""
@@ -130,9 +136,13 @@ class LoRALayer(WeightLayer):
         assert self.noise is not None
         module = self.target.modules[index].module
         rows = self.noise[self.target.own_rows(index)].to(x.dtype)
-        draw = torch.randn(self.base_weight(index).shape, dtype=x.dtype, device=x.device)
+        draw = torch.randn(self.target.modules[index].shape, dtype=x.dtype, device=x.device)
         draw *= rows.reshape(-1, *[1] * (draw.dim() - 1))
         return convolve(x, draw, module) if isinstance(module, nn.Conv2d) else F.linear(x, draw)
+
+    @property
+    def reads_between_steps(self) -> bool:
+        return self.noise is not None
 
     @torch.no_grad()
     def step_taken(self) -> None:
@@ -158,11 +168,11 @@ class LoRALayer(WeightLayer):
         down = self.lora_down.float()
         if self.lora_mid is not None:
             down = torch.einsum("rshw,si->rihw", self.lora_mid.float(), down.flatten(1))
-        return self._up(index).float().flatten(1), down.flatten(1)
+        return self._up()[self.target.own_rows(index)].float().flatten(1), down.flatten(1)
 
     def delta_weight(self, index: int = 0) -> Tensor:
         up, down = self._factors(index)
-        return (up @ down).reshape(self.base_weight(index).shape)
+        return (up @ down).reshape(self.target.modules[index].shape)
 
     def weight_norms(self, index: int) -> Tensor:
         """‖W + s·B·A‖ per row without forming the sum: ‖w‖² + 2s (W Aᵀ)·b + s² b (A Aᵀ) bᵀ."""
@@ -244,6 +254,14 @@ class SplitLoRALayer(AdapterLayer):
 
     def _all(self) -> list[LoRALayer]:
         return [self._part(index) for index in range(len(self.parts))]
+
+    @property
+    def reads_weights(self) -> bool:
+        return any(part.reads_weights for part in self._all())
+
+    @property
+    def reads_between_steps(self) -> bool:
+        return any(part.reads_between_steps for part in self._all())
 
     def set_multiplier(self, multiplier: float) -> None:
         super().set_multiplier(multiplier)

@@ -99,6 +99,14 @@ class LayerNetwork(AdapterNetwork):
         for layer in self.named_layers().values():
             layer.step_taken()
 
+    def reads_weights(self, among: Iterable[nn.Module]) -> bool:
+        chosen = {id(module) for module in among}
+        reading = (layer for layer in self.named_layers().values() if layer.reads_weights)
+        return any(id(target.module) in chosen for layer in reading for target in layer.target.modules)
+
+    def reads_between_steps(self) -> bool:
+        return any(layer.reads_between_steps for layer in self.named_layers().values())
+
     def is_sparse(self) -> bool:
         return any(layer.sparse for layer in self.named_layers().values())
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.errors import UserError
-from networks.base import AdapterLayer
+from networks.base import AdapterLayer, add_scaled
 from networks.spec import TargetSpec
 from networks.weight_layer import WeightLayer, convolve
 
@@ -83,6 +83,10 @@ class OFTLayer(WeightLayer):
 
     # ---- what AdapterLayer asks for --------------------------------------------------------------------------------
 
+    @property
+    def reads_weights(self) -> bool:
+        return True  # the bias, which is not turned
+
     def change(self, x: Tensor, y: Tensor, index: int) -> Tensor:
         """The output without its bias, turned."""
         module = self.target.modules[index]
@@ -91,7 +95,7 @@ class OFTLayer(WeightLayer):
         if isinstance(bias, Tensor):
             plain = plain - bias.detach()[rows].reshape(-1, *[1] * (2 * self.is_conv)).to(y.dtype)
         delta = self.gate(self._turned(plain, index, 1 if self.is_conv else -1)).to(y.dtype)
-        return torch.add(y, self.place(delta, index), alpha=self.multiplier)
+        return add_scaled(y, self.place(delta, index), self.multiplier)
 
     def delta(self, x: Tensor, index: int = 0) -> Tensor:
         """The same from the input, without an output that is there already."""

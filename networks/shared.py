@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+Value = TypeVar("Value")
 
 
 class SharedCall:
@@ -25,7 +28,7 @@ class SharedCall:
         self._input: Tensor | None = None
         self._with_gradient = False
         self._seen: tuple[int, ...] = ()
-        self._values: dict[Hashable, Tensor] = {}
+        self._values: dict[Hashable, Any] = {}
 
     def enter(self, x: Tensor, index: int) -> None:
         """Module `index` is called with `x`."""
@@ -39,7 +42,11 @@ class SharedCall:
         if len(self._seen) == self.count:
             self._clear()
 
-    def value(self, name: Hashable, make: Callable[[], Tensor]) -> Tensor:
+    def forget(self) -> None:
+        """The pass ends here: nothing of it is kept."""
+        self._clear()
+
+    def value(self, name: Hashable, make: Callable[[], Value]) -> Value:
         """What this pass has under `name`, made when it is not there. Outside of a pass nothing is kept."""
         if self._input is None:
             return make()

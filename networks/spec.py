@@ -28,11 +28,20 @@ class TargetModule:
     @property
     def full_width(self) -> int:
         """Output rows of the module: features, channels, or the length of a norm's weight."""
-        weight = self.module.weight
-        assert isinstance(weight, Tensor)
         if isinstance(self.module, (nn.Linear, nn.Conv2d)):
             return self.module.out_features if isinstance(self.module, nn.Linear) else self.module.out_channels
-        return weight.shape[0]
+        assert isinstance(self.module.weight, Tensor)
+        return self.module.weight.shape[0]
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the weight's rows. The weight is not read for it: a quantised one is made each time."""
+        if isinstance(self.module, nn.Linear):
+            return torch.Size((self.width, self.module.in_features))
+        if isinstance(self.module, nn.Conv2d):
+            inputs = self.module.in_channels // self.module.groups
+            return torch.Size((self.width, inputs, *self.module.kernel_size))
+        return torch.Size((self.width,))
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.errors import UserError
-from networks.base import AdapterLayer
+from networks.base import AdapterLayer, add_scaled
 from networks.spec import TargetSpec
 
 
@@ -38,6 +38,10 @@ class WeightLayer(AdapterLayer):
             raise ValueError(f"{target.name}: no adapter for grouped convolutions or padding other than zeros")
         self.dora = dora
         self.dora_scale = nn.Parameter(self._initial_magnitude()) if dora is not None else None
+
+    @property
+    def reads_weights(self) -> bool:
+        return self.dora is not None
 
     @abstractmethod
     def delta_weight(self, index: int = 0) -> Tensor:
@@ -71,7 +75,7 @@ class WeightLayer(AdapterLayer):
         if self.dora is None:
             return super().change(x, y, index)
         change = self._row_change(x, y, index) if self.dora == "output" else self._column_change(x, index)
-        return torch.add(y, self.place(self.gate(change).to(y.dtype), index), alpha=self.multiplier)
+        return add_scaled(y, self.place(self.gate(change).to(y.dtype), index), self.multiplier)
 
     def _row_change(self, x: Tensor, y: Tensor, index: int) -> Tensor:
         """(W' - W) x from the output y that is there already: with r = m/‖V‖, r (y - b + delta) - (y - b)."""
@@ -118,6 +122,6 @@ class WeightLayer(AdapterLayer):
         if self.dora == "input" and len(indices) > 1:
             raise UserError(f"{self.target.name}: DoRA over input columns is not possible, it is {len(indices)} pieces")
         norms = torch.cat([self._norms(self.base_weight(index)) for index in indices])
-        ones = [1] * (self.base_weight().dim() - 1)
+        ones = [1] * (len(self.target.modules[0].shape) - 1)
         norms = norms.reshape(-1, *ones) if self.dora == "output" else norms.reshape(1, -1, *ones[1:])
         return norms if norms.is_meta else norms.cpu()

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiled blocks, with the recomputation inside: each kind of block is compiled once, by torch.compile.
+
+    compiled = CompiledBlocks(family.blocks(denoiser), backend="inductor", budget=0.0, dynamic=False)
+    warm(passes, trained)  # before the first step, so that no step waits for a compiler
+    compiled.set_budget(0.0); compiled.undo()
+
+What a block computes must not depend on what was compiled before, or a resumed run would differ in the last digits.
+So shapes are static, or dynamic from the beginning (torch's own way is to begin static, and to prefer what was used
+last), and without gradients (previews, validation) blocks run as they were.
+
+A block that draws random numbers (dropout) is recomputed from outside: partitioners do not repeat draws.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+import torch._dynamo.config as dynamo_config
+import torch._functorch.config as functorch_config
+import torch.fx.experimental._config as shape_config
+from torch import Tensor, fx, nn
+from torch._dynamo.backends.registry import lookup_backend
+from torch._dynamo.exc import TorchDynamoException
+
+from library.log import get_logger, progress
+from library.memory.checkpointing import Forward, Forwards, recomputed, recomputed_blocks
+
+log = get_logger()
+
+CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+DEFAULT_CACHE = Path("~/.cache/trainyard/compiled")
+PARTITIONING = ("inductor", "aot_eager")  # backends that split forward and backward by activation_memory_budget
+MOST_VARIANTS = 4096  # of one kind of block: each shape, rank and strength of adapters is one
+DRAWS = {"rand", "randn", "randint", "rand_like", "randn_like", "randint_like", "bernoulli", "normal", "uniform"}
+
+
+# ---- where there is a compiler --------------------------------------------------------------------------------------
+
+
+def missing_compiler(backend: str, device: torch.device) -> str | None:
+    """What `backend` needs and this machine has not, or None."""
+    if backend != "inductor":
+        return None
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+    from torch.utils._triton import has_triton
+
+    if device.type != "cpu" and not has_triton():
+        return "Triton"
+    try:
+        get_cpp_compiler()
+    except (InvalidCxxCompiler, OSError):
+        return "a C++ compiler"
+    return None
+
+
+def keep_compiled(folder: str | Path | None) -> Path:
+    """Keep what inductor compiles in `folder`, so that the next run finds it. None: torch's variable, or our default.
+
+    Call it before the first compilation. Returns the folder.
+    """
+    given = folder or os.environ.get(CACHE_VARIABLE) or DEFAULT_CACHE
+    path = Path(given).expanduser().resolve()
+    path.mkdir(parents=True, exist_ok=True)
+    os.environ[CACHE_VARIABLE] = str(path)
+    return path
+
+
+# ---- blocks ---------------------------------------------------------------------------------------------------------
+
+
+class CompiledBlocks:
+    """The blocks of a denoiser, compiled when they are first called with gradients.
+
+    budget: share of the activations that is kept for the backward pass. dynamic: one graph for all shapes, instead of
+    one per shape: for runs with more than a few of them. Attach adapters first: their hooks become part of the block.
+    """
+
+    def __init__(
+        self, blocks: Sequence[nn.Module], backend: str = "inductor", *, budget: float = 1.0, dynamic: bool = False
+    ) -> None:
+        self.forwards = Forwards(blocks)
+        self.backend, self.dynamic = backend, dynamic
+        self.kinds: list[Kind] = []
+        _make_repeatable()
+        self.set_budget(budget)
+
+    def set_budget(self, budget: float) -> None:
+        """Keep about this share of the activations. Everything is compiled anew, so call it seldom."""
+        self.forwards.undo()
+        again = set(recomputed_blocks([1.0] * len(self.forwards.blocks), budget))
+        kinds: dict[Hashable, Kind] = {}
+        for index, block in enumerate(self.forwards.blocks):
+            signature = _signature(block)
+            if signature not in kinds:
+                kinds[signature] = Kind(type(block).__name__, self.backend, budget, self.dynamic)
+            plain = self.forwards.before[index]
+            self.forwards.replace(index, kinds[signature].forward(plain, again=index in again))
+        self.kinds = list(kinds.values())
+
+    def undo(self) -> None:
+        """All blocks as they were."""
+        self.forwards.undo()
+
+
+class Kind:
+    """Blocks of one class and one set of shapes: they share what is compiled."""
+
+    def __init__(self, name: str, backend: str, budget: float, dynamic: bool) -> None:
+        self.name, self.backend, self.dynamic = name, backend, dynamic
+        self.broken = False  # it cannot be compiled
+        self.outside = backend not in PARTITIONING  # recomputation surrounds what is compiled, instead of being in it
+        self.budget = budget
+        self._code: dict[FunctionType, FunctionType] = {}
+        self._backend = self._make_backend()
+
+    def _make_backend(self) -> Callable[..., Any]:
+        compile_graph = lookup_backend(self.backend)
+
+        def compile_with_budget(graph: fx.GraphModule, inputs: list[Tensor]) -> Any:
+            inside = 1.0 if self.outside else float(self.budget)
+            if inside < 1 and draws(graph):
+                self.outside = True
+                raise RuntimeError("draws random numbers")  # `forward` begins again
+            with functorch_config.patch(activation_memory_budget=inside):
+                return compile_graph(graph, inputs)
+
+        return compile_with_budget
+
+    def forward(self, plain: Forward, *, again: bool) -> Forward:
+        """What takes the place of `plain`. again: it is recomputed where the budget cannot be kept inside."""
+        compiled: Forward = torch.compile(self._own(plain), backend=self._backend, fullgraph=True, dynamic=self.dynamic)
+        eager, surrounded = (recomputed(plain), recomputed(compiled)) if again else (plain, compiled)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self.broken or not torch.is_grad_enabled():
+                return eager(*args, **kwargs)
+            outside = self.outside
+            try:
+                return (surrounded if outside else compiled)(*args, **kwargs)
+            except TorchDynamoException as error:
+                if outside == self.outside:
+                    self.give_up(error)
+            return forward(*args, **kwargs)
+
+        return forward
+
+    def give_up(self, error: BaseException) -> None:
+        """Blocks of this kind run as they were from now on."""
+        self.broken = True
+        reason = str(error).strip().partition("\n")[0]
+        log.warning(f"--compile: {self.name} cannot be compiled and runs without: {reason}")
+
+    def _own(self, plain: Forward) -> Forward:
+        """`plain` with a code object of this kind's own: torch keeps and searches compiled code per code object."""
+        if not isinstance(plain, MethodType) or not isinstance(plain.__func__, FunctionType):
+            return plain
+        function = plain.__func__
+        if function not in self._code:
+            code = function.__code__.replace()
+            copy = FunctionType(
+                code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+            )
+            copy.__kwdefaults__ = function.__kwdefaults__
+            self._code[function] = copy
+        return MethodType(self._code[function], plain.__self__)
+
+
+def _signature(block: nn.Module) -> Hashable:
+    """Equal for blocks that are likely to share a graph. What it misses, torch's guards tell apart."""
+    weights = tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in block.named_parameters())
+    hooks = tuple(len(module._forward_hooks) for module in block.modules())
+    return type(block), weights, hooks
+
+
+def draws(graph: fx.GraphModule) -> bool:
+    """Whether a graph draws random numbers."""
+    graphs = [module.graph for module in graph.modules() if isinstance(module, fx.GraphModule)]
+    return any(_draws(node) for inner in graphs for node in inner.nodes)
+
+
+def _draws(node: fx.Node) -> bool:
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if name == "scaled_dot_product_attention":
+        return bool(node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0) != 0)
+    if "dropout" not in name:
+        return name.rstrip("_") in DRAWS
+    rate = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
+    training = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True)
+    return bool(rate != 0 and training is not False)
+
+
+def _make_repeatable() -> None:
+    """What torch compiles depends on the shapes of a call, and not on the calls before it."""
+    dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, MOST_VARIANTS)
+    dynamo_config.accumulated_recompile_limit = max(dynamo_config.accumulated_recompile_limit, MOST_VARIANTS)
+    dynamo_config.specialize_float = True  # else the second strength of an adapter makes it a variable
+    shape_config.use_duck_shape = False  # else sides that are equal in the first call are taken to be always equal
+
+
+# ---- before the first step ------------------------------------------------------------------------------------------
+
+
+def warm(passes: Sequence[Callable[[], Tensor]], trained: Sequence[Tensor], device: torch.device) -> None:
+    """Run each forward pass (one per shape; it returns a loss) and its backward pass, for what is compiled in them.
+
+    Leaves no trace: random states stay, and no gradient reaches a parameter or the hooks that step in the backward
+    pass. trained: tensors that gradients are asked for, so that the backward pass goes through all blocks; those of
+    the first block are enough, and spare the memory for all gradients at once.
+    """
+    cards = [device] if device.type != "cpu" else []
+    with torch.random.fork_rng(cards), progress(len(passes), "compiling", "shape") as bar:
+        for run in passes:
+            torch.autograd.grad(run(), list(trained), allow_unused=True)
+            bar.advance()
