@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 from library.io.checkpoint import save_tensors
+from library.memory.quantise import Storage
 from library.models.family import ModelFacts, ModelFamily, PreviewDefaults
+from library.models.loading import Part
 from library.models.lumina_options import LuminaOptions
 from library.models.lumina_parts import LATENT_CHANNELS, UNUSED, LuminaParts, denoiser_rules, open_parts
 from library.models.tokenizers import TextTokenizer, gemma2_tokenizer, tokenizer_folders
@@ -31,7 +33,7 @@ from library.objectives.options import LossOptions
 from library.types import Batch, Cond, LatentSpec, Tokens
 
 ENCODER = "gemma2"  # name of the text encoder, and of its states in a Cond: (B, length, width)
-MASK = "gemma2_mask"  # (B, length) bool, False where a shorter text is padded
+MASK = "gemma2_mask"  # (B, length) bool, False where a shorter text is padded; batches in which none is lack it
 LAYER = -2  # of hidden_states: what the last layer reads
 PREVIEW_SHIFT = 6.0  # of the noise levels, at every size: the model's own scheduler has it
 PROMPT_START = " <Prompt Start> "  # between system prompt and caption
@@ -94,19 +96,26 @@ class Lumina(ModelFamily):
         return (ENCODER,)
 
     def load_text_encoder(
-        self, name: str, dtype: torch.dtype | None, device: torch.device | str, *, keep_half: bool = False
+        self, name: str, dtype: torch.dtype | None, device: torch.device | str, *, storage: Storage = "plain"
     ) -> nn.Module:
-        return self.parts.gemma2.part.load(dtype, device, keep_half=keep_half)
+        return self.parts.gemma2.part.load(dtype, device, storage=storage)
 
     def load_vae(self, dtype: torch.dtype | None, device: torch.device | str) -> nn.Module:
         return self.parts.vae.load(torch.float32 if self.options.no_half_vae else dtype, device)
 
     def load_denoiser(
-        self, dtype: torch.dtype | None, device: torch.device | str, *, keep_half: bool = False
+        self, dtype: torch.dtype | None, device: torch.device | str, *, storage: Storage = "plain"
     ) -> nn.Module:
-        return self.parts.denoiser.load(dtype, device, keep_half=keep_half)
+        return self.parts.denoiser.load(dtype, device, storage=storage)
+
+    def part(self, name: str) -> Part:
+        return {"denoiser": self.parts.denoiser, "vae": self.parts.vae, ENCODER: self.parts.gemma2.part}[name]
 
     # ---- text
+
+    @property
+    def text_length_varies(self) -> bool:
+        return True
 
     def tokenize(self, captions: list[str]) -> Tokens:
         """The system prompt stands before every caption, the empty one too."""
@@ -122,18 +131,31 @@ class Lumina(ModelFamily):
         empty, *counts = self.tokenizer.count([self.prefix, *(self.prefix + caption for caption in captions)])
         return [count - empty for count in counts]
 
+    def blank_cond(self, count: int, dtype: torch.dtype = torch.float32) -> Cond:
+        length = self.options.gemma2_max_token_length
+        states = torch.zeros(count, length, self.parts.text_width, dtype=dtype)
+        return {ENCODER: states, MASK: torch.ones(count, length, dtype=torch.bool)}
+
     def encode_part(self, name: str, encoder: nn.Module, tokens: Tokens) -> Cond:
         """States of the batch's texts, cut to the longest. Padding is zero, as `join_conds` makes it."""
         mask = tokens.masks[ENCODER]
         longest = int(mask.sum(1).max())
+        padded = not bool(mask[:, :longest].all())  # of the tokenizer, on the host
         device = next(encoder.parameters()).device
         ids, mask = tokens.ids[ENCODER][:, :longest].to(device), mask[:, :longest].to(device)
         states = encoder(ids, attention_mask=mask, output_hidden_states=True, use_cache=False).hidden_states[LAYER]
-        return {ENCODER: states * mask.unsqueeze(-1), MASK: mask}
+        return {ENCODER: states * mask.unsqueeze(-1)} | ({MASK: mask} if padded else {})
 
     def split_cond(self, cond: Cond) -> list[Cond]:
-        lengths = cond[MASK].sum(1).tolist()
-        return [{key: tensor[i, :length] for key, tensor in cond.items()} for i, length in enumerate(lengths)]
+        mask = cond.get(MASK, torch.ones(cond[ENCODER].shape[:2], dtype=torch.bool, device=cond[ENCODER].device))
+        lengths = mask.sum(1).tolist()
+        return [{ENCODER: cond[ENCODER][i, :n], MASK: mask[i, :n]} for i, n in enumerate(lengths)]
+
+    def join_conds(self, conds: list[Cond]) -> Cond:
+        joined = super().join_conds(conds)
+        if len({len(cond[ENCODER]) for cond in conds}) == 1:
+            del joined[MASK]  # attention without a mask is quicker, and on the device nobody can look
+        return joined
 
     # ---- pictures
 
@@ -147,14 +169,7 @@ class Lumina(ModelFamily):
 
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Cond, batch: Batch | None) -> Tensor:
         """n - x0 for x_t = (1 - t) x0 + t n: the model is told 1 - t, in float32, and answers with x0 - n."""
-        answer = denoiser(
-            x_t,
-            timestep=1 - t.float(),
-            encoder_hidden_states=cond[ENCODER],
-            encoder_attention_mask=cond[MASK],
-            return_dict=False,
-        )[0]
-        return -answer
+        return -denoiser(x_t, 1 - t.float(), cond[ENCODER], cond.get(MASK))
 
     def blocks(self, denoiser: nn.Module) -> list[nn.Module]:
         groups = ("context_refiner", "noise_refiner", "layers")

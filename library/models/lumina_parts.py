@@ -18,6 +18,7 @@ from library.errors import UserError
 from library.models import kl_vae
 from library.models.detect import foreign_file, foreign_pipeline
 from library.models.loading import PIPELINE_FILES, Part, locate, own_names, part_file, read_json, shipped_config
+from library.models.lumina_forward import use_device_lengths
 from library.models.lumina_options import LuminaOptions
 from library.models.text_encoders import EncoderPart, gemma2_encoder
 from library.models.weight_files import open_weights
@@ -48,13 +49,10 @@ class LuminaParts:
 
 
 def open_parts(options: LuminaOptions) -> LuminaParts:
-    """Reads headers and configurations only. Raises UserError for files of another kind and for parts that are missing.
-
-    The denoiser's table of text positions is made long enough for --gemma2_max_token_length.
-    """
+    """Reads headers and configurations only. Raises UserError for files of another kind and where parts are missing."""
     path = _locate_model(options)
     try:
-        denoiser, text_width = _denoiser(path, options.gemma2_max_token_length)
+        denoiser, text_width = _denoiser(path)
     except KeyError as error:  # a size is read from a weight or an entry of config.json that is not there
         raise UserError(f"{path} is incomplete: it lacks {error.args[0]}") from None
     missing = [*_missing(path, options)]
@@ -105,7 +103,7 @@ def _inside(path: Path, folder: str) -> Path:
 # ---- denoiser -------------------------------------------------------------------------------------------------------
 
 
-def _denoiser(path: Path, text_length: int) -> tuple[Part, int]:
+def _denoiser(path: Path) -> tuple[Part, int]:
     """The denoiser of a file or folder, and the width of the text states that it reads."""
     if path.is_dir():
         file, config = _folder(path)
@@ -118,8 +116,6 @@ def _denoiser(path: Path, text_length: int) -> tuple[Part, int]:
         prefix, mark = next((p, m) for p in PREFIXES for m in CAPTION if p + m in file.shapes)
         config = layout({n[len(prefix) :]: shape for n, shape in file.shapes.items() if n.startswith(prefix)})
         rules = denoiser_rules if mark == CAPTION[0] else own_names
-    first, *others = config["axes_lens"]
-    config = {**config, "axes_lens": [max(first, text_length + 1), *others]}
     return Part("denoiser", file, prefix, lambda: build_denoiser(config), rules), config["cap_feat_dim"]
 
 
@@ -191,4 +187,5 @@ def build_denoiser(config: Mapping[str, Any]) -> nn.Module:
     from diffusers import Lumina2Transformer2DModel
 
     module: Any = Lumina2Transformer2DModel.from_config(dict(config))
+    use_device_lengths(module)
     return module

@@ -12,18 +12,21 @@ back in one of two ways:
     built = build_bf16(choice, groups, "stochastic", seed=run_seed)       # in place of choice.build(groups)
 
 The optimizer's own states are float32. Both ways are elementwise, take no value to the host, and are the same on every
-process: draws depend on (seed, number of the step) and on the order of the weights only.
+process: the draws for a weight depend on (seed, its steps so far, its number), so that it makes no difference which
+weights are stepped together and in which order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from library.optim.in_backward import only
 from library.optim.optimizers import BuiltOptimizer, OptimizerChoice
 from library.rng import torch_generator
 
@@ -69,8 +72,9 @@ def join(high: Tensor, low: Tensor) -> Tensor:
 class Weight:
     """A bf16 weight and the float32 parameter that the optimizer knows it by, which has memory only while in use."""
 
-    def __init__(self, real: Tensor, *, keeps_rest: bool) -> None:
-        self.real = real
+    def __init__(self, real: Tensor, number: int, *, keeps_rest: bool) -> None:
+        self.real, self.number = real, number
+        self.steps = 0
         self.empty = torch.zeros((), device=real.device).expand(real.shape)  # the shape without the memory
         self.shadow = nn.Parameter(self.empty)
         self.rest = torch.zeros_like(real, dtype=torch.int16) if keeps_rest else None
@@ -81,15 +85,17 @@ class Weight:
         self.shadow.data = real.float() if self.rest is None else join(real, self.rest)
         self.shadow.grad = None if self.real.grad is None else self.real.grad.float()
 
-    def take(self, generator: torch.Generator | None) -> None:
+    def take(self, seed: int) -> None:
         """Take over what the optimizer made of it."""
         real, value = self.real.detach(), self.shadow.detach()
         if self.rest is None:
+            generator = torch_generator(seed, "bf16 update", self.steps, self.number, device=value.device)
             real.copy_(round_stochastic(value, generator))
         else:
             nearest, rest = split(value)
             real.copy_(nearest)
             self.rest.copy_(rest)
+        self.steps += 1
 
     def look(self) -> None:
         """Show what the optimizer made of it, for a while: the remainder stays that of the weight in training."""
@@ -122,8 +128,10 @@ class Bf16Optimizer(torch.optim.Optimizer):
         chunk: int = CHUNK,
     ) -> None:
         # not super().__init__: groups, defaults and states are those of the inner optimizer
-        self.seed, self.whole, self.chunk, self.steps = seed, whole, chunk, 0
-        self.weights = [[Weight(p, keeps_rest=rounding == "kahan") for p in group["params"]] for group in groups]
+        self.seed, self.whole, self.chunk = seed, whole, chunk
+        numbers, kahan = count(), rounding == "kahan"
+        self.weights = [[Weight(p, next(numbers), keeps_rest=kahan) for p in group["params"]] for group in groups]
+        self._weight_of = {weight.real: weight for own in self.weights for weight in own}
         shadows = [{**group, "params": [w.shadow for w in own]} for group, own in zip(groups, self.weights)]
         self.inner = build(shadows)
         self._name(lambda weight: weight.real)
@@ -144,8 +152,12 @@ class Bf16Optimizer(torch.optim.Optimizer):
     # ---- what the rest of the program uses of an optimizer
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         return self.inner.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.inner.param_groups = groups
 
     @property
     def defaults(self) -> dict[str, Any]:  # type: ignore[override]
@@ -167,34 +179,25 @@ class Bf16Optimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One step over all weights, a chunk of them at a time."""
+        """One step over all weights, a chunk of them at a time; inside `only`, over those that it names."""
         assert closure is None, "the loss is evaluated once per step"
-        device = self.weights[0][0].real.device
-        generator = torch_generator(self.seed, "bf16 update", self.steps, device=device)
-        self.steps += 1
-        with self._inside() as inner:
-            groups = inner.param_groups
-            try:
-                for parts in self._chunks():
-                    weights = [weight for part in parts.values() for weight in part]
-                    for weight in weights:
-                        weight.show()
-                    inner.param_groups = [groups[i] for i in parts]
-                    for i, part in parts.items():
-                        groups[i]["params"] = [weight.shadow for weight in part]
-                    inner.step()
-                    for weight in weights:
-                        weight.take(generator)
-                        weight.hide()
-            finally:
-                inner.param_groups = groups
+        for parts in self._chunks():
+            weights = [weight for part in parts.values() for weight in part]
+            for weight in weights:
+                weight.show()
+            with only(self.inner, {i: [weight.shadow for weight in part] for i, part in parts.items()}):
+                self.inner.step()
+            for weight in weights:
+                weight.take(self.seed)
+                weight.hide()
 
     def _chunks(self) -> Iterator[dict[int, list[Weight]]]:
         """Group number -> weights that are shown together."""
+        visible = [[self._weight_of[p] for p in group["params"]] for group in self.param_groups]
         if self.whole:
-            yield dict(enumerate(self.weights))
+            yield dict(enumerate(visible))
             return
-        for i, own in enumerate(self.weights):
+        for i, own in enumerate(visible):
             part: list[Weight] = []
             size = 0
             for weight in own:
@@ -231,8 +234,9 @@ class Bf16Optimizer(torch.optim.Optimizer):
         """The inner optimizer's state, and what the next step needs besides the weights."""
         with self._inside() as inner:
             state = inner.state_dict()
-        rests = [weight.rest for own in self.weights for weight in own]
-        return {**state, STATE_KEY: {"steps": self.steps, "rests": rests}}
+        weights = self._weight_of.values()
+        steps = max(weight.steps for weight in weights)  # the same of all, between steps
+        return {**state, STATE_KEY: {"steps": steps, "rests": [weight.rest for weight in weights]}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`. Raises ValueError when it belongs to other weights or another way of rounding."""
@@ -240,8 +244,8 @@ class Bf16Optimizer(torch.optim.Optimizer):
         kept = own.pop(STATE_KEY)
         with self._inside() as inner:
             inner.load_state_dict(own)
-        self.steps = kept["steps"]
-        for weight, rest in zip((w for part in self.weights for w in part), kept["rests"], strict=True):
+        for weight, rest in zip(self._weight_of.values(), kept["rests"], strict=True):
+            weight.steps = kept["steps"]
             if (rest is None) != (weight.rest is None):
                 raise ValueError("the state was saved with another --bf16_update")
             if weight.rest is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A moving average of the trained weights."""
+"""A moving average of the trained weights. Where these are joined in flat buffers, so are their averages."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from library.optim.flat import FlatParameters
+
+CHUNK = 1 << 24  # numbers of which a float32 copy is in memory at a time, beside single weights that are larger
+
 
 def warm_decay(decay: float, step: int) -> float:
     """Decay in force at optimizer step `step` (from 0): min(decay, (1 + n) / (10 + n)), so that early weights fade."""
@@ -16,31 +20,53 @@ def warm_decay(decay: float, step: int) -> float:
 
 
 class Ema:
-    """average = d * average + (1 - d) * weight after each optimizer step, kept in float32 beside the weights."""
+    """average = d * average + (1 - d) * weight after each optimizer step, kept in float32 beside the weights.
 
-    def __init__(self, parameters: Iterable[Tensor], decay: float) -> None:
-        self.parameters = [p.detach() for p in parameters]  # share storage with the weights
+    flat: the buffers that `parameters` are views of, all of them and in this order. States are the same either way.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], decay: float, flat: FlatParameters | None = None) -> None:
+        weights = [p.detach() for p in parameters]
         self.decay = decay
-        self.averages = [p.float().clone() for p in self.parameters]
+        self.tensors = [group.buffer.detach() for group in flat.groups] if flat else weights  # share their storage
+        self._sums = [p.float().clone() for p in self.tensors]
+        self.averages = self._sums  # of each parameter
+        if flat is not None:
+            pairs = zip(flat.groups, self._sums, strict=True)
+            self.averages = [view for group, average in pairs for view in group.views(average)]
+        if [a.shape for a in self.averages] != [p.shape for p in weights]:
+            raise ValueError("the flat buffers are of other weights")
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights after optimizer step `step`, counted from 0 over the whole run."""
-        current = [p.float() for p in self.parameters]
-        torch._foreach_lerp_(self.averages, current, 1 - warm_decay(self.decay, step))
+        weight = 1 - warm_decay(self.decay, step)
+        for part in self._parts():
+            torch._foreach_lerp_(self._sums[part], [p.float() for p in self.tensors[part]], weight)
+
+    def _parts(self) -> Iterator[slice]:
+        """Tensors that are taken in together: all float32 ones need no copy, so the limit is for the others."""
+        start = size = 0
+        for i, p in enumerate(self.tensors):
+            cost = 0 if p.dtype == torch.float32 else p.numel()
+            if size and size + cost > CHUNK:
+                yield slice(start, i)
+                start, size = i, 0
+            size += cost
+        yield slice(start, len(self.tensors))
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
         """The weights hold the averages inside the block, and exactly what they held before afterwards."""
-        kept = [p.clone() for p in self.parameters]
+        kept = [p.clone() for p in self.tensors]
         try:
-            torch._foreach_copy_(self.parameters, self.averages)
+            torch._foreach_copy_(self.tensors, self._sums)
             yield
         finally:
-            torch._foreach_copy_(self.parameters, kept)
+            torch._foreach_copy_(self.tensors, kept)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averages by position."""
+        """The averages by position of the parameter."""
         return {str(i): average for i, average in enumerate(self.averages)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

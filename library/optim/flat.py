@@ -34,6 +34,11 @@ class FlatGroup:
         assert self.buffer.grad is not None
         return self.buffer.grad
 
+    def views(self, buffer: Tensor) -> list[Tensor]:
+        """Of another buffer of this layout, the parts that belong to the parameters, in their shapes."""
+        pairs = zip(self.params, self.offsets, strict=True)
+        return [buffer[start : start + p.numel()].view(p.shape) for p, start in pairs]
+
 
 def flatten(params: Sequence[Tensor]) -> FlatGroup:
     """Move parameters of one dtype and device into one buffer. They become views, and so do their gradients.

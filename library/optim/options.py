@@ -30,7 +30,7 @@ class OptimizerOptions:
     fused_backward_pass: bool = option(
         False,
         help="Step each weight as soon as its gradient is there.",
-        answer="comes with the memory options for full training; the gradients of adapters are small in any case",
+        answer="the gradients of what is trained here are small; full training has it",
     )
 
     @property
@@ -50,6 +50,40 @@ class OptimizerOptions:
             given.append("--optimizer_type")
         if len(given) > 1:
             yield f"{' and '.join(given)} each name an optimizer: give one of them"
+
+
+IN_BACKWARD = (
+    "during the backward pass, as soon as their gradients are there, which are freed at once. --max_grad_norm then "
+    "limits the norm of each weight's gradient, not the norm of all gradients together; with --max_grad_norm 0 the "
+    "result is that of the plain step."
+)
+
+
+@dataclass(frozen=True)
+class FullOptimizerOptions(OptimizerOptions):
+    """Which optimizer learns, how fast, with which settings, and when in a step."""
+
+    fused_backward_pass: bool = option(False, help=f"Step weights one after the other {IN_BACKWARD}")
+    blockwise_fused_optimizers: bool = option(False, help=f"Step the weights of a block together {IN_BACKWARD}")
+    fused_optimizer_groups: int | None = option(
+        None, help=f"Step weights in this many groups {IN_BACKWARD}", check=at_least(1), zero_is_unset=True
+    )
+
+    @property
+    def in_backward(self) -> str | None:
+        """The option that asks for steps during the backward pass."""
+        return next(self._ways(), None)
+
+    def _ways(self) -> Iterator[str]:
+        for name in ("fused_backward_pass", "blockwise_fused_optimizers", "fused_optimizer_groups"):
+            if vars(self)[name]:
+                yield f"--{name}"
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        given = list(self._ways())
+        if len(given) > 1:
+            yield f"{' and '.join(given)} each say which weights are stepped together: give one of them"
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from library.optim.bf16 import Bf16Optimizer, build_bf16, join, round_stochastic, split
 from library.optim.flat import FlatParameters
+from library.optim.in_backward import only
 from library.optim.optimizers import OPTIMIZERS, choose_optimizer
 from library.optim.options import OptimizerOptions
+from library.rng import torch_generator
 
 FLOAT32 = torch.tensor(
     [0.0, -0.0, 1.0, -1.0, 1.001, -3.14159, 1e-3, 6.1e-39, -1e-45, 3.3895314e38, 3.4028235e38, 65504.0, -(2.0**-126)]
@@ -142,6 +144,26 @@ def test_kept_remainder_is_exactly_float32_training():
     assert rest is not None
     assert torch.equal(join(half.detach(), rest), full.detach())
     assert not torch.equal(full.detach(), start.float())
+
+
+def test_draws_are_those_of_seed_step_and_number():
+    """Literal formula, with the weights stepped one by one and in another order in each step."""
+    start = [torch.randn(30, generator=generator(n)).bfloat16() for n in range(3)]
+    params = [nn.Parameter(value.clone()) for value in start]
+    groups = [{"params": params[:2], "lr": 1e-3}, {"params": params[2:], "lr": 1e-2}]
+    choice = choose_optimizer(OptimizerOptions(optimizer_type="SGD", learning_rate=1e-3))
+    optimizer = build_bf16(choice, groups, "stochastic", seed=7).optimizer
+    places = {0: (0, 1e-3), 1: (0, 1e-3), 2: (1, 1e-2)}
+    for step, order in enumerate(([0, 1, 2], [2, 0, 1], [1, 2, 0])):
+        for n in order:
+            params[n].grad = torch.full((30,), n + 1.0).bfloat16()
+            with only(optimizer, {places[n][0]: [params[n]]}):
+                optimizer.step()
+        for n, p in enumerate(params):
+            exact = torch.add(start[n].float(), torch.full((30,), n + 1.0), alpha=-places[n][1])
+            start[n] = round_stochastic(exact, torch_generator(7, "bf16 update", step, n))
+            assert torch.equal(p, start[n])
+    assert [len(group["params"]) for group in optimizer.param_groups] == [2, 1]
 
 
 @pytest.mark.parametrize("rounding", ["stochastic", "kahan"])
