@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much memory tensors take while a program runs, by the storages that are alive: for real and for fake tensors.
+
+    meter = Meter()
+    meter.hold(model.parameters())  # what is there already
+    with meter, watched(meter, blocks) as watch:
+        loss = step()  # forward pass
+        watch.forward_done()
+        loss.backward()
+    meter.peak, watch.figures()
+
+The same meter measures a real step on the CPU and, inside a FakeTensorMode, a step of a model that no memory would
+hold. It sees what goes through torch's dispatcher: every tensor that an operation returns, until its storage is freed.
+The scratch memory of a kernel and what an allocator keeps for later are not in it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from library.memory.estimate import BlockFigures, Segment, StepFigures, Stored
+from library.memory.work import Work, work_of
+
+OUTSIDE = "outside"  # tag of what is made outside of all blocks
+
+
+class _Entry:
+    """One storage that is alive."""
+
+    __slots__ = ("ident", "size", "tag", "weak")
+
+    def __init__(self, ident: int, size: int, tag: Hashable) -> None:
+        self.ident, self.size, self.tag = ident, size, tag
+        self.weak: weakref.ref[Any] | None = None
+
+
+class Meter(TorchDispatchMode):
+    """Bytes of living storages: now, at most, and by tag. Everything that is made has the tag of that moment.
+
+    counts_work: also count operations, matmul FLOPs and bytes moved (see library.memory.work).
+    """
+
+    def __init__(self, *, counts_work: bool = False) -> None:
+        super().__init__()
+        self.counts_work = counts_work
+        self.live = self.peak = 0
+        self.tag: Hashable = OUTSIDE
+        self.by_tag: dict[Hashable, int] = defaultdict(int)
+        self.work = Work()
+        self._entries: dict[int, _Entry] = {}  # address of the storage -> entry
+        self._count = 0
+
+    # ---- what is alive
+
+    def hold(self, tensors: Iterable[Tensor], tag: Hashable = "held") -> int:
+        """Count tensors that were made before; a storage counts once. Returns the bytes that are new."""
+        before = self.live
+        for tensor in tensors:
+            self._entry(tensor, tag)
+        return self.live - before
+
+    def retag(self, tensor: Tensor, tag: Hashable) -> None:
+        entry = self._entry(tensor, tag)
+        self.by_tag[entry.tag] -= entry.size
+        self.by_tag[tag] += entry.size
+        entry.tag = tag
+
+    def ident(self, tensor: Tensor) -> int:
+        """A number of the tensor's storage that no other one has, also after it is gone."""
+        return self._entry(tensor, self.tag).ident
+
+    def living(self) -> dict[int, tuple[int, Hashable]]:
+        """Number -> (bytes, tag) of every storage that is alive."""
+        return {entry.ident: (entry.size, entry.tag) for entry in self._entries.values()}
+
+    def restart(self) -> None:
+        """From now on `peak` is the peak from now on."""
+        self.peak = self.live
+
+    def _entry(self, tensor: Tensor, tag: Hashable) -> _Entry:
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        entry = self._entries.get(address)
+        if entry is not None:
+            return entry
+        self._count += 1
+        entry = self._entries[address] = _Entry(self._count, storage.nbytes(), tag)
+
+        def gone(_: Any) -> None:
+            del self._entries[address]
+            self.live -= entry.size
+            self.by_tag[entry.tag] -= entry.size
+
+        entry.weak = weakref.ref(storage, gone)
+        self.live += entry.size
+        self.by_tag[tag] += entry.size
+        self.peak = max(self.peak, self.live)
+        return entry
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # of a fake tensor, which is asked for at every other line
+            return args[0].fake_device
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, Tensor):
+                self._entry(tensor, self.tag)
+        if self.counts_work:
+            self.work += work_of(func, args, kwargs or {}, out)
+        return out
+
+
+# ---- blocks ---------------------------------------------------------------------------------------------------------
+
+
+class Watch:
+    """Cuts one forward and backward pass into segments at the borders of blocks. Each block runs once in each."""
+
+    def __init__(self, meter: Meter, blocks: Sequence[nn.Module]) -> None:
+        self.meter, self.blocks = meter, blocks
+        self.base = meter.live
+        self.segments: list[Segment] = []
+        self.inputs: list[frozenset[int]] = [frozenset()] * len(blocks)
+        self.outputs: list[frozenset[int]] = [frozenset()] * len(blocks)
+        self.work = [Work()] * len(blocks)  # of each block's forward pass
+        self.stored: dict[int, Stored] = {}
+        self.kept = 0
+        self._seen: dict[int, tuple[int, Hashable]] = {}
+        self._returned: set[int] = set()  # blocks whose backward pass has begun
+        self._begin("forward", None)
+
+    def forward_done(self) -> None:
+        """All activations are there; the backward pass comes next."""
+        alive = self.meter.living()
+        wanted = frozenset().union(*self.inputs, *self.outputs)
+        for ident in wanted:
+            size, tag = self._seen[ident]
+            self.stored[ident] = Stored(size, tag if isinstance(tag, int) else None, ident in alive)
+        self.kept_in = [sum(size for size, tag in alive.values() if tag == i) for i in range(len(self.blocks))]
+        self.kept = self.meter.live - self.base
+        self._cut("backward", None)
+
+    def figures(self) -> StepFigures:
+        """What was found. Call it once, after the backward pass."""
+        self._end()
+        blocks = tuple(
+            BlockFigures(kept, inputs, outputs, work)
+            for kept, inputs, outputs, work in zip(self.kept_in, self.inputs, self.outputs, self.work, strict=True)
+        )
+        return StepFigures(tuple(self.segments), blocks, self.stored, self.base, self.kept, self.meter.work)
+
+    # ---- borders
+
+    def _begin(self, phase: str, block: int | None) -> None:
+        self._phase, self._block, self._start = phase, block, self.meter.live
+        self.meter.restart()
+
+    def _end(self) -> None:
+        base = self.base
+        self.segments.append(Segment(self._phase, self._block, self._start - base, self.meter.peak - base))
+
+    def _cut(self, phase: str, block: int | None) -> None:
+        self._end()
+        self._begin(phase, block)
+
+    def _idents(self, values: Any) -> frozenset[int]:
+        """Of all tensors in (nested) arguments or results."""
+        found = frozenset(self.meter.ident(tensor) for tensor in _tensors(values))
+        if not self._seen.keys() >= found:
+            self._seen |= self.meter.living()
+        return found
+
+    def hooks(self, index: int) -> Iterator[Any]:
+        """Put the hooks of one block in place; their handles."""
+        block = self.blocks[index]
+
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self._cut("forward", index)
+            self.inputs[index] = self._idents((args, kwargs))
+            self.meter.tag, self._before = index, self.meter.work
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            self.outputs[index] = self._idents(output)
+            self.work[index] = self.meter.work - self._before
+            self.meter.tag = OUTSIDE
+            for tensor in _tensors(output):
+                if tensor.grad_fn is not None:
+                    tensor.grad_fn.register_prehook(back)
+            self._cut("forward", None)
+
+        def back(gradients: Any) -> None:
+            if index not in self._returned:  # the first of its outputs begins the block's backward pass
+                self._returned.add(index)
+                self._cut("backward", index)
+
+        yield block.register_forward_pre_hook(enter, with_kwargs=True)
+        yield block.register_forward_hook(leave)
+
+
+@contextmanager
+def watched(meter: Meter, blocks: Sequence[nn.Module]) -> Iterator[Watch]:
+    """Inside it the passes through `blocks` are watched."""
+    watch = Watch(meter, blocks)
+    handles = [handle for index in range(len(blocks)) for handle in watch.hooks(index)]
+    try:
+        yield watch
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages of tensors, each storage once."""
+    return sum({tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}.values())

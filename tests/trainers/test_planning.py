@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The planner against real steps: its prediction, from headers alone, beside what a meter saw of the trainer's step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+
+from library.cli import METHODS, load_attribute
+from library.errors import UserError
+from library.memory.choice import MemoryChoice
+from library.memory.estimate import predict
+from library.memory.meter import Meter
+from library.memory.options import GIB
+from library.models.registry import FAMILIES
+from library.options import resolve
+from library.trainers.finetune import FineTuneTrainer
+from library.trainers.network import NetworkTrainer
+from library.trainers.planning import Option, Plan, case_of, plan_memory
+from library.trainers.simulation import tensors_of
+from library.trainers.trainer import Trainer
+from library.types import Batch
+from tests.families import flux, lumina, sd, sd3, sdxl
+from tests.trainers.helpers import DEFAULTS, argv, make_pictures, subset, write_dataset
+
+FAMILY_CASES = {**sd.CASES, **sdxl.CASES, **flux.CASES, **sd3.CASES, **lumina.CASES}
+NOT_IN_FULL = ("network_dim", "network_alpha")
+WORDS = ", ".join(["cat, red, photo, star, dog, blue"] * 20)  # longer than any limit: nothing is padded
+
+
+class Measured(Trainer):
+    """Predicts before the models are loaded, and measures the second step, when the optimizer has its states."""
+
+    measured = 0
+
+    def load_models(self) -> None:
+        self.case = case_of(self)
+        super().load_models()
+
+    def train_step(self, batches: list[Batch], first_micro_step: int) -> None:  # type: ignore[override]
+        meter = Meter()
+        meter.hold(self.there(batches))
+        with meter:
+            super().train_step(batches, first_micro_step)
+        self.measured = meter.peak
+
+    def there(self, batches: list[Batch]) -> Iterator[Tensor]:
+        """Everything that is in memory before the step."""
+        for module in (*self.models.all(), self.trainables.module):
+            yield from module.parameters()
+            yield from module.buffers()
+        yield from (p.grad for p in self.trainables.parameters() if p.grad is not None)
+        states = (value for state in self.updates.optimizer.state.values() for value in state.values())
+        yield from (value for value in states if isinstance(value, Tensor))
+        for batch in batches:
+            yield from tensors_of(batch)
+
+
+class MeasuredNetwork(Measured, NetworkTrainer):
+    pass
+
+
+class MeasuredFineTune(Measured, FineTuneTrainer):
+    pass
+
+
+@dataclass(frozen=True)
+class Job:
+    family: str  # of FAMILY_CASES
+    options: dict[str, Any] = field(default_factory=dict)
+    full: bool = False
+    size: int = 128
+
+
+JOBS = {
+    "SD 1 LoRA": Job("sd1"),
+    "SD 1 LoRA, half of it recomputed": Job("sd1", {"activation_budget": 0.5, "network_train_unet_only": True}),
+    "SDXL LoRA, recomputed": Job("sdxl", {"gradient_checkpointing": True, "network_train_unet_only": True}),
+    "FLUX.1 LoRA in bf16": Job("flux", {"mixed_precision": "bf16"}),
+    "FLUX.1 LoRA, budget 0.5": Job("flux", {"activation_budget": 0.5}),
+    "FLUX.1 LoRA, int8": Job("flux", {"base_quant": "int8", "mixed_precision": "bf16"}),
+    "FLUX.1 LoRA, fp8, recomputed": Job("flux", {"fp8_base_unet": True, "gradient_checkpointing": True}),
+    "SD 3.5 full": Job("sd35", full=True),
+    "Lumina LoRA": Job("lumina", {"gemma2_max_token_length": 32}),
+}
+
+
+def make_job(job: Job, folder: Path, **more: Any) -> Measured:
+    """The trainer, on two pictures in one batch."""
+    pictures = make_pictures(folder / "pictures", 2, size=(job.size, job.size), captions=[WORDS])
+    data = write_dataset(folder / "data.toml", subset(pictures), resolution=job.size)
+    case = FAMILY_CASES[job.family]
+    values = {**DEFAULTS, "dataset_config": data, "output_dir": folder / "out", "cache_latents": True,
+              "max_train_steps": 2, **case.make(folder / "model"), **case.options, **job.options, **more}  # fmt: skip
+    AcceleratorState._reset_state(reset_partial_state=True)
+    entry = FAMILIES[case.family]
+    if job.full:
+        values = {name: value for name, value in values.items() if name not in NOT_IN_FULL}
+    cls, method = (MeasuredFineTune, "finetune") if job.full else (MeasuredNetwork, "network")
+    options = resolve(METHODS[method][1], entry.option_groups, argv(values), prog="test").options
+    return cls(load_attribute(entry.path)(options.model), options)
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_the_predicted_peak_is_the_measured_one(name: str, tmp_path: Path) -> None:
+    trainer = make_job(JOBS[name], tmp_path)
+    assert trainer.run() == 0
+    predicted = predict(trainer.case, MemoryChoice.of(trainer.options.memory)).peak
+    assert predicted == pytest.approx(trainer.measured, rel=0.05)
+
+
+# ---- choosing -------------------------------------------------------------------------------------------------------
+
+
+LORA = Job("sd35", {"mixed_precision": "bf16"})
+CACHED = {"cache_text_encoder_outputs": True, "network_train_unet_only": True}
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trainer, Plan]:
+    """The plan of an SD 3.5 LoRA run as for a card: main memory is another memory."""
+    trainer = make_job(LORA, tmp_path_factory.mktemp("plan"), plan=True, **CACHED)
+    assert trainer.run() == 0
+    return trainer, plan_memory(trainer)
+
+
+def of_plan(plan: Plan, **choice: Any) -> Option:
+    """The way that differs from a run without options in `choice` only."""
+    wanted = replace(MemoryChoice(), **choice)
+    return next(option for option in plan.options if option.choice == wanted)
+
+
+def test_each_way_of_saving_saves(planned: tuple[Trainer, Plan]) -> None:
+    _, plan = planned
+    nothing = of_plan(plan)
+    for way in ({"activation_budget": 0.0}, {"storage": "fp8"}, {"hoist": True}):
+        option = of_plan(plan, **way)
+        assert option.needs.peak < nothing.needs.peak, way
+        assert option.seconds >= nothing.seconds, way
+    swapped = of_plan(plan, blocks_to_swap=1).needs  # a ring of one slot is as large as the one block that it serves
+    assert swapped.ring == nothing.needs.weights - swapped.weights > 0
+
+
+def test_the_fastest_that_fits_is_chosen(planned: tuple[Trainer, Plan]) -> None:
+    _, plan = planned
+    limits = sorted(option.needs.peak for option in plan.options)
+    for limit in (limits[0], limits[len(limits) // 2], limits[-1]):
+        chosen = plan.choose(limit)
+        option = next(option for option in plan.options if option.choice == chosen)
+        fitting = [o for o in plan.options if o.needs.peak <= limit and o.choice.storage == chosen.storage]
+        assert option in fitting and option.seconds == min(o.seconds for o in fitting)
+    assert plan.choose(1 << 50) == MemoryChoice()
+
+
+@pytest.mark.parametrize(("slower", "chosen"), [(1.2, "plain"), (1.45, "plain"), (1.6, "fp8")])
+def test_fewer_bits_only_where_that_saves_much_time(planned: tuple[Trainer, Plan], slower: float, chosen: str) -> None:
+    plan = planned[1]
+    plain, small = of_plan(plan, activation_budget=0.0), of_plan(plan, storage="fp8")
+    both = replace(plan, options=(replace(plain, seconds=slower), replace(small, seconds=1.0)))
+    assert both.choose(1 << 50).storage == chosen
+    least = min(both.options, key=lambda option: option.needs.peak)
+    assert both.choose(least.needs.peak) == least.choice
+    assert (f"chosen: {small.flags}" in replace(both, given=replace(plan.given, vram_budget=1 << 50)).table()) == (
+        chosen == "fp8"
+    )
+
+
+def test_nothing_fits_is_one_line(planned: tuple[Trainer, Plan]) -> None:
+    _, plan = planned
+    smallest = min(option.needs.peak for option in plan.options)
+    with pytest.raises(UserError) as caught:
+        plan.choose(smallest - 1)
+    (line,) = caught.value.problems
+    assert "nothing fits" in line and f"{smallest / GIB:.2f} GB" in line and "--resolution" in line
+
+
+def test_what_was_given_stays(planned: tuple[Trainer, Plan], tmp_path: Path) -> None:
+    given = {"activation_budget": 0.25, "blocks_to_swap": 1, "base_quant": "int8", "vram_budget": "2GB"}
+    trainer = make_job(LORA, tmp_path, plan=True, **CACHED, **given)
+    assert trainer.run() == 0
+    for option in plan_memory(trainer).options:
+        choice = option.choice
+        assert (choice.activation_budget, choice.blocks_to_swap, choice.storage) == (0.25, 1, "int8")
+    assert {option.choice.hoist for option in plan_memory(trainer).options} == {False, True}
+
+
+def test_the_table_names_options(planned: tuple[Trainer, Plan]) -> None:
+    _, plan = planned
+    lines = plan.table().splitlines()
+    assert lines[1].split() == [
+        "options",
+        "weights",
+        "gradients",
+        "optimizer",
+        "activations",
+        "ring",
+        "work",
+        "peak",
+        "time",
+    ]
+    assert len(lines) == 2 + min(len(plan.best), 14)
+    assert lines[2].startswith("(nothing)") and lines[2].endswith("1.00")
+    assert "--gradient_checkpointing" in plan.table()
+
+
+# ---- nothing is read ------------------------------------------------------------------------------------------------
+
+
+def test_plan_reads_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The files hold a header and a hole; pictures are not read either."""
+    trainer = make_job(LORA, tmp_path, plan=True, **CACHED)
+    for file in (tmp_path / "model").rglob("*.safetensors"):
+        content = file.read_bytes()
+        start = 8 + int.from_bytes(content[:8], "little")
+        file.write_bytes(content[:start] + b"\xff" * (len(content) - start))
+    assert trainer.run() == 0
+    assert "predicted peak" in capsys.readouterr().out
+    assert "models" not in vars(trainer)
+
+
+def test_numbers_of_fake_weights_are_those_of_real_ones(tmp_path: Path) -> None:
+    trainer = make_job(JOBS["SD 1 LoRA"], tmp_path)
+    family = trainer.family
+    for part in ("denoiser", "vae", *family.encoders):
+        real, fake = family.part(part).load(torch.bfloat16, "cpu"), family.part(part).empty(torch.bfloat16)
+        assert shapes(real) == shapes(fake)
+        assert all(parameter.is_meta for parameter in fake.parameters())
+
+
+def shapes(module: nn.Module) -> dict[str, Any]:
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
