@@ -17,8 +17,7 @@ import random
 import shutil
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -27,17 +26,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.common import cpu_seconds
 from library.data.store import PackedStore
 
 SHAPES = {"SDXL 4x128x128": (4, 128, 128), "FLUX 16x128x128": (16, 128, 128)}
 STAGES = ("write", "check at start", "first read", "read")
-
-
-def cpu_seconds(work: Callable[[], object]) -> float:
-    """CPU time of the process, user and system, all threads."""
-    start = time.process_time()
-    work()
-    return time.process_time() - start
 
 
 def npz_round(folder: Path, latents: Sequence[Tensor], order: Sequence[int]) -> tuple[list[float], int]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.cpu.startup import make_pictures, measure
+from benchmarks.common import make_pictures, measure
 
 FEW, MANY = 2, 6  # steps; what a step costs is the difference
 

@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.cpu.startup import make_pictures, measure
+from benchmarks.common import make_pictures, measure
 
 FEW, MANY = 1, 5  # steps
 SIZE, PICTURES, RANK = 256, 4, 16

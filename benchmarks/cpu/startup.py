@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Start-up of train_network.py: --help, imports, first optimizer step, and peak memory of a short LoRA run.
+"""Start-up of train_network.py: --help, imports, time to the first step, and peak memory of a short LoRA run.
 
     python tools/make_random_checkpoint.py --version 1 --layout single --output /tmp/sd15
     python benchmarks/cpu/startup.py --model /tmp/sd15/model.safetensors
@@ -11,53 +11,34 @@ machine does; wall seconds do.
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import sys
 import tempfile
-import time
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-ROOT = Path(__file__).resolve().parents[2]
+from benchmarks.common import host_line, make_pictures, markdown, measure
+
 IMPORTS = (
     "import library.trainers.network; from library.models.quick_import import import_diffusers; import_diffusers()"
 )
+# train_network.py, left as soon as its first optimizer step is done
+FIRST_STEP = """
+import os
+from library import cli
 
+load = cli.load_attribute
 
-@dataclass(frozen=True)
-class Measured:
-    """One finished process."""
+def load_leaving(path):
+    found = load(path)
+    if path.endswith(":NetworkTrainer"):
+        step = found.train_step
+        found.train_step = lambda trainer, *words: (step(trainer, *words), os._exit(0))
+    return found
 
-    wall_s: float
-    cpu_s: float
-    peak_gb: float
-
-
-def measure(command: list[str], threads: int) -> Measured:
-    """Run a command in the project's folder. Raises RuntimeError with its output when it fails."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-    started = time.monotonic()
-    with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            output.seek(0)
-            raise RuntimeError(f"{command} ended with {process.returncode}:\n{output.read()}")
-    return Measured(time.monotonic() - started, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1e6)
-
-
-def make_pictures(folder: Path, count: int, size: int) -> None:
-    """Random pictures with captions."""
-    random = np.random.default_rng(0)
-    for index in range(count):
-        pixels = random.integers(0, 256, (size, size, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{index}.png")
-        (folder / f"{index}.txt").write_text(f"a picture, number {index}")
+cli.load_attribute = load_leaving
+cli.run("network", "sd")
+"""
 
 
 def main() -> None:
@@ -72,25 +53,26 @@ def main() -> None:
         folder = Path(name) / "pictures" / "1_thing"
         folder.mkdir(parents=True)
         make_pictures(folder, settings.pictures, settings.resolution)
-        train = [
-            python, "train_network.py", "--pretrained_model_name_or_path", settings.model,
-            "--train_data_dir", str(folder.parent), "--caption_extension", ".txt", "--output_dir", f"{name}/output",
-            "--resolution", str(settings.resolution), "--train_batch_size", "2", "--network_module", "networks.lora",
-            "--network_dim", "16", "--learning_rate", "1e-4", "--seed", "1", "--max_data_loader_n_workers", "0",
-            "--cache_latents", "--optimizer_type", "AdamW",
+        words = [
+            "--pretrained_model_name_or_path", settings.model, "--train_data_dir", str(folder.parent),
+            "--caption_extension", ".txt", "--output_dir", f"{name}/output", "--resolution", str(settings.resolution),
+            "--train_batch_size", "2", "--network_module", "networks.lora", "--network_dim", "16", "--learning_rate",
+            "1e-4", "--seed", "1", "--max_data_loader_n_workers", "0", "--cache_latents", "--optimizer_type", "AdamW",
         ]  # fmt: skip
-        rows = {
-            "`--help`": measure([python, "train_network.py", "--help"], settings.threads),
-            "imports of a run": measure([python, "-c", IMPORTS], settings.threads),
-            "LoRA run of 1 step, fp32": measure([*train, "--max_train_steps", "1"], settings.threads),
-            "LoRA run of 3 steps, fp32": measure([*train, "--max_train_steps", "3"], settings.threads),
-            "LoRA run of 1 step, bf16": measure(
-                [*train, "--max_train_steps", "1", "--mixed_precision", "bf16"], settings.threads
-            ),
+        script, bf16 = [python, "train_network.py"], ["--mixed_precision", "bf16"]
+        commands = {
+            "`--help`": [*script, "--help"],
+            "imports of a run": [python, "-c", IMPORTS],
+            "to the end of the first step, fp32": [python, "-c", FIRST_STEP, *words],
+            "to the end of the first step, bf16": [python, "-c", FIRST_STEP, *words, *bf16],
+            "LoRA run of 1 step, fp32": [*script, *words, "--max_train_steps", "1"],
+            "LoRA run of 3 steps, fp32": [*script, *words, "--max_train_steps", "3"],
+            "LoRA run of 1 step, bf16": [*script, *words, *bf16, "--max_train_steps", "1"],
         }
-    print("| what | wall s | CPU s | peak RSS GB |\n|---|---|---|---|")
-    for what, row in rows.items():
-        print(f"| {what} | {row.wall_s:.1f} | {row.cpu_s:.1f} | {row.peak_gb:.2f} |")
+        print(host_line(), "\n")
+        rows = {what: measure(command, settings.threads) for what, command in commands.items()}
+    table = [(what, f"{row.wall_s:.1f}", f"{row.cpu_s:.1f}", f"{row.peak_gb:.2f}") for what, row in rows.items()]
+    print(markdown(("what", "wall s", "CPU s", "peak RSS GB"), table))
 
 
 if __name__ == "__main__":
