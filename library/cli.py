@@ -83,8 +83,9 @@ def refusal_of_machine(error: BaseException) -> str | None:
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
         reason = str(error).partition(". ")[0]
         return (
-            f"{reason}: --gradient_checkpointing, --cache_latents, --optimizer_type AdamW8bit, "
-            "a smaller --train_batch_size or --resolution need less"
+            f"{reason}: give --vram_budget with the memory of the card, such as 12GB, and the run chooses what fits; "
+            "--gradient_checkpointing, --fp8_base, --blocks_to_swap, caches, --optimizer_type AdamW8bit, a smaller "
+            "--train_batch_size or --resolution need less"
         )
     if isinstance(error, MemoryError):
         return "out of main memory: close other programs, or give a smaller --max_data_loader_n_workers"

@@ -107,6 +107,25 @@ def free_memory() -> None:
             ctypes.CDLL("libc.so.6").malloc_trim(0)  # glibc keeps some hundred MB otherwise
 
 
+def free_bytes(device: torch.device) -> int:
+    """Memory that this process could take on `device` now, with what it has taken and does not use."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if sys.platform == "linux":
+        with open("/proc/meminfo", encoding="ascii") as file:
+            found = dict(line.split(":", 1) for line in file)
+        return int(found["MemAvailable"].split()[0]) * 1024
+    raise UserError("how much memory is free is not known on this system: give --vram_budget")
+
+
+def limit_memory(device: torch.device, limit: int) -> None:
+    """From now on a card refuses this process more than `limit` bytes, as a smaller card would."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
+
+
 def return_large_blocks() -> None:
     """From now on glibc gives memory of tensors above 256 kB back as soon as they are freed.
 

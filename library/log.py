@@ -24,6 +24,11 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def process_count() -> int:
+    """How many processes train together, also before the accelerator exists (launchers set WORLD_SIZE)."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def setup_logging(*, level: str | None, file: str | None, simple: bool) -> None:
     """Messages to stderr (or `file`), from rank 0 at `level`, from other ranks only errors. Idempotent.
 

@@ -38,6 +38,12 @@ class Tokens:
     truncated: tuple[int, ...] = ()  # indices of captions that were longer than the limit
     masks: dict[str, Tensor] = field(default_factory=dict)
 
+    def to(self, device: torch.device | str) -> Tokens:
+        """The same on `device`; the host does not wait for what the device still has to do."""
+        move = lambda tensors: {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+        weights = None if self.weights is None else move(self.weights)
+        return replace(self, ids=move(self.ids), weights=weights, masks=move(self.masks))
+
 
 @dataclass
 class Batch:
@@ -75,6 +81,11 @@ class Batch:
 
         return replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)})
 
+    def part(self, rows: slice) -> Batch:
+        """Some of its samples, with everything that belongs to them; `cond` keeps the padding of the whole."""
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: _rows(value, rows) for name, value in own.items()})
+
     def pin_memory(self) -> Batch:
         """The same batch with every tensor in page-locked memory; torch's DataLoader calls this."""
         import torch
@@ -98,6 +109,17 @@ class Noised:
     noise: Tensor  # B C h w
     target: Tensor  # B C h w
     weight: Tensor  # B float32
+
+    def part(self, rows: slice) -> Noised:
+        """Some of its samples."""
+        return replace(self, **{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+
+
+def _rows(value: Any, rows: slice) -> Any:
+    """`value[rows]` of what has an entry per sample; numbers and None as they are."""
+    if isinstance(value, dict):
+        return {key: entry[rows] for key, entry in value.items()}
+    return value if value is None or isinstance(value, (int, float)) else value[rows]
 
 
 # pixels (B 3 H W, [-1, 1]) and one seed per sample -> scaled latents (B C h w)

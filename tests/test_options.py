@@ -384,7 +384,7 @@ def test_what_the_machine_refuses_is_one_line(capsys: pytest.CaptureFixture[str]
     assert ending(ConnectionError("the hub is away\nmore")) == 2
     assert capsys.readouterr().err == "error: the hub is away\n"
     assert ending(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. More")) == 2
-    assert capsys.readouterr().err.startswith("error: CUDA out of memory: --gradient_checkpointing, ")
+    assert capsys.readouterr().err.startswith("error: CUDA out of memory: give --vram_budget with ")
     assert ending(MemoryError()) == 2
     assert capsys.readouterr().err.startswith("error: out of main memory")
     with pytest.raises(RuntimeError):  # a mistake of ours keeps its traceback

@@ -11,16 +11,20 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from library.errors import UserError
 from library.io.checkpoint import CheckpointForm
+from library.memory.block_swap import spread
+from library.memory.quantise import Storage
 from library.models import kl_vae
+from library.models.loading import Part
 from library.models.new_tokens import NewWord
 from library.models.options import ModelOptions
 from library.objectives.base import Objective
 from library.objectives.options import LossOptions
 from library.types import Batch, Cond, LatentSpec, Tokens
+
+STAYING_BLOCKS = 2  # that are never swapped, as in sd-scripts
 
 
 @dataclass(frozen=True)
@@ -82,9 +86,9 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def load_text_encoder(
-        self, name: str, dtype: torch.dtype | None, device: torch.device | str, *, keep_half: bool = False
+        self, name: str, dtype: torch.dtype | None, device: torch.device | str, *, storage: Storage = "plain"
     ) -> nn.Module:
-        """Frozen, in evaluation mode. dtype None: as the file has it. keep_half: as in `loading.Part.load`."""
+        """Frozen, in evaluation mode. dtype None: as the file has it. storage: as in `loading.Part.load`."""
 
     @abstractmethod
     def load_vae(self, dtype: torch.dtype | None, device: torch.device | str) -> nn.Module:
@@ -92,9 +96,17 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def load_denoiser(
-        self, dtype: torch.dtype | None, device: torch.device | str, *, keep_half: bool = False
+        self, dtype: torch.dtype | None, device: torch.device | str, *, storage: Storage = "plain"
     ) -> nn.Module:
-        """Frozen, in evaluation mode. dtype None: as the file has it."""
+        """Frozen, in evaluation mode. dtype None: as the file has it. storage: as in `loading.Part.load`."""
+
+    @abstractmethod
+    def part(self, name: str) -> Part:
+        """Where "denoiser", "vae" or a text encoder comes from."""
+
+    def empty_denoiser(self, dtype: torch.dtype | None = None, storage: Storage = "plain") -> nn.Module:
+        """As `load_denoiser` makes it, but without memory for its weights, which are on the meta device."""
+        return self.part("denoiser").empty(dtype, storage)
 
     # ---- text
 
@@ -111,6 +123,11 @@ class ModelFamily(ABC):
     def count_tokens(self, captions: Sequence[str]) -> list[int]:
         """Number of tokens of each caption, uncut, counted as `token_limit` counts."""
 
+    @property
+    def text_length_varies(self) -> bool:
+        """Whether batches come to the denoiser with texts of different lengths."""
+        return False
+
     @abstractmethod
     def encode_part(self, name: str, encoder: nn.Module, tokens: Tokens) -> Cond:
         """What encoder `name` gives for the whole batch (every tensor B first): the part of a Cond that is its own.
@@ -124,6 +141,10 @@ class ModelFamily(ABC):
         for name, encoder in encoders.items():
             cond |= self.encode_part(name, encoder, tokens)
         return cond
+
+    @abstractmethod
+    def blank_cond(self, count: int, dtype: torch.dtype = torch.float32) -> Cond:
+        """Zeros of the shapes that the text encoders of this run give for `count` captions, none of them padded."""
 
     def drop_text(self, cond: Cond) -> Cond:
         """In training only: leave out outputs of single encoders at random (torch's global generator)."""
@@ -166,15 +187,25 @@ class ModelFamily(ABC):
     def blocks(self, denoiser: nn.Module) -> list[nn.Module]:
         """The denoiser's blocks in the order in which they run."""
 
-    def enable_checkpointing(self, denoiser: nn.Module, encoders: Sequence[nn.Module]) -> None:
-        """Recompute activations in the backward pass. `encoders`: those that learn; they are put into training mode.
+    def swapped(self, denoiser: nn.Module, count: int, options: Any = None) -> list[int]:
+        """Indices into `blocks` of those that --blocks_to_swap `count` keeps in main memory, evenly spread.
 
-        Always the non-reentrant kind: it passes keyword arguments, and gradients flow when no input needs one.
+        options: the option group "finetune" of full training; a family may have options of its own there. The denoiser
+        may be `empty_denoiser`. Raises UserError when it has too few blocks.
         """
-        denoiser.enable_gradient_checkpointing(gradient_checkpointing_func=_recompute)  # type: ignore[operator]
-        for encoder in encoders:
-            encoder.train()  # transformers recomputes in training mode only
-            encoder.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        require_blocks("--blocks_to_swap", count, self.most_swapped(denoiser))
+        return spread(len(self.blocks(denoiser)), count)
+
+    def most_swapped(self, denoiser: nn.Module) -> int:
+        """The largest number that --blocks_to_swap takes."""
+        return len(self.blocks(denoiser)) - STAYING_BLOCKS
+
+    def modulations(self, denoiser: nn.Module) -> tuple[nn.Module, list[nn.Linear]] | None:
+        """The module that gives the time embedding, and the Linears in blocks, in order, that are given its silu.
+
+        None: there are none, or they are no large part of the weights.
+        """
+        return None
 
     # ---- textual inversion
 
@@ -244,5 +275,7 @@ class ModelFamily(ABC):
         """What the metadata say of the model."""
 
 
-def _recompute(function: Any, *args: Any, **kwargs: Any) -> Any:
-    return checkpoint(function, *args, use_reentrant=False, **kwargs)
+def require_blocks(flag: str, count: int, limit: int) -> None:
+    """Raises UserError when `flag` asks for more than `limit` blocks."""
+    if count > max(0, limit):
+        raise UserError(f"{flag} {count}: at most {max(0, limit)} blocks of this model can be swapped")

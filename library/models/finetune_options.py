@@ -8,19 +8,11 @@ from dataclasses import dataclass
 
 from library.options import option
 
-PLAIN_STEP = "comes with the memory options; until then the plain optimizer step is used, with the same result"
-
 
 @dataclass(frozen=True)
 class FineTuneOptions:
     """What full training has in every family. `ModelFamily.learning_parts` and `denoiser_groups` read a subclass."""
 
-    fused_optimizer_groups: int | None = option(
-        None, help="Number of groups of weights that are stepped during the backward pass.", answer=PLAIN_STEP
-    )
-    blockwise_fused_optimizers: bool = option(
-        False, help="Step each block's weights during the backward pass.", answer=PLAIN_STEP
-    )
     mem_eff_save: bool = option(
         False,
         help="Save with little memory.",
@@ -36,6 +28,11 @@ class FineTuneOptions:
     def encoders_until(self) -> int | None:
         """The optimizer step from which on text encoders stay as they are; None: those that learn learn to the end."""
         return None
+
+    @property
+    def swaps_blocks(self) -> bool:
+        """Whether options of the family's own say which blocks wait in main memory."""
+        return False
 
     def idle(self) -> Iterator[str]:
         """Options that do nothing beside the others, which graphical programs leave in: for warnings."""

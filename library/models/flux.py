@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 from library.io.checkpoint import save_tensors
-from library.models.family import ModelFacts, ModelFamily, PreviewDefaults
-from library.models.flux_options import FluxOptions
+from library.memory.block_swap import spread
+from library.memory.quantise import Storage
+from library.models.family import STAYING_BLOCKS, ModelFacts, ModelFamily, PreviewDefaults, require_blocks
+from library.models.flux_options import FluxFineTuneOptions, FluxOptions
 from library.models.flux_parts import CLIP, T5, FluxParts, denoiser_rules, open_parts
-from library.models.flux_patches import RecomputeWithMask
+from library.models.loading import Part
 from library.models.text import CHUNK, ClipTokenizer
 from library.models.tokenizers import TextTokenizer, clip_tokenizer, t5_tokenizer, tokenizer_folders
 from library.names.keys import Published
@@ -113,17 +115,21 @@ class Flux(ModelFamily):
         return (T5,) if self.is_chroma else (CLIP, T5)
 
     def load_text_encoder(
-        self, name: str, dtype: torch.dtype | None, device: torch.device | str, *, keep_half: bool = False
+        self, name: str, dtype: torch.dtype | None, device: torch.device | str, *, storage: Storage = "plain"
     ) -> nn.Module:
-        return self.parts.encoders[name].part.load(dtype, device, keep_half=keep_half)
+        return self.parts.encoders[name].part.load(dtype, device, storage=storage)
 
     def load_vae(self, dtype: torch.dtype | None, device: torch.device | str) -> nn.Module:
         return self.parts.ae.load(torch.float32 if self.options.no_half_vae else dtype, device)
 
     def load_denoiser(
-        self, dtype: torch.dtype | None, device: torch.device | str, *, keep_half: bool = False
+        self, dtype: torch.dtype | None, device: torch.device | str, *, storage: Storage = "plain"
     ) -> nn.Module:
-        return self.parts.denoiser.load(dtype, device, keep_half=keep_half)
+        return self.parts.denoiser.load(dtype, device, storage=storage)
+
+    def part(self, name: str) -> Part:
+        own = {"denoiser": self.parts.denoiser, "vae": self.parts.ae}
+        return own[name] if name in own else self.parts.encoders[name].part
 
     # ---- text
 
@@ -131,6 +137,10 @@ class Flux(ModelFamily):
     def text_length(self) -> int:
         """Tokens of T5 for a caption, with end token and padding."""
         return self.options.t5xxl_max_token_length or TEXT_LENGTHS[self.variant]
+
+    @property
+    def text_length_varies(self) -> bool:
+        return self.masks_text
 
     def tokenize(self, captions: list[str]) -> Tokens:
         tokens = self._t5_tokenizer(captions, length=self.text_length, name=T5)
@@ -146,6 +156,13 @@ class Flux(ModelFamily):
 
     def count_tokens(self, captions: Sequence[str]) -> list[int]:
         return self._t5_tokenizer.count(captions)
+
+    def blank_cond(self, count: int, dtype: torch.dtype = torch.float32) -> Cond:
+        widths, length = {name: encoder.width for name, encoder in self.parts.encoders.items()}, self.text_length
+        cond = {T5: torch.zeros(count, length, widths[T5], dtype=dtype)}
+        if CLIP in widths:
+            cond[POOLED] = torch.zeros(count, widths[CLIP], dtype=dtype)
+        return cond | ({MASK: torch.ones(count, length, dtype=torch.bool)} if self.masks_text else {})
 
     def encode_part(self, name: str, encoder: nn.Module, tokens: Tokens) -> Cond:
         device = next(encoder.parameters()).device
@@ -209,13 +226,39 @@ class Flux(ModelFamily):
         return torch.full_like(t, self.options.guidance_scale, dtype=torch.float32) if told is None else told
 
     def blocks(self, denoiser: nn.Module) -> list[nn.Module]:
-        lists = (denoiser.get_submodule(name) for name in ("transformer_blocks", "single_transformer_blocks"))
-        return [block for blocks in lists for block in blocks.children()]
+        return [block for blocks in _block_lists(denoiser) for block in blocks]
 
-    def enable_checkpointing(self, denoiser: nn.Module, encoders: Sequence[nn.Module]) -> None:
-        super().enable_checkpointing(denoiser, encoders)
+    def swapped(self, denoiser: nn.Module, count: int, options: FluxFineTuneOptions | None = None) -> list[int]:
+        """Half of `count` are double blocks; for each other one, two single blocks go, which are about as large."""
+        doubles, singles = map(len, _block_lists(denoiser))
+        most = doubles - STAYING_BLOCKS, singles - STAYING_BLOCKS
+        given = (options.double_blocks_to_swap, options.single_blocks_to_swap) if options else (None, None)
+        if any(given):
+            if count:
+                raise UserError(
+                    "--blocks_to_swap says how many double and single blocks are swapped: "
+                    "leave out --double_blocks_to_swap and --single_blocks_to_swap"
+                )
+            double, single = (number or 0 for number in given)
+            require_blocks("--double_blocks_to_swap", double, most[0])
+            require_blocks("--single_blocks_to_swap", single, most[1])
+        else:
+            double, single = count // 2, 2 * (count - count // 2)
+            require_blocks("--blocks_to_swap", count, self.most_swapped(denoiser))
+        return [*spread(doubles, double), *(doubles + index for index in spread(singles, single))]
+
+    def most_swapped(self, denoiser: nn.Module) -> int:
+        doubles, singles = (len(blocks) - STAYING_BLOCKS for blocks in _block_lists(denoiser))
+        return max(0, min(2 * doubles + 1, singles // 2 * 2))
+
+    def modulations(self, denoiser: nn.Module) -> tuple[nn.Module, list[nn.Linear]] | None:
         if self.is_chroma:
-            denoiser.enable_gradient_checkpointing(gradient_checkpointing_func=RecomputeWithMask())  # type: ignore[operator]
+            return None  # its blocks are given their modulations
+        doubles, singles = _block_lists(denoiser)
+        names = [(block, f"{norm}.linear") for block in doubles for norm in ("norm1", "norm1_context")]
+        names += [(block, "norm.linear") for block in singles]
+        linears = [block.get_submodule(name) for block, name in names]
+        return denoiser.get_submodule("time_text_embed"), linears  # type: ignore[return-value]
 
     # ---- files
 
@@ -257,6 +300,12 @@ class Flux(ModelFamily):
         return self.tokenizers[CLIP]  # type: ignore[return-value]
 
 
+def _block_lists(denoiser: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    """Double blocks and single blocks."""
+    double, single = (denoiser.get_submodule(name) for name in ("transformer_blocks", "single_transformer_blocks"))
+    return [*double.children()], [*single.children()]
+
+
 # ---- latents as tokens ----------------------------------------------------------------------------------------------
 
 
@@ -276,8 +325,9 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
 
 def picture_ids(rows: int, columns: int, device: torch.device) -> Tensor:
     """(rows columns, 3) float32: 0, row, column of each token."""
-    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    return torch.stack([torch.zeros_like(row), row, column], -1).flatten(0, 1).to(device, torch.float32)
+    places = (torch.arange(count, dtype=torch.float32, device=device) for count in (rows, columns))
+    row, column = torch.meshgrid(*places, indexing="ij")
+    return torch.stack([torch.zeros_like(row), row, column], -1).flatten(0, 1)
 
 
 def _over_pictures(mask: Tensor, tokens: Tensor) -> Tensor:

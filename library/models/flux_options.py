@@ -11,7 +11,6 @@ from library.models.options import ModelOptions
 from library.options import at_least, option, refused
 
 GUIDANCE_SCALE = 3.5  # as sd-scripts has it
-SWAP_LATER = "comes with the memory options; until then every block stays where the model is"
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class FluxOptions(ModelOptions):
     controlnet_model_name_or_path: str | None = option(
         None, help="Not for this method.", check=refused("a ControlNet has a script of its own")
     )
-    split_mode: bool = option(False, help="Train half of the blocks at a time.", answer=SWAP_LATER)
+    split_mode: bool = option(False, help="Train half of the blocks at a time.", answer="--blocks_to_swap does its job")
     disable_mmap_load_safetensors: bool = option(
         False,
         help="Read the model without mapping its file.",
@@ -79,8 +78,18 @@ class FluxFineTuneOptions(FineTuneOptions):
     """What full training of FLUX.1 has besides."""
 
     double_blocks_to_swap: int | None = option(
-        None, help="Number of double blocks that are kept off the device.", answer=SWAP_LATER
+        None,
+        help="In place of --blocks_to_swap: double blocks whose weights wait in main memory until they are needed.",
+        check=at_least(0),
+        zero_is_unset=True,
     )
     single_blocks_to_swap: int | None = option(
-        None, help="Number of single blocks that are kept off the device.", answer=SWAP_LATER
+        None,
+        help="In place of --blocks_to_swap: single blocks whose weights wait in main memory until they are needed.",
+        check=at_least(0),
+        zero_is_unset=True,
     )
+
+    @property
+    def swaps_blocks(self) -> bool:
+        return bool(self.double_blocks_to_swap or self.single_blocks_to_swap)

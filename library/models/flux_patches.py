@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 TIMESTEPS = 1000  # the model embeds noise levels of 0..1 as 0..1000
 
@@ -54,17 +53,3 @@ def patch_chroma(denoiser: nn.Module) -> None:
     """All of it that Chroma needs."""
     keep_time_exact(denoiser)
     mask_keys_only(denoiser)
-
-
-class RecomputeWithMask:
-    """Recomputes Chroma's blocks in the backward pass. diffusers leaves the mask out for its single blocks then."""
-
-    def __init__(self) -> None:
-        self.mask: Tensor | None = None
-
-    def __call__(self, block: nn.Module, *args: Any) -> Any:
-        if len(args) == 5:  # a double block: picture, text, time, positions, mask
-            self.mask = args[-1]
-        elif len(args) == 3:  # a single block: tokens, time, positions
-            args = (*args, self.mask)
-        return checkpoint(block, *args, use_reentrant=False)

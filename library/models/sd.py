@@ -19,15 +19,17 @@ from torch import Tensor, nn
 from library.errors import UserError
 from library.io.checkpoint import CheckpointForm
 from library.log import get_logger
+from library.memory.quantise import Storage
 from library.models import kl_vae
 from library.models.family import ModelFacts, ModelFamily
-from library.models.loading import PIPELINE_FILES, locate
+from library.models.loading import PIPELINE_FILES, Part, locate
 from library.models.new_tokens import NewWord, add_word
 from library.models.options import SDOptions
 from library.models.sd_options import SDFineTuneOptions
 from library.models.sd_parts import SDParts, open_parts
 from library.models.sd_save import FORMATS, NOTHING, Pipeline, names_read, save_pipeline, save_single, scheduler_config
 from library.models.text import CHUNK, ClipTokenizer, find_tokenizer, join_chunks
+from library.models.unet_blocks import unet_blocks
 from library.names.keys import Rule, publish
 from library.names.sd import (
     CLIP_PREFIX,
@@ -105,17 +107,20 @@ class StableDiffusion(ModelFamily):
         return (ENCODER,)
 
     def load_text_encoder(
-        self, name: str, dtype: torch.dtype | None, device: torch.device | str, *, keep_half: bool = False
+        self, name: str, dtype: torch.dtype | None, device: torch.device | str, *, storage: Storage = "plain"
     ) -> nn.Module:
-        return self.parts.text_encoder.load(dtype, device, keep_half=keep_half)
+        return self.parts.text_encoder.load(dtype, device, storage=storage)
 
     def load_vae(self, dtype: torch.dtype | None, device: torch.device | str) -> nn.Module:
         return self.parts.vae.load(torch.float32 if self.options.no_half_vae else dtype, device)
 
     def load_denoiser(
-        self, dtype: torch.dtype | None, device: torch.device | str, *, keep_half: bool = False
+        self, dtype: torch.dtype | None, device: torch.device | str, *, storage: Storage = "plain"
     ) -> nn.Module:
-        return self.parts.unet.load(dtype, device, keep_half=keep_half)
+        return self.parts.unet.load(dtype, device, storage=storage)
+
+    def part(self, name: str) -> Part:
+        return {"denoiser": self.parts.unet, "vae": self.parts.vae, ENCODER: self.parts.text_encoder}[name]
 
     # ---- text
 
@@ -130,6 +135,10 @@ class StableDiffusion(ModelFamily):
 
     def count_tokens(self, captions: Sequence[str]) -> list[int]:
         return self.tokenizer.count(captions, weighted=self.options.weighted_captions)
+
+    def blank_cond(self, count: int, dtype: torch.dtype = torch.float32) -> Cond:
+        chunks = self.max_tokens // CHUNK
+        return {CONTEXT: torch.zeros(count, chunks * CHUNK + 2, self.parts.text_width, dtype=dtype)}
 
     def encode_part(self, name: str, encoder: nn.Module, tokens: Tokens) -> Cond:
         ids = tokens.ids[ENCODER].to(next(encoder.parameters()).device)  # B chunks 77
@@ -173,8 +182,7 @@ class StableDiffusion(ModelFamily):
         return denoiser(x_t, t, encoder_hidden_states=context, return_dict=False)[0]
 
     def blocks(self, denoiser: nn.Module) -> list[nn.Module]:
-        down, mid, up = (denoiser.get_submodule(name) for name in ("down_blocks", "mid_block", "up_blocks"))
-        return [*down.children(), mid, *up.children()]
+        return unet_blocks(denoiser)
 
     # ---- full training
 

@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from library.errors import UserError
 from library.io.checkpoint import save_tensors
 from library.log import get_logger
+from library.memory.quantise import Storage
 from library.models.family import ModelFacts, ModelFamily, PreviewDefaults
+from library.models.loading import Part
 from library.models.sd3_options import SD3FineTuneOptions, SD3Options
 from library.models.sd3_parts import CLIP_G, CLIP_L, ENCODERS, MMDIT_PREFIX, T5, SD3Parts, mmdit_rules, open_parts
 from library.models.sd3_positions import use_random_crop, use_scaled_positions
@@ -129,23 +131,27 @@ class StableDiffusion3(ModelFamily):
         return tuple(self.parts.encoders)
 
     def load_text_encoder(
-        self, name: str, dtype: torch.dtype | None, device: torch.device | str, *, keep_half: bool = False
+        self, name: str, dtype: torch.dtype | None, device: torch.device | str, *, storage: Storage = "plain"
     ) -> nn.Module:
-        return self.parts.encoders[name].part.load(dtype, device, keep_half=keep_half)
+        return self.parts.encoders[name].part.load(dtype, device, storage=storage)
 
     def load_vae(self, dtype: torch.dtype | None, device: torch.device | str) -> nn.Module:
         return self.parts.vae.load(torch.float32 if self.options.no_half_vae else dtype, device)
 
     def load_denoiser(
-        self, dtype: torch.dtype | None, device: torch.device | str, *, keep_half: bool = False
+        self, dtype: torch.dtype | None, device: torch.device | str, *, storage: Storage = "plain"
     ) -> nn.Module:
-        denoiser = self.parts.denoiser.load(dtype, device, keep_half=keep_half)
+        denoiser = self.parts.denoiser.load(dtype, device, storage=storage)
         if self.options.pos_emb_random_crop_rate:
             use_random_crop(denoiser, self.options.pos_emb_random_crop_rate)
         if self.options.enable_scaled_pos_embed:
             config = self.parts.config
             use_scaled_positions(denoiser, config["sample_size"] // config["patch_size"])
         return denoiser
+
+    def part(self, name: str) -> Part:
+        own = {"denoiser": self.parts.denoiser, "vae": self.parts.vae}
+        return own[name] if name in own else self.parts.encoders[name].part
 
     # ---- text
 
@@ -168,6 +174,17 @@ class StableDiffusion3(ModelFamily):
         if T5 in self.encoders:
             return self.t5_tokenizer.count(captions)
         return next(iter(self.clip_tokenizers.values())).count(captions, weighted=False)
+
+    def blank_cond(self, count: int, dtype: torch.dtype = torch.float32) -> Cond:
+        cond: Cond = {}
+        for name, encoder in self.parts.encoders.items():
+            length = self.options.t5xxl_max_token_length if name == T5 else CLIP_LENGTH
+            cond[name] = torch.zeros(count, length, encoder.width, dtype=dtype)
+            if name in CLIPS:
+                cond[POOLED.format(name)] = torch.zeros(count, encoder.width, dtype=dtype)
+            elif self.options.apply_t5_attn_mask:
+                cond[T5_MASK] = torch.ones(count, length, dtype=torch.bool)
+        return cond
 
     def encode_part(self, name: str, encoder: nn.Module, tokens: Tokens) -> Cond:
         return self._encode_t5(encoder, tokens) if name == T5 else self._encode_clip(name, encoder, tokens)
@@ -253,6 +270,11 @@ class StableDiffusion3(ModelFamily):
 
     def blocks(self, denoiser: nn.Module) -> list[nn.Module]:
         return [*denoiser.get_submodule("transformer_blocks").children()]
+
+    def modulations(self, denoiser: nn.Module) -> tuple[nn.Module, list[nn.Linear]] | None:
+        names = ("norm1.linear", "norm1_context.linear")
+        linears = [block.get_submodule(name) for block in self.blocks(denoiser) for name in names]
+        return denoiser.get_submodule("time_text_embed"), linears  # type: ignore[return-value]
 
     # ---- full training
 

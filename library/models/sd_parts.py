@@ -45,6 +45,7 @@ class SDParts:
     text_encoder: Part
     text_layers: int
     text_vocabulary: int  # rows of the token embedding
+    text_width: int  # of the states
     scheduler: Mapping[str, Any]
 
 
@@ -77,6 +78,7 @@ def _open_folder(path: Path, version: int, vae: Path | None) -> SDParts:
         text_encoder=Part("text encoder", text_file, prefix, lambda: build_text_encoder(text_config), clip_rules),
         text_layers=text_config["num_hidden_layers"],
         text_vocabulary=text_config["vocab_size"],
+        text_width=text_config["hidden_size"],
         scheduler=read_json(scheduler_file) if scheduler_file.is_file() else defaults["scheduler"],
     )
 
@@ -116,6 +118,7 @@ def _open_file(path: Path, version: int, vae: Path | None) -> SDParts:
         text_encoder=text_encoder,
         text_layers=text_config["num_hidden_layers"],
         text_vocabulary=text_config["vocab_size"],
+        text_width=text_config["hidden_size"],
         scheduler=defaults["scheduler"],
     )
 

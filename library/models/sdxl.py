@@ -22,15 +22,18 @@ from torch import Tensor, nn
 from library.errors import UserError
 from library.io.checkpoint import CheckpointForm
 from library.log import get_logger
+from library.memory.quantise import Storage
 from library.models import kl_vae
 from library.models.family import ModelFacts, ModelFamily, PreviewDefaults
+from library.models.loading import Part
 from library.models.new_tokens import NewWord, add_word
 from library.models.sd import betas
 from library.models.sd_save import FORMATS, NOTHING, Pipeline, names_read, save_pipeline, save_single, scheduler_config
 from library.models.sdxl_options import SDXLFineTuneOptions, SDXLOptions
-from library.models.sdxl_parts import CLIP_G, CLIP_L, ENCODERS, SDXLParts, is_left_out, marks, open_parts
+from library.models.sdxl_parts import ADDED_NUMBERS, CLIP_G, CLIP_L, ENCODERS, SDXLParts, is_left_out, marks, open_parts
 from library.models.text import CHUNK, ClipTokenizer, join_chunks, read_tokenizer
 from library.models.tokenizers import CLIP_G_PADDING, clip_tokenizer, tokenizer_folders
+from library.models.unet_blocks import unet_blocks
 from library.names.keys import Published
 from library.names.sd import (
     SDXL_BLOCKS,
@@ -113,17 +116,21 @@ class StableDiffusionXL(ModelFamily):
         return tuple(ENCODERS)
 
     def load_text_encoder(
-        self, name: str, dtype: torch.dtype | None, device: torch.device | str, *, keep_half: bool = False
+        self, name: str, dtype: torch.dtype | None, device: torch.device | str, *, storage: Storage = "plain"
     ) -> nn.Module:
-        return self.parts.encoders[name].part.load(dtype, device, keep_half=keep_half)
+        return self.parts.encoders[name].part.load(dtype, device, storage=storage)
 
     def load_vae(self, dtype: torch.dtype | None, device: torch.device | str) -> nn.Module:
         return self.parts.vae.load(torch.float32 if self.options.no_half_vae else dtype, device)
 
     def load_denoiser(
-        self, dtype: torch.dtype | None, device: torch.device | str, *, keep_half: bool = False
+        self, dtype: torch.dtype | None, device: torch.device | str, *, storage: Storage = "plain"
     ) -> nn.Module:
-        return self.parts.unet.load(dtype, device, keep_half=keep_half)
+        return self.parts.unet.load(dtype, device, storage=storage)
+
+    def part(self, name: str) -> Part:
+        own = {"denoiser": self.parts.unet, "vae": self.parts.vae}
+        return own[name] if name in own else self.parts.encoders[name].part
 
     # ---- text
 
@@ -144,6 +151,13 @@ class StableDiffusionXL(ModelFamily):
 
     def count_tokens(self, captions: Sequence[str]) -> list[int]:
         return self.tokenizers[CLIP_L].count(captions, weighted=self.options.weighted_captions)
+
+    def blank_cond(self, count: int, dtype: torch.dtype = torch.float32) -> Cond:
+        length, config = self.max_tokens // CHUNK * CHUNK + 2, self.parts.unet_config
+        pooled = config["projection_class_embeddings_input_dim"] - ADDED_NUMBERS * config["addition_time_embed_dim"]
+        widths = {name: encoder.width for name, encoder in self.parts.encoders.items()}
+        states = {name: torch.zeros(count, length, width, dtype=dtype) for name, width in widths.items()}
+        return {**states, POOLED: torch.zeros(count, pooled, dtype=dtype)}
 
     def encode_part(self, name: str, encoder: nn.Module, tokens: Tokens) -> Cond:
         """The states that go into the last layer; of CLIP-G also the projected pooled state of the first chunk."""
@@ -205,8 +219,7 @@ class StableDiffusionXL(ModelFamily):
         return torch.cat([size for size in sizes if size is not None], 1).to(x_t.device, torch.float32)
 
     def blocks(self, denoiser: nn.Module) -> list[nn.Module]:
-        down, mid, up = (denoiser.get_submodule(name) for name in ("down_blocks", "mid_block", "up_blocks"))
-        return [*down.children(), mid, *up.children()]
+        return unet_blocks(denoiser)
 
     # ---- full training
 

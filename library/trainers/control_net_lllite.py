@@ -73,6 +73,10 @@ class LLLiteTrainer(Trainer):
             base_model=network.disabled,
         )
 
+    @property
+    def changed(self) -> frozenset[str]:
+        return frozenset()
+
     def create_network(self) -> AdapterNetwork:
         """New, or as --network_weights has it."""
         options, unet = self.options.lllite, self.models.denoiser

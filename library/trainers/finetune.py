@@ -14,7 +14,10 @@ from library.data.config import load_dataset_config
 from library.device import DTYPES
 from library.errors import UserError, first_names
 from library.io.checkpoint import CheckpointForm, extension_of, is_save_of
-from library.log import get_logger
+from library.log import get_logger, process_count
+from library.models.finetune_options import FineTuneOptions
+from library.optim.in_backward import check_in_backward, units
+from library.optim.optimizers import find_optimizer
 from library.trainers.finetune_options import ONE_FORMAT, FineTuneTrainerOptions
 from library.trainers.settings import trained_dtype
 from library.trainers.trainables import Trainables
@@ -85,15 +88,42 @@ class FineTuneTrainer(Trainer):
             flat=False,  # a second copy of a whole model would not fit where the first just does
         )
 
+    @property
+    def steps_in_backward(self) -> bool:
+        return self.options.optimizer.in_backward is not None
+
+    def units(self) -> list[list[nn.Parameter]]:
+        return units(self.trainables.groups, self.memory.blocks, self.options.optimizer)
+
+    @property
+    def swap_options(self) -> FineTuneOptions:
+        return self.options.finetune
+
     # ---- checks -----------------------------------------------------------------------------------------------------
 
     def checks(self) -> list[Callable[[], None]]:
-        return [self.check_rates, self.check_caches, self.check_data, self.check_format, self.check_source]
+        return [
+            self.check_rates, self.check_in_backward, self.check_caches, self.check_data, self.check_format,
+            self.check_source,
+        ]  # fmt: skip
 
     def check_rates(self) -> None:
         """Something learns."""
         if not self.learning:
             raise UserError("nothing learns: all learning rates are 0 (see --learning_rate)")
+
+    def check_in_backward(self) -> None:
+        """Weights can be stepped during the backward pass, where that is asked for."""
+        options, name = self.options, self.options.optimizer.name
+        if options.optimizer.in_backward is not None:
+            check_in_backward(
+                options.optimizer.in_backward,
+                name,
+                by_weight=find_optimizer(name)[0].by_weight,
+                scaled=options.precision.mixed_precision == "fp16",
+                processes=process_count(),
+                deepspeed=options.distributed.deepspeed,
+            )
 
     def check_caches(self) -> None:
         """Cached text outputs leave something to cache."""

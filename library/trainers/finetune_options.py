@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from library.io.options import SaveOptions
 from library.models.finetune_options import FineTuneOptions
 from library.models.sd_options import DreamBoothOptions
+from library.optim.options import FullOptimizerOptions
 from library.options import option
 from library.trainers.options import TrainerOptions
 
@@ -38,6 +39,7 @@ class CheckpointOptions(SaveOptions):
 class FineTuneTrainerOptions(TrainerOptions):
     """Full training."""
 
+    optimizer: FullOptimizerOptions
     save: CheckpointOptions
     finetune: FineTuneOptions
 

@@ -14,6 +14,7 @@ from library.device import DTYPES
 from library.errors import UserError
 from library.io.checkpoint import save_tensors
 from library.log import get_logger
+from library.memory.quantise import Storage, quantise
 from library.trainers.options import NetworkTrainerOptions
 from library.trainers.trainables import Trainables
 from library.trainers.trainer import Trainer
@@ -101,9 +102,16 @@ class NetworkTrainer(Trainer):
         names = [name for name in encoders if (name in self.learning) == learning]
         return tuple(f"{self.family.adapter_prefixes[name]}_" for name in names)
 
-    def keeps_half(self, part: str) -> bool:
-        """Merging into half precision would round, and third-party networks may read the weights themselves."""
-        return not self.options.network.base_weights and self.network_module.startswith("networks.")
+    @property
+    def changed(self) -> frozenset[str]:
+        return frozenset()
+
+    def storage(self, part: str) -> Storage:
+        """Merging into fewer bits would round, and third-party networks may compute with the weights themselves."""
+        found = super().storage(part)
+        if self.options.network.base_weights:
+            return "plain"
+        return "plain" if found == "half" and not self.network_module.startswith("networks.") else found
 
     def build_trainables(self) -> Trainables:
         options = self.options.network
@@ -120,6 +128,7 @@ class NetworkTrainer(Trainer):
                 file = options.network_weights
                 lines = (problem.removeprefix(f"{file}: ") for problem in error.problems)
                 raise UserError(f"--network_weights {file}: {line}" for line in lines) from None
+        self.check_moved_weights()
         self.formatted(self.network.state(None))  # what has no name in the format is refused now, not at the first save
         if self.options.memory.gradient_checkpointing:
             self.network.enable_gradient_checkpointing()
@@ -142,7 +151,22 @@ class NetworkTrainer(Trainer):
             set_condition=self.network.set_condition,
             base_model=self.network.disabled,
             epoch_started=self.network.epoch_started,
+            reads_weights=self.network.reads_weights,
+            reads_between_steps=self.network.reads_between_steps(),
         )
+
+    def check_moved_weights(self) -> None:
+        """No adapter looks at weights while they are in main memory."""
+        problems, modulations = [], self.family.modulations(self.models.denoiser) if self.choice.hoist else None
+        if modulations is not None and self.network.reads_weights(modulations[1]):
+            problems.append(
+                "--hoist_modulation: adapters that read weights (DoRA, OFT, third-party modules) cannot be on the "
+                "modulation layers, whose weights it takes away: leave it out"
+            )
+        if self.choice.blocks_to_swap and self.network.reads_between_steps():
+            problems.append("--blocks_to_swap: ggpo_sigma and ggpo_beta read all weights after each step; leave it out")
+        if problems:
+            raise UserError(problems)
 
     def create_network(self) -> AdapterNetwork:
         options, models = self.options.network, self.models
@@ -211,6 +235,11 @@ class NetworkTrainer(Trainer):
             network.load(weights)
             network.merge_into()
             log.info(f"merged {file} at strength {multiplier}")
+        if options.base_weights:
+            for part, model in (("denoiser", models.denoiser), *models.encoders.items()):
+                storage = super().storage(part)
+                if storage != "plain" and storage != "half":
+                    quantise(model, storage)
 
     def after_step(self) -> dict[str, float | Tensor]:
         self.network.step_taken()

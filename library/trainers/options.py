@@ -233,6 +233,8 @@ class TrainerOptions:
     def problems(self) -> Iterator[str]:
         """Combinations across groups that make no sense."""
         yield from cross_problems(self.save, self.state, self.hub)
+        if self.memory.plan and self.state.resume:
+            yield "--plan looks at a run from its start: leave out --resume, what a step takes is the same"
         if self.distributed.deepspeed and (
             self.state.save_state or self.state.save_state_on_train_end or self.state.resume
         ):

@@ -118,9 +118,9 @@ class TextualInversionTrainer(Trainer):
     def learning(self) -> frozenset[str]:
         return frozenset(self.family.encoders)
 
-    def keeps_half(self, part: str) -> bool:
-        """The encoders' own weights stay as they are, too."""
-        return True
+    @property
+    def changed(self) -> frozenset[str]:
+        return frozenset()  # the encoders' own weights stay as they are, too
 
     def build_trainables(self) -> Trainables:
         self.rows = {name: self.new_rows(name, word) for name, word in self.words.items()}

@@ -44,6 +44,8 @@ class Trainables:
     base_model: Callable[[], AbstractContextManager[Any]] = (
         nullcontext  # inside it the model is what it was at the start
     )
+    reads_weights: Callable[[Sequence[nn.Module]], bool] = lambda modules: False  # in a pass, other than by calling
+    reads_between_steps: bool = False  # looks at the models' weights after each step
 
     def parameters(self) -> list[nn.Parameter]:
         return [p for group in self.groups for p in group["params"]]

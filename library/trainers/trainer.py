@@ -3,21 +3,21 @@
 
 from __future__ import annotations
 
-import warnings
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from library.data.plan import BatchPlan
 from library.data.scan import Scan
 from library.device import (
     free_memory,
+    limit_memory,
     make_accelerator,
     return_large_blocks,
     seed_everything,
@@ -27,20 +27,27 @@ from library.errors import first_names
 from library.io.checkpoint import extension_of
 from library.io.state import StateParts
 from library.log import get_logger, progress
+from library.memory.checkpointing import recompute_encoders
+from library.memory.choice import MemoryChoice
+from library.memory.compiling import warm
+from library.memory.estimate import CUDA_CONTEXT
+from library.memory.quantise import Storage
 from library.models.family import ModelFamily
+from library.models.finetune_options import FineTuneOptions
 from library.models.quick_import import import_diffusers
-from library.optim.bf16 import build_bf16
-from library.optim.ema import Ema
-from library.optim.flat import FlatParameters
-from library.optim.schedulers import build_scheduler, check_scheduler
+from library.optim.schedulers import check_scheduler
 from library.options import dump_toml
 from library.rng import derive_seed, torch_generator
 from library.trainers.caching import Caches, Share
 from library.trainers.debug_dataset import write_dataset_sheets
 from library.trainers.facts import RunRecord
+from library.trainers.forward import Forward
+from library.trainers.gradients import Gradients
 from library.trainers.guards import MovingAverage, StepReader, StepReport
+from library.trainers.memory import Memory, check_choice, is_out_of_memory, moves_weights
 from library.trainers.options import TrainerOptions
 from library.trainers.plan import Position, make_plan, share_of
+from library.trainers.planning import PeakCheck, plan_memory
 from library.trainers.preparation import Preparation
 from library.trainers.previews import Previews
 from library.trainers.saving import Saver
@@ -48,9 +55,12 @@ from library.trainers.settings import compute_dtype, distributed_settings, loadi
 from library.trainers.signals import EXIT_STOPPED, StopRequest, StopVote
 from library.trainers.tracking import Trackers, open_trackers
 from library.trainers.trainables import GradientWatch, Models, StepModule, Trainables
-from library.types import Batch, Noised
+from library.trainers.updates import Updates
+from library.trainers.validation import Validation
+from library.types import Batch
 
 log = get_logger()
+WARMED_SHAPES = 2  # compiled before the first step; later ones when they come
 
 
 class Trainer(ABC):
@@ -62,6 +72,7 @@ class Trainer(ABC):
     def __init__(self, family: ModelFamily, options: TrainerOptions) -> None:
         self.family, self.options = family, options
         self.position = Position()
+        self.check_of_plan: PeakCheck | None = None
 
     # ---- override points, and no others -----------------------------------------------------------------------------
 
@@ -88,9 +99,17 @@ class Trainer(ABC):
         """Whether what learns looks at control images: each picture must have one then. Raises UserError."""
         return False
 
-    def keeps_half(self, part: str) -> bool:
-        """Whether a model stays frozen: a float32 run may then keep its matrices in the file's half precision."""
-        return part not in self.learning
+    @property
+    def changed(self) -> frozenset[str]:
+        """Models whose own weights learn, not only adapters on them."""
+        return self.learning
+
+    def storage(self, part: str) -> Storage:
+        """How a model's matrices are kept. A frozen model in a float32 run keeps the file's half precision."""
+        if part in self.changed:
+            return "plain"
+        asked = self.choice.storage if part == "denoiser" else self.choice.encoder_storage
+        return "half" if asked == "plain" else cast(Storage, asked)
 
     def load_dtype(self, part: str) -> torch.dtype:
         """The dtype in which a model is loaded."""
@@ -120,14 +139,17 @@ class Trainer(ABC):
     def run(self) -> int:
         """Exit code 0, or EXIT_STOPPED after Ctrl-C / SIGTERM. Raises UserError and StopTraining."""
         self.prepared = Preparation.of(
-            self.family, self.options, self.checks(), self.with_captions, lambda: self.conditioned,
-            extension=self.extension,
+            self.family, self.options, [self.check_memory, *self.checks()], self.with_captions,
+            lambda: self.conditioned, extension=self.extension,
         )  # fmt: skip
         if self.options.data.debug_dataset:
             write_dataset_sheets(self.prepared.data, Path(self.options.save.output_dir or "."))
             return 0
         self.start_processes()
         self.make_plan()
+        if self.options.memory.plan:
+            sys.stdout.write(plan_memory(self).table())
+            return 0
         self.load_models()
         seed_everything(derive_seed(self.plan.seed, "first weights"))
         self.trainables = self.build_trainables()
@@ -135,6 +157,30 @@ class Trainer(ABC):
         self.build_outputs()
         self.restore()
         return self.train()
+
+    def check_memory(self) -> None:
+        """The model and the method can do what is asked for to save memory."""
+        options = self.options
+        self.choice = MemoryChoice.of(options.memory)
+        check_choice(
+            options.memory, self.family, self.swap_options, learning=self.learning, changed=self.changed,
+            in_backward=self.steps_in_backward, deepspeed=options.distributed.deepspeed,
+            average=options.ema.ema_decay is not None,
+        )  # fmt: skip
+
+    @property
+    def steps_in_backward(self) -> bool:
+        """Whether weights are stepped during the backward pass."""
+        return False
+
+    @property
+    def swap_options(self) -> FineTuneOptions | None:
+        """Options that a family may have besides --blocks_to_swap."""
+        return None
+
+    def units(self) -> list[list[nn.Parameter]]:
+        """If so, those that are stepped together."""
+        return []
 
     def start_processes(self) -> None:
         options = self.options
@@ -149,7 +195,7 @@ class Trainer(ABC):
         if options.precision.full_fp16 and self.accelerator.scaler is not None:
             unscale_half_gradients(self.accelerator.scaler)
         self.device = self.accelerator.device
-        if self.device.type == "cpu" and options.memory.gradient_checkpointing:
+        if self.device.type == "cpu" and MemoryChoice.of(options.memory).activation_budget == 0:
             return_large_blocks()  # who recomputes to save memory would rather have this, too
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.main_process = self.accelerator.is_main_process
@@ -173,6 +219,8 @@ class Trainer(ABC):
     def load_models(self) -> None:
         """Fill the caches, then load what the steps need; each model is freed as soon as it has no more work."""
         import_diffusers()
+        if self.options.memory.asks_planner:
+            self.choose_memory()
         family, share, prompts = self.family, Share(self.rank, self.world), self.prepared.prompts
         self.objective = family.objective(self.options.objective, self.options.loss)
         texts = [text for prompt in prompts for text in (prompt.negative_prompt, prompt.prompt)]
@@ -187,8 +235,7 @@ class Trainer(ABC):
             if not caches.caches_text(name):
                 encoders[name] = self.load_encoder(name)
             elif caches.texts_missing(name):
-                caches.fill_texts(name, self.load_encoder(name), share)
-                free_memory()
+                self.fill_texts(caches, name, share)
         vae = None
         if caches.latents is None or prompts or caches.latents_missing():
             vae = family.load_vae(self.dtype, self.device)
@@ -201,36 +248,92 @@ class Trainer(ABC):
         self.data = self.prepared.data.prepared(
             total_steps=self.plan.total_steps, latents=caches.latents, texts=caches.texts, join=family.join_conds
         )
-        denoiser = family.load_denoiser(self.load_dtype("denoiser"), self.device, keep_half=self.keeps_half("denoiser"))
+        # what is moved to and fro is loaded where it stays: as a whole it may not fit on the card
+        device = torch.device("cpu") if moves_weights(self.choice, self.swap_options) else self.device
+        denoiser = family.load_denoiser(self.load_dtype("denoiser"), device, storage=self.storage("denoiser"))
         self.models = Models(denoiser, encoders, vae)
         for module in self.models.all():
             module.requires_grad_(False)
 
-    def load_encoder(self, name: str) -> nn.Module:
-        return self.family.load_text_encoder(name, self.load_dtype(name), self.device, keep_half=self.keeps_half(name))
+    def choose_memory(self) -> None:
+        """What is not given is chosen, and the card is made as small as --vram_budget says."""
+        budget, plan = self.options.memory.vram_budget, plan_memory(self)
+        self.choice = plan.choose(budget)
+        if self.device.type == "cuda":
+            self.check_of_plan = PeakCheck(plan.needs(self.choice), self.device)
+        if budget is not None:
+            limit_memory(self.device, budget - CUDA_CONTEXT)
+
+    def fill_texts(self, caches: Caches, name: str, share: Share) -> None:
+        """Encode the captions that are not cached yet; on the CPU where the encoder does not fit on the card."""
+        try:
+            caches.fill_texts(name, self.load_encoder(name), share)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            fits = False
+        else:
+            fits = True
+        free_memory()  # outside of the except clause: the error's frames hold the encoder
+        if not fits:
+            log.warning(f"{name} does not fit on the card: it encodes the captions on the CPU, once")
+            caches.fill_texts(name, self.load_encoder(name, "cpu"), share)
+            free_memory()
+
+    def load_encoder(self, name: str, device: str | None = None) -> nn.Module:
+        storage = self.storage(name)
+        return self.family.load_text_encoder(name, self.load_dtype(name), device or self.device, storage=storage)
 
     def build_optimizer(self) -> None:
-        """Precision, memory and speed of what learns, then optimizer and schedule."""
-        precision, memory, trainables = self.options.precision, self.options.memory, self.trainables
-        trainables.module.to(self.device, trained_dtype(precision))
-        if memory.gradient_checkpointing:
-            learning = [encoder for name, encoder in self.models.encoders.items() if name in trainables.encoders]
-            self.family.enable_checkpointing(self.models.denoiser, learning)
-        if memory.compiles:
-            for block in self.family.blocks(self.models.denoiser):
-                block.compile(backend=memory.dynamo_backend)
-        elementwise = self.prepared.optimizer.row.elementwise and not self.options.distributed.deepspeed
-        joined = elementwise and trainables.flat
-        self.flat = FlatParameters(trainables.groups) if joined else None
-        groups = self.flat.param_groups if self.flat else trainables.groups
-        self.optim = build_bf16(self.prepared.optimizer, groups, self.options.bf16_update, seed=self.plan.seed)
-        module = StepModule(self.family, self.models, trainables)
-        self.model, self.optimizer = self.accelerator.prepare(module, self.optim.optimizer)
-        self.scheduler = build_scheduler(self.options.scheduler, self.optim, total_steps=self.plan.total_steps)
-        self.optim.train_mode()
+        """Precision, memory and speed of what learns, then the optimizer and what belongs to it."""
+        trainables = self.trainables
+        trainables.module.to(self.device, trained_dtype(self.options.precision))
+        if self.choice.activation_budget < 1:
+            recompute_encoders([e for name, e in self.models.encoders.items() if name in trainables.encoders])
+        self.memory = Memory(
+            self.family, self.models.denoiser, self.choice, self.options.memory, self.swap_options, self.device
+        )
+        shapes = self.shapes()
+        self.memory.prepare(shapes=len(shapes))
+        self.updates = Updates(
+            self.options, self.prepared.optimizer, trainables, self.accelerator, total_steps=self.plan.total_steps,
+            seed=self.plan.seed,
+        )  # fmt: skip
+        self.memory.move_activations(trainables.parameters())
+        model = self.updates.prepare(StepModule(self.family, self.models, trainables))
+        if self.steps_in_backward:
+            self.memory.steps_in_backward(self.updates.step_in_backward(self.units(), self.memory.changed))
+        self.forward = Forward(
+            self.family, self.objective, self.models, trainables, model, self.device, self.dtype,
+            around=self.memory.around,
+        )  # fmt: skip
+        self.gradients = Gradients(
+            self.forward, self.updates, self.memory, self.accelerator, self.plan.seed, self.rank,
+            may_retry=self.world == 1 and not self.options.distributed.deepspeed,
+        )  # fmt: skip
+        self.validation = Validation(
+            self.options.train, self.prepared.validation_plans, self.data, self.forward, self.plan.seed,
+            self.plan.total_steps,
+        )  # fmt: skip
+        if self.memory.compiled is not None:
+            passes = [partial(self.one_pass, plan) for plan in list(shapes.values())[:WARMED_SHAPES]]
+            # all that learns, or what comes before every block: then the backward pass goes through all of them
+            trained = trainables.parameters() if trainables.flat else trainables.parameters()[:1]
+            warm(passes, trained, self.device)
         free_memory()  # of the weights as they were before they were joined
-        decay = self.options.ema.ema_decay
-        self.ema = Ema(trainables.parameters(), decay) if decay is not None else None
+
+    def shapes(self) -> dict[tuple[Any, ...], BatchPlan]:
+        """Each size of pictures and batches of the first epoch, with its first batch."""
+        found: dict[tuple[Any, ...], BatchPlan] = {}
+        for plan in self.data.plan_epoch(1):
+            found.setdefault((plan.bucket, len(plan.samples)), plan)
+        return found
+
+    def one_pass(self, plan: BatchPlan) -> Tensor:
+        """The loss of a batch, for no other purpose than to have it computed once."""
+        batch = self.data.load(plan, step=0).to(self.device)
+        generator = torch_generator(self.plan.seed, "compiling", device=self.device)
+        return self.forward.losses(batch, self.forward.noised(batch, generator)).mean()
 
     def build_outputs(self) -> None:
         """What watches the run and what it writes."""
@@ -249,19 +352,15 @@ class Trainer(ABC):
         self.watch: GradientWatch | None = GradientWatch(self.trainables.modules)
         self.losses = MovingAverage(self.plan.steps_per_epoch)
         # a schedule that follows the loss must see every loss at its step, or the run would depend on timing
-        self.reader = StepReader(lag=0 if self.scheduler.needs_loss else 4)
+        self.reader = StepReader(lag=0 if self.updates.scheduler.needs_loss else 4)
 
     # ---- states and files -------------------------------------------------------------------------------------------
 
     def state_parts(self) -> StateParts:
         """Everything that the rest of the run depends on."""
-        scaler = self.accelerator.scaler
+        self.memory.home()
         return StateParts(
-            weights=self.trainables.state(),
-            optimizer=self.optim.state_dict(),
-            scheduler=self.scheduler.state_dict(),
-            scaler=scaler.state_dict() if scaler is not None else None,
-            ema=self.ema.state_dict() if self.ema else None,
+            **self.updates.states(),
             step=self.position.step,
             epoch=self.position.epoch,
             batch=self.position.batch,
@@ -273,13 +372,8 @@ class Trainer(ABC):
         """--resume, --initial_step or --initial_epoch."""
         parts, start = self.prepared.resume_from, self.options.state
         if parts is not None:
-            self.trainables.load(parts.weights)
-            self.optim.load_state_dict(parts.optimizer)
-            self.scheduler.load_state_dict(parts.scheduler)
-            if self.accelerator.scaler is not None and parts.scaler is not None:
-                self.accelerator.scaler.load_state_dict(parts.scaler)
-            if self.ema and parts.ema is not None:
-                self.ema.load_state_dict(parts.ema)
+            self.memory.home()
+            self.updates.load(parts)
             self.position = Position(parts.step, parts.epoch, parts.batch)
             self.losses = MovingAverage(self.plan.steps_per_epoch, parts.losses)
             self.prepared.resume_from = None
@@ -289,18 +383,17 @@ class Trainer(ABC):
         elif start.initial_step or start.initial_epoch:
             step = start.initial_step or ((start.initial_epoch or 1) - 1) * self.plan.steps_per_epoch
             self.position = self.plan.position_of(step)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch's: a schedule before the first optimizer step. Here it is meant
-                for _ in range(0 if self.scheduler.needs_loss else step):
-                    self.scheduler.step()
+            self.updates.skip_schedule(step)
         self.plan.require_steps_after(self.position.step)
 
     def write_model(self, path: Path) -> None:
         """Write the trained weights (their moving average, if there is one) with metadata."""
         metadata = self.record.metadata(
-            self.kind, self.metadata(), self.optim.name_for_metadata, step=self.position.step, epoch=self.position.epoch
-        )
-        with self.averaged():
+            self.kind, self.metadata(), self.updates.optim.name_for_metadata, step=self.position.step,
+            epoch=self.position.epoch,
+        )  # fmt: skip
+        self.memory.home()
+        with self.updates.averaged():
             self.save_model(path, metadata)
 
     # ---- one step ---------------------------------------------------------------------------------------------------
@@ -308,92 +401,21 @@ class Trainer(ABC):
     def train_step(self, batches: Sequence[Batch], first_micro_step: int) -> None:
         """One optimizer step over its micro-batches."""
         self.before_step()
-        total = torch.zeros((), device=self.device)
-        for index, batch in enumerate(batches):
-            with self.gradient_sync(is_last=index == len(batches) - 1):
-                generator = torch_generator(
-                    self.plan.seed, "noise", first_micro_step + index, self.rank, device=self.device
-                )
-                seed_everything(derive_seed(self.plan.seed, "dropout", first_micro_step + index, self.rank))
-                loss = self.batch_loss(batch.to(self.device), generator) / len(batches)
-                self.accelerator.backward(loss)
-            total += loss.detach()
-        grad_norm = self.clip_gradients()
-        rates = self.rates()
-        self.optimizer.step()
-        self.scheduler.step(self.losses.mean if self.scheduler.needs_loss else None)
+        total = self.gradients_of(batches, first_micro_step)
+        grad_norm = self.updates.step()
+        rates = self.updates.rates()
+        self.updates.scheduler.step(self.losses.mean if self.updates.scheduler.needs_loss else None)
         more = self.after_step()
-        self.zero_gradients()
-        if self.ema:
-            self.ema.update(self.position.step)
+        self.updates.finish_step(self.position.step)
         names = [name for batch in batches for name in batch.names]
         self.reader.push(
             self.position.step + 1, total, grad_norm, names,
             scaler_skips=self.accelerator.scaler is not None, others={**rates, **more},
         )  # fmt: skip
 
-    def batch_loss(self, batch: Batch, generator: torch.Generator, t: Tensor | None = None) -> Tensor:
-        """Steps 2 to 7 of docs/architecture.md: the mean loss of one micro-batch. `t` is fixed in validation."""
-        latents = self.latents_of(batch)
-        if t is None:
-            height, width = latents.shape[-2:]
-            t = self.objective.sample_t(batch.size, (height, width), generator, self.device)
-        noised = self.objective.noise(latents, t, generator)
-        self.trainables.set_multiplier(batch.network_multiplier)
-        pred = self.predict(noised, batch)
-        if any(batch.keep_prior):
-            noised = self.with_prior_target(noised, batch)
-        return self.objective.loss(pred, noised, batch).mean()
-
-    def latents_of(self, batch: Batch) -> Tensor:
-        if batch.latents is not None:
-            return batch.latents.float()
-        assert batch.pixels is not None and self.models.vae is not None
-        with torch.no_grad():
-            return self.family.encode_image(self.models.vae, batch.pixels, batch.latent_seeds).float()
-
-    def predict(self, noised: Noised, batch: Batch) -> Tensor:
-        tokens = self.family.tokenize(batch.captions) if self.models.encoders else None
-        offload = self.options.memory.cpu_offload_checkpointing and torch.is_grad_enabled()
-        with torch.autograd.graph.save_on_cpu(pin_memory=self.device.type == "cuda") if offload else nullcontext():
-            return self.model(noised.x_t.to(self.dtype), noised.t, batch, tokens).float()
-
-    def with_prior_target(self, noised: Noised, batch: Batch) -> Noised:
-        """custom_attributes.diff_output_preservation: these samples learn what the untrained model says."""
-        with torch.no_grad(), self.trainables.base_model():
-            prior = self.predict(noised, batch)
-        keep = torch.tensor(batch.keep_prior, device=self.device).view(-1, 1, 1, 1)
-        return replace(noised, target=torch.where(keep, prior, noised.target))
-
-    def gradient_sync(self, *, is_last: bool) -> AbstractContextManager[Any]:
-        """Processes exchange gradients, and DeepSpeed steps, only in the last micro-batch of a step."""
-        self.accelerator.gradient_state._set_sync_gradients(is_last)
-        return nullcontext() if is_last else self.accelerator.no_sync(self.model)
-
-    def clip_gradients(self) -> Tensor:
-        """The gradient norm before clipping, on the device."""
-        limit = self.options.optimizer.max_grad_norm or float("inf")
-        if self.flat is not None:
-            self.accelerator.unscale_gradients(self.optimizer)
-            return self.flat.clip_grad_norm(limit)
-        norm = self.accelerator.clip_grad_norm_(self.trainables.parameters(), limit)
-        return torch.as_tensor(0.0 if norm is None else norm, device=self.device)
-
-    def rates(self) -> dict[str, float | Tensor]:
-        """The learning rate of each group, and times the step size where the optimizer finds that itself."""
-        found: dict[str, float | Tensor] = {}
-        for group, rate in zip(self.optim.optimizer.param_groups, self.scheduler.get_last_lr()):
-            name = group.get("name", f"group {len(found)}")
-            found[f"lr/{name}"] = rate
-            if self.prepared.optimizer.row.finds_rate:
-                found[f"lr/d*{name}"] = rate * group["d"]
-        return found
-
-    def zero_gradients(self) -> None:
-        if self.flat is not None:
-            self.flat.zero_grad()
-        else:
-            self.optimizer.zero_grad(set_to_none=True)
+    def gradients_of(self, batches: Sequence[Batch], first_micro_step: int) -> Tensor:
+        """The mean loss of the step's micro-batches, with all gradients in place."""
+        return self.gradients.of(batches, first_micro_step, self.position.step)
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
@@ -407,6 +429,8 @@ class Trainer(ABC):
         with StopRequest() as stop, progress(total, "steps", "step", start=self.position.step) as bar:
             for batches in self.steps():
                 self.train_step(batches, self.plan.micro_step(self.position.epoch, self.position.batch))
+                if self.check_of_plan is not None:
+                    self.check_of_plan.step_taken()
                 epoch_ended = self.advance(len(batches))
                 self.report(self.reader.arrived(), trackers)
                 bar.advance(note=f"loss {self.losses.mean:.4f}" if self.losses.values else "")
@@ -464,31 +488,8 @@ class Trainer(ABC):
             trackers,
             self.position,
             epoch_ended=epoch_ended,
-            weights=self.shown(),
+            weights=self.updates.shown(),
         )
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Inside it the trained weights are what is shown and saved; afterwards they are what they were, to the bit."""
-        parameters = self.trainables.parameters() if self.optim.schedule_free else []
-        kept = [p.detach().clone() for p in parameters]
-        self.optim.eval_mode()
-        with self.ema.swapped() if self.ema else nullcontext():
-            yield
-        self.optim.train_mode()
-        with torch.no_grad():  # its way back rounds
-            for parameter, value in zip(parameters, kept):
-                parameter.copy_(value)
-
-    @contextmanager
-    def shown(self) -> Iterator[None]:
-        """Inside it the model is what a user of the saved file sees: averaged weights, no dropout, full strength."""
-        self.trainables.set_multiplier(1.0)
-        was_training = self.trainables.module.training
-        self.trainables.module.eval()
-        with self.averaged():
-            yield
-        self.trainables.module.train(was_training)
 
     def report(self, reports: Sequence[StepReport], trackers: Trackers) -> None:
         for item in reports:
@@ -496,30 +497,10 @@ class Trainer(ABC):
             values = {"loss/current": item.loss, "loss/average": self.losses.mean, "grad_norm": item.grad_norm}
             trackers.scalars({**values, **item.others}, item.step)
 
-    # ---- validation -------------------------------------------------------------------------------------------------
-
     def validate_if_due(self, trackers: Trackers, *, epoch_ended: bool) -> None:
-        train, step = self.options.train, self.position.step
-        if not len(self.prepared.validation_plans):
-            return
-        by_step = train.validate_every_n_steps is not None and step % train.validate_every_n_steps == 0
-        every_epochs = train.validate_every_n_epochs or (1 if train.validate_every_n_steps is None else None)
-        by_epoch = epoch_ended and every_epochs is not None and self.position.epoch % every_epochs == 0
-        if by_step or by_epoch or step == self.plan.total_steps:
-            with self.shown():
-                loss = self.validation_loss()
+        step = self.position.step
+        if self.validation.is_due(step, self.position.epoch, epoch_ended=epoch_ended):
+            with self.updates.shown():
+                loss = self.validation.loss()
             trackers.scalars({"loss/validation": loss}, step)
             log.info(f"validation loss {loss:.5f} at step {step}")
-
-    @torch.no_grad()
-    def validation_loss(self) -> float:
-        """Mean loss over the validation pictures at fixed timesteps and with fixed noise: comparable between steps."""
-        plans = self.prepared.validation_plans[: self.options.train.max_validation_steps]
-        losses = []
-        for index, plan in enumerate(plans):
-            batch = self.data.load(plan, step=0).to(self.device)
-            for value in self.objective.validation_t():
-                generator = torch_generator(self.plan.seed, "validation", index, device=self.device)
-                t = torch.full((batch.size,), value, device=self.device)
-                losses.append(self.batch_loss(batch, generator, t))
-        return torch.stack(losses).mean().item()

@@ -27,3 +27,4 @@ class Case:
     loss: Loss  # from libraries and formulas only
     options: dict[str, Any] = field(default_factory=dict)  # of every run
     overfit: dict[str, Any] = field(default_factory=dict)  # what makes the network of the overfitting test larger
+    make_deep: Callable[[Path], dict[str, Any]] | None = None  # one with blocks enough to swap some, where that differs

@@ -21,6 +21,7 @@ from tests.trainers.helpers import Adapters
 
 WIDTH, HEAD, TEXT_WIDTH, POOLED_WIDTH = 256, 16, 64, 32  # narrower, 64 numbers of a token do not pass
 DOUBLE, SINGLE = 2, 2  # blocks
+DEEP = 3, 4  # the fewest of which some can be swapped
 CLASSES = {"dev": "FluxPipeline", "schnell": "FluxPipeline", "chroma": "ChromaPipeline"}
 # parts of a pipeline -> options that name them alone
 FLUX_FOLDERS = {"text_encoder": "clip_l", "text_encoder_2": "t5xxl", "vae": "ae"}
@@ -29,8 +30,9 @@ ALL_IN_ONE = {"clip_l": "text_encoders.clip_l.transformer.", "t5xxl": "text_enco
 
 
 def make(
-    folder: Path, *, variant: str = "dev", layout: str = "files", seed: int = 0, **settings: Any
-) -> dict[str, Any]:
+    folder: Path, *, variant: str = "dev", layout: str = "files", seed: int = 0,
+    blocks: tuple[int, int] = (DOUBLE, SINGLE), **settings: Any,
+) -> dict[str, Any]:  # fmt: skip
     """The options that name a tiny "dev", "schnell" or "chroma" below `folder`. Equal seeds give equal weights.
 
     layout "files": denoiser, clip_l, t5xxl and ae in files of their own under published names; "comfy": the same with
@@ -40,7 +42,7 @@ def make(
     The pipeline's folder is always there, as `folder/pipeline`. settings: further options.
     """
     folder = Path(folder)
-    modules = write_pipeline(folder / "pipeline", variant, seed)
+    modules = write_pipeline(folder / "pipeline", variant, seed, blocks)
     options: dict[str, Any] = settings | ({"model_type": "chroma"} if variant == "chroma" else {})
     if layout == "diffusers":
         return options | {"pretrained_model_name_or_path": folder / "pipeline"}
@@ -93,10 +95,10 @@ def published_vae(vae: nn.Module) -> dict[str, Tensor]:
     return publish(vae.state_dict(), vae_rules(vae))
 
 
-def write_pipeline(folder: Path, variant: str, seed: int) -> dict[str, Any]:
+def write_pipeline(folder: Path, variant: str, seed: int, blocks: tuple[int, int]) -> dict[str, Any]:
     """As the pipeline's save_pretrained lays it out. Returns the modules by folder name."""
     folder.mkdir(parents=True, exist_ok=True)
-    modules = {"transformer": tiny_denoiser(variant, seed), "vae": tiny_vae(seed)}
+    modules = {"transformer": tiny_denoiser(variant, seed, double=blocks[0], single=blocks[1]), "vae": tiny_vae(seed)}
     for name, module in modules.items():
         module.save_pretrained(folder / name)
     t5 = partial(make_t5, folder, width=TEXT_WIDTH, seed=seed + 2, layout="folder")
@@ -301,6 +303,13 @@ USUAL = {
 }
 SLOWER = {"unet_lr": 5e-3}
 CASES: dict[str, Case] = {
-    "flux": Case("flux", make, loss, USUAL, overfit=SLOWER),
-    "chroma": Case("flux", partial(make, variant="chroma", layout="diffusers"), loss, USUAL, overfit=SLOWER),
+    "flux": Case("flux", make, loss, USUAL, overfit=SLOWER, make_deep=partial(make, blocks=DEEP)),
+    "chroma": Case(
+        "flux",
+        partial(make, variant="chroma", layout="diffusers"),
+        loss,
+        USUAL,
+        overfit=SLOWER,
+        make_deep=partial(make, variant="chroma", layout="diffusers", blocks=DEEP),
+    ),
 }

@@ -39,14 +39,16 @@ CLASSES = {
 # ---- tiny models ----------------------------------------------------------------------------------------------------
 
 
-def make(folder: Path, *, layout: str = "diffusers", kind: str = "medium", seed: int = 0) -> dict[str, Any]:
+def make(
+    folder: Path, *, layout: str = "diffusers", kind: str = "medium", seed: int = 0, layers: int | None = None
+) -> dict[str, Any]:
     """A tiny model below `folder`, and the options that name it. kind: "medium" or "5-medium".
 
     layout "diffusers": a pipeline in `folder/pipeline`. "single": one file with everything, in published names.
     "files": a file with the MMDiT in bare published names, and a file for each other part. "transformer": diffusers'
     file of the transformer, and those files. The last three have tokenizers beside them, and the pipeline too.
     """
-    modules = tiny_modules(kind=kind, seed=seed)
+    modules = tiny_modules(kind=kind, seed=seed, layers=layers)
     write_pipeline(folder / "pipeline", modules)
     options: dict[str, Any] = {"t5xxl_max_token_length": T5_LENGTH}
     if layout == "diffusers":
@@ -55,7 +57,7 @@ def make(folder: Path, *, layout: str = "diffusers", kind: str = "medium", seed:
     return options | write_files(folder, modules, layout)
 
 
-def tiny_modules(*, kind: str = "medium", seed: int = 0) -> dict[str, Any]:
+def tiny_modules(*, kind: str = "medium", seed: int = 0, layers: int | None = None) -> dict[str, Any]:
     """MMDiT, VAE and text encoders with random weights, by the names of their options ("denoiser", "vae", ...)."""
     from diffusers import AutoencoderKL, SD3Transformer2DModel
 
@@ -65,7 +67,7 @@ def tiny_modules(*, kind: str = "medium", seed: int = 0) -> dict[str, Any]:
         modules: dict[str, Any] = {
             "denoiser": SD3Transformer2DModel(
                 sample_size=16,
-                num_layers=3 if is_35 else 2,
+                num_layers=layers or (3 if is_35 else 2),
                 attention_head_dim=16 if is_35 else 64,
                 num_attention_heads=8 if is_35 else 2,
                 joint_attention_dim=CONTEXT,
@@ -295,6 +297,6 @@ def with_lora(module: nn.Module, adapters: Adapters, name_of: Callable[[str], st
 
 WHOLE = {"network_args": ["emb_dims=[16,16,16,16,16,16]"]}  # the embedders and the final layer too
 CASES: dict[str, Case] = {
-    "sd3": Case("sd3", make, loss, overfit=WHOLE),
+    "sd3": Case("sd3", make, loss, overfit=WHOLE, make_deep=lambda folder: make(folder, layers=4)),
     "sd35": Case("sd3", lambda folder: make(folder, layout="single", kind="5-medium"), loss, overfit=WHOLE),
 }

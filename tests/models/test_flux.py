@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
+from library.memory.checkpointing import Recomputation
 from library.models.flux import Flux, pack, picture_ids, unpack
 from library.models.flux_options import FluxOptions
 from library.models.flux_parts import PUBLISHED, build_chroma, build_flux, denoiser_rules, rotary_axes, sizes
@@ -161,7 +162,7 @@ def test_half_and_8_bit_files(models, tmp_path, dtype):
     wanted = flux.load_denoiser(torch.bfloat16, "cpu").get_parameter("x_embedder.weight")
     assert torch.equal(wanted, tensors["img_in.weight"].to(torch.bfloat16))
     cond, t = encode(flux), torch.tensor([0.3, 0.9])
-    denoisers = [flux.load_denoiser(torch.float32, "cpu", keep_half=keep) for keep in (False, True)]
+    denoisers = [flux.load_denoiser(torch.float32, "cpu", storage=storage) for storage in ("plain", "half")]
     with torch.no_grad():
         assert torch.equal(*[flux.predict(denoiser, latents(), t, cond, None) for denoiser in denoisers])
 
@@ -325,13 +326,13 @@ def test_consecutive_times_differ_in_bfloat16(models, variant):
 
 @pytest.mark.parametrize("variant", ["dev", "chroma"])
 def test_checkpointed_gradients_are_the_same_with_padding(models, variant):
-    """diffusers forgets Chroma's mask in single blocks when it recomputes."""
+    """diffusers' own recomputation forgets Chroma's mask in single blocks."""
     flux = family(models(variant), apply_t5_attn_mask=True)
     cond, found = encode(flux), []
     for recompute in (False, True):
         denoiser = flux.load_denoiser(None, "cpu").requires_grad_(True)
         if recompute:
-            flux.enable_checkpointing(denoiser, [])
+            Recomputation(flux.blocks(denoiser)).set_budget(0)
         answer = flux.predict(denoiser, latents(), torch.tensor([0.3, 0.9]), cond, None)
         answer.square().sum().backward()
         found.append((answer, {name: p.grad for name, p in denoiser.named_parameters() if p.grad is not None}))

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
+from library.memory.checkpointing import Recomputation, recompute_encoders
 from library.models.loading import build_empty
 from library.models.lumina import ENCODER, MASK, Lumina
 from library.models.lumina_options import LuminaOptions
@@ -84,7 +85,7 @@ def test_loads_bit_equal_frozen_and_configured(models, kind):
     x, t, text = torch.randn(2, 16, 4, 8), torch.tensor([0.1, 0.8]), torch.randn(2, 5, TEXT_WIDTH)
     mask, ids, pixels = torch.ones(2, 5).bool(), torch.randint(0, 200, (2, 7)), torch.randn(1, 3, 32, 32)
     with torch.no_grad():  # configuration that no weight shows (heads, positions, scales) is right as well
-        assert torch.equal(loaded[0](x, t, text, mask).sample, made[0](x, t, text, mask).sample)
+        assert torch.equal(loaded[0](x, t, text, None), made[0](x, t, text, mask).sample)
         assert torch.equal(loaded[1](ids).last_hidden_state, made[1](ids).last_hidden_state)
         assert torch.equal(loaded[2].encode(pixels).latent_dist.mean, made[2].encode(pixels).latent_dist.mean)
     assert (loaded[2].config.scaling_factor, loaded[2].config.shift_factor) == (0.3611, 0.1159)
@@ -155,27 +156,32 @@ def test_axes_of_the_position_embedding(head, axes):
 
 
 def test_longer_texts_than_the_table_of_positions(models):
-    plain, long = (family(models["files"], gemma2_max_token_length=n).load_denoiser(None, "cpu") for n in (256, 400))
-    assert [len(table) for table in plain.rope_embedder.freqs_cis] == [300, 512, 512]
-    assert [len(table) for table in long.rope_embedder.freqs_cis] == [401, 512, 512]
-    assert torch.equal(long.rope_embedder.freqs_cis[0][:300], plain.rope_embedder.freqs_cis[0])
-    cond = {ENCODER: torch.randn(1, 400, TEXT_WIDTH), MASK: torch.ones(1, 400).bool()}
+    """diffusers' table ends at 300. Text position 400 turns as a longer table has it."""
+    from diffusers.models.transformers.transformer_lumina2 import Lumina2RotaryPosEmbed
+
+    from library.models.lumina_forward import _turns
+
+    seen, latents = torch.ones(1, 400).bool(), torch.randn(1, 16, 4, 6)
+    expected = Lumina2RotaryPosEmbed(10000, [4, 2, 2], [401, 512, 512])(latents, seen)[3]
+    assert torch.equal(_turns([4, 2, 2], 10000, seen, 2, 3), expected)
+    lumina = family(models["files"], gemma2_max_token_length=400)
     with torch.no_grad():
-        out = family(models["files"]).predict(long, torch.randn(1, 16, 4, 4), torch.tensor([0.5]), cond, None)
+        cond = {ENCODER: torch.randn(1, 400, TEXT_WIDTH)}
+        out = lumina.predict(lumina.load_denoiser(None, "cpu"), latents, torch.tensor([0.5]), cond, None)
     assert bool(out.isfinite().all())
 
 
 def test_half_precision_weights_that_compute_in_float32(tmp_path):
-    """keep_half: half the memory, the same numbers."""
+    """storage "half": half the memory, the same numbers."""
     options = make(tmp_path)
     for path in options.values():
         save_file({name: tensor.bfloat16() for name, tensor in load_file(path).items()}, path)
     lumina, x, t = family(options), torch.randn(3, 16, 4, 4), torch.tensor([0.2, 0.5, 0.9])
     found = []
-    for keep_half in (False, True):
-        denoiser = lumina.load_denoiser(torch.float32, "cpu", keep_half=keep_half)
-        encoder = lumina.load_text_encoder(ENCODER, torch.float32, "cpu", keep_half=keep_half)
-        assert (denoiser.layers[0].attn.to_q.weight.dtype == torch.bfloat16) == keep_half
+    for storage in ("plain", "half"):
+        denoiser = lumina.load_denoiser(torch.float32, "cpu", storage=storage)
+        encoder = lumina.load_text_encoder(ENCODER, torch.float32, "cpu", storage=storage)
+        assert (denoiser.layers[0].attn.to_q.weight.dtype == torch.bfloat16) == (storage == "half")
         with torch.no_grad():
             found.append(lumina.predict(denoiser, x, t, encode(lumina, encoder=encoder), None))
     assert torch.equal(*found)
@@ -345,17 +351,55 @@ def batch_of_conds(lumina):
     return torch.randn(3, 16, 4, 8), torch.tensor([0.2, 0.5, 0.9]), encode(lumina)
 
 
-def test_predict_is_the_plain_model_with_time_and_sign_turned(models):
-    lumina = family(models["files"])
-    denoiser, made = lumina.load_denoiser(None, "cpu"), tiny_modules()[0]
+@pytest.mark.parametrize("rows", [3, 1], ids=["padded texts", "one text"])
+def test_predict_is_the_plain_model_with_time_and_sign_turned(models, rows):
+    """Answer and gradients, to the last bit."""
+    lumina, made = family(models["files"]), tiny_modules()[0]
+    denoiser = build_denoiser(made.config)
+    denoiser.load_state_dict(made.state_dict())  # aligned as those of `made`, not as they lie in the file
     x, t, cond = batch_of_conds(lumina)
+    x, t, cond = x[:rows], t[:rows], lumina.join_conds(lumina.split_cond(cond)[:rows])
+    assert (MASK in cond) == (rows > 1)
+    mask = cond.get(MASK, torch.ones(cond[ENCODER].shape[:2], dtype=torch.bool))
     ran = []
     for i, block in enumerate(lumina.blocks(denoiser)):
         block.register_forward_pre_hook(lambda *_, i=i: ran.append(i))
-    with torch.no_grad():
-        found = lumina.predict(denoiser, x, t, cond, None)
-        assert torch.equal(found, -made(x, 1 - t, cond[ENCODER], cond[MASK]).sample)
+    found, expected = lumina.predict(denoiser, x, t, cond, None), made(x, 1 - t, cond[ENCODER], mask).sample
+    assert torch.equal(found, -expected)
     assert found.shape == x.shape and ran == list(range(6))
+    found.square().sum().backward()
+    expected.square().sum().backward()
+    for (name, p), q in zip(denoiser.named_parameters(), made.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad), name
+
+
+def test_equal_lengths_need_no_mask(models):
+    lumina = family(models["files"])
+    denoiser = lumina.load_denoiser(None, "cpu")
+    x, t = torch.randn(2, 16, 4, 6), torch.tensor([0.2, 0.5])
+    states = torch.randn(2, 7, TEXT_WIDTH)
+    without = lumina.predict(denoiser, x, t, {ENCODER: states}, None)
+    masked = lumina.predict(denoiser, x, t, {ENCODER: states, MASK: torch.ones(2, 7).bool()}, None)
+    torch.testing.assert_close(without, masked)
+    parts = lumina.split_cond({ENCODER: states})
+    assert all(part[MASK].tolist() == [True] * 7 for part in parts)
+    assert lumina.join_conds(parts).keys() == {ENCODER}
+
+
+def test_predict_on_tensors_without_contents_and_compiled(models):
+    from torch._subclasses import FakeTensorMode
+
+    lumina = family(models["files"])
+    x, t, cond = batch_of_conds(lumina)
+    denoiser = lumina.load_denoiser(None, "cpu")
+    with torch.no_grad():
+        expected = lumina.predict(denoiser, x, t, cond, None)
+        compiled = torch.compile(denoiser, backend="eager", fullgraph=True)
+        assert torch.equal(lumina.predict(compiled, x, t, cond, None), expected)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = {name: mode.from_tensor(tensor) for name, tensor in cond.items()}
+        found = lumina.predict(denoiser, mode.from_tensor(x), mode.from_tensor(t), fake, None)
+    assert found.shape == expected.shape
 
 
 def test_padding_never_reaches_the_model(models):
@@ -396,7 +440,8 @@ def test_checkpointing_changes_no_gradient(models):
         denoiser.layers[0].feed_forward.register_forward_pre_hook(lambda *_: calls.append("image"))
         encoder.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append("text"))
         if checkpointing:
-            lumina.enable_checkpointing(denoiser, [encoder])
+            Recomputation(lumina.blocks(denoiser)).set_budget(0)
+            recompute_encoders([encoder])
         cond = lumina.encode_text(lumina.tokenize(CAPTIONS), {ENCODER: encoder})
         lumina.predict(denoiser, x, t, cond, None).pow(2).mean().backward()
         return calls, {f"{i}.{n}": p.grad for i, m in enumerate((denoiser, encoder)) for n, p in m.named_parameters()}

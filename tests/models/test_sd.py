@@ -9,8 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
 from safetensors.torch import load_file, save_file
 
+from library.memory.checkpointing import Recomputation, recompute_encoders
 from library.models.options import ModelOptions, SDOptions
 from library.models.registry import FAMILIES
 from library.models.sd import StableDiffusion, betas
@@ -312,7 +317,9 @@ def test_predict_and_blocks(models, version):
         block.register_forward_pre_hook(lambda *_, i=i: ran.append(i))
     with torch.no_grad():
         assert torch.equal(sd.predict(unet, x, t, {"context": context}, None), unet(x, t, context).sample)
-    assert ran[:5] == [0, 1, 2, 3, 4] == list(range(len(sd.blocks(unet))))
+    assert ran == 2 * list(range(len(sd.blocks(unet))))
+    finest = (ResnetBlock2D, BasicTransformerBlock, Downsample2D, Upsample2D)
+    assert {*map(id, sd.blocks(unet))} == {id(m) for m in unet.modules() if isinstance(m, finest)}
 
 
 def test_checkpointing_changes_no_gradient(models):
@@ -328,7 +335,8 @@ def test_checkpointing_changes_no_gradient(models):
         encoder.encoder.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append("text"))
         block.ff.register_forward_pre_hook(lambda *_: calls.append("unet"))
         if checkpointing:
-            sd.enable_checkpointing(unet, [encoder])
+            Recomputation(sd.blocks(unet)).set_budget(0)
+            recompute_encoders([encoder])
         sd.predict(unet, x, t, sd.encode_text(tokens, {"clip": encoder}), None).pow(2).mean().backward()
         return calls, {f"{i}.{n}": p.grad for i, m in enumerate((unet, encoder)) for n, p in m.named_parameters()}
 

@@ -19,6 +19,7 @@ from library.options import resolve
 from library.trainers.finetune import FineTuneTrainer
 from library.trainers.guards import StepReport
 from library.trainers.tracking import Trackers
+from library.types import Batch
 from tests.trainers.helpers import Adapters, Run, argv, settle
 
 DEFAULTS: dict[str, Any] = {
@@ -49,11 +50,12 @@ class RecordedFineTune(FineTuneTrainer):
         if self.before is not None:
             self.before(self)
 
-    def clip_gradients(self) -> Tensor:
+    def gradients_of(self, batches: Sequence[Batch], first_micro_step: int) -> Tensor:
+        total = super().gradients_of(batches, first_micro_step)
         if self.keep_gradients:
             own = self.learned.learning_parameters()
             self.gradients.append({name: p.grad.clone() for name, p in own.items() if p.grad is not None})
-        return super().clip_gradients()
+        return total
 
     def report(self, reports: Sequence[StepReport], trackers: Trackers) -> None:
         self.reports += reports

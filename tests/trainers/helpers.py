@@ -28,6 +28,7 @@ from library.trainers.guards import StepReport
 from library.trainers.network import NetworkTrainer
 from library.trainers.options import NetworkTrainerOptions
 from library.trainers.tracking import Trackers
+from library.types import Batch
 
 Adapters = dict[str, Tensor]  # keys and values of a LoRA file
 
@@ -108,12 +109,13 @@ class Recorded(NetworkTrainer):
         self.gradients: list[dict[str, Tensor]] = []  # of each optimizer step before clipping, by the keys of the file
         return super().run()
 
-    def clip_gradients(self) -> Tensor:
+    def gradients_of(self, batches: Sequence[Batch], first_micro_step: int) -> Tensor:
+        total = super().gradients_of(batches, first_micro_step)
         if self.keep_gradients:
             layers = self.network.named_layers().items()  # type: ignore[attr-defined]
             own = {f"{name}.{part}": p for name, layer in layers for part, p in layer.named_tensors().items()}
             self.gradients.append({key: p.grad.clone() for key, p in own.items() if p.grad is not None})
-        return super().clip_gradients()
+        return total
 
     def report(self, reports: Sequence[StepReport], trackers: Trackers) -> None:
         self.reports += reports

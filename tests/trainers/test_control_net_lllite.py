@@ -7,7 +7,7 @@ import logging
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,10 +74,11 @@ class Recorded(LLLiteTrainer):
         self.gradients: list[dict[str, Tensor]] = []  # of each optimizer step before clipping, by the keys of the file
         return super().run()
 
-    def clip_gradients(self) -> Tensor:
+    def gradients_of(self, batches: Sequence[Batch], first_micro_step: int) -> Tensor:
+        total = super().gradients_of(batches, first_micro_step)
         named = self.network.named_parameters()
         self.gradients.append({k.removeprefix("layers."): p.grad.clone() for k, p in named if p.grad is not None})
-        return super().clip_gradients()
+        return total
 
     def report(self, reports: Any, trackers: Any) -> None:
         self.reports += reports
@@ -302,9 +303,9 @@ def test_validation_sees_control_images(sd1: Path, pictures: Path, controls: Pat
     )
     run = control_train(sd1, data, tmp_path / "run", network_weights=start, max_train_steps=1, learning_rate=1e-30)
     trainer = run.trainer
-    found = trainer.validation_loss()
+    found = trainer.validation.loss()
     with trainer.network.disabled():
-        base = trainer.validation_loss()
+        base = trainer.validation.loss()
     assert found != pytest.approx(base, rel=1e-3)
 
 

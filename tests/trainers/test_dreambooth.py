@@ -55,7 +55,7 @@ def changed(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 def test_text_encoder_learns_to_the_end_at_its_rate(sd1: Path, dataset: Path, tmp_path: Path) -> None:
     run, seen = watched(dataset, tmp_path, sd1, learning_rate_te=2e-4, max_train_steps=3)
     assert all(changed(one, other) for one, other in pairwise(seen))
-    rates = {group["name"]: group["lr"] for group in run.trainer.optim.optimizer.param_groups}
+    rates = {group["name"]: group["lr"] for group in run.trainer.updates.optim.optimizer.param_groups}
     assert rates == {"denoiser": 1e-3, "clip": 2e-4}
     name = "cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.weight"
     assert torch.equal(run.weights[name], seen[-1]["encoder.layers.0.mlp.fc1.weight"])

@@ -81,7 +81,7 @@ def test_each_part_has_its_rate_and_the_rest_stays(sd3_model: dict[str, Any], on
         one_batch, tmp_path, **sd3_model, **{**CLIPS, "learning_rate_te2": 0}, num_last_block_to_freeze=1,
         max_train_steps=2, save_state=True, before=look,
     )  # fmt: skip
-    groups = run.trainer.optim.optimizer.param_groups
+    groups = run.trainer.updates.optim.optimizer.param_groups
     assert {group["name"]: group["lr"] for group in groups} == {"denoiser": 1e-3, "clip_l": 2e-4}
     changed = {
         name: sum(not torch.equal(before[name][key], value) for key, value in module.state_dict().items())
@@ -165,7 +165,7 @@ def test_bf16_weights_are_updated_as_asked(
         one_batch, tmp_path, family="sd", pretrained_model_name_or_path=sd1, max_train_steps=1, **HALF,
         bf16_update=asked,
     )  # fmt: skip
-    optimizer = run.trainer.optim.optimizer
+    optimizer = run.trainer.updates.optim.optimizer
     if kept is None:
         assert not isinstance(optimizer, Bf16Optimizer)
         return
@@ -238,8 +238,34 @@ def test_the_format_follows_the_input(
         assert make_finetune(values, family="sd").format == expected
 
 
-def test_memory_options_are_answered() -> None:
-    names = ("fused_backward_pass", "blockwise_fused_optimizers", "mem_eff_save", "skip_latents_validity_check")
-    lines = read(fused_optimizer_groups=4, **dict.fromkeys(names, True)).answers
-    for name in ("fused_optimizer_groups", *names):
+def test_options_without_effect_are_answered() -> None:
+    names = ("mem_eff_save", "skip_latents_validity_check")
+    lines = read(fused_backward_pass=True, **dict.fromkeys(names, True)).answers
+    assert not any("fused_backward_pass" in line for line in lines)
+    for name in names:
         assert sum(line.startswith(f"--{name}: ") for line in lines) == 1, name
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"optimizer_type": "DAdaptAdam"}, "DAdaptAdam needs all of them at once"),
+        ({"optimizer_type": "AdamWScheduleFree"}, "AdamWScheduleFree needs all of them at once"),
+        ({"mixed_precision": "fp16"}, "does not work with --mixed_precision fp16"),
+        ({"deepspeed": True}, "does not work with --deepspeed"),
+    ],
+)
+def test_steps_during_the_backward_pass_are_refused_where_they_cannot_be(values: dict[str, Any], line: str) -> None:
+    """Before anything is read."""
+    for option in ({"fused_backward_pass": True}, {"blockwise_fused_optimizers": True}, {"fused_optimizer_groups": 2}):
+        (name,) = option
+        with pytest.raises(UserError, match=f"--{name} .*{line}"):
+            make_finetune({**GIVEN, **option, **values}, family="sd").check_in_backward()
+        make_finetune({**GIVEN, **option, "mixed_precision": "bf16"}, family="sd").check_in_backward()
+
+
+def test_steps_during_the_backward_pass_need_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_finetune({**GIVEN, "fused_backward_pass": True}, family="sd")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="--fused_backward_pass works in one process only"):
+        trainer.check_in_backward()

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from library.options import Resolved, resolve
 from library.trainers.guards import StepReport
 from library.trainers.textual_inversion import OBJECT_SENTENCES, STYLE_SENTENCES, TextualInversionTrainer
 from library.trainers.textual_inversion_options import TextualInversionOptions
+from library.types import Batch
 from tests.families import sd, sdxl
 from tests.tiny import make_tiny_sd
 from tests.trainers import child
@@ -74,9 +75,10 @@ class Recorded(TextualInversionTrainer):
         self.captions += batch.captions
         return super().predict(noised, batch)
 
-    def clip_gradients(self) -> Tensor:
+    def gradients_of(self, batches: Sequence[Batch], first_micro_step: int) -> Tensor:
+        total = super().gradients_of(batches, first_micro_step)
         self.gradients.append({n: r.weight.grad.clone() for n, r in self.rows.items() if r.weight.grad is not None})
-        return super().clip_gradients()
+        return total
 
     def report(self, reports: Any, trackers: Any) -> None:
         self.reports += reports

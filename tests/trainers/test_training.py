@@ -289,7 +289,7 @@ def test_network_dropout_is_for_training_only(sd1: Path, lora: Path, dataset: Pa
         run.trainer.network.load(load_file(lora))
     values = []
     for run in (plain, dropped):
-        with torch.no_grad(), run.trainer.shown():
+        with torch.no_grad(), run.trainer.updates.shown():
             batch = run.trainer.data.load(plan, step=0)
             values.append(float(run.trainer.batch_loss(batch, micro_generator(run, 0))))
     assert values[0] == values[1] == pytest.approx(plain.losses[0], rel=1e-6)
@@ -366,7 +366,7 @@ def test_starting_in_the_middle_without_a_state(sd1: Path, dataset: Path, tmp_pa
 
     def look(trainer: Any) -> None:
         position = trainer.position
-        seen.append((position.epoch, position.batch, trainer.scheduler.get_last_lr()))
+        seen.append((position.epoch, position.batch, trainer.updates.scheduler.get_last_lr()))
 
     train(sd1, dataset, tmp_path / "whole", each_step=look, **values)
     whole, seen[:] = list(seen), []
@@ -410,8 +410,8 @@ def test_validation_previews_and_logs_disturb_nothing(sd1: Path, tmp_path: Path)
     assert list(curves["lr/unet"].values()) == pytest.approx([1e-2] * 4)
     assert curves.keys() >= {"loss/average", "grad_norm", "lr/textencoder", "loss/validation"}
     trainer = watched.trainer
-    with trainer.shown():
-        again = [trainer.validation_loss(), trainer.validation_loss()]
+    with trainer.updates.shown():
+        again = [trainer.validation.loss(), trainer.validation.loss()]
     assert again[0] == again[1] == pytest.approx(curves["loss/validation"][4])
     assert len(set(curves["loss/validation"].values())) == 4
 
@@ -426,7 +426,7 @@ def test_validation_loss_is_the_mean_over_fixed_timesteps(sd1: Path, tmp_path: P
     )
     run = train(sd1, data, tmp_path / "out", max_validation_steps=2, **ONE)
     trainer, losses = run.trainer, []
-    with torch.no_grad(), trainer.shown():
+    with torch.no_grad(), trainer.updates.shown():
         for index, plan in enumerate(list(trainer.data.validation_plans())[:2]):
             batch = trainer.data.load(plan, step=0)
             for t in (200, 400, 600, 800):
@@ -434,7 +434,7 @@ def test_validation_loss_is_the_mean_over_fixed_timesteps(sd1: Path, tmp_path: P
                 noise = torch.randn(1, 4, 8, 8, generator=generator)
                 noised = trainer.objective.noised(trainer.latents_of(batch), torch.tensor([t]), noise, seen=noise)
                 losses.append(float(((trainer.predict(noised, batch) - noise) ** 2).mean()))
-        assert trainer.validation_loss() == pytest.approx(sum(losses) / 8, rel=1e-5)
+        assert trainer.validation.loss() == pytest.approx(sum(losses) / 8, rel=1e-5)
 
 
 def seed_of(run: Run, index: int) -> int:
@@ -499,10 +499,8 @@ def test_compiled_blocks_train_the_same(backend: str, shallow: Path, pictures: P
     plain = train(shallow, data, tmp_path / "plain", max_train_steps=2)
     run = train(shallow, data, tmp_path / "compiled", torch_compile=True, dynamo_backend=backend, max_train_steps=2)
     assert run.losses == pytest.approx(plain.losses, rel=1e-5)
-    compiled = [
-        block._compiled_call_impl is not None for block in run.trainer.family.blocks(run.trainer.models.denoiser)
-    ]
-    assert compiled == [True] * 3
+    compiled = run.trainer.memory.compiled
+    assert compiled is not None and compiled.kinds and not any(kind.broken for kind in compiled.kinds)
 
 
 def test_lycoris_trains_and_resumes(sd1: Path, dataset: Path, tmp_path: Path) -> None:

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What of `library.memory` a run uses: it prepares the denoiser, surrounds the passes, and can do with less."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from library.errors import UserError
+from library.log import get_logger
+from library.memory.block_swap import BlockSwap
+from library.memory.checkpointing import Recomputation
+from library.memory.choice import MemoryChoice
+from library.memory.compiling import CompiledBlocks, keep_compiled, missing_compiler
+from library.memory.hoisting import Hoisting
+from library.memory.offload import Offload
+from library.memory.options import AUTO, MemoryOptions
+from library.memory.quantise import check_available
+from library.models.family import ModelFamily
+from library.models.finetune_options import FineTuneOptions
+from library.optim.in_backward import InBackward
+
+log = get_logger()
+MOST_STATIC_SHAPES = 3  # more are compiled as one graph of any shape: a graph for each would take minutes each
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a card, or torch's allocator of main memory, had no more to give."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate" in str(error)
+
+
+class Memory:
+    """The denoiser's blocks and what is done with them. Made when the denoiser is loaded and has its adapters."""
+
+    def __init__(
+        self, family: ModelFamily, denoiser: nn.Module, choice: MemoryChoice, options: MemoryOptions,
+        swap_options: FineTuneOptions | None, device: torch.device,
+    ) -> None:  # fmt: skip
+        self.swap_options = swap_options
+        self.family, self.denoiser, self.choice, self.options, self.device = family, denoiser, choice, options, device
+        self.blocks = family.blocks(denoiser)
+        self.compiled: CompiledBlocks | None = None
+        self.recomputation: Recomputation | None = None  # None: compiled blocks see to that themselves
+        self.swap: BlockSwap | None = None
+        self.hoisting: Hoisting | None = None
+        self.offload: Offload | None = None
+        self.most_samples: int | None = None  # of a micro-batch that go through the model together
+
+    def prepare(self, *, shapes: int) -> None:
+        """Hoist, compile or recompute, and swap. shapes: how many sizes of pictures and batches there are."""
+        choice = self.choice
+        if choice.hoist:
+            modulations = self.family.modulations(self.denoiser)
+            assert modulations is not None  # `check_choice` has said so
+            self.hoisting = Hoisting(*modulations, self.device, blocks=self.blocks)
+            self.hoisting.install()
+        if choice.compiled and self.can_compile():
+            keep_compiled(self.options.compile_cache_dir)
+            dynamic = self.family.text_length_varies or shapes > MOST_STATIC_SHAPES
+            self.compiled = CompiledBlocks(
+                self.blocks, self.options.dynamo_backend, budget=choice.activation_budget, dynamic=dynamic
+            )
+        else:
+            self.recomputation = Recomputation(self.blocks)
+            self.recomputation.set_budget(choice.activation_budget)
+        self.exchange(choice.blocks_to_swap)
+        if moves_weights(choice, self.swap_options):
+            waiting = self.swap.swapped if self.swap is not None else []
+            place(self.denoiser, self.device, but=[*waiting, *(self.hoisting.linears if self.hoisting else ())])
+
+    def can_compile(self) -> bool:
+        """Whether this machine has a compiler; says so where it has none."""
+        lacking = missing_compiler(self.options.dynamo_backend, self.device)
+        if lacking is not None:
+            log.warning(f"--compile: no effect, this machine has no {lacking}")
+        return lacking is None
+
+    def exchange(self, count: int) -> None:
+        """From now on so many blocks (as --blocks_to_swap counts them) wait in main memory."""
+        if self.swap is not None:
+            self.swap.remove()
+            self.swap = None
+        waiting = self.family.swapped(self.denoiser, count, self.swap_options)
+        if waiting:
+            hoisted = self.hoisting.tensors if self.hoisting is not None else ()
+            self.swap = BlockSwap(self.blocks, waiting, self.device, without=hoisted)
+            self.swap.install()
+            self._join_offload()
+        self.choice = replace(self.choice, blocks_to_swap=count)
+
+    def move_activations(self, trained: Iterable[Tensor]) -> None:
+        """--cpu_offload_checkpointing. trained: weights that learn, when they are where they stay."""
+        if self.choice.offload:
+            staying = [*self.denoiser.parameters(), *self.denoiser.buffers(), *trained]
+            self.offload = Offload(self.device, staying)
+            self._join_offload()
+
+    def _join_offload(self) -> None:
+        if self.swap is not None and self.offload is not None:
+            self.swap.rest = self.offload.pack, self.offload.unpack
+
+    def changed(self, parameters: Sequence[Tensor]) -> None:
+        """These weights have just been stepped."""
+        if self.swap is not None:
+            self.swap.changed(parameters)
+
+    def steps_in_backward(self, optimizer: InBackward) -> None:
+        """Whatever of a block has a gradient is stepped before the block leaves the card."""
+        if self.swap is not None:
+            self.swap.before_leaving = optimizer.step_now
+
+    def around(self) -> AbstractContextManager[None]:
+        """Of each prediction."""
+        return self.offload.forward() if self.offload is not None else nullcontext()
+
+    def home(self) -> None:
+        """All weights are there to be read, until the next pass."""
+        for keeper in (self.swap, self.hoisting):
+            if keeper is not None:
+                keeper.home()
+
+    # ---- with less --------------------------------------------------------------------------------------------------
+
+    def ways_to_shrink(self, batch_size: int) -> Iterator[tuple[str, Callable[[], None]]]:
+        """What would make the next try smaller, the cheapest way first: what is said of it, and what does it."""
+        choice = self.choice
+        if choice.activation_budget > 0 and self.recomputation is not None:
+            yield "all activations are recomputed from now on (--gradient_checkpointing)", self._recompute_all
+        most = min(self.most_samples or batch_size, batch_size)
+        if most > 1:
+            half = -(-most // 2)
+            yield f"batches go through the model {half} samples at a time from now on", lambda: self._limit(half)
+        more = self._more_blocks()
+        if more is not None:
+            yield (
+                f"{more} blocks wait in main memory from now on (--blocks_to_swap {more})",
+                lambda: self.exchange(more),
+            )
+
+    def _recompute_all(self) -> None:
+        assert self.recomputation is not None
+        self.recomputation.set_budget(0.0)
+        self.choice = replace(self.choice, activation_budget=0.0)
+
+    def _limit(self, samples: int) -> None:
+        self.most_samples = samples
+
+    def _more_blocks(self) -> int | None:
+        """A quarter of the blocks more than now, or as many as there may be; None where that is none more."""
+        if self.device.type == "cpu" or self.learns or (self.swap_options and self.swap_options.swaps_blocks):
+            return None
+        most = self.family.most_swapped(self.denoiser)
+        wanted = min(most, self.choice.blocks_to_swap + max(1, most // 4))
+        return wanted if wanted > self.choice.blocks_to_swap else None
+
+    @property
+    def learns(self) -> bool:
+        """Whether the denoiser's own weights learn."""
+        return any(parameter.requires_grad for parameter in self.denoiser.parameters())
+
+    def recover(self) -> None:
+        """After a pass that ended half done."""
+        if self.swap is not None:
+            self.swap.reset()
+
+
+def check_choice(
+    options: MemoryOptions, family: ModelFamily, swap_options: FineTuneOptions | None, *, learning: frozenset[str],
+    changed: frozenset[str], in_backward: bool, deepspeed: bool, average: bool,
+) -> None:  # fmt: skip
+    """Raises UserError where the machine, the model or the method cannot do what is asked for.
+
+    learning: models that get gradients. changed: those whose own weights learn. average: --ema_decay.
+    """
+    choice = MemoryChoice.of(options)
+    automatic, own = options.blocks_to_swap == AUTO, swap_options is not None and swap_options.swaps_blocks
+    flags, swapping = {flag.split()[0]: flag for flag in choice.flags()}, automatic or swaps(choice, swap_options)
+    if automatic:
+        flags["--blocks_to_swap"] = f"--blocks_to_swap {AUTO}"
+    problems = [*_machine_problems(choice, options)]
+    if automatic and own:
+        problems.append(
+            f"--blocks_to_swap {AUTO} chooses how many blocks are swapped: leave out --double_blocks_to_swap and "
+            "--single_blocks_to_swap"
+        )
+    if choice.storage != "plain" and "denoiser" in changed:
+        flag = next(f for f in flags if f in ("--fp8_base", "--fp8_base_unet", "--base_quant"))
+        problems.append(f"{flag} is for frozen models, and here the denoiser's own weights learn: leave it out")
+    if deepspeed:
+        moved = [f for f in ("--blocks_to_swap", "--hoist_modulation") if f in flags]
+        problems += [f"{flag} does not work with --deepspeed, which moves weights itself" for flag in moved]
+    if swapping and "denoiser" in changed:
+        if not in_backward:
+            problems.append("--blocks_to_swap needs --fused_backward_pass where the denoiser's own weights learn")
+        if average:
+            problems.append("--ema_decay looks at all weights in each step, which --blocks_to_swap takes off the card")
+    if choice.hoist:
+        problems += _hoisting_problems(family, learning, changed)
+    if swapping and not problems:
+        family.swapped(family.empty_denoiser(), choice.blocks_to_swap, swap_options)
+    if problems:
+        raise UserError(problems)
+
+
+def _machine_problems(choice: MemoryChoice, options: MemoryOptions) -> Iterator[str]:
+    if choice.storage == "nf4":
+        try:
+            check_available("nf4")
+        except UserError as error:
+            yield from error.problems
+    folder = options.compile_cache_dir
+    if folder and Path(folder).expanduser().is_file():
+        yield f"--compile_cache_dir: {folder} is a file; a folder is needed"
+
+
+def _hoisting_problems(family: ModelFamily, learning: frozenset[str], changed: frozenset[str]) -> Iterator[str]:
+    if "denoiser" in changed:
+        yield "--hoist_modulation is for adapters: here the modulation's own weights learn"
+    if family.modulations(family.empty_denoiser()) is None:
+        yield "--hoist_modulation: this model has no modulation layers in its blocks; leave it out"
+    elif learning - {"denoiser"} and "denoiser" not in changed:
+        yield "--hoist_modulation needs text encoders that do not learn: add --network_train_unet_only, or leave it out"
+
+
+def swaps(choice: MemoryChoice, swap_options: FineTuneOptions | None) -> bool:
+    return bool(choice.blocks_to_swap) or (swap_options is not None and swap_options.swaps_blocks)
+
+
+def moves_weights(choice: MemoryChoice, swap_options: FineTuneOptions | None) -> bool:
+    """Whether weights of the denoiser wait in main memory, so that it must not be loaded onto the card as a whole."""
+    return choice.hoist or swaps(choice, swap_options)
+
+
+def place(module: nn.Module, device: torch.device, *, but: Sequence[nn.Module]) -> None:
+    """Move a module's weights to `device`, except for those inside `but`."""
+    left = {id(child) for part in but for child in part.modules()}
+    for child in module.modules():
+        if id(child) not in left:
+            child._apply(lambda tensor: tensor.to(device), recurse=False)

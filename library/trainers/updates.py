@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From gradients to new weights: clipping, the optimizer, its schedule, the moving average, and their states."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from library.io.state import StateParts
+from library.optim.bf16 import build_bf16
+from library.optim.ema import Ema
+from library.optim.flat import FlatParameters
+from library.optim.in_backward import InBackward
+from library.optim.optimizers import OptimizerChoice
+from library.optim.schedulers import build_scheduler
+from library.trainers.options import TrainerOptions
+from library.trainers.trainables import StepModule, Trainables
+
+
+class Updates:
+    """The optimizer of a run and what belongs to it. Made when the weights are where they stay."""
+
+    def __init__(
+        self, options: TrainerOptions, choice: OptimizerChoice, trainables: Trainables, accelerator: Accelerator,
+        *, total_steps: int, seed: int,
+    ) -> None:  # fmt: skip
+        self.options, self.choice, self.trainables, self.accelerator = options, choice, trainables, accelerator
+        joined = choice.row.elementwise and trainables.flat and not options.distributed.deepspeed
+        self.flat = FlatParameters(trainables.groups) if joined else None
+        groups = self.flat.param_groups if self.flat else trainables.groups
+        self.optim = build_bf16(choice, groups, options.bf16_update, seed=seed)
+        self.total_steps = total_steps
+        self.in_backward: InBackward | None = None
+        decay = options.ema.ema_decay
+        self.ema = Ema(trainables.parameters(), decay, self.flat) if decay is not None else None
+
+    def prepare(self, module: StepModule) -> nn.Module:
+        """The module as accelerate wraps it; from now on its optimizer is used."""
+        frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
+        unshared = [*frozen, *(name for name, _ in module.named_buffers())]
+        # every process has read the same files, and what waits in main memory cannot be sent around
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, unshared)
+        # everything is where it belongs already, and weights that wait in main memory must stay there
+        places = {} if self.options.distributed.deepspeed else {"device_placement": [False, True]}
+        self.model, self.optimizer = self.accelerator.prepare(module, self.optim.optimizer, **places)
+        self.scheduler = build_scheduler(self.options.scheduler, self.optim, total_steps=self.total_steps)
+        self.optim.train_mode()
+        return self.model
+
+    def step_in_backward(self, units: Sequence[Sequence[nn.Parameter]], changed: Any) -> InBackward:
+        """Step each of `units` as soon as its gradients are there. changed: is told which weights were stepped."""
+        limit = self.options.optimizer.max_grad_norm
+        self.in_backward = InBackward(self.optim.optimizer, units, limit, changed)
+        return self.in_backward
+
+    # ---- a step -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def backward(self, *, is_last: bool) -> Iterator[None]:
+        """Around a backward pass: in the last of a step processes exchange gradients, and weights may be stepped."""
+        self.accelerator.gradient_state._set_sync_gradients(is_last)
+        if self.in_backward is not None:
+            self.in_backward.last_micro_batch(is_last)
+        with nullcontext() if is_last else self.accelerator.no_sync(self.model):
+            yield
+
+    def step(self) -> Tensor:
+        """Clip the gradients and step the optimizer. The gradient norm before clipping, on the device."""
+        if self.in_backward is not None:
+            return self.in_backward.finish()
+        norm = self.clip_gradients()
+        self.optimizer.step()
+        return norm
+
+    def clip_gradients(self) -> Tensor:
+        limit = self.options.optimizer.max_grad_norm or float("inf")
+        if self.flat is not None:
+            self.accelerator.unscale_gradients(self.optimizer)
+            return self.flat.clip_grad_norm(limit)
+        norm = self.accelerator.clip_grad_norm_(self.trainables.parameters(), limit)
+        return torch.as_tensor(0.0 if norm is None else norm, device=self.accelerator.device)
+
+    def rates(self) -> dict[str, float | Tensor]:
+        """The learning rate of each group, and times the step size where the optimizer finds that itself."""
+        found: dict[str, float | Tensor] = {}
+        for group, rate in zip(self.optim.optimizer.param_groups, self.scheduler.get_last_lr()):
+            name = group.get("name", f"group {len(found)}")
+            found[f"lr/{name}"] = rate
+            if self.choice.row.finds_rate:
+                found[f"lr/d*{name}"] = rate * group["d"]
+        return found
+
+    def finish_step(self, step: int) -> None:
+        """After optimizer step `step`, counted from 0: clear the gradients, average the weights."""
+        self.zero_gradients()
+        if self.ema:
+            self.ema.update(step)
+
+    def zero_gradients(self) -> None:
+        if self.flat is not None:
+            self.flat.zero_grad()
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
+
+    # ---- weights to look at -----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside it the trained weights are what is shown and saved; afterwards they are what they were, to the bit."""
+        parameters = self.trainables.parameters() if self.optim.schedule_free else []
+        kept = [p.detach().clone() for p in parameters]
+        self.optim.eval_mode()
+        with self.ema.swapped() if self.ema else nullcontext():
+            yield
+        self.optim.train_mode()
+        with torch.no_grad():  # its way back rounds
+            for parameter, value in zip(parameters, kept):
+                parameter.copy_(value)
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Inside it the model is what a user of the saved file sees: averaged weights, no dropout, full strength."""
+        self.trainables.set_multiplier(1.0)
+        was_training = self.trainables.module.training
+        self.trainables.module.eval()
+        with self.averaged():
+            yield
+        self.trainables.module.train(was_training)
+
+    # ---- states -----------------------------------------------------------------------------------------------------
+
+    def states(self) -> dict[str, Any]:
+        """The fields of StateParts that are its own."""
+        scaler = self.accelerator.scaler
+        return {
+            "weights": self.trainables.state(),
+            "optimizer": self.optim.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "ema": self.ema.state_dict() if self.ema else None,
+        }
+
+    def load(self, parts: StateParts) -> None:
+        """Continue from a state."""
+        self.trainables.load(parts.weights)
+        self.optim.load_state_dict(parts.optimizer)
+        self.scheduler.load_state_dict(parts.scheduler)
+        if self.accelerator.scaler is not None and parts.scaler is not None:
+            self.accelerator.scaler.load_state_dict(parts.scaler)
+        if self.ema and parts.ema is not None:
+            self.ema.load_state_dict(parts.ema)
+
+    def skip_schedule(self, steps: int) -> None:
+        """As if so many steps had been taken; a schedule that follows the loss cannot be moved so."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's: a schedule before the first optimizer step. Here it is meant
+            for _ in range(0 if self.scheduler.needs_loss else steps):
+                self.scheduler.step()

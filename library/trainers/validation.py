@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loss over held-out pictures at fixed timesteps and with fixed noise: comparable between steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from library.data.dataset import TrainingData
+from library.data.plan import BatchPlan
+from library.rng import torch_generator
+from library.trainers.forward import Forward
+from library.trainers.options import TrainOptions
+
+
+@dataclass(frozen=True)
+class Validation:
+    """plans: batches of the pictures that are held out; none: nothing is ever due."""
+
+    options: TrainOptions
+    plans: Sequence[BatchPlan]
+    data: TrainingData
+    forward: Forward
+    seed: int
+    total_steps: int
+
+    def is_due(self, step: int, epoch: int, *, epoch_ended: bool) -> bool:
+        """After `step` steps and `epoch` whole epochs; always at the end of the run."""
+        options = self.options
+        by_step = options.validate_every_n_steps is not None and step % options.validate_every_n_steps == 0
+        every_epochs = options.validate_every_n_epochs or (1 if options.validate_every_n_steps is None else None)
+        by_epoch = epoch_ended and every_epochs is not None and epoch % every_epochs == 0
+        return bool(len(self.plans)) and (by_step or by_epoch or step == self.total_steps)
+
+    @torch.no_grad()
+    def loss(self) -> float:
+        """Mean over batches and timesteps."""
+        device, losses = self.forward.device, []
+        for index, plan in enumerate(self.plans[: self.options.max_validation_steps]):
+            batch = self.data.load(plan, step=0).to(device)
+            for value in self.forward.objective.validation_t():
+                generator = torch_generator(self.seed, "validation", index, device=device)
+                t = torch.full((batch.size,), value, device=device)
+                losses.append(self.forward.losses(batch, self.forward.noised(batch, generator, t)).mean())
+        return torch.stack(losses).mean().item()
