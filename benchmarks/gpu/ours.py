@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,9 +108,9 @@ class Timed(Trainer):
         with clock.step():
             super().train_step(batches, first_micro_step)
 
-    def ways_to_go_on(self, error: Exception, batches: Sequence[Batch]) -> list[tuple[str, Callable[[], None]]]:
-        """None: a row that ran out of memory is not that row any more if it goes on with less."""
-        return []
+    def build_optimizer(self) -> None:
+        super().build_optimizer()
+        self.gradients.may_retry = False  # a row that goes on with less is not that row any more
 
     def save_model(self, path: Path, metadata: dict[str, str]) -> None:
         """Nothing is kept."""
