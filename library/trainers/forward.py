@@ -37,6 +37,10 @@ class Forward:
             t = self.objective.sample_t(batch.size, (height, width), generator, self.device)
         return self.objective.noise(latents, t, generator)
 
+    def mean_loss(self, batch: Batch, generator: torch.Generator, t: Tensor | None = None) -> Tensor:
+        """The mean loss of the batch as a whole."""
+        return self.losses(batch, self.noised(batch, generator, t)).mean()
+
     def losses(self, batch: Batch, noised: Noised) -> Tensor:
         """The loss of each sample (B), weighted."""
         self.trainables.set_multiplier(batch.network_multiplier)

@@ -307,7 +307,7 @@ class Trainer(ABC):
             self.family, self.objective, self.models, trainables, model, self.device, self.dtype,
             around=self.memory.around,
         )  # fmt: skip
-        self.gradients = Gradients(
+        self.passes = Gradients(
             self.forward, self.updates, self.memory, self.accelerator, self.plan.seed, self.rank,
             may_retry=self.world == 1 and not self.options.distributed.deepspeed,
         )  # fmt: skip
@@ -333,7 +333,7 @@ class Trainer(ABC):
         """The loss of a batch, for no other purpose than to have it computed once."""
         batch = self.data.load(plan, step=0).to(self.device)
         generator = torch_generator(self.plan.seed, "compiling", device=self.device)
-        return self.forward.losses(batch, self.forward.noised(batch, generator)).mean()
+        return self.forward.mean_loss(batch, generator)
 
     def build_outputs(self) -> None:
         """What watches the run and what it writes."""
@@ -415,7 +415,7 @@ class Trainer(ABC):
 
     def gradients_of(self, batches: Sequence[Batch], first_micro_step: int) -> Tensor:
         """The mean loss of the step's micro-batches, with all gradients in place."""
-        return self.gradients.of(batches, first_micro_step, self.position.step)
+        return self.passes.of(batches, first_micro_step, self.position.step)
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
 

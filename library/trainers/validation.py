@@ -43,5 +43,5 @@ class Validation:
             for value in self.forward.objective.validation_t():
                 generator = torch_generator(self.seed, "validation", index, device=device)
                 t = torch.full((batch.size,), value, device=device)
-                losses.append(self.forward.losses(batch, self.forward.noised(batch, generator, t)).mean())
+                losses.append(self.forward.mean_loss(batch, generator, t))
         return torch.stack(losses).mean().item()

@@ -81,11 +81,9 @@ class Job:
 
 JOBS = {
     "SD 1 LoRA": Job("sd1"),
-    "SD 1 LoRA, half of it recomputed": Job("sd1", {"activation_budget": 0.5, "network_train_unet_only": True}),
     "SDXL LoRA, recomputed": Job("sdxl", {"gradient_checkpointing": True, "network_train_unet_only": True}),
     "FLUX.1 LoRA in bf16": Job("flux", {"mixed_precision": "bf16"}),
     "FLUX.1 LoRA, budget 0.5": Job("flux", {"activation_budget": 0.5}),
-    "FLUX.1 LoRA, int8": Job("flux", {"base_quant": "int8", "mixed_precision": "bf16"}),
     "FLUX.1 LoRA, fp8, recomputed": Job("flux", {"fp8_base_unet": True, "gradient_checkpointing": True}),
     "SD 3.5 full": Job("sd35", full=True),
     "Lumina LoRA": Job("lumina", {"gemma2_max_token_length": 32}),

@@ -71,11 +71,8 @@ class Recorded(TextualInversionTrainer):
         super().restore()
         self.before(self)
 
-    def predict(self, noised: Any, batch: Any) -> Tensor:
-        self.captions += batch.captions
-        return super().predict(noised, batch)
-
     def gradients_of(self, batches: Sequence[Batch], first_micro_step: int) -> Tensor:
+        self.captions += [caption for batch in batches for caption in batch.captions]
         total = super().gradients_of(batches, first_micro_step)
         self.gradients.append({n: r.weight.grad.clone() for n, r in self.rows.items() if r.weight.grad is not None})
         return total
@@ -247,7 +244,7 @@ def test_the_word_learns_a_picture(tmp_path: Path) -> None:
         for text, found in losses.items():
             generator, t = torch.Generator().manual_seed(0), torch.tensor([700])
             same = replace(batch, captions=[text])
-            found.append(sum(trainer.batch_loss(same, generator, t).item() for _ in range(8)))
+            found.append(sum(trainer.forward.mean_loss(same, generator, t).item() for _ in range(8)))
 
     run = invert(
         data, tmp_path / "run", pretrained_model_name_or_path=model, num_vectors_per_token=4, learning_rate=0.02,

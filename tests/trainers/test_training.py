@@ -153,10 +153,10 @@ def test_preserved_pictures_learn_the_base_model(sd1: Path, lora: Path, tmp_path
         batch = trainer.data.load(trainer.data.plan_epoch(1)[0], step=0)
         generator = micro_generator(run, 0)
         t = trainer.objective.sample_t(2, (8, 8), generator, "cpu")
-        noised = trainer.objective.noise(trainer.latents_of(batch), t, generator)
-        ours = trainer.predict(noised, batch)
+        noised = trainer.objective.noise(trainer.forward.latents_of(batch), t, generator)
+        ours = trainer.forward.predict(noised, batch)
         trainer.network.detach()
-        base = trainer.predict(noised, batch)
+        base = trainer.forward.predict(noised, batch)
     assert run.losses[0] == pytest.approx(float(((ours - base) ** 2).mean()), rel=1e-5)
 
 
@@ -291,7 +291,7 @@ def test_network_dropout_is_for_training_only(sd1: Path, lora: Path, dataset: Pa
     for run in (plain, dropped):
         with torch.no_grad(), run.trainer.updates.shown():
             batch = run.trainer.data.load(plan, step=0)
-            values.append(float(run.trainer.batch_loss(batch, micro_generator(run, 0))))
+            values.append(float(run.trainer.forward.mean_loss(batch, micro_generator(run, 0))))
     assert values[0] == values[1] == pytest.approx(plain.losses[0], rel=1e-6)
 
 
@@ -345,7 +345,7 @@ def test_several_datasets_at_several_sizes(sd1: Path, tmp_path: Path) -> None:
         == [((64, 64), 1), ((64, 64), 2)] + [((128, 64), 1)] * 6
     )
     assert len(run.losses) == 8 and run.metadata["ss_num_train_images"] == "9"
-    assert len({run.trainer.latents_of(run.trainer.data.load(p, step=0)).shape[-2:] for p in plans}) == 2
+    assert len({run.trainer.forward.latents_of(run.trainer.data.load(p, step=0)).shape[-2:] for p in plans}) == 2
 
 
 def test_folder_form(sd1: Path, tmp_path: Path) -> None:
@@ -432,8 +432,10 @@ def test_validation_loss_is_the_mean_over_fixed_timesteps(sd1: Path, tmp_path: P
             for t in (200, 400, 600, 800):
                 generator = torch.Generator().manual_seed(seed_of(run, index))
                 noise = torch.randn(1, 4, 8, 8, generator=generator)
-                noised = trainer.objective.noised(trainer.latents_of(batch), torch.tensor([t]), noise, seen=noise)
-                losses.append(float(((trainer.predict(noised, batch) - noise) ** 2).mean()))
+                noised = trainer.objective.noised(
+                    trainer.forward.latents_of(batch), torch.tensor([t]), noise, seen=noise
+                )
+                losses.append(float(((trainer.forward.predict(noised, batch) - noise) ** 2).mean()))
         assert trainer.validation.loss() == pytest.approx(sum(losses) / 8, rel=1e-5)
 
 
@@ -527,9 +529,9 @@ def test_schedule_is_checked_against_the_epochs(sd1: Path, dataset: Path, tmp_pa
     with pytest.raises(UserError, match="--lr_decay_steps 7 are longer than the run of 6 steps"):
         train(sd1, dataset, tmp_path / "long", lr_decay_steps=7, **{**values, "max_train_steps": 1000})
     accelerator = run.trainer.accelerator
-    with run.trainer.gradient_sync(is_last=False):
+    with run.trainer.updates.backward(is_last=False):
         assert not accelerator.sync_gradients
-    with run.trainer.gradient_sync(is_last=True):
+    with run.trainer.updates.backward(is_last=True):
         assert accelerator.sync_gradients
 
 
