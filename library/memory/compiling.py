@@ -154,7 +154,8 @@ class Kind:
     def give_up(self, error: BaseException) -> None:
         """Blocks of this kind run as they were from now on."""
         self.broken = True
-        reason = str(error).strip().partition("\n")[0]
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = " ".join(lines[:2])  # the first says where it came from, the second what it was
         log.warning(f"--compile: {self.name} cannot be compiled and runs without: {reason}")
 
     def _own(self, plain: Forward) -> Forward:

@@ -26,6 +26,7 @@ METHODS = ("lora", "full")
 OTHERS = ("sd2 v", "sdxl v", "lumina system prompt")  # the same denoisers, trained for something else
 NAMES = [name for name in CASES if name not in OTHERS]
 FAMILIES = ("sd1", "sdxl", "flux", "sd3", "lumina")  # one case of each, where a test takes long
+LORA, FULL = ([f"{name}, {method}" for name in FAMILIES] for method in METHODS)
 CACHED = {"cache_latents": True, "cache_text_encoder_outputs": True, "network_train_unet_only": True}
 HOISTABLE = ("flux", "sd3")  # families with modulation layers in their blocks
 # learning through a base in fewer bits: relative error of the first loss against the same run in bf16
@@ -162,7 +163,7 @@ def test_recomputed_equals_kept(started: Run, blocks: list[nn.Module], budget: f
     recomputation.undo()
 
 
-@pytest.mark.parametrize("subject", [f"{name}, {method}" for name in FAMILIES for method in METHODS], indirect=True)
+@pytest.mark.parametrize("subject", [*LORA, *FULL], indirect=True)
 def test_compiled_equals_eager(subject: Subject, started: Run, blocks: list[nn.Module]) -> None:
     """Traced and differentiated as inductor gets it, without its code generator, which tests/memory has.
 
@@ -180,9 +181,8 @@ def test_compiled_equals_eager(subject: Subject, started: Run, blocks: list[nn.M
 # ---- in whole runs --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("subject", FULL, indirect=True)
 def test_stepping_in_the_backward_pass_is_the_plain_step(subject: Subject, tmp_path: Path) -> None:
-    if subject.method == "lora":
-        return  # gradients of adapters are small: nothing to gain
     values = {"max_train_steps": 3, "max_grad_norm": 0, "gradient_accumulation_steps": 2}
     plain = subject.train(tmp_path / "plain", **values)
     ways: dict[str, dict[str, Any]] = {
@@ -201,6 +201,7 @@ def test_stepping_in_the_backward_pass_is_the_plain_step(subject: Subject, tmp_p
         assert all(torch.equal(found[key], value) for key, value in expected.items()), name
 
 
+@pytest.mark.parametrize("subject", [*LORA, *FULL], indirect=True)
 def test_resumes_exactly_with_everything_on(subject: Subject, tmp_path: Path) -> None:
     values: dict[str, Any] = {
         "max_train_steps": 4, "save_state": True, "activation_budget": 0.5, "cpu_offload_checkpointing": True,
@@ -216,9 +217,6 @@ def test_resumes_exactly_with_everything_on(subject: Subject, tmp_path: Path) ->
 
 def hoistable(subject: Subject) -> bool:
     return subject.case.family in HOISTABLE and subject.model.get("model_type") != "chroma"
-
-
-LORA = [f"{name}, lora" for name in FAMILIES]
 
 
 @pytest.mark.parametrize("subject", LORA, indirect=True)
