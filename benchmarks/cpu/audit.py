@@ -131,7 +131,7 @@ def figures(found: Simulation, budget: float) -> Found:
 def weights(name: str, folder: Path) -> tuple[str, ...]:
     trainer = trainer_of(name, 512, folder, full=False)
     denoiser = trainer.family.empty_denoiser(torch.bfloat16)
-    found = weights_of(trainer.family, denoiser, trainer, SimpleNamespace(samples=1))  # type: ignore[arg-type]
+    found = weights_of(trainer.family, denoiser, trainer, SimpleNamespace(samples=1, hoists=True))  # type: ignore[arg-type]
     sizes = [f"{found.total(storage) / GB:.2f}" for storage in ("plain", "fp8", "int8", "nf4")]
     return (name, *sizes, f"{sum(found.modulations.get('plain', ())) / GB:.2f}")
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.device import free_memory
 from library.errors import UserError, first_names, nearest
 from library.memory.precision import cast_when_used, castable_weights
 from library.memory.quantise import Storage, quantise
@@ -71,6 +72,8 @@ class Part:
             cast_when_used(module)
         if self.finish is not None:
             self.finish(module)
+        if storage not in ("plain", "half"):
+            free_memory()  # of the large forms of what was made small
         return module.to(device).eval().requires_grad_(False)  # `to` moves the buffers that no file holds
 
     def empty(self, dtype: torch.dtype | None = None, storage: Storage = "plain") -> nn.Module:
