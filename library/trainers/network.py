@@ -130,7 +130,7 @@ class NetworkTrainer(Trainer):
                 raise UserError(f"--network_weights {file}: {line}" for line in lines) from None
         self.check_moved_weights()
         self.formatted(self.network.state(None))  # what has no name in the format is refused now, not at the first save
-        if self.options.memory.gradient_checkpointing:
+        if self.choice.activation_budget < 1:
             self.network.enable_gradient_checkpointing()
         groups = self.network.param_groups(
             learning_rate=self.options.optimizer.learning_rate,

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The planner: what a step takes with each way of saving memory, and which way is the fastest that fits.
 
-    plan = plan_memory(trainer)  # one step is simulated; no weights are read
-    plan.table()  # --plan
-    plan.choose(12 << 30)  # --vram_budget 12GB
+plan = plan_memory(trainer)  # one step is simulated; no weights are read
+plan.table()  # --plan
+plan.choose(12 << 30)  # --vram_budget 12GB
 """
 
 from __future__ import annotations
