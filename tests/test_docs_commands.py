@@ -67,7 +67,9 @@ def test_powershell_says_the_same(page: Path) -> None:
         needed = [
             i for i, found in enumerate(blocks) if found[1] != "powershell" and re.search(r"\\\n|^source ", found[2])
         ]
-        assert [index + 1 for index in needed] == twins
+        assert [index + 1 for index in needed] == twins, (
+            "a block for PowerShell is missing, or has nothing to stand below"
+        )
         for index in needed:
             shell, twin = blocks[index], blocks[index + 1]
             assert text_of(page)[shell.end() : twin.start()] == "\n\nPowerShell:\n\n"
@@ -148,6 +150,23 @@ def test_memory_of_each_card_is_that_of_its_recipe() -> None:
         for peak, recipe, _ in recipes:
             said = re.search(r"Predicted peak ([\d.]+) GB", (ROOT / recipe).read_text(encoding="utf-8"))
             assert said is not None and f"{float(said[1]):.1f}" == peak, recipe
+
+
+RECOMPUTED = {"sdxl": ["Stable Diffusion XL"], "flux": ["FLUX.1 dev", "Chroma"],
+              "sd3": ["SD3.5 medium", "SD3.5 large"], "lumina": ["Lumina-Image 2.0"]}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RECOMPUTED)
+def test_memory_that_a_recipe_takes(name: str) -> None:
+    """A family's page says of its recipe, which recomputes all, what the table of savings says."""
+    found = re.search(r"^The recipe takes (.*?)\. On a card", text_of(ROOT / "docs" / f"{name}.md"), flags=re.MULTILINE)
+    assert found is not None
+    savings = text_of(ROOT / "docs" / "memory.md").partition("<!-- savings")[2]
+    rows = [
+        next(row for row in savings.splitlines() if row.startswith(f"| LoRA for {title} |"))
+        for title in RECOMPUTED[name]
+    ]
+    assert re.findall(r"([\d.]+) GB", found[1]) == [row.split("|")[4].strip() for row in rows]
 
 
 def test_first_lora_trains(tmp_path: Path) -> None:
