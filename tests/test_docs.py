@@ -26,7 +26,7 @@ from library.trainers.options import NetworkTrainerOptions
 from networks.lora import ARGUMENTS
 from tests.script_runner import ROOT, Ended, run_script
 from tests.tiny import make_tiny_sd
-from tests.trainers.helpers import make_pictures
+from tests.trainers.helpers import argv, make_pictures, quick_previews
 from tools import make_options_doc
 
 PAGES = sorted(
@@ -38,13 +38,14 @@ PAGES = sorted(
 GUIDE = (ROOT / "docs" / "train_network.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 OPTIONS = specs(option_groups("network", "sd"))
+FENCE = re.compile(r"^```([a-z]*)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
 # Options of other programs, and the inline ones of preview prompts
-FOREIGN = {"num_processes", "quiet", "logdir", "check", "name", "help", *INLINE}
+FOREIGN = {"num_processes", "quiet", "logdir", "check", "name", "help", "local", *INLINE}  # local: of --local-dir
 
 
 def fenced(text: str) -> list[str]:
-    """The contents of the code blocks of a page."""
-    return re.findall(r"^```[a-z]*\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    """The contents of the code blocks of a page, but for those of PowerShell, which say the same again."""
+    return [block for kind, block in FENCE.findall(text) if kind != "powershell"]
 
 
 def commands(text: str) -> list[list[str]]:
@@ -146,6 +147,10 @@ def run_small(words: list[str], place: Path, output: Path) -> Ended:
     if importlib.util.find_spec("bitsandbytes") is None:  # there is none for macOS
         words = ["AdamW" if word.lower() == "adamw8bit" else word for word in words]
         words += ["--optimizer_type", "AdamW"] if "--config_file" in words else []
+    if "--config_file" in words:
+        (output / "previews").mkdir(parents=True, exist_ok=True)
+        previews = quick_previews(output / "previews")
+        words += [word for option, path in previews.items() for word in (f"--{option}", str(path))]
     words += ["--max_train_epochs", "0", "--max_train_steps", "2", "--max_data_loader_n_workers", "0"]
     if "--train_data_dir" in words:
         words += ["--resolution", "64", "--min_bucket_reso", "64"]
@@ -229,6 +234,7 @@ def test_recipe_of_a_dataset_trains(place: Path, tmp_path: Path) -> None:
         "--config_file", "configs/sd_lora.toml", "--dataset_config", str(table), "--optimizer_type", "AdamW",
         "--pretrained_model_name_or_path", str(place / "model.safetensors"), "--output_dir", str(tmp_path / "out"),
         "--max_train_epochs", "0", "--max_train_steps", "1", "--max_data_loader_n_workers", "0",
+        *argv(quick_previews(tmp_path)),
     )  # fmt: skip
     assert ended.code == 0, ended.text
     assert "2 pictures, 20 with repeats, 1 regularisation pictures used 20 times" in ended.text

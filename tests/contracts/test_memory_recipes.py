@@ -17,7 +17,7 @@ from library.models.registry import FAMILIES
 from library.options import Resolved, read_toml, resolve
 from tests.contracts.test_families import CASES
 from tests.script_runner import ROOT, run_script
-from tests.trainers.helpers import argv, make_pictures, subset, write_dataset
+from tests.trainers.helpers import argv, make_pictures, quick_previews, subset, write_dataset
 from tools.make_memory_recipes import RECIPES, SPARE
 from tools.make_options_doc import SCRIPTS
 
@@ -109,10 +109,12 @@ def test_recipe_trains(recipe: str, dataset: Path, tmp_path: Path) -> None:
         "output_dir": tmp_path / "out", "output_name": "x", "optimizer_type": "AdamW", "max_train_epochs": 0,
         "max_train_steps": 1, "max_data_loader_n_workers": 0, "cache_dir": tmp_path / "cache",
         "save_model_as": "safetensors", "min_bucket_reso": 64, "max_bucket_reso": 64,
+        **quick_previews(tmp_path),
     }  # fmt: skip
     if "blocks_to_swap" in text_of(name):
         own["blocks_to_swap"] = 1
     ended = run_script(*argv(own), "--optimizer_args", script=command_of(name)[0])
     assert ended.code == 0, ended.text
     assert load_file(tmp_path / "out" / "x.safetensors")
+    assert list((tmp_path / "out" / "sample").glob("*.png"))
     assert "has no effect" not in ended.text and "ignored" not in ended.text

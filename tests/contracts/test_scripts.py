@@ -21,7 +21,7 @@ from tests.families import flux, lumina, sd, sd3, sdxl
 from tests.families.base import Case
 from tests.script_runner import ROOT, run_script
 from tests.trainers import child
-from tests.trainers.helpers import argv, differing, make_pictures, subset, write_dataset
+from tests.trainers.helpers import argv, differing, make_pictures, quick_previews, subset, write_dataset
 from tools.make_options_doc import SCRIPTS
 
 PRECIOUS = b"a good file of an earlier run"
@@ -101,12 +101,16 @@ def test_recipe_trains(name: str, ground: Ground, tmp_path: Path) -> None:
     own = {
         "output_dir": tmp_path, "optimizer_type": "AdamW", "optimizer_args": [],
         "max_train_epochs": 0, "max_train_steps": 1, "max_data_loader_n_workers": 0, "cache_dir": tmp_path / "cache",
-        "min_bucket_reso": 64, "max_bucket_reso": 64,
+        "min_bucket_reso": 64, "max_bucket_reso": 64, **quick_previews(tmp_path),
     }  # fmt: skip
+    if "control_net" in name:  # previews of it need a control image
+        del own["sample_prompts"]
     words = argv({"config_file": f"configs/{name}.toml", **ground.options(script, case), **own})
     ended = run_script(*words, "--optimizer_args", script=script)
     assert ended.code == 0, ended.text
     assert load_file(next(tmp_path.glob("*.safetensors")))
+    assert bool(list((tmp_path / "sample").glob("*.png"))) is ("sample_prompts" in own)
+    assert list((tmp_path / "logs").rglob("events.out.tfevents.*"))
     assert "has no effect" not in ended.text and "ignored" not in ended.text
 
 

@@ -163,6 +163,13 @@ class Run:
         return sorted(path.name for path in self.folder.glob(pattern))
 
 
+def quick_previews(folder: Path) -> dict[str, Path]:
+    """Options with which the previews and curves of a recipe take no time and go into this folder."""
+    prompts = folder / "quick_prompts.txt"
+    prompts.write_text("a photo of a cat --w 64 --h 64 --s 1 --d 1\n", encoding="utf-8")
+    return {"sample_prompts": prompts, "logging_dir": folder / "logs"}
+
+
 def argv(values: Mapping[str, Any]) -> list[str]:
     """{"max_train_steps": 4, "save_state": True, "network_args": ["a=1"]} as a command line; None, False: not given."""
     words: list[str] = []
