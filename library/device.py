@@ -8,6 +8,7 @@ import ctypes
 import datetime
 import importlib.util
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 DTYPES = {"no": torch.float32, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+CARDS = ("cuda", "xpu")  # kinds of devices with memory of their own; a Mac's GPU ("mps") shares the host's
 M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 MASTER_WEIGHTS = "fp16_master_weights_and_grads"  # a key of DeepSpeed's configuration, not of accelerate's plugin
 
@@ -42,6 +44,7 @@ def make_accelerator(mixed_precision: str, settings: DistributedSettings) -> Acc
 
     if mixed_precision == "fp16" and not accelerator_present():
         raise UserError("--mixed_precision fp16 needs a GPU; on the CPU use --mixed_precision bf16 or no")
+    _check_mac(mixed_precision)
     handlers: list[Any] = [
         DistributedDataParallelKwargs(
             gradient_as_bucket_view=settings.gradient_as_bucket_view,
@@ -64,6 +67,18 @@ def make_accelerator(mixed_precision: str, settings: DistributedSettings) -> Acc
     )
 
 
+def _check_mac(mixed_precision: str) -> None:
+    """Raises UserError where a Mac's system or torch cannot compute so on its GPU."""
+    if not torch.backends.mps.is_available():
+        return
+    if mixed_precision == "bf16" and not torch.backends.mps.is_macos_or_newer(14, 0):
+        raise UserError("--mixed_precision bf16 needs macOS 14 or newer; use --mixed_precision no")
+    if mixed_precision == "fp16" and torch.__version__ < "2.8":
+        raise UserError(
+            f"--mixed_precision fp16 needs torch 2.8 or newer on a Mac, this is {torch.__version__}; use bf16 or no"
+        )
+
+
 def _deepspeed_plugin(arguments: dict[str, Any], batch_size: int) -> Any:
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError("--deepspeed: the package is not installed: pip install deepspeed (Linux with CUDA)")
@@ -78,11 +93,21 @@ def _deepspeed_plugin(arguments: dict[str, Any], batch_size: int) -> Any:
 
 def accelerator_present() -> bool:
     """True when torch sees a GPU of any kind."""
-    return torch.cuda.is_available() or torch.backends.mps.is_available() or _xpu_available()
+    return torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available()
 
 
-def _xpu_available() -> bool:
-    return torch.xpu.is_available() if "xpu" in dir(torch) else False
+def is_card(device: torch.device) -> bool:
+    """Whether `device` has memory of its own.
+
+    Then torch counts what is taken of it, and copies to and from page-locked main memory go on while the host does
+    other things.
+    """
+    return device.type in CARDS
+
+
+def exact_float(device: torch.device) -> torch.dtype:
+    """The longest floating-point dtype that every device of this kind computes with."""
+    return torch.float32 if device.type in ("mps", "xpu") else torch.float64
 
 
 def unscale_half_gradients(scaler: torch.amp.GradScaler) -> None:
@@ -100,11 +125,20 @@ def free_memory() -> None:
     import gc
 
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    empty_cache()
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # a C library other than glibc
             ctypes.CDLL("libc.so.6").malloc_trim(0)  # glibc keeps some hundred MB otherwise
+
+
+def empty_cache() -> None:
+    """Give the memory that torch keeps for later back to the accelerator."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
+    if torch.xpu.is_available():
+        torch.xpu.empty_cache()
 
 
 def free_bytes(device: torch.device) -> int:
@@ -112,7 +146,13 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if sys.platform == "linux":
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
+    if device.type == "xpu" and "mem_get_info" in dir(torch.xpu):  # not in torch 2.6
+        with contextlib.suppress(RuntimeError):  # some drivers do not say it
+            free, _ = torch.xpu.mem_get_info(device)
+            return free + torch.xpu.memory_reserved(device) - torch.xpu.memory_allocated(device)
+    if device.type == "cpu" and sys.platform == "linux":
         with open("/proc/meminfo", encoding="ascii") as file:
             found = dict(line.split(":", 1) for line in file)
         return int(found["MemAvailable"].split()[0]) * 1024
@@ -124,6 +164,43 @@ def limit_memory(device: torch.device, limit: int) -> None:
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
+    elif device.type == "mps":
+        torch.mps.set_per_process_memory_fraction(min(1.0, limit / torch.mps.recommended_max_memory()))
+    elif device.type == "xpu" and "set_per_process_memory_fraction" in dir(torch.xpu):  # not in torch 2.6
+        total = torch.xpu.get_device_properties(device).total_memory
+        torch.xpu.set_per_process_memory_fraction(min(1.0, limit / total), device)
+
+
+def forget_peak(device: torch.device) -> None:
+    """`peak_bytes` of a card counts from now on."""
+    torch.get_device_module(device).reset_peak_memory_stats(device)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most that tensors took of a card's memory at any moment. The host does not wait."""
+    return torch.get_device_module(device).max_memory_allocated(device)
+
+
+class HostCopy:
+    """A tensor on its way to the host. From a card it comes while the host goes on; from elsewhere it is there."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        asynchronous = is_card(tensor.device)
+        self._tensor = tensor.detach().to("cpu", non_blocking=asynchronous)
+        self._arrival = torch.get_device_module(tensor.device).Event() if asynchronous else None
+        if self._arrival is not None:
+            self._arrival.record()
+
+    @property
+    def ready(self) -> bool:
+        """Whether `value` has nothing to wait for."""
+        return self._arrival is None or self._arrival.query()
+
+    def value(self) -> Tensor:
+        """The tensor on the host; waits for it."""
+        if self._arrival is not None:
+            self._arrival.synchronize()
+        return self._tensor
 
 
 def return_large_blocks() -> None:
@@ -135,6 +212,14 @@ def return_large_blocks() -> None:
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # a C library other than glibc
             ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 1 << 18)
+
+
+@contextlib.contextmanager
+def kept_random_state(device: torch.device) -> Iterator[None]:
+    """After it, torch's default generators of the CPU and of `device` go on as if nothing had been drawn in it."""
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, device_type=device.type):
+        yield
 
 
 def seed_everything(seed: int) -> None:

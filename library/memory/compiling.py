@@ -28,6 +28,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import TorchDynamoException
 
+from library.device import kept_random_state
 from library.log import get_logger, progress
 from library.memory.checkpointing import Forward, Forwards, recomputed, recomputed_blocks
 
@@ -217,8 +218,7 @@ def warm(passes: Sequence[Callable[[], Tensor]], trained: Sequence[Tensor], devi
     pass. trained: tensors that gradients are asked for, so that the backward pass goes through all blocks; those of
     the first block are enough, and spare the memory for all gradients at once.
     """
-    cards = [device] if device.type != "cpu" else []
-    with torch.random.fork_rng(cards), progress(len(passes), "compiling", "shape") as bar:
+    with kept_random_state(device), progress(len(passes), "compiling", "shape") as bar:
         for run in passes:
             torch.autograd.grad(run(), list(trained), allow_unused=True)
             bar.advance()

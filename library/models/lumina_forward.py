@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.device import exact_float
+
 
 def use_device_lengths(denoiser: nn.Module) -> None:
     """From now on diffusers' Lumina2Transformer2DModel `denoiser` runs the pass of this file."""
@@ -115,7 +117,7 @@ def _table(size: int, count: int, theta: float, device: torch.device) -> Tensor:
 
     Computed where it is used: a kept table would be cast with the model, or copied in each pass.
     """
-    dtype = torch.float32 if device.type == "mps" else torch.float64
+    dtype = exact_float(device)
     rates = 1.0 / theta ** (torch.arange(0, size, 2, dtype=dtype, device=device) / size)
     angles = torch.arange(count, device=device).unsqueeze(1) * rates
     return torch.polar(torch.ones_like(angles), angles)

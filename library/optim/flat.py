@@ -6,7 +6,10 @@ optimizers whose update is elementwise (`BuiltOptimizer.elementwise`). Build it 
 and in their dtype: a later `module.to(...)` would cut the views.
 
 A parameter that received no gradient counts as one with gradient 0: momentum and weight decay still act on it, and
-`p.grad` is never None.
+`p.grad` is never None. Nobody else may give a parameter another gradient tensor, or other memory: the buffers would not
+see it, and a step would change nothing. `require_joined` finds that.
+
+Several processes exchange whole buffers (`average_gradients`), so the model needs no DistributedDataParallel around it.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 ALIGNMENT = 64  # elements between the starts of tensors are a multiple of this: kernels want 16-byte aligned operands
 
@@ -38,6 +41,20 @@ class FlatGroup:
         """Of another buffer of this layout, the parts that belong to the parameters, in their shapes."""
         pairs = zip(self.params, self.offsets, strict=True)
         return [buffer[start : start + p.numel()].view(p.shape) for p, start in pairs]
+
+    def strangers(self) -> list[int]:
+        """Numbers of the parameters that lie elsewhere now, or whose gradients do. Compares addresses on the host."""
+        gradients = self.buffer.grad
+        if gradients is None:
+            return list(range(len(self.params)))
+        weights_at, gradients_at, size = self.buffer.data_ptr(), gradients.data_ptr(), self.buffer.element_size()
+        found = []
+        for number, (p, start) in enumerate(zip(self.params, self.offsets, strict=True)):
+            gradient, offset = p.grad, start * size
+            own = gradient is not None and gradient.data_ptr() == gradients_at + offset
+            if not own or p.data_ptr() != weights_at + offset:
+                found.append(number)
+        return found
 
 
 def flatten(params: Sequence[Tensor]) -> FlatGroup:
@@ -79,6 +96,29 @@ class FlatParameters:
     def zero_grad(self) -> None:
         """Set all gradients to 0. Use it instead of the optimizer's or the module's, which would drop the views."""
         torch._foreach_zero_([flat.grad for flat in self.groups])
+
+    def require_joined(self) -> None:
+        """Raises RuntimeError when a step would pass over parameters that are no views of the buffers any more."""
+        for number, flat in enumerate(self.groups):
+            found = flat.strangers()
+            if found:
+                shape = list(flat.params[found[0]].shape)
+                raise RuntimeError(
+                    f"{len(found)} of {len(flat.params)} weights of optimizer group {number} (the first of shape "
+                    f"{shape}) would not be trained: something replaced their gradients or their memory, which are "
+                    "parts of one buffer"
+                )
+
+    def broadcast_weights(self) -> None:
+        """All processes take the weights of the first one."""
+        for flat in self.groups:
+            distributed.broadcast(flat.buffer.detach(), src=0)
+
+    def average_gradients(self) -> None:
+        """All processes get the mean of their gradients: one exchange per buffer, which the host does not wait for."""
+        torch._foreach_div_([flat.grad for flat in self.groups], distributed.get_world_size())
+        for flat in self.groups:
+            distributed.all_reduce(flat.grad)
 
     def clip_grad_norm(self, max_norm: float) -> Tensor:
         """Scale all gradients to a common norm of at most `max_norm`; the norm before, as a tensor (no wait)."""

@@ -21,6 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
 from library.data.images import load_control, resize
+from library.device import empty_cache, kept_random_state
 from library.errors import first_names
 from library.io.atomic import atomic_write
 from library.log import get_logger
@@ -173,7 +174,7 @@ class Previewer:
         pictures: list[Picture] = []
         failed: list[str] = []
         device = torch.device(device)
-        with undisturbed([models.denoiser, models.vae, *models.encoders.values(), *models.others]):
+        with undisturbed([models.denoiser, models.vae, *models.encoders.values(), *models.others], device):
             for index, prompt in enumerate(self.prompts):
                 try:
                     image = self._picture(models, prompt, index, device, dtype)
@@ -183,8 +184,7 @@ class Previewer:
                 except Exception as error:  # whatever it is, it must not end a training
                     lines = str(error).splitlines() or [""]
                     failed.append(f"{index:02d} {type(error).__name__}: {lines[0]}")
-                    if device.type == "cuda":
-                        torch.cuda.empty_cache()
+                    empty_cache()
         if failed:
             count = f"{len(failed)} of {len(self.prompts)} previews"
             log.warning(f"{count} failed at step {step}, the training goes on: {first_names(failed, 1)}")
@@ -321,13 +321,12 @@ class Previewer:
 
 
 @contextlib.contextmanager
-def undisturbed(models: Sequence[nn.Module]) -> Iterator[None]:
+def undisturbed(models: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
     """Evaluation mode, no gradients and any use of the global generators inside; everything as before outside."""
     modes = {module: module.training for model in models for module in model.modules()}
     python = random.getstate()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # not those of other processes
     try:
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
+        with kept_random_state(device), torch.no_grad():
             for model in models:
                 model.eval()
             yield

@@ -103,14 +103,22 @@ class FineTuneTrainer(Trainer):
 
     def checks(self) -> list[Callable[[], None]]:
         return [
-            self.check_rates, self.check_in_backward, self.check_caches, self.check_data, self.check_format,
-            self.check_source,
+            self.check_rates, self.check_in_backward, self.check_static_graph, self.check_caches, self.check_data,
+            self.check_format, self.check_source,
         ]  # fmt: skip
 
     def check_rates(self) -> None:
         """Something learns."""
         if not self.learning:
             raise UserError("nothing learns: all learning rates are 0 (see --learning_rate)")
+
+    def check_static_graph(self) -> None:
+        """The same weights learn in every step, where that is promised."""
+        if self.options.distributed.ddp_static_graph and self.options.finetune.encoders_until is not None:
+            raise UserError(
+                "--ddp_static_graph says that every step uses the same weights, and --stop_text_encoder_training "
+                "changes them: leave one of them out"
+            )
 
     def check_in_backward(self) -> None:
         """Weights can be stepped during the backward pass, where that is asked for."""

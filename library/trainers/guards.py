@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from library.device import HostCopy
 from library.errors import StopTraining, first_names
 
 LIKELY_CAUSES = (
@@ -35,8 +36,7 @@ class StepReport:
 class _Pending:
     step: int
     names: list[str]
-    values: Tensor  # (2,) loss, gradient norm: on the host, perhaps still being copied
-    ready: torch.cuda.Event | None
+    values: HostCopy  # (2,) loss, gradient norm
     scaler_skips: bool
     others: dict[str, float | Tensor]
 
@@ -52,16 +52,12 @@ class StepReader:
     def push(self, step: int, loss: Tensor, grad_norm: Tensor, names: Sequence[str], *, scaler_skips: bool,
              others: dict[str, float | Tensor]) -> None:  # fmt: skip
         """loss, grad_norm: 0-dim tensors. scaler_skips: fp16, where a non-finite gradient is the scaler's business."""
-        values, ready = torch.stack([loss.detach().float(), grad_norm.detach().float()]), None
-        if values.is_cuda:
-            values = values.to("cpu", non_blocking=True)
-            ready = torch.cuda.Event()
-            ready.record()
-        self._pending.append(_Pending(step, list(names), values, ready, scaler_skips, others))
+        values = HostCopy(torch.stack([loss.detach().float(), grad_norm.detach().float()]))
+        self._pending.append(_Pending(step, list(names), values, scaler_skips, others))
 
     def arrived(self) -> list[StepReport]:
         """Reports of the steps whose numbers are here. Raises StopTraining on a non-finite one."""
-        return list(self._take(lambda p: p.ready is None or p.ready.query() or len(self._pending) > self.lag))
+        return list(self._take(lambda p: p.values.ready or len(self._pending) > self.lag))
 
     def flush(self) -> list[StepReport]:
         """All reports: waits for the device. Called before anything is saved."""
@@ -70,9 +66,7 @@ class StepReader:
     def _take(self, may_read: Callable[[_Pending], bool]) -> Iterable[StepReport]:
         while self._pending and may_read(self._pending[0]):
             item = self._pending.popleft()
-            if item.ready is not None:
-                item.ready.synchronize()
-            loss, norm = item.values.tolist()
+            loss, norm = item.values.value().tolist()
             wrong = "loss" if not math.isfinite(loss) else "gradient norm"
             self._skipped = 0 if math.isfinite(norm) else self._skipped + 1
             may_skip = item.scaler_skips and self._skipped <= MOST_SKIPS

@@ -129,6 +129,8 @@ class NetworkTrainer(Trainer):
                 lines = (problem.removeprefix(f"{file}: ") for problem in error.problems)
                 raise UserError(f"--network_weights {file}: {line}" for line in lines) from None
         self.check_moved_weights()
+        if self.network.is_sparse() and self.options.distributed.ddp_static_graph:
+            raise UserError("--ddp_static_graph: DyLoRA uses other weights in each step: leave the option out")
         self.formatted(self.network.state(None))  # what has no name in the format is refused now, not at the first save
         if self.choice.activation_budget < 1:
             self.network.enable_gradient_checkpointing()

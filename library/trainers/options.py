@@ -81,8 +81,13 @@ class DistributedOptions:
     ddp_timeout: int | None = option(
         None, help="Minutes to wait for the other processes.", check=positive, zero_is_unset=True
     )
-    ddp_gradient_as_bucket_view: bool = option(False, help="DDP keeps gradients in its own buckets.")
-    ddp_static_graph: bool = option(False, help="DDP assumes that every step uses the same weights.")
+    ddp_gradient_as_bucket_view: bool = option(
+        False,
+        help="DDP keeps gradients in its own buckets: less memory in full training. Adapters need no buckets.",
+    )
+    ddp_static_graph: bool = option(
+        False, help="DDP assumes that every step of a full training uses the same weights, and need not look for them."
+    )
     deepspeed: bool = option(False, help="Train with DeepSpeed (Linux, pip install deepspeed).")
     zero_stage: int = option(2, help="DeepSpeed: ZeRO stage.", check=between(0, 3))
     offload_optimizer_device: str | None = option(

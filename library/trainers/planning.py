@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from library.device import free_bytes
+from library.device import forget_peak, free_bytes, is_card, peak_bytes
 from library.errors import UserError
 from library.log import get_logger
 from library.memory.checkpointing import recomputed_blocks
@@ -168,9 +168,9 @@ class PeakCheck:
         """After each optimizer step. The first makes the optimizer's states: the second is a whole one."""
         self.steps += 1
         if self.steps == 1:
-            torch.cuda.reset_peak_memory_stats(self.device)
+            forget_peak(self.device)
         elif self.steps == 2:
-            self.say(torch.cuda.max_memory_allocated(self.device) + CUDA_CONTEXT)  # which torch does not see
+            self.say(peak_bytes(self.device) + CUDA_CONTEXT)  # which torch does not see
 
     def say(self, measured: int) -> None:
         """Of `measured` bytes, the context among them."""
@@ -196,7 +196,7 @@ def case_of(trainer: Any) -> Case:
     family: ModelFamily = trainer.family
     found = simulate(trainer)
     denoiser = family.empty_denoiser(trainer.load_dtype("denoiser"), "plain" if _quantised(trainer) else _kept(trainer))
-    has_host = trainer.device.type != "cpu" or trainer.options.memory.plan
+    has_host = is_card(trainer.device) or trainer.options.memory.plan
     return Case(
         found.step,
         weights_of(family, denoiser, trainer, found),
@@ -282,7 +282,7 @@ def fixed_of(trainer: Any, found: Simulation) -> Fixed:
         optimizer=hunger.states(found.shapes) + (2 * count if kind == "kahan" else 0),
         update=hunger.update(found.shapes) + copies,
         in_backward=in_backward,
-        context=CUDA_CONTEXT if trainer.device.type == "cuda" or options.memory.plan else 0,
+        context=CUDA_CONTEXT if is_card(trainer.device) or options.memory.plan else 0,
     )
 
 

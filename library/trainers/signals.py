@@ -11,7 +11,8 @@ from types import FrameType, TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
+
+from library.device import HostCopy
 
 EXIT_AT_ONCE = 130
 EXIT_STOPPED = 3  # the step was finished and the state saved
@@ -51,7 +52,7 @@ class StopVote:
 
     def __init__(self, device: torch.device, *, processes: int) -> None:
         self.device, self.processes = device, processes
-        self._votes: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+        self._votes: deque[HostCopy] = deque()
 
     def decided(self, requested: bool) -> bool:
         """Call it once per step in every process; the answer is the same in all of them."""
@@ -59,15 +60,7 @@ class StopVote:
             return requested
         vote = torch.tensor(float(requested)).to(self.device, non_blocking=True)
         torch.distributed.all_reduce(vote)
-        event = None
-        if vote.is_cuda:
-            vote = vote.to("cpu", non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-        self._votes.append((vote, event))
+        self._votes.append(HostCopy(vote))
         if len(self._votes) < 2:
             return False
-        earlier, arrived = self._votes.popleft()
-        if arrived is not None:
-            arrived.synchronize()
-        return bool(earlier > 0)
+        return bool(self._votes.popleft().value() > 0)

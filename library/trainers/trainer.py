@@ -17,6 +17,7 @@ from library.data.plan import BatchPlan
 from library.data.scan import Scan
 from library.device import (
     free_memory,
+    is_card,
     limit_memory,
     make_accelerator,
     return_large_blocks,
@@ -259,7 +260,7 @@ class Trainer(ABC):
         """What is not given is chosen, and the card is made as small as --vram_budget says."""
         budget, plan = self.options.memory.vram_budget, plan_memory(self)
         self.choice = plan.choose(budget)
-        if self.device.type == "cuda":
+        if is_card(self.device):
             self.check_of_plan = PeakCheck(plan.needs(self.choice), self.device)
         if budget is not None:
             limit_memory(self.device, budget - CUDA_CONTEXT)
@@ -451,7 +452,7 @@ class Trainer(ABC):
     def steps(self) -> Iterator[list[Batch]]:
         """The micro-batches of one optimizer step after the other, from the current position to the end of the run."""
         data, plan = self.options.data, self.plan
-        pin = self.device.type == "cuda"
+        pin = is_card(self.device)
         workers, persistent = loading_processes(data), data.persistent_data_loader_workers
         with self.data.loader(workers=workers, persistent=persistent, pin_memory=pin) as loader:
             while self.position.step < plan.total_steps:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -34,25 +35,36 @@ class Updates:
         self.options, self.choice, self.trainables, self.accelerator = options, choice, trainables, accelerator
         joined = choice.row.elementwise and trainables.flat and not options.distributed.deepspeed
         self.flat = FlatParameters(trainables.groups) if joined else None
+        self.exchanged = self.flat if accelerator.num_processes > 1 else None  # gradients that are averaged here
+        if self.exchanged is not None:
+            self.exchanged.broadcast_weights()
         groups = self.flat.param_groups if self.flat else trainables.groups
         self.optim = build_bf16(choice, groups, options.bf16_update, seed=seed)
         self.total_steps = total_steps
         self.in_backward: InBackward | None = None
+        # from the first pass DDP learns a static graph. Who exchanges in each pass gets the same mean, only slower
+        self._first_exchanges = options.distributed.ddp_static_graph
         decay = options.ema.ema_decay
         self.ema = Ema(trainables.parameters(), decay, self.flat) if decay is not None else None
 
     def prepare(self, module: StepModule) -> nn.Module:
         """The module as accelerate wraps it; from now on its optimizer is used."""
+        self.model, self.optimizer = self._wrapped(module)
+        self.scheduler = build_scheduler(self.options.scheduler, self.optim, total_steps=self.total_steps)
+        self.optim.train_mode()
+        return self.model
+
+    def _wrapped(self, module: StepModule) -> tuple[nn.Module, AcceleratedOptimizer]:
+        if self.flat is not None:  # "evaluation": not for DDP, which would put its own gradients in place of the views
+            model = self.accelerator.prepare_model(module, device_placement=False, evaluation_mode=True)
+            return model, self.accelerator.prepare_optimizer(self.optim.optimizer)
         frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
         unshared = [*frozen, *(name for name, _ in module.named_buffers())]
         # every process has read the same files, and what waits in main memory cannot be sent around
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, unshared)
         # everything is where it belongs already, and weights that wait in main memory must stay there
         places = {} if self.options.distributed.deepspeed else {"device_placement": [False, True]}
-        self.model, self.optimizer = self.accelerator.prepare(module, self.optim.optimizer, **places)
-        self.scheduler = build_scheduler(self.options.scheduler, self.optim, total_steps=self.total_steps)
-        self.optim.train_mode()
-        return self.model
+        return self.accelerator.prepare(module, self.optim.optimizer, **places)
 
     def step_in_backward(self, units: Sequence[Sequence[nn.Parameter]], changed: Any) -> InBackward:
         """Step each of `units` as soon as its gradients are there. changed: is told which weights were stepped."""
@@ -68,8 +80,11 @@ class Updates:
         self.accelerator.gradient_state._set_sync_gradients(is_last)
         if self.in_backward is not None:
             self.in_backward.last_micro_batch(is_last)
-        with nullcontext() if is_last else self.accelerator.no_sync(self.model):
+        exchanges, self._first_exchanges = is_last or self._first_exchanges, False
+        with nullcontext() if exchanges else self.accelerator.no_sync(self.model):
             yield
+        if is_last and self.exchanged is not None:
+            self.exchanged.average_gradients()
 
     def step(self) -> Tensor:
         """Clip the gradients and step the optimizer. The gradient norm before clipping, on the device."""
@@ -82,6 +97,7 @@ class Updates:
     def clip_gradients(self) -> Tensor:
         limit = self.options.optimizer.max_grad_norm or float("inf")
         if self.flat is not None:
+            self.flat.require_joined()
             self.accelerator.unscale_gradients(self.optimizer)
             return self.flat.clip_grad_norm(limit)
         norm = self.accelerator.clip_grad_norm_(self.trainables.parameters(), limit)

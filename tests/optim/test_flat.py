@@ -136,3 +136,23 @@ def test_half_gradients_are_unscaled_and_clipped():
     assert step(1e4) == float("inf")  # 1024 e4 is beyond fp16: the step is left out and the scale halved
     assert scaler.get_scale() == 512.0
     assert all(torch.equal(w, old) for w, old in zip(weights, after, strict=True))
+
+
+CUTS = {
+    "gradient set to None": lambda params, flat: setattr(params[1], "grad", None),
+    "another gradient of the same values": lambda params, flat: setattr(params[4], "grad", params[4].grad.clone()),
+    "an optimizer's zero_grad": lambda params, flat: torch.optim.SGD(flat.param_groups, lr=1.0).zero_grad(),
+    "another gradient buffer": lambda params, flat: setattr(flat.groups[1].buffer, "grad", flat.groups[1].grad.clone()),
+    "other memory": lambda params, flat: setattr(params[3], "data", params[3].data.clone()),
+}
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_a_step_that_would_pass_over_weights_is_an_error(name):
+    params = parameters()
+    flat = FlatParameters(grouped(params))
+    backward(params, 0)
+    flat.require_joined()
+    CUTS[name](params, flat)
+    with pytest.raises(RuntimeError, match=r"of \d weights of optimizer group [01] .* would not be trained"):
+        flat.require_joined()

@@ -358,7 +358,7 @@ def test_guidance_only_in_the_first_steps_and_no_longer_than_allowed(
 
 def test_undisturbed_restores_after_an_error() -> None:
     layer = nn.Linear(1, 1)
-    with pytest.raises(ZeroDivisionError), undisturbed([layer]):
+    with pytest.raises(ZeroDivisionError), undisturbed([layer], torch.device("cpu")):
         assert not layer.training and not torch.is_grad_enabled()
         raise ZeroDivisionError
     assert layer.training and torch.is_grad_enabled()

@@ -6,9 +6,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import timedelta
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -22,6 +26,7 @@ from safetensors.torch import save_file
 from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
 
 from library.cli import run as run_script
+from tests.trainers.finetune_runs import make_finetune
 from tests.trainers.helpers import argv, make_trainer, settle
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -46,9 +51,7 @@ def script(values: Mapping[str, Any], output: Path, method: str = "network", fam
 
 def rank_of_two(rank: int, port: int, values: Mapping[str, Any], interrupt_in: int | None, result: Path) -> None:
     """One of two processes as torchrun starts them; its weights go to `result`, and its exit code is the script's."""
-    where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in where.items()})
-    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    meet(rank, port)
     torch.set_num_threads(1)
     settle()
     redirect(result.with_suffix(".log"))
@@ -58,6 +61,58 @@ def rank_of_two(rank: int, port: int, values: Mapping[str, Any], interrupt_in: i
     facts = {"step": str(trainer.position.step), "written": " ".join(path.name for path in trainer.saver.written)}
     save_file(trainer.network.state(None), result, facts)
     sys.exit(code)
+
+
+def runs_of_two(rank: int, jobs: Mapping[str, Job], folder: Path) -> None:
+    """One of two processes, in which several runs follow each other; `folder` gets `name rank.safetensors` of each."""
+    torch.set_num_threads(1)
+    settle()
+    redirect(folder / f"{rank}.log")
+    for name, job in jobs.items():
+        meet(rank, job.port)
+        trainer = make_finetune(job.values, family="sd") if job.full else make_trainer(job.values)
+        trainer.each_step = TimeoutSeen()
+        assert trainer.run() == 0
+        losses, norms = (torch.tensor([vars(r)[name] for r in trainer.reports]) for name in ("loss", "grad_norm"))
+        facts = {"model": type(trainer.updates.model).__name__, "timeout": str(trainer.each_step.timeout)}
+        numbers = {"losses": losses, "norms": norms}
+        save_file({**trainer.trainables.state(), **numbers}, folder / f"{name} {rank}.safetensors", facts)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run of `runs_of_two`: the options, and where its processes meet."""
+
+    values: Mapping[str, Any]
+    full: bool  # full training, else a network
+    port: int
+
+
+class TimeoutSeen:
+    """Looks, at each step of a run, how long its processes wait for each other. Their group ends with the run."""
+
+    timeout: timedelta | None = None
+
+    def __call__(self, trainer: object) -> None:
+        group = torch.distributed.group.WORLD
+        assert group is not None
+        self.timeout = group._get_backend(torch.device("cpu")).options._timeout
+
+
+def meet(rank: int, port: int) -> None:
+    """Tell torch that this is one of two processes."""
+    where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in where.items()})
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of this machine that nobody listens at."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
 
 
 def redirect(output: Path) -> None:

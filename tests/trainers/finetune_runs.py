@@ -70,12 +70,15 @@ class RecordedFineTune(FineTuneTrainer):
         return found
 
 
-def make_finetune(values: Mapping[str, Any], *, family: str, method: str = "finetune") -> RecordedFineTune:
+def make_finetune(
+    values: Mapping[str, Any], *, family: str, method: str = "finetune",
+    cls: type[RecordedFineTune] = RecordedFineTune,
+) -> RecordedFineTune:  # fmt: skip
     """The trainer for these options."""
     AcceleratorState._reset_state(reset_partial_state=True)
     entry = FAMILIES[family]
     options = resolve(METHODS[method][1], entry.option_groups, argv(values), prog="test").options
-    return RecordedFineTune(load_attribute(entry.path)(options.model), options)
+    return cls(load_attribute(entry.path)(options.model), options)
 
 
 def finetune(

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two processes learn what one learns from the same batches and noise, with every --ddp_* option.
+
+The two processes are started once and do all runs one after the other: starting them is what takes long.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from library.errors import UserError
+from library.trainers.gradients import Gradients
+from library.trainers.trainables import Trainables
+from library.types import Batch
+from tests.trainers import child, finetune_runs, helpers
+from tests.trainers.finetune_runs import RecordedFineTune, make_finetune
+from tests.trainers.helpers import Recorded, differing, make_pictures, make_trainer, subset, write_dataset
+
+STEPS = 2
+MINUTES = 7
+# With --clip_skip 2 the last layer of the text encoder gets no gradient.
+COMMON: dict[str, Any] = {"clip_skip": 2, "max_train_steps": STEPS}
+METHODS: dict[str, dict[str, Any]] = {
+    "joined": {},  # a LoRA whose weights lie in one buffer
+    "single": {"optimizer_type": "Adafactor", "optimizer_args": ["relative_step=False"]},  # one whose weights do not
+    "full": {"train_text_encoder": True, "optimizer_type": "SGDNesterov", "learning_rate": 1e-2},
+}
+STATIC: dict[str, Any] = {"ddp_static_graph": True}
+ALL: dict[str, Any] = {**STATIC, "ddp_gradient_as_bucket_view": True, "ddp_timeout": MINUTES}
+WAYS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "buckets": {"ddp_gradient_as_bucket_view": True},
+    "static": STATIC,
+    "all, accumulation 2": {**ALL, "gradient_accumulation_steps": 2},
+}
+RUNS = [
+    *(("joined", way) for way in WAYS),
+    ("single", "buckets"),
+    ("single", "all, accumulation 2"),
+    *(("full", way) for way in WAYS),
+]
+
+
+class InTurn:
+    """Mixed into a trainer: one process, which does in turn what two do at the same time."""
+
+    passes: Gradients
+    trainables: Trainables
+    first: dict[str, Tensor]
+
+    def restore(self) -> None:
+        super().restore()  # type: ignore[misc]
+        self.first = {name: value.clone() for name, value in self.trainables.state().items()}
+
+    def gradients_of(self, batches: Sequence[Batch], first_micro_step: int) -> Tensor:
+        total = torch.zeros(())
+        for index, batch in enumerate(batches):
+            self.passes.rank, share = index % 2, 1 / len(batches)
+            micro_step = (first_micro_step + index) // 2
+            total += self.passes._learn(batch, micro_step, share=share, is_last=index == len(batches) - 1)
+        return total
+
+
+class NetworkInTurn(InTurn, Recorded):
+    pass
+
+
+class FullInTurn(InTurn, RecordedFineTune):
+    pass
+
+
+@pytest.fixture(scope="module")
+def data(ground: Path) -> Path:
+    """Batches for all steps in one epoch, so that micro-steps are counted through."""
+    pictures = make_pictures(ground / "for all steps", 4 * STEPS)
+    return write_dataset(ground / "for all steps.toml", subset(pictures), batch_size=1)
+
+
+def options(method: str, sd1: Path, data: Path, folder: Path, **own: Any) -> dict[str, Any]:
+    defaults = finetune_runs.DEFAULTS if method == "full" else helpers.DEFAULTS
+    given = {"pretrained_model_name_or_path": sd1, "dataset_config": data, "output_dir": folder}
+    return {**defaults, **given, **COMMON, **METHODS[method], **own}
+
+
+@pytest.fixture(scope="module")
+def pairs(sd1: Path, data: Path, ground: Path) -> Path:
+    """A folder with what each process has at the end of each run: `method, way rank.safetensors`."""
+    folder = ground / "pairs"
+    folder.mkdir()
+    jobs = {}
+    for (method, way), port in zip(RUNS, child.free_ports(len(RUNS))):
+        values = options(method, sd1, data, folder / f"{method}, {way}", **WAYS[way])
+        jobs[f"{method}, {way}"] = child.Job(values, method == "full", port)
+    both = [child.start(child.runs_of_two, rank, jobs, folder) for rank in (0, 1)]
+    codes = [child.exit_code(process, seconds=300) for process in both]
+    assert codes == [0, 0], (folder / "0.log").read_text(encoding="utf-8")[-3000:]
+    return folder
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to."""
+
+    weights: dict[str, Tensor]
+    losses: Tensor  # of each step
+    norms: Tensor  # of its gradients before clipping
+    facts: dict[str, str]
+
+    @staticmethod
+    def of(pairs: Path, method: str, way: str, rank: int) -> Result:
+        file = pairs / f"{method}, {way} {rank}.safetensors"
+        weights = load_file(file)
+        with safe_open(file, "pt") as opened:
+            return Result(weights, weights.pop("losses"), weights.pop("norms"), dict(opened.metadata()))
+
+
+Alone = Callable[[str, int], tuple[dict[str, Tensor], Result]]
+
+
+@pytest.fixture(scope="module")
+def alone(sd1: Path, data: Path, ground: Path) -> Alone:
+    """The same runs by one process: the weights before, and the result."""
+
+    @functools.cache
+    def run(method: str, accumulation: int) -> tuple[dict[str, Tensor], Result]:
+        folder = ground / f"alone {method} {accumulation}"
+        values = options(method, sd1, data, folder, gradient_accumulation_steps=2 * accumulation)
+        trainer: NetworkInTurn | FullInTurn
+        if method == "full":
+            trainer = make_finetune(values, family="sd", cls=FullInTurn)
+        else:
+            trainer = make_trainer(values, cls=NetworkInTurn)
+        assert trainer.run() == 0
+        losses, norms = (torch.tensor([vars(r)[name] for r in trainer.reports]) for name in ("loss", "grad_norm"))
+        return trainer.first, Result(trainer.trainables.state(), losses, norms, {})
+
+    return run
+
+
+def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    return float(torch.stack([torch.linalg.vector_norm(one[name] - other[name]) for name in one]).norm())
+
+
+@pytest.mark.parametrize(("method", "way"), RUNS)
+def test_two_processes_learn_what_one_does(method: str, way: str, pairs: Path, alone: Alone) -> None:
+    accumulation = WAYS[way].get("gradient_accumulation_steps", 1)
+    before, expected = alone(method, accumulation)
+    first, second = (Result.of(pairs, method, way, rank) for rank in (0, 1))
+    assert differing(first.weights, second.weights) == [] and differing(first.norms, second.norms) == []
+    assert not torch.equal(first.losses, second.losses)  # each has its own batches
+    torch.testing.assert_close((first.losses + second.losses) / 2, expected.losses, rtol=1e-5, atol=0)
+    torch.testing.assert_close(first.norms, expected.norms, rtol=1e-4, atol=0)
+    moved = [name for name, value in first.weights.items() if not torch.equal(value, before[name])]
+    assert len(moved) > 0.8 * len(before)  # all but the layer without gradient
+    if accumulation == 1:
+        assert differing(first.weights, expected.weights) == []
+    # with accumulation, the sum is made in another order, and AdamW may take the sign of what is left of 0
+    assert distance(first.weights, expected.weights) < 1e-3 * distance(expected.weights, before)
+    assert first.facts["model"] == ("StepModule" if method == "joined" else "DistributedDataParallel")
+    has_timeout = first.facts["timeout"] == str(timedelta(minutes=MINUTES))
+    assert has_timeout == ("ddp_timeout" in WAYS[way])
+
+
+def test_a_graph_that_changes_is_not_static(sd1: Path, data: Path, tmp_path: Path) -> None:
+    given = {**STATIC, "network_module": "networks.dylora", "network_args": ["unit=2"]}
+    with pytest.raises(UserError, match=r"^--ddp_static_graph: DyLoRA uses other weights"):
+        make_trainer(options("joined", sd1, data, tmp_path, **given)).run()
+    values = options("full", sd1, data, tmp_path, **STATIC, stop_text_encoder_training=1)
+    with pytest.raises(UserError, match=r"^--ddp_static_graph .* and --stop_text_encoder_training changes them"):
+        make_finetune(values, family="sd", method="dreambooth").run()
