@@ -235,10 +235,8 @@ def test_each_step_copies_what_it_must(count: int, slots: int) -> None:
         gradients(sample, parameters, passes=1)
         assert swap.copies - before == 2 * max(0, count - slots)
     assert swap.copies_home == 0
-    assert swap.host_bytes == sum(HostImage(tensors_of(block), pin=False).nbytes for block in swap.swapped)
-    assert swap.ring_bytes == min(slots, count) * max(
-        HostImage(tensors_of(block), pin=False).nbytes for block in swap.swapped
-    )
+    assert swap.host_bytes == sum(HostImage(tensors_of(block)).nbytes for block in swap.swapped)
+    assert swap.ring_bytes == min(slots, count) * max(HostImage(tensors_of(block)).nbytes for block in swap.swapped)
 
 
 def test_the_order_of_transfers() -> None:
@@ -460,7 +458,7 @@ def test_an_image_holds_every_dtype_layout_and_size() -> None:
     expected = {name: value.clone() for name, value in module.named_buffers()} | {
         name: value.detach().clone() for name, value in module.named_parameters()
     }
-    image = HostImage(tensors_of(module), pin=False)
+    image = HostImage(tensors_of(module))
     assert image.places[0].tensor is module.weight and image.learning_bytes == 256
     assert len({place.start for place in image.places}) >= len(image.places) - 1  # the empty one takes no room
     memory = torch.full((image.nbytes,), NOTHING, dtype=torch.uint8)
