@@ -80,15 +80,13 @@ def guarded(action: Callable[[], int]) -> int:
 
 def refusal_of_machine(error: BaseException) -> str | None:
     """One line for an error that disk, memory or network made; None for a mistake of the program."""
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
-        reason = str(error).partition(". ")[0]
-        return (
-            f"{reason}: give --vram_budget with the memory of the card, such as 12GB, and the run chooses what fits; "
-            "--gradient_checkpointing, --fp8_base, --blocks_to_swap, caches, --optimizer_type AdamW8bit, a smaller "
-            "--train_batch_size or --resolution need less"
-        )
     if isinstance(error, MemoryError):
         return "out of main memory: close other programs, or give a smaller --max_data_loader_n_workers"
+    if "torch" in sys.modules:  # what is not loaded has not run out of memory, and takes seconds to load
+        from library.device import NEEDS_LESS, is_out_of_memory, reason_of
+
+        if is_out_of_memory(error):
+            return f"{reason_of(error)}: {NEEDS_LESS}"
     if not isinstance(error, OSError):
         return None
     where = f"{error.filename}: " if error.filename is not None else ""

@@ -8,7 +8,7 @@ import ctypes
 import datetime
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,23 @@ if TYPE_CHECKING:
 DTYPES = {"no": torch.float32, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CARDS = ("cuda", "xpu")  # kinds of devices with memory of their own; a Mac's GPU ("mps") shares the host's
 M_MMAP_THRESHOLD = -3  # of glibc's mallopt
+# What torch's RuntimeErrors say where memory ran out, besides torch.OutOfMemoryError
+OUT_OF_MEMORY = (
+    "out of memory",  # "CUDA error: out of memory", "MPS backend out of memory", "HIP out of memory"
+    "cudaErrorMemoryAllocation",
+    "STATUS_ALLOC_FAILED",  # CUBLAS_, CUDNN_, CUSOLVER_, HIPBLAS_
+    "unable to find an engine to execute this computation",  # cuDNN, where the workspace of every engine is too large
+    "Unable to find a valid cuDNN algorithm",
+    "OUT_OF_DEVICE_MEMORY",  # Intel's UR_RESULT_ERROR_... and ZE_RESULT_ERROR_...
+    "OUT_OF_HOST_MEMORY",
+    "DefaultCPUAllocator: can't allocate memory",  # main memory
+    "DefaultCPUAllocator: not enough memory",  # the same on Windows
+)
+NEEDS_LESS = (
+    "give --vram_budget with the memory of the card, such as 12GB, and the run chooses what fits; "
+    "--gradient_checkpointing, --fp8_base, --blocks_to_swap, caches, --optimizer_type AdamW8bit, a smaller "
+    "--train_batch_size or --resolution need less"
+)
 MASTER_WEIGHTS = "fp16_master_weights_and_grads"  # a key of DeepSpeed's configuration, not of accelerate's plugin
 
 
@@ -139,6 +156,33 @@ def empty_cache() -> None:
         torch.mps.empty_cache()
     if torch.xpu.is_available():
         torch.xpu.empty_cache()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a card, a library on it, or torch's allocator of main memory had no more memory to give."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
+
+
+def reason_of(error: BaseException) -> str:
+    """Why memory ran out, or anything else: the first sentence of an error's text."""
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        return "out of main memory"
+    return (str(error) or type(error).__name__).partition("\n")[0].partition(". ")[0].rstrip(".")
+
+
+def fits(action: Callable[[], None]) -> bool:
+    """Run `action`. False where memory ran out in it; by then, what it had taken is free again."""
+    try:
+        action()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    else:
+        return True
+    free_memory()  # outside of the except clause: the error's frames hold tensors
+    return False
 
 
 def free_bytes(device: torch.device) -> int:

@@ -87,12 +87,18 @@ class Batch:
         return replace(self, **{name: _rows(value, rows) for name, value in own.items()})
 
     def pin_memory(self) -> Batch:
-        """The same batch with every tensor in page-locked memory; torch's DataLoader calls this."""
+        """The same batch with every tensor in page-locked memory; torch's DataLoader calls this.
+
+        Where the system refuses it, a tensor stays as it is, and its copy to the device waits.
+        """
         import torch
 
         def pin(value: Any) -> Any:
             if isinstance(value, torch.Tensor):
-                return value.pin_memory()
+                try:
+                    return value.pin_memory()
+                except RuntimeError:
+                    return value
             if isinstance(value, dict):
                 return {k: pin(v) for k, v in value.items()}
             return value

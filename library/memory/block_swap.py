@@ -4,6 +4,7 @@
     swap = BlockSwap(blocks, swapped=spread(len(blocks), 20), device=device)
     swap.install()     # from here on passes forward and backward are what they were, in less memory
     swap.home()        # before weights are read: a save, a state
+    swap.change(...)   # other blocks from now on
     swap.remove()
 
 Each swapped block has one image in main memory (host_image.py); a few slots on the device (ring.py) take the images in
@@ -32,7 +33,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from library.memory.host_image import HostImage, is_placeholder, tensors_of
+from library.memory.pinning import Pinning
 from library.memory.ring import CudaWay, Ring
+from library.memory.slots import SLOTS
 
 
 def spread(total: int, count: int) -> list[int]:
@@ -59,11 +62,25 @@ class OpenForward:
     inputs: frozenset[int] = frozenset()  # ids of its tensors
 
 
+def shared_tensors(blocks: Iterable[nn.Module], without: Collection[int] = ()) -> dict[int, Tensor]:
+    """Tensors that several of the blocks have, by id. They stay on the device."""
+    owned = [tensor for block in blocks for tensor in tensors_of(block, without)]
+    owners = Counter(id(tensor) for tensor in owned)
+    return {id(tensor): tensor for tensor in owned if owners[id(tensor)] > 1}
+
+
+def moved_bytes(blocks: Sequence[nn.Module], without: Iterable[Tensor] = ()) -> list[int]:
+    """Bytes of each block that move when it is swapped, wherever they are now. without: as for BlockSwap."""
+    left_alone = frozenset(id(tensor) for tensor in without)
+    left_alone |= shared_tensors(blocks, left_alone).keys()
+    return [sum(tensor.nbytes for tensor in tensors_of(block, left_alone)) for block in blocks]
+
+
 class BlockSwap:
     """Swaps blocks[i] for i in `swapped`. Nothing else may swap or join these weights at the same time.
 
     without: tensors of these blocks that someone else moves (modulation hoisting). They are left alone. What several
-    blocks share stays on the device.
+    blocks share stays on the device. pinning: of the run.
     """
 
     ring_class: ClassVar[type[Ring]] = Ring
@@ -74,25 +91,23 @@ class BlockSwap:
         swapped: Collection[int],
         device: torch.device,
         *,
-        slots: int = 2,
+        slots: int = SLOTS,
         without: Iterable[Tensor] = (),
+        pinning: Pinning | None = None,
     ) -> None:
-        wrong = [i for i in swapped if not 0 <= i < len(blocks)]
-        if wrong or slots < 2:
-            raise ValueError(f"no such blocks: {wrong}" if wrong else "at least two slots are needed")
-        chosen = set(swapped)
-        self.swapped = [block for i, block in enumerate(blocks) if i in chosen]  # in the order of execution
-        self.others = [block for i, block in enumerate(blocks) if i not in chosen]
-        self.device, self._slots = torch.device(device), slots
+        if slots < 2:
+            raise ValueError("at least two slots are needed")
+        self.blocks, self.device, self._slots = list(blocks), torch.device(device), slots
+        self._choose(swapped)
+        self.pinning = pinning or Pinning(self.device)
         left_alone = frozenset(id(tensor) for tensor in without)
-        owned = [tensor for block in blocks for tensor in tensors_of(block, left_alone)]
-        owners = Counter(id(tensor) for tensor in owned)
-        self._shared = {key: tensor for tensor in owned if owners[key := id(tensor)] > 1}
+        self._shared = shared_tensors(blocks, left_alone)
         self._without = left_alone | self._shared.keys()
         self.before_leaving: Callable[[Sequence[nn.Parameter]], None] | None = None
         # what is done with saved tensors that are no weights, and undone: only one pair of hooks can be in force
         self.rest: tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] = (_itself, _itself)
-        self._images: list[HostImage] = []
+        self._image_of: dict[int, HostImage] = {}  # by the block's place in `blocks`
+        self._images: list[HostImage] = []  # of `swapped`
         self._ring: Ring | None = None
         self._handles: list[Any] = []
         self._open: list[OpenForward] = []
@@ -101,6 +116,13 @@ class BlockSwap:
         self._changed: set[int] = set()
         self._block_of: dict[int, int] = {}  # id of a learning parameter -> its block
 
+    def _choose(self, swapped: Collection[int]) -> None:
+        wrong = [i for i in swapped if not 0 <= i < len(self.blocks)]
+        if wrong:
+            raise ValueError(f"no such blocks: {wrong}")
+        self._chosen = sorted(set(swapped))
+        self.swapped = [self.blocks[i] for i in self._chosen]  # in the order of execution
+
     # ---- life -------------------------------------------------------------------------------------------------------
 
     def install(self) -> None:
@@ -108,13 +130,53 @@ class BlockSwap:
 
         What learns is what needs a gradient now.
         """
-        staying = [tensor for block in self.others for tensor in tensors_of(block, self._without)]
+        others = (block for i, block in enumerate(self.blocks) if i not in self._chosen)
+        staying = [tensor for block in others for tensor in tensors_of(block, self._without)]
         for tensor in (*staying, *self._shared.values()):
             tensor.data = tensor.data.to(self.device)
-        for block in self.swapped:  # one after the other: at most one block is there twice
-            image = HostImage(tensors_of(block, self._without), pin=self.device.type == "cuda")
-            image.point(image.at_home)
-            self._images.append(image)
+        self._exchange(room=0)
+
+    def change(self, swapped: Collection[int]) -> None:
+        """Swap these blocks from now on, between two steps. What is in the images of blocks that stay swapped stays.
+
+        On the way the device never holds more than before or afterwards, and main memory at most one image more, as
+        long as fewer blocks do not become more bytes. Whatever stops it halfway (no more memory), no weight is lost,
+        and it can be called again; until it has succeeded, no pass can run.
+        """
+        self._choose(swapped)
+        self._exchange(room=self._stop())
+
+    def _exchange(self, room: int) -> None:
+        """Make images of the chosen blocks, and bring others back. room: bytes that are free on the device for that."""
+        coming = [index for index in self._image_of if index not in self._chosen]
+        for index in self._chosen:
+            if index in self._image_of:
+                continue
+            while coming and self._image_of[coming[0]].nbytes <= room:
+                room -= self._bring_back(coming.pop(0))
+            room += self._send_away(index)
+        for index in coming:
+            self._bring_back(index)
+        self._start()
+
+    def _send_away(self, index: int) -> int:
+        """Move a block's weights into an image. Returns their bytes."""
+        image = HostImage(tensors_of(self.blocks[index], self._without), self.pinning)
+        image.point(image.at_home)
+        self._image_of[index] = image
+        return image.nbytes
+
+    def _bring_back(self, index: int) -> int:
+        """Move a block's weights from its image to the device, and drop the image. Returns their bytes."""
+        image = self._image_of[index]
+        image.bring(self.device)
+        image.release()
+        del self._image_of[index]
+        return image.nbytes
+
+    def _start(self) -> None:
+        """Passes go through a ring of the images."""
+        self._images = [self._image_of[index] for index in self._chosen]
         self._ring = self.ring_class(self._images, self.device, min(self._slots, len(self.swapped)))
         self._block_of = {id(p): index for index, image in enumerate(self._images) for p in image.learning}
         for index, block in enumerate(self.swapped):
@@ -123,21 +185,32 @@ class BlockSwap:
                 block.register_forward_hook(partial(self._leave, index), always_call=True),
             ]
 
-    def remove(self) -> None:
-        """The swapped weights are ordinary tensors of the host, those of the other blocks stay on the device."""
+    def _stop(self) -> int:
+        """Every weight is at home, and there is no ring. Returns the bytes that it had."""
+        if self._ring is None:
+            return 0
         self.reset()
         self.home()
         for handle in self._handles:
             handle.remove()
-        for image in self._images:
-            image.release()
+        room = self.ring_bytes
         self._handles, self._images, self._ring, self._block_of = [], [], None, {}
+        return room
+
+    def remove(self) -> None:
+        """The swapped weights are ordinary tensors of the host, those of the other blocks stay on the device."""
+        self._stop()
+        for image in self._image_of.values():
+            image.release()
+        self._image_of = {}
 
     def home(self) -> None:
         """Every tensor of swapped blocks is its image now, and the images are whole: for reading and writing weights.
 
         Waits for the device. The next pass goes on by itself.
         """
+        if self._ring is None:  # a change did not come to its end
+            return
         self.ring.vacate_all(self._goes_home)
         for image in self._images:
             image.point(image.at_home)
@@ -148,7 +221,8 @@ class BlockSwap:
             self._close(self._open.pop())
         self._with_backward.clear()
         self._went_backward.clear()
-        self.ring.vacate_all(self._goes_home)
+        if self._ring is not None:
+            self.ring.vacate_all(self._goes_home)
 
     def changed(self, parameters: Iterable[Tensor]) -> None:
         """These parameters have just been updated. Those that are in no swapped block do not matter.
@@ -174,7 +248,7 @@ class BlockSwap:
     @property
     def host_bytes(self) -> int:
         """Of main memory that images take."""
-        return sum(image.nbytes for image in self._images)
+        return sum(image.nbytes for image in self._image_of.values())
 
     @property
     def ring_bytes(self) -> int:

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from library.memory.choice import MemoryChoice
+from library.memory.slots import slot_bytes
 from library.memory.work import Work
 
-RING_SLOTS = 2  # of block swapping, each as large as the largest swapped block; hoisting has as many buffers
 NO_WORK = Work()
 CUDA_CONTEXT = 600 << 20  # bytes of a process on a card before its first tensor: 0.5 to 0.8 GB by card and driver
 # of a compiled block's activations, by budget: inductor makes cheap ones again at once, then those that cost products.
@@ -170,7 +170,7 @@ def _hoisted(case: Case, choice: MemoryChoice) -> int:
 def _ring(case: Case, choice: MemoryChoice) -> int:
     sizes = _swapped_sizes(case, choice)
     modulations = case.weights.modulations.get(choice.storage, ()) if choice.hoist else ()
-    return sum(min(RING_SLOTS, len(own)) * max(own, default=0) for own in (sizes, modulations))
+    return slot_bytes(sizes) + slot_bytes(modulations)
 
 
 def tops(case: Case, choice: MemoryChoice) -> Iterator[int]:

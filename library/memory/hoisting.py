@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.memory.host_image import HostImage, tensors_of
+from library.memory.pinning import Pinning
 from library.memory.ring import Ring
-
-BUFFERS = 2
+from library.memory.slots import SLOTS
 
 
 class Kept:
@@ -47,7 +47,8 @@ class Kept:
 class Hoisting:
     """The Linears `linears`, in the order of execution, fed with silu of what `embedder` gives.
 
-    blocks: the modules that call them; without them, whatever follows the embedder waits for all answers.
+    blocks: the modules that call them; without them, whatever follows the embedder waits for all answers. pinning: of
+    the run.
     """
 
     ring_class: ClassVar[type[Ring]] = Ring
@@ -59,8 +60,10 @@ class Hoisting:
         device: torch.device,
         *,
         blocks: Sequence[nn.Module] = (),
+        pinning: Pinning | None = None,
     ) -> None:
         self.embedder, self.linears, self.device = embedder, list(linears), torch.device(device)
+        self.pinning = pinning or Pinning(self.device)
         self.tensors = [tensor for linear in linears for tensor in tensors_of(linear)]
         inside = {id(module): block for block in blocks for module in block.modules()}
         # block -> its last Linear
@@ -84,13 +87,13 @@ class Hoisting:
         on_cuda = self.device.type == "cuda"
         self._stream = torch.cuda.Stream(self.device) if on_cuda else None
         for linear, kept in zip(self.linears, self._kept):
-            image = HostImage(tensors_of(linear), pin=on_cuda)
+            image = HostImage(tensors_of(linear), self.pinning)
             image.point(image.at_home)
             self._images.append(image)
             self._own.append(linear.forward)
             self._on_instance.append("forward" in vars(linear))
             linear.forward = kept.forward  # type: ignore[method-assign, assignment]
-        self._ring = self.ring_class(self._images, self.device, min(BUFFERS, len(self._images)))
+        self._ring = self.ring_class(self._images, self.device, min(SLOTS, len(self._images)))
         self._handles = [self.embedder.register_forward_hook(self._compute)]
         if on_cuda:
             self._handles += [block.register_forward_pre_hook(self._wait) for block in self._last_of]

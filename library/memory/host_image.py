@@ -14,17 +14,15 @@ hooks on it, lives on as long as dtype and device stay. So what stands in during
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from library.errors import UserError
+from library.memory.pinning import Pinning, pages
 
 ALIGNMENT = 256  # bytes: of every tensor, as the device's own allocations are
-PAGE = 4096  # bytes: what the driver locks in place
 NOTHING = 0xFF  # each byte of what must not be read: NaN as a float of any width, -1 or the largest as an integer
 
 
@@ -45,9 +43,12 @@ class Place:
 
 
 class HostImage:
-    """Tensors of any dtype in one buffer, those that learn first. `pin`: locked in place, for asynchronous copies."""
+    """Tensors of any dtype in one buffer, those that learn first.
 
-    def __init__(self, tensors: Sequence[Tensor], *, pin: bool) -> None:
+    pinning: locks the buffer in place, for copies beside the computation. Where it refuses, `pinned` is False.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], pinning: Pinning | None = None) -> None:
         ordered = sorted(tensors, key=lambda tensor: not tensor.requires_grad)  # stable
         places, start, learning = [], 0, 0
         for tensor in ordered:
@@ -59,9 +60,11 @@ class HostImage:
         self.places = tuple(places)
         self.nbytes, self.learning_bytes = start, learning
         self.learning = [tensor for tensor in ordered if isinstance(tensor, nn.Parameter) and tensor.requires_grad]
-        self.memory = _pages(start)
+        self.memory = pages(start)
+        unlock = pinning.lock(self.memory) if pinning is not None else None
+        self.pinned = unlock is not None
         # also where an image is dropped without `release`: the system may give its addresses to the next one
-        self._unlock = weakref.finalize(self, _lock(self.memory)) if pin and start else None
+        self._unlock = weakref.finalize(self, unlock) if unlock is not None else None
         if self._unlock is not None:
             self._unlock.atexit = False
         self.at_home = self.views(self.memory)
@@ -80,6 +83,11 @@ class HostImage:
         """From now on the tensors are `values`, in their order."""
         for place, value in zip(self.places, values):
             place.tensor.data = value
+
+    def bring(self, device: torch.device) -> None:
+        """Move the tensors to `device`, where they stay. Whatever stops this halfway, it can be done again."""
+        for place in self.places:
+            place.tensor.data = place.tensor.data.to(device)
 
     def release(self) -> None:
         """Unlock the memory. The tensors may go on lying in it."""
@@ -113,34 +121,3 @@ def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
     if dtype == torch.bool:
         return torch.ones((), dtype=dtype, device=device)
     return torch.full((dtype.itemsize,), NOTHING, dtype=torch.uint8, device=device).view(dtype)[0]
-
-
-# ---- memory that stays in place -------------------------------------------------------------------------------------
-# torch's own pinned allocator rounds up to a power of two, which for blocks of hundreds of megabytes wastes up to half.
-
-
-def _pages(count: int) -> Tensor:
-    """`count` bytes, which share no page with anything else."""
-    buffer = torch.empty(-(-count // PAGE) * PAGE + PAGE, dtype=torch.uint8)
-    start = -buffer.data_ptr() % PAGE
-    return buffer[start : start + count]
-
-
-def _lock(memory: Tensor) -> Callable[[], None]:
-    """Tell the driver that these pages stay where they are; what is returned undoes it.
-
-    Raises UserError when the system does not let it.
-    """
-    size = -(-memory.numel() // PAGE) * PAGE
-    portable = 1  # cudaHostRegisterPortable: for every context
-    error = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, portable)
-    if int(error):
-        raise UserError(
-            f"{size / (1 << 30):.1f} GB of main memory could not be locked in place for the device "
-            f"({torch.cuda.cudart().cudaGetErrorString(error)}): swap fewer blocks (--blocks_to_swap)"
-        )
-    return partial(_unlock, memory.data_ptr())
-
-
-def _unlock(address: int) -> None:
-    torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(address))

@@ -2,6 +2,7 @@
 """What recomputation starts from waits in main memory, copied while the card computes.
 
     offload = Offload(device, weights=[*denoiser.parameters(), *trained.parameters()])
+    offload.keep(...)  # when weights have moved
     with offload.forward():  # around a whole prediction
         pred = model(...)
     loss.backward()
@@ -9,7 +10,8 @@
 Between forward and backward pass autograd holds the inputs of recomputed blocks. Here each large one is copied to
 pinned memory on a stream of its own and leaves the card; the backward pass brings it back on the same stream, and asks
 for the one before it at the same time, so that this has arrived when it is needed. Streams wait for events, the host
-for nothing. On a CPU device the same is done with ordinary memory.
+for nothing. Where memory cannot be pinned (pinning.py) the host waits for the copies. On a CPU device the same is done
+with ordinary memory.
 """
 
 from __future__ import annotations
@@ -24,14 +26,16 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from library.memory.pinning import Pinning
+
 SMALLEST = 1 << 20  # bytes of a storage below which it stays: many small copies cost more than they save
 
 
 class Pool:
     """Host buffers to be used again: pinning memory is slow, and the same sizes come back in each step."""
 
-    def __init__(self, *, pinned: bool) -> None:
-        self.pinned = pinned
+    def __init__(self, pinning: Pinning) -> None:
+        self.pinning = pinning
         self.free: list[Tensor] = []
         self.made = 0  # bytes, in use or free
 
@@ -40,7 +44,7 @@ class Pool:
         fitting = [buffer for buffer in self.free if size <= buffer.numel() <= 2 * size]
         if not fitting:
             self.made += size
-            return torch.empty(size, dtype=torch.uint8, pin_memory=self.pinned)
+            return self.pinning.empty(size)
         best = min(fitting, key=Tensor.numel)
         self.free = [buffer for buffer in self.free if buffer is not best]
         return best
@@ -63,7 +67,7 @@ class Lane:
             return
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
-            host.copy_(source, non_blocking=True)
+            host.copy_(source, non_blocking=host.is_pinned())  # else the way back might read it too early
         source.record_stream(self.stream)
 
     def back(self, host: Tensor) -> tuple[Tensor, Any]:
@@ -132,14 +136,25 @@ class Place:
 
 
 class Offload:
-    """Parks what autograd keeps. `weights`: tensors that are on the card anyway, whose storages stay there."""
+    """Parks what autograd keeps, `weights` excepted (see `keep`). pinning: of the run."""
 
-    def __init__(self, device: torch.device, weights: Iterable[Tensor] = (), *, smallest: int = SMALLEST) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        weights: Iterable[Tensor] = (),
+        *,
+        smallest: int = SMALLEST,
+        pinning: Pinning | None = None,
+    ) -> None:
         self.device, self.smallest = device, smallest
-        self.lane, self.pool = Lane(device), Pool(pinned=device.type == "cuda")
-        self.staying = {weight.untyped_storage().data_ptr() for weight in weights}
+        self.lane, self.pool = Lane(device), Pool(pinning or Pinning(device))
+        self.keep(weights)
         self._storages: dict[tuple[int, int], tuple[StorageWeakRef, weakref.ref[Parked]]] = {}
         self._newest: weakref.ref[Parked] | None = None
+
+    def keep(self, weights: Iterable[Tensor]) -> None:
+        """These tensors are on the card anyway: their storages stay there. To be said again when some have moved."""
+        self.staying = {weight.untyped_storage().data_ptr() for weight in weights}
 
     @contextmanager
     def forward(self) -> Iterator[None]:

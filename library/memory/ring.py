@@ -8,7 +8,8 @@ On a CUDA device copies run on streams of their own, ordered by events, and the 
     use                   after the way in
     out   slot -> image   after the computation (the update), beside the ways in
 
-On a CPU the same steps are plain copies.
+On a CPU the same steps are plain copies. Images that are not pinned are copied with the host's help: a way out is done
+when the call returns, so that a later way in, which may read the image at once, finds it whole.
 """
 
 from __future__ import annotations
@@ -180,7 +181,7 @@ class Ring:
         if before_leaving(index):
             part = slice(0, image.learning_bytes)
             self.way_out.follow()
-            self.way_out.run(lambda: image.memory[part].copy_(slot.memory[part], non_blocking=True))
+            self.way_out.run(lambda: image.memory[part].copy_(slot.memory[part], non_blocking=image.pinned))
             self.copies_home += 1
         image.point(self._nowhere[index])
         del self._where[index]

@@ -58,7 +58,7 @@ class Ema:
     @contextmanager
     def swapped(self) -> Iterator[None]:
         """The weights hold the averages inside the block, and exactly what they held before afterwards."""
-        kept = [p.clone() for p in self.tensors]
+        kept = [p.to("cpu", copy=True) for p in self.tensors]  # the card may have no room for it
         try:
             torch._foreach_copy_(self.tensors, self._sums)
             yield

@@ -76,12 +76,8 @@ class InBackward:
         self._missing = [len(unit) for unit in self.units]  # gradients that have not come yet
         self._here: set[Tensor] = set()
         self._stepped: set[Tensor] = set()
+        self.started = False  # whether weights of this step may have changed: it cannot be done again from the start
         self._norms: list[Tensor] = []
-
-    @property
-    def started(self) -> bool:
-        """Whether weights of this step have changed already: it cannot be done again from the start then."""
-        return bool(self._stepped)
 
     def last_micro_batch(self, is_last: bool) -> None:
         """Before each backward pass. In all but the last of a step, gradients add up as usual."""
@@ -133,6 +129,7 @@ class InBackward:
         parts: dict[int, list[Tensor]] = {}
         for p in parameters:
             parts.setdefault(self._group[p], []).append(p)
+        self.started = True
         with only(self.optimizer, parts):
             self.optimizer.step()
         for p in parameters:

@@ -44,6 +44,11 @@ class Row:
         """Whether a weight's update depends on that weight only, and nothing is counted per group."""
         return not (self.finds_rate or self.schedule_free or self.foreign)
 
+    @property
+    def paged(self) -> bool:
+        """Whether its states leave the card by themselves where there is no room."""
+        return ".Paged" in self.path
+
 
 MOMENTUM: Mapping[str, Any] = {"momentum": 0.9}
 NESTEROV: Mapping[str, Any] = {"nesterov": True}
@@ -109,7 +114,7 @@ class BuiltOptimizer:
     def eval_mode(self) -> None:
         """Weights as they are shown and saved."""
         if self.schedule_free and self._training_weights is None:
-            self._training_weights = [p.clone() for p in self._weights()]
+            self._training_weights = [p.to("cpu", copy=True) for p in self._weights()]  # the card may be full
             self.optimizer.eval()  # type: ignore[attr-defined]
 
     def _weights(self) -> list[Tensor]:

@@ -15,6 +15,7 @@ from library.data.latent_cache import LatentCache, LatentFolders
 from library.data.text_cache import TextCache, TextCaches, text_store
 from library.models.family import ModelFamily
 from library.trainers.options import TrainerOptions
+from library.trainers.shortage import encoded
 from library.types import Cond
 
 
@@ -95,7 +96,7 @@ class Caches:
 
         self.latents.fill(
             self.data.encoding_jobs(),
-            encode,
+            lambda pixels, seeds: encoded(encode, pixels, seeds),
             batch_size=self.options.vae_batch_size,
             workers=max(1, (os.cpu_count() or 1) // 2),
             rank=share.rank,

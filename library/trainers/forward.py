@@ -6,12 +6,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from library.models.family import ModelFamily
 from library.objectives.base import Objective
+from library.trainers.shortage import encoded
 from library.trainers.trainables import Models, Trainables
 from library.types import Batch, Noised
 
@@ -65,7 +67,8 @@ class Forward:
             return batch.latents.float()
         assert batch.pixels is not None and self.models.vae is not None
         with torch.no_grad():
-            return self.family.encode_image(self.models.vae, batch.pixels, batch.latent_seeds).float()
+            encode = partial(self.family.encode_image, self.models.vae)
+            return encoded(encode, batch.pixels, batch.latent_seeds).float()
 
     def predict(self, noised: Noised, batch: Batch) -> Tensor:
         tokens = self.family.tokenize(batch.captions).to(self.device) if self.models.encoders else None

@@ -3,18 +3,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from library.device import free_memory, seed_everything
+from library.device import fits, free_memory, is_out_of_memory, reason_of, seed_everything
 from library.log import get_logger
 from library.rng import derive_seed, torch_generator
 from library.trainers.forward import Forward
-from library.trainers.memory import Memory, is_out_of_memory
+from library.trainers.memory import Memory
+from library.trainers.shortage import DoesNotFit, HalfDone
 from library.trainers.updates import Updates
 from library.types import Batch
 
@@ -32,25 +33,32 @@ class Gradients:
     seed: int
     rank: int
     may_retry: bool  # not where other processes are in the middle of the same step
+    tried: list[str] = field(default_factory=list)  # what the run was made smaller by, as it was said
 
     def of(self, batches: Sequence[Batch], first_micro_step: int, step: int) -> Tensor:
         """The mean loss of the micro-batches of `step` (0-dim), with all gradients in place.
 
         When memory runs out on the way, the same batches with the same noise are taken again with a smaller footprint.
+        Raises DoesNotFit when there is none, HalfDone when weights have been stepped in the backward pass already.
         """
         while True:
-            total = torch.zeros((), device=self.forward.device)
             try:
-                for index, batch in enumerate(batches):
-                    last, share = index == len(batches) - 1, 1 / len(batches)
-                    batch = batch.to(self.forward.device)
-                    total += self._learn(batch, first_micro_step + index, share=share, is_last=last)
-                return total
+                return self._learn_all(batches, first_micro_step)
             except Exception as error:
-                ways = self._ways_to_go_on(error, batches)
-                if not ways:
+                if not self.may_retry or not is_out_of_memory(error):
                     raise
-            self._shrink(step, *ways[0])  # outside of the except clause: the error's frames hold the step's tensors
+                reason = reason_of(error)
+            self._shrink(batches, step, reason)  # outside of the except clause: the error's frames hold tensors
+
+    def _learn_all(self, batches: Sequence[Batch], first_micro_step: int) -> Tensor:
+        if self.may_retry:
+            self.updates.hold_room()
+        total = torch.zeros((), device=self.forward.device)
+        for index, batch in enumerate(batches):
+            last, share = index == len(batches) - 1, 1 / len(batches)
+            batch = batch.to(self.forward.device)
+            total += self._learn(batch, first_micro_step + index, share=share, is_last=last)
+        return total
 
     def _learn(self, batch: Batch, micro_step: int, *, share: float, is_last: bool) -> Tensor:
         """Backward pass of one micro-batch's mean loss times `share`, which is returned."""
@@ -65,17 +73,24 @@ class Gradients:
             total += loss.detach()
         return total
 
-    def _ways_to_go_on(self, error: Exception, batches: Sequence[Batch]) -> list[tuple[str, Callable[[], None]]]:
-        """After `error` in a step: what would make it smaller. Nothing where that is not the matter, or is too late."""
-        stepped = self.updates.in_backward is not None and self.updates.in_backward.started
-        if not is_out_of_memory(error) or not self.may_retry or stepped:
-            return []
-        return list(self.memory.ways_to_shrink(max(batch.size for batch in batches)))
+    def _shrink(self, batches: Sequence[Batch], step: int, reason: str) -> None:
+        """Forget the step that did not fit, and make the next try smaller in the first way that fits itself."""
+        if self.updates.in_backward is not None and self.updates.in_backward.started:
+            raise HalfDone(step, reason)
+        largest = max(batch.size for batch in batches)
+        while fits(self._forget) and (way := next(self.memory.ways_to_shrink(largest), None)):
+            what, action = way
+            if fits(action):
+                self.tried.append(what)
+                log.warning(f"out of memory in step {step + 1}: {what}; the step is taken again")
+                return
+            self.tried.append(f"{what} (for which there was no memory)")
+            log.warning(f"out of memory in step {step + 1}, and again on the way to this: {what}")
+        raise DoesNotFit(step, reason, self.tried)
 
-    def _shrink(self, step: int, what: str, action: Callable[[], None]) -> None:
-        """Forget the step that did not fit, and do as `what` says."""
+    def _forget(self) -> None:
+        """Let go of all that a step holds which ended half done."""
+        self.updates.release_room()
         self.updates.zero_gradients()
         self.memory.recover()
         free_memory()
-        action()
-        log.warning(f"out of memory in step {step + 1}: {what}; the step is taken again")

@@ -13,25 +13,22 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 from library.log import get_logger
-from library.memory.block_swap import BlockSwap
-from library.memory.checkpointing import Recomputation
+from library.memory.block_swap import BlockSwap, moved_bytes
+from library.memory.checkpointing import Recomputation, recomputed_blocks
 from library.memory.choice import MemoryChoice
 from library.memory.compiling import CompiledBlocks, keep_compiled, missing_compiler
 from library.memory.hoisting import Hoisting
 from library.memory.offload import Offload
 from library.memory.options import AUTO, MemoryOptions
+from library.memory.pinning import Pinning
 from library.memory.quantise import check_available
+from library.memory.slots import saved_bytes
 from library.models.family import ModelFamily
 from library.models.finetune_options import FineTuneOptions
 from library.optim.in_backward import InBackward
 
 log = get_logger()
 MOST_STATIC_SHAPES = 3  # more are compiled as one graph of any shape: a graph for each would take minutes each
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a card, or torch's allocator of main memory, had no more to give."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate" in str(error)
 
 
 class Memory:
@@ -49,6 +46,8 @@ class Memory:
         self.swap: BlockSwap | None = None
         self.hoisting: Hoisting | None = None
         self.offload: Offload | None = None
+        self.pinning = Pinning(device)
+        self._trained: list[Tensor] = []
         self.most_samples: int | None = None  # of a micro-batch that go through the model together
 
     def prepare(self, *, shapes: int) -> None:
@@ -57,7 +56,7 @@ class Memory:
         if choice.hoist:
             modulations = self.family.modulations(self.denoiser)
             assert modulations is not None  # `check_choice` has said so
-            self.hoisting = Hoisting(*modulations, self.device, blocks=self.blocks)
+            self.hoisting = Hoisting(*modulations, self.device, blocks=self.blocks, pinning=self.pinning)
             self.hoisting.install()
         if choice.compiled and self.can_compile():
             keep_compiled(self.options.compile_cache_dir)
@@ -81,27 +80,34 @@ class Memory:
         return lacking is None
 
     def exchange(self, count: int) -> None:
-        """From now on so many blocks (as --blocks_to_swap counts them) wait in main memory."""
-        if self.swap is not None:
-            self.swap.remove()
-            self.swap = None
-        waiting = self.family.swapped(self.denoiser, count, self.swap_options)
-        if waiting:
-            hoisted = self.hoisting.tensors if self.hoisting is not None else ()
-            self.swap = BlockSwap(self.blocks, waiting, self.device, without=hoisted)
-            self.swap.install()
-            self._join_offload()
+        """From now on so many blocks (as --blocks_to_swap counts them) wait in main memory. Where this runs out of
+        memory halfway, it can be done again with another number."""
         self.choice = replace(self.choice, blocks_to_swap=count)
+        waiting = self.family.swapped(self.denoiser, count, self.swap_options)
+        if self.swap is not None:
+            self.swap.change(waiting)
+        elif waiting:
+            self.swap = BlockSwap(self.blocks, waiting, self.device, without=self._hoisted, pinning=self.pinning)
+            self.swap.install()
+        self._join_offload()
+
+    @property
+    def _hoisted(self) -> Sequence[Tensor]:
+        return self.hoisting.tensors if self.hoisting is not None else ()
 
     def move_activations(self, trained: Iterable[Tensor]) -> None:
         """--cpu_offload_checkpointing. trained: weights that learn, when they are where they stay."""
         if self.choice.offload:
-            staying = [*self.denoiser.parameters(), *self.denoiser.buffers(), *trained]
-            self.offload = Offload(self.device, staying)
+            self._trained = [*trained]
+            self.offload = Offload(self.device, pinning=self.pinning)
             self._join_offload()
 
     def _join_offload(self) -> None:
-        if self.swap is not None and self.offload is not None:
+        """Tell the offloading of activations where the weights are now, and the swapping of blocks of it."""
+        if self.offload is None:
+            return
+        self.offload.keep([*self.denoiser.parameters(), *self.denoiser.buffers(), *self._trained])
+        if self.swap is not None:
             self.swap.rest = self.offload.pack, self.offload.unpack
 
     def changed(self, parameters: Sequence[Tensor]) -> None:
@@ -127,9 +133,11 @@ class Memory:
     # ---- with less --------------------------------------------------------------------------------------------------
 
     def ways_to_shrink(self, batch_size: int) -> Iterator[tuple[str, Callable[[], None]]]:
-        """What would make the next try smaller, the cheapest way first: what is said of it, and what does it."""
-        choice = self.choice
-        if choice.activation_budget > 0 and self.recomputation is not None:
+        """What would make the next try smaller, the cheapest way first: what is said of it, and what does it.
+
+        Each saves something, and is gone once it was tried, also where it failed.
+        """
+        if self._keeps_activations():
             yield "all activations are recomputed from now on (--gradient_checkpointing)", self._recompute_all
         most = min(self.most_samples or batch_size, batch_size)
         if most > 1:
@@ -142,21 +150,34 @@ class Memory:
                 lambda: self.exchange(more),
             )
 
+    def _keeps_activations(self) -> bool:
+        """Whether some block could be recomputed and is not. Compiled blocks decide for themselves."""
+        if self.recomputation is None:
+            return False
+        weights = self.recomputation.weights
+        return len(recomputed_blocks(weights, self.choice.activation_budget)) < len(weights)
+
     def _recompute_all(self) -> None:
         assert self.recomputation is not None
-        self.recomputation.set_budget(0.0)
         self.choice = replace(self.choice, activation_budget=0.0)
+        self.recomputation.set_budget(0.0)
 
     def _limit(self, samples: int) -> None:
         self.most_samples = samples
 
     def _more_blocks(self) -> int | None:
-        """A quarter of the blocks more than now, or as many as there may be; None where that is none more."""
+        """A quarter of the blocks more than now, or the next number that saves more; None where there is none."""
         if self.device.type == "cpu" or self.learns or (self.swap_options and self.swap_options.swaps_blocks):
             return None
-        most = self.family.most_swapped(self.denoiser)
-        wanted = min(most, self.choice.blocks_to_swap + max(1, most // 4))
-        return wanted if wanted > self.choice.blocks_to_swap else None
+        now, most = self.choice.blocks_to_swap, self.family.most_swapped(self.denoiser)
+        sizes = moved_bytes(self.blocks, self._hoisted)
+        first = min(most, now + max(1, most // 4))
+        larger = (count for count in range(first, most + 1) if self._saved(sizes, count) > self._saved(sizes, now))
+        return next(larger, None)
+
+    def _saved(self, sizes: Sequence[int], count: int) -> int:
+        """Bytes of the card that swapping `count` blocks saves. sizes: of each block."""
+        return saved_bytes([sizes[index] for index in self.family.swapped(self.denoiser, count, self.swap_options)])
 
     @property
     def learns(self) -> bool:

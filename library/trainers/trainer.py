@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from library.data.plan import BatchPlan
 from library.data.scan import Scan
 from library.device import (
+    fits,
     free_memory,
     is_card,
     limit_memory,
@@ -45,7 +46,7 @@ from library.trainers.facts import RunRecord
 from library.trainers.forward import Forward
 from library.trainers.gradients import Gradients
 from library.trainers.guards import MovingAverage, StepReader, StepReport
-from library.trainers.memory import Memory, check_choice, is_out_of_memory, moves_weights
+from library.trainers.memory import Memory, check_choice, moves_weights
 from library.trainers.options import TrainerOptions
 from library.trainers.plan import Position, make_plan, share_of
 from library.trainers.planning import PeakCheck, plan_memory
@@ -53,6 +54,7 @@ from library.trainers.preparation import Preparation
 from library.trainers.previews import Previews
 from library.trainers.saving import Saver
 from library.trainers.settings import compute_dtype, distributed_settings, loading_processes, trained_dtype
+from library.trainers.shortage import DoesNotFit, changing_weights
 from library.trainers.signals import EXIT_STOPPED, StopRequest, StopVote
 from library.trainers.tracking import Trackers, open_trackers
 from library.trainers.trainables import GradientWatch, Models, StepModule, Trainables
@@ -267,19 +269,12 @@ class Trainer(ABC):
 
     def fill_texts(self, caches: Caches, name: str, share: Share) -> None:
         """Encode the captions that are not cached yet; on the CPU where the encoder does not fit on the card."""
-        try:
-            caches.fill_texts(name, self.load_encoder(name), share)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            fits = False
-        else:
-            fits = True
-        free_memory()  # outside of the except clause: the error's frames hold the encoder
-        if not fits:
-            log.warning(f"{name} does not fit on the card: it encodes the captions on the CPU, once")
-            caches.fill_texts(name, self.load_encoder(name, "cpu"), share)
+        if fits(lambda: caches.fill_texts(name, self.load_encoder(name), share)):
             free_memory()
+            return
+        log.warning(f"{name} does not fit on the card: it encodes the captions on the CPU, once")
+        caches.fill_texts(name, self.load_encoder(name, "cpu"), share)
+        free_memory()
 
     def load_encoder(self, name: str, device: str | None = None) -> nn.Module:
         storage = self.storage(name)
@@ -403,11 +398,12 @@ class Trainer(ABC):
         """One optimizer step over its micro-batches."""
         self.before_step()
         total = self.gradients_of(batches, first_micro_step)
-        grad_norm = self.updates.step()
-        rates = self.updates.rates()
-        self.updates.scheduler.step(self.losses.mean if self.updates.scheduler.needs_loss else None)
-        more = self.after_step()
-        self.updates.finish_step(self.position.step)
+        with changing_weights(self.position.step):
+            grad_norm = self.updates.step()
+            rates = self.updates.rates()
+            self.updates.scheduler.step(self.losses.mean if self.updates.scheduler.needs_loss else None)
+            more = self.after_step()
+            self.updates.finish_step(self.position.step)
         names = [name for batch in batches for name in batch.names]
         self.reader.push(
             self.position.step + 1, total, grad_norm, names,
@@ -429,7 +425,11 @@ class Trainer(ABC):
         total, vote = self.plan.total_steps, StopVote(self.device, processes=self.world)
         with StopRequest() as stop, progress(total, "steps", "step", start=self.position.step) as bar:
             for batches in self.steps():
-                self.train_step(batches, self.plan.micro_step(self.position.epoch, self.position.batch))
+                try:
+                    self.train_step(batches, self.plan.micro_step(self.position.epoch, self.position.batch))
+                except DoesNotFit:  # the weights are those from before the step
+                    self.save(trackers, partial(self.saver.at_end, self.position, finished=False))
+                    raise
                 if self.check_of_plan is not None:
                     self.check_of_plan.step_taken()
                 epoch_ended = self.advance(len(batches))
@@ -452,7 +452,7 @@ class Trainer(ABC):
     def steps(self) -> Iterator[list[Batch]]:
         """The micro-batches of one optimizer step after the other, from the current position to the end of the run."""
         data, plan = self.options.data, self.plan
-        pin = is_card(self.device)
+        pin = self.memory.pinning.works()
         workers, persistent = loading_processes(data), data.persistent_data_loader_workers
         with self.data.loader(workers=workers, persistent=persistent, pin_memory=pin) as loader:
             while self.position.step < plan.total_steps:
@@ -501,7 +501,11 @@ class Trainer(ABC):
     def validate_if_due(self, trackers: Trackers, *, epoch_ended: bool) -> None:
         step = self.position.step
         if self.validation.is_due(step, self.position.epoch, epoch_ended=epoch_ended):
+            losses: list[float] = []
             with self.updates.shown():
-                loss = self.validation.loss()
-            trackers.scalars({"loss/validation": loss}, step)
-            log.info(f"validation loss {loss:.5f} at step {step}")
+                fitted = fits(lambda: losses.append(self.validation.loss()))
+            if not fitted:
+                log.warning(f"no validation loss at step {step}: out of memory; the training goes on")
+                return
+            trackers.scalars({"loss/validation": losses[0]}, step)
+            log.info(f"validation loss {losses[0]:.5f} at step {step}")

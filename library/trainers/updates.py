@@ -21,6 +21,7 @@ from library.optim.flat import FlatParameters
 from library.optim.in_backward import InBackward
 from library.optim.optimizers import OptimizerChoice
 from library.optim.schedulers import build_scheduler
+from library.trainers.optimizer_memory import appetite
 from library.trainers.options import TrainerOptions
 from library.trainers.trainables import StepModule, Trainables
 
@@ -44,6 +45,8 @@ class Updates:
         self.in_backward: InBackward | None = None
         # from the first pass DDP learns a static graph. Who exchanges in each pass gets the same mean, only slower
         self._first_exchanges = options.distributed.ddp_static_graph
+        self._room: Tensor | None = None
+        self._has_states = False
         decay = options.ema.ema_decay
         self.ema = Ema(trainables.parameters(), decay, self.flat) if decay is not None else None
 
@@ -72,6 +75,25 @@ class Updates:
         self.in_backward = InBackward(self.optim.optimizer, units, limit, changed)
         return self.in_backward
 
+    # ---- room for the optimizer's states: its first step makes them, and half a step cannot be taken again ----------
+
+    def hold_room(self) -> None:
+        """Take the memory of the states until they are made, so that a first step which does not fit with them runs out
+        of memory in a pass, as the later ones would, and not when some weights have been stepped."""
+        if self._room is None and not self._has_states:
+            self._room = torch.empty(self._bytes_of_states(), dtype=torch.uint8, device=self.accelerator.device)
+
+    def release_room(self) -> None:
+        self._room = None
+
+    def _bytes_of_states(self) -> int:
+        """Of the states that a card will hold; main memory is not taken before it is used."""
+        if self.accelerator.device.type == "cpu" or self.choice.row.paged or self.options.distributed.deepspeed:
+            return 0
+        weights = self.trainables.parameters()
+        dtype = torch.float32 if self.options.bf16_update != "plain" else weights[0].dtype
+        return appetite(self.choice, dtype).states([weight.shape for weight in weights])
+
     # ---- a step -----------------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -80,6 +102,8 @@ class Updates:
         self.accelerator.gradient_state._set_sync_gradients(is_last)
         if self.in_backward is not None:
             self.in_backward.last_micro_batch(is_last)
+            if is_last:
+                self.release_room()
         exchanges, self._first_exchanges = is_last or self._first_exchanges, False
         with nullcontext() if exchanges else self.accelerator.no_sync(self.model):
             yield
@@ -88,6 +112,8 @@ class Updates:
 
     def step(self) -> Tensor:
         """Clip the gradients and step the optimizer. The gradient norm before clipping, on the device."""
+        self.release_room()
+        self._has_states = True
         if self.in_backward is not None:
             return self.in_backward.finish()
         norm = self.clip_gradients()
@@ -131,14 +157,16 @@ class Updates:
     def averaged(self) -> Iterator[None]:
         """Inside it the trained weights are what is shown and saved; afterwards they are what they were, to the bit."""
         parameters = self.trainables.parameters() if self.optim.schedule_free else []
-        kept = [p.detach().clone() for p in parameters]
-        self.optim.eval_mode()
-        with self.ema.swapped() if self.ema else nullcontext():
-            yield
-        self.optim.train_mode()
-        with torch.no_grad():  # its way back rounds
-            for parameter, value in zip(parameters, kept):
-                parameter.copy_(value)
+        kept = [p.detach().to("cpu", copy=True) for p in parameters]  # the card may have no room for it
+        try:
+            self.optim.eval_mode()
+            with self.ema.swapped() if self.ema else nullcontext():
+                yield
+        finally:
+            self.optim.train_mode()
+            with torch.no_grad():  # its way back rounds
+                for parameter, value in zip(parameters, kept):
+                    parameter.copy_(value)
 
     @contextmanager
     def shown(self) -> Iterator[None]:
@@ -146,9 +174,11 @@ class Updates:
         self.trainables.set_multiplier(1.0)
         was_training = self.trainables.module.training
         self.trainables.module.eval()
-        with self.averaged():
-            yield
-        self.trainables.module.train(was_training)
+        try:
+            with self.averaged():
+                yield
+        finally:
+            self.trainables.module.train(was_training)
 
     # ---- states -----------------------------------------------------------------------------------------------------
 
@@ -167,6 +197,7 @@ class Updates:
         """Continue from a state."""
         self.trainables.load(parts.weights)
         self.optim.load_state_dict(parts.optimizer)
+        self._has_states = True
         self.scheduler.load_state_dict(parts.scheduler)
         if self.accelerator.scaler is not None and parts.scaler is not None:
             self.accelerator.scaler.load_state_dict(parts.scaler)

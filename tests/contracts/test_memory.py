@@ -140,19 +140,23 @@ def blocks(started: Run) -> list[nn.Module]:
 
 @pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
 def test_swapped_equals_not_swapped(started: Run, blocks: list[nn.Module], recomputed: bool) -> None:
-    """For one block, two, ... and all of them; two micro-batches, so that blocks come and go twice."""
+    """For one block, two, ... and all of them; two micro-batches, so that blocks come and go twice.
+
+    The number goes up while blocks are swapped, as where memory runs out.
+    """
     total = len(blocks)
     counts = {1, total // 2, total} if recomputed else set(range(1, total + 1))
     recomputation = Recomputation(blocks)
     recomputation.set_budget(0.0 if recomputed else 1.0)
     expected = one_step(started, micro_batches=2)
+    swap = PoisonedSwap(blocks, spread(total, 1), CPU)
+    swap.install()
     for count in sorted(counts):
-        swap = PoisonedSwap(blocks, spread(total, count), CPU)
-        swap.install()
+        swap.change(spread(total, count))
         found = one_step(started, micro_batches=2)
         assert swap.copies >= count
-        swap.remove()
         assert_equal(found, expected)
+    swap.remove()
     assert_equal(one_step(started, micro_batches=2), expected)
     recomputation.undo()
 

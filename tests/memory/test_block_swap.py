@@ -235,10 +235,8 @@ def test_each_step_copies_what_it_must(count: int, slots: int) -> None:
         gradients(sample, parameters, passes=1)
         assert swap.copies - before == 2 * max(0, count - slots)
     assert swap.copies_home == 0
-    assert swap.host_bytes == sum(HostImage(tensors_of(block), pin=False).nbytes for block in swap.swapped)
-    assert swap.ring_bytes == min(slots, count) * max(
-        HostImage(tensors_of(block), pin=False).nbytes for block in swap.swapped
-    )
+    assert swap.host_bytes == sum(HostImage(tensors_of(block)).nbytes for block in swap.swapped)
+    assert swap.ring_bytes == min(slots, count) * max(HostImage(tensors_of(block)).nbytes for block in swap.swapped)
 
 
 def test_the_order_of_transfers() -> None:
@@ -460,7 +458,7 @@ def test_an_image_holds_every_dtype_layout_and_size() -> None:
     expected = {name: value.clone() for name, value in module.named_buffers()} | {
         name: value.detach().clone() for name, value in module.named_parameters()
     }
-    image = HostImage(tensors_of(module), pin=False)
+    image = HostImage(tensors_of(module))
     assert image.places[0].tensor is module.weight and image.learning_bytes == 256
     assert len({place.start for place in image.places}) >= len(image.places) - 1  # the empty one takes no room
     memory = torch.full((image.nbytes,), NOTHING, dtype=torch.uint8)
@@ -539,6 +537,79 @@ def test_a_failed_pass_leaves_no_trace(where: str, recomputed: bool) -> None:
         p.grad = None
     swap.reset()
     assert_equal(gradients(sample, parameters), expected)
+
+
+# ---- other blocks ---------------------------------------------------------------------------------------------------
+
+SETS = ([1, 4], [0, 2, 4, 5], [2], [0, 1, 2, 3, 4, 5], [], [3, 5])
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_other_blocks_from_now_on(method: str) -> None:
+    """Equal to the bit; images of blocks that stay are kept; updates in the backward pass come home in between."""
+    samples = [stack(), stack()]
+    for sample in samples:
+        sample.denoiser.requires_grad_(method == "full")
+    parameters = [attach_lora(sample) if method == "lora" else [] for sample in samples]
+    swap = PoisonedSwap(samples[1].blocks, SETS[0], CPU)
+    swap.install()
+    for chosen in SETS[1:]:
+        before = dict(swap._image_of)
+        swap.change(chosen)
+        kept = before.keys() & set(chosen)
+        assert all(swap._image_of[index] is before[index] for index in kept)
+        assert sorted(swap._image_of) == chosen
+        if method == "lora":
+            assert_equal(gradients(samples[1], parameters[1]), gradients(samples[0], parameters[0]))
+        else:
+            assert_equal(learn(samples[1], swap, 2), learn(samples[0], None, 2))
+    swap.remove()
+    weights = samples[0].denoiser.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in samples[1].denoiser.state_dict().items())
+
+
+@pytest.mark.parametrize("where", ["image", "way back", "ring"])
+def test_a_change_that_fails_halfway_can_be_done_again(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the second image, at the second block that comes back, or at the ring; no weight is lost."""
+    sample = stack()
+    parameters = attach_lora(sample)
+    expected = gradients(sample, parameters)
+    weights = {name: value.clone() for name, value in sample.denoiser.state_dict().items()}
+    swap = PoisonedSwap(sample.blocks, [0, 2, 4], CPU)
+    swap.install()
+    gradients(sample, parameters)
+    target, name, fails_at = {
+        "image": (HostImage, "__init__", 2), "way back": (HostImage, "bring", 2), "ring": (PoisonedRing, "__init__", 1),
+    }[where]  # fmt: skip
+    real, calls = getattr(target, name), []
+
+    def failing(*args: Any) -> None:
+        calls.append(None)
+        if len(calls) == fails_at:
+            raise OutOfMemory
+        real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(target, name, failing)
+        with pytest.raises(OutOfMemory):
+            swap.change([1, 3, 5])
+    swap.reset()
+    swap.home()
+    assert all(torch.equal(value, weights[key]) for key, value in sample.denoiser.state_dict().items())
+    swap.change([1, 2, 3, 4])
+    assert_equal(gradients(sample, parameters), expected)
+    assert sorted(swap._image_of) == [1, 2, 3, 4]
+
+
+def test_main_memory_holds_one_image_more_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = stack()
+    swap = PoisonedSwap(sample.blocks, [0, 2, 4], CPU)  # the small ones
+    swap.install()
+    held: list[int] = []
+    send_away = swap._send_away
+    monkeypatch.setattr(swap, "_send_away", lambda index: (send_away(index), held.append(len(swap._image_of)))[0])
+    swap.change([1, 3, 5])
+    assert max(held) == len(swap._image_of) == len(held) == 3
 
 
 def test_spread() -> None:

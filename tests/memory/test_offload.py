@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from library.memory.block_swap import BlockSwap
 from library.memory.checkpointing import Recomputation
+from library.memory.host_image import is_placeholder
 from library.memory.offload import Offload, Parked, Place
 
 CPU = torch.device("cpu")
@@ -92,6 +94,22 @@ def test_small_tensors_and_weights_stay() -> None:
         assert isinstance(offload.pack(weight), Tensor) and isinstance(offload.pack(weight.t()[:3]), Tensor)
         assert isinstance(offload.pack(small), Tensor)
         assert isinstance(offload.pack(torch.randn(64, 64)), Place)
+
+
+def test_weights_that_have_moved_stay_when_that_is_said() -> None:
+    """Blocks that come back from being swapped lie elsewhere; what leaves the card gives its address to others."""
+    blocks = make_blocks().requires_grad_(False)
+    swap = BlockSwap(blocks, [0, 2], CPU)
+    swap.install()
+    offload = Offload(CPU, blocks.parameters(), smallest=1)
+    swap.change([1, 2, 3])
+    with offload.forward():
+        assert isinstance(offload.pack(blocks[0].first.weight), Place)
+        offload.keep(blocks.parameters())
+        assert isinstance(offload.pack(blocks[0].first.weight), Tensor)
+    left = blocks[1].first.weight
+    assert is_placeholder(left) and len(offload.staying) < len([*blocks.parameters()])
+    swap.remove()
 
 
 def test_strides_and_what_was_written_between() -> None:

@@ -347,11 +347,16 @@ def test_a_run_that_does_not_fit_goes_on_smaller(
 def test_nothing_is_left_to_shrink(
     sd1: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    values = {"pretrained_model_name_or_path": sd1, "dataset_config": dataset, "max_train_steps": 2}
-    code, _ = out_of_memory(lambda trainer, samples: True, values, tmp_path / "out")
+    """One line with what was tried; what was learned before is there to go on from, with less."""
+    values = {"pretrained_model_name_or_path": sd1, "dataset_config": dataset, "max_train_steps": 3}
+    code, run = out_of_memory(lambda trainer, samples: trainer.position.step >= 2, values, tmp_path / "out")
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert code == 2 and line.startswith("error: CUDA out of memory: give --vram_budget")
-    assert not (tmp_path / "out" / "x.safetensors").exists()
+    assert code == 2 and line.startswith("error: out of memory in step 3 (CUDA out of memory), also after this: all ")
+    assert "(--gradient_checkpointing). Give --vram_budget" in line
+    assert not run.file.exists() and run.names("*.safetensors") == ["x-step00000002.safetensors"]
+    plain = train(sd1, dataset, tmp_path / "plain", max_train_steps=3, save_state=True)
+    whole = train(sd1, dataset, tmp_path / "out", max_train_steps=3, save_state=True, resume="latest")
+    assert whole.losses == pytest.approx(plain.losses[2:], rel=1e-5)
 
 
 class SmallCard(Recorded):
