@@ -9,7 +9,7 @@ New optimizer: one row of OPTIMIZERS.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from library.errors import UserError, unknown
 from library.log import get_logger
+from library.optim.adafactor import rate_on_device
 from library.optim.options import OptimizerOptions
 from library.optim.settings import check_settings, class_names, first_line, import_class, read_settings
 
@@ -37,6 +38,7 @@ class Row:
     elementwise: bool = False  # an element's update depends on that element only: tensors may be joined (flat.py)
     finds_rate: bool = False  # estimates its step size; the learning rate is one factor near 1 for all groups
     schedule_free: bool = False  # has train() and eval() weights and its own schedule
+    adjust: Callable[[torch.optim.Optimizer], None] | None = None  # done to each that is built
     foreign: bool = False  # a class that this table and torch do not have: nothing is known of it
 
     @property
@@ -70,7 +72,7 @@ OPTIMIZERS: dict[str, Row] = {
     "DAdaptLion": Row("dadaptation.DAdaptLion", DADAPT, finds_rate=True),
     "DAdaptSGD": Row("dadaptation.DAdaptSGD", DADAPT, finds_rate=True),
     "Prodigy": Row("prodigyopt.Prodigy", "prodigyopt", finds_rate=True),
-    "Adafactor": Row("transformers.optimization.Adafactor"),
+    "Adafactor": Row("transformers.optimization.Adafactor", adjust=rate_on_device),
     "RAdamScheduleFree": Row("schedulefree.RAdamScheduleFree", SCHEDULE_FREE, elementwise=True, schedule_free=True),
     "AdamWScheduleFree": Row("schedulefree.AdamWScheduleFree", SCHEDULE_FREE, elementwise=True, schedule_free=True),
     "SGDScheduleFree": Row("schedulefree.SGDScheduleFree", SCHEDULE_FREE, elementwise=True, schedule_free=True),
@@ -175,6 +177,8 @@ class OptimizerChoice:
         except (TypeError, ValueError, AssertionError, RuntimeError) as error:
             raise UserError(f"{FLAG} {self.name}: refused with {self.described()}: {first_line(error)}") from None
         row = self.row
+        if row.adjust is not None:
+            row.adjust(optimizer)
         built = BuiltOptimizer(optimizer, self.metadata_name, row.elementwise, row.schedule_free, self.schedule)
         built.train_mode()
         return built

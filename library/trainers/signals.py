@@ -57,7 +57,7 @@ class StopVote:
         """Call it once per step in every process; the answer is the same in all of them."""
         if self.processes == 1:
             return requested
-        vote = torch.tensor(float(requested)).to(self.device, non_blocking=True)
+        vote = torch.full((), float(requested), device=self.device)
         torch.distributed.all_reduce(vote)
         event = None
         if vote.is_cuda:
