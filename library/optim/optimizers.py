@@ -18,9 +18,9 @@ from torch import Tensor
 
 from library.errors import UserError, unknown
 from library.log import get_logger
-from library.optim.adafactor import rate_on_device
 from library.optim.options import OptimizerOptions
 from library.optim.settings import check_settings, class_names, first_line, import_class, read_settings
+from library.optim.without_waits import rate_on_device, without_synchronizing
 
 FLAG, ARGS_FLAG = "--optimizer_type", "--optimizer_args"
 TRAINING_WEIGHTS = "training_weights"  # key of a state that was taken in eval mode
@@ -55,13 +55,17 @@ PREPRINT = Row("dadaptation.experimental.DAdaptAdamPreprint", DADAPT, finds_rate
 OPTIMIZERS: dict[str, Row] = {
     "AdamW": Row("torch.optim.AdamW", quick={"fused": True}, elementwise=True),  # the others need a second buffer
     "SGDNesterov": Row("torch.optim.SGD", defaults=MOMENTUM, fixed=NESTEROV, elementwise=True),
-    "AdamW8bit": Row("bitsandbytes.optim.AdamW8bit", BNB),  # not elementwise: 8-bit states share a scale per 256
+    "AdamW8bit": Row(
+        "bitsandbytes.optim.AdamW8bit", BNB, adjust=without_synchronizing
+    ),  # not elementwise: 8-bit states share a scale per 256
     "PagedAdamW8bit": Row("bitsandbytes.optim.PagedAdamW8bit", BNB),
     "PagedAdamW": Row("bitsandbytes.optim.PagedAdamW", BNB, elementwise=True),
     "PagedAdamW32bit": Row("bitsandbytes.optim.PagedAdamW32bit", BNB, elementwise=True),
-    "Lion8bit": Row("bitsandbytes.optim.Lion8bit", BNB),
+    "Lion8bit": Row("bitsandbytes.optim.Lion8bit", BNB, adjust=without_synchronizing),
     "PagedLion8bit": Row("bitsandbytes.optim.PagedLion8bit", BNB),
-    "SGDNesterov8bit": Row("bitsandbytes.optim.SGD8bit", BNB, defaults=MOMENTUM, fixed=NESTEROV),
+    "SGDNesterov8bit": Row(
+        "bitsandbytes.optim.SGD8bit", BNB, defaults=MOMENTUM, fixed=NESTEROV, adjust=without_synchronizing
+    ),
     "Lion": Row("lion_pytorch.Lion", "lion-pytorch", elementwise=True),
     "DAdaptation": PREPRINT,
     "DAdaptAdamPreprint": PREPRINT,
