@@ -266,6 +266,17 @@ def kept_random_state(device: torch.device) -> Iterator[None]:
         yield
 
 
+def on_device(values: Tensor, device: torch.device | str) -> Tensor:
+    """`values` on `device`, without the host waiting for the device.
+
+    CUDA copies by itself only from page-locked memory; from any other memory, the host waits until the copy is staged.
+    """
+    there = torch.device(device)
+    if there.type == "cuda" and values.device.type == "cpu" and not values.is_pinned():
+        values = values.pin_memory()
+    return values.to(there, non_blocking=True)
+
+
 def seed_everything(seed: int) -> None:
     """torch's default generators on every device: what dropout draws from."""
     torch.manual_seed(seed)

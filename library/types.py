@@ -30,19 +30,30 @@ class LatentSpec:
 class Tokens:
     """Token ids of a batch of captions: encoder name -> (B, chunks, 77) int64 for CLIP, (B, length) for others.
 
-    `weights` alike, float. `masks`: (B, length) bool, True where a token is none of the padding.
+    `weights` alike, float. `lengths`: encoder name -> number of tokens of each caption before its padding, with start
+    and end tokens. They stay on the host: the shapes of a pass depend on them, and nobody waits for the device then.
     """
 
     ids: dict[str, Tensor]
+    lengths: dict[str, tuple[int, ...]]
     weights: dict[str, Tensor] | None = None
     truncated: tuple[int, ...] = ()  # indices of captions that were longer than the limit
-    masks: dict[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device | str) -> Tokens:
-        """The same on `device`; the host does not wait for what the device still has to do."""
-        move = lambda tensors: {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
-        weights = None if self.weights is None else move(self.weights)
-        return replace(self, ids=move(self.ids), weights=weights, masks=move(self.masks))
+        """The same tokens with every tensor on `device`; the host does not wait."""
+        from library.device import on_device
+
+        move = lambda tensors: {name: on_device(tensor, device) for name, tensor in tensors.items()}
+        return replace(self, ids=move(self.ids), weights=None if self.weights is None else move(self.weights))
+
+    def mask(self, name: str, length: int, device: torch.device | str, *, more: int = 0) -> Tensor:
+        """(B, length) bool on `device`: True at the tokens of a caption and `more` tokens of its padding."""
+        import torch
+
+        from library.device import on_device
+
+        ends = on_device(torch.tensor(self.lengths[name]).unsqueeze(1) + more, device)
+        return torch.arange(length, device=device) < ends
 
 
 @dataclass
@@ -69,12 +80,14 @@ class Batch:
         return len(self.names)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch with every tensor on `device` (asynchronous where the source is pinned)."""
+        """The same batch with every tensor on `device`; the host does not wait."""
         import torch
+
+        from library.device import on_device
 
         def move(value: Any) -> Any:
             if isinstance(value, torch.Tensor):
-                return value.to(device, non_blocking=True)
+                return on_device(value, device)
             if isinstance(value, dict):
                 return {k: move(v) for k, v in value.items()}
             return value

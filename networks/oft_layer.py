@@ -73,7 +73,8 @@ class OFTLayer(WeightLayer):
             skew = skew * ((norm.clamp(max=limit) + TINY) / (norm + TINY))
             unit = torch.eye(skew.shape[-1], device=skew.device)
             # (I - Q)⁻¹ (I + Q) - I = 2 (I - Q)⁻¹ Q: small differences keep their digits
-            return torch.linalg.solve(unit - skew, 2 * skew)
+            # I - Q is never singular; `solve` would read back from the device whether it is
+            return torch.linalg.solve_ex(unit - skew, 2 * skew).result
 
     def _turned(self, plain: Tensor, index: int, axis: int) -> Tensor:
         """(Rᵀ - I) applied to the rows of a target, which lie along `axis` of `plain`."""

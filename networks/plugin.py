@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.device import on_device
 from library.errors import UserError, first_names, nearest
 from networks.base import AdapterNetwork, NormReport, Rates
 from networks.formats import read_tensors, to_kohya, write_tensors
@@ -292,7 +293,7 @@ class PluginNetwork(AdapterNetwork):
             raise UserError(f"--scale_weight_norms: --network_module {self.module_name} does not support it")
         device = next(self.network.parameters()).device
         found = self.network.apply_max_norm_regularization(max_norm, device)
-        scaled, mean, maximum = (torch.as_tensor(value, dtype=torch.float32, device=device) for value in found)
+        scaled, mean, maximum = (on_device(torch.as_tensor(value, dtype=torch.float32), device) for value in found)
         return NormReport(scaled, mean, maximum)
 
     def module_parameters(self) -> dict[str, list[nn.Parameter]]:

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from library.device import on_device
 from library.errors import UserError
 from library.io.checkpoint import save_tensors
 from library.memory.block_swap import spread
@@ -25,6 +26,7 @@ from library.models.flux_options import FluxFineTuneOptions, FluxOptions
 from library.models.flux_parts import CLIP, T5, FluxParts, denoiser_rules, open_parts
 from library.models.loading import Part
 from library.models.text import CHUNK, ClipTokenizer
+from library.models.text_encoders import t5_states
 from library.models.tokenizers import TextTokenizer, clip_tokenizer, t5_tokenizer, tokenizer_folders
 from library.names.keys import Published
 from library.objectives.flow import FlowObjective, constant_shift, resolution_shift
@@ -148,7 +150,7 @@ class Flux(ModelFamily):
             return tokens
         clip = self._clip_tokenizer(captions, max_tokens=CHUNK, weighted=False, name=CLIP)
         # what CLIP cuts is no loss that a user could avoid: T5 reads the whole
-        return Tokens({**clip.ids, **tokens.ids}, masks=tokens.masks, truncated=tokens.truncated)
+        return Tokens({**clip.ids, **tokens.ids}, {**clip.lengths, **tokens.lengths}, truncated=tokens.truncated)
 
     @property
     def token_limit(self) -> int:
@@ -167,15 +169,15 @@ class Flux(ModelFamily):
     def encode_part(self, name: str, encoder: nn.Module, tokens: Tokens) -> Cond:
         device = next(encoder.parameters()).device
         if name == CLIP:
-            return {POOLED: encoder(tokens.ids[CLIP][:, 0].to(device)).pooler_output}
-        ids = tokens.ids[T5].to(device)
+            return {POOLED: encoder(on_device(tokens.ids[CLIP], device)[:, 0]).pooler_output}
+        ids = on_device(tokens.ids[T5], device)
         if not self.masks_text:
-            return {T5: encoder(ids).last_hidden_state}
-        words = tokens.masks[T5].to(device)
-        seen = torch.arange(ids.shape[1], device=device) < words.sum(1, keepdim=True) + self.extra_tokens
-        length = int(seen.sum(1).max())
-        words, seen = words[:, :length], seen[:, :length]
-        states = encoder(ids[:, :length], attention_mask=words.long()).last_hidden_state
+            return {T5: t5_states(encoder, ids, None)}
+        lengths = tokens.lengths[T5]
+        longest = min(max(lengths) + self.extra_tokens, ids.shape[1])
+        words = tokens.mask(T5, longest, device) if min(lengths) < longest else None
+        states = t5_states(encoder, ids[:, :longest], words)
+        seen = tokens.mask(T5, longest, device, more=self.extra_tokens)
         return {T5: states.masked_fill(~seen.unsqueeze(-1), 0), MASK: seen}
 
     def split_cond(self, cond: Cond) -> list[Cond]:

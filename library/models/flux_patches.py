@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from library.device import on_device
+
 TIMESTEPS = 1000  # the model embeds noise levels of 0..1 as 0..1000
 
 
@@ -49,7 +51,23 @@ def mask_keys_only(denoiser: nn.Module) -> None:
             block.get_submodule("attn").register_forward_pre_hook(keys_only, with_kwargs=True)
 
 
+def embed_guidance_on_device(denoiser: nn.Module) -> None:
+    """Embed Chroma's guidance where the model is. diffusers does so on the host, which then waits for the copy."""
+    seen: dict[str, Any] = {}
+
+    def remember(module: nn.Module, args: Any) -> None:
+        seen["device"] = args[0].device
+
+    def move(module: nn.Module, args: Any) -> Any:
+        return (on_device(args[0], seen["device"]), *args[1:])
+
+    embedder = denoiser.get_submodule("time_text_embed")
+    embedder.register_forward_pre_hook(remember)
+    embedder.get_submodule("guidance_proj").register_forward_pre_hook(move)
+
+
 def patch_chroma(denoiser: nn.Module) -> None:
     """All of it that Chroma needs."""
     keep_time_exact(denoiser)
+    embed_guidance_on_device(denoiser)
     mask_keys_only(denoiser)

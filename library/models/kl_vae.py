@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.device import on_device
 from library.errors import UserError
 from library.models.loading import Part, own_names, part_file, read_json
 from library.models.weight_files import WeightFile, open_weights
@@ -116,7 +117,7 @@ def encode(vae: Any, pixels: Tensor, seeds: Sequence[int]) -> Tensor:
         posterior = vae.encode(pixels.to(parameter.device, parameter.dtype), return_dict=False)[0]
     shape = tuple(posterior.mean.shape[1:])
     noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-    sample = posterior.mean.float() + posterior.std.float() * noise.to(parameter.device)
+    sample = posterior.mean.float() + posterior.std.float() * on_device(noise, parameter.device)
     return (sample - _shift(vae)) * vae.config.scaling_factor
 
 

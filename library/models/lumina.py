@@ -18,6 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from library.device import on_device
 from library.errors import UserError
 from library.io.checkpoint import save_tensors
 from library.memory.quantise import Storage
@@ -138,13 +139,11 @@ class Lumina(ModelFamily):
 
     def encode_part(self, name: str, encoder: nn.Module, tokens: Tokens) -> Cond:
         """States of the batch's texts, cut to the longest. Padding is zero, as `join_conds` makes it."""
-        mask = tokens.masks[ENCODER]
-        longest = int(mask.sum(1).max())
-        padded = not bool(mask[:, :longest].all())  # of the tokenizer, on the host
-        device = next(encoder.parameters()).device
-        ids, mask = tokens.ids[ENCODER][:, :longest].to(device), mask[:, :longest].to(device)
+        device, lengths = next(encoder.parameters()).device, tokens.lengths[ENCODER]
+        longest = max(lengths)
+        ids, mask = on_device(tokens.ids[ENCODER], device)[:, :longest], tokens.mask(ENCODER, longest, device)
         states = encoder(ids, attention_mask=mask, output_hidden_states=True, use_cache=False).hidden_states[LAYER]
-        return {ENCODER: states * mask.unsqueeze(-1)} | ({MASK: mask} if padded else {})
+        return {ENCODER: states * mask.unsqueeze(-1)} | ({MASK: mask} if min(lengths) < longest else {})
 
     def split_cond(self, cond: Cond) -> list[Cond]:
         mask = cond.get(MASK, torch.ones(cond[ENCODER].shape[:2], dtype=torch.bool, device=cond[ENCODER].device))

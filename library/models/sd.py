@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from library.device import on_device
 from library.errors import UserError
 from library.io.checkpoint import CheckpointForm
 from library.log import get_logger
@@ -50,7 +51,7 @@ log = get_logger()
 
 ENCODER = "clip"  # name of the text encoder in Tokens
 CONTEXT = "context"  # name of its states in a Cond: (B, 77, width), or 152 and 227 long with more chunks
-LENGTH = "context_length"  # (B, 1): how much of them is no padding, with --no_token_padding
+MASK = "context_mask"  # (B, longest) bool: which of them are not padding, with --no_token_padding
 # further entries of a folder's model_index.json
 EXTRAS = {
     "feature_extractor": NOTHING, "image_encoder": NOTHING, "requires_safety_checker": False, "safety_checker": NOTHING
@@ -141,20 +142,20 @@ class StableDiffusion(ModelFamily):
         return {CONTEXT: torch.zeros(count, chunks * CHUNK + 2, self.parts.text_width, dtype=dtype)}
 
     def encode_part(self, name: str, encoder: nn.Module, tokens: Tokens) -> Cond:
-        ids = tokens.ids[ENCODER].to(next(encoder.parameters()).device)  # B chunks 77
+        device = next(encoder.parameters()).device
+        ids = on_device(tokens.ids[ENCODER], device)  # B chunks 77
         states = self._states(encoder, ids.flatten(0, 1)).unflatten(0, ids.shape[:2])
         context = join_chunks(states)
         if tokens.weights is not None:
             weights = join_chunks(tokens.weights[ENCODER]).to(context)
             context = context * weights.unsqueeze(-1)
         if self.options.no_token_padding:
-            return {CONTEXT: context, LENGTH: self._lengths(ids)}
+            return {CONTEXT: context, MASK: tokens.mask(ENCODER, max(tokens.lengths[ENCODER]), device)}
         return {CONTEXT: context}
 
-    def _lengths(self, ids: Tensor) -> Tensor:
-        """(B, chunks, 77) -> (B, 1): start token, the tokens of all chunks, end token."""
-        ends = (ids == self.tokenizer.end).int().argmax(-1)  # the first one of each chunk
-        return (ends - 1).sum(1, keepdim=True) + 2
+    def split_cond(self, cond: Cond) -> list[Cond]:
+        parts = super().split_cond(cond)
+        return [{**part, MASK: part[MASK][part[MASK]]} if MASK in part else part for part in parts]
 
     def add_word(self, word: str, count: int, like: str | None) -> dict[str, NewWord]:
         self.tokenizer, new = add_word(self.tokenizer, self.parts.text_encoder, word, count, like)
@@ -175,10 +176,10 @@ class StableDiffusion(ModelFamily):
 
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Cond, batch: Batch | None) -> Tensor:
         context = cond[CONTEXT]
-        if LENGTH in cond and batch is not None:
+        if MASK in cond and batch is not None:
             # The encoder is causal: its states of captions without padding are the first ones of those with it.
             # Previews keep the padding, as every program has it that will use the model.
-            context = context[:, : int(cond[LENGTH].max())]
+            context = context[:, : cond[MASK].shape[1]]
         return denoiser(x_t, t, encoder_hidden_states=context, return_dict=False)[0]
 
     def blocks(self, denoiser: nn.Module) -> list[nn.Module]:
@@ -237,7 +238,7 @@ class StableDiffusion(ModelFamily):
     def text_fingerprint(self, name: str) -> str:
         settings: tuple[Any, ...] = (self.version, self.layer, self.max_tokens, self.options.weighted_captions)
         if self.options.no_token_padding:
-            settings += (LENGTH,)
+            settings += (MASK,)
         parts = f"{self.parts.text_encoder.fingerprint()} {self.tokenizer.fingerprint()} {settings}"
         return hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
 

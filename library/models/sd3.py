@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from library.device import on_device
 from library.errors import UserError
 from library.io.checkpoint import save_tensors
 from library.log import get_logger
@@ -30,6 +31,7 @@ from library.models.sd3_options import SD3FineTuneOptions, SD3Options
 from library.models.sd3_parts import CLIP_G, CLIP_L, ENCODERS, MMDIT_PREFIX, T5, SD3Parts, mmdit_rules, open_parts
 from library.models.sd3_positions import use_random_crop, use_scaled_positions
 from library.models.text import CHUNK, CLIP_ID, ClipTokenizer
+from library.models.text_encoders import t5_states
 from library.models.tokenizers import (
     CLIP_G_ID,
     CLIP_G_PADDING,
@@ -162,7 +164,7 @@ class StableDiffusion3(ModelFamily):
             found.append(self.t5_tokenizer(captions, length=self.options.t5xxl_max_token_length, name=T5))
         return Tokens(
             ids={name: ids for tokens in found for name, ids in tokens.ids.items()},
-            masks={name: mask for tokens in found for name, mask in tokens.masks.items()},
+            lengths={name: lengths for tokens in found for name, lengths in tokens.lengths.items()},
             truncated=found[-1].truncated,  # T5's, which reads most of a caption
         )
 
@@ -191,7 +193,7 @@ class StableDiffusion3(ModelFamily):
 
     def _encode_clip(self, name: str, encoder: nn.Module, tokens: Tokens) -> Cond:
         """The states that go into the last layer, and the projected pooled state."""
-        ids = tokens.ids[name][:, 0].to(next(encoder.parameters()).device)
+        ids = on_device(tokens.ids[name], next(encoder.parameters()).device)[:, 0]
         output = encoder(ids, output_hidden_states=True)
         states = output.hidden_states[-2]
         if self.options.apply_lg_attn_mask:
@@ -203,12 +205,13 @@ class StableDiffusion3(ModelFamily):
     def _encode_t5(self, encoder: nn.Module, tokens: Tokens) -> Cond:
         """The last states; with --apply_t5_attn_mask only as long as the longest caption: `predict` adds the zeros."""
         device = next(encoder.parameters()).device
-        ids, mask = tokens.ids[T5], tokens.masks[T5]
+        ids = on_device(tokens.ids[T5], device)
         if not self.options.apply_t5_attn_mask:
-            return {T5: encoder(ids.to(device)).last_hidden_state}
-        longest = int(mask.sum(1).max())
-        ids, mask = ids[:, :longest].to(device), mask[:, :longest].to(device)
-        states = encoder(ids, attention_mask=mask).last_hidden_state
+            return {T5: t5_states(encoder, ids, None)}
+        lengths = tokens.lengths[T5]
+        longest = max(lengths)
+        mask = tokens.mask(T5, longest, device)
+        states = t5_states(encoder, ids[:, :longest], mask if min(lengths) < longest else None)
         return {T5: states.masked_fill(~mask.unsqueeze(-1), 0), T5_MASK: mask}
 
     def drop_text(self, cond: Cond) -> Cond:

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from library.device import on_device
 from library.errors import UserError
 from library.io.checkpoint import CheckpointForm
 from library.log import get_logger
@@ -142,7 +143,10 @@ class StableDiffusionXL(ModelFamily):
         ]
         weights = {name: own for tokens in found for name, own in (tokens.weights or {}).items()}
         return Tokens(
-            {name: ids for tokens in found for name, ids in tokens.ids.items()}, weights or None, found[0].truncated
+            {name: ids for tokens in found for name, ids in tokens.ids.items()},
+            {name: lengths for tokens in found for name, lengths in tokens.lengths.items()},
+            weights or None,
+            found[0].truncated,
         )
 
     @property
@@ -161,7 +165,7 @@ class StableDiffusionXL(ModelFamily):
 
     def encode_part(self, name: str, encoder: nn.Module, tokens: Tokens) -> Cond:
         """The states that go into the last layer; of CLIP-G also the projected pooled state of the first chunk."""
-        ids = tokens.ids[name].to(next(encoder.parameters()).device)  # B chunks 77
+        ids = on_device(tokens.ids[name], next(encoder.parameters()).device)  # B chunks 77
         output = encoder(ids.flatten(0, 1), output_hidden_states=True)
         states = join_chunks(output.hidden_states[-2].unflatten(0, ids.shape[:2]))
         if tokens.weights is not None:
@@ -177,13 +181,6 @@ class StableDiffusionXL(ModelFamily):
         return found
 
     # ---- pictures
-
-    def encode_image(self, vae: nn.Module, pixels: Tensor, seeds: list[int]) -> Tensor:
-        """Raises UserError where the VAE overflows in fp16, as the published one does."""
-        latents = kl_vae.encode(vae, pixels, seeds)
-        if overflows(vae, latents):
-            raise UserError(f"the VAE overflows in fp16, and its latents are not numbers: {ADVICE}")
-        return latents
 
     def decode_latent(self, vae: nn.Module, latents: Tensor) -> Tensor:
         pixels = kl_vae.decode(vae, latents)
@@ -214,9 +211,10 @@ class StableDiffusionXL(ModelFamily):
         """
         if batch is None:
             height, width = (side * self.latent.factor for side in x_t.shape[-2:])
-            return torch.tensor([[height, width, 0, 0, height, width]], device=x_t.device).float().expand(len(x_t), 6)
-        sizes = (batch.original_sizes, batch.crop_top_lefts, batch.target_sizes)
-        return torch.cat([size for size in sizes if size is not None], 1).to(x_t.device, torch.float32)
+            sizes = on_device(torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32), x_t.device)
+            return sizes.expand(len(x_t), 6)
+        given = (batch.original_sizes, batch.crop_top_lefts, batch.target_sizes)
+        return torch.cat([size for size in given if size is not None], 1).to(x_t.device, torch.float32)
 
     def blocks(self, denoiser: nn.Module) -> list[nn.Module]:
         return unet_blocks(denoiser)
@@ -307,7 +305,7 @@ class StableDiffusionXL(ModelFamily):
 
 
 def overflows(vae: nn.Module, result: Tensor) -> bool:
-    """Whether a VAE in fp16 gave something that is no number. In other precisions nobody has to wait for the answer."""
+    """Whether a VAE in fp16 gave infinities or NaN. Waits for the device, in fp16 only."""
     return next(vae.parameters()).dtype == torch.float16 and not bool(torch.isfinite(result).all())
 
 

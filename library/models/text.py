@@ -110,7 +110,8 @@ class ClipTokenizer:
         ids = torch.tensor([[[i for i, _ in chunk] for chunk in row] for row in rows], dtype=torch.int64)
         weights = torch.tensor([[[w for _, w in chunk] for chunk in row] for row in rows], dtype=torch.float32)
         truncated = tuple(i for i, row in enumerate(words) if len(row) > max_tokens)
-        return Tokens({name: ids}, {name: weights} if weighted else None, truncated)
+        lengths = tuple(min(len(row), max_tokens) + 2 for row in words)  # over all chunks, as `join_chunks` has them
+        return Tokens({name: ids}, {name: lengths}, {name: weights} if weighted else None, truncated)
 
     def count(self, captions: Sequence[str], *, weighted: bool) -> list[int]:
         """Number of tokens of each caption, before anything is cut."""

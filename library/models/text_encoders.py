@@ -223,6 +223,17 @@ def _feed_forward(dense: Any) -> Callable[[Tensor], Tensor]:
     return lambda x: dense.wo(dense.dropout(dense.act(dense.wi(x))))
 
 
+def t5_states(encoder: Any, ids: Tensor, words: Tensor | None) -> Tensor:
+    """The last states (B, length, width) of T5 for ids (B, length).
+
+    words: (B, length) bool, False at padding; None where nothing is padded. transformers reads a mask of two
+    dimensions back to the host to see whether it can be left out, and takes one of four dimensions as it is.
+    """
+    if words is not None and encoder.config._attn_implementation == "sdpa":
+        words = words[:, None, None].expand(-1, -1, ids.shape[1], -1)
+    return encoder(ids, attention_mask=words).last_hidden_state
+
+
 # ---- Gemma 2 --------------------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokenizers of CLIP-L, CLIP-G, T5 and Gemma 2: where they are found, and captions -> ids of one length with a mask."""
+"""Tokenizers of CLIP-L, CLIP-G, T5 and Gemma 2: where they are found, and captions -> ids of one length."""
 
 from __future__ import annotations
 
@@ -43,15 +43,16 @@ class TextTokenizer:
     tokenizer: Any  # of transformers
 
     def __call__(self, captions: Sequence[str], *, length: int, name: str) -> Tokens:
-        """Ids (B, length) of the encoder `name` and a mask of the same shape, True where a token is no padding.
+        """Ids (B, length) of the encoder `name`, padded.
 
         Start and end tokens belong to a caption. Longer captions are cut; their indices are in `truncated`.
         """
         encoded = self.tokenizer(list(captions), padding="max_length", truncation=True, max_length=length)
-        ids, mask = (torch.tensor(encoded[key], dtype=torch.int64) for key in ("input_ids", "attention_mask"))
+        ids = torch.tensor(encoded["input_ids"], dtype=torch.int64)
+        lengths = tuple(map(sum, encoded["attention_mask"]))
         most = self.limit(length)
         truncated = tuple(i for i, count in enumerate(self.count(captions)) if count > most)
-        return Tokens({name: ids}, masks={name: mask.bool()}, truncated=truncated)
+        return Tokens({name: ids}, {name: lengths}, truncated=truncated)
 
     def limit(self, length: int) -> int:
         """Most tokens of a caption among `length` of them: start and end do not count."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from library.device import on_device
 from library.errors import UserError
 from library.log import get_logger
 from library.objectives.base import Sampler
@@ -80,7 +81,7 @@ class Tables:
     huber_c: Tensor
 
     def to(self, device: torch.device) -> Tables:
-        return Tables(*(table.to(device) for table in (self.signal, self.sigma, self.weight, self.huber_c)))
+        return Tables(*(on_device(table, device) for table in (self.signal, self.sigma, self.weight, self.huber_c)))
 
 
 def _at(table: Tensor, t: Tensor) -> Tensor:

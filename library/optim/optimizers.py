@@ -9,7 +9,7 @@ New optimizer: one row of OPTIMIZERS.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from library.errors import UserError, unknown
 from library.log import get_logger
 from library.optim.options import OptimizerOptions
 from library.optim.settings import check_settings, class_names, first_line, import_class, read_settings
+from library.optim.without_waits import rate_on_device, without_synchronizing
 
 FLAG, ARGS_FLAG = "--optimizer_type", "--optimizer_args"
 TRAINING_WEIGHTS = "training_weights"  # key of a state that was taken in eval mode
@@ -37,6 +38,7 @@ class Row:
     elementwise: bool = False  # an element's update depends on that element only: tensors may be joined (flat.py)
     finds_rate: bool = False  # estimates its step size; the learning rate is one factor near 1 for all groups
     schedule_free: bool = False  # has train() and eval() weights and its own schedule
+    adjust: Callable[[torch.optim.Optimizer], None] | None = None  # done to each that is built
     foreign: bool = False  # a class that this table and torch do not have: nothing is known of it
 
     @property
@@ -58,13 +60,17 @@ PREPRINT = Row("dadaptation.experimental.DAdaptAdamPreprint", DADAPT, finds_rate
 OPTIMIZERS: dict[str, Row] = {
     "AdamW": Row("torch.optim.AdamW", quick={"fused": True}, elementwise=True),  # the others need a second buffer
     "SGDNesterov": Row("torch.optim.SGD", defaults=MOMENTUM, fixed=NESTEROV, elementwise=True),
-    "AdamW8bit": Row("bitsandbytes.optim.AdamW8bit", BNB),  # not elementwise: 8-bit states share a scale per 256
+    "AdamW8bit": Row(
+        "bitsandbytes.optim.AdamW8bit", BNB, adjust=without_synchronizing
+    ),  # not elementwise: 8-bit states share a scale per 256
     "PagedAdamW8bit": Row("bitsandbytes.optim.PagedAdamW8bit", BNB),
     "PagedAdamW": Row("bitsandbytes.optim.PagedAdamW", BNB, elementwise=True),
     "PagedAdamW32bit": Row("bitsandbytes.optim.PagedAdamW32bit", BNB, elementwise=True),
-    "Lion8bit": Row("bitsandbytes.optim.Lion8bit", BNB),
+    "Lion8bit": Row("bitsandbytes.optim.Lion8bit", BNB, adjust=without_synchronizing),
     "PagedLion8bit": Row("bitsandbytes.optim.PagedLion8bit", BNB),
-    "SGDNesterov8bit": Row("bitsandbytes.optim.SGD8bit", BNB, defaults=MOMENTUM, fixed=NESTEROV),
+    "SGDNesterov8bit": Row(
+        "bitsandbytes.optim.SGD8bit", BNB, defaults=MOMENTUM, fixed=NESTEROV, adjust=without_synchronizing
+    ),
     "Lion": Row("lion_pytorch.Lion", "lion-pytorch", elementwise=True),
     "DAdaptation": PREPRINT,
     "DAdaptAdamPreprint": PREPRINT,
@@ -75,7 +81,7 @@ OPTIMIZERS: dict[str, Row] = {
     "DAdaptLion": Row("dadaptation.DAdaptLion", DADAPT, finds_rate=True),
     "DAdaptSGD": Row("dadaptation.DAdaptSGD", DADAPT, finds_rate=True),
     "Prodigy": Row("prodigyopt.Prodigy", "prodigyopt", finds_rate=True),
-    "Adafactor": Row("transformers.optimization.Adafactor"),
+    "Adafactor": Row("transformers.optimization.Adafactor", adjust=rate_on_device),
     "RAdamScheduleFree": Row("schedulefree.RAdamScheduleFree", SCHEDULE_FREE, elementwise=True, schedule_free=True),
     "AdamWScheduleFree": Row("schedulefree.AdamWScheduleFree", SCHEDULE_FREE, elementwise=True, schedule_free=True),
     "SGDScheduleFree": Row("schedulefree.SGDScheduleFree", SCHEDULE_FREE, elementwise=True, schedule_free=True),
@@ -180,6 +186,8 @@ class OptimizerChoice:
         except (TypeError, ValueError, AssertionError, RuntimeError) as error:
             raise UserError(f"{FLAG} {self.name}: refused with {self.described()}: {first_line(error)}") from None
         row = self.row
+        if row.adjust is not None:
+            row.adjust(optimizer)
         built = BuiltOptimizer(optimizer, self.metadata_name, row.elementwise, row.schedule_free, self.schedule)
         built.train_mode()
         return built

@@ -21,7 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
 from library.data.images import load_control, resize
-from library.device import empty_cache, kept_random_state
+from library.device import empty_cache, kept_random_state, on_device
 from library.errors import first_names
 from library.io.atomic import atomic_write
 from library.log import get_logger
@@ -217,7 +217,7 @@ class Previewer:
         torch.manual_seed(seed)
         autocast = torch.autocast(device.type, dtype, enabled=dtype in (torch.float16, torch.bfloat16))
         control = self.controls[index]
-        models.set_condition(None if control is None else control.to(device))
+        models.set_condition(None if control is None else on_device(control, device))
         with autocast:
             latents = self._denoise(models, prompt, seed, device)
         models.set_condition(None)
@@ -233,14 +233,15 @@ class Previewer:
         # On the CPU, so that a seed gives the same picture on every device.
         generator = torch.Generator().manual_seed(seed)
         shape = (1, self.family.latent.channels, *self._latent_size(prompt))
-        x = (torch.randn(shape, generator=generator) * sampler.init_noise_sigma).to(device)
+        x = on_device(torch.randn(shape, generator=generator) * sampler.init_noise_sigma, device)
         guided_above = self._guided_above(prompt) if scale != 1.0 else float("inf")
         guided_ones = [float(t) > guided_above for t in sampler.timesteps]
         conds = {guided: self._cond(models, prompt, guided, device) for guided in set(guided_ones)}
         for t, guided in zip(sampler.timesteps, guided_ones, strict=True):
             count = 2 if guided else 1
             shown = sampler.scale_input(x, t).repeat(count, 1, 1, 1)
-            pred = self.family.predict(models.denoiser, shown, t.to(device).expand(count), conds[guided], None).float()
+            times = on_device(t, device).expand(count)
+            pred = self.family.predict(models.denoiser, shown, times, conds[guided], None).float()
             if guided:
                 without, with_prompt = pred.chunk(2)
                 pred = self._renormed(without + scale * (with_prompt - without), with_prompt, prompt)
@@ -295,7 +296,7 @@ class Previewer:
         guidance = self.family.preview.guidance if prompt.guidance_scale is None else prompt.guidance_scale
         if guidance is not None:
             cond["guidance"] = torch.full((len(texts),), guidance)
-        return {k: v.to(device) for k, v in cond.items()}
+        return {k: on_device(v, device) for k, v in cond.items()}
 
     def _write(self, path: Path, image: Image.Image, prompt: Prompt, seed: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

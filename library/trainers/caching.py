@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from library.data.dataset import TrainingData
 from library.data.latent_cache import LatentCache, LatentFolders
 from library.data.text_cache import TextCache, TextCaches, text_store
+from library.device import on_device
 from library.models.family import ModelFamily
 from library.trainers.options import TrainerOptions
 from library.trainers.shortage import encoded
@@ -92,7 +93,7 @@ class Caches:
 
         def encode(pixels: Tensor, seeds: list[int]) -> Tensor:
             with torch.no_grad():
-                return self.family.encode_image(vae, pixels.to(device), seeds)
+                return self.family.encode_image(vae, on_device(pixels, device), seeds)
 
         self.latents.fill(
             self.data.encoding_jobs(),

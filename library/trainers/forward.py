@@ -11,11 +11,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from library.device import on_device
 from library.models.family import ModelFamily
 from library.objectives.base import Objective
 from library.trainers.shortage import encoded
 from library.trainers.trainables import Models, Trainables
-from library.types import Batch, Noised
+from library.types import Batch, Cond, Noised
 
 
 @dataclass(frozen=True)
@@ -51,16 +52,21 @@ class Forward:
             noised = self.with_prior_target(noised, batch)
         return self.objective.loss(pred, noised, batch)
 
-    def parts(self, batch: Batch, noised: Noised, most: int | None) -> Iterator[tuple[Batch, Noised]]:
-        """The batch in parts of at most `most` samples: the same samples, noise and timesteps."""
+    def parts(
+        self, batch: Batch, noised: Noised, most: int | None, cond: Cond | None
+    ) -> Iterator[tuple[Batch, Noised]]:
+        """The batch in parts of at most `most` samples: the same samples, noise and timesteps.
+
+        cond: the batch's, as it was loaded: how long each text is can be seen on the host only.
+        """
         if most is None or batch.size <= most:
             yield batch, noised
             return
-        conds = self.family.split_cond(batch.cond) if batch.cond is not None else None
+        conds = self.family.split_cond(cond) if cond is not None else None
         for start in range(0, batch.size, most):
             rows = slice(start, start + most)
-            cond = self.family.join_conds(conds[rows]) if conds is not None else None  # padded to its own longest
-            yield replace(batch.part(rows), cond=cond), noised.part(rows)
+            joined = self.family.join_conds(conds[rows]) if conds is not None else None  # padded to its own longest
+            yield replace(batch.part(rows), cond=joined).to(self.device), noised.part(rows)
 
     def latents_of(self, batch: Batch) -> Tensor:
         if batch.latents is not None:
@@ -79,5 +85,5 @@ class Forward:
         """custom_attributes.diff_output_preservation: these samples learn what the untrained model says."""
         with torch.no_grad(), self.trainables.base_model():
             prior = self.predict(noised, batch)
-        keep = torch.tensor(batch.keep_prior, device=self.device).view(-1, 1, 1, 1)
+        keep = on_device(torch.tensor(batch.keep_prior), self.device).view(-1, 1, 1, 1)
         return replace(noised, target=torch.where(keep, prior, noised.target))

@@ -56,7 +56,6 @@ class Gradients:
         total = torch.zeros((), device=self.forward.device)
         for index, batch in enumerate(batches):
             last, share = index == len(batches) - 1, 1 / len(batches)
-            batch = batch.to(self.forward.device)
             total += self._learn(batch, first_micro_step + index, share=share, is_last=last)
         return total
 
@@ -65,7 +64,9 @@ class Gradients:
         generator = torch_generator(self.seed, "noise", micro_step, self.rank, device=self.forward.device)
         seed_everything(derive_seed(self.seed, "dropout", micro_step, self.rank))
         total = torch.zeros((), device=self.forward.device)
-        parts = list(self.forward.parts(batch, self.forward.noised(batch, generator), self.memory.most_samples))
+        there = batch.to(self.forward.device)
+        noised = self.forward.noised(there, generator)
+        parts = list(self.forward.parts(there, noised, self.memory.most_samples, batch.cond))
         for index, (part, noised) in enumerate(parts):
             with self.updates.backward(is_last=is_last and index == len(parts) - 1):
                 loss = self.forward.losses(part, noised).sum() * (share / batch.size)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from library.device import HostCopy
+from library.device import HostCopy, on_device
 from library.errors import StopTraining, first_names
 
 LIKELY_CAUSES = (
@@ -36,9 +36,10 @@ class StepReport:
 class _Pending:
     step: int
     names: list[str]
-    values: HostCopy  # (2,) loss, gradient norm
+    values: HostCopy  # loss, gradient norm, then `measured`
     scaler_skips: bool
-    others: dict[str, float | Tensor]
+    measured: list[str]  # names of the other numbers that come from the device
+    known: dict[str, float]  # those that were on the host
 
 
 class StepReader:
@@ -51,9 +52,15 @@ class StepReader:
 
     def push(self, step: int, loss: Tensor, grad_norm: Tensor, names: Sequence[str], *, scaler_skips: bool,
              others: dict[str, float | Tensor]) -> None:  # fmt: skip
-        """loss, grad_norm: 0-dim tensors. scaler_skips: fp16, where a non-finite gradient is the scaler's business."""
-        values = HostCopy(torch.stack([loss.detach().float(), grad_norm.detach().float()]))
-        self._pending.append(_Pending(step, list(names), values, scaler_skips, others))
+        """loss, grad_norm and tensors among `others`: 0-dim, copied to the host together, without waiting for them.
+
+        scaler_skips: fp16, where a non-finite gradient is the scaler's business.
+        """
+        measured = {name: value for name, value in others.items() if isinstance(value, Tensor)}
+        known = {name: float(value) for name, value in others.items() if name not in measured}
+        numbers = (loss, grad_norm, *measured.values())
+        values = HostCopy(torch.stack([on_device(number.detach().float(), loss.device) for number in numbers]))
+        self._pending.append(_Pending(step, list(names), values, scaler_skips, [*measured], known))
 
     def arrived(self) -> list[StepReport]:
         """Reports of the steps whose numbers are here. Raises StopTraining on a non-finite one."""
@@ -66,7 +73,7 @@ class StepReader:
     def _take(self, may_read: Callable[[_Pending], bool]) -> Iterable[StepReport]:
         while self._pending and may_read(self._pending[0]):
             item = self._pending.popleft()
-            loss, norm = item.values.value().tolist()
+            loss, norm, *measured = item.values.value().tolist()
             wrong = "loss" if not math.isfinite(loss) else "gradient norm"
             self._skipped = 0 if math.isfinite(norm) else self._skipped + 1
             may_skip = item.scaler_skips and self._skipped <= MOST_SKIPS
@@ -75,7 +82,7 @@ class StepReader:
                     f"the {wrong} of step {item.step} is not finite (loss {loss}, gradient norm {norm}). "
                     f"Its pictures: {first_names(item.names, 8)}. {LIKELY_CAUSES}"
                 )
-            yield StepReport(item.step, loss, norm, {name: float(value) for name, value in item.others.items()})
+            yield StepReport(item.step, loss, norm, {**item.known, **dict(zip(item.measured, measured, strict=True))})
 
 
 class MovingAverage:

@@ -58,7 +58,7 @@ class StopVote:
         """Call it once per step in every process; the answer is the same in all of them."""
         if self.processes == 1:
             return requested
-        vote = torch.tensor(float(requested)).to(self.device, non_blocking=True)
+        vote = torch.full((), float(requested), device=self.device)
         torch.distributed.all_reduce(vote)
         self._votes.append(HostCopy(vote))
         if len(self._votes) < 2:

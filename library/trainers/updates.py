@@ -127,7 +127,7 @@ class Updates:
             self.accelerator.unscale_gradients(self.optimizer)
             return self.flat.clip_grad_norm(limit)
         norm = self.accelerator.clip_grad_norm_(self.trainables.parameters(), limit)
-        return torch.as_tensor(0.0 if norm is None else norm, device=self.accelerator.device)
+        return torch.zeros((), device=self.accelerator.device) if norm is None else norm
 
     def rates(self) -> dict[str, float | Tensor]:
         """The learning rate of each group, and times the step size where the optimizer finds that itself."""

@@ -317,8 +317,7 @@ def test_a_vae_that_overflows_in_fp16(folder, tmp_path, caplog):
     path, pixels = changed_file(folder, tmp_path, change), torch.ones(1, 3, 32, 32)
     half = family(path)
     vae = half.load_vae(torch.float16, "cpu")
-    with pytest.raises(UserError, match=r"overflows in fp16.*--no_half_vae"):
-        half.encode_image(vae, pixels, [0])
+    assert not torch.isfinite(half.encode_image(vae, pixels, [0])).all()  # the cache and the loss are checked
     with caplog.at_level(logging.WARNING):
         assert torch.isfinite(half.decode_latent(vae, torch.ones(1, 4, 4, 4))).all()
     assert "--no_half_vae" in caplog.text

@@ -61,10 +61,11 @@ def test_ids_and_masks(kind: str, words: list[str], tmp_path: Path) -> None:
     tokenizer = made(kind, tmp_path)
     tokens = tokenizer([" ".join(words), "blue"], length=12, name="x")
     ids = expected_ids(kind, words)
-    assert tokens.ids["x"].shape == tokens.masks["x"].shape == (2, 12)
-    assert (tokens.ids["x"].dtype, tokens.masks["x"].dtype) == (torch.int64, torch.bool)
+    assert (tokens.ids["x"].shape, tokens.ids["x"].dtype) == ((2, 12), torch.int64)
     assert tokens.ids["x"][0].tolist() == ids + [0] * (12 - len(ids))
-    assert tokens.masks["x"][0].tolist() == [True] * len(ids) + [False] * (12 - len(ids))
+    assert tokens.lengths["x"][0] == len(ids)
+    assert tokens.mask("x", 12, "cpu")[0].tolist() == [True] * len(ids) + [False] * (12 - len(ids))
+    assert tokens.mask("x", 12, "cpu", more=1)[0].sum() == len(ids) + 1
     assert tokens.truncated == () and tokens.weights is None
     assert tokenizer.count([" ".join(words)]) == [len(ids) - 1]
 
@@ -80,7 +81,7 @@ def test_captions_that_are_cut(kind: str, over: int, tmp_path: Path) -> None:
     assert (count > 8) == (over > 0)
     tokens = tokenizer(["cat", caption], length=9, name="x")
     assert tokens.truncated == ((1,) if over else ())
-    assert tokens.ids["x"].shape == (2, 9) and bool(tokens.masks["x"][1].all())
+    assert tokens.ids["x"].shape == (2, 9) and tokens.lengths["x"][1] == 9
     first, last = tokens.ids["x"][1, 0].item(), tokens.ids["x"][1, -1].item()
     assert last == T5_IDS["</s>"] if kind == "t5" else first == GEMMA_IDS["<bos>"]
 
@@ -90,7 +91,7 @@ def test_padding_is_on_the_right_whatever_the_files_say(kind: str, tmp_path: Pat
     config = tmp_path / "tokenizer_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "padding_side": "left"}))
     tokens = KINDS[kind][1]([tmp_path], cache=None)(["cat"], length=5, name="x")
-    assert tokens.masks["x"].tolist() == [[True, True, False, False, False]]
+    assert tokens.lengths["x"] == (2,)
 
 
 def test_fingerprint_tells_the_vocabulary_and_not_the_last_call(kind: str, tmp_path: Path) -> None:

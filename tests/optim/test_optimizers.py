@@ -10,7 +10,8 @@ import torch
 
 from library.errors import UserError
 from library.optim.optimizers import OPTIMIZERS, choose_optimizer
-from library.optim.options import EmaOptions, OptimizerOptions
+from library.optim.options import EmaOptions, OptimizerOptions, SchedulerOptions
+from library.optim.schedulers import build_scheduler
 from library.optim.settings import import_class
 
 
@@ -168,3 +169,14 @@ def test_adamw_is_fused_unless_the_settings_say_otherwise():
     for setting in ("foreach=True", "fused=False"):
         asked = choose("AdamW", setting, learning_rate=1e-3).toy().optimizer
         assert not asked.defaults["fused"]
+
+
+def test_8bit_optimizers_take_schedules():
+    """Their step is changed so that it does not synchronize; schedules wrap it once more."""
+    built = choose("AdamW8bit", learning_rate=1e-2).toy()
+    scheduler = build_scheduler(SchedulerOptions(lr_scheduler="linear"), built, total_steps=4)
+    (weight,) = built.optimizer.param_groups[0]["params"]
+    weight.grad = torch.ones_like(weight)
+    built.optimizer.step()
+    scheduler.step()
+    assert scheduler.get_last_lr() == [0.75e-2] and bool((weight < 0).all())
