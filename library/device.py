@@ -81,6 +81,11 @@ def accelerator_present() -> bool:
     return torch.cuda.is_available() or torch.backends.mps.is_available() or _xpu_available()
 
 
+def indexed(device: torch.device) -> torch.device:
+    """The device as its tensors name it: "cuda", which accelerate gives a process that is alone, as "cuda:0"."""
+    return torch.empty(0, device=device).device
+
+
 def _xpu_available() -> bool:
     return torch.xpu.is_available() if "xpu" in dir(torch) else False
 
@@ -122,6 +127,7 @@ def free_bytes(device: torch.device) -> int:
 def limit_memory(device: torch.device, limit: int) -> None:
     """From now on a card refuses this process more than `limit` bytes, as a smaller card would."""
     if device.type == "cuda":
+        device = indexed(device)  # torch refuses one without index here
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
 

@@ -17,6 +17,7 @@ from library.data.plan import BatchPlan
 from library.data.scan import Scan
 from library.device import (
     free_memory,
+    indexed,
     limit_memory,
     make_accelerator,
     return_large_blocks,
@@ -194,7 +195,7 @@ class Trainer(ABC):
         )
         if options.precision.full_fp16 and self.accelerator.scaler is not None:
             unscale_half_gradients(self.accelerator.scaler)
-        self.device = self.accelerator.device
+        self.device = indexed(self.accelerator.device)
         if self.device.type == "cpu" and self.choice.activation_budget == 0:
             return_large_blocks()  # who recomputes to save memory would rather have this, too
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
