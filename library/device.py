@@ -127,6 +127,11 @@ def exact_float(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type in ("mps", "xpu") else torch.float64
 
 
+def indexed(device: torch.device) -> torch.device:
+    """The device as its tensors name it: "cuda", which accelerate gives a process that is alone, as "cuda:0"."""
+    return torch.empty(0, device=device).device
+
+
 def unscale_half_gradients(scaler: torch.amp.GradScaler) -> None:
     """Let the scaler unscale fp16 gradients, which weights in fp16 have (--full_fp16): torch refuses them by itself."""
     refusing = scaler._unscale_grads_
@@ -206,6 +211,7 @@ def free_bytes(device: torch.device) -> int:
 def limit_memory(device: torch.device, limit: int) -> None:
     """From now on a card refuses this process more than `limit` bytes, as a smaller card would."""
     if device.type == "cuda":
+        device = indexed(device)  # torch refuses one without index here
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
     elif device.type == "mps":

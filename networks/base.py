@@ -171,6 +171,7 @@ class AdapterLayer(nn.Module, ABC):
     def merge(self, dtype: torch.dtype | None = None) -> None:
         """Write the merged values (float32 arithmetic, rounded to `dtype`) into the modules, which keep their dtype.
 
+        The arithmetic is done where each module's weight is, which is where the adapter is afterwards.
         Raises UserError where a module makes its weight at each use: a quantised one, which cannot hold the values.
         """
         with torch.no_grad():
@@ -181,6 +182,7 @@ class AdapterLayer(nn.Module, ABC):
                         f"{self.target.name}: nothing can be merged into quantised weights; merge into the model "
                         "before it is quantised (without --fp8_base, --fp8_base_unet, --base_quant)"
                     )
+                self.to(weight.device)
                 weight.copy_(self.merged_weight(index).to(dtype or weight.dtype))
                 merged_bias = self.merged_bias(index)
                 if merged_bias is not None and isinstance(bias, Tensor):

@@ -334,7 +334,8 @@ def dora_norms(tensors: Mapping[str, Tensor], weight_of: Callable[[str], Tensor 
         if weight is None:
             missing.append(name)
         else:
-            found[name] = row_norms(weight), row_norms(adapted_weight(own, weight))
+            beside = {suffix: value.to(weight.device) for suffix, value in own.items()}  # the model may be on a card
+            found[name] = row_norms(weight).cpu(), row_norms(adapted_weight(beside, weight)).cpu()
     if missing:
         raise UserError(
             f"the base model has no weight for {len(missing)} layers of the adapter: {first_names(missing)}"

@@ -259,15 +259,31 @@ class PluginNetwork(AdapterNetwork):
             raise UserError(f"--network_module {self.module_name} cannot merge into a model (no merge_to)")
         models, strength = self.models[0], self.multiplier
         weights = self.state(None) if self.weights is None else self.weights
-        whole = nn.ModuleList([model for model in (*as_list(models.text_encoder), models.unet) if model is not None])
-        before = None if strength == 1 else {n: p.detach().clone() for n, p in whole.named_parameters()}
-        self.set_multiplier(1.0)
-        self.network.merge_to(models.text_encoder, models.unet, weights, dtype, "cpu")
-        self.set_multiplier(strength)
-        if before is not None:  # LyCORIS merges at strength 1 whatever its multiplier is, so the strength is ours
-            with torch.no_grad():
-                for name, parameter in whole.named_parameters():
-                    parameter.copy_(torch.lerp(before[name].float(), parameter.float(), strength))
+        with self._on_one_device() as (whole, device):
+            before = None if strength == 1 else {n: p.detach().clone() for n, p in whole.named_parameters()}
+            self.set_multiplier(1.0)
+            self.network.merge_to(models.text_encoder, models.unet, weights, dtype, device)
+            self.set_multiplier(strength)
+            if before is not None:  # LyCORIS merges at strength 1 whatever its multiplier is, so the strength is ours
+                with torch.no_grad():
+                    for name, parameter in whole.named_parameters():
+                        parameter.copy_(torch.lerp(before[name].float(), parameter.float(), strength))
+
+    @contextmanager
+    def _on_one_device(self) -> Iterator[tuple[nn.ModuleList, torch.device]]:
+        """The models and where they are: the contract of `merge_to` has one device for all of them.
+
+        Inside it the text encoders and the network are where the denoiser is, which may wait in main memory.
+        """
+        given = (*as_list(self.models[0].text_encoder), self.models[0].unet)
+        models = nn.ModuleList([model for model in given if model is not None])
+        places = [next(model.parameters()).device for model in models]
+        self.network.to(places[-1])
+        try:
+            yield models.to(places[-1]), places[-1]
+        finally:
+            for model, place in zip(models, places, strict=True):
+                model.to(place)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

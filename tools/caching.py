@@ -151,7 +151,7 @@ class CacheRun:
 
     def __init__(self, family: Any, options: CachingOptions) -> None:
         """Reads and checks everything. Raises UserError with all mistakes at once, before a model is loaded."""
-        from library.device import DistributedSettings, make_accelerator
+        from library.device import DistributedSettings, indexed, make_accelerator
         from library.models.quick_import import import_diffusers
         from library.sampling.prompts import load_prompts
         from library.trainers.caching import Caches, Share
@@ -171,7 +171,7 @@ class CacheRun:
             log.warning(line)
         timeout = DistributedSettings(timeout_minutes=options.distributed.ddp_timeout)
         self.accelerator = make_accelerator(options.precision.mixed_precision, timeout)
-        self.family, self.data, self.device = family, data, self.accelerator.device
+        self.family, self.data, self.device = family, data, indexed(self.accelerator.device)
         self.share = Share(self.accelerator.process_index, self.accelerator.num_processes)
         self.dtype = compute_dtype(options.precision)
         texts = [text for prompt in prompts for text in (prompt.negative_prompt, prompt.prompt)]

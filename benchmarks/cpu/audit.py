@@ -147,11 +147,8 @@ def plain(name: str, size: int) -> Iterator[tuple[str, Found]]:
     for recompute in (False, True):
         module: Any = MODELS[name].empty(tiny=False)
         learning_weights(module, job)
-        learning = [n for n, parameter in module.named_parameters() if parameter.requires_grad]
         with FakeTensorMode(allow_non_fake_inputs=True):
-            materialise(module, "cpu")
-            for path in learning:
-                module.get_parameter(path).requires_grad_(True)
+            materialise(module, torch.device("cpu"))
             if recompute:
                 module.enable_gradient_checkpointing()
             module.train()

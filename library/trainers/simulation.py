@@ -92,10 +92,7 @@ def simulate(trainer: Simulated) -> Simulation:
     plan = largest(trainer.prepared.data.plan_epoch(1))
     with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True):
         own.models = _models(own)
-        trainables = own.build_trainables()
-        for tensor in _all(trainables.module):  # `module.to` cannot take fake parameters
-            if tensor.is_floating_point():
-                tensor.data = torch.empty(tensor.shape, dtype=trained_dtype(own.options.precision), device=own.device)
+        trainables = moved(own.build_trainables(), own.device, trained_dtype(own.options.precision))
         flat = trainables.flat and own.prepared.optimizer.row.elementwise and not own.options.distributed.deepspeed
         for parameter in trainables.parameters() if flat else ():
             parameter.grad = torch.zeros_like(parameter)
@@ -134,26 +131,37 @@ def _models(trainer: Any) -> Models:
     models = Models(denoiser, encoders, vae)
     for module in models.all():
         materialise(module, device)
+        module.requires_grad_(False)
     return models
 
 
-def materialise(module: nn.Module, device: torch.device | str) -> nn.Module:
-    """Give a module from the meta device tensors of the FakeTensorMode that is active."""
-    made: dict[int, Tensor] = {}
+def materialise(
+    module: nn.Module, device: torch.device, dtype: torch.dtype | None = None
+) -> dict[nn.Parameter, nn.Parameter]:
+    """Give a module new tensors of the active FakeTensorMode on `device`; old parameters -> new ones.
+
+    New ones, because a fake tensor stays on the device that it was made on, whatever becomes of its `data`: neither
+    `module.to` nor an assignment moves it. dtype: of what is floating point; None: as it is.
+    """
 
     def fake(tensor: Tensor) -> Tensor:
-        if id(tensor) not in made:
-            made[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-        return made[id(tensor)]
+        wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        return torch.empty(tensor.shape, dtype=wanted, device=device)
 
+    parameters = {p: nn.Parameter(fake(p), p.requires_grad) for p in module.parameters()}
+    buffers = {buffer: fake(buffer) for buffer in module.buffers()}
     for child in module.modules():
-        for name, parameter in child._parameters.items():
-            if parameter is not None:
-                child._parameters[name] = nn.Parameter(fake(parameter), requires_grad=False)
-        for name, buffer in child._buffers.items():
-            if buffer is not None:
-                child._buffers[name] = fake(buffer)
-    return module
+        child._parameters.update({n: parameters[p] for n, p in child._parameters.items() if p is not None})
+        child._buffers.update({n: buffers[b] for n, b in child._buffers.items() if b is not None})
+    return parameters
+
+
+def moved(trainables: Trainables, device: torch.device, dtype: torch.dtype) -> Trainables:
+    """What learns, as new fake tensors on `device`: in its module, and in the optimizer's groups."""
+    made = materialise(trainables.module, device, dtype)
+    groups = [{**group, "params": [made[p] for p in group["params"]]} for group in trainables.groups]
+    modules = {name: [made[p] for p in parameters] for name, parameters in trainables.modules.items()}
+    return replace(trainables, groups=groups, modules=modules)
 
 
 def encoder_layers(encoder: nn.Module) -> list[nn.Module]:

@@ -19,6 +19,7 @@ from library.device import (
     fits,
     free_memory,
     is_card,
+    indexed,
     limit_memory,
     make_accelerator,
     return_large_blocks,
@@ -197,7 +198,7 @@ class Trainer(ABC):
         )
         if options.precision.full_fp16 and self.accelerator.scaler is not None:
             unscale_half_gradients(self.accelerator.scaler)
-        self.device = self.accelerator.device
+        self.device = indexed(self.accelerator.device)
         if self.device.type == "cpu" and self.choice.activation_budget == 0:
             return_large_blocks()  # who recomputes to save memory would rather have this, too
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
