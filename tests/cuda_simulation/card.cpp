@@ -250,7 +250,14 @@ Tensor on_cpu(const Tensor& t) {
   if (t.numel() == 0) return at::empty_strided(t.sizes(), t.strides(), options);
   const auto* base = static_cast<const char*>(t.storage().data());
   auto* data = const_cast<char*>(base) + t.storage_offset() * static_cast<int64_t>(t.element_size());
-  auto lent = at::from_blob(data, t.sizes(), t.strides(), [keep = t.storage()](void*) {}, options, Device(kCPU));
+  auto lent = at::for_blob(data, t.sizes())
+                  .strides(t.strides())
+                  .deleter([keep = t.storage()](void*) {})
+                  .options(options)
+                  .target_device(Device(kCPU))
+                  .resizeable_storage()
+                  .allocator(c10::GetAllocator(DeviceType::CPU))
+                  .make_tensor();
   if (t.is_conj()) lent._set_conj(true);
   if (t.is_neg()) lent._set_neg(true);
   return lent;
