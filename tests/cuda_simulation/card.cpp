@@ -234,7 +234,7 @@ struct CUDAHooks final : public CUDAHooksInterface {
   Allocator* getPinnedMemoryAllocator() const { return &simulated::pinned_allocator; }
   Allocator* getCUDADeviceAllocator() const { return &simulated::card_allocator; }
   Device getDeviceFromPtr(void*) const { return simulated::kCard; }
-  void deviceSynchronize(DeviceIndex) const { simulated::host_waits(); }
+  void deviceSynchronize(DeviceIndex) const { ++simulated::waits; }
   const Generator& getDefaultGenerator(DeviceIndex = -1) const { return simulated::default_generator(); }
   Generator getNewGenerator(DeviceIndex = -1) const { return simulated::new_generator(); }
 };
@@ -553,7 +553,7 @@ void card_reset_peak() { simulated::peak = simulated::allocated.load(); }
 void card_set_limit(int64_t bytes) { simulated::limit = bytes; }
 int64_t card_limit() { return simulated::limit; }
 int64_t card_waits() { return simulated::waits; }
-void card_host_waits() { simulated::host_waits(); }
+void card_host_waits() { ++simulated::waits; }
 void card_set_sync_mode(int mode) { simulated::sync_mode = mode; }
 int card_sync_mode() { return simulated::sync_mode; }
 bool card_is_registered(const void* address) { return simulated::is_registered(address); }

@@ -53,6 +53,11 @@ def install(card: Card) -> None:
     torch.version.cuda = CUDA_VERSION
 
 
+def installed() -> Card:
+    """The card of this process."""
+    return torch.cuda._cudart.card  # type: ignore[attr-defined,union-attr]
+
+
 def initialise(card: Card) -> None:
     """What torch's C++ does when the card is first used."""
     generator = torch.Generator("cuda")

@@ -34,8 +34,9 @@ def simulate() -> None:
         raise CannotSimulate("the simulated card has to be there before torch is imported")
     if VARIABLE not in os.environ:
         os.environ[VARIABLE] = str(build())
-        others = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(SITE), *others])
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    if str(SITE) not in paths:
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(SITE), *paths])
     os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # often empty on machines without a card, which would hide this one
     os.environ.pop("ACCELERATE_USE_CPU", None)
     sys.meta_path.insert(0, Finder(Path(os.environ[VARIABLE])))

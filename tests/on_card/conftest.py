@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 
 import pytest
@@ -31,5 +30,3 @@ def whole_card() -> Iterator[None]:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.set_sync_debug_mode("default")
         torch.cuda.set_per_process_memory_fraction(1.0)
-        gc.collect()
-        torch.cuda.empty_cache()
