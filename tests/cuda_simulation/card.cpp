@@ -490,6 +490,16 @@ Scalar local_scalar_dense(const Tensor& self) {
   return on_cpu(self).item();
 }
 
+// The CPU's softmax does not widen, as a card's does.
+Tensor softmax(const Tensor& self, int64_t dim, bool half_to_float) {
+  auto x = on_cpu(self);
+  return on_card(at::_softmax(half_to_float ? x.to(kFloat) : x, dim, false));
+}
+
+Tensor softmax_backward(const Tensor& grad, const Tensor& output, int64_t dim, ScalarType input_dtype) {
+  return on_card(at::_softmax_backward_data(on_cpu(grad), on_cpu(output), dim, output.scalar_type()).to(input_dtype));
+}
+
 int64_t fused_sdp_choice(const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&, double, bool,
                          std::optional<double>, bool) {
   return 0;  // the formula itself
@@ -529,6 +539,8 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("set_.source_Storage_storage_offset", &simulated::set_storage);
   m.impl("set_.source_Tensor", &simulated::set_tensor);
   m.impl("_local_scalar_dense", &simulated::local_scalar_dense);
+  m.impl("_softmax", &simulated::softmax);
+  m.impl("_softmax_backward_data", &simulated::softmax_backward);
   m.impl("_fused_sdp_choice", &simulated::fused_sdp_choice);
   m.impl("resize_", &simulated::resize);
   m.impl("record_stream", &simulated::record_stream);

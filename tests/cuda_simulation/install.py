@@ -46,7 +46,8 @@ def install(card: Card) -> None:
     for name, function in {**device_functions(), **memory_functions(card), **stream_functions(card)}.items():
         setattr(torch._C, f"_cuda_{name}", function)
     cuda: Any = torch.cuda
-    cuda._exchange_device = cuda._maybe_exchange_device = checked_device
+    cuda._exchange_device = torch._C._cuda_exchangeDevice
+    cuda._maybe_exchange_device = torch._C._cuda_maybeExchangeDevice
     cuda._cudart = Cudart(card)
     cuda.Stream, cuda.Event = cuda.streams.Stream, cuda.streams.Event = Stream, Event
     torch._C._cuda_init = lambda: initialise(card)  # type: ignore[attr-defined]
@@ -94,8 +95,8 @@ def device_functions() -> dict[str, Callable[..., Any]]:
         "getDeviceCount": lambda: 1,
         "getDevice": lambda: 0,
         "setDevice": lambda device: checked_device(device) and None,
-        "exchangeDevice": checked_device,
-        "maybeExchangeDevice": checked_device,
+        "exchangeDevice": lambda device: checked_device(device),  # two functions: they are keys of dynamo's
+        "maybeExchangeDevice": lambda device: checked_device(device),
         "isInBadFork": lambda: False,
         "getCompiledVersion": lambda: 12080,
         "getArchFlags": lambda: "sm_90",

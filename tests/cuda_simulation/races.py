@@ -5,15 +5,15 @@
         train()
     assert not races.found
 
-What is found does not depend on timing: a vector clock for each stream says which operations of others are certain to be
-done when an operation begins (streams.py). An operation runs on the current stream of its thread. It must come
+What is found does not depend on timing: a vector clock for each stream says which operations of others are certain to
+be done when an operation begins (streams.py). An operation runs on the current stream of its thread. It must come
 
     to read     after the last write
     to write    after the last write and all reads since
     to free     after all, unless the allocator knows of the stream (the one it was allocated on, or record_stream)
 
 The host is a stream of its own. It waits by synchronize(), and in copies that are not non_blocking. Memory that is not
-pinned is copied by the host itself; numbers (tensors of the CPU without dimensions) are handed over when a kernel starts.
+pinned is copied by the host itself; numbers (tensors of the CPU without dimensions) are arguments of a kernel.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -166,6 +165,7 @@ class Races(TorchDispatchMode):
 
 
 # ---- what an operation does -----------------------------------------------------------------------------------------
+
 
 def key_of(tensor: Tensor) -> int:
     """The number of a tensor's storage."""

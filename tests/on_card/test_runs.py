@@ -92,15 +92,14 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_adapters_of_every_architecture(
-    name: str, model: Make, dataset: Path, prompts: Path, tmp_path: Path
-) -> None:
-    """With the text encoders in the step, in bf16 and with previews; and with everything cached, in fp16 with a scaler."""
+def test_adapters_of_every_architecture(name: str, model: Make, dataset: Path, prompts: Path, tmp_path: Path) -> None:
+    """With text encoders in the step, in bf16 and with previews; with everything cached, in fp16 with a scaler."""
     previews = {"sample_prompts": prompts, "sample_every_n_steps": 1, "sample_at_first": True}
-    uncached = train(None, dataset, tmp_path / "one", **model(name), max_train_steps=2, mixed_precision="bf16", **previews)
+    values = {**model(name), "max_train_steps": 2}
+    uncached = train(None, dataset, tmp_path / "one", **values, mixed_precision="bf16", **previews)
     check(uncached)
     assert moved(uncached) and len(list((tmp_path / "one" / "sample").glob("*.png"))) >= 3
-    cached = train(None, dataset, tmp_path / "two", **model(name), max_train_steps=2, mixed_precision="fp16", **CACHED)
+    cached = train(None, dataset, tmp_path / "two", **values, mixed_precision="fp16", **CACHED)
     check(cached)
     assert moved(cached)
 
@@ -134,7 +133,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "tucker": {"network_args": ["use_tucker=True", "conv_dim=4"]},
     "dropouts": {"network_args": ["rank_dropout=0.1", "module_dropout=0.1", "ggpo_sigma=0.03", "ggpo_beta=0.01"]},
     "norms": {"network_args": ["train_norm=True"], "scale_weight_norms": 1.0, "ema_decay": 0.9},
-    "lycoris": {"network_module": "lycoris.kohya", "network_args": ["algo=lokr"]},
+    "lycoris": {"network_module": "lycoris.kohya", "network_args": ["algo=lokr", "preset=unet-transformer-only"]},
 }
 
 
@@ -142,7 +141,8 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 def test_every_kind_of_adapter(kind: str, model: Make, dataset: Path, tmp_path: Path) -> None:
     if kind == "lycoris":
         pytest.importorskip("lycoris")
-    check(train(None, dataset, tmp_path, **model("sd1"), max_train_steps=2, **ADAPTERS[kind]))
+    with torch.compiler.set_stance("force_eager"):  # LyCORIS compiles a function, which needs Triton on a card
+        check(train(None, dataset, tmp_path, **model("sd1"), max_train_steps=2, **ADAPTERS[kind]))
 
 
 @pytest.mark.xfail(strict=True, reason="layers that are merged are on the CPU, the model is on the card")
@@ -183,12 +183,6 @@ SAVING: dict[str, dict[str, Any]] = {
         "hoist_modulation": True,
     },
 }  # fmt: skip
-QUANTISED: dict[str, dict[str, Any]] = {
-    "fp8": {"fp8_base": True},
-    "int8": {"base_quant": "int8"},
-    "nf4": {"base_quant": "nf4"},
-    "text in fp8": {"fp8_base": True, "fp8_base_unet": False},
-}
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +243,7 @@ def test_other_methods(method: str, model: Make, pictures: Path, tmp_path: Path)
     trainer = load_attribute(path)(load_attribute(entry.path)(options.model), options)
     assert trainer.run() == 0 and trainer.device.type == "cuda"
     settle()
-    assert (tmp_path / "out" / "x.safetensors").exists()
+    assert "x" in [path.stem for path in (tmp_path / "out").iterdir()]
 
 
 # ---- races ----------------------------------------------------------------------------------------------------------
