@@ -19,9 +19,10 @@ SIMULATED_CARD = ROOT / "tests" / "cuda_simulation" / "plugin.py"
 
 def setup(arguments: list[str]) -> None:
     """The environment only."""
-    _, rest = prepare(arguments, RUN)
+    asked, rest = take_torch_option(arguments)
     if rest:
         raise UserError(f"setup takes only --torch, not {rest[0]}")
+    set_up(Environment(), RUN, asked)
 
 
 def demo(arguments: list[str]) -> None:

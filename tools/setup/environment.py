@@ -206,7 +206,9 @@ def _index_answers(environment: Environment, choice: TorchChoice) -> bool:
     """True when the index offers the build for this Python: asked quickly, before anything large is fetched."""
     command = [str(environment.python), "-m", "pip", "--disable-pip-version-check", "index", "versions", "torch"]
     command += ["--index-url", choice.index, "--retries", "0", "--timeout", "10"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    # this index alone: pip's configuration may name more places
+    only = {**os.environ, "PIP_EXTRA_INDEX_URL": choice.index, "PIP_FIND_LINKS": str(environment.folder)}
+    done = subprocess.run(command, env=only, capture_output=True, text=True)
     return done.returncode == 0 and f"{TORCH}+{choice.build.name}" in done.stdout
 
 

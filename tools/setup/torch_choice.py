@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from library.errors import UserError, unknown
@@ -161,6 +162,9 @@ def check_name(asked: str, system: System) -> None:
             f"--torch {asked}: torch {TORCH} has no such build for {system.title}. Known: {', '.join(names)}"
         )
     if asked not in names:
+        numbers = [name for name in names if re.fullmatch(r"cu\d+", name)]
+        if numbers and re.fullmatch(r"cu\d+", asked):  # letter by letter, cu128 is as near to cu132 as to cu126
+            names = [min(numbers, key=lambda name: (name[2:4] != asked[2:4], abs(int(name[2:]) - int(asked[2:]))))]
         raise UserError(unknown("--torch", asked, names, kind="build"))
 
 
