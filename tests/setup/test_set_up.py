@@ -14,6 +14,7 @@ import pytest
 from library.errors import UserError
 from library.machine import Machine
 from tests.setup.fakes import FakeEnvironment, FakeMachine
+from tools.setup import commands
 from tools.setup.commands import take_torch_option
 from tools.setup.environment import ROOT, RUN, TEST, set_up
 
@@ -193,6 +194,23 @@ def test_the_option_is_taken_out_of_the_arguments() -> None:
     assert take_torch_option(["--torchless"]) == (None, ["--torchless"])
     with pytest.raises(UserError, match="--torch needs a value"):
         take_torch_option(["--torch"])
+
+
+def test_the_tests_on_a_simulated_card_follow_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    monkeypatch.setattr(commands, "run", lambda command: ran.append(" ".join(command[2:])))
+    monkeypatch.setattr(commands, "set_up", lambda environment, lock, asked: ran.append(f"{lock} {asked}"))
+    monkeypatch.setattr(commands, "SIMULATED_CARD", tmp_path / "plugin.py")
+    plain = [f"{TEST} None", "ruff check .", "ruff format --check .", "mypy", "pytest -n 2 --dist loadfile"]
+    commands.test([])
+    assert ran == plain
+    (tmp_path / "plugin.py").write_text("", encoding="utf-8")
+    ran.clear()
+    commands.test([])
+    assert ran == [*plain, "pytest -n 2 --dist loadfile -p tests.cuda_simulation.plugin tests/on_card"]
+    ran.clear()
+    commands.test(["--torch", "keep", "tests/io"])
+    assert ran == [f"{TEST} keep", *plain[1:4], "pytest -n 2 --dist loadfile tests/io"]
 
 
 def test_start_py_itself_with_nothing_but_the_standard_library(fake: FakeMachine) -> None:
