@@ -80,6 +80,20 @@ def test_eight_machines(
     assert says in said and "WARNING" not in said
     set_up(environment, RUN, machine=machine)  # again: nothing to do, nothing to say
     assert environment.calls() == [] and capsys.readouterr().out == ""
+    set_up(environment, RUN, machine=machine, try_torch=True)
+    assert environment.calls() == [] and capsys.readouterr().out.endswith("is there and works: kept\n")
+
+
+def test_a_torch_that_was_replaced_behind_our_back_is_found_when_tried(fake: FakeMachine) -> None:
+    fake.nvidia("560.94", RTX_3060)
+    environment = fake.environment(index=EVERYTHING, devices=WORKING)
+    machine = Machine.here(fake.system(WINDOWS))
+    set_up(environment, RUN, machine=machine)
+    environment.calls()
+    environment.has_torch("2.14.1", "cpu", "cpu")
+    set_up(environment, RUN, machine=machine, try_torch=True)
+    ask, install = from_index("cu126")
+    assert environment.calls() == [ask, "uninstall --yes torch", install]
 
 
 def test_amd_and_then_a_new_nvidia_card(fake: FakeMachine, capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,7 +60,9 @@ class Environment:
             return
         if importlib.util.find_spec("ensurepip") is None:
             version = f"{sys.version_info[0]}.{sys.version_info[1]}"
-            raise UserError(f"this Python has no ensurepip, which .venv needs: apt install python{version}-venv")
+            raise UserError(
+                f"this Python cannot make environments; on Debian and Ubuntu: apt install python{version}-venv"
+            )
         print(f"making the environment in {self.folder} ...", flush=True)
         shutil.rmtree(self.folder, ignore_errors=True)
         venv.create(self.folder, with_pip=True)
@@ -97,17 +99,23 @@ class Environment:
         return self.folder / "installed.json"
 
 
-def set_up(environment: Environment, lock: str, asked: str | None = None, machine: Machine | None = None) -> None:
+def set_up(
+    environment: Environment,
+    lock: str,
+    asked: str | None = None,
+    machine: Machine | None = None,
+    try_torch: bool = False,
+) -> None:
     """Make the environment hold what `lock` names and the torch that fits; a second call does nothing.
 
-    asked: the value of --torch, None when it was not given.
+    asked: the value of --torch, None when it was not given. try_torch: do not rely on what was installed, try it.
     """
     machine = machine or Machine.here()
     record = environment.read_record()
     asked = asked or record.torch_asked
     choice = choose_torch(machine, asked)
     chosen = KEEP if asked == KEEP else choice.build.name
-    torch_is_right = (record.torch_asked, record.torch_chosen) == (asked, chosen)
+    torch_is_right = not try_torch and (record.torch_asked, record.torch_chosen) == (asked, chosen)
     there = None if torch_is_right else environment.torch()
     if asked == KEEP and not torch_is_right and there is None:
         raise UserError(f"--torch keep: there is no torch that works in {environment.folder}; leave the option out")
