@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import sys
 import zipfile
 from pathlib import Path
 
@@ -14,8 +13,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from library.options import tomllib
+from tests.setup.fakes import RealPip
 from tools.lock_requirements import LOCKS, OF_TORCH, PYTHONS, SYSTEMS
-from tools.setup.environment import ROOT, RUN, TEST, Environment, Record, install_locks
+from tools.setup.environment import ROOT, RUN, TEST, Record, install_locks
 from tools.setup.torch_choice import BUILDS
 
 MARKERS = {  # how Python names the systems
@@ -76,14 +76,6 @@ def test_the_pins_are_in_the_ranges_of_the_package() -> None:
 
 def test_the_systems_that_are_locked_are_those_that_torch_is_chosen_for() -> None:
     assert set(SYSTEMS) == set(MARKERS) == {title for build in BUILDS for title in build.systems}
-
-
-class RealPip(Environment):
-    """An environment whose Python is the one of these tests; pip is told by variables where to install."""
-
-    @property
-    def python(self) -> Path:
-        return Path(sys.executable)
 
 
 def write_wheel(folder: Path, code: str) -> str:
