@@ -221,7 +221,7 @@ def test_a_driver_that_is_missing_is_said_loudly(fake: FakeMachine, capsys: pyte
     assert torch_commands(environment) == from_index("cpu")
     said = capsys.readouterr().out
     assert "CPU build: nvidia-smi found no card: NVIDIA-SMI has failed" in said
-    assert "WARNING: to train on the NVIDIA card, install its driver, then run `python start.py setup` again" in said
+    assert "WARNING: an NVIDIA card is used when nvidia-smi lists it: install its driver, then" in said
 
 
 def test_the_option_is_taken_out_of_the_arguments() -> None:
