@@ -6,8 +6,9 @@
     python start.py test     make the environment and run the tests
     python start.py setup    make the environment only
 
-    --torch auto|cpu|cu130|cu126|cu132|rocm7.2|xpu|keep     which build of torch, for each of them; auto: the one that
-                                                            fits the machine, keep: the one that is there
+    --torch auto|keep|cu130|cu126|cu132|rocm7.2|xpu|cpu|mps
+                             for each of them: which build of torch (docs/torch_builds.md). auto: the one that fits the
+                             machine, keep: the one that is there. What was given holds until another is
 
 Linux, macOS and Windows; standard library only. Other arguments are passed on (to the training or to pytest).
 """

@@ -8,7 +8,7 @@ import pytest
 from library.errors import UserError
 from library.machine import AmdCard, Machine, Nvidia, NvidiaCard, System
 from tools.setup.environment import ROOT, in_range
-from tools.setup.torch_choice import AMD_TARGETS, BUILDS, TORCH, builds_for, check_name, choose_torch
+from tools.setup.torch_choice import AMD_TARGETS, AUTO, BUILDS, KEEP, TORCH, builds_for, check_name, choose_torch
 
 LINUX, ARM = System("Linux", "x86_64", (3, 11)), System("Linux", "arm64", (3, 11))
 WINDOWS, MAC = System("Windows", "x86_64", (3, 11)), System("Darwin", "arm64", (3, 11))
@@ -110,3 +110,5 @@ def test_the_page_says_what_the_table_says() -> None:
         page.split()
     )
     assert f"torch {TORCH} " in page
+    names = "|".join([AUTO, KEEP, *(build.name for build in BUILDS)])
+    assert f"--torch {names}\n" in (ROOT / "start.py").read_text(encoding="utf-8")
