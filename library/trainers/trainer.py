@@ -18,8 +18,8 @@ from library.data.scan import Scan
 from library.device import (
     fits,
     free_memory,
-    is_card,
     indexed,
+    is_card,
     limit_memory,
     make_accelerator,
     return_large_blocks,

@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The machine as its system and drivers describe it: operating system, Python, NVIDIA, AMD, Intel and Apple GPUs.
+
+Standard library only, and runs before anything is installed. What is not there, does not answer or cannot be read is a
+value (`None`, an empty tuple, `Nvidia.problem`), never an exception.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+SECONDS_TO_ANSWER = 30  # a driver that hangs must not hang the set-up
+ARCHITECTURES = {"amd64": "x86_64", "x64": "x86_64", "aarch64": "arm64"}  # other names of the two that we name
+
+# Discrete Intel GPUs by PCI device id: Alchemist (Arc A, Flex), Battlemage (Arc B), Data Center GPU Max.
+# Source: include/drm/intel/pciids.h of the Linux kernel. Integrated graphics have other ids and are left out.
+INTEL_DISCRETE = re.compile(r"0x(56[9a-c][0-9a-f]|e2[0-2][0-9a-f]|0b[de][0-9a-f])")
+# On Windows only the name tells: "Arc(TM) B580 Graphics" is a card, "Arc(TM) 140V GPU" and "Arc(TM) Graphics" are not
+INTEL_DISCRETE_NAME = re.compile(r"Intel\(R\) Arc\(TM\) (Pro )?[AB]\d{2,3}M? Graphics")
+
+
+@dataclass(frozen=True)
+class System:
+    """Operating system, processor and Python."""
+
+    name: str  # as platform.system() says: Linux, Windows, Darwin
+    architecture: str  # x86_64 or arm64; anything else as the system names it
+    python: tuple[int, int]
+    root: Path = Path("/")  # where /sys and /proc are
+
+    @classmethod
+    def here(cls) -> System:
+        """This machine and the Python that runs this."""
+        architecture = platform.machine().lower()
+        if sys.maxsize < 2**32:
+            architecture = f"32-bit {architecture}"
+        return cls(platform.system(), ARCHITECTURES.get(architecture, architecture), sys.version_info[:2])
+
+    @property
+    def title(self) -> str:
+        """The system as a person would name it: `macOS arm64`."""
+        return f"{'macOS' if self.name == 'Darwin' else self.name} {self.architecture}"
+
+
+@dataclass(frozen=True)
+class NvidiaCard:
+    """One NVIDIA GPU. None: the driver did not say."""
+
+    name: str
+    memory_mib: int | None
+    capability: tuple[int, int] | None  # compute capability, (8, 6)
+
+
+@dataclass(frozen=True)
+class Nvidia:
+    """What NVIDIA's driver says. `problem`: why a GPU that is there cannot be used, "" when it can."""
+
+    cards: tuple[NvidiaCard, ...] = ()
+    driver: str = ""  # "560.94"
+    problem: str = ""
+
+    @property
+    def driver_version(self) -> tuple[int, ...]:
+        """The driver's version as numbers, () when unknown."""
+        return tuple(int(part) for part in re.findall(r"\d+", self.driver))
+
+
+@dataclass(frozen=True)
+class AmdCard:
+    """One AMD GPU that the kernel's compute driver knows. `target`: the name of its instruction set, gfx1100."""
+
+    target: str
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The system and its GPUs."""
+
+    system: System
+    nvidia: Nvidia | None = None  # None: neither a card nor NVIDIA's driver
+    amd: tuple[AmdCard, ...] = ()
+    intel: tuple[str, ...] = ()  # discrete cards only: integrated graphics are common and slower than they look
+
+    @classmethod
+    def here(cls, system: System | None = None) -> Machine:
+        """Look at this machine; `system` for one that is described by a test."""
+        system = system or System.here()
+        nvidia = find_nvidia(system)
+        # Windows takes seconds to name its cards: beside an NVIDIA card that works the answer would not matter
+        intel = () if nvidia and nvidia.cards else find_intel(system)
+        return cls(system, nvidia, find_amd(system), intel)
+
+    @property
+    def apple_gpu(self) -> bool:
+        """True on Apple silicon, whose GPU torch calls mps."""
+        return self.system.name == "Darwin" and self.system.architecture == "arm64"
+
+    def describe(self) -> list[str]:
+        """One line per fact, for people: the system, then each GPU."""
+        lines = [f"{self.system.title}, Python {'.'.join(map(str, self.system.python))}"]
+        if self.nvidia:
+            lines += [nvidia_line(card, self.nvidia.driver) for card in self.nvidia.cards]
+            lines += [f"NVIDIA: {self.nvidia.problem}"] if self.nvidia.problem else []
+        lines += [f"{card.name or 'AMD GPU'} ({card.target})" for card in self.amd]
+        lines += list(self.intel)
+        lines += ["Apple GPU (mps)"] if self.apple_gpu else []
+        return lines
+
+
+def nvidia_line(card: NvidiaCard, driver: str) -> str:
+    """`NVIDIA GeForce RTX 3060, 12288 MiB, compute capability 8.6, driver 560.94`, without what is unknown."""
+    parts = [card.name]
+    parts += [f"{card.memory_mib} MiB"] if card.memory_mib is not None else []
+    parts += [f"compute capability {card.capability[0]}.{card.capability[1]}"] if card.capability else []
+    return ", ".join([*parts, f"driver {driver}"])
+
+
+# ---- NVIDIA ---------------------------------------------------------------------------------------------------------
+
+
+def find_nvidia(system: System) -> Nvidia | None:
+    """The NVIDIA cards of the machine, from nvidia-smi; where there is none, from the PCI bus."""
+    if system.name == "Darwin":
+        return None  # NVIDIA has no driver for it
+    tool = nvidia_smi(system)
+    if tool is None:
+        if any(vendor == "0x10de" for vendor, _ in _display_devices(system)):
+            return Nvidia(problem="there is an NVIDIA card, but nvidia-smi was not found: NVIDIA's driver is missing")
+        return None
+    return ask_nvidia_smi(tool)
+
+
+def nvidia_smi(system: System) -> str | None:
+    """The path of nvidia-smi: in PATH, or where the driver puts it."""
+    if found := shutil.which("nvidia-smi"):
+        return found
+    if system.name == "Windows":
+        windows = Path(os.environ.get("SYSTEMROOT", r"C:\Windows"))
+        programs = Path(os.environ.get("PROGRAMFILES", r"C:\Program Files"))
+        places = [windows / "System32/nvidia-smi.exe", programs / "NVIDIA Corporation/NVSMI/nvidia-smi.exe"]
+    else:
+        places = [system.root / "usr/bin/nvidia-smi", system.root / "usr/lib/wsl/lib/nvidia-smi"]
+    return next((str(place) for place in places if place.is_file()), None)
+
+
+def ask_nvidia_smi(tool: str) -> Nvidia:
+    """The cards and the driver's version that nvidia-smi prints."""
+    fields = ["driver_version", "name", "memory.total", "compute_cap"]
+    code, text = _ask([tool, f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"])
+    if code and "compute_cap" in text:  # drivers before 510 do not know that field
+        code, text = _ask([tool, f"--query-gpu={','.join(fields[:3])}", "--format=csv,noheader,nounits"])
+    rows = [[cell.strip() for cell in line.split(",")] for line in text.splitlines() if line.count(",") >= 2]
+    if code or not rows:
+        said = " ".join(text.split()) or f"it ended with code {code}"
+        return Nvidia(problem=f"nvidia-smi found no card: {said}")
+    return Nvidia(tuple(_card(row) for row in rows), rows[0][0])
+
+
+def _card(row: list[str]) -> NvidiaCard:
+    capability = re.fullmatch(r"(\d+)\.(\d+)", row[3]) if len(row) > 3 else None
+    return NvidiaCard(
+        name=row[1] if row[1].startswith("NVIDIA") else f"NVIDIA {row[1]}",  # older drivers leave the word out
+        memory_mib=int(row[2]) if row[2].isdigit() else None,  # "[N/A]" where memory is shared with the processor
+        capability=(int(capability[1]), int(capability[2])) if capability else None,
+    )
+
+
+# ---- AMD and Intel --------------------------------------------------------------------------------------------------
+
+
+def find_amd(system: System) -> tuple[AmdCard, ...]:
+    """AMD GPUs that can compute: from rocminfo, or from the kernel's own list (Linux)."""
+    if system.name != "Linux":
+        return ()
+    if tool := shutil.which("rocminfo"):
+        code, text = _ask([tool])
+        if not code:
+            return tuple(_rocminfo_cards(text))
+    cards = []
+    for file in sorted(system.root.glob("sys/class/kfd/kfd/topology/nodes/*/properties")):
+        values = dict(line.split(maxsplit=1) for line in _read(file).splitlines() if " " in line)
+        version = int(values.get("gfx_target_version", 0))  # 100300 for gfx1030, 90010 for gfx90a, 0 for a processor
+        if version:
+            cards.append(AmdCard(f"gfx{version // 10000}{version // 100 % 100:x}{version % 100:x}"))
+    return tuple(cards)
+
+
+def _rocminfo_cards(text: str) -> list[AmdCard]:
+    """The agents of rocminfo's output that are GPUs."""
+    cards = []
+    for agent in re.split(r"\n\*+\s*\nAgent \d+", text)[1:]:
+        target = re.search(r"^\s*Name:\s*(gfx\w+)", agent, re.MULTILINE)
+        name = re.search(r"^\s*Marketing Name:\s*(.*?)\s*$", agent, re.MULTILINE)
+        if target:
+            cards.append(AmdCard(target[1], name[1] if name else ""))
+    return cards
+
+
+def find_intel(system: System) -> tuple[str, ...]:
+    """Discrete Intel GPUs (Arc A and B, Flex, Max)."""
+    if system.name == "Windows":
+        return tuple(name for name in _windows_display_names() if INTEL_DISCRETE_NAME.search(name))
+    devices = _display_devices(system)
+    return tuple(f"Intel GPU {device}" for vendor, device in devices if vendor == "0x8086" and _is_discrete(device))
+
+
+def _is_discrete(device: str) -> bool:
+    return INTEL_DISCRETE.fullmatch(device) is not None
+
+
+def _display_devices(system: System) -> list[tuple[str, str]]:
+    """(vendor, device) of every display and 3D controller on the PCI bus (Linux)."""
+    found = []
+    for folder in sorted(system.root.glob("sys/bus/pci/devices/*")):
+        if _read(folder / "class").startswith("0x03"):
+            found.append((_read(folder / "vendor").strip(), _read(folder / "device").strip()))
+    return found
+
+
+def _windows_display_names() -> list[str]:
+    shell = shutil.which("powershell")
+    if shell is None:
+        return []
+    command = "Get-CimInstance Win32_VideoController | Select-Object -ExpandProperty Name"
+    code, text = _ask([shell, "-NoProfile", "-NonInteractive", "-Command", command])
+    return [] if code else [line.strip() for line in text.splitlines()]
+
+
+# ---- small things ---------------------------------------------------------------------------------------------------
+
+
+def _read(file: Path) -> str:
+    """A file's text, "" when it cannot be read."""
+    try:
+        return file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _ask(command: list[str]) -> tuple[int, str]:
+    """Exit code and output of a driver's tool; -1 when it does not start or does not end."""
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            timeout=SECONDS_TO_ANSWER, encoding="utf-8", errors="replace",
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return -1, f"it did not answer within {SECONDS_TO_ANSWER} s"
+    except OSError as error:
+        return -1, f"it did not start: {error.strerror or error}"
+    return done.returncode, done.stdout
