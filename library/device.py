@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from library.device_report import report_device, unused_card
 from library.errors import UserError
+from library.machine import System, main_memory
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -36,12 +38,14 @@ class DistributedSettings:
 
 
 def make_accelerator(mixed_precision: str, settings: DistributedSettings) -> Accelerator:
-    """The accelerator. Raises UserError where the machine cannot do what was asked for."""
+    """The accelerator; logs what it computes on. Raises UserError where the machine cannot do what was asked for."""
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
 
     if mixed_precision == "fp16" and not accelerator_present():
-        raise UserError("--mixed_precision fp16 needs a GPU; on the CPU use --mixed_precision bf16 or no")
+        problem = "--mixed_precision fp16 needs a GPU; on the CPU use --mixed_precision bf16 or no"
+        card = unused_card()
+        raise UserError([problem, card] if card else problem)
     handlers: list[Any] = [
         DistributedDataParallelKwargs(
             gradient_as_bucket_view=settings.gradient_as_bucket_view,
@@ -54,7 +58,7 @@ def make_accelerator(mixed_precision: str, settings: DistributedSettings) -> Acc
     if settings.timeout_minutes:
         handlers.append(InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=settings.timeout_minutes)))
     plugin = _deepspeed_plugin(settings.deepspeed, settings.batch_size) if settings.deepspeed else None
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=mixed_precision,
         cpu=not accelerator_present(),  # else processes of torchrun would not see each other on a machine without a GPU
         kwargs_handlers=handlers,
@@ -62,6 +66,9 @@ def make_accelerator(mixed_precision: str, settings: DistributedSettings) -> Acc
         # the trainer accumulates; a number given to `accelerate launch` would only divide every loss
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
     )
+    if accelerator.is_main_process:
+        report_device(accelerator.device, processes=accelerator.num_processes, mixed_precision=mixed_precision)
+    return accelerator
 
 
 def _deepspeed_plugin(arguments: dict[str, Any], batch_size: int) -> Any:
@@ -112,10 +119,9 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if sys.platform == "linux":
-        with open("/proc/meminfo", encoding="ascii") as file:
-            found = dict(line.split(":", 1) for line in file)
-        return int(found["MemAvailable"].split()[0]) * 1024
+    memory = main_memory(System.here())
+    if memory is not None and memory.free is not None:
+        return memory.free
     raise UserError("how much memory is free is not known on this system: give --vram_budget")
 
 
