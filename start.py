@@ -6,7 +6,10 @@
     python start.py test     make the environment and run the tests
     python start.py setup    make the environment only
 
-Linux, macOS and Windows; standard library only. Arguments after the word are passed on (to the training or to pytest).
+    --torch auto|cpu|cu130|cu126|cu132|rocm7.2|xpu|keep     which build of torch, for each of them; auto: the one that
+                                                            fits the machine, keep: the one that is there
+
+Linux, macOS and Windows; standard library only. Other arguments are passed on (to the training or to pytest).
 """
 
 from __future__ import annotations
@@ -17,11 +20,17 @@ import sys
 def main() -> None:
     if sys.version_info < (3, 10):  # noqa: UP036 - this script is what an older Python runs first
         sys.exit(f"Trainyard needs Python 3.10 or newer; this is {sys.version.split()[0]}")
+    from library.errors import UserError
     from tools.setup.commands import WORDS
 
     if len(sys.argv) < 2 or sys.argv[1] not in WORDS:
         sys.exit((__doc__ or "").strip())
-    WORDS[sys.argv[1]](sys.argv[2:])
+    try:
+        WORDS[sys.argv[1]](sys.argv[2:])
+    except UserError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

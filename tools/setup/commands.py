@@ -4,31 +4,38 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 
-from tools.setup.environment import ENVIRONMENT, ROOT, environment_python, make_environment, run
+from library.errors import UserError
+from tools.setup.environment import ROOT, RUN, TEST, Environment, set_up
 
 DEMO_CONFIG = "configs/demo.toml"
 DEMO_OUTPUT = ROOT / "output" / "demo"
+SIMULATED_CARD = ROOT / "tests" / "cuda_simulation" / "plugin.py"
 
 
 def setup(arguments: list[str]) -> None:
     """The environment only."""
-    make_environment("requirements.txt")
+    asked, rest = take_torch_option(arguments)
+    if rest:
+        raise UserError(f"setup takes only --torch, not {rest[0]}")
+    set_up(Environment(), RUN, asked)
 
 
 def demo(arguments: list[str]) -> None:
     """Train a LoRA of a rocket on the built-in base model and say where everything is."""
-    make_environment("requirements.txt")
+    environment, rest = prepare(arguments, RUN)
     started = time.monotonic()
     # so small a model is slower, not faster, with many threads
     os.environ.setdefault("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))
-    run([str(environment_python()), "train_network.py", "--config_file", DEMO_CONFIG, *arguments])
+    run([str(environment.python), "train_network.py", "--config_file", DEMO_CONFIG, *rest])
     print(f"\nDone in {time.monotonic() - started:.0f} s. The base model had never seen a rocket; now it draws one.")
     print(f"  LoRA file       {DEMO_OUTPUT / 'rocket.safetensors'}")
     print(f"  before / after  {DEMO_OUTPUT / 'sample' / 'rocket_before_after.png'}")
-    print(f"  training curves {ENVIRONMENT.name}: tensorboard --logdir {DEMO_OUTPUT / 'logs'}")
+    print(f"  training curves {environment.folder.name}: tensorboard --logdir {DEMO_OUTPUT / 'logs'}")
     print("Next, with your own pictures and checkpoint (see README.md and configs/sd_lora.toml):")
     activate = r".venv\Scripts\activate" if os.name == "nt" else "source .venv/bin/activate"
     print(f"  {activate}")
@@ -37,13 +44,48 @@ def demo(arguments: list[str]) -> None:
 
 
 def test(arguments: list[str]) -> None:
-    """The whole test run, as CI does it: style, types, tests."""
-    make_environment("requirements-test.txt")
-    python = str(environment_python())
+    """The whole test run, as CI does it: style, types, tests, tests on a simulated card (left out with arguments)."""
+    environment, rest = prepare(arguments, TEST)
+    python = str(environment.python)
     run([python, "-m", "ruff", "check", "."])
     run([python, "-m", "ruff", "format", "--check", "."])
     run([python, "-m", "mypy"])
-    run([python, "-m", "pytest", "-n", "2", "--dist", "loadfile", *arguments])
+    pytest = [python, "-m", "pytest", "-n", "2", "--dist", "loadfile"]
+    run([*pytest, *rest])
+    if not rest and SIMULATED_CARD.exists():
+        # loaded before torch is: a process either has the simulated card or not
+        run([*pytest, "-p", "tests.cuda_simulation.plugin", "tests/on_card"])
+
+
+def prepare(arguments: list[str], lock: str) -> tuple[Environment, list[str]]:
+    """The environment, up to date, and the arguments that are not for it (--torch)."""
+    asked, rest = take_torch_option(arguments)
+    environment = Environment()
+    set_up(environment, lock, asked)
+    return environment, rest
+
+
+def take_torch_option(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """The value of --torch, None when it is not given, and the other arguments."""
+    asked, rest = None, []
+    words = iter(arguments)
+    for word in words:
+        if word == "--torch":
+            asked = next(words, "")
+        elif word.startswith("--torch="):
+            asked = word.partition("=")[2]
+        else:
+            rest.append(word)
+    if asked == "":
+        raise UserError("--torch needs a value, for example --torch cpu")
+    return asked, rest
+
+
+def run(command: list[str]) -> None:
+    """Run a command in the project's folder; when it fails, end with its exit code."""
+    code = subprocess.call(command, cwd=ROOT)
+    if code:
+        sys.exit(code)
 
 
 WORDS: dict[str, Callable[[list[str]], None]] = {"demo": demo, "test": test, "setup": setup}

@@ -1,0 +1,96 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Lock the requirements with hashes, transitive ones too, for every Python and system that this project names.
+
+    python tools/lock_requirements.py              make requirements.lock and requirements-test.lock anew from the pins
+    python tools/lock_requirements.py --upgrade    and take the newest version of everything that is not pinned
+    python tools/lock_requirements.py --check      before a release: every Python on every system can install the locks
+
+It needs uv (pip install uv). torch is left out, with the CUDA libraries and compilers that its builds bring: they
+differ by machine, and `python start.py` installs the build that fits (tools/setup/torch_choice.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PYTHONS = ("3.10", "3.11", "3.12", "3.13")
+SYSTEMS = {  # as uv names them
+    "Linux x86_64": "x86_64-manylinux_2_28",
+    "Linux arm64": "aarch64-manylinux_2_28",
+    "Windows x86_64": "x86_64-pc-windows-msvc",
+    "macOS arm64": "aarch64-apple-darwin",
+}
+LOCKS = {"requirements.lock": "requirements.txt", "requirements-test.lock": "requirements-test.txt"}
+MACOS_OF_TORCH = "14.0"  # the oldest that torch's wheels run on; uv would ask for 13
+OF_TORCH = re.compile(r"torch|triton|nvidia-.*|cuda-.*")
+
+
+def uv(*arguments: str) -> str:
+    """What `uv pip compile` prints. Ends the script with uv's own message when it fails."""
+    command = [sys.executable, "-m", "uv", "pip", "compile", "--no-python-downloads", "--no-annotate", "--no-header"]
+    here = {**os.environ, "MACOSX_DEPLOYMENT_TARGET": MACOS_OF_TORCH}
+    done = subprocess.run([*command, *arguments], cwd=ROOT, env=here, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"uv pip compile {' '.join(arguments)}:\n{done.stderr.strip()}")
+    return done.stdout
+
+
+def names(lines: str) -> set[str]:
+    """`name==version` of each requirement in a file's text, without markers and hashes."""
+    return set(re.findall(r"^([\w.\-]+==[\w.\-+!]+)", lines, re.MULTILINE))
+
+
+def without_torch(pins: set[str]) -> set[str]:
+    """The pins without torch and what its builds bring."""
+    return {pin for pin in pins if not OF_TORCH.fullmatch(pin.partition("==")[0])}
+
+
+def lock(upgrade: bool) -> None:
+    """Write the lock files. The second is held to the first, so that both install the same versions."""
+    for name, source in LOCKS.items():
+        held = ["-c", "requirements.lock"] if name != "requirements.lock" else []
+        universal = [source, *held, "--universal", "--python-version", PYTHONS[0]]
+        universal += ["--upgrade"] if upgrade else []
+        pins = names(uv(*universal))
+        left_out = sorted({pin.partition("==")[0] for pin in pins - without_torch(pins)})
+        options = [word for package in left_out for word in ("--no-emit-package", package)]
+        text = uv(*universal, *options, "--generate-hashes")
+        header = f"# Made of {source} by `python tools/lock_requirements.py`. Do not edit.\n"
+        (ROOT / name).write_text(header + text, encoding="utf-8")
+        print(f"{name}: {len(names(text))} packages")
+
+
+def check() -> None:
+    """For each Python and system: the locked versions fit each other, nothing is missing, and there are wheels."""
+    for name, source in LOCKS.items():
+        for python in PYTHONS:
+            for title, system in SYSTEMS.items():
+                where = ["--python-version", python, "--python-platform", system]
+                wheels = ["--only-binary", ":all:"] if name == "requirements.lock" else []
+                resolved = without_torch(names(uv(source, "-c", name, *where, *wheels)))
+                locked = names(uv(name, "--no-deps", *where))
+                if resolved != locked:
+                    sys.exit(f"{name} on {title}, Python {python}: {', '.join(sorted(resolved ^ locked))}")
+                print(f"{name}: Python {python} on {title}: {len(locked)} packages")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--upgrade", action="store_true", help="newest versions of what is not pinned")
+    parser.add_argument("--check", action="store_true", help="write nothing, try every Python on every system")
+    options = parser.parse_args()
+    if options.check:
+        check()
+    else:
+        lock(options.upgrade)
+
+
+if __name__ == "__main__":
+    main()
