@@ -11,10 +11,9 @@ from pathlib import Path
 import torch
 
 from library.log import get_logger
-from library.machine import System, find_nvidia, main_memory, nvidia_line
+from library.machine import INSTALL_TORCH, System, find_nvidia, main_memory, nvidia_line
 
 log = get_logger()
-MEND = "python start.py setup --torch auto"  # `auto`: an earlier --torch stays until another is given
 ENVIRONMENT = Path(__file__).resolve().parents[1] / ".venv"
 FP8_PRODUCTS = (8, 9)  # compute capability from which NVIDIA's cards multiply matrices in fp8
 CPU_WANTED = ("1", "true", "yes", "y", "t", "on")  # values of ACCELERATE_USE_CPU that accelerate takes for yes
@@ -38,7 +37,7 @@ def report_device(device: torch.device, *, processes: int, mixed_precision: str)
 
 def describe_device(device: torch.device, processes: int = 1) -> str:
     """`cuda:0: NVIDIA GeForce RTX 3060, 12.0 GB, compute 8.6, bf16 yes, fp8 products no, torch 2.13.0 (CUDA 12.8)`."""
-    return f"{_names(device, processes)}: {_abilities(device)}, torch {torch_build()}"
+    return f"{_names(device, processes)}: {abilities(device)}, torch {torch_build()}"
 
 
 def torch_build() -> str:
@@ -60,19 +59,7 @@ def has_fp8_products(device: torch.device) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= FP8_PRODUCTS
 
 
-def _names(device: torch.device, processes: int) -> str:
-    """`cuda:0`, `cuda:0-7 (8 processes)`, `the CPU, where training is slow`."""
-    if device.type == "cpu":
-        name = "the CPU, where training is slow"
-    elif processes == 1 or device.type == "mps":
-        name = f"{device.type}:{device.index or 0}"
-    else:
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
-        name = f"{device.type}:0-{here - 1}" if here > 1 else f"{device.type}:{device.index or 0}"
-    return name if processes == 1 else f"{name} ({processes} processes)"
-
-
-def _abilities(device: torch.device) -> str:
+def abilities(device: torch.device) -> str:
     if device.type == "cuda":
         found = torch.cuda.get_device_properties(device)
         parts = [found.name, _gigabytes(found.total_memory), f"compute {found.major}.{found.minor}"]
@@ -84,6 +71,18 @@ def _abilities(device: torch.device) -> str:
     memory = main_memory(System.here())
     parts = [f"Apple {platform.machine()}" if device.type == "mps" else f"{os.cpu_count()} cores"]
     return ", ".join([*parts, _gigabytes(memory.total)] if memory else parts)
+
+
+def _names(device: torch.device, processes: int) -> str:
+    """`cuda:0`, `cuda:0-7 (8 processes)`, `the CPU, where training is slow`."""
+    if device.type == "cpu":
+        name = "the CPU, where training is slow"
+    elif processes == 1 or device.type == "mps":
+        name = f"{device.type}:{device.index or 0}"
+    else:
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+        name = f"{device.type}:0-{here - 1}" if here > 1 else f"{device.type}:{device.index or 0}"
+    return name if processes == 1 else f"{name} ({processes} processes)"
 
 
 def _gigabytes(size: int) -> str:
@@ -137,4 +136,4 @@ def _why_unused() -> str:
 def _mend() -> str:
     """The command, and which Python has the result."""
     inside = Path(sys.prefix).resolve() == ENVIRONMENT
-    return MEND if inside else f"{MEND}, then train with the Python in .venv"
+    return INSTALL_TORCH if inside else f"{INSTALL_TORCH}, then train with the Python in .venv"

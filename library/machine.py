@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SECONDS_TO_ANSWER = 30  # a driver that hangs must not hang the set-up
+INSTALL_TORCH = "python start.py setup --torch auto"  # the build that fits; `auto`, since an earlier --torch stays
 ARCHITECTURES = {"amd64": "x86_64", "x64": "x86_64", "aarch64": "arm64"}  # other names of the two that we name
 
 # Discrete Intel GPUs by PCI device id: Alchemist (Arc A, Flex), Battlemage (Arc B), Data Center GPU Max.

@@ -12,10 +12,10 @@ import torch
 from accelerate.state import AcceleratorState
 
 from library.device import DistributedSettings, free_bytes, make_accelerator
-from library.device_report import MEND, describe_device, torch_build, unused_card
+from library.device_report import describe_device, torch_build, unused_card
 from library.errors import UserError
 from library.log import get_logger
-from library.machine import System, main_memory
+from library.machine import INSTALL_TORCH, System, main_memory
 
 CARD = "NVIDIA GeForce RTX 3060, 12288 MiB, compute capability 8.6, driver 560.94"
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="nvidia-smi is a shell script here")
@@ -69,11 +69,11 @@ def test_warning_of_a_build_without_cuda(nvidia_smi, monkeypatch, caplog):
     assert info.getMessage().startswith("running on the CPU, where training is slow: ")
     assert warning.levelname == "WARNING" and "\n" not in warning.getMessage()
     assert warning.getMessage().startswith(f"TRAINING ON THE CPU, NOT ON THE CARD: torch cannot use {CARD}: ")
-    assert f"is not built for CUDA: {MEND}" in warning.getMessage()
+    assert f"is not built for CUDA: {INSTALL_TORCH}" in warning.getMessage()
     with pytest.raises(UserError) as caught:
         accelerator("fp16")
     assert caught.value.problems[0].startswith("--mixed_precision fp16 needs a GPU")
-    assert MEND in caught.value.problems[1]
+    assert INSTALL_TORCH in caught.value.problems[1]
 
 
 def test_warning_of_an_old_driver(nvidia_smi, monkeypatch):
@@ -87,7 +87,7 @@ def test_warning_of_an_old_driver(nvidia_smi, monkeypatch):
     found = unused_card()
     assert found is not None
     assert "(CUDA 13.0) says: The NVIDIA driver on your system is too old (found version 11040): " in found
-    assert MEND in found
+    assert INSTALL_TORCH in found
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     found = unused_card()
     assert found is not None and found.endswith("CUDA_VISIBLE_DEVICES=3 hides it: unset that variable")
@@ -97,7 +97,7 @@ def test_warning_of_a_driver_that_does_not_work(nvidia_smi):
     """nvidia-smi is there and fails: what it says is shown."""
     write_tool(nvidia_smi.parent, "echo 'Failed to initialize NVML: Driver/library version mismatch'; exit 18")
     found = unused_card()
-    assert found is not None and "Driver/library version mismatch" in found and MEND in found
+    assert found is not None and "Driver/library version mismatch" in found and INSTALL_TORCH in found
 
 
 @pytest.mark.parametrize(
