@@ -7,8 +7,8 @@ card one step under the profiler (how long the device has nothing to do). On the
 
 from __future__ import annotations
 
-import resource
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -105,7 +105,7 @@ class Clock:
             allocated=allocated,
             reserved=reserved,
             setup=self._setup,
-            resident=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            resident=peak_resident(),
             trained=trained,
             stall=stall,
         )
@@ -128,6 +128,18 @@ class Clock:
     def _wait(self) -> None:
         if self.on_card:
             torch.cuda.synchronize()
+
+
+def peak_resident() -> int:
+    """Peak bytes of this process in main memory."""
+    if sys.platform == "win32":
+        import psutil  # comes with accelerate
+
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 @contextmanager
