@@ -5,12 +5,14 @@
     python start.py demo     make the environment (.venv), train a LoRA on the built-in model, show before and after
     python start.py test     make the environment and run the tests
     python start.py setup    make the environment only
+    python start.py doctor   print machine, drivers, versions and what is missing, for you or for a bug report
+    python start.py gpu      make the environment, run tests and benchmarks on this machine's GPU, write tables
 
     --torch auto|keep|cu130|cu126|cu132|rocm7.2|xpu|cpu|mps
-                             for each of them: which build of torch (docs/torch_builds.md). auto: the one that fits the
-                             machine, keep: the one that is there. What was given holds until another is
+                             which build of torch, for all but doctor (docs/torch_builds.md). auto: the one that fits
+                             the machine, keep: the one that is there. What was given holds until another is
 
-Linux, macOS and Windows; standard library only. Other arguments are passed on (to the training or to pytest).
+Linux, macOS and Windows; standard library only. Other arguments are passed on (to the training, pytest, benchmarks).
 """
 
 from __future__ import annotations

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from library.device_report import report_device, unused_card
 from library.errors import UserError
+from library.machine import System, main_memory
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -55,12 +57,14 @@ class DistributedSettings:
 
 
 def make_accelerator(mixed_precision: str, settings: DistributedSettings) -> Accelerator:
-    """The accelerator. Raises UserError where the machine cannot do what was asked for."""
+    """The accelerator; logs what it computes on. Raises UserError where the machine cannot do what was asked for."""
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
 
     if mixed_precision == "fp16" and not accelerator_present():
-        raise UserError("--mixed_precision fp16 needs a GPU; on the CPU use --mixed_precision bf16 or no")
+        problem = "--mixed_precision fp16 needs a GPU; on the CPU use --mixed_precision bf16 or no"
+        card = unused_card()
+        raise UserError([problem, card] if card else problem)
     _check_mac(mixed_precision)
     handlers: list[Any] = [
         DistributedDataParallelKwargs(
@@ -74,7 +78,7 @@ def make_accelerator(mixed_precision: str, settings: DistributedSettings) -> Acc
     if settings.timeout_minutes:
         handlers.append(InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=settings.timeout_minutes)))
     plugin = _deepspeed_plugin(settings.deepspeed, settings.batch_size) if settings.deepspeed else None
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=mixed_precision,
         cpu=not accelerator_present(),  # else processes of torchrun would not see each other on a machine without a GPU
         kwargs_handlers=handlers,
@@ -82,6 +86,9 @@ def make_accelerator(mixed_precision: str, settings: DistributedSettings) -> Acc
         # the trainer accumulates; a number given to `accelerate launch` would only divide every loss
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
     )
+    if accelerator.is_main_process:
+        report_device(accelerator.device, processes=accelerator.num_processes, mixed_precision=mixed_precision)
+    return accelerator
 
 
 def _check_mac(mixed_precision: str) -> None:
@@ -201,10 +208,9 @@ def free_bytes(device: torch.device) -> int:
         with contextlib.suppress(RuntimeError):  # some drivers do not say it
             free, _ = torch.xpu.mem_get_info(device)
             return free + torch.xpu.memory_reserved(device) - torch.xpu.memory_allocated(device)
-    if device.type == "cpu" and sys.platform == "linux":
-        with open("/proc/meminfo", encoding="ascii") as file:
-            found = dict(line.split(":", 1) for line in file)
-        return int(found["MemAvailable"].split()[0]) * 1024
+    memory = main_memory(System.here()) if device.type == "cpu" else None
+    if memory is not None and memory.free is not None:
+        return memory.free
     raise UserError("how much memory is free is not known on this system: give --vram_budget")
 
 

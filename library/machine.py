@@ -7,6 +7,7 @@ value (`None`, an empty tuple, `Nvidia.problem`), never an exception.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import re
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SECONDS_TO_ANSWER = 30  # a driver that hangs must not hang the set-up
+INSTALL_TORCH = "python start.py setup --torch auto"  # the build that fits; `auto`, since an earlier --torch stays
 ARCHITECTURES = {"amd64": "x86_64", "x64": "x86_64", "aarch64": "arm64"}  # other names of the two that we name
 
 # Discrete Intel GPUs by PCI device id: Alchemist (Arc A, Flex), Battlemage (Arc B), Data Center GPU Max.
@@ -232,6 +234,39 @@ def _windows_display_names() -> list[str]:
     command = "Get-CimInstance Win32_VideoController | Select-Object -ExpandProperty Name"
     code, text = _ask([shell, "-NoProfile", "-NonInteractive", "-Command", command])
     return [] if code else [line.strip() for line in text.splitlines()]
+
+
+# ---- main memory ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MainMemory:
+    """Bytes of main memory. free: what programs could take now, None where the system does not say."""
+
+    total: int
+    free: int | None
+
+
+def main_memory(system: System) -> MainMemory | None:
+    """The machine's main memory; None where it is not known."""
+    if system.name == "Linux":
+        found = dict(line.split(":", 1) for line in _read(system.root / "proc/meminfo").splitlines() if ":" in line)
+        kibibytes = {name: int(found[name].split()[0]) for name in ("MemTotal", "MemAvailable") if name in found}
+        return MainMemory(*(1024 * count for count in kibibytes.values())) if len(kibibytes) == 2 else None
+    if system.name == "Darwin":
+        code, text = _ask(["sysctl", "-n", "hw.memsize"])
+        return MainMemory(int(text), None) if code == 0 and text.strip().isdigit() else None
+    return _windows_memory() if system.name == "Windows" else None
+
+
+def _windows_memory() -> MainMemory | None:
+    """By GlobalMemoryStatusEx of kernel32, which fills a structure of two 32-bit and seven 64-bit numbers."""
+    status = (ctypes.c_uint64 * 8)()
+    ctypes.cast(status, ctypes.POINTER(ctypes.c_uint32))[0] = ctypes.sizeof(status)
+    kernel = getattr(getattr(ctypes, "windll", None), "kernel32", None)
+    if kernel is None or not kernel.GlobalMemoryStatusEx(ctypes.byref(status)):
+        return None
+    return MainMemory(status[1], status[2])
 
 
 # ---- small things ---------------------------------------------------------------------------------------------------

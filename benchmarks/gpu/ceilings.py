@@ -32,11 +32,11 @@ def ceilings(*, tiny: bool) -> Iterator[tuple[str, float, str]]:
     yield "launch of a small kernel, on the host", launch_seconds(device, 20 if tiny else LAUNCHES) * 1e6, "us"
 
 
-def as_card(found: list[tuple[str, float, str]]) -> Card:
-    """The best bf16 product, and the copy to the device."""
+def as_card(found: list[tuple[str, float, str]]) -> Card | None:
+    """The best bf16 product, and the copy to the device; None where one of them could not be measured."""
     best = max((value for name, value, _ in found if name.startswith("bf16")), default=0.0)
     copy = next((value for name, value, _ in found if "to the device" in name), 0.0)
-    return Card(best, copy)
+    return Card(best, copy) if best > 0 and copy > 0 else None
 
 
 def time_of(work: Callable[[], object], device: torch.device, repeats: int) -> float:

@@ -12,8 +12,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.metadata
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -27,12 +30,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.common import ROOT, host_line, markdown
 from benchmarks.gpu.jobs import JOBS, Card, Job, Way, card_of, chosen, ways, zero_stall_share
 from library.cli import guarded
-from library.errors import UserError
+from library.errors import UserError, unknown
+from library.machine import System, find_nvidia
 
 WARMUP, STEPS = 5, 30
 TINY_WARMUP, TINY_STEPS = 1, 2
 MINUTES = 15  # after which a row is given up
-CEILINGS = "ceilings"  # the name of the process that measures the machine itself
+MACHINE = "machine"  # the name of the process that measures the machine itself
+EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt|Failed)(:|$)")  # the last line of a traceback
 HEAD = (
     "way", "s/step", "p95", "utilisation", "peak GB", "reserved GB", "set-up GB", "host s/step", "host idle",
     "device idle", "stall s/step", "first step s", "main memory GB", "learns M",
@@ -71,32 +76,63 @@ def measure_all(settings: argparse.Namespace) -> int:
         names = chosen(settings.jobs)
     except ValueError as error:
         raise UserError(str(error)) from None
+    check_ways(settings, names)
     if not settings.tiny and not torch.cuda.is_available():
         raise UserError("no CUDA device here: run this on a machine with one, or give --tiny to test the script itself")
     lines = Lines(settings.output)
-    lines.add("# Training on this card\n", f"`python benchmarks/gpu/run.py {' '.join(sys.argv[1:])}`\n", host_line())
-    card_name = "no card, tiny models" if settings.tiny else torch.cuda.get_device_name()
     with tempfile.TemporaryDirectory() as temporary:
         folder = settings.folder or Path(temporary)
-        card = measure_machine(settings, folder, card_name, lines)
+        card = measure_machine(settings, folder, lines)
         for name in names:
             measure_job(name, settings, folder / name, card, lines)
     return 0
 
 
-def measure_machine(settings: argparse.Namespace, folder: Path, card_name: str, lines: Lines) -> Card:
-    """The first table. Returns what utilisation and zero-stall shares are computed with."""
+def check_ways(settings: argparse.Namespace, names: Sequence[str]) -> None:
+    """Raises UserError where a table would have no rows, or rows would have no steps."""
+    rows = [way.name for name in names for way in ways(JOBS[name], zero_stall=1.0)]
+    for text in settings.ways.split(",") if settings.ways else ():
+        if not any(text in row for row in rows):
+            raise UserError(unknown("--ways", text, rows, kind="row"))
+    if settings.steps is not None and settings.steps < 1:
+        raise UserError(f"--steps: 1 or more, not {settings.steps}")
+
+
+def measure_machine(settings: argparse.Namespace, folder: Path, lines: Lines) -> Card:
+    """The head and the first table. Returns what utilisation and zero-stall shares are computed with."""
     from benchmarks.gpu.ceilings import as_card
 
-    answer = in_process({"job": CEILINGS}, settings, folder / CEILINGS)
-    lines.add(f"\n## {card_name}\n")
-    if isinstance(answer, str):
+    # in a process of its own, as the rows: this one keeps off the card, whose memory is theirs
+    answer = in_process({"job": MACHINE}, settings, folder / MACHINE)
+    failed = isinstance(answer, str)
+    name = "this card" if failed else answer["name"]
+    lines.add(f"## Training on {name}{', tiny models' if settings.tiny else ''}\n", f"`{command_of(settings)}`\n")
+    lines.add(*(() if failed else (f"{answer['device']}  ",)), f"{host_line()}  ", f"{versions_line()}\n")
+    if failed:
         lines.add(f"The machine itself could not be measured: {answer}")
-        return card_of(card_name, peak_tf=settings.peak_tflops, measured=None)
-    lines.add(markdown(("what", "reached"), ((name, f"{value:.3g} {unit}") for name, value, unit in answer)))
-    card = card_of(card_name, peak_tf=settings.peak_tflops, measured=as_card(answer))
+        return card_of(name, peak_tf=settings.peak_tflops, measured=None)
+    reached = ((what, f"{value:.3g} {unit}") for what, value, unit in answer["reached"])
+    lines.add("### The machine itself\n", markdown(("what", "reached"), reached))
+    card = card_of(name, peak_tf=settings.peak_tflops, measured=as_card(answer["reached"]))
     lines.add(f"\nUtilisation is of {card.peak_tf:.3g} TF/s, zero-stall shares are for {card.copy_gb_s:.3g} GB/s.")
     return card
+
+
+def command_of(settings: argparse.Namespace) -> str:
+    """The command without its folders and files, which are nobody else's."""
+    words = ["python benchmarks/gpu/run.py", *(["--tiny"] if settings.tiny else [])]
+    given = {name: getattr(settings, name) for name in ("jobs", "ways", "steps", "peak_tflops")}
+    words += [f"--{name} {shlex.quote(str(value))}" for name, value in given.items() if value is not None]
+    return " ".join(words)
+
+
+def versions_line() -> str:
+    """What, besides torch, the figures depend on."""
+    nvidia = find_nvidia(System.here())
+    driver = [f"NVIDIA driver {nvidia.driver}"] if nvidia and nvidia.driver else []
+    names = ("diffusers", "transformers", "accelerate", "peft", "bitsandbytes")
+    installed = {found.metadata["Name"].lower(): found.version for found in importlib.metadata.distributions()}
+    return ", ".join([*driver, *(f"{name} {installed[name]}" for name in names if name in installed)])
 
 
 def measure_job(name: str, settings: argparse.Namespace, folder: Path, card: Card, lines: Lines) -> None:
@@ -108,7 +144,7 @@ def measure_job(name: str, settings: argparse.Namespace, folder: Path, card: Car
     rows = ways(job, zero_stall=zero_stall_share(job, card))
     prepare(job, folder, tiny=settings.tiny)
     goal = f", goal {job.goal}" if job.goal else ""
-    lines.add(f"\n## {name}: {job.size} px, batch {job.batch}, {job.step_tf:g} TF per step{goal}\n")
+    lines.add(f"\n### {name}: {job.size} px, batch {job.batch}, {job.step_tf:g} TF per step{goal}\n")
     lines.add(markdown(HEAD, []))
     for way in (way for way in rows if any(text in way.name for text in texts)):
         spec = {"job": name, "way": dataclasses.asdict(way)}
@@ -139,10 +175,11 @@ def in_process(spec: dict[str, Any], settings: argparse.Namespace, folder: Path)
 
 
 def reason(output: str, code: int) -> str:
-    """Why a process ended without figures: what it says is wrong, else its last line."""
-    said = [line.strip() for line in output.splitlines() if line.strip()]
+    """Why a process ended without figures: what it says is wrong, else its exception, else its last line."""
+    said = [line for line in output.splitlines() if line.strip()]
     errors = [line.removeprefix("error: ") for line in said if line.startswith("error: ")]
-    return "; ".join(errors) or (said[-1] if said else f"ended with {code}")
+    raised = [line for line in said if EXCEPTION.match(line)]  # torch writes advice below the one of its compiler
+    return "; ".join(errors) or [f"ended with {code}", *said[-1:], *raised[-1:]][-1].strip()
 
 
 # ---- one row --------------------------------------------------------------------------------------------------------
@@ -152,14 +189,25 @@ def measure_row(settings: argparse.Namespace) -> int:
     """In a process of its own: measure, write the figures."""
     spec = json.loads(settings.row)
     folder, result = Path(spec["folder"]), Path(spec["result"])
-    if spec["job"] == CEILINGS:
-        from benchmarks.gpu.ceilings import ceilings
-
-        answer: Any = list(ceilings(tiny=settings.tiny))
+    if spec["job"] == MACHINE:
+        answer: Any = describe_machine(tiny=settings.tiny)
     else:
         answer = measure_way(JOBS[spec["job"]], spec, folder, settings)
     result.write_text(json.dumps(answer), encoding="utf-8")
     return 0
+
+
+def describe_machine(*, tiny: bool) -> dict[str, Any]:
+    """The device's name, its line, and what it reaches."""
+    import torch
+
+    from benchmarks.gpu.ceilings import ceilings
+    from library.device_report import describe_device
+
+    on_card = torch.cuda.is_available()
+    name = torch.cuda.get_device_name() if on_card else "the CPU"
+    line = describe_device(torch.device("cuda", 0) if on_card else torch.device("cpu"))
+    return {"name": name, "device": line, "reached": list(ceilings(tiny=tiny))}
 
 
 def measure_way(job: Job, spec: dict[str, Any], folder: Path, settings: argparse.Namespace) -> dict[str, Any]:

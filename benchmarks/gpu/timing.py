@@ -7,8 +7,8 @@ card one step under the profiler (how long the device has nothing to do). On the
 
 from __future__ import annotations
 
-import resource
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -105,7 +105,7 @@ class Clock:
             allocated=allocated,
             reserved=reserved,
             setup=self._setup,
-            resident=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            resident=peak_resident(),
             trained=trained,
             stall=stall,
         )
@@ -130,6 +130,18 @@ class Clock:
             torch.cuda.synchronize()
 
 
+def peak_resident() -> int:
+    """Peak bytes of this process in main memory."""
+    if sys.platform == "win32":
+        import psutil  # comes with accelerate
+
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 @contextmanager
 def _plain() -> Iterator[None]:
     yield
@@ -137,10 +149,13 @@ def _plain() -> Iterator[None]:
 
 @contextmanager
 def profiled(clock: Clock) -> Iterator[None]:
-    """Tell the clock in which share of what happens inside the device does nothing; nothing where profiling fails."""
+    """Tell the clock in which share of what happens inside the device does nothing, where this torch can profile it."""
     from torch.autograd import DeviceType
-    from torch.profiler import ProfilerActivity, profile
+    from torch.profiler import ProfilerActivity, profile, supported_activities
 
+    if ProfilerActivity.CUDA not in supported_activities():
+        yield
+        return
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         yield
         torch.cuda.synchronize()

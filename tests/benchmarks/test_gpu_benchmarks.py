@@ -14,7 +14,8 @@ import torch
 from accelerate.state import AcceleratorState
 
 from benchmarks.gpu import ours, run
-from benchmarks.gpu.jobs import CARDS, JOBS, Way, ways, zero_stall_share
+from benchmarks.gpu.ceilings import as_card
+from benchmarks.gpu.jobs import CARDS, JOBS, Way, card_of, ways, zero_stall_share
 from benchmarks.gpu.models import ARCHITECTURES, fill, with_random_weights, write_hole
 from benchmarks.gpu.timing import PROBES, Figures, idle_share
 from library.cli import load_attribute
@@ -80,6 +81,8 @@ def test_failed_row_says_why(tmp_path):
 def test_reason():
     assert run.reason("loading\nerror: CUDA out of memory\nerror: b\n", 2) == "CUDA out of memory; b"
     assert run.reason("a\nb\n\n", 1) == "b"
+    compiler = "Traceback\n  File x\ntorch._dynamo.exc.InternalTorchDynamoError: why\n\nSet X=1 for more\n"
+    assert run.reason(compiler, 1) == "torch._dynamo.exc.InternalTorchDynamoError: why"
     assert run.reason("", -9) == "ended with -9"
 
 
@@ -92,6 +95,22 @@ def test_nothing_to_measure_on(capsys):
 def test_unknown_job(capsys):
     assert run.main(["--tiny", "--jobs", "sdxl"]) == 2
     assert "sdxl_lora" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(["--ways", "eagre"], "Did you mean 'eager'?"), (["--steps", "0"], "--steps: 1 or more, not 0")],
+)
+def test_nothing_to_measure(words, said, capsys):
+    """No empty tables."""
+    assert run.main(["--tiny", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_nothing_measured_of_the_machine():
+    """What it reaches is then taken to be a known card's, and not zero."""
+    assert as_card([("launch", 5.0, "us")]) is None
+    assert card_of("no known name", peak_tf=None, measured=None).peak_tf > 0
 
 
 # ---- models of holes ------------------------------------------------------------------------------------------------

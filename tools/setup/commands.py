@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 
 from library.errors import UserError
+from tools.setup.doctor import doctor as examine
 from tools.setup.environment import ROOT, RUN, TEST, Environment, set_up
 
 DEMO_CONFIG = "configs/demo.toml"
@@ -57,6 +58,19 @@ def test(arguments: list[str]) -> None:
         run([*pytest, "-p", "tests.cuda_simulation.plugin", "tests/on_card"])
 
 
+def doctor(arguments: list[str]) -> None:
+    """Print what a bug report needs. Installs nothing."""
+    if arguments:
+        raise UserError(f"doctor takes no arguments, not {arguments[0]}")
+    print(examine(Environment()).text())
+
+
+def gpu(arguments: list[str]) -> None:
+    """Tests and benchmarks on this machine's card; ends with the suite's exit code."""
+    environment, rest = prepare(arguments, TEST)
+    run([str(environment.python), "benchmarks/gpu/suite.py", *rest])
+
+
 def prepare(arguments: list[str], lock: str) -> tuple[Environment, list[str]]:
     """The environment, up to date, and the arguments that are not for it (--torch)."""
     asked, rest = take_torch_option(arguments)
@@ -88,4 +102,6 @@ def run(command: list[str]) -> None:
         sys.exit(code)
 
 
-WORDS: dict[str, Callable[[list[str]], None]] = {"demo": demo, "test": test, "setup": setup}
+WORDS: dict[str, Callable[[list[str]], None]] = {
+    "demo": demo, "test": test, "setup": setup, "doctor": doctor, "gpu": gpu,
+}  # fmt: skip
