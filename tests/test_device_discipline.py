@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What depends on the kind of device is decided in library/device*.py and library/memory, and nowhere else.
 
+tools/setup, which installs a torch for the kind that is there, is not about runs.
 There is no GPU here. Where a kind of device is meant, the calls that torch would get are recorded.
 """
 
@@ -44,7 +45,9 @@ OF_TENSORS = {"is_cuda", "is_mps", "is_xpu", "cuda", "xpu"}  # attributes of any
 
 def may_know(path: Path) -> bool:
     parts = path.relative_to(ROOT).parts
-    return parts[:2] == ("library", "memory") or (parts[0] == "library" and parts[1].startswith("device"))
+    return parts[:2] in (("library", "memory"), ("tools", "setup")) or (
+        parts[0] == "library" and parts[1].startswith("device")
+    )
 
 
 def files() -> list[Path]:
