@@ -284,7 +284,8 @@ def on_device(values: Tensor, device: torch.device | str) -> Tensor:
     CUDA copies by itself only from page-locked memory; from any other memory, the host waits until the copy is staged.
     """
     there = torch.device(device)
-    if there.type == "cuda" and values.device.type == "cpu" and not values.is_pinned():
+    has_contents = type(values) is Tensor  # not a FakeTensor of the planner, which cannot be pinned
+    if there.type == "cuda" and values.device.type == "cpu" and has_contents and not values.is_pinned():
         values = values.pin_memory()
     return values.to(there, non_blocking=True)
 

@@ -22,13 +22,14 @@ from library.memory.estimate import StepFigures
 from library.memory.meter import Meter, watched
 from library.memory.quantise import Storage
 from library.models.family import ModelFamily
+from library.models.text import CHUNK
 from library.optim.in_backward import units
 from library.trainers.forward import Forward
 from library.trainers.options import TrainerOptions
 from library.trainers.preparation import Preparation
 from library.trainers.settings import trained_dtype
 from library.trainers.trainables import Models, StepModule, Trainables
-from library.types import Batch
+from library.types import Batch, Tokens
 
 ENDLESS = 1 << 30  # longer than any text
 FILES_OF_WEIGHTS = ("base_weights", "network_weights")
@@ -265,9 +266,16 @@ class _Autocast(nn.Module):
         self.module, self.device, self.dtype = module, trainer.device.type, trainer.dtype
         self.mixes = trainer.options.precision.mixed_precision != "no"
 
-    def forward(self, *args: Any) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, batch: Batch, tokens: Tokens | None) -> Tensor:
+        tokens = None if tokens is None else _longest(tokens)
         with torch.autocast(self.device, self.dtype) if self.mixes else nullcontext():
-            return self.module(*args)
+            return self.module(x_t, t, batch, tokens)
+
+
+def _longest(tokens: Tokens) -> Tokens:
+    """The same tokens as those of captions that leave no room for padding."""
+    full = {name: ids.shape[1] if ids.ndim == 2 else ids.shape[1] * CHUNK + 2 for name, ids in tokens.ids.items()}
+    return replace(tokens, lengths={name: (full[name],) * len(ids) for name, ids in tokens.ids.items()})
 
 
 def _step_in_backward(unit: Sequence[nn.Parameter]) -> None:
