@@ -32,6 +32,7 @@ class Appetite:
     matrix: float
     factored: bool  # a matrix has states for its rows and columns only
     taken: float  # besides, at the peak of a step
+    guessed: bool = False  # the optimizer cannot be stepped on this machine
 
     def states(self, shapes: Sequence[Sequence[int]]) -> int:
         """Of the states of weights of these shapes."""
@@ -62,7 +63,7 @@ def appetite(choice: OptimizerChoice, dtype: torch.dtype) -> Appetite:
     try:
         tiny, vector, matrix = (_stepped(choice, shape, dtype) for shape in (TINY, VECTOR, MATRIX))
     except Exception:  # foreign code, perhaps only for a GPU
-        return Appetite(ADAM, ADAM, ADAM, factored=False, taken=0.0)
+        return Appetite(ADAM, ADAM, ADAM, factored=False, taken=0.0, guessed=True)
     factored = matrix[0] < math.prod(MATRIX) // 2
     sizes = [kept / math.prod(shape) for (kept, _), shape in zip((tiny, vector, matrix), (TINY, VECTOR, MATRIX))]
     return Appetite(sizes[0], sizes[1], sizes[2], factored, taken=matrix[1] / math.prod(MATRIX))

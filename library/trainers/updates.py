@@ -87,12 +87,13 @@ class Updates:
         self._room = None
 
     def _bytes_of_states(self) -> int:
-        """Of the states that a card will hold; main memory is not taken before it is used."""
+        """Of the states that a card will hold, where that is known; main memory is not taken before it is used."""
         if self.accelerator.device.type == "cpu" or self.choice.row.paged or self.options.distributed.deepspeed:
             return 0
         weights = self.trainables.parameters()
         dtype = torch.float32 if self.options.bf16_update != "plain" else weights[0].dtype
-        return appetite(self.choice, dtype).states([weight.shape for weight in weights])
+        hunger = appetite(self.choice, dtype)
+        return 0 if hunger.guessed else hunger.states([weight.shape for weight in weights])
 
     # ---- a step -----------------------------------------------------------------------------------------------------
 
