@@ -8,6 +8,7 @@
 //   hooks       what torch asks a CUDA build for
 //   fallback    every operator without a kernel here: the CPU's on the same bytes, devices checked
 //   kernels     operators that make tensors, views and copies
+//   processes   several of them, each with a card, by gloo
 //   interface   functions for tests/cuda_simulation (ctypes)
 //
 // Loaded before torch is imported (torch asks for its hooks once); symbols of torch are found in libraries loaded earlier.
@@ -326,6 +327,14 @@ class Call {
       c10::List<Tensor> lent;
       for (const Tensor& t : value.toTensorList()) lent.push_back(lend(t));
       value = lent;
+    } else if (is_list_of_lists(value)) {
+      c10::List<c10::List<Tensor>> lists;
+      for (const IValue& inner : value.toListRef()) {
+        c10::List<Tensor> lent;
+        for (const Tensor& t : inner.toTensorVector()) lent.push_back(lend(t));
+        lists.push_back(lent);
+      }
+      value = lists;
     } else if (value.isOptionalTensorList()) {
       c10::List<std::optional<Tensor>> lent;
       for (const std::optional<Tensor>& t : value.toOptionalTensorList())
@@ -339,6 +348,10 @@ class Call {
     } else if (argument.name() == "pin_memory") {
       value = IValue();
     }
+  }
+
+  static bool is_list_of_lists(const IValue& value) {
+    return value.isList() && !value.isTensorList() && value.toListRef().size() > 0 && value.toListRef()[0].isTensorList();
   }
 
   Tensor lend(const Tensor& t) {
@@ -545,6 +558,25 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("resize_", &simulated::resize);
   m.impl("record_stream", &simulated::record_stream);
 }
+
+// ---- processes ------------------------------------------------------------------------------------------------------
+
+namespace {
+struct Silent final : c10::WarningHandler {
+  void process(const c10::Warning&) override {}
+};
+
+// Gloo knows of no card: processes exchange its bytes as tensors of the CPU. Torch warns of kernels that are replaced.
+const bool exchanges = [] {
+  Silent silent;
+  c10::WarningUtils::WarningHandlerGuard quiet(&silent);
+  static torch::Library library(torch::Library::IMPL, "c10d", c10::DispatchKey::CUDA, __FILE__, __LINE__);
+  for (const char* name : {"allreduce_", "broadcast_", "allgather_", "_allgather_base_", "reduce_", "gather_",
+                           "scatter_", "barrier", "send", "recv_"})
+    library.impl(name, torch::CppFunction::makeFromBoxedFunction<&simulated::fallback>());
+  return true;
+}();
+}  // namespace
 
 // ---- interface ------------------------------------------------------------------------------------------------------
 
