@@ -8,8 +8,9 @@
     python start.py doctor   print machine, drivers, versions and what is missing, for you or for a bug report
     python start.py gpu      make the environment, run tests and benchmarks on this machine's GPU, write tables
 
-    --torch auto|cpu|cu130|cu126|cu132|rocm7.2|xpu|keep     which build of torch, for all but doctor; auto: the one that
-                                                            fits the machine, keep: the one that is there
+    --torch auto|keep|cu130|cu126|cu132|rocm7.2|xpu|cpu|mps
+                             which build of torch, for all but doctor (docs/torch_builds.md). auto: the one that fits
+                             the machine, keep: the one that is there. What was given holds until another is
 
 Linux, macOS and Windows; standard library only. Other arguments are passed on (to the training, pytest, benchmarks).
 """

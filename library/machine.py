@@ -95,7 +95,10 @@ class Machine:
     def here(cls, system: System | None = None) -> Machine:
         """Look at this machine; `system` for one that is described by a test."""
         system = system or System.here()
-        return cls(system, find_nvidia(system), find_amd(system), find_intel(system))
+        nvidia = find_nvidia(system)
+        # Windows takes seconds to name its cards: beside an NVIDIA card that works the answer would not matter
+        intel = () if nvidia and nvidia.cards else find_intel(system)
+        return cls(system, nvidia, find_amd(system), intel)
 
     @property
     def apple_gpu(self) -> bool:

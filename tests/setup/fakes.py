@@ -15,21 +15,25 @@ from tools.setup.environment import RUN, TEST, Environment
 PIP = """
 import json, pathlib, sys
 home, arguments = pathlib.Path(__file__).resolve().parents[1], sys.argv[1:]
-gives, torch = json.loads((home / "gives.json").read_text()), home / "torch.json"
+gives, torch = json.loads((home / "gives.json").read_text()), home / "lib/python3.11/site-packages/torch-2.dist-info"
+answer = torch / "answer.json"
 with open(home / "calls.txt", "a") as calls:
     calls.write(json.dumps(arguments) + "\\n")
 if arguments[:2] != ["-m", "pip"]:  # torch_check.py
-    sys.exit(print(torch.read_text()) if torch.exists() else "ModuleNotFoundError: torch")
+    sys.exit(print(answer.read_text()) if answer.exists() else "ImportError: libcudart.so.12: cannot open")
 if "index" in arguments:
     found = [build for build in gives["index"] if arguments[arguments.index("--index-url") + 1].endswith("/" + build)]
     sys.exit(print("Available versions: 2.13.0+" + found[0]) if found else "No matching distribution found for torch")
 if "uninstall" in arguments:
-    torch.unlink()
+    answer.unlink(missing_ok=True)
+    torch.rmdir()
 for word in arguments:
     if word.startswith("torch=="):
         build = word.partition("+")[2] or gives["configured"]
         devices = gives["devices"].get(build, ["cpu"])
-        torch.write_text(json.dumps({"version": "2.13.0", "build": build, "devices": devices}))
+        torch.mkdir(parents=True)  # which fails when there is one
+        if devices:
+            answer.write_text(json.dumps({"version": "2.13.0", "build": build, "devices": devices}))
 """
 
 
@@ -101,8 +105,13 @@ class FakeEnvironment(Environment):
         (self.folder / "gives.json").write_text(json.dumps(known | gives), encoding="utf-8")
 
     def has_torch(self, version: str, build: str, *devices: str) -> None:
-        """A torch that is there already."""
-        (self.folder / "torch.json").write_text(json.dumps({"version": version, "build": build, "devices": devices}))
+        """A torch that is there already, in place of another; without devices: it cannot be imported."""
+        torch = self.folder / "lib/python3.11/site-packages/torch-2.dist-info"
+        torch.mkdir(parents=True, exist_ok=True)
+        (torch / "answer.json").unlink(missing_ok=True)
+        if devices:
+            answer = {"version": version, "build": build, "devices": devices}
+            (torch / "answer.json").write_text(json.dumps(answer), encoding="utf-8")
 
     def calls(self) -> list[str]:
         """The pip commands since the last call of this method, without what all have in common."""
@@ -111,3 +120,11 @@ class FakeEnvironment(Environment):
         file.unlink(missing_ok=True)
         common = {"-m", "pip", "--disable-pip-version-check", "--quiet"}
         return [" ".join(w for w in words if w not in common) for words in lines if words[0] == "-m"]
+
+
+class RealPip(Environment):
+    """An environment whose Python is the one of these tests; pip is told by variables where to install."""
+
+    @property
+    def python(self) -> Path:
+        return Path(sys.executable)

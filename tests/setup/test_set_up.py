@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 
 from library.errors import UserError
-from library.machine import Machine
-from tests.setup.fakes import FakeEnvironment, FakeMachine
+from library.machine import Machine, System
+from tests.setup.fakes import FakeEnvironment, FakeMachine, RealPip
+from tools.setup import commands
 from tools.setup.commands import take_torch_option
-from tools.setup.environment import ROOT, RUN, TEST, set_up
+from tools.setup.environment import ROOT, RUN, TEST, index_answers, set_up
+from tools.setup.torch_choice import choose_torch
 
 INDEX = "https://download.pytorch.org/whl"
 WINDOWS, LINUX = "Windows x86_64", "Linux x86_64"
@@ -79,6 +81,20 @@ def test_eight_machines(
     assert says in said and "WARNING" not in said
     set_up(environment, RUN, machine=machine)  # again: nothing to do, nothing to say
     assert environment.calls() == [] and capsys.readouterr().out == ""
+    set_up(environment, RUN, machine=machine, try_torch=True)
+    assert environment.calls() == [] and capsys.readouterr().out.endswith("build, is kept\n")
+
+
+def test_a_torch_that_was_replaced_behind_our_back_is_found_when_tried(fake: FakeMachine) -> None:
+    fake.nvidia("560.94", RTX_3060)
+    environment = fake.environment(index=EVERYTHING, devices=WORKING)
+    machine = Machine.here(fake.system(WINDOWS))
+    set_up(environment, RUN, machine=machine)
+    environment.calls()
+    environment.has_torch("2.14.1", "cpu", "cpu")
+    set_up(environment, RUN, machine=machine, try_torch=True)
+    ask, install = from_index("cu126")
+    assert environment.calls() == [ask, "uninstall --yes torch", install]
 
 
 def test_amd_and_then_a_new_nvidia_card(fake: FakeMachine, capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,7 +120,7 @@ def test_an_index_out_of_reach_falls_back_and_is_tried_again(
     assert torch_commands(environment) == [ask, "install torch==2.13.0"]
     said = capsys.readouterr().out
     assert f"{INDEX}/cu126 did not give this build: the configured index's torch 2.13.0 instead" in said
-    assert "WARNING: torch 2.13.0 (cpu build) cannot use NVIDIA GeForce RTX 3060 (driver 560.94): run `python" in said
+    assert "WARNING: torch 2.13.0 (cpu) cannot use NVIDIA GeForce RTX 3060 (driver 560.94): run `python" in said
     set_up(environment, RUN, machine=machine)
     assert environment.calls() == [ask]
     assert "WARNING" in capsys.readouterr().out
@@ -114,6 +130,20 @@ def test_an_index_out_of_reach_falls_back_and_is_tried_again(
     set_up(environment, RUN, machine=machine)
     assert environment.calls() == [ask, "uninstall --yes torch", install]
     assert "WARNING" not in capsys.readouterr().out
+
+
+def test_a_real_pip_asks_the_index_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a folder as index, with the page that an index has; then of a port where nobody listens."""
+    page = tmp_path / "cpu" / "torch" / "index.html"
+    page.parent.mkdir(parents=True)
+    page.write_text('<a href="torch-2.13.0%2Bcpu-py3-none-any.whl">torch-2.13.0+cpu-py3-none-any.whl</a>')
+    (tmp_path / "torch-2.13.0+cpu-py3-none-any.whl").touch()
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    choice = choose_torch(Machine(System("Linux", "x86_64", (3, 11))))
+    monkeypatch.setattr("tools.setup.torch_choice.INDEX", tmp_path.as_uri())
+    assert index_answers(RealPip(tmp_path), choice)
+    monkeypatch.setattr("tools.setup.torch_choice.INDEX", "http://127.0.0.1:9")
+    assert not index_answers(RealPip(tmp_path), choice)
 
 
 def test_without_a_card_the_fallback_is_good_enough(fake: FakeMachine, capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,15 +163,15 @@ def test_a_torch_that_works_is_kept(fake: FakeMachine, capsys: pytest.CaptureFix
     environment.has_torch("2.9.1", "cu128", "cuda", "cpu")
     set_up(environment, RUN, machine=machine)
     assert torch_commands(environment) == []
-    assert "torch: 2.9.1, cu128 build, is there and works: kept" in capsys.readouterr().out
+    assert "torch: 2.9.1, cu128 build, is kept" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("version", "build", "devices"),
-    [("2.13.0", "cpu", ["cpu"]), ("2.5.1", "cu126", ["cuda"]), ("2.9.1", "cu130", ["cpu"])],
+    [("2.13.0", "cpu", ["cpu"]), ("2.5.1", "cu126", ["cuda"]), ("2.9.1", "cu130", ["cpu"]), ("2.13.0", "cu126", [])],
 )
 def test_a_torch_that_will_not_do_is_replaced(fake: FakeMachine, version: str, build: str, devices: list[str]) -> None:
-    """A CPU build beside a card, a version out of range, a build that the driver cannot run."""
+    """A CPU build beside a card, a version out of range, a build that the driver cannot run, one that is broken."""
     fake.nvidia("560.94", RTX_3060)
     environment = fake.environment(index=EVERYTHING, devices=WORKING)
     environment.has_torch(version, build, *devices)
@@ -166,6 +196,13 @@ def test_what_was_asked_for_stays_until_something_else_is(fake: FakeMachine) -> 
     assert environment.calls() == [ask, "uninstall --yes torch", install]
 
 
+def test_a_torch_that_cannot_be_imported_is_reported(fake: FakeMachine) -> None:
+    environment = fake.environment(index=["cpu"], devices={"cpu": []})
+    with pytest.raises(UserError, match="cannot be used: ImportError: libcudart"):
+        set_up(environment, RUN, machine=Machine.here(fake.system(LINUX)))
+    assert environment.read_record().torch_chosen == ""
+
+
 def test_keep_without_a_torch_and_wrong_values_end_before_anything_is_installed(fake: FakeMachine) -> None:
     environment = fake.environment()
     machine = Machine.here(fake.system(LINUX))
@@ -184,7 +221,7 @@ def test_a_driver_that_is_missing_is_said_loudly(fake: FakeMachine, capsys: pyte
     assert torch_commands(environment) == from_index("cpu")
     said = capsys.readouterr().out
     assert "CPU build: nvidia-smi found no card: NVIDIA-SMI has failed" in said
-    assert "WARNING: to train on the NVIDIA card, install its driver, then run `python start.py setup` again" in said
+    assert "WARNING: an NVIDIA card is used when nvidia-smi lists it: install its driver, then" in said
 
 
 def test_the_option_is_taken_out_of_the_arguments() -> None:
@@ -193,6 +230,23 @@ def test_the_option_is_taken_out_of_the_arguments() -> None:
     assert take_torch_option(["--torchless"]) == (None, ["--torchless"])
     with pytest.raises(UserError, match="--torch needs a value"):
         take_torch_option(["--torch"])
+
+
+def test_the_tests_on_a_simulated_card_follow_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    monkeypatch.setattr(commands, "run", lambda command: ran.append(" ".join(command[2:])))
+    monkeypatch.setattr(commands, "set_up", lambda environment, lock, asked: ran.append(f"{lock} {asked}"))
+    monkeypatch.setattr(commands, "SIMULATED_CARD", tmp_path / "plugin.py")
+    plain = [f"{TEST} None", "ruff check .", "ruff format --check .", "mypy", "pytest -n 2 --dist loadfile"]
+    commands.test([])
+    assert ran == plain
+    (tmp_path / "plugin.py").write_text("", encoding="utf-8")
+    ran.clear()
+    commands.test([])
+    assert ran == [*plain, "pytest -n 2 --dist loadfile -p tests.cuda_simulation.plugin tests/on_card"]
+    ran.clear()
+    commands.test(["--torch", "keep", "tests/io"])
+    assert ran == [f"{TEST} keep", *plain[1:4], "pytest -n 2 --dist loadfile tests/io"]
 
 
 def test_start_py_itself_with_nothing_but_the_standard_library(fake: FakeMachine) -> None:

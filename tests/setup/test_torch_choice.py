@@ -8,7 +8,7 @@ import pytest
 from library.errors import UserError
 from library.machine import AmdCard, Machine, Nvidia, NvidiaCard, System
 from tools.setup.environment import ROOT, in_range
-from tools.setup.torch_choice import BUILDS, TORCH, builds_for, check_name, choose_torch
+from tools.setup.torch_choice import AMD_TARGETS, AUTO, BUILDS, KEEP, TORCH, builds_for, check_name, choose_torch
 
 LINUX, ARM = System("Linux", "x86_64", (3, 11)), System("Linux", "arm64", (3, 11))
 WINDOWS, MAC = System("Windows", "x86_64", (3, 11)), System("Darwin", "arm64", (3, 11))
@@ -98,3 +98,17 @@ def test_the_table_agrees_with_the_pin_and_the_range() -> None:
             assert set(build.compiled_for or {}) == set(build.systems)
     for title in {title for build in BUILDS for title in build.systems}:
         assert sum(title in build.on_pypi for build in BUILDS) == 1, f"one wheel on PyPI for {title}"
+
+
+def test_the_page_says_what_the_table_says() -> None:
+    page = (ROOT / "docs" / "torch_builds.md").read_text(encoding="utf-8")
+    for build in BUILDS:
+        linux, windows = ((build.driver or {}).get(name, "") for name in ("Linux", "Windows"))
+        row = f"| `{build.name}` | {build.title} | {linux} | {windows} | {', '.join(build.systems)} | "
+        assert row.replace("|  |", "| |").replace("|  |", "| |") in page
+    assert f"AMD targets of the ROCm build (`rocminfo` prints yours): {', '.join(AMD_TARGETS)}." in " ".join(
+        page.split()
+    )
+    assert f"torch {TORCH} " in page
+    names = "|".join([AUTO, KEEP, *(build.name for build in BUILDS)])
+    assert f"--torch {names}\n" in (ROOT / "start.py").read_text(encoding="utf-8")

@@ -19,11 +19,11 @@ SIMULATED_CARD = ROOT / "tests" / "cuda_simulation" / "plugin.py"
 
 
 def setup(arguments: list[str]) -> None:
-    """The environment only."""
+    """The environment only. Tries torch even when nothing has changed: this is the command that mends it."""
     asked, rest = take_torch_option(arguments)
     if rest:
         raise UserError(f"setup takes only --torch, not {rest[0]}")
-    set_up(Environment(), RUN, asked)
+    set_up(Environment(), RUN, asked, try_torch=True)
 
 
 def demo(arguments: list[str]) -> None:

@@ -60,7 +60,9 @@ class Environment:
             return
         if importlib.util.find_spec("ensurepip") is None:
             version = f"{sys.version_info[0]}.{sys.version_info[1]}"
-            raise UserError(f"this Python has no ensurepip, which .venv needs: apt install python{version}-venv")
+            raise UserError(
+                f"this Python cannot make environments; on Debian and Ubuntu: apt install python{version}-venv"
+            )
         print(f"making the environment in {self.folder} ...", flush=True)
         shutil.rmtree(self.folder, ignore_errors=True)
         venv.create(self.folder, with_pip=True)
@@ -82,6 +84,16 @@ class Environment:
             return None
         return Torch(found["version"], found["build"], tuple(found["devices"]))
 
+    def torch_error(self) -> str:
+        """The last line that `import torch` prints when it fails."""
+        done = subprocess.run([str(self.python), "-I", "-c", "import torch"], capture_output=True, text=True)
+        return (done.stderr.strip().splitlines() or ["it does not compute"])[-1]
+
+    def holds_torch(self) -> bool:
+        """True when pip has a torch in it, whether that can be imported or not."""
+        places = ("lib/python*/site-packages", "Lib/site-packages")
+        return any(True for place in places for _ in self.folder.glob(f"{place}/torch-*.dist-info"))
+
     def read_record(self) -> Record:
         """What was installed; an empty record when it cannot be read."""
         try:
@@ -97,17 +109,23 @@ class Environment:
         return self.folder / "installed.json"
 
 
-def set_up(environment: Environment, lock: str, asked: str | None = None, machine: Machine | None = None) -> None:
+def set_up(
+    environment: Environment,
+    lock: str,
+    asked: str | None = None,
+    machine: Machine | None = None,
+    try_torch: bool = False,
+) -> None:
     """Make the environment hold what `lock` names and the torch that fits; a second call does nothing.
 
-    asked: the value of --torch, None when it was not given.
+    asked: the value of --torch, None when it was not given. try_torch: do not rely on what was installed, try it.
     """
     machine = machine or Machine.here()
     record = environment.read_record()
     asked = asked or record.torch_asked
     choice = choose_torch(machine, asked)
     chosen = KEEP if asked == KEEP else choice.build.name
-    torch_is_right = (record.torch_asked, record.torch_chosen) == (asked, chosen)
+    torch_is_right = not try_torch and (record.torch_asked, record.torch_chosen) == (asked, chosen)
     there = None if torch_is_right else environment.torch()
     if asked == KEEP and not torch_is_right and there is None:
         raise UserError(f"--torch keep: there is no torch that works in {environment.folder}; leave the option out")
@@ -146,23 +164,22 @@ def install_locks(environment: Environment, lock: str, record: Record) -> None:
 def provide_torch(environment: Environment, choice: TorchChoice, there: Torch | None, asked: str) -> bool:
     """Keep the torch that is there where it will do, else install the chosen one. True when it can use the device."""
     if there and (asked == KEEP or _will_do(there, choice, asked, environment.root)):
-        print(f"torch: {there.version}, {there.build} build, is there and works: kept", flush=True)
+        print(f"torch: {there.version}, {there.build} build, is kept", flush=True)
     else:
         print(choice, flush=True)
         if there is None or (there.version, there.build) != (TORCH, choice.build.name):
             _install(environment, choice, there)
         there = environment.torch()
     if there is None:
-        raise UserError(f"torch was installed into {environment.folder}, but `import torch` fails there")
-    usable = asked == KEEP or choice.build.device in there.devices
-    if choice.advice and choice.build.name == "cpu":
-        print(f"WARNING: {choice.advice}", flush=True)
-    elif not usable:
-        print(
-            f"WARNING: torch {there.version} ({there.build} build) cannot use {choice.card or choice.build.title}: ",
-            end="",
+        raise UserError(
+            f"torch was installed into {environment.folder}, but cannot be used: {environment.torch_error()}"
         )
-        print(choice.advice or _what_to_do(choice, there), flush=True)
+    usable = asked == KEEP or choice.build.device in there.devices
+    if not usable:
+        todo = choice.advice or _what_to_do(choice, there)
+        print(f"WARNING: torch {there.version} ({there.build}) cannot use {choice.card or choice.build.title}: {todo}")
+    elif choice.advice and choice.build.name == "cpu":
+        print(f"WARNING: {choice.advice}")
     return usable
 
 
@@ -185,8 +202,8 @@ def in_range(version: str, root: Path = ROOT) -> bool:
 def _install(environment: Environment, choice: TorchChoice, there: Torch | None) -> None:
     """Install the chosen build; where pytorch.org's index does not give it, that release from the configured index."""
     plain = fallback_arguments()
-    if choice.pip_arguments == plain or _index_answers(environment, choice):
-        if there:  # pip takes `torch==2.13.0` for satisfied by another build of it
+    if choice.pip_arguments == plain or index_answers(environment, choice):
+        if environment.holds_torch():  # pip takes `torch==2.13.0` for satisfied by another build of it, or a broken one
             environment.pip("uninstall", "--yes", "torch")
         print("installing torch (up to 3 GB) ...", flush=True)
         code = environment.pip("install", *choice.pip_arguments)
@@ -202,7 +219,7 @@ def _install(environment: Environment, choice: TorchChoice, there: Torch | None)
         sys.exit(code)
 
 
-def _index_answers(environment: Environment, choice: TorchChoice) -> bool:
+def index_answers(environment: Environment, choice: TorchChoice) -> bool:
     """True when the index offers the build for this Python: asked quickly, before anything large is fetched."""
     command = [str(environment.python), "-m", "pip", "--disable-pip-version-check", "index", "versions", "torch"]
     command += ["--index-url", choice.index, "--retries", "0", "--timeout", "10"]

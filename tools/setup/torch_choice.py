@@ -232,5 +232,5 @@ def _why_cpu(machine: Machine) -> str:
 
 def _cpu_advice(machine: Machine) -> str:
     if machine.nvidia and machine.nvidia.problem:
-        return "to train on the NVIDIA card, install its driver, then run `python start.py setup` again"
+        return "an NVIDIA card is used when nvidia-smi lists it: install its driver, then `python start.py setup`"
     return ""
