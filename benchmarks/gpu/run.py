@@ -32,6 +32,7 @@ from benchmarks.gpu.jobs import JOBS, Card, Job, Way, card_of, chosen, ways, zer
 from library.cli import guarded
 from library.errors import UserError, unknown
 from library.machine import System, find_nvidia
+from tools.setup.doctor import private
 
 WARMUP, STEPS = 5, 30
 TINY_WARMUP, TINY_STEPS = 1, 2
@@ -232,7 +233,7 @@ def measure_way(job: Job, spec: dict[str, Any], folder: Path, settings: argparse
 
 
 class Lines:
-    """What is printed, and written to a file where one is given."""
+    """What is printed, and written to a file where one is given, without the user's name and home folder."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
@@ -240,7 +241,7 @@ class Lines:
             path.write_text("", encoding="utf-8")
 
     def add(self, *lines: str) -> None:
-        for line in lines:
+        for line in map(private, lines):
             print(line, flush=True)
             if self.path is not None:
                 with self.path.open("a", encoding="utf-8") as file:

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.common import ROOT
 from library.cli import EXIT_STOPPED, guarded
 from library.errors import UserError
+from tools.setup.doctor import private
 
 EXIT_TESTS_FAILED = 1  # of pytest, and of this
 
@@ -58,7 +59,7 @@ def run_all(folder: Path, tests: str, options: list[str]) -> int:
     results = folder / "RESULTS.md"
     results.unlink(missing_ok=True)
     tested = run_tests(tests.split(), folder / "tests.xml")
-    section = tested.section(tests)
+    section = private(tested.section(tests))
     print(section, flush=True)
     command = [sys.executable, "benchmarks/gpu/run.py", "--output", str(results.absolute()), *options]
     try:

@@ -78,6 +78,14 @@ def test_failed_row_says_why(tmp_path):
     assert line.count("|") == len(run.HEAD) + 1 and line.startswith("| wrong | not measured: KeyError")
 
 
+def test_no_user_name_in_tables(tmp_path, monkeypatch, capsys):
+    """An error's line may hold a path."""
+    monkeypatch.setenv("HOME", "/home/ann")
+    output = tmp_path / "results.md"
+    run.Lines(output).add(run.markdown_row(Way("wrong"), "no such file: /home/ann/model"))
+    assert "no such file: ~/model |" in output.read_text(encoding="utf-8") and "ann" not in capsys.readouterr().out
+
+
 def test_reason():
     assert run.reason("loading\nerror: CUDA out of memory\nerror: b\n", 2) == "CUDA out of memory; b"
     assert run.reason("a\nb\n\n", 1) == "b"
