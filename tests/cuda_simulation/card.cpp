@@ -357,7 +357,7 @@ class Call {
   Tensor lend(const Tensor& t) {
     if (!t.defined()) return t;
     if (t.is_cuda()) {
-      boolean_ |= t.scalar_type() == kBool && !cards_.empty();
+      boolean_ |= t.scalar_type() == kBool && !cards_.empty() && !written_;
       cards_.push_back(t);
       lent_.push_back(on_cpu(t));
       return lent_.back();
