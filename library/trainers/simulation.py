@@ -181,7 +181,6 @@ def _batch(trainer: Any, plan: BatchPlan) -> Batch:
     latent, device = trainer.family.latent, trainer.device
     small = (height // latent.factor, width // latent.factor)
     cached = options.cache.latents
-    sizes = torch.zeros(count, 2)
     return Batch(
         names=[""] * count,
         captions=[""] * count,
@@ -191,9 +190,9 @@ def _batch(trainer: Any, plan: BatchPlan) -> Batch:
         latent_seeds=[0] * count,
         cond=trainer.family.blank_cond(count, trainer.dtype),
         masks=torch.ones(count, 1, *(small if cached else (height, width))) if options.data.masked_loss else None,
-        original_sizes=sizes,
-        crop_top_lefts=sizes,
-        target_sizes=sizes,
+        original_sizes=torch.zeros(count, 2),
+        crop_top_lefts=torch.zeros(count, 2),
+        target_sizes=torch.zeros(count, 2),
         control=torch.zeros(count, 3, height, width) if trainer.conditioned else None,
         keep_prior=[False] * count,
     ).to(device)
