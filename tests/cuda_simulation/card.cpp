@@ -19,6 +19,7 @@
 #include <ATen/core/enum_tag.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <torch/csrc/distributed/c10d/reducer_timer.hpp>
 #include <torch/library.h>
 
 #include <atomic>
@@ -577,6 +578,18 @@ const bool exchanges = [] {
   return true;
 }();
 }  // namespace
+
+namespace c10d {
+// DDP times its passes with one of the device.
+struct CardTimer final : Timer {
+  explicit CardTimer(c10::Device) {}
+  std::optional<int64_t> measureDifference(Event start, Event end) override {
+    const auto from = getTimeRef(start), to = getTimeRef(end);
+    return from < 0 || to < 0 ? std::nullopt : std::optional<int64_t>(to - from);
+  }
+};
+C10_REGISTER_TYPED_CLASS(TimerRegistry, c10::kCUDA, CardTimer)
+}  // namespace c10d
 
 // ---- interface ------------------------------------------------------------------------------------------------------
 
