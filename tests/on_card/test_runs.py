@@ -145,7 +145,6 @@ def test_every_kind_of_adapter(kind: str, model: Make, dataset: Path, tmp_path: 
         check(train(None, dataset, tmp_path, **model("sd1"), max_train_steps=2, **ADAPTERS[kind]))
 
 
-@pytest.mark.xfail(strict=True, reason="layers that are merged are on the CPU, the model is on the card")
 def test_base_weights(model: Make, dataset: Path, tmp_path: Path) -> None:
     first = train(None, dataset, tmp_path / "first", **model("sd1"), max_train_steps=2)
     merged = {"base_weights": [str(first.file)], "base_weights_multiplier": [0.5]}
