@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The planner on a card: for every architecture and method its plan is that of the CPU, and a run follows it."""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from library.cli import METHODS, load_attribute
+from library.memory.choice import MemoryChoice
+from library.memory.estimate import CUDA_CONTEXT, predict
+from library.memory.options import GIB
+from library.models.registry import FAMILIES
+from library.options import resolve
+from library.trainers.planning import case_of
+from library.trainers.trainer import Trainer
+from tests.families import flux, lumina, sd, sd3, sdxl
+from tests.trainers.helpers import argv, make_pictures, settle, subset, write_dataset
+
+pytestmark = pytest.mark.gpu
+
+CASES = {**sd.CASES, **sdxl.CASES, **flux.CASES, **sd3.CASES, **lumina.CASES}
+ARCHITECTURES = ("sd1", "sdxl", "flux", "chroma", "sd3", "sd35", "lumina")
+WORD = "zapcat"
+CHOICES = [MemoryChoice(activation_budget=budget) for budget in (1.0, 0.5, 0.0)]
+OF_RUN: dict[str, Any] = {
+    "output_name": "x", "learning_rate": 1e-3, "seed": 7, "max_train_steps": 2, "max_data_loader_n_workers": 0,
+}  # fmt: skip
+OF_METHOD: dict[str, dict[str, Any]] = {
+    "network": {"network_dim": 4, "network_alpha": 2},
+    "finetune": {
+        "optimizer_type": "Adafactor", "fused_backward_pass": True, "save_model_as": "safetensors",
+        "optimizer_args": ["relative_step=False", "scale_parameter=False", "warmup_init=False"],
+    },
+    "textual_inversion": {"token_string": WORD},
+    "lllite": {"network_dim": 8, "cond_emb_dim": 8},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Job:
+    """An architecture and a method."""
+
+    case: str  # of CASES
+    method: str = "network"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+JOBS = {
+    **{f"{name} LoRA": Job(name) for name in ARCHITECTURES},
+    **{f"{name} full": Job(name, "finetune") for name in ARCHITECTURES},
+    **{f"{name} word": Job(name, "textual_inversion") for name in ("sd1", "sdxl")},
+    "sdxl LLLite": Job("sdxl", "lllite"),
+    "sd1 LyCORIS": Job(
+        "sd1", options={"network_module": "lycoris.kohya", "network_args": ["algo=lora", "preset=attn-mlp"]}
+    ),
+}
+
+
+class Ground:
+    """Tiny models, each made once, and two pictures with control images."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.models: dict[str, dict[str, Any]] = {}
+        controls = make_pictures(folder / "controls", 2, first=2)
+        for picture in sorted(controls.glob("*.png")):  # as the pictures are named
+            picture.rename(controls / f"p{int(picture.stem[1:]) - 2:02d}.png")
+        shown = subset(make_pictures(folder / "pictures", 2, captions=[f"{WORD}, red, photo"]))
+        self.plain = write_dataset(folder / "plain.toml", shown)
+        self.controlled = write_dataset(folder / "controlled.toml", {**shown, "conditioning_data_dir": str(controls)})
+
+    def trainer(self, job: Job, folder: Path, **values: Any) -> Trainer:
+        """The trainer of the method's script; `values` stand above the job's options."""
+        case, (path, options) = CASES[job.case], METHODS[job.method]
+        if job.case not in self.models:
+            make = case.make_deep or case.make  # with blocks enough to swap
+            self.models[job.case] = make(self.folder / job.case)
+        data = self.controlled if job.method == "lllite" else self.plain
+        own = {**OF_RUN, **OF_METHOD[job.method], **self.models[job.case], **case.options, **job.options,
+               "dataset_config": data, "output_dir": folder, **values}  # fmt: skip
+        AcceleratorState._reset_state(reset_partial_state=True)  # it keeps precision for the life of a process
+        entry = FAMILIES[case.family]
+        found = resolve(options, entry.option_groups, argv(own), prog="test").options
+        trainer = load_attribute(path)(load_attribute(entry.path)(found.model), found)
+        assert isinstance(trainer, Trainer)
+        return trainer
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
+    return Ground(tmp_path_factory.mktemp("planner"))
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_the_plan_is_that_of_the_cpu(
+    name: str, ground: Ground, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--plan prints its table; what its figures come from is what it is on the CPU, without the context.
+
+    With the same attention: which kernels there are for it is what may differ.
+    """
+    trainer = ground.trainer(JOBS[name], tmp_path, plan=True, vram_budget="8GB")
+    with sdpa_kernel(SDPBackend.MATH):
+        assert trainer.run() == 0
+        assert trainer.device == torch.device("cuda:0")
+        trainer.options = replace(trainer.options, memory=replace(trainer.options.memory, plan=False))
+        on_card = case_of(trainer)
+        trainer.device = torch.device("cpu")
+        on_cpu = case_of(trainer)
+    printed = capsys.readouterr().out
+    assert printed.startswith("predicted peak") and "--vram_budget 8.00 GB: chosen: " in printed
+    for choice in CHOICES:
+        found, expected = predict(on_card, choice), predict(on_cpu, choice)
+        assert abs(found.peak - CUDA_CONTEXT - expected.peak) < 1 << 16, choice  # tokens, copied to a card, count twice
+    assert on_card.weights == on_cpu.weights
+    assert on_card.fixed == replace(on_cpu.fixed, context=CUDA_CONTEXT)
+    assert on_card.has_host and not on_cpu.has_host
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_runs_do_what_was_planned(name: str, ground: Ground, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """In a budget, and in the memory that is free: both train, and say what they took beside what was predicted."""
+    for automatic in ({"vram_budget": "8GB"}, {"blocks_to_swap": "auto", "activation_budget": "auto"}):
+        caplog.clear()
+        torch.cuda.reset_peak_memory_stats()
+        trainer = ground.trainer(JOBS[name], tmp_path, **automatic)
+        with caplog.at_level(logging.INFO):
+            assert trainer.run() == 0
+        settle()
+        assert trainer.position.step == 2
+        assert torch.cuda.max_memory_allocated() + CUDA_CONTEXT < 8 * GIB
+        predicted, measured = figures(caplog.messages)
+        assert predicted < 8 and measured < 8
+
+
+def figures(messages: list[str]) -> tuple[float, float]:
+    """GB that were predicted, and measured after the second step, as the run's messages say."""
+    chosen = [line for line in messages if re.fullmatch(r"memory: .*: [\d.]+ GB predicted of [\d.]+ GB", line)]
+    (taken,) = [line for line in messages if "measured" in line]
+    found = re.fullmatch(r"memory: ([\d.]+) GB predicted, ([\d.]+) GB measured: activations x -?[\d.]+", taken)
+    assert len(chosen) == 1 and found is not None
+    return float(found[1]), float(found[2])
