@@ -78,6 +78,7 @@ def hidden() -> Iterator[None]:
         yield
     finally:
         torch._C._cuda_getDeviceCount, torch.version.cuda = count, version
+        torch.cuda._cached_device_count = None  # a library may have asked for it
 
 
 # ---- functions of torch._C, without `_cuda_` ------------------------------------------------------------------------
