@@ -45,12 +45,13 @@ class _Entry:
 class Meter(TorchDispatchMode):
     """Bytes of living storages: now, at most, and by tag. Everything that is made has the tag of that moment.
 
-    counts_work: also count operations, matmul FLOPs and bytes moved (see library.memory.work).
+    counts_work: also count operations, matmul FLOPs and bytes moved (see library.memory.work). device: only what is on
+    a device of this kind has bytes; None: all devices.
     """
 
-    def __init__(self, *, counts_work: bool = False) -> None:
+    def __init__(self, *, counts_work: bool = False, device: torch.device | None = None) -> None:
         super().__init__()
-        self.counts_work = counts_work
+        self.counts_work, self.device = counts_work, device
         self.live = self.peak = 0
         self.tag: Hashable = OUTSIDE
         self.by_tag: dict[Hashable, int] = defaultdict(int)
@@ -92,7 +93,8 @@ class Meter(TorchDispatchMode):
         if entry is not None:
             return entry
         self._count += 1
-        entry = self._entries[address] = _Entry(self._count, storage.nbytes(), tag)
+        counts = self.device is None or tensor.device.type == self.device.type
+        entry = self._entries[address] = _Entry(self._count, storage.nbytes() if counts else 0, tag)
 
         def gone(_: Any) -> None:
             del self._entries[address]

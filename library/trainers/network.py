@@ -131,7 +131,8 @@ class NetworkTrainer(Trainer):
         self.check_moved_weights()
         if self.network.is_sparse() and self.options.distributed.ddp_static_graph:
             raise UserError("--ddp_static_graph: DyLoRA uses other weights in each step: leave the option out")
-        self.formatted(self.network.state(None))  # what has no name in the format is refused now, not at the first save
+        if options.lora_format != "kohya":
+            self.formatted(self.network.state(None))  # what has no name there is refused now, not at the first save
         if self.choice.activation_budget < 1:
             self.network.enable_gradient_checkpointing()
         groups = self.network.param_groups(

@@ -106,14 +106,21 @@ def largest(plans: Sequence[BatchPlan]) -> BatchPlan:
 
 
 def _without_files(options: TrainerOptions) -> TrainerOptions:
-    """Adapters are built new: those of a file would be as large. With --dim_from_weights only the file says so."""
+    """Adapters are built new: those of a file would be as large. With --dim_from_weights only the file says so.
+
+    Nothing is written either, so that no other format has to name them.
+    """
     groups = {name: group for name, group in vars(options).items() if FILES_OF_WEIGHTS[1] in vars(group)}
     cleared = {
         name: replace(group, **{file: None for file in FILES_OF_WEIGHTS if file in vars(group)})
         for name, group in groups.items()
         if not vars(group).get("dim_from_weights")
     }
-    return replace(options, **cleared)
+    simulated = replace(options, **cleared)
+    network = vars(simulated).get("network")
+    if network is not None and "lora_format" in vars(network):
+        simulated = replace(simulated, network=replace(network, lora_format="kohya"))  # type: ignore[call-arg]
+    return simulated
 
 
 # ---- models ---------------------------------------------------------------------------------------------------------
@@ -233,7 +240,7 @@ def _step(trainer: Any, trainables: Trainables, batch: Batch, *, flat: bool) -> 
         "batch": [*tensors_of(batch)],
     }
     generator = torch.Generator(device=trainer.device)
-    meter = FakeMeter(counts_work=True)
+    meter = FakeMeter(counts_work=True, device=trainer.device)
     sizes = {name: meter.hold(tensors, name) for name, tensors in held.items()}
     with meter, watched(meter, [*layers, *blocks]) as watch:
         noised = forward.noised(batch, generator)

@@ -66,7 +66,7 @@ def test_optimizers(name: str) -> None:
     weights = [torch.nn.Parameter(torch.zeros(size, device="cuda")) for size in (4, 4096)]
     choice = choose_optimizer(OptimizerOptions(optimizer_type=name, learning_rate=1e-2))
     optimizer = choice.build([{"params": weights}]).optimizer
-    for step in range(8):  # RAdam begins at the sixth
+    for step in range(8 if "RAdam" in name else 3):  # RAdam begins at the sixth
         torch.cuda.set_sync_debug_mode("error" if step else "default")
         for weight in weights:
             weight.grad = torch.ones_like(weight)

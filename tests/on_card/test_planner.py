@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import re
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ import torch
 from accelerate.state import AcceleratorState
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from library.cli import METHODS, load_attribute
+from library.cli import METHODS, guarded, load_attribute
 from library.memory.choice import MemoryChoice
 from library.memory.estimate import CUDA_CONTEXT, predict
 from library.memory.options import GIB
@@ -100,7 +101,7 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
     return Ground(tmp_path_factory.mktemp("planner"))
 
 
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("name", ["sd1 word", "flux LoRA", "sd3 full", "lumina LoRA"])
 def test_the_plan_is_that_of_the_cpu(
     name: str, ground: Ground, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -120,26 +121,39 @@ def test_the_plan_is_that_of_the_cpu(
     assert printed.startswith("predicted peak") and "--vram_budget 8.00 GB: chosen: " in printed
     for choice in CHOICES:
         found, expected = predict(on_card, choice), predict(on_cpu, choice)
-        assert abs(found.peak - CUDA_CONTEXT - expected.peak) < 1 << 16, choice  # tokens, copied to a card, count twice
+        assert abs(found.peak - CUDA_CONTEXT - expected.peak) < 1 << 15, choice
     assert on_card.weights == on_cpu.weights
     assert on_card.fixed == replace(on_cpu.fixed, context=CUDA_CONTEXT)
     assert on_card.has_host and not on_cpu.has_host
 
 
+WAYS: tuple[dict[str, Any], ...] = ({"vram_budget": "8GB"}, {"blocks_to_swap": "auto", "activation_budget": "auto"})
+
+
 @pytest.mark.parametrize("name", JOBS)
-def test_runs_do_what_was_planned(name: str, ground: Ground, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """In a budget, and in the memory that is free: both train, and say what they took beside what was predicted."""
-    for automatic in ({"vram_budget": "8GB"}, {"blocks_to_swap": "auto", "activation_budget": "auto"}):
-        caplog.clear()
-        torch.cuda.reset_peak_memory_stats()
-        trainer = ground.trainer(JOBS[name], tmp_path, **automatic)
-        with caplog.at_level(logging.INFO):
-            assert trainer.run() == 0
-        settle()
-        assert trainer.position.step == 2
-        assert torch.cuda.max_memory_allocated() + CUDA_CONTEXT < 8 * GIB
-        predicted, measured = figures(caplog.messages)
-        assert predicted < 8 and measured < 8
+def test_runs_take_what_was_planned(
+    name: str, ground: Ground, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In a budget, or (every second one) in the memory that is free; the peak is the predicted one."""
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()  # of earlier runs in this process
+    trainer = ground.trainer(JOBS[name], tmp_path, **WAYS[list(JOBS).index(name) % 2])
+    with caplog.at_level(logging.INFO):
+        assert trainer.run() == 0
+    settle()
+    assert trainer.position.step == 2
+    predicted, measured = figures(caplog.messages)
+    print(name, predicted, measured, before / GIB)
+    assert measured - before / GIB == pytest.approx(predicted, abs=0.03)
+
+
+def test_nothing_fits(ground: Ground, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line says what the smallest way takes, before a weight is read."""
+    trainer = ground.trainer(JOBS["flux LoRA"], tmp_path, vram_budget="0.5GB")
+    assert guarded(trainer.run) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: --vram_budget: nothing fits in 0.50 GB; the smallest that was found takes ")
 
 
 def figures(messages: list[str]) -> tuple[float, float]:

@@ -196,7 +196,7 @@ def test_every_way_to_save_memory(way: str, plain: Run, model: Make, dataset: Pa
     assert run.losses == pytest.approx(plain.losses, rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["fp8", "int8", "nf4"])
+@pytest.mark.parametrize("kind", ["fp8", "int8"])  # nf4 is the kernels of bitsandbytes: minutes on a CPU
 def test_quantised_weights(kind: str, plain: Run, model: Make, dataset: Path, tmp_path: Path) -> None:
     """With blocks swapped: the host holds what the card does."""
     quantised = {"fp8_base": True} if kind == "fp8" else {"base_quant": kind}
