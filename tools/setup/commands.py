@@ -37,10 +37,10 @@ def demo(arguments: list[str]) -> None:
     print(f"  LoRA file       {DEMO_OUTPUT / 'rocket.safetensors'}")
     print(f"  before / after  {DEMO_OUTPUT / 'sample' / 'rocket_before_after.png'}")
     print(f"  training curves {environment.folder.name}: tensorboard --logdir {DEMO_OUTPUT / 'logs'}")
-    print("Next, with your own pictures and checkpoint (see README.md and configs/sd_lora.toml):")
-    activate = r".venv\Scripts\activate" if os.name == "nt" else "source .venv/bin/activate"
+    print("Next, with your own pictures and checkpoint (step by step: docs/first_lora.md):")
+    activate, more = (r".venv\Scripts\Activate.ps1", "`") if os.name == "nt" else ("source .venv/bin/activate", "\\")
     print(f"  {activate}")
-    print("  accelerate launch train_network.py --config_file configs/sd_lora.toml \\")
+    print(f"  accelerate launch train_network.py --config_file configs/sd_lora.toml {more}")
     print("      --pretrained_model_name_or_path model.safetensors --train_data_dir pictures --output_dir output")
 
 
