@@ -86,7 +86,7 @@ def _names(device: torch.device, processes: int) -> str:
 
 
 def _gigabytes(size: int) -> str:
-    """As makers of cards count: 2^30 bytes."""
+    """Bytes as gigabytes of 2^30, as makers of cards count."""
     return f"{size / 2**30:.1f} GB"
 
 

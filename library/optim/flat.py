@@ -98,7 +98,7 @@ class FlatParameters:
         torch._foreach_zero_([flat.grad for flat in self.groups])
 
     def require_joined(self) -> None:
-        """Raises RuntimeError when a step would pass over parameters that are no views of the buffers any more."""
+        """Raise RuntimeError when a step would skip parameters that are not views of the buffers any more."""
         for number, flat in enumerate(self.groups):
             found = flat.strangers()
             if found:

@@ -87,7 +87,7 @@ class Updates:
         self._room = None
 
     def _bytes_of_states(self) -> int:
-        """Of the states that a card will hold, where that is known; main memory is not taken before it is used."""
+        """Bytes of the optimizer states that a card will hold, where known; main memory is taken only when used."""
         if self.accelerator.device.type == "cpu" or self.choice.row.paged or self.options.distributed.deepspeed:
             return 0
         weights = self.trainables.parameters()
