@@ -42,9 +42,9 @@ def batch_of(count, **changes):
     return Batch(names=["x"] * count, captions=[""] * count, loss_weights=weights, **changes)
 
 
-def same(table, name):
+def same(table, name, atol=1e-10):
     want = torch.tensor(TABLES[name])
-    torch.testing.assert_close(table[TABLES["timesteps"]], want, rtol=2e-6, atol=1e-10)
+    torch.testing.assert_close(table[TABLES["timesteps"]], want, rtol=2e-6, atol=atol)
 
 
 # ---- tables -------------------------------------------------------------------------------------------------------
@@ -58,7 +58,9 @@ def test_betas_and_snr():
 
 def test_zero_terminal_snr():
     fixed = zero_terminal_betas(BETAS)
-    same(fixed, "ztsnr.betas")
+    same(
+        fixed, "ztsnr.betas", atol=5e-7
+    )  # 1 - ratio in float32: a few units in the last place of 1, as processors round
     same(cumulated_alphas(fixed), "ztsnr.alphas_cumprod")
     assert cumulated_alphas(fixed)[-1] == 0 and cumulated_alphas(fixed)[0] == cumulated_alphas(BETAS)[0]
 
