@@ -17,18 +17,25 @@ Linux, macOS and Windows; standard library only. Other arguments are passed on (
 
 from __future__ import annotations
 
+import io
 import sys
 
 
 def main() -> None:
     if sys.version_info < (3, 10):  # noqa: UP036 - this script is what an older Python runs first
         sys.exit(f"Trainyard needs Python 3.10 or newer; this is {sys.version.split()[0]}")
-    from library.errors import UserError
+    for stream in (sys.stdout, sys.stderr):  # a path's letters that the terminal or the file cannot show
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    from library.errors import UserError, unknown
     from tools.setup.commands import WORDS
 
-    if len(sys.argv) < 2 or sys.argv[1] not in WORDS:
-        sys.exit((__doc__ or "").strip())
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help", "help"):
+        print((__doc__ or "").strip())
+        return
     try:
+        if sys.argv[1] not in WORDS:
+            raise UserError(unknown("start.py", sys.argv[1], WORDS, kind="command"))
         WORDS[sys.argv[1]](sys.argv[2:])
     except UserError as error:
         for problem in error.problems:

@@ -242,7 +242,10 @@ class HostCopy:
 
     def __init__(self, tensor: Tensor) -> None:
         asynchronous = is_card(tensor.device)
-        self._tensor = tensor.detach().to("cpu", non_blocking=asynchronous)
+        try:
+            self._tensor = tensor.detach().to("cpu", non_blocking=asynchronous)
+        except RuntimeError:  # the system refuses to lock the memory where torch would copy it to
+            self._tensor, asynchronous = tensor.detach().to("cpu"), False
         self._arrival = torch.get_device_module(tensor.device).Event() if asynchronous else None
         if self._arrival is not None:
             self._arrival.record()
@@ -282,11 +285,13 @@ def on_device(values: Tensor, device: torch.device | str) -> Tensor:
     """`values` on `device`, without the host waiting for the device.
 
     CUDA copies by itself only from page-locked memory; from any other memory, the host waits until the copy is staged.
+    So it does where the system refuses to lock this memory.
     """
     there = torch.device(device)
     has_contents = type(values) is Tensor  # not a FakeTensor of the planner, which cannot be pinned
     if there.type == "cuda" and values.device.type == "cpu" and has_contents and not values.is_pinned():
-        values = values.pin_memory()
+        with contextlib.suppress(RuntimeError):
+            values = values.pin_memory()
     return values.to(there, non_blocking=True)
 
 

@@ -19,6 +19,8 @@ from pathlib import Path
 
 SECONDS_TO_ANSWER = 30  # a driver that hangs must not hang the set-up
 INSTALL_TORCH = "python start.py setup --torch auto"  # the build that fits; `auto`, since an earlier --torch stays
+CARD_LINE = re.compile(r"\s*\d+(\.\d+)*\s*,.*,")  # of nvidia-smi's answer: 560.94, NVIDIA GeForce RTX 3060, 12288
+MOST_SAID = 300  # characters of what a driver's tool says is wrong
 ARCHITECTURES = {"amd64": "x86_64", "x64": "x86_64", "aarch64": "arm64"}  # other names of the two that we name
 
 # Discrete Intel GPUs by PCI device id: Alchemist (Arc A, Flex), Battlemage (Arc B), Data Center GPU Max.
@@ -159,9 +161,10 @@ def ask_nvidia_smi(tool: str) -> Nvidia:
     code, text = _ask([tool, f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"])
     if code and "compute_cap" in text:  # drivers before 510 do not know that field
         code, text = _ask([tool, f"--query-gpu={','.join(fields[:3])}", "--format=csv,noheader,nounits"])
-    rows = [[cell.strip() for cell in line.split(",")] for line in text.splitlines() if line.count(",") >= 2]
+    # a line of a card begins with the driver's version; warnings have commas, too
+    rows = [[cell.strip() for cell in line.split(",")] for line in text.splitlines() if CARD_LINE.match(line)]
     if code or not rows:
-        said = " ".join(text.split()) or f"it ended with code {code}"
+        said = " ".join(text.split())[:MOST_SAID] or f"it ended with code {code}"
         return Nvidia(problem=f"nvidia-smi found no card: {said}")
     return Nvidia(tuple(_card(row) for row in rows), rows[0][0])
 
@@ -170,7 +173,7 @@ def _card(row: list[str]) -> NvidiaCard:
     capability = re.fullmatch(r"(\d+)\.(\d+)", row[3]) if len(row) > 3 else None
     return NvidiaCard(
         name=row[1] if row[1].startswith("NVIDIA") else f"NVIDIA {row[1]}",  # older drivers leave the word out
-        memory_mib=int(row[2]) if row[2].isdigit() else None,  # "[N/A]" where memory is shared with the processor
+        memory_mib=int(row[2]) if row[2].isdecimal() else None,  # "[N/A]" where memory is shared with the processor
         capability=(int(capability[1]), int(capability[2])) if capability else None,
     )
 
@@ -188,8 +191,8 @@ def find_amd(system: System) -> tuple[AmdCard, ...]:
             return tuple(_rocminfo_cards(text))
     cards = []
     for file in sorted(system.root.glob("sys/class/kfd/kfd/topology/nodes/*/properties")):
-        values = dict(line.split(maxsplit=1) for line in _read(file).splitlines() if " " in line)
-        version = int(values.get("gfx_target_version", 0))  # 100300 for gfx1030, 90010 for gfx90a, 0 for a processor
+        found = re.search(r"^gfx_target_version (\d+)", _read(file), re.MULTILINE)
+        version = int(found[1]) if found else 0  # 100300 for gfx1030, 90010 for gfx90a, 0 for a processor
         if version:
             cards.append(AmdCard(f"gfx{version // 10000}{version // 100 % 100:x}{version % 100:x}"))
     return tuple(cards)

@@ -13,10 +13,13 @@ differ by machine, and `python start.py` installs the build that fits (tools/set
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,10 +61,16 @@ def lock(upgrade: bool) -> None:
         held = ["-c", "requirements.lock"] if name != "requirements.lock" else []
         universal = [source, *held, "--universal", "--python-version", PYTHONS[0]]
         universal += ["--upgrade"] if upgrade else []
-        pins = names(uv(*universal))
-        left_out = sorted({pin.partition("==")[0] for pin in pins - without_torch(pins)})
-        options = [word for package in left_out for word in ("--no-emit-package", package)]
-        text = uv(*universal, *options, "--generate-hashes")
+        with tempfile.TemporaryDirectory() as folder:
+            # uv keeps to the versions of the file that it writes: to this copy, as it must end with all or nothing
+            copy = Path(folder) / name
+            if (ROOT / name).exists():
+                shutil.copy(ROOT / name, copy)
+            universal += ["--output-file", str(copy)]
+            pins = names(uv(*universal))
+            left_out = sorted({pin.partition("==")[0] for pin in pins - without_torch(pins)})
+            options = [word for package in left_out for word in ("--no-emit-package", package)]
+            text = uv(*universal, *options, "--generate-hashes")
         header = f"# Made of {source} by `python tools/lock_requirements.py`. Do not edit.\n"
         (ROOT / name).write_text(header + text, encoding="utf-8")
         print(f"{name}: {len(names(text))} packages")
@@ -86,6 +95,10 @@ def main() -> None:
     parser.add_argument("--upgrade", action="store_true", help="newest versions of what is not pinned")
     parser.add_argument("--check", action="store_true", help="write nothing, try every Python on every system")
     options = parser.parse_args()
+    if options.check and options.upgrade:
+        parser.error("--check writes nothing, so --upgrade has nothing to do beside it")
+    if importlib.util.find_spec("uv") is None:
+        parser.error("uv is not there: pip install uv")
     if options.check:
         check()
     else:

@@ -73,11 +73,7 @@ def measure_all(settings: argparse.Namespace) -> int:
     """Every job's table, printed and written as soon as it is there."""
     import torch
 
-    try:
-        names = chosen(settings.jobs)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    check_ways(settings, names)
+    names = check_choice(settings)
     if not settings.tiny and not torch.cuda.is_available():
         raise UserError("no CUDA device here: run this on a machine with one, or give --tiny to test the script itself")
     lines = Lines(settings.output)
@@ -87,6 +83,21 @@ def measure_all(settings: argparse.Namespace) -> int:
         for name in names:
             measure_job(name, settings, folder / name, card, lines)
     return 0
+
+
+def checked(argv: Sequence[str]) -> None:
+    """Ends as the command would where its options are wrong; measures nothing."""
+    check_choice(parse(argv))
+
+
+def check_choice(settings: argparse.Namespace) -> Sequence[str]:
+    """The names of the jobs. UserError where jobs, rows or steps are wrong."""
+    try:
+        names = chosen(settings.jobs)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    check_ways(settings, names)
+    return names
 
 
 def check_ways(settings: argparse.Namespace, names: Sequence[str]) -> None:

@@ -20,6 +20,7 @@ from xml.etree import ElementTree
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.common import ROOT
+from benchmarks.gpu import run
 from library.cli import EXIT_STOPPED, guarded
 from library.errors import UserError
 from tools.setup.doctor import private
@@ -54,10 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_all(folder: Path, tests: str, options: list[str]) -> int:
     """Tests, then benchmarks, then all of it in one file."""
+    run.checked(options)  # now, not after an hour of tests
     check_card()
     folder.mkdir(parents=True, exist_ok=True)
     results = folder / "RESULTS.md"
-    results.unlink(missing_ok=True)
+    if results.exists():
+        results.replace(folder / "RESULTS.previous.md")
     tested = run_tests(tests.split(), folder / "tests.xml")
     section = private(tested.section(tests))
     print(section, flush=True)

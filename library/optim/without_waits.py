@@ -37,9 +37,11 @@ def without_synchronizing(optimizer: Any) -> None:
     """Let an optimizer of bitsandbytes step without a synchronization of the device after each weight.
 
     Its kernels run in the current stream, where everything that follows comes after them. Only paged optimizers, whose
-    states the host may read too, need it.
+    states the host may read too, need it. Versions before `sync_gpu` (0.45) stay as they are.
     """
     module: Any = sys.modules["bitsandbytes.optim.optimizer"]
+    if "sync_gpu" not in vars(module):
+        return
     step: Callable[..., Any] = optimizer.step
 
     def quick_step(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -114,11 +114,12 @@ class Updates:
     def step(self) -> Tensor:
         """Clip the gradients and step the optimizer. The gradient norm before clipping, on the device."""
         self.release_room()
-        self._has_states = True
         if self.in_backward is not None:
+            self._has_states = True
             return self.in_backward.finish()
         norm = self.clip_gradients()
         self.optimizer.step()
+        self._has_states |= not self.optimizer.step_was_skipped  # fp16's first steps often are, and make no states
         return norm
 
     def clip_gradients(self) -> Tensor:

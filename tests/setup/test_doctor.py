@@ -104,4 +104,4 @@ def test_private(monkeypatch):
     monkeypatch.setenv("HOME", "/home/ann")
     monkeypatch.setenv("LOGNAME", "ann")
     said = doctor.private("/home/ann/x /home/annette/x /mnt/ann/models annual C:\\Users\\ann")
-    assert said == "~/x /home/annette/x /mnt/~/models annual C:\\Users\\~"
+    assert said == "~/x /home/~/x /mnt/~/models annual C:\\Users\\~"

@@ -272,4 +272,6 @@ def test_start_py_itself_with_nothing_but_the_standard_library(fake: FakeMachine
     done = start("setup", "--torch", "auto")
     assert done.returncode == 0, done.stderr
     assert "CUDA 12.6 build for NVIDIA GeForce RTX 3060 (driver 535.183)" in done.stdout
-    assert start("nothing").returncode == 1
+    wrong = start("dmeo")
+    assert (wrong.returncode, wrong.stderr) == (2, "error: start.py: unknown command 'dmeo'. Did you mean 'demo'?\n")
+    assert start().returncode == start("--help").returncode == 0

@@ -33,6 +33,8 @@ def demo(arguments: list[str]) -> None:
     # so small a model is slower, not faster, with many threads
     os.environ.setdefault("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))
     run([str(environment.python), "train_network.py", "--config_file", DEMO_CONFIG, *rest])
+    if rest:  # --help, another folder, other steps: what follows need not hold
+        return
     print(f"\nDone in {time.monotonic() - started:.0f} s. The base model had never seen a rocket; now it draws one.")
     print(f"  LoRA file       {DEMO_OUTPUT / 'rocket.safetensors'}")
     print(f"  before / after  {DEMO_OUTPUT / 'sample' / 'rocket_before_after.png'}")
@@ -96,10 +98,19 @@ def take_torch_option(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 
 def run(command: list[str]) -> None:
-    """Run a command in the project's folder; when it fails, end with its exit code."""
-    code = subprocess.call(command, cwd=ROOT)
+    """Run a command in the project's folder; when it fails, end with its exit code.
+
+    Ctrl-C reaches the command as well, which ends in good order: subprocess.call would kill it after 0.25 s.
+    """
+    process = subprocess.Popen(command, cwd=ROOT)
+    while True:
+        try:
+            code = process.wait()
+            break
+        except KeyboardInterrupt:
+            continue
     if code:
-        sys.exit(code)
+        sys.exit(code if code > 0 else 128 - code)
 
 
 WORDS: dict[str, Callable[[list[str]], None]] = {

@@ -73,13 +73,21 @@ def doctor(environment: Environment) -> Report:
 
 def private(text: str) -> str:
     """Without home folder and user name: ~ in their place."""
-    homes = {str(Path.home()), str(Path.home().resolve())}
+    try:
+        homes = {str(Path.home()), str(Path.home().resolve())}
+    except RuntimeError:  # neither HOME nor a user whom the system knows
+        homes = set()
     for home in sorted((home for home in homes if len(home) > 1), key=len, reverse=True):
         text = re.sub(re.escape(home) + r"(?![\w-])", "~", text)
     try:
         user = getpass.getuser()
     except (OSError, KeyError, ImportError):  # a user whom the system does not know, in a container
+        user = ""
+    # also other users' folders: with sudo, or in a container, the project may lie in one
+    text = re.sub(r"(?i)(?<![\w.-])((?:[A-Z]:)?[/\\](?:home|Users)[/\\])[^/\\\s]+", r"\1~", text)
+    if not user:
         return text
+    text = re.sub(rf"(?<=torchinductor_){re.escape(user)}(?![\w.-])", "~", text)  # torch's name of its own cache
     return re.sub(rf"(?<=[/\\]){re.escape(user)}(?=[/\\\s]|$)", "~", text)
 
 
@@ -130,10 +138,14 @@ def _processor() -> str:
 
 def _disks() -> Iterator[tuple[str, str]]:
     """Free space of the project's disk, and of that on which models are kept that come from the hub."""
-    hub = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    hub = Path(os.environ.get("HF_HOME") or os.path.expanduser("~/.cache/huggingface"))
     seen: set[int] = set()
     for name, wanted in (("disk", ROOT), ("disk of the hub's cache", hub)):
-        folder = next(place for place in (wanted, *wanted.absolute().parents) if place.exists())
+        # os.path.exists: a folder that may not be looked into is one that is not there
+        folder = next((place for place in (wanted, *wanted.absolute().parents) if os.path.exists(place)), None)
+        if folder is None:  # a drive of Windows that is not there
+            yield name, f"not known: {wanted} is not there"
+            continue
         if folder.stat().st_dev in seen:
             continue
         seen.add(folder.stat().st_dev)
@@ -178,7 +190,9 @@ def environment_facts(python: Path) -> Iterator[tuple[str, str]]:
     """What environment_facts.py prints; of one that ends early, all that it had said."""
     script = Path(__file__).with_name("environment_facts.py")
     try:
-        done = subprocess.run([str(python), str(script)], capture_output=True, text=True, timeout=SECONDS_TO_ANSWER)
+        done = subprocess.run(
+            [str(python), str(script)], capture_output=True, text=True, errors="replace", timeout=SECONDS_TO_ANSWER
+        )
         text, ending = done.stdout, f"ended with code {done.returncode}" if done.returncode else ""
     except subprocess.TimeoutExpired as error:
         text = error.stdout.decode(errors="replace") if isinstance(error.stdout, bytes) else error.stdout or ""
@@ -188,7 +202,7 @@ def environment_facts(python: Path) -> Iterator[tuple[str, str]]:
     for line in text.splitlines():
         try:
             name, value = json.loads(line)
-        except ValueError:  # what a library printed
+        except (ValueError, TypeError):  # what a library printed
             continue
         yield name, value
     if ending:

@@ -54,10 +54,10 @@ class Environment:
         """The environment's Python, where Windows and the others keep it."""
         return self.folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
-    def make(self) -> None:
-        """Create it with pip in it, unless it is there."""
+    def make(self) -> bool:
+        """Create it with pip in it, unless it is there. True when it is new, and so empty."""
         if self.python.exists():
-            return
+            return False
         if importlib.util.find_spec("ensurepip") is None:
             version = f"{sys.version_info[0]}.{sys.version_info[1]}"
             raise UserError(
@@ -65,12 +65,26 @@ class Environment:
             )
         print(f"making the environment in {self.folder} ...", flush=True)
         shutil.rmtree(self.folder, ignore_errors=True)
-        venv.create(self.folder, with_pip=True)
+        whole = False
+        try:
+            venv.create(self.folder, with_pip=True)
+            whole = True
+        except (OSError, ValueError, subprocess.CalledProcessError) as error:  # ValueError: .venv is a file
+            raise UserError(f"{self.folder} cannot be made: {getattr(error, 'strerror', None) or error}") from None
+        finally:
+            if not whole:  # one with a Python and no pip would be taken for a whole one
+                shutil.rmtree(self.folder, ignore_errors=True)
+        return True
 
     def pip(self, *arguments: str) -> int:
         """Run the environment's pip; its exit code."""
         quiet = [] if sys.stdout.isatty() else ["--quiet"]
-        return subprocess.call([str(self.python), "-m", "pip", "--disable-pip-version-check", *quiet, *arguments])
+        command = [str(self.python), "-m", "pip", "--disable-pip-version-check", *quiet, *arguments]
+        try:
+            return subprocess.call(command)
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"{self.python} does not start: {reason}: delete {self.folder}, then try again") from None
 
     def torch(self) -> Torch | None:
         """The torch in it; None when there is none or it cannot be imported."""
@@ -78,15 +92,16 @@ class Environment:
             return None
         command = [str(self.python), "-I", str(Path(__file__).with_name("torch_check.py"))]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS_TO_IMPORT)
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=SECONDS_TO_IMPORT)
             found = json.loads(done.stdout.splitlines()[-1])
-        except (subprocess.TimeoutExpired, IndexError, json.JSONDecodeError):
+        except (OSError, subprocess.TimeoutExpired, IndexError, json.JSONDecodeError):
             return None
         return Torch(found["version"], found["build"], tuple(found["devices"]))
 
     def torch_error(self) -> str:
         """The last line that `import torch` prints when it fails."""
-        done = subprocess.run([str(self.python), "-I", "-c", "import torch"], capture_output=True, text=True)
+        command = [str(self.python), "-I", "-c", "import torch"]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         return (done.stderr.strip().splitlines() or ["it does not compute"])[-1]
 
     def holds_torch(self) -> bool:
@@ -129,11 +144,13 @@ def set_up(
     there = None if torch_is_right else environment.torch()
     if asked == KEEP and not torch_is_right and there is None:
         raise UserError(f"--torch keep: there is no torch that works in {environment.folder}; leave the option out")
-    environment.make()
+    if environment.make():  # .venv was not there, or its Python was gone: what the record says went with it
+        record.locks, torch_is_right = {}, False
     install_locks(environment, lock, record)
     if torch_is_right:
         return
-    record.torch_asked = asked
+    record.torch_asked, record.torch_chosen = asked, ""  # until it is there: an installation may be cut short
+    environment.write_record(record)
     record.torch_chosen = chosen if provide_torch(environment, choice, there, asked) else ""
     environment.write_record(record)
 
@@ -225,7 +242,7 @@ def index_answers(environment: Environment, choice: TorchChoice) -> bool:
     command += ["--index-url", choice.index, "--retries", "0", "--timeout", "10"]
     # this index alone: pip's configuration may name more places
     only = {**os.environ, "PIP_EXTRA_INDEX_URL": choice.index, "PIP_FIND_LINKS": str(environment.folder)}
-    done = subprocess.run(command, env=only, capture_output=True, text=True)
+    done = subprocess.run(command, env=only, capture_output=True, text=True, errors="replace")
     return done.returncode == 0 and f"{TORCH}+{choice.build.name}" in done.stdout
 
 

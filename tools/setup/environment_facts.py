@@ -33,18 +33,29 @@ def packages() -> Facts:
     """Versions of what requirements.txt names, and of what may be there besides."""
     yield "environment", f"Python {platform.python_version()} {'in .venv' if in_environment() else 'of your own'}"
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    wanted = {found[0]: ";" in line for line in lines if (found := re.match(r"[A-Za-z][\w.-]*", line))}
-    versions = {name: version_of(name) for name in (*wanted, *OTHERS)}
+    named = {found[0]: line for line in lines if (found := re.match(r"[A-Za-z][\w.-]*", line)) and applies(line)}
+    versions = {name: version_of(name) for name in (*named, *OTHERS)}
     for name, version in versions.items():
         if version and name != "torch":
             yield name, version
-    absent = [name for name, conditional in wanted.items() if not versions[name] and not conditional]
+    absent = [name for name in named if not versions[name]]
     if absent:
         yield MISSING, f"{', '.join(absent)}: {SETUP}"
 
 
 def in_environment() -> bool:
     return Path(sys.prefix).resolve() == (ROOT / ".venv").resolve()
+
+
+def applies(line: str) -> bool:
+    """Whether a line of requirements.txt is for this Python and system: `python_version < "3.11"` and the like."""
+    marker = re.search(r';\s*(python_version|sys_platform)\s*(>=|<|!=)\s*"(.+)"', line)
+    if marker is None:
+        return True
+    if marker[1] == "sys_platform":
+        return sys.platform != marker[3]
+    newer = sys.version_info[:2] >= tuple(map(int, marker[3].split(".")))
+    return newer == (marker[2] == ">=")
 
 
 def version_of(package: str) -> str:

@@ -188,7 +188,12 @@ def _choose_cuda(nvidia: Nvidia, system: System) -> TorchChoice | None:
     elif newest in fitting:
         why = f"{newest.title} would need driver {newest.driver_needed(system)} or newer"
     else:
-        why = f"{newest.title} has no code for this card any more"
+        lost = next(card for card in covered[build.name] if not newest.supports(card, system))
+        which = "this card" if lost is covered[build.name][0] else lost.name
+        why = f"{newest.title} has no code for {which} any more"
+    left_out = [card.name for card in nvidia.cards if not build.supports(card, system)]
+    if left_out:
+        why += f"; it has no code for {', '.join(left_out)}, so hide that from torch (CUDA_VISIBLE_DEVICES)"
     return TorchChoice(build, system, why, card, advice)
 
 
