@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Set up and try Trainyard with nothing but Python 3.10 or newer.
+"""Set up and try Trainyard with nothing but Python 3.10 to 3.13.
 
     python start.py demo     make the environment (.venv), train a LoRA on the built-in model, show before and after
     python start.py test     make the environment and run the tests

@@ -40,7 +40,7 @@ def packages() -> Facts:
             yield name, version
     absent = [name for name in named if not versions[name]]
     if absent:
-        yield MISSING, f"{', '.join(absent)}: {SETUP}"
+        yield MISSING, f"{', '.join(absent)}: delete the folder .venv, then {SETUP}"
 
 
 def in_environment() -> bool:
