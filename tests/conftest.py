@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Test-wide settings: one thread (tiny models lose time to more), no network, and a cache folder of its own."""
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -19,3 +20,11 @@ def own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collections() -> Iterator[None]:
+    """What is alive after a module's tests stays: the collections of later runs need not look at it again."""
+    yield
+    gc.collect()
+    gc.freeze()
