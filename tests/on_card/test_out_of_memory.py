@@ -94,6 +94,23 @@ def test_any_limit_ends_well(
         assert ends == sorted(ends) and ends[0] == 0
 
 
+def test_a_refused_page_lock_is_not_a_full_card(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches and tokens are copied from ordinary memory then: the same losses, and nothing is made smaller."""
+    own = {"network_train_unet_only": True}
+    whole = run(values, tmp_path / "whole", **own)
+    lock = torch.Tensor.pin_memory
+
+    def refuse(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.nbytes > 4096:
+            raise RuntimeError("CUDA error: out of memory")
+        return lock(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", refuse)
+    assert whole[0] == 0 and run(values, tmp_path / "refused", **own) == whole
+
+
 def flux_like(count: int) -> list[int]:
     double, single = count // 2, 2 * (count - count // 2)
     return [*spread(DOUBLE, double), *(DOUBLE + index for index in spread(SINGLE, single))]
