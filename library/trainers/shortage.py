@@ -24,11 +24,11 @@ class DoesNotFit(UserError):
 
 
 class HalfDone(UserError):
-    """Memory ran out when some weights had been stepped: the step can be neither finished nor taken again."""
+    """Memory ran out when weights may have been stepped: the step can be neither finished nor taken again."""
 
     def __init__(self, step: int, reason: str) -> None:
         super().__init__(
-            f"out of memory in step {step + 1} ({reason}) when some weights had been changed already, so that it "
+            f"out of memory in step {step + 1} ({reason}) when some weights may have been changed already, so that it "
             "cannot be taken again, and nothing is saved: continue from the last state (--resume latest, where "
             f"--save_state wrote one) with less. {NEEDS_LESS[0].upper()}{NEEDS_LESS[1:]}"
         )

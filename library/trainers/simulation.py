@@ -106,21 +106,21 @@ def largest(plans: Sequence[BatchPlan]) -> BatchPlan:
 
 
 def _without_files(options: TrainerOptions) -> TrainerOptions:
-    """Adapters are built new: those of a file would be as large. With --dim_from_weights only the file says so.
+    """Options of a run that neither reads nor writes files of adapters.
 
-    Nothing is written either, so that no other format has to name them.
+    Adapters are built new: those of a file would be as large. With --dim_from_weights only the file says how large.
     """
-    groups = {name: group for name, group in vars(options).items() if FILES_OF_WEIGHTS[1] in vars(group)}
-    cleared = {
-        name: replace(group, **{file: None for file in FILES_OF_WEIGHTS if file in vars(group)})
-        for name, group in groups.items()
-        if not vars(group).get("dim_from_weights")
-    }
-    simulated = replace(options, **cleared)
-    network = vars(simulated).get("network")
-    if network is not None and "lora_format" in vars(network):
-        simulated = replace(simulated, network=replace(network, lora_format="kohya"))  # type: ignore[call-arg]
-    return simulated
+    changed = {}
+    for name, group in vars(options).items():
+        values = vars(group)
+        if "network_weights" not in values:
+            continue
+        files = () if values.get("dim_from_weights") else FILES_OF_WEIGHTS
+        own: dict[str, Any] = {file: None for file in files if file in values}
+        if "lora_format" in values:
+            own["lora_format"] = "kohya"  # as adapters have it: nothing has to be named in another way
+        changed[name] = replace(group, **own)
+    return replace(options, **changed)
 
 
 # ---- models ---------------------------------------------------------------------------------------------------------
