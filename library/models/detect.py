@@ -21,8 +21,10 @@ class Kind:
     marks: tuple[str, ...]  # tensor names without prefix, of which one is enough
 
 
-def _model(name: str, title: str, script: str, *marks: str) -> Kind:
-    return Kind(name, f"{title} checkpoint: use {script}", marks)
+def _model(name: str, title: str, script: str | None, *marks: str) -> Kind:
+    """script: what trains it, None for an architecture that is only recognised."""
+    answer = f"{title} checkpoint: use {script}" if script else f"{title} checkpoint, which no script here trains yet"
+    return Kind(name, answer, marks)
 
 
 # Of each architecture: a name in published and one in diffusers files. A kind stands before those that share its marks.
@@ -31,14 +33,14 @@ ARCHITECTURES = (
     _model(
         "flux2",
         "a FLUX.2",
-        "flux2_train_network.py",
+        None,
         "double_stream_modulation_img.lin.weight",
         "double_stream_modulation_img.linear.weight",
     ),
     _model(
         "hunyuan_image",
         "a HunyuanImage-2.1",
-        "hunyuan_image_train_network.py",
+        None,
         "byt5_in.fc1.weight",
         "context_embedder_2.linear_1.weight",
     ),
@@ -65,11 +67,11 @@ ARCHITECTURES = (
     _model(
         "anima",
         "an Anima",
-        "anima_train_network.py",
+        None,
         "llm_adapter.embed.weight",
         "blocks.0.adaln_modulation_self_attn.1.weight",
     ),
-    _model("sana", "a SANA", "sana_train_network.py", "attention_y_norm.weight", "caption_norm.weight"),
+    _model("sana", "a SANA", None, "attention_y_norm.weight", "caption_norm.weight"),
     _model("sdxl", "an SDXL", "sdxl_train_network.py", "label_emb.0.0.weight", "add_embedding.linear_1.weight"),
 )
 
@@ -119,7 +121,6 @@ UNKNOWN_ANSWERS = {
     "sd": "no Stable Diffusion checkpoint: it has no model.diffusion_model.* weights",
     "sdxl": "no SDXL checkpoint: it has no model.diffusion_model.* weights",
 }
-SD_ANSWER = "a Stable Diffusion 1.x or 2.x checkpoint: use train_network.py"
 
 # start of a pipeline's class name -> architecture; a longer name stands before those that it starts with
 PIPELINES = {
