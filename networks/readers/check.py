@@ -7,8 +7,9 @@ in float64, so that they agree to 1e-5 where the file is in float32, else to the
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -70,6 +71,11 @@ class Check:
         self._changes: dict[str, Tensor] = {}
         self._plain: dict[str, Tensor] = {}
 
+    def sample(self) -> Check:
+        """Of layers that are alike the first and the last: a check of those."""
+        names = _ends_of_alike({name: re.sub(r"\d+", "#", name) for name in self.layers})
+        return Check([self.layers[name] for name in names], self.model)
+
     def programs(self) -> list[Program]:
         return [program for program in PROGRAMS if self.model in program.models]
 
@@ -110,13 +116,12 @@ class Check:
 
     def _computed(self, found: Mapping[str, list[tuple[Entry, slice]]]) -> list[str]:
         """All layers, but of large ones that are alike the first and the last where each costs a large product."""
-        alike: dict[str, list[str]] = {}
+        keys = {}
         for name, entries in found.items():
             cheap = all(entry.kind in CHEAP and DORA not in entry.tensors for entry, _ in entries)
             numbers = torch.Size(self.layers[name].shape).numel()
-            key = name if cheap or numbers < LARGE else re.sub(r"\d+", "#", name)
-            alike.setdefault(key, []).append(name)
-        return [name for names in alike.values() for name in dict.fromkeys((names[0], names[-1]))]
+            keys[name] = name if cheap or numbers < LARGE else re.sub(r"\d+", "#", name)
+        return _ends_of_alike(keys)
 
     def _difference(self, name: str, entries: Sequence[tuple[Entry, slice]], decompose: str) -> float:
         """0 where the program arrives at the trained change, else how far it is away."""
@@ -160,6 +165,14 @@ class Check:
         return order(change_of(entry.kind, entry.tensors, layer.probe.flat, base, decompose))
 
 
+def _ends_of_alike(keys: Mapping[str, str]) -> list[str]:
+    """The first and the last name of each key."""
+    alike: dict[str, list[str]] = {}
+    for name, key in keys.items():
+        alike.setdefault(key, []).append(name)
+    return [name for names in alike.values() for name in dict.fromkeys((names[0], names[-1]))]
+
+
 def _lora_name(name: str) -> str:
     return f"lora_{name.removeprefix('oft_')}" if name.startswith("oft_") else name
 
@@ -175,36 +188,39 @@ class Report:
     warnings: list[str]
 
 
-def report(
-    check: Check, tensors: Mapping[str, Tensor], form: str, rewritten: Callable[[str], Mapping[str, Tensor]]
-) -> Report:
-    """rewritten: the same network in another --lora_format; raises where that has no names for it."""
+Rewritten = Callable[[str, Collection[str]], Mapping[str, Tensor]]
+
+
+def report(check: Check, tensors: Mapping[str, Tensor], form: str, rewritten: Rewritten) -> Report:
+    """What the programs make of a file in the --lora_format `form`.
+
+    rewritten: these layers of the same network in another format; raises where that has no names for them.
+    """
     verdicts = {program: check.verdict(program, tensors) for program in check.programs()}
     taken = [program.name for program, verdict in verdicts.items() if verdict.takes]
+    formats = _Formats(check.sample(), rewritten, [other for other in FORMATS if other != form])
     warnings = []
-    others: dict[str, Mapping[str, Tensor] | None] = {}
     for program, verdict in verdicts.items():
         if not verdict.takes:
-            better = _better(check, program, form, rewritten, others)
+            better = formats.taken_by(program)
             advice = f"--lora_format {better} is for it" if better else "no --lora_format of this network is for it"
             warnings.append(f"{program.name} {verdict.text()}; {advice}")
     return Report(taken, warnings)
 
 
-def _better(
-    check: Check, program: Program, form: str, rewritten: Callable[[str], Mapping[str, Tensor]],
-    others: dict[str, Mapping[str, Tensor] | None],
-) -> str | None:  # fmt: skip
-    """The first other format that the program takes."""
-    for other in FORMATS:
-        if other == form:
-            continue
-        if other not in others:
-            try:
-                others[other] = rewritten(other)
-            except Exception:  # a format that has no names for this network is no advice
-                others[other] = None
-        found = others[other]
-        if found is not None and check.verdict(program, found).takes:
-            return other
-    return None
+class _Formats:
+    """The same network in other formats, written when a program asks for them: of layers that are alike only two."""
+
+    def __init__(self, check: Check, rewritten: Rewritten, others: Sequence[str]):
+        self.check, self.rewritten, self.others = check, rewritten, others
+
+    def taken_by(self, program: Program) -> str | None:
+        """The first format that the program takes."""
+        return next((o for o in self.others if (t := self._tensors(o)) and self.check.verdict(program, t).takes), None)
+
+    @functools.cache  # noqa: B019  # lives as long as the report is made
+    def _tensors(self, form: str) -> Mapping[str, Tensor] | None:
+        try:
+            return self.rewritten(form, self.check.layers.keys())
+        except Exception:  # a format that has no names for this network is no advice
+            return None

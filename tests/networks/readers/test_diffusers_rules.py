@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our rules for diffusers say of each file what its real loader does: refused, left out, other than trained, or right."""
+"""Our rules for diffusers say of each file what its real loader does: refused, left out, other than trained, right."""
 
 from __future__ import annotations
 
