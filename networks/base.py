@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,9 @@ from library.errors import UserError, first_names
 from networks.formats import read_tensors, write_tensors
 from networks.shared import SharedCall
 from networks.spec import TargetSpec
+
+if TYPE_CHECKING:
+    from networks.readers.trained import TrainedLayer
 
 Rates = float | Sequence[float] | None  # one learning rate, or one per text encoder
 
@@ -284,6 +287,10 @@ class AdapterNetwork(nn.Module, ABC):
     def targets(self) -> dict[str, TargetSpec]:
         """Published name -> what the adapter of that name is put on; empty for third-party modules."""
         return {}
+
+    def trained(self) -> list[TrainedLayer]:
+        """Each layer as a function, to be compared with what other programs make of the file."""
+        return []
 
     def reads_weights(self, among: Iterable[nn.Module]) -> bool:
         """Whether a pass looks at the weights of some of these modules themselves. Of third-party ones that is open."""

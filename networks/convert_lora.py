@@ -68,7 +68,7 @@ def convert_file(options: ConvertOptions) -> None:
     """Read, convert, write whole or not at all. Raises UserError for what cannot be converted."""
     import torch
 
-    from library.io.checkpoint import save_tensors
+    from library.io.checkpoint import in_precision, save_tensors
     from networks.formats import alphas_in, convert, dora_norms, header, layers_in, read_metadata, read_tensors
 
     assert options.src and options.dst and options.to
@@ -85,10 +85,7 @@ def convert_file(options: ConvertOptions) -> None:
         tensors = convert(tensors, "kohya", alphas=alphas_in(metadata), norms=norms)
         if options.save_precision:
             dtype = getattr(torch, PRECISIONS[options.save_precision])
-            tensors = {
-                key: value.to(dtype) if value.is_floating_point() and not key.endswith(".alpha") else value
-                for key, value in tensors.items()
-            }
+            tensors = in_precision(tensors, dtype, options.dst)
         result = convert(tensors, options.to, norms=norms)
     except UserError as error:
         raise UserError([f"{options.src}: {problem}" for problem in error.problems]) from None

@@ -38,6 +38,7 @@ from networks.format_layers import (
     split,
     unfold_alpha,
 )
+from networks.format_oft import convert_oft, is_oft
 from networks.format_tables import ARCHITECTURES, BY_NAME, Architecture, Index, Layer, blocks_in, index_of
 
 Format = Literal["kohya", "comfy", "peft"]
@@ -52,7 +53,6 @@ PEFT_METADATA = "lora_adapter_metadata"  # header entry of diffusers: ranks and 
 
 COMFY_PREFIXES = ("diffusion_model.", "model.diffusion_model.", "text_encoders.")
 PEFT_PREFIXES = ("unet.", "transformer.", "text_encoder.", "text_encoder_2.", "text_encoder_3.")
-OFT_PREFIX = "oft_unet_"
 # Flat names with the path of diffusers: of OneTrainer, and of older FLUX trainers
 FLAT_PEFT_PREFIXES = ("lora_transformer_", "lora_unet_transformer_blocks_", "lora_unet_single_transformer_blocks_")
 # Of U-Nets: kohya's own names for Stable Diffusion 1.x and 2.x, and flat names of diffusers for XL
@@ -170,9 +170,6 @@ def _parse(key: str) -> tuple[str, str] | None:
 
 def _paths(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Path as in the file -> kohya's suffix -> tensor. Raises UserError naming the keys that are not understood."""
-    rotations = [key for key in tensors if key.startswith(OFT_PREFIX)]
-    if rotations:
-        raise UserError(f"OFT has no names in other formats than kohya: {first_names(rotations)}")
     found: dict[str, dict[str, Tensor]] = {}
     unknown: list[str] = []
     for key, value in tensors.items():
@@ -256,6 +253,8 @@ def convert(
     architecture: name in `format_tables.BY_NAME`; found from the keys when None.
     Raises UserError for unknown layers, and for tensors that the format has no name for.
     """
+    if is_oft(tensors):
+        return convert_oft(tensors, to, architecture)
     came = format_of(tensors)
     if came == to == "kohya":
         return dict(tensors)
@@ -285,7 +284,7 @@ def read_adapter(path: str | Path) -> dict[str, Tensor]:
 
 def header(tensors: Mapping[str, Tensor], to: str, *, architecture: str | None = None) -> dict[str, str]:
     """What the header of a file in format `to` must have so that the way back restores alpha."""
-    if to == "kohya":
+    if to == "kohya" or is_oft(tensors):
         return {}
     index = _index(tensors, architecture)
     if to == "comfy" and index.architecture.comfy_alpha:
@@ -327,6 +326,8 @@ def dora_norms(tensors: Mapping[str, Tensor], weight_of: Callable[[str], Tensor 
     """
     found: dict[str, tuple[Tensor, Tensor]] = {}
     missing: list[str] = []
+    if is_oft(tensors):
+        return found
     for name, (_, own) in _layers(tensors, _index(tensors, None)).items():
         if not on_output_axis(own):
             continue

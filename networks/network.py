@@ -16,6 +16,7 @@ from library.errors import UserError, first_names
 from library.log import get_logger
 from networks.base import AdapterLayer, AdapterNetwork, NormReport, Rates
 from networks.formats import by_module, to_kohya
+from networks.readers.trained import TrainedLayer, trained_layer
 from networks.spec import Part, TargetSpec
 
 
@@ -94,6 +95,9 @@ class LayerNetwork(AdapterNetwork):
 
     def targets(self) -> dict[str, TargetSpec]:
         return {name: layer.target for name, layer in self.named_layers().items()}
+
+    def trained(self) -> list[TrainedLayer]:
+        return [trained_layer(layer) for layer in self.named_layers().values()]
 
     def step_taken(self) -> None:
         for layer in self.named_layers().values():

@@ -30,6 +30,7 @@ from networks.base import AdapterNetwork, NormReport, Rates
 from networks.formats import read_tensors, to_kohya, write_tensors
 from networks.network import encoder_rate
 from networks.options import read_network_args
+from networks.readers.trained import TrainedLayer, foreign_layer
 from networks.targets import TextEncoders, as_list
 
 REQUIRED = ("apply_to", "prepare_optimizer_params", "load_weights", "save_weights")
@@ -321,6 +322,17 @@ class PluginNetwork(AdapterNetwork):
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         own = self._call("get_trainable_params")
         return iter(self.network.parameters() if own is None else own)
+
+    def trained(self) -> list[TrainedLayer]:
+        """Layers that say their name, and which module's forward they stand for."""
+        found = []
+        for layer in self.network.modules():
+            name, forward = getattr(layer, "lora_name", None), getattr(layer, "org_forward", None)
+            module = getattr(forward, "__self__", None)
+            if isinstance(name, str) and isinstance(module, nn.Module):
+                weight = module.weight if isinstance(module.weight, Tensor) else layer.org_weight
+                found.append(foreign_layer(name, layer, module, weight))
+        return found
 
     def epoch_started(self) -> None:
         models = self.models[0]

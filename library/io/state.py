@@ -26,7 +26,7 @@ from torch import Tensor
 
 from library.errors import UserError, nearest
 from library.io.atomic import SaveError, atomic_folder, clean_leftovers
-from library.io.checkpoint import require_finite
+from library.io.checkpoint import require_finite, require_present
 from library.io.tensor_file import data_bytes, stream_digest, write_safetensors
 
 FORMAT, VERSION = "trainyard state", 1
@@ -70,11 +70,12 @@ TORCH_PARTS = ("optimizer", "scheduler", "scaler", "ema")
 def save_state(folder: str | Path, parts: StateParts) -> Path:
     """Write a state; an older one of that name is replaced as a whole.
 
-    Raises SaveError (disk), StopTraining (a weight is not finite), TypeError (an optimizer keeps something that is
-    neither number nor tensor, which could not be read back).
+    Raises SaveError (disk), StopTraining (a weight is not finite, or empty), TypeError (an optimizer keeps something
+    that is neither number nor tensor, which could not be read back).
     """
     folder = Path(folder)
     weights = {n: t.detach().to("cpu").contiguous() for n, t in parts.weights.items()}
+    require_present(weights, folder)
     require_finite(weights, folder)
     bundle = {name: _alone(getattr(parts, name)) for name in TORCH_PARTS}
     size = data_bytes(weights) + sum(t.numel() * t.element_size() for t in _tensors(bundle))

@@ -232,6 +232,11 @@ class ModelFamily(ABC):
 
     # ---- files
 
+    @property
+    def adapter_names(self) -> str:
+        """Under which name the programs that read adapters know the model (networks.readers.reading.Model)."""
+        return self.name
+
     @abstractmethod
     def save(
         self,

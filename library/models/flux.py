@@ -104,6 +104,10 @@ class Flux(ModelFamily):
     def preview(self) -> PreviewDefaults:  # type: ignore[override]
         return PREVIEWS[self.variant]
 
+    @property
+    def adapter_names(self) -> str:
+        return "chroma" if self.is_chroma else self.name
+
     def check(self) -> None:
         for name, encoder in self.parts.encoders.items():
             tokens = len(self.tokenizers[name].tokenizer)

@@ -88,6 +88,10 @@ class StableDiffusion(ModelFamily):
     def tokenizer(self) -> ClipTokenizer:
         return find_tokenizer(self.parts.path, version=self.version, cache=self.options.tokenizer_cache_dir)
 
+    @property
+    def adapter_names(self) -> str:
+        return f"sd{self.version}"
+
     def check(self) -> None:
         depth, vocabulary = self.parts.text_layers, self.parts.text_vocabulary
         if self.layer is not None and self.layer > depth:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 
 from library.device import DTYPES
 from library.errors import UserError
-from library.io.checkpoint import save_tensors
+from library.io.checkpoint import in_precision, save_tensors
 from library.log import get_logger
 from library.memory.quantise import Storage, quantise
 from library.trainers.options import NetworkTrainerOptions
+from library.trainers.readers import say_who_takes
 from library.trainers.trainables import Trainables
 from library.trainers.trainer import Trainer
 from networks.base import AdapterNetwork
@@ -32,6 +34,7 @@ class NetworkTrainer(Trainer):
     options: NetworkTrainerOptions
     project = "network_train"
     kind = "LoRA"
+    first_save = True
 
     def checks(self) -> list[Callable[[], None]]:
         return [self.check_module, self.check_control, self.check_files, self.check_caches]
@@ -132,7 +135,9 @@ class NetworkTrainer(Trainer):
         if self.network.is_sparse() and self.options.distributed.ddp_static_graph:
             raise UserError("--ddp_static_graph: DyLoRA uses other weights in each step: leave the option out")
         if options.lora_format != "kohya":
-            self.formatted(self.network.state(None))  # what has no name there is refused now, not at the first save
+            self.formatted(
+                self.network.state(None), options.lora_format
+            )  # what has no name there is refused now, not at the first save
         if self.choice.activation_budget < 1:
             self.network.enable_gradient_checkpointing()
         groups = self.network.param_groups(
@@ -257,19 +262,27 @@ class NetworkTrainer(Trainer):
         }
 
     def save_model(self, path: Path, metadata: dict[str, str]) -> None:
-        precision = self.options.save.save_precision
-        tensors, entries = self.formatted(self.network.state(DTYPES[precision] if precision else None))
+        precision, form = self.options.save.save_precision, self.options.network.lora_format
+        state = in_precision(self.network.state(None), DTYPES[precision] if precision else None, path)
+        tensors, entries = self.formatted(state, form)
         save_tensors(path, tensors, {**metadata, **entries})
+        if self.first_save and not self.conditioned:
+            say_who_takes(path, self.network, self.family.adapter_names, form, partial(self.rewritten, state))
+        self.first_save = False
 
-    def formatted(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """The network's tensors under the names of --lora_format, and what the file's header has to say of them."""
-        wanted = self.options.network.lora_format
-        if wanted == "kohya":
+    def rewritten(self, state: dict[str, Tensor], form: str, layers: Collection[str]) -> dict[str, Tensor]:
+        """Some layers in another --lora_format."""
+        own = {key: value for key, value in state.items() if key.partition(".")[0] in layers}
+        return self.formatted(own, form)[0]
+
+    def formatted(self, tensors: dict[str, Tensor], form: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The network's tensors under the names of a --lora_format, and what the file's header has to say of them."""
+        if form == "kohya":
             return tensors, {}
         targets = self.network.targets()
         weight_of = lambda name: targets[name].weight if name in targets else None
-        norms = dora_norms(tensors, weight_of) if wanted == "comfy" else None
-        return convert(tensors, wanted, norms=norms), header(tensors, wanted)
+        norms = dora_norms(tensors, weight_of) if form == "comfy" else None
+        return convert(tensors, form, norms=norms), header(tensors, form)
 
     def metadata(self) -> dict[str, Any]:
         options = self.options.network

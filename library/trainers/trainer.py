@@ -27,7 +27,7 @@ from library.device import (
     unscale_half_gradients,
 )
 from library.errors import first_names
-from library.io.checkpoint import extension_of
+from library.io.checkpoint import extension_of, require_present
 from library.io.state import StateParts
 from library.log import get_logger, progress
 from library.memory.checkpointing import recompute_encoders
@@ -390,6 +390,7 @@ class Trainer(ABC):
             epoch=self.position.epoch,
         )  # fmt: skip
         self.memory.home()
+        require_present(dict(self.trainables.module.named_parameters()), path)
         with self.updates.averaged():
             self.save_model(path, metadata)
 
