@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from library.errors import UserError, first_names
 from library.log import get_logger
-from networks.base import AdapterLayer, AdapterNetwork, NormReport, Rates
+from networks.base import AdapterLayer, AdapterNetwork, NormReport, Rates, in_dtype
 from networks.formats import by_module, to_kohya
 from networks.readers.trained import TrainedLayer, trained_layer
 from networks.spec import Part, TargetSpec
@@ -175,11 +175,8 @@ class LayerNetwork(AdapterNetwork):
     # ---- files -----------------------------------------------------------------------------------------------------
 
     def state(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
-        return {
-            f"{name}.{suffix}": value.to(device="cpu", dtype=dtype or value.dtype).contiguous().clone()
-            for name, layer in self.named_layers().items()
-            for suffix, value in layer.tensors().items()
-        }
+        layers = self.named_layers().items()
+        return in_dtype({f"{n}.{suffix}": value for n, own in layers for suffix, value in own.tensors().items()}, dtype)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """kohya or peft keys. A model's adapters may be missing as a whole; what is not there keeps its values."""

@@ -20,6 +20,7 @@ from library.models import kl_vae
 from library.models.loading import Part
 from library.models.new_tokens import NewWord
 from library.models.options import ModelOptions
+from library.models.registry import FAMILIES
 from library.objectives.base import Objective
 from library.objectives.options import LossOptions
 from library.types import Batch, Cond, LatentSpec, Tokens
@@ -57,7 +58,6 @@ class ModelFamily(ABC):
     name: ClassVar[str]
     Options: ClassVar[type[ModelOptions]]
     latent: ClassVar[LatentSpec]
-    network_module: ClassVar[str]  # default of --network_module
     adapter_prefixes: ClassVar[Mapping[str, str]]  # text encoder -> what names in adapter files begin with: "lora_te1"
     bucket_step: ClassVar[int]  # picture sides are multiples of it
     token_option: ClassVar[str] = "--max_token_length"  # the option that sets `token_limit`
@@ -69,6 +69,11 @@ class ModelFamily(ABC):
 
     def __init__(self, options: Any) -> None:
         self.options = options
+
+    @property
+    def network_module(self) -> str:
+        """The default of --network_module."""
+        return FAMILIES[self.name].networks["lora"]
 
     # ---- loading
 

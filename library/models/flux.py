@@ -58,7 +58,6 @@ class Flux(ModelFamily):
     name = "flux"
     Options = FluxOptions
     latent = LatentSpec("flux", channels=16, factor=8, npz_suffix="_flux.npz", npz_sized_keys=True)
-    network_module = "networks.lora_flux"
     adapter_prefixes: ClassVar[Mapping[str, str]] = {CLIP: "lora_te1", T5: "lora_te3"}
     bucket_step = 16
     token_option = "--t5xxl_max_token_length"

@@ -63,7 +63,6 @@ class StableDiffusion(ModelFamily):
     name = "sd"
     Options = SDOptions
     latent = LatentSpec("sd", channels=4, factor=8, npz_suffix="_sd.npz")
-    network_module = "networks.lora"
     adapter_prefixes: ClassVar[Mapping[str, str]] = {ENCODER: "lora_te"}
     bucket_step = 64
     formats = FORMATS

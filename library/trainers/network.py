@@ -16,6 +16,7 @@ from library.errors import UserError
 from library.io.checkpoint import in_precision, save_tensors
 from library.log import get_logger
 from library.memory.quantise import Storage, quantise
+from library.models.registry import misfit
 from library.trainers.options import NetworkTrainerOptions
 from library.trainers.readers import say_who_takes
 from library.trainers.trainables import Trainables
@@ -24,6 +25,7 @@ from networks.base import AdapterNetwork
 from networks.formats import convert, dora_norms, header, read_adapter
 from networks.network import encoder_rate
 from networks.plugin import load_network_module
+from networks.plugin_network import foreign_error
 
 log = get_logger()
 
@@ -36,11 +38,23 @@ class NetworkTrainer(Trainer):
     kind = "LoRA"
     first_save = True
 
+    def run(self) -> int:
+        try:
+            return super().run()
+        except Exception as error:
+            line = foreign_error(self.network_module, error)
+            if line is None:
+                raise
+            raise UserError(line) from error
+
     def checks(self) -> list[Callable[[], None]]:
         return [self.check_module, self.check_control, self.check_files, self.check_caches]
 
     def check_module(self) -> None:
-        """The network module can be imported and knows the --network_args."""
+        """The network module is for these models, can be imported and knows the --network_args."""
+        problem = misfit(self.family.name, self.network_module)
+        if problem is not None:
+            raise UserError(problem)
         load_network_module(self.network_module).check_arguments(self.network_args)
 
     def check_control(self) -> None:
@@ -124,6 +138,7 @@ class NetworkTrainer(Trainer):
             self.kind = "ControlNet-LLLite"
         learning = self.learning
         self.network.attach(train_denoiser="denoiser" in learning, train_text_encoder=bool(learning - {"denoiser"}))
+        self.report_reach()
         if options.network_weights and not options.dim_from_weights:
             try:
                 self.network.load(self.given_weights())
@@ -162,6 +177,29 @@ class NetworkTrainer(Trainer):
             reads_weights=self.network.reads_weights,
             reads_between_steps=self.network.reads_between_steps(),
         )
+
+    def report_reach(self) -> None:
+        """What a third-party module found in the models. Raises UserError where it is nothing of what is to learn."""
+        name, problems = self.network_module, []
+        for place, layers in self.network.layers_reached().items():
+            part = "denoiser" if place is None else self.family.encoders[place]
+            if part not in self.learning:
+                continue
+            changed = [layer for layer in layers if layer.changed]
+            line = f"{name} adapts {len(changed)} of {len(layers)} layers of the {part}"
+            asked = self.family.asked_encoders.get(part)
+            if part == "denoiser":
+                blocks = self.family.blocks(self.models.denoiser)
+                inside = [{id(module) for module in block.modules()} for block in blocks]
+                reached = [block for block in inside if any(id(m) in block for own in changed for m in own.modules)]
+                line += f", in {len(reached)} of its {len(blocks)} blocks"
+                if not reached:
+                    problems.append(f"--network_module {line}: nothing of it would learn (preset, --network_args?)")
+            elif not changed and (asked or "denoiser" not in self.learning):
+                problems.append(f"--network_module {line}, which {'is asked for' if asked else 'alone learns'}")
+            log.info(line)
+        if problems:
+            raise UserError(problems)
 
     def check_moved_weights(self) -> None:
         """No adapter looks at weights while they are in main memory."""
