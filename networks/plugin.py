@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from library.device import on_device
 from library.errors import UserError, first_names, nearest
 from networks.base import AdapterNetwork, NormReport, Rates
+from networks.format_layers import COMFY_DORA
 from networks.formats import read_tensors, to_kohya, write_tensors
 from networks.network import encoder_rate
 from networks.options import read_network_args
@@ -114,6 +115,8 @@ class NetworkModule:
         create = self.module.__dict__.get("create_network_from_weights")
         if create is None:
             raise UserError(f"--network_module {self.name} has no create_network_from_weights()")
+        if not self.is_own:
+            refuse_comfy_dora(weights_sd or {}, self.name)
         models = Models.published(text_encoder, unet)
         encoders = text_encoder if self.is_own else models.text_encoder
         path = None if file is None else str(file)
@@ -243,6 +246,7 @@ class PluginNetwork(AdapterNetwork):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "network.safetensors"
             own = {key: value.detach().cpu().contiguous() for key, value in to_kohya(tensors).items()}
+            refuse_comfy_dora(own, self.module_name)
             write_tensors(path, own, None)
             try:
                 info = self.network.load_weights(str(path))
@@ -328,6 +332,15 @@ class PluginNetwork(AdapterNetwork):
 
     def enable_gradient_checkpointing(self) -> None:
         self._call("enable_gradient_checkpointing")
+
+
+def refuse_comfy_dora(tensors: Mapping[str, Tensor], name: str) -> None:
+    """Raises UserError for magnitudes that only ComfyUI's formula fits."""
+    if any(key.endswith(f".{COMFY_DORA}") for key in tensors):
+        raise UserError(
+            f"--network_module {name} reads no DoRA of the comfy format: convert the file with "
+            "convert_lora.py --to kohya --base_model ..."
+        )
 
 
 def _takes(function: Callable[..., Any], count: int) -> bool:
