@@ -160,9 +160,10 @@ class BaseWeights:
             if found is not None:
                 return found
         parts = [self._read(path.partition(".")[2]) for path in layer.parts]
-        if any(part is None for part in parts):
+        there = [part for part in parts if part is not None]
+        if len(there) < len(parts):
             return None
-        whole = torch.cat(parts)
+        whole = torch.cat(there)
         swaps = whole.dim() == 2 and layer.swaps(*whole.shape)
         return torch.cat(whole.chunk(2)[::-1]) if swaps else whole
 
