@@ -33,13 +33,13 @@ def convert_oft(tensors: Mapping[str, Tensor], to: str, architecture: str | None
     is_kohya = any(key.startswith(KOHYA) for key in tensors)
     if to == "peft":
         raise UserError(f"OFT has no names in other formats than kohya and comfy: {first_names([*tensors])}")
-    if is_kohya == (to == "kohya"):
-        return dict(tensors)
     own: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         path, _, suffix = key.partition(".") if is_kohya else key.rpartition(".")
         own.setdefault(path, {})[suffix] = value
     index = _index([path.replace(KOHYA, LORA) for path in own], architecture)
+    if is_kohya == (to == "kohya"):
+        return dict(tensors)
     return _to_comfy(own, index) if is_kohya else _to_kohya(own, index)
 
 

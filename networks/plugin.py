@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from library.errors import UserError, nearest
 from networks.base import AdapterNetwork
 from networks.options import read_network_args
-from networks.plugin_network import PluginNetwork, describe, foreign_code
+from networks.plugin_network import PluginNetwork, describe, foreign_code, refuse_comfy_dora
 from networks.published_model import PublishedModels, published_models
 from networks.targets import TextEncoders
 
@@ -98,6 +98,7 @@ class NetworkModule:
         if self.is_own:
             own: tuple[AdapterNetwork, dict[str, Tensor]] = create(multiplier, path, vae, text_encoder, unet, **given)
             return own
+        refuse_comfy_dora(weights_sd or {}, self.name)
         with foreign_code(self.name, "refuses this file or these --network_args"):
             models = published_models(text_encoder, unet)
             made, weights = create(multiplier, path, vae, models.text_encoder, models.unet, **given)

@@ -22,6 +22,7 @@ from library.device import is_out_of_memory, on_device
 from library.errors import StopTraining, UserError, first_names
 from library.log import get_logger
 from networks.base import AdapterNetwork, NormReport, Rates, in_dtype
+from networks.format_layers import COMFY_DORA
 from networks.formats import read_tensors, to_kohya, write_tensors
 from networks.network import encoder_rate
 from networks.published_model import PublishedModels
@@ -183,6 +184,7 @@ class PluginNetwork(AdapterNetwork):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "network.safetensors"
             own = {key: value.detach().cpu().contiguous() for key, value in to_kohya(tensors).items()}
+            refuse_comfy_dora(own, self.module_name)
             write_tensors(path, own, None)
             try:
                 info = self.network.load_weights(str(path))
@@ -306,3 +308,12 @@ def _unexpected(info: Any) -> list[str]:
     if isinstance(info, Mapping):
         return [*info.get("unexpected keys", ())]
     return [*getattr(info, "unexpected_keys", ())]
+
+
+def refuse_comfy_dora(tensors: Mapping[str, Tensor], name: str) -> None:
+    """Raises UserError for magnitudes that only ComfyUI's formula fits."""
+    if any(key.endswith(f".{COMFY_DORA}") for key in tensors):
+        raise UserError(
+            f"--network_module {name} reads no DoRA of the comfy format: convert the file with "
+            "convert_lora.py --to kohya --base_model ..."
+        )

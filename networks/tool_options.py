@@ -87,7 +87,7 @@ class ModelsOptions:
             yield "--models is needed: the adapter files to merge"
         if len(self.ratios) != len(self.models):
             yield f"--ratios: {len(self.ratios)} numbers for {len(self.models)} --models; give one for each"
-        yield from missing_files("--models", self.models)
+        yield from missing_adapters("--models", self.models)
         if self.lbws and len(self.lbws) != len(self.models):
             yield f"--lbws: {len(self.lbws)} lists for {len(self.models)} --models; give one for each"
         yield from (line for text in self.lbws for line in block_list_problems(text))
@@ -119,6 +119,14 @@ def missing_files(name: str, paths: Sequence[str | None]) -> Iterator[str]:
             yield f"{name} {path} is a folder; give a file"
         elif path and not Path(path).is_file():
             yield f"{name} {path} does not exist"
+
+
+def missing_adapters(name: str, paths: Sequence[str | None]) -> Iterator[str]:
+    """A line for each path that is neither an adapter file nor a folder of PEFT."""
+    for path in paths:
+        if path and (Path(path) / "adapter_config.json").is_file():
+            continue
+        yield from missing_files(name, [path])
 
 
 def target_problems(name: str, path: str | None, sources: Sequence[str | None]) -> Iterator[str]:

@@ -22,6 +22,7 @@ from library.trainers.readers import say_who_takes
 from library.trainers.trainables import Trainables
 from library.trainers.trainer import Trainer
 from networks.base import AdapterNetwork
+from networks.format_tables import of_family
 from networks.formats import convert, dora_norms, header, read_adapter
 from networks.network import encoder_rate
 from networks.plugin import load_network_module
@@ -73,19 +74,31 @@ class NetworkTrainer(Trainer):
             log.warning("--network_dim and --network_alpha: no effect with --dim_from_weights, the file has its own")
         given = [("--network_weights", options.network_weights)] if options.network_weights else []
         given += [("--base_weights", file) for file in options.base_weights or ()]
-        problems = [f"{flag}: {file} does not exist" for flag, file in given if not Path(file).is_file()]
+        problems = [f"{flag}: {file} does not exist" for flag, file in given if not Path(file).exists()]
+        prefixes = self.prefixes_of(self.family.encoders, learning=False) if self.options.cache.texts else ()
+        for flag, file in given:
+            if not Path(file).exists():
+                continue
+            try:
+                names = self.read_adapter(flag, file)
+            except UserError as error:
+                problems += error.problems
+                continue
+            if flag == "--base_weights" and any(name.startswith(prefixes) for name in names):
+                problems.append(
+                    f"--base_weights {file} changes the text encoder, whose outputs are cached without it: "
+                    "leave out --cache_text_encoder_outputs"
+                )
         if problems:
             raise UserError(problems)
-        if self.options.cache.texts:
-            prefixes = self.prefixes_of(self.family.encoders, learning=False)
-            for file in options.base_weights or ():
-                if any(name.startswith(prefixes) for name in read_adapter(file)):
-                    problems.append(
-                        f"--base_weights {file} changes the text encoder, whose outputs are cached without it: "
-                        "leave out --cache_text_encoder_outputs"
-                    )
-        if problems:
-            raise UserError(problems)
+
+    def read_adapter(self, flag: str, file: str) -> dict[str, Tensor]:
+        """An adapter file for this run's model, with kohya keys. Raises UserError naming option and file."""
+        try:
+            return read_adapter(file, of_family(self.family.name))
+        except UserError as error:
+            lines = (problem.removeprefix(f"{file}: ") for problem in error.problems)
+            raise UserError(f"{flag} {file}: {line}" for line in lines) from None
 
     def check_caches(self) -> None:
         """Cached text outputs leave something to cache."""
@@ -242,7 +255,7 @@ class NetworkTrainer(Trainer):
         """--network_weights, without adapters of text encoders that do not learn."""
         file = self.options.network.network_weights
         assert file is not None
-        tensors = read_adapter(file)
+        tensors = self.read_adapter("--network_weights", file)
         frozen = self.prefixes_of([*self.family.adapter_prefixes], learning=False)
         kept = {name: value for name, value in tensors.items() if not name.startswith(frozen)}
         if len(kept) < len(tensors):
@@ -276,8 +289,9 @@ class NetworkTrainer(Trainer):
             multiplier = multipliers[index] if index < len(multipliers) else 1.0
             with torch.random.fork_rng(devices=[]):  # the layers made here must not shift the draws of those that learn
                 network, weights = module.create_network_from_weights(
-                    multiplier, file, models.vae, encoders, models.denoiser, for_inference=True
-                )
+                    multiplier, file, models.vae, encoders, models.denoiser,
+                    self.read_adapter("--base_weights", file), for_inference=True,
+                )  # fmt: skip
             network.load(weights)
             network.merge_into()
             log.info(f"merged {file} at strength {multiplier}")
