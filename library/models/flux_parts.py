@@ -206,7 +206,7 @@ def sizes(shapes: Shapes, names: Layout) -> dict[str, Any]:
         return common | {
             "approximator_num_channels": channels,
             "approximator_hidden_dim": inner,
-            "approximator_layers": depth(shapes, f"{GUIDANCE}layers.{{}}.", f"{GUIDANCE}norms.{{}}."),
+            "approximator_layers": depth(shapes, f"{GUIDANCE}layers.{{}}."),
         }
     return common | {
         "pooled_projection_dim": shape_of(shapes, names.pooled, 2)[1],
