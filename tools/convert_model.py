@@ -289,6 +289,7 @@ def convert(options: ConvertOptions) -> None:
         kind = target.suffix[1:] if options.to_file else FOLDERS[options.use_safetensors]
         if not options.to_file:
             family.check()  # a file has no tokenizer, which this looks for
+        family.check_weights()
         dtype = None if options.precision == "no" else DTYPES[options.precision]
         target.parent.mkdir(parents=True, exist_ok=True)
         form = CheckpointForm(kind, epochs=options.epoch, steps=options.global_step)

@@ -16,10 +16,11 @@ from library.errors import UserError
 from library.io.checkpoint import CheckpointForm
 from library.memory.block_swap import spread
 from library.memory.quantise import Storage
-from library.models import kl_vae
+from library.models import kl_vae, weight_check
 from library.models.loading import Part
 from library.models.new_tokens import NewWord
 from library.models.options import ModelOptions
+from library.models.quick_import import import_diffusers
 from library.models.registry import FAMILIES
 from library.objectives.base import Objective
 from library.objectives.options import LossOptions
@@ -80,6 +81,15 @@ class ModelFamily(ABC):
     @abstractmethod
     def check(self) -> None:
         """Find the files and read their headers. Raises UserError for whatever a header can tell."""
+
+    def check_weights(self) -> None:
+        """Every weight of every part is in its file, and nothing is left over. Reads headers, builds empty modules.
+
+        Raises UserError naming the weights. After `check`, and before anything is loaded.
+        """
+        import_diffusers()
+        parts = {name: self.part(name) for name in ("denoiser", "vae", *self.encoders)}
+        weight_check.check_weights(parts, self.part("denoiser").file.path)
 
     @property
     @abstractmethod

@@ -97,6 +97,7 @@ class Preparation:
         """
         checks = Checks()
         checks.run(family.check)
+        checks.run(family.check_weights)
         for check in more_checks:
             checks.run(check)
         checks.run(lambda: check_output_folder(options, extension))
