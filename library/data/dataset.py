@@ -180,7 +180,7 @@ class TrainingData:
                 found[_validation_caption(sample)] = None
                 continue
             texts = captions.caption_variants(sample.caption, rules, self.text_variants, _variant_seed(sample))
-            found.update(dict.fromkeys(texts))
+            found |= dict.fromkeys(texts)
             if rules.caption_dropout_rate > 0 or rules.caption_dropout_every_n_epochs > 0:
                 found[""] = None
         return list(found)
