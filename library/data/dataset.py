@@ -157,6 +157,14 @@ class TrainingData:
         """Each dataset in numbers."""
         return tuple(part.stats for part in self._parts)
 
+    def trained(self) -> list[list[tuple[Sample, Bucket]]]:
+        """Of each dataset the pictures that some epoch trains, once each."""
+        found: list[list[tuple[Sample, Bucket]]] = []
+        for part in self._parts:
+            samples = (part.samples[index] for index in np.unique(part.train.entries).tolist())
+            found.append([(sample, part.bucket(sample)) for sample in samples])
+        return found
+
     # ---- what a cache must hold
 
     def encoding_jobs(self) -> list[LatentJob]:

@@ -377,6 +377,33 @@ def test_validation_is_split_off_per_subset_and_never_varies(tmp_path: Path) -> 
         assert batch.captions == [TAGS] * batch.size
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 13, 25])
+@pytest.mark.parametrize("split", [0.01, 0.1, 0.2, 1 / 3, 0.5, 0.66])
+def test_no_picture_is_trained_and_validated(tmp_path: Path, count: int, split: float) -> None:
+    """In one dataset or several, by whatever name of its folder, with repeats, seeds and regularisation."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    subset = subset_of(tmp_path, "a", num_repeats=3)
+    samples = make_samples(subset, count, write=False)
+    linked = [dataclasses.replace(s, path=s.path.replace("/a/", "/link/")) for s in samples[: count // 2 + 1]]
+    again = subset_of(tmp_path, "link", num_repeats=2)
+    linked = [dataclasses.replace(sample, subset=again) for sample in linked]
+    reg = subset_of(tmp_path, "a", is_reg=True)
+    others = make_samples(subset_of(tmp_path, "b"), 30, write=False)
+    data = TrainingData(
+        [
+            dataset_of(samples, linked, others, validation_split=split),
+            dataset_of(samples, others, validation_split=split, validation_seed=5, buckets=BucketRules((32, 32))),
+            dataset_of(linked, others, [dataclasses.replace(sample, subset=reg) for sample in samples]),
+        ],
+        seed=count,
+    )
+    used = [(sample.path.replace("/link/", "/a/"), validation) for _, sample, validation in data._used_samples()]
+    trained, held = ({path for path, validation in used if validation == kind} for kind in (False, True))
+    assert not trained & held and len(trained | held) == count + 30
+    assert {sample.path.replace("/link/", "/a/") for pairs in data.trained() for sample, _ in pairs} == trained
+
+
 def test_validation_seed_defaults_to_the_run_seed(tmp_path: Path) -> None:
     samples = make_samples(subset_of(tmp_path, "a"), 20, write=False)
 
