@@ -19,7 +19,7 @@ RULES: dict[str, tuple[dict[str, Any], list[str], dict[str, int]]] = {
     "mark": ({"keep_tokens_separator": "|||"}, ["sks ||| red, hat ||| 8k"], {"sks": 1, "red": 1, "hat": 1, "8k": 1}),
     "secondary": ({"secondary_separator": ";;"}, ["hat;; coat, red"], {"hat": 1, "coat": 1, "red": 1}),
     "separator": ({"caption_separator": ";", "shuffle_caption": True}, ["a, b; c"], {"a, b": 1, "c": 1}),
-    "wildcards": ({"enable_wildcard": True}, ["{red|big} hat, {a, b|c}"], dict.fromkeys(["red hat", "big hat", *"abc"], 1)),
+    "wildcards": ({"enable_wildcard": True}, ["{x|y} hat, {a, b|c}"], dict.fromkeys(["x hat", "y hat", *"abc"], 1)),
     "lines": ({"enable_wildcard": True}, ["a, b\na, c"], {"a": 1, "b": 1, "c": 1}),
     "first line": ({}, ["a, b\na, c"], {"a": 1, "b": 1}),
     "prefix": ({"caption_prefix": "sks,", "caption_suffix": "art"}, ["a, b"], {"sks": 1, "a": 1, "b art": 1}),
