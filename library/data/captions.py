@@ -12,8 +12,9 @@ import math
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from library.data.records import CaptionRules
 from library.rng import python_rng
@@ -162,6 +163,14 @@ def uncacheable(rules: CaptionRules) -> str | None:
     return None
 
 
+class CachedLine(NamedTuple):
+    """What stands for one line of a caption where text outputs are cached: all its outcomes, or so many draws."""
+
+    line: str
+    weight: int  # how often it stands in the caption
+    outcomes: Chances | int
+
+
 def caption_variants(text: str, rules: CaptionRules, n: int, seed_parts: Sequence[int | str]) -> Chances:
     """The texts that stand for the caption where text outputs are cached, with their probabilities.
 
@@ -169,61 +178,74 @@ def caption_variants(text: str, rules: CaptionRules, n: int, seed_parts: Sequenc
     and the choices of a wildcard as often as each other. Dropout of the whole caption is not among them: the empty text
     is cached once, and drawn at its exact rate.
     """
-    lines = Counter(_lines(text, rules))
-    known = {line: _outcomes(line, rules, n) for line in lines}
-    if not _all_fit(lines, known, n):
-        for line, share in _shares(known, n):
-            known[line] = _draws(line, rules, share, seed_parts)
-    return _mixed(lines, known)
+    found: Chances = defaultdict(float)
+    lines = _cached_lines(text, rules, n)
+    for line, weight, outcomes in lines:
+        share = weight / sum(line.weight for line in lines)
+        if isinstance(outcomes, int):
+            draws = (_draw(line, rules, outcomes, k, seed_parts) for k in range(outcomes))
+            outcomes = {draw: count / outcomes for draw, count in Counter(draws).items()}
+        for variant, chance in outcomes.items():
+            found[variant] += share * chance
+    return dict(found)
 
 
 def cached_caption(
     text: str, rules: CaptionRules, n: int, seed_parts: Sequence[int | str], rng: random.Random, *, epoch: int
 ) -> str:
-    """`final_caption` where text outputs are cached: "" or one of `caption_variants`, drawn by `rng`."""
+    """`final_caption` where text outputs are cached: "" or one of `caption_variants`, without making the others."""
     if is_dropped(rules, rng, epoch=epoch):
         return ""
-    variants = caption_variants(text, rules, n, seed_parts)
-    return rng.choices(list(variants), weights=list(variants.values()))[0]
+    lines = _cached_lines(text, rules, n)
+    line, _, outcomes = rng.choices(lines, weights=[line.weight for line in lines])[0]
+    if isinstance(outcomes, int):
+        return _draw(line, rules, outcomes, rng.randrange(outcomes), seed_parts)
+    return rng.choices(list(outcomes), weights=list(outcomes.values()))[0]
 
 
 def lost_choices(text: str, rules: CaptionRules, n: int) -> int:
     """Size of the largest wildcard of which some choice is in none of `caption_variants`; 0 where each is in one."""
-    lines = Counter(_lines(text, rules)) if rules.enable_wildcard else {}
+    found = 0
+    for line, _, outcomes in _cached_lines(text, rules, n) if rules.enable_wildcard else ():
+        if isinstance(outcomes, int):
+            sizes = [len(set(piece)) for piece in _wildcard_pieces(_framed(line, rules))]
+            found = max(found, *(size for size in sizes if size > outcomes), 0)
+    return found
+
+
+def _cached_lines(text: str, rules: CaptionRules, n: int) -> list[CachedLine]:
+    lines = Counter(_lines(text, rules))
     known = {line: _outcomes(line, rules, n) for line in lines}
-    if _all_fit(lines, known, n):
-        return 0
-    sizes = [(_most_choices(line, rules), share) for line, share in _shares(known, n)]
-    return max((size for size, share in sizes if size > share), default=0)
-
-
-def _most_choices(line: str, rules: CaptionRules) -> int:
-    return max(len(set(piece)) for piece in _wildcard_pieces(_framed(line, rules)))
-
-
-def _all_fit(lines: Mapping[str, int], known: Mapping[str, Chances | None], n: int) -> bool:
-    """Whether all outcomes of all lines are known, and are at most `n` texts together."""
-    return None not in known.values() and len(_mixed(lines, known)) <= n
-
-
-def _shares(known: Mapping[str, Chances | None], n: int) -> Iterator[tuple[str, int]]:
-    """(line, how many texts it gets) for the lines with too many outcomes: `n` less what the other lines need."""
+    whole = {variant for outcomes in known.values() for variant in outcomes or ()}
+    if None not in known.values() and len(whole) <= n:
+        return [CachedLine(line, lines[line], outcomes) for line, outcomes in known.items() if outcomes is not None]
+    # those with few outcomes first: what they leave goes to the others
     sizes = {line: n + 1 if outcomes is None else len(outcomes) for line, outcomes in known.items()}
-    left = n
+    found, left = [], n
     for place, line in enumerate(sorted(sizes, key=sizes.__getitem__)):
-        share = max(1, left // (len(sizes) - place))
-        if sizes[line] > share:
-            yield line, share
+        share, outcomes = max(1, left // (len(sizes) - place)), known[line]
+        kept = share if outcomes is None or len(outcomes) > share else outcomes
+        found.append(CachedLine(line, lines[line], kept))
         left -= min(share, sizes[line])
+    return found
 
 
-def _mixed(lines: Mapping[str, int], known: Mapping[str, Chances | None]) -> Chances:
-    """The outcomes of all lines together; each line counts as often as it stands in the caption."""
-    found: Chances = defaultdict(float)
-    for line, count in lines.items():
-        for text, chance in (known[line] or {}).items():
-            found[text] += chance * count / sum(lines.values())
-    return dict(found)
+def _draw(line: str, rules: CaptionRules, count: int, k: int, seed_parts: Sequence[int | str]) -> str:
+    """Draw `k` of `count` of what a line may become."""
+    caption = _framed(line, rules)
+    if rules.enable_wildcard:
+        rng = python_rng(*seed_parts, "choices", line)
+        caption = "".join(_spread(piece, count, rng)[k] for piece in _wildcard_pieces(caption))
+    rng = python_rng(*seed_parts, "variant", line, k)
+    return _arranged(caption, rules, lambda free: _draw_parts(free, rules, rng))
+
+
+def _spread(choices: Sequence[str], count: int, rng: random.Random) -> list[str]:
+    """`count` draws in which each choice comes as often as every other, give or take one."""
+    rounds, rest = divmod(count, len(choices))
+    drawn = [*choices] * rounds + rng.sample(choices, rest)
+    rng.shuffle(drawn)
+    return drawn
 
 
 # ---- the outcomes of one line -------------------------------------------------------------------------------------
@@ -281,16 +303,14 @@ def _arrangements(caption: str, rules: CaptionRules, most: int) -> Chances | Non
 
 
 def _orders(parts: Parts, most: int) -> dict[tuple[str, ...], float] | None:
-    """Every order of the parts; None where there are more than `most`."""
-    found: dict[tuple[str, ...], float] = {(): 1.0}
-    for place in range(len(parts)):
-        grown: dict[tuple[str, ...], float] = {}
-        for start, chance in found.items():
-            for part, count in (Counter(parts) - Counter(start)).items():
-                grown[(*start, part)] = chance * count / (len(parts) - place)
-        if len(grown) > most:
-            return None
-        found = grown
+    """Every order of the parts, all as probable; None where there are more than `most`."""
+    equal = Counter(parts)
+    number = math.factorial(len(parts)) // math.prod(map(math.factorial, equal.values()))
+    if number > most:
+        return None
+    found: dict[tuple[str, ...], float] = {(): 1 / number}
+    for _ in parts:  # a dict and no set: the order is the same in every process
+        found = {(*start, part): 1 / number for start in found for part in equal - Counter(start)}
     return found
 
 
@@ -308,26 +328,6 @@ def _kept(parts: Sequence[str], rate: float, most: int) -> dict[tuple[str, ...],
             return None
         found = grown
     return found
-
-
-def _draws(line: str, rules: CaptionRules, count: int, seed_parts: Sequence[int | str]) -> Chances:
-    """`count` draws of what a line may become."""
-    rng = python_rng(*seed_parts, "variants", line)
-    framed = _framed(line, rules)
-    pieces = _wildcard_pieces(framed) if rules.enable_wildcard else [[framed]]
-    columns = [_spread(piece, count, rng) for piece in pieces]
-    found: Chances = defaultdict(float)
-    for words in zip(*columns, strict=True):
-        found[_arranged("".join(words), rules, lambda free: _draw_parts(free, rules, rng))] += 1 / count
-    return dict(found)
-
-
-def _spread(choices: Sequence[str], count: int, rng: random.Random) -> list[str]:
-    """`count` draws in which each choice comes as often as every other, give or take one."""
-    rounds, rest = divmod(count, len(choices))
-    drawn = [*choices] * rounds + rng.sample(choices, rest)
-    rng.shuffle(drawn)
-    return drawn
 
 
 # ---- where only the words count -----------------------------------------------------------------------------------

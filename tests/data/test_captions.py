@@ -192,6 +192,16 @@ def test_all_outcomes_are_variants_with_their_probabilities(name: str) -> None:
         assert drawn[found] / 2000 == pytest.approx(chance, abs=0.05)
 
 
+def test_variants_come_in_one_order_in_every_process() -> None:
+    """A draw picks by place, and the hash of a text is another one in every process."""
+    rules = CaptionRules(shuffle_caption=True, caption_tag_dropout_rate=0.5)
+    assert list(caption_variants("a, b", rules, 8, ("x",))) == ["a, b", "a", "b", "", "b, a"]
+    lines = list(caption_variants("c, d\n{a|b}", CaptionRules(enable_wildcard=True, shuffle_caption=True), 8, ("x",)))
+    assert lines == ["c, d", "d, c", "a", "b"]
+    seen = [cached_caption(TAGS, rules, 8, ("x",), random.Random(seed), epoch=1) for seed in range(40)]
+    assert set(seen) == set(caption_variants(TAGS, rules, 8, ("x",)))
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 8, 30])
 @pytest.mark.parametrize("lines", [1, 2, 4, 7, 12])
 def test_every_line_and_every_choice_is_among_the_variants(lines: int, n: int) -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from library.data import captions, images
 from library.data.buckets import Bucket
-from library.data.dataset import BatchPlan, LatentJob, TrainingData, encoding_input
+from library.data.dataset import BatchPlan, LatentJob, TrainingData, _variant_seed, encoding_input
 from library.data.plan import regularisation_repeats
 from library.data.records import BucketRules, CaptionRules, DatasetConfig, ImageRules, Sample, SubsetConfig
 from library.errors import UserError
@@ -493,6 +493,27 @@ def test_cached_texts_cover_every_epoch(tmp_path: Path) -> None:
     for plan in cached.validation_plans():
         seen |= set(cached.load(plan, step=0).captions)
     assert seen == set(texts)
+
+
+def test_cached_texts_come_as_often_as_uncached_ones(tmp_path: Path) -> None:
+    """Four lines and a dropout of the whole caption, where fewer variants are kept than there are outcomes."""
+    rules = CaptionRules(enable_wildcard=True, shuffle_caption=True, keep_tokens=1, caption_dropout_rate=0.2)
+    text = "l0, a, b, c, d\nl1\nl2, {a|b|c|d}, e, f\nl1"
+    samples = make_samples(subset_of(tmp_path, "a", captions=rules, num_repeats=8), 25)
+    samples = [dataclasses.replace(sample, caption=text) for sample in samples]
+    data = TrainingData([dataset_of(samples, batch_size=25)], seed=1, text_variants=8)
+    cached = data.prepared(texts=Lengths(data.all_captions()), join=pad)
+    for source in (data, cached):
+        lines: Counter[str] = Counter()
+        for epoch in range(1, 6):
+            for plan in source.plan_epoch(epoch):
+                found = [source._caption(samples[i], plan, place, 0) for place, i in enumerate(plan.samples)]
+                lines.update(caption.split(", ")[0] for caption in found)
+        for line, share in {"": 0.2, "l0": 0.2, "l1": 0.4, "l2": 0.2}.items():
+            assert lines[line] / lines.total() == pytest.approx(share, abs=0.05)
+    for sample in samples:  # no line is missing for any picture
+        variants = captions.caption_variants(text, rules, 8, _variant_seed(sample))
+        assert {variant.split(", ")[0] for variant in variants} == {"l0", "l1", "l2"}
 
 
 def test_caches_refuse_what_they_cannot_serve(tmp_path: Path) -> None:
