@@ -189,7 +189,7 @@ class CacheOptions:
     )
     caption_variants: int = option(
         8,
-        help="Variants of a shuffled, dropped or wildcard caption that are kept when captions are cached.",
+        help="Most texts that are kept of a caption that varies when captions are cached (at least one of each line).",
         check=at_least(1),
     )
     cache_dir: str | None = option(None, help="Folder of the caches (default: .trainyard in each picture folder).")

@@ -12,8 +12,16 @@ from typing import Any, TypeVar
 
 from library.data.config import load_dataset_config
 from library.data.dataset import TrainingData
+from library.data.lint import (
+    bucket_warnings,
+    choices_never_trained,
+    idle_bucket_options,
+    longer_than_limit,
+    smaller_than_bucket,
+    split_warnings,
+)
 from library.data.lint import check as lint
-from library.data.lint import longer_than_limit, smaller_than_bucket
+from library.data.masks import check_masks
 from library.data.plan import EpochPlan
 from library.data.records import DatasetConfig, Sample
 from library.data.scan import Scan, scan
@@ -112,9 +120,11 @@ class Preparation:
         control = checks.run(conditioned) or False
         found = checks.run(lambda: scan_datasets(family, options, with_captions, control=control))
         data = checks.run(lambda: training_data(found, options, seed)) if found else None
+        dark = checks.run(lambda: check_masks(data.trained(), masked_loss=data.masked_loss)) if data else None
         checks.finish()
         assert found is not None and data is not None and optimizer is not None and prompts is not None
-        for line in (*data_warnings(family, found, data), *idle_options(options, found, data)):
+        warnings = data_warnings(family, found, data, cached=options.cache.texts)
+        for line in (*warnings, *filter(None, [dark]), *idle_options(options, found, data)):
             log.warning(line)
         state = load_state(resume) if resume else None
         return cls(options, seed, found, data, prompts, optimizer, state, data.validation_plans())
@@ -147,7 +157,8 @@ class Preparation:
         result: dict[str, dict[str, str]] = {}
         pairs = ((dataset.config, subset) for dataset in self.found.datasets for subset in dataset.subsets)
         for index, (dataset, subset) in enumerate(pairs, start=1):
-            sizes = (dataset.buckets, dataset.batch_size, dataset.network_multiplier, dataset.validation_split)
+            held_out = (dataset.validation_split, dataset.validation_split and dataset.validation_seed)
+            sizes = (dataset.buckets, dataset.batch_size, dataset.network_multiplier, *held_out)
             rules = (subset.config.num_repeats, subset.config.captions, subset.config.images, sizes)
             pictures = [(Path(sample.path).name, sample.file_size) for sample in subset.samples]
             result[f"subset {index}"] = {
@@ -269,15 +280,19 @@ def scan_datasets(
     return wanted
 
 
-def data_warnings(family: ModelFamily, found: Scan, data: TrainingData) -> Iterator[str]:
-    """What is probably not meant, told from datasets and model together."""
+def data_warnings(family: ModelFamily, found: Scan, data: TrainingData, *, cached: bool) -> Iterator[str]:
+    """What is probably not meant, told from datasets and model together. cached: text outputs are."""
     enlarged = dict.fromkeys(name for stats in data.stats() for name in stats.upscaled)
     samples = [sample for dataset in found.datasets for sample in dataset.samples]
     lines = (
         smaller_than_bucket(list(enlarged)),
         longer_than_limit(samples, family.count_tokens, family.token_limit, option=family.token_option),
+        choices_never_trained(samples, data.text_variants) if cached else None,
     )
     yield from (line for line in lines if line is not None)
+    for index, (dataset, stats) in enumerate(zip(found.datasets, data.stats()), start=1):
+        yield from split_warnings(f"dataset {index}", dataset.config, stats)
+        yield from bucket_warnings(f"dataset {index}", dataset.config.buckets, stats)
 
 
 def idle_options(options: TrainerOptions, found: Scan, data: TrainingData) -> Iterator[str]:
@@ -287,8 +302,7 @@ def idle_options(options: TrainerOptions, found: Scan, data: TrainingData) -> It
     given = [f"--{name}" for name in names if values[name] is not None]
     if given and not any(stats.validation_images for stats in data.stats()):
         yield f"{', '.join(given)}: no effect, no picture is held out (see --validation_split)"
-    if any(d.config.buckets.bucket_no_upscale and not d.config.buckets.enable_bucket for d in found.datasets):
-        yield "bucket_no_upscale: no effect without enable_bucket"
+    yield from idle_bucket_options([dataset.config for dataset in found.datasets])
     if options.sample.every_n_steps and options.sample.every_n_epochs:
         yield "--sample_every_n_steps: no effect, --sample_every_n_epochs wins"
     if options.sample.sample_prompts and not options.sample.wanted:

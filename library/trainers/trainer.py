@@ -342,7 +342,7 @@ class Trainer(ABC):
             self.options,
             self.plan,
             self.prepared.datasets,
-            self.data.stats(),
+            self.data,
             self.family.facts(),
             self.family.model_names() if self.metadata() is not None else {},  # hashing gigabytes takes its time
         )
