@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from library.data import store
 from library.data.store import MemoryStore, PackedStore
 from library.data.store_index import FileRow
 from library.data.tensor_bytes import DTYPES
@@ -199,11 +200,14 @@ def test_flipped_bytes_are_found_by_check_and_by_get(tmp_path: Path) -> None:
         byte = file.read(1)
         file.seek(5)
         file.write(bytes([byte[0] ^ 1]))
+    assert PackedStore(tmp_path).check([key_of(0), key_of(1)], quick=True).missing == frozenset()
     with pytest.raises(KeyError):
         PackedStore(tmp_path).get(key_of(0))
-    assert PackedStore(tmp_path).check([key_of(0), key_of(1)], quick=True).missing == frozenset()
-    assert PackedStore(tmp_path).check([key_of(0), key_of(1)]).damaged == {key_of(0)}
-    assert_holds(PackedStore(tmp_path), 1)
+    assert PackedStore(tmp_path).check([key_of(0), key_of(1)], quick=True).missing == {key_of(0)}  # `get` dropped it
+    with open(shard, "r+b") as file:
+        file.write(b"\x55" * shard.stat().st_size)
+    assert PackedStore(tmp_path).check([key_of(0), key_of(1)]).damaged == {key_of(1)}
+    assert PackedStore(tmp_path).check([key_of(1)], quick=True).missing == {key_of(1)}
 
 
 def test_a_deleted_shard_is_missing(tmp_path: Path) -> None:
@@ -212,8 +216,10 @@ def test_a_deleted_shard_is_missing(tmp_path: Path) -> None:
     assert len(PackedStore(tmp_path).check(key_of(n) for n in range(10)).missing) == 10
 
 
-def test_an_untouched_shard_is_not_read_again(tmp_path: Path) -> None:
-    """A restart costs one stat per shard: damage that leaves size and time alone is left to the first `get`."""
+@pytest.mark.parametrize("limit", [store.CHECKED_BYTES, 0])
+def test_damage_that_leaves_size_and_time_alone(tmp_path: Path, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start reads what is needed where that is not much; of more it looks at size and time, and `get` finds it."""
+    monkeypatch.setattr(store, "CHECKED_BYTES", limit)
     write(tmp_path, 0, 1, 10)
     (shard,) = shards(tmp_path)
     stat = shard.stat()
@@ -221,9 +227,26 @@ def test_an_untouched_shard_is_not_read_again(tmp_path: Path) -> None:
     data[5] ^= 1
     shard.write_bytes(data)
     os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert not PackedStore(tmp_path).check([key_of(0)]).missing
+    keys = [key_of(n) for n in range(10)]
+    assert PackedStore(tmp_path).check(keys).damaged == (frozenset() if limit == 0 else {keys[0]})
     with pytest.raises(KeyError):
-        PackedStore(tmp_path).get(key_of(0))
+        PackedStore(tmp_path).get(keys[0])
+    again = PackedStore(tmp_path)
+    assert again.check(keys).missing == {keys[0]}
+    again.put(keys[0], tensors_of(0))
+    assert not again.check(keys).missing
+    assert_holds(again, 0)
+
+
+def test_damage_while_a_store_is_open_is_found(tmp_path: Path) -> None:
+    write(tmp_path, 0, 1, 10)
+    opened = PackedStore(tmp_path)
+    assert_holds(opened, 0)
+    (shard,) = shards(tmp_path)
+    with open(shard, "r+b") as file:
+        file.write(b"\x55")
+    with pytest.raises(KeyError):
+        opened.get(key_of(0))
 
 
 @pytest.mark.parametrize("content", [b"this is not a database" * 100, None])
