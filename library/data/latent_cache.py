@@ -106,7 +106,8 @@ class LatentCache:
     def get(self, sample: Sample, bucket: Bucket, flipped: bool) -> tuple[Tensor, Tensor | None]:
         """(latents C h w in the cache's dtype, mask 1 h w float32 in [0, 1] or None).
 
-        Raises UserError when the record is not there: it was damaged after the start, or `fill` was not called.
+        Raises UserError when the record is not there: it was damaged after the start, or `fill` was not called. What is
+        damaged has then been dropped: the next run encodes it.
         """
         job = LatentJob(sample, bucket, flipped)
         place = self._place(sample)
@@ -115,15 +116,25 @@ class LatentCache:
         identity = (*sample_state(sample), bucket, flipped, sample.subset.images)
         if identity not in self._keys:
             self._keys[identity] = self._key(job, place.hashes)
+        key = self._keys[identity]
         try:
-            record = place.store.get(self._keys[identity])
+            return self._read(place.store, key, job)
         except KeyError:
             if not place.unserved([job]) and (found := place.from_legacy(job)) is not None:  # checked by another rank
                 return found
             reason = "its cached latents are missing or damaged; start the run again and they are encoded again"
             raise UserError(f"{sample.path}: {reason}") from None
-        mask = record.get("mask")
-        return record["latents"], None if mask is None else mask.float()
+
+    def _read(self, store: TensorStore, key: bytes, job: LatentJob) -> tuple[Tensor, Tensor | None]:
+        """Raises KeyError where the record is missing, or not of this job's shape: then it has been dropped."""
+        record = store.get(key)
+        latents, mask = record.get("latents"), record.get("mask")
+        size = self._latent_size(job.bucket)
+        fits = latents is not None and latents.dtype == self.dtype and latents.shape == (self.spec.channels, *size)
+        if latents is None or not fits or (mask is not None and mask.shape != (1, *size)):
+            store.discard(key)
+            raise KeyError(key)
+        return latents, None if mask is None else mask.float()
 
     def missing(self, jobs: Iterable[LatentJob]) -> list[LatentJob]:
         """The jobs that have to be encoded: when there are none, the VAE need not be loaded.

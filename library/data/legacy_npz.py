@@ -3,11 +3,18 @@
 
 Arrays: `latents` (C h w, not scaled), `original_size` (width, height of the picture), `crop_ltrb`, `latents_flipped`
 (with flip_aug), `alpha_mask` (H W). Families other than SD and SDXL add `_<h>x<w>` to every array name.
+
+An array's header is read before its bytes, here and not by numpy: a file of any content costs no more than the arrays
+that are wanted, and runs no code.
 """
 
 from __future__ import annotations
 
+import math
 import os
+import re
+import stat
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -19,14 +26,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from library.data.dataset import LatentJob
-from library.data.store import TensorStore
+from library.data.store import CHECKED_BYTES, TensorStore
 from library.data.store_index import FileRow
 from library.errors import UserError, first_names
 from library.log import get_logger
 from library.types import LatentSpec
 
 log = get_logger()
-DAMAGED = (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, KeyError, NotImplementedError)
+DAMAGED = (
+    zipfile.BadZipFile, zlib.error, struct.error, OSError, ValueError, EOFError, KeyError,
+    NotImplementedError,  # a compression that Python does not know
+    RuntimeError,  # an encrypted file
+)  # fmt: skip
+NPY_MAGIC = b"\x93NUMPY"
+NPY_HEADER = re.compile(  # as numpy writes it: the dtype, the order of the bytes, the shape
+    r"\{'descr': '([<>|=]?[a-zA-Z]\d{1,9})', 'fortran_order': (True|False), 'shape': \(([\d, ]{0,200})\), \}\s*"
+)
+GOOD = b"valid"  # stands in the place of a digest
+MOST_HEADER = 10_000  # bytes
+FLOATS, NUMBERS = "f", "iuf"  # kinds of dtypes
 
 
 @dataclass(frozen=True)
@@ -59,17 +77,22 @@ def read(path: str, spec: LatentSpec, wanted: Wanted) -> LegacyLatents:
     """The arrays that are wanted. Raises NotUsable saying what is wrong."""
     height, width = wanted.latent_size
     suffix = f"_{height}x{width}" if spec.npz_sized_keys else ""
+    pixels = (height * spec.factor, width * spec.factor)
+    shapes = {"original_size": (2,), "alpha_mask": pixels}
+    arrays: dict[str, np.ndarray] = {}
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name + suffix] for name in _names(wanted) if name + suffix in file.files}
+        with zipfile.ZipFile(path) as file:
+            absent = [name + suffix for name in _names(wanted) if f"{name}{suffix}.npy" not in file.namelist()]
+            if absent:
+                raise NotUsable(f"has no {' and no '.join(absent)}")
+            for name in _names(wanted):
+                shape = shapes.get(name, (spec.channels, height, width))
+                arrays[name] = _array(file, name + suffix, shape, NUMBERS if name == "original_size" else FLOATS)
     except DAMAGED as error:
-        raise NotUsable(f"damaged ({error})", damaged=True) from error
-    absent = [name + suffix for name in _names(wanted) if name not in arrays]
-    if absent:
-        raise NotUsable(f"has no {' and no '.join(absent)}")
+        raise NotUsable(
+            f"damaged ({str(error).partition(chr(10))[0] or type(error).__name__})", damaged=True
+        ) from error
     latents = arrays["latents_flipped" if wanted.flipped else "latents"]
-    if latents.shape != (spec.channels, height, width):
-        raise NotUsable(f"latents of shape {latents.shape}, needed are {(spec.channels, height, width)}")
     if tuple(arrays["original_size"].tolist()) != wanted.original_size:
         raise NotUsable(
             f"made for a picture of {arrays['original_size'].tolist()}, this one has {wanted.original_size}"
@@ -77,11 +100,33 @@ def read(path: str, spec: LatentSpec, wanted: Wanted) -> LegacyLatents:
     if not np.isfinite(latents).all():
         raise NotUsable("values that are not finite")
     mask = torch.from_numpy(arrays["alpha_mask"].astype(np.float32)) if wanted.mask else None
-    if mask is not None and (mask.ndim != 2 or not torch.isfinite(mask).all()):
-        raise NotUsable(f"alpha_mask of shape {tuple(mask.shape)}")
+    if mask is not None and not bool(((mask >= 0) & (mask <= 1)).all()):
+        raise NotUsable("alpha_mask with values outside of 0 to 1")
     if mask is not None and wanted.flipped:
         mask = mask.flip(-1)
     return LegacyLatents(torch.from_numpy(latents.astype(np.float32)), mask)
+
+
+def _array(file: zipfile.ZipFile, name: str, shape: tuple[int, ...], kinds: str) -> np.ndarray:
+    """One array. Raises NotUsable where it is another than wanted, before its bytes are read; DAMAGED errors."""
+    with file.open(f"{name}.npy") as member:
+        start = member.read(8)
+        size = int.from_bytes(member.read(2 if start[6:7] == b"\1" else 4), "little")
+        text = member.read(min(size, MOST_HEADER)).decode("latin-1")
+        header = NPY_HEADER.fullmatch(text)
+        if start[:6] != NPY_MAGIC or header is None:
+            raise ValueError(f"{name} is no array of numbers")
+        dtype = np.dtype(header[1])
+        found = tuple(int(side) for side in header[3].replace(" ", "").split(",") if side)
+        if found != shape:
+            raise NotUsable(f"{name.partition('_flipped')[0]} of shape {found}, needed are {shape}")
+        if dtype.kind not in kinds:
+            raise NotUsable(f"{name.partition('_flipped')[0]} of dtype {dtype}")
+        wanted = math.prod(shape) * dtype.itemsize
+        data = member.read(wanted + 1)  # zipfile compares the checksum at the end
+        if len(data) != wanted:
+            raise ValueError(f"{name} has another length than its header says")
+    return np.frombuffer(data, dtype).reshape(shape, order="F" if header[2] == "True" else "C")
 
 
 def _names(wanted: Wanted) -> list[str]:
@@ -120,6 +165,8 @@ class LegacyFiles:
         try:
             found = read(path, self.spec, wanted)
         except NotUsable as error:
+            del self._paths[_identity(job)]
+            self.store.set_file_rows([FileRow(_row_name(path, wanted), -1, -1, b"damaged")])
             raise UserError(f"{path}: {error}, since the start; start again and the picture is encoded") from None
         mask = None
         if found.mask is not None:
@@ -129,8 +176,11 @@ class LegacyFiles:
     def unserved(self, jobs: Sequence[LatentJob]) -> list[LatentJob]:
         """The jobs that no valid file serves. Says which files are damaged, and which do not fit.
 
-        A file is read once; the store remembers by its size and time that it was good.
+        Files of CHECKED_BYTES together are read at every start. Of more, each is read once: the store remembers by its
+        size and time that it was good.
         """
+        paths = {job.sample.legacy_latents for job in jobs}
+        remembers = self.trust or sum(_size(path) for path in paths if path) > CHECKED_BYTES
         rest: list[LatentJob] = []
         damaged: list[str] = []
         unfit: list[str] = []
@@ -141,7 +191,7 @@ class LegacyFiles:
                 rest.append(job)
                 continue
             try:
-                good += self._check(path, job)
+                good += self._check(path, job, remembers)
                 self._paths[_identity(job)] = path
             except NotUsable as error:
                 rest.append(job)
@@ -153,24 +203,43 @@ class LegacyFiles:
             log.info(f"{len(unfit)} latent files do not fit, their pictures are encoded: {first_names(unfit)}")
         return rest
 
-    def _check(self, path: str, job: LatentJob) -> list[FileRow]:
+    def _check(self, path: str, job: LatentJob, remembers: bool) -> list[FileRow]:
         """Read a file to see whether it serves the job, unless that is known; what to remember. Raises NotUsable."""
         wanted = self._wanted(job)
-        stat = os.stat(path)
-        if stat.st_mtime_ns < job.sample.mtime_ns and not self.trust:
+        try:
+            now = os.stat(path)
+        except OSError as error:
+            raise NotUsable(error.strerror or str(error), damaged=True) from None
+        if not stat.S_ISREG(now.st_mode):
+            raise NotUsable("is no file", damaged=True)
+        if now.st_mtime_ns < job.sample.mtime_ns and not self.trust:
             raise NotUsable("older than the picture")
-        name = f"{path}\x1f{wanted}"
+        name = _row_name(path, wanted)
         row = self.store.file_rows([name]).get(name)
-        if row is not None and (self.trust or (row.size, row.mtime_ns) == (stat.st_size, stat.st_mtime_ns)):
+        same = row is not None and (self.trust or (row.size, row.mtime_ns) == (now.st_size, now.st_mtime_ns))
+        if row is not None and row.digest == GOOD and same and (remembers or _identity(job) in self._paths):
             return []
         read(path, self.spec, wanted)
-        return [FileRow(name, stat.st_size, stat.st_mtime_ns, b"valid")]
+        return [] if same else [FileRow(name, now.st_size, now.st_mtime_ns, GOOD)]
 
     def _wanted(self, job: LatentJob) -> Wanted:
         if self.masked_loss and job.sample.mask_path is not None:
             raise NotUsable("holds no mask picture")
         width, height = (side // self.spec.factor for side in job.bucket.reso)
         return Wanted((height, width), job.sample.size, job.flipped, job.sample.subset.images.alpha_mask)
+
+
+def _row_name(path: str, wanted: Wanted) -> str:
+    """Under which the store remembers that the file was good."""
+    return f"{path}\x1f{wanted}"
+
+
+def _size(path: str) -> int:
+    """0 where there is none: `_check` says so."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0
 
 
 def _identity(job: LatentJob) -> tuple:

@@ -3,8 +3,9 @@
 
 A folder holds `index.sqlite` and shards of raw bytes. Every writer appends to a shard of its own; bytes are flushed to
 the disk before the index row that names them is committed. A process may be killed at any moment and several may
-write at once: what the index names is whole. What was damaged later (a truncated or overwritten shard) is found by
-size, time and CRC-32, and counts as missing.
+write at once: what the index names is whole. What was damaged later (a truncated, overwritten or exchanged shard, a row
+of the index that says something else) is found by a CRC-32 over key, layout and bytes at every read; it is dropped and
+counts as missing.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import errno
 import functools
 import os
 import shutil
+import stat
 import threading
 import time
 import uuid
@@ -23,18 +25,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-import torch
 from torch import Tensor
 
 from library.data.store_index import Entry, FileRow, Index, ShardState, no_space, unwritable
+from library.data.store_reader import Reader, is_sound, seal
 from library.data.tensor_bytes import Packed, Tensors, pack, unpack, view_bytes
 from library.errors import UserError
 
 SHARD_BYTES = 1 << 30
 GROUP_BYTES = 64 << 20
+CHECKED_BYTES = 1 << 30  # `check` reads as much at every start: from memory in half a second, and it is needed soon
 GROUP_SECONDS = 5.0
 ABANDONED_SECONDS = 3600.0
-HAS_PREADV = hasattr(os, "preadv")  # not on Windows; reads without a lock
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -54,6 +56,7 @@ class TensorStore(Protocol):
     def put(self, key: bytes, tensors: Tensors, owner: bytes = b"") -> None: ...
     def flush(self) -> None: ...
     def get(self, key: bytes) -> dict[str, Tensor]: ...
+    def discard(self, key: bytes) -> None: ...
     def check(self, keys: Iterable[bytes], *, quick: bool = False) -> Found: ...
     def is_empty(self) -> bool: ...
     def require_space(self, needed: int) -> None: ...
@@ -79,6 +82,9 @@ class MemoryStore:
         """The tensors under `key`. Raises KeyError."""
         return dict(self._records[key])
 
+    def discard(self, key: bytes) -> None:
+        self._records.pop(key, None)
+
     def check(self, keys: Iterable[bytes], *, quick: bool = False) -> Found:
         return Found(frozenset(keys) - self._records.keys())
 
@@ -102,47 +108,6 @@ class MemoryStore:
 
     def close(self) -> None:
         """Nothing is open."""
-
-
-# ---- reading --------------------------------------------------------------------------------------------------------
-
-
-class _Reader:
-    """Reads byte ranges of the shards of a folder into fresh tensors; keeps the files open, per process."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._lock = threading.Lock()
-        self._files: dict[tuple[int, str], BinaryIO] = {}  # by process: a file position must not be shared over a fork
-
-    def read(self, entry: Entry) -> Tensor | None:
-        """The bytes of one record, or None when the file is not there or too short."""
-        buffer = torch.empty(entry.length, dtype=torch.uint8)
-        view = view_bytes(buffer)
-        try:
-            file = self._open(entry.shard)
-            count = self._read_into(file, view, entry.start)
-        except FileNotFoundError:
-            return None
-        return buffer if count == entry.length else None
-
-    def _open(self, shard: str) -> BinaryIO:
-        key = (os.getpid(), shard)
-        if key not in self._files:
-            self._files[key] = open(self.folder / shard, "rb", buffering=0)  # noqa: SIM115 - closed by close()
-        return self._files[key]
-
-    def _read_into(self, file: BinaryIO, view: memoryview, start: int) -> int:
-        if HAS_PREADV:
-            return os.preadv(file.fileno(), [view], start)
-        with self._lock:
-            file.seek(start)
-            return file.readinto(view)  # type: ignore[attr-defined]
-
-    def close(self, shard: str | None = None) -> None:
-        """Close one shard, or all."""
-        for key in [k for k in self._files if k[0] == os.getpid() and shard in (None, k[1])]:
-            self._files.pop(key).close()
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
@@ -181,10 +146,9 @@ class PackedStore:
         self._pid = os.getpid()
         self._lock = threading.RLock()
         self._index = Index(self.folder)
-        self._reader = _Reader(self.folder)
+        self._reader = Reader(self.folder)
         self._writer: _Writer | None = None
         self._entries: dict[bytes, Entry] = {}  # as last seen in the index
-        self._verified: set[bytes] = set()  # keys whose checksum was right
 
     def __reduce__(self) -> tuple:
         """A copy in another process opens the same folder."""
@@ -209,8 +173,8 @@ class PackedStore:
                 return
             with self._disk_errors(writer):
                 os.fsync(writer.file.fileno())
-                stat = os.fstat(writer.file.fileno())
-                self._index.add(writer.pending.values(), ShardState(writer.name, stat.st_size, stat.st_mtime_ns))
+                now = os.fstat(writer.file.fileno())
+                self._index.add(writer.pending.values(), ShardState(writer.name, now.st_size, now.st_mtime_ns))
             writer.pending.clear()
             writer.safe = writer.position
 
@@ -237,9 +201,9 @@ class PackedStore:
                 writer.group_start = time.monotonic()
             with self._disk_errors(writer, packed.length):
                 start = writer.append(packed.parts)
-            writer.pending[key] = Entry(key, writer.name, start, packed.length, packed.checksum, packed.layout, owner)
+            checksum = packed.checksum ^ seal(key, packed.layout)
+            writer.pending[key] = Entry(key, writer.name, start, packed.length, checksum, packed.layout, owner)
             self._entries.pop(key, None)
-            self._verified.discard(key)
             group_full = writer.position - writer.safe >= self.group_bytes
             shard_full = writer.position >= self.shard_bytes
             if group_full or shard_full or time.monotonic() - writer.group_start >= GROUP_SECONDS:
@@ -294,34 +258,54 @@ class PackedStore:
     # ---- read -------------------------------------------------------------------------------------------------------
 
     def get(self, key: bytes) -> dict[str, Tensor]:
-        """The tensors under `key`, fresh ones. Raises KeyError when the record is missing or damaged.
+        """The tensors under `key`, fresh ones.
 
-        The checksum is computed at the first read of a record by this process.
+        Raises KeyError when the record is missing, or damaged: then it has been dropped, and the next `check` says
+        that it is missing. Raises UserError where it cannot be dropped.
         """
         entry = self._entries.get(key)
-        buffer = self._trusted(entry) if entry is not None else None
+        buffer = self._whole(entry) if entry is not None else None
         if buffer is None:  # not known here, or moved by the `prune` of another process
-            self._verified.discard(key)
             entry = self._find([key]).get(key)
-            buffer = self._trusted(entry) if entry is not None else None
+            buffer = self._whole(entry) if entry is not None else None
         if entry is None or buffer is None:
+            if entry is not None:
+                self._drop([entry], must=True)
             raise KeyError(key)
         return unpack(buffer, entry.layout)
+
+    def discard(self, key: bytes) -> None:
+        """Forget a record that is not what its reader needs."""
+        self._entries.pop(key, None)
+        self._index.drop_keys([key])
 
     def check(self, keys: Iterable[bytes], *, quick: bool = False) -> Found:
         """Which of the keys have to be written. Damaged records are dropped from the index.
 
-        A shard whose size and time are those of its last commit is trusted; any other one (the run was killed, the
-        folder was copied, bytes were changed) is read and every checksum of it computed. quick: only look at the index.
+        Records of CHECKED_BYTES together are all read and their checksums computed. Of more, only those in a shard
+        whose size or time is not that of its last commit (the run was killed, the folder was copied, bytes were
+        changed); what else may be wrong with the others, `get` finds. quick: only look at the index.
         """
         wanted = frozenset(keys)
         found = self._find(list(wanted))
         damaged: set[bytes] = set()
         if not quick:
-            states = self._index.shard_states()
-            for name in sorted({entry.shard for entry in found.values()}):
-                damaged |= self._check_shard(name, states.get(name))
+            unsound = [entry for entry in found.values() if not is_sound(entry)]
+            self._drop(unsound)
+            damaged = {entry.key for entry in unsound}
+            entries = [entry for entry in found.values() if entry.key not in damaged]
+            damaged |= self._damaged_among(entries)
         return Found(frozenset(wanted - found.keys() | wanted & damaged), wanted & damaged)
+
+    def _damaged_among(self, entries: Sequence[Entry]) -> set[bytes]:
+        """Keys of the damaged ones, after dropping them."""
+        if sum(entry.length for entry in entries) <= CHECKED_BYTES:
+            in_order = sorted(entries, key=lambda entry: (entry.shard, entry.start))
+            bad = [entry for entry in in_order if self._whole(entry) is None]
+            self._drop(bad)
+            return {entry.key for entry in bad}
+        states = self._index.shard_states()
+        return set().union(*(self._check_shard(name, states.get(name)) for name in sorted({e.shard for e in entries})))
 
     def is_empty(self) -> bool:
         self.flush()
@@ -333,32 +317,36 @@ class PackedStore:
         self._entries.update(found)
         return found
 
-    def _trusted(self, entry: Entry) -> Tensor | None:
-        """The bytes of a record, checked when this process reads it for the first time; None when damaged."""
-        if entry.key in self._verified:
-            return self._reader.read(entry)
-        buffer = self._whole(entry)
-        if buffer is not None:
-            self._verified.add(entry.key)
-        return buffer
-
     def _whole(self, entry: Entry) -> Tensor | None:
-        """The bytes of a record, or None when they are not what was written."""
-        buffer = self._reader.read(entry)
-        return buffer if buffer is not None and zlib.crc32(view_bytes(buffer)) == entry.checksum else None
+        """The bytes of a record, or None when they are not what was written under its key."""
+        buffer = self._reader.read(entry) if is_sound(entry) else None
+        if buffer is None:
+            return None
+        checksum = zlib.crc32(view_bytes(buffer))
+        # without the seal: written before there was one
+        return buffer if entry.checksum in (checksum ^ seal(entry.key, entry.layout), checksum) else None
+
+    def _drop(self, entries: Sequence[Entry], *, must: bool = False) -> None:
+        """Forget damaged records. Where the folder cannot be written they stay and are found again; must: UserError."""
+        for entry in entries:
+            self._entries.pop(entry.key, None)
+        if entries and (must or os.access(self.folder, os.W_OK)):
+            sound = [entry for entry in entries if is_sound(entry)]
+            self._index.drop(sound)
+            self._index.drop_keys({entry.key for entry in entries} - {entry.key for entry in sound})
 
     def _check_shard(self, name: str, known: ShardState | None) -> set[bytes]:
         """Keys of the damaged records of a shard, after dropping them."""
         try:
-            stat = os.stat(self.folder / name)
-            state = ShardState(name, stat.st_size, stat.st_mtime_ns)
-        except FileNotFoundError:
+            now = os.stat(self.folder / name)
+            state = ShardState(name, now.st_size, now.st_mtime_ns)
+        except OSError:
             state = ShardState(name, -1, 0)
         if state == known:
             return set()
         bad = [entry for entry in self._index.of_shard(name) if self._whole(entry) is None]
+        self._drop(bad)
         if os.access(self.folder, os.W_OK):
-            self._index.drop(bad)
             self._index.set_shard_state(state)
         return {entry.key for entry in bad}
 
@@ -382,15 +370,22 @@ class PackedStore:
         with self._lock:
             self.flush()
             live = self._index.live_bytes()
-            stats = {path.name: path.stat() for path in self.folder.glob("*.bin")}
-            total = sum(stat.st_size for stat in stats.values())
+            stats = self._shard_files()
+            total = sum(file.st_size for file in stats.values())
             if total == 0 or 2 * sum(live.values()) >= total:
                 return 0
             freed = 0
-            for name, stat in stats.items():
-                if 2 * live.get(name, 0) < stat.st_size and time.time() - stat.st_mtime >= abandoned_s:
-                    freed += stat.st_size - self._rewrite(name)
+            for name, file in stats.items():
+                if 2 * live.get(name, 0) < file.st_size and time.time() - file.st_mtime >= abandoned_s:
+                    freed += file.st_size - self._rewrite(name)
             return freed
+
+    def _shard_files(self) -> dict[str, os.stat_result]:
+        found = {}
+        for path in self.folder.glob("*.bin"):
+            with contextlib.suppress(OSError):  # another process has just removed it
+                found[path.name] = path.stat()
+        return {name: file for name, file in found.items() if stat.S_ISREG(file.st_mode)}
 
     def _rewrite(self, shard: str) -> int:
         """Move the living records of a shard to this process's own; returns their bytes."""
@@ -400,8 +395,8 @@ class PackedStore:
         dead, moved = self._index.dead_owners(), 0
         for entry in self._index.of_shard(shard):
             if entry.owner not in dead and (buffer := self._whole(entry)) is not None:
-                parts = [view_bytes(buffer)]
-                self._append(entry.key, Packed(parts, entry.length, entry.checksum, entry.layout), entry.owner)
+                packed = Packed([view_bytes(buffer)], entry.length, zlib.crc32(view_bytes(buffer)), entry.layout)
+                self._append(entry.key, packed, entry.owner)
                 moved += entry.length
         self.flush()
         self._index.drop_shard(shard)

@@ -2,20 +2,23 @@
 """The index of a packed store: an sqlite file that says where each record is, and which file has which content.
 
 A row is committed only after its bytes are on the disk, so whatever is in the index can be read. sqlite serialises the
-writers; the rollback journal (not WAL) is used because it also works on network folders and on read-only ones.
+writers; the rollback journal (not WAL) is used because it also works on network folders and on read-only ones. A file
+that is damaged, or no index of ours, is kept under another name and a new one begun: all records are encoded again.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import sqlite3
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from library.errors import UserError
 from library.log import get_logger
@@ -23,7 +26,11 @@ from library.log import get_logger
 FILE_NAME = "index.sqlite"
 VERSION = 1
 CHUNK = 500  # values per statement; sqlite before 3.32 allows 999
-BUSY_SECONDS = 120.0
+BUSY_SECONDS = 60.0
+NO_VERSION = 1000  # from here on the number is damage, not a newer program's
+
+T = TypeVar("T")
+Statement = tuple[str, Sequence[Sequence[object]]]  # SQL, and the values of each time that it is executed
 
 TABLES = """
 CREATE TABLE IF NOT EXISTS shards (name TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER);
@@ -36,7 +43,10 @@ CREATE TABLE IF NOT EXISTS retired (digest BLOB PRIMARY KEY) WITHOUT ROWID;
 
 
 class Entry(NamedTuple):
-    """Where a record lies. `layout`: JSON list of [name, dtype, shape]; `owner`: digest of its source file."""
+    """Where a record lies. `layout`: JSON list of [name, dtype, shape]; `owner`: digest of its source file.
+
+    As the index has it: a damaged one may hold values of any type (`store.is_sound`).
+    """
 
     key: bytes
     shard: str
@@ -74,6 +84,7 @@ class Index:
         self._connection: sqlite3.Connection | None = None
         self._pid = os.getpid()
         self._of_parents: list[sqlite3.Connection | None] = []
+        self._opened = 0  # identity of the file that was opened
 
     # ---- records ----------------------------------------------------------------------------------------------------
 
@@ -91,15 +102,20 @@ class Index:
     def add(self, entries: Iterable[Entry], shard: ShardState) -> None:
         """Commit records whose bytes are already safe, with the state of their shard, in one transaction."""
         rows = list(entries)
-        with self._transaction(sum(row.length for row in rows)) as connection:
-            connection.executemany("INSERT OR REPLACE INTO records VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
-            connection.execute("INSERT OR REPLACE INTO shards VALUES (?, ?, ?)", shard)
+        self._write(
+            ("INSERT OR REPLACE INTO records VALUES (?, ?, ?, ?, ?, ?, ?)", rows),
+            ("INSERT OR REPLACE INTO shards VALUES (?, ?, ?)", [shard]),
+            needed=sum(row.length for row in rows),
+        )
 
     def drop(self, entries: Iterable[Entry]) -> None:
         """Forget records, unless another process has written them again elsewhere."""
-        with self._transaction() as connection:
-            statement = "DELETE FROM records WHERE key = ? AND shard = ? AND start = ?"
-            connection.executemany(statement, [(e.key, e.shard, e.start) for e in entries])
+        statement = "DELETE FROM records WHERE key = ? AND shard = ? AND start = ?"
+        self._write((statement, [(e.key, e.shard, e.start) for e in entries]))
+
+    def drop_keys(self, keys: Iterable[bytes]) -> None:
+        """Forget records whatever the index says of their place."""
+        self._write(("DELETE FROM records WHERE key = ?", [(key,) for key in keys]))
 
     # ---- shards -----------------------------------------------------------------------------------------------------
 
@@ -107,20 +123,21 @@ class Index:
         return {row[0]: ShardState(*row) for row in self._select("SELECT * FROM shards")}
 
     def set_shard_state(self, shard: ShardState) -> None:
-        with self._transaction() as connection:
-            connection.execute("INSERT OR REPLACE INTO shards VALUES (?, ?, ?)", shard)
+        self._write(("INSERT OR REPLACE INTO shards VALUES (?, ?, ?)", [shard]))
 
     def drop_shard(self, name: str) -> None:
-        with self._transaction() as connection:
-            connection.execute("DELETE FROM records WHERE shard = ?", (name,))
-            connection.execute("DELETE FROM shards WHERE name = ?", (name,))
+        self._write(
+            ("DELETE FROM records WHERE shard = ?", [(name,)]),
+            ("DELETE FROM shards WHERE name = ?", [(name,)]),
+        )
 
     def live_bytes(self) -> dict[str, int]:
         """Bytes per shard of the records that are not dead."""
         dead = self.dead_owners()
         live: dict[str, int] = {}
-        for shard, owner, size in self._select("SELECT shard, owner, sum(length) FROM records GROUP BY shard, owner"):
-            live[shard] = live.get(shard, 0) + (0 if owner in dead else size)
+        query = "SELECT shard, owner, total(length) FROM records GROUP BY shard, owner"  # sum() fails on absurd lengths
+        for shard, owner, size in self._select(query):
+            live[shard] = live.get(shard, 0) + (0 if owner in dead else int(size))
         return live
 
     def dead_owners(self) -> set[bytes]:
@@ -131,14 +148,16 @@ class Index:
     # ---- contents of files ------------------------------------------------------------------------------------------
 
     def file_rows(self, paths: Sequence[str]) -> dict[str, FileRow]:
-        return {row[0]: FileRow(*row) for row in self._select_many("SELECT * FROM files WHERE path IN", paths)}
+        rows = (FileRow(*row) for row in self._select_many("SELECT * FROM files WHERE path IN", paths))
+        return {row.path: row for row in rows if isinstance(row.digest, bytes)}  # else damaged: the file is read again
 
     def set_file_rows(self, rows: Iterable[FileRow]) -> None:
         rows = list(rows)
-        with self._transaction() as connection:
-            changed = "INSERT OR IGNORE INTO retired SELECT digest FROM files WHERE path = ? AND digest <> ?"
-            connection.executemany(changed, [(row.path, row.digest) for row in rows])
-            connection.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", rows)
+        changed = "INSERT OR IGNORE INTO retired SELECT digest FROM files WHERE path = ? AND digest <> ?"
+        self._write(
+            (changed, [(row.path, row.digest) for row in rows]),
+            ("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", rows),
+        )
 
     # ---- sqlite -----------------------------------------------------------------------------------------------------
 
@@ -149,28 +168,37 @@ class Index:
             self._connection = None
 
     def _select(self, query: str, values: Sequence[object] = ()) -> list[tuple]:
-        with self._lock, self._errors():
-            connection = self._connected(create=False)
+        def rows(connection: sqlite3.Connection | None) -> list[tuple]:
             return [] if connection is None else connection.execute(query, values).fetchall()
+
+        return self._healed(rows, create=False)
 
     def _select_many(self, query: str, values: Sequence[object]) -> Iterator[tuple]:
         for first in range(0, len(values), CHUNK):
             chunk = values[first : first + CHUNK]
             yield from self._select(f"{query} ({','.join('?' * len(chunk))})", chunk)
 
-    @contextlib.contextmanager
-    def _transaction(self, needed: int = 0) -> Iterator[sqlite3.Connection]:
-        with self._lock, self._errors(needed):
-            connection = self._connected(create=True)
+    def _write(self, *statements: Statement, needed: int = 0) -> None:
+        """All statements in one transaction. needed: bytes, for the message of a full disk."""
+
+        def commit(connection: sqlite3.Connection | None) -> None:
             assert connection is not None
-            connection.execute("BEGIN IMMEDIATE")
+            with _transaction(connection):
+                for statement, values in statements:
+                    connection.executemany(statement, values)
+
+        self._healed(commit, create=True, needed=needed)
+
+    def _healed(self, action: Callable[[sqlite3.Connection | None], T], *, create: bool, needed: int = 0) -> T:
+        """The result of `action`; where the file turns out to be damaged, that of a second time, with a new index."""
+        with self._lock, self._errors(needed):
             try:
-                yield connection
-                connection.execute("COMMIT")
-            except BaseException:
-                if connection.in_transaction:
-                    connection.execute("ROLLBACK")
-                raise
+                return action(self._connected(create=create))
+            except sqlite3.DatabaseError as error:
+                if not _is_damage(error):
+                    raise
+            self._set_aside()
+            return action(self._connected(create=create))
 
     def _connected(self, *, create: bool) -> sqlite3.Connection | None:
         """This process's connection, or None when there is no index yet and `create` is False."""
@@ -178,23 +206,41 @@ class Index:
             # A connection must not be used, nor closed, on the other side of a fork: keep it alive and open another.
             self._of_parents.append(self._connection)
             self._connection, self._pid = None, os.getpid()
-        if self._connection is None and (create or self.path.exists()):
+        if self._connection is None and (create or os.path.lexists(self.path)):
             self._connection = self._open()
         return self._connection
 
     def _open(self) -> sqlite3.Connection:
-        opened = self.path.stat().st_ino if self.path.exists() else 0
+        self._opened = self._identity()
+        if self._opened and not self.path.is_file():  # a folder, a pipe: sqlite would wait for it or refuse it
+            self._set_aside()
         try:
             return _connect(self.path)
         except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError):
+            if not _is_damage(error):
                 raise
-        damaged = self.path.with_suffix(".damaged")
-        with contextlib.suppress(FileNotFoundError):
-            if self.path.stat().st_ino == opened:  # else another process has just done the same
-                os.replace(self.path, damaged)
-                get_logger().warning(f"{self.path} is damaged: kept as {damaged.name}, everything is encoded again")
+        self._set_aside()
         return _connect(self.path)
+
+    def _identity(self) -> int:
+        """Which file lies there; 0 where there is none."""
+        return os.lstat(self.path).st_ino if os.path.lexists(self.path) else 0
+
+    def _set_aside(self) -> None:
+        """Give the file another name, unless another process has just done the same."""
+        self.close()
+        if self._identity() != self._opened:
+            return
+        damaged = self.path.with_suffix(".damaged")
+        if damaged.is_dir() or self.path.is_dir():
+            damaged = self.path.with_suffix(f".{uuid.uuid4().hex[:8]}.damaged")
+        try:
+            os.replace(self.path, damaged)
+            self.path.with_name(f"{FILE_NAME}-journal").unlink(missing_ok=True)  # it is about the other file
+        except OSError as error:
+            raise unwritable(self.folder, f"{FILE_NAME} is damaged; {error.strerror}") from error
+        get_logger().warning(f"{self.path} is damaged: kept as {damaged.name}, everything is encoded again")
+        self._opened = 0
 
     @contextlib.contextmanager
     def _errors(self, needed: int = 0) -> Iterator[None]:
@@ -206,39 +252,79 @@ class Index:
                 raise no_space(self.folder, needed, text) from error
             if "readonly" in text or "unable to open" in text:
                 raise unwritable(self.folder, text) from error
+            if "locked" in text:
+                reason = f"another program has locked it for {BUSY_SECONDS:.0f} s: end that one"
+                raise UserError(f"--cache_dir: {self.path}: {reason}, or give another folder") from error
             message = f"--cache_dir: {self.path} cannot be used ({text}); delete the folder or give another one"
             raise UserError(message) from error
 
 
 def _entry(row: tuple) -> Entry:
     """Shard names and layouts are few: every entry shares them."""
-    return Entry(row[0], sys.intern(row[1]), row[2], row[3], row[4], sys.intern(row[5]), row[6])
+    shard, layout = (sys.intern(text) if type(text) is str else text for text in (row[1], row[5]))
+    return Entry(row[0], shard, row[2], row[3], row[4], layout, row[6])
+
+
+def _is_damage(error: sqlite3.DatabaseError) -> bool:
+    """Of the file itself. The subclasses are about locks, rights, space and mistakes."""
+    return type(error) is sqlite3.DatabaseError
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    """An open connection with the tables made. Raises sqlite3.DatabaseError when the file is damaged."""
+    """An open connection with the tables made. Raises sqlite3.DatabaseError when the file is not such an index."""
     connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
     try:
+        connection.text_factory = functools.partial(str, encoding="utf-8", errors="surrogateescape")
         connection.execute("PRAGMA synchronous = FULL")
         if connection.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
             raise sqlite3.DatabaseError("damaged")
-        version = connection.execute("PRAGMA user_version").fetchone()[0]
-        if version == 0:
-            _create_tables(connection)
-        elif version != VERSION:
+        if _version(connection) == 0:
+            with _transaction(connection):
+                _create_tables(connection)
+        version = _version(connection)
+        if VERSION < version < NO_VERSION:
             raise UserError(f"--cache_dir: {path} has format {version}, not {VERSION}: give another folder")
+        if version != VERSION or _schema(connection) != _own_schema():
+            raise sqlite3.DatabaseError("other tables")
     except BaseException:
         connection.close()
         raise
     return connection
 
 
-def _create_tables(connection: sqlite3.Connection) -> None:
+@contextlib.contextmanager
+def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
     connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+
+
+def _version(connection: sqlite3.Connection) -> int:
+    return connection.execute("PRAGMA user_version").fetchone()[0]
+
+
+def _schema(connection: sqlite3.Connection) -> list[tuple]:
+    return connection.execute("SELECT type, name, sql FROM sqlite_master ORDER BY type, name").fetchall()
+
+
+def _create_tables(connection: sqlite3.Connection) -> None:
+    if _schema(connection):  # of another program, or of another process that was quicker
+        return
     for statement in TABLES.split(";"):
         connection.execute(statement)
     connection.execute(f"PRAGMA user_version = {VERSION}")
-    connection.execute("COMMIT")
+
+
+@functools.cache
+def _own_schema() -> list[tuple]:
+    with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
+        _create_tables(connection)
+        return _schema(connection)
 
 
 def no_space(folder: Path, needed: int, reason: str) -> UserError:

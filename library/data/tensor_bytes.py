@@ -64,11 +64,26 @@ def _slices(layout: str) -> tuple[tuple[str, torch.dtype, tuple[int, ...], int, 
     """(name, dtype, shape, first byte, end byte) of every tensor of a layout."""
     result, start = [], 0
     for name, dtype_name, shape in json.loads(layout):
+        if any(type(side) is not int or side < 0 for side in shape):
+            raise ValueError(f"a tensor of shape {shape}")
         dtype = DTYPES[dtype_name]
         end = start + dtype.itemsize * math.prod(shape)
         result.append((name, dtype, tuple(shape), start, end))
         start = end + -end % ALIGNMENT
     return tuple(result)
+
+
+@functools.lru_cache(maxsize=4096)
+def layout_bytes(layout: str) -> int | None:
+    """Length of a record of this layout; None where it is not one that `pack` writes."""
+    try:
+        slices = _slices(layout)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    if not all(type(name) is str for name, *_ in slices):
+        return None
+    end = slices[-1][-1] if slices else 0
+    return end + -end % ALIGNMENT
 
 
 def unpack(buffer: Tensor, layout: str) -> dict[str, Tensor]:

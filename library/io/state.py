@@ -7,12 +7,15 @@ A state is a folder:
     train_state.json      position in the run, loss history, and the fingerprint of what must be the same on resume
     manifest.json         size and sha256 of the other files
 
+train_state.json also names the sha256 of the other two, so that parts of two states do not pass for one.
+
 Seeds come from counters (`library.rng`), so position and fingerprint are all that data order and draws need.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import re
 from collections.abc import Iterator, Mapping
@@ -62,6 +65,11 @@ class StateParts:
 
 JSON_PARTS = ("step", "epoch", "batch", "fingerprint", "losses")
 TORCH_PARTS = ("optimizer", "scheduler", "scaler", "ema")
+OPTIONAL_PARTS = ("scaler", "ema")
+BELONGS = "parts"  # key of train_state.json: sha256 of the weights and of the optimizer it belongs to
+MOST_JSON = 64 << 20  # bytes
+# What reading JSON of any content raises: nesting is a RecursionError, a number of 5,000 digits a ValueError
+DAMAGED_JSON = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
 # ---- save ---------------------------------------------------------------------------------------------------------
@@ -83,8 +91,10 @@ def save_state(folder: str | Path, parts: StateParts) -> Path:
     with atomic_folder(folder, size=size) as temp:
         write_safetensors(temp / WEIGHTS, weights, {"format": "pt"})
         _write_bundle(temp / OPTIMIZER, bundle, folder)
+        manifest = {name: _identity(temp / name) for name in (WEIGHTS, OPTIMIZER)}
+        facts[BELONGS] = {name: identity["sha256"] for name, identity in manifest.items()}
         (temp / FACTS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
-        manifest = {name: _identity(temp / name) for name in (WEIGHTS, OPTIMIZER, FACTS)}
+        manifest[FACTS] = _identity(temp / FACTS)
         (temp / MANIFEST).write_text(json.dumps({"format": FORMAT, "version": VERSION, "files": manifest}, indent=1))
     return folder
 
@@ -135,16 +145,41 @@ def _identity(path: Path) -> dict[str, Any]:
 
 def load_state(folder: str | Path) -> StateParts:
     """Read a state back, tensors on the CPU. Raises UserError when it is missing, damaged or of another program."""
-    from safetensors.torch import load_file
-
     folder = Path(folder)
     clean_leftovers(folder.parent)
     verify_state(folder)
+    bundle = _bundle(folder / OPTIMIZER)
+    return StateParts(weights=_weights(folder / WEIGHTS), **_facts(folder), **bundle)
+
+
+def _weights(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     try:
-        bundle = _read_bundle(folder / OPTIMIZER)
+        return load_file(str(path))
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(_damaged(path, str(error))) from None
+
+
+def _bundle(path: Path) -> dict[str, Any]:
+    try:
+        bundle = _read_bundle(path)
     except pickle.UnpicklingError:
-        raise UserError(f"--resume: {folder / OPTIMIZER} holds more than numbers; it is not loaded") from None
-    return StateParts(weights=load_file(str(folder / WEIGHTS)), **_facts(folder), **bundle)
+        raise UserError(f"--resume: {path} holds more than numbers; it is not loaded") from None
+    except Exception as error:  # what a pickle of any content raises has no end
+        raise UserError(_damaged(path, f"{type(error).__name__}: {error}")) from None
+    if not isinstance(bundle, dict) or bundle.keys() != set(TORCH_PARTS):
+        raise UserError(_damaged(path, f"it does not hold {', '.join(TORCH_PARTS)}"))
+    for name, value in bundle.items():
+        if not (isinstance(value, dict) or (value is None and name in OPTIONAL_PARTS)):
+            raise UserError(_damaged(path, f"{name} is a {type(value).__name__}"))
+    return bundle
+
+
+def _damaged(path: Path, reason: str) -> str:
+    first = " ".join(reason.split())
+    return f"--resume: {path} is damaged ({first[:200]}); use another state"
 
 
 def read_facts(folder: str | Path) -> dict[str, Any]:
@@ -159,8 +194,34 @@ def read_facts(folder: str | Path) -> dict[str, Any]:
 
 
 def _facts(folder: Path) -> dict[str, Any]:
-    facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-    return {name: facts[name] for name in JSON_PARTS}
+    try:
+        facts = _json_of(folder / FACTS)
+        found = {name: facts[name] for name in JSON_PARTS}
+        wrong = next((name for name in JSON_PARTS if not _is_fact(name, found[name])), None)
+        belongs, files = facts.get(BELONGS), _json_of(folder / MANIFEST)["files"]
+        strangers = [name for name in belongs or () if belongs[name] != files[name]["sha256"]]
+    except DAMAGED_JSON as error:
+        raise UserError(_damaged(folder / FACTS, f"{type(error).__name__}: {error}")) from None
+    if wrong is not None:
+        raise UserError(_damaged(folder / FACTS, f"its {wrong} is {_short(found[wrong])}"))
+    if strangers:
+        raise UserError(f"--resume: {folder}: {' and '.join(strangers)} of another state; use a whole one")
+    return found
+
+
+def _is_fact(name: str, value: Any) -> bool:
+    if name == "fingerprint":
+        return isinstance(value, dict) and type(value.get("seed", 0)) is int
+    if name == "losses":
+        return isinstance(value, list) and all(type(v) in (int, float) and math.isfinite(v) for v in value)
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _json_of(path: Path) -> Any:
+    """Raises DAMAGED_JSON errors."""
+    if not path.is_file() or path.stat().st_size > MOST_JSON:
+        raise ValueError("no file of facts")
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def verify_state(folder: Path, *, content: bool = True) -> None:
@@ -169,13 +230,7 @@ def verify_state(folder: Path, *, content: bool = True) -> None:
         raise UserError(_not_there(folder))
     if not (folder / MANIFEST).is_file():
         raise UserError(_foreign(folder))
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files, version = manifest["files"], manifest["version"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"--resume: {folder / MANIFEST} is damaged; use another state") from None
-    if version > VERSION:
-        raise UserError(f"--resume: {folder} is of a newer Trainyard (state version {version}, known: {VERSION})")
+    files = _manifest(folder)
     problems = []
     for name, expected in files.items():
         path = folder / name
@@ -187,6 +242,22 @@ def verify_state(folder: Path, *, content: bool = True) -> None:
             problems.append(f"--resume: {path} is damaged (its content is not what was written); use another state")
     if problems:
         raise UserError(problems)
+
+
+def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """Name of each part -> its size and sha256. Raises UserError."""
+    try:
+        manifest = _json_of(folder / MANIFEST)
+        files, version = manifest["files"], manifest["version"]
+        good = type(version) is int and (version > VERSION or files.keys() == {WEIGHTS, OPTIMIZER, FACTS})
+        good = good and all(type(part["size"]) is int and type(part["sha256"]) is str for part in files.values())
+    except DAMAGED_JSON:
+        good = False
+    if not good:
+        raise UserError(f"--resume: {folder / MANIFEST} is damaged; use another state")
+    if version > VERSION:
+        raise UserError(f"--resume: {folder} is of a newer Trainyard (state version {version}, known: {VERSION})")
+    return files
 
 
 def _not_there(folder: Path) -> str:

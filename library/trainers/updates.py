@@ -14,6 +14,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from library.errors import UserError, first_names
 from library.io.state import StateParts
 from library.optim.bf16 import build_bf16
 from library.optim.ema import Ema
@@ -24,6 +25,8 @@ from library.optim.schedulers import build_scheduler
 from library.trainers.optimizer_memory import appetite
 from library.trainers.options import TrainerOptions
 from library.trainers.trainables import StepModule, Trainables
+
+LIKE_WEIGHT = ("exp_avg", "exp_avg_sq", "momentum_buffer", "z")  # of an optimizer's state: as large as the weight
 
 
 class Updates:
@@ -196,7 +199,23 @@ class Updates:
         }
 
     def load(self, parts: StateParts) -> None:
-        """Continue from a state."""
+        """Continue from a state. Raises UserError where it is of other weights or of another optimizer."""
+        own, found = ({n: tuple(t.shape) for n, t in w.items()} for w in (self.trainables.state(), parts.weights))
+        wrong = sorted(name for name in own.keys() | found.keys() if own.get(name) != found.get(name))
+        if wrong:
+            raise UserError(f"--resume: the state holds other weights than those that learn now: {first_names(wrong)}")
+        try:
+            self._load(parts)
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise UserError(f"--resume: the state's optimizer or schedule is of another run ({reason})") from None
+        states = self.optim.optimizer.state if self.options.bf16_update == "plain" else {}  # else of hidden copies
+        for parameter, state in states.items():
+            bad = [key for key in LIKE_WEIGHT if key in state and state[key].shape != parameter.shape]
+            if bad:
+                raise UserError(f"--resume: the state's optimizer is of other weights: its {bad[0]} does not fit")
+
+    def _load(self, parts: StateParts) -> None:
         self.trainables.load(parts.weights)
         self.optim.load_state_dict(parts.optimizer)
         self._has_states = True

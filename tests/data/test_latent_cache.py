@@ -10,6 +10,7 @@ import pickle
 import re
 import signal
 import time
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from library.data import store
+from library.data import legacy_npz, store
 from library.data.buckets import Bucket
 from library.data.dataset import LatentJob, TrainingData, encoding_input, latent_seed
 from library.data.file_hashes import FileHashes, FileState, state_of
@@ -31,6 +32,7 @@ from library.errors import UserError
 from library.models import kl_vae
 from library.rng import derive_seed, torch_generator
 from library.types import LatentSpec
+from tests.damage import damaged_copies
 from tests.data.test_store import small_disk  # noqa: F401 - a fixture
 
 SPEC = LatentSpec("sd", channels=4, factor=8, npz_suffix="_sd.npz")
@@ -517,15 +519,86 @@ def test_a_rank_reads_what_another_rank_has_checked(tmp_path: Path) -> None:
         cache.get(*jobs[0])
 
 
-def test_a_valid_file_is_read_only_once_to_check(tmp_path: Path) -> None:
+def flip_a_byte(path: Path) -> None:
+    """In the first array; size and time stay."""
+    stat, data = path.stat(), bytearray(path.read_bytes())
+    data[400] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+@pytest.mark.parametrize("limit", [legacy_npz.CHECKED_BYTES, 0])
+def test_a_file_that_was_good_is_damaged(tmp_path: Path, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few files are read at every start; of many it is remembered that they were good, and training finds damage."""
+    monkeypatch.setattr(legacy_npz, "CHECKED_BYTES", limit)
     jobs, path, _ = legacy_jobs(tmp_path, SPEC, ImageRules(), "0_0048x0064_sd.npz")
     assert make_cache(scale_legacy=scale).missing(jobs) == []
-    stat = path.stat()
-    path.write_bytes(bytes(stat.st_size))
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    flip_a_byte(path)
     cache = make_cache(scale_legacy=scale)
-    assert cache.missing(jobs) == []  # same size and time: remembered
-    with pytest.raises(UserError, match="damaged"):
-        cache.get(*jobs[0])
-    os.utime(path)
-    assert make_cache(scale_legacy=scale).missing(jobs) == jobs
+    if limit == 0:
+        assert cache.missing(jobs) == []
+        with pytest.raises(UserError, match=r"damaged .* start again and the picture is encoded"):
+            cache.get(*jobs[0])
+    assert make_cache(scale_legacy=scale).fill(jobs, Encoder(), batch_size=1) == 1
+    assert_cached(make_cache(scale_legacy=scale), jobs)
+
+
+ARRAYS = {"latents": np.zeros((4, 8, 6), np.float32), "original_size": np.array([48, 64])}
+WRONG_NPZ: dict[str, Callable[[Path], object]] = {
+    "text": lambda path: path.write_text("not a zip"),
+    "pickle": lambda path: path.write_bytes(pickle.dumps(ARRAYS)),
+    "array": lambda path: np.save(path.open("wb"), ARRAYS["latents"]),
+    "objects": lambda path: np.savez(path, **{**ARRAYS, "latents": np.array([{}, []], dtype=object)}),
+    "strings": lambda path: np.savez(path, **{**ARRAYS, "latents": np.full((4, 8, 6), "a")}),
+    "integers": lambda path: np.savez(path, **{**ARRAYS, "latents": np.zeros((4, 8, 6), np.int64)}),
+    "complex": lambda path: np.savez(path, **{**ARRAYS, "latents": np.zeros((4, 8, 6), np.complex64)}),
+    "scalar size": lambda path: np.savez(path, **{**ARRAYS, "original_size": np.array(48)}),
+    "text size": lambda path: np.savez(path, **{**ARRAYS, "original_size": np.array(["48", "64"])}),
+    "huge shape": lambda path: crafted(path, "(4, 999999999, 999999999)"),
+    "more than it says": lambda path: crafted(path, "(4, 8, 6)", bytes(1 << 20)),
+    "less than it says": lambda path: crafted(path, "(4, 8, 6)", b""),
+    "nested header": lambda path: crafted(path, "(" * 5000),
+    "member text": lambda path: zip_of(path, {"latents.npy": b"hello", "original_size.npy": b""}),
+    "bomb": lambda path: np.savez_compressed(path, **{**ARRAYS, "latents": np.zeros((4, 800, 600), np.float32)}),
+    "folder": lambda path: (path.unlink(), path.mkdir()),
+    "pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+}
+
+
+def zip_of(path: Path, members: dict[str, bytes]) -> None:
+    with zipfile.ZipFile(path, "w") as file:
+        for name, data in members.items():
+            file.writestr(name, data)
+
+
+def crafted(path: Path, shape: str, data: bytes = bytes(768)) -> None:
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    head = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little")
+    zip_of(path, {"latents.npy": head + header + data, "original_size.npy": b""})
+
+
+@pytest.mark.parametrize("kind", WRONG_NPZ)
+def test_files_of_any_content_are_not_used(tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "trainyard")
+    jobs, path, _ = legacy_jobs(tmp_path, SPEC, PLAIN, "0_0048x0064_sd.npz")
+    WRONG_NPZ[kind](path)
+    if path.exists() and kind not in ("folder", "pipe"):
+        os.utime(path)
+    cache = make_cache(scale_legacy=scale)
+    assert cache.fill(jobs, Encoder(), batch_size=1) == 1
+    assert_cached(cache, jobs)
+    assert len(caplog.records) == 1 and str(path) in caplog.text
+
+
+def test_damaged_npz_files(tmp_path: Path) -> None:
+    """200 files with bytes changed, cut or exchanged: each is read right or not used."""
+    jobs, path, arrays = legacy_jobs(tmp_path, SPEC, PLAIN, "0_0048x0064_sd.npz")
+    whole, wanted = path.read_bytes(), legacy_npz.Wanted((8, 6), jobs[0].sample.size, False, False)
+    for data in damaged_copies(whole, 200, "npz"):
+        path.write_bytes(data)
+        try:
+            found = legacy_npz.read(str(path), SPEC, wanted)
+        except legacy_npz.NotUsable as error:
+            assert "\n" not in str(error)
+        else:
+            assert torch.equal(found.latents, torch.from_numpy(arrays["latents"]))

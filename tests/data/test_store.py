@@ -3,26 +3,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import multiprocessing
 import os
 import pickle
 import resource
+import shutil
 import signal
 import sqlite3
 import subprocess
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from library.data import store as store_module
+from library.data import store_index
 from library.data.store import MemoryStore, PackedStore
 from library.data.store_index import FileRow
 from library.data.tensor_bytes import DTYPES
 from library.errors import UserError
 from library.rng import python_rng, torch_generator
+from tests.damage import damaged_copies
 
 FORK = multiprocessing.get_context("fork")
 
@@ -199,11 +205,14 @@ def test_flipped_bytes_are_found_by_check_and_by_get(tmp_path: Path) -> None:
         byte = file.read(1)
         file.seek(5)
         file.write(bytes([byte[0] ^ 1]))
+    assert PackedStore(tmp_path).check([key_of(0), key_of(1)], quick=True).missing == frozenset()
     with pytest.raises(KeyError):
         PackedStore(tmp_path).get(key_of(0))
-    assert PackedStore(tmp_path).check([key_of(0), key_of(1)], quick=True).missing == frozenset()
-    assert PackedStore(tmp_path).check([key_of(0), key_of(1)]).damaged == {key_of(0)}
-    assert_holds(PackedStore(tmp_path), 1)
+    assert PackedStore(tmp_path).check([key_of(0), key_of(1)], quick=True).missing == {key_of(0)}  # `get` dropped it
+    with open(shard, "r+b") as file:
+        file.write(b"\x55" * shard.stat().st_size)
+    assert PackedStore(tmp_path).check([key_of(0), key_of(1)]).damaged == {key_of(1)}
+    assert PackedStore(tmp_path).check([key_of(1)], quick=True).missing == {key_of(1)}
 
 
 def test_a_deleted_shard_is_missing(tmp_path: Path) -> None:
@@ -212,8 +221,10 @@ def test_a_deleted_shard_is_missing(tmp_path: Path) -> None:
     assert len(PackedStore(tmp_path).check(key_of(n) for n in range(10)).missing) == 10
 
 
-def test_an_untouched_shard_is_not_read_again(tmp_path: Path) -> None:
-    """A restart costs one stat per shard: damage that leaves size and time alone is left to the first `get`."""
+@pytest.mark.parametrize("limit", [store_module.CHECKED_BYTES, 0])
+def test_damage_that_leaves_size_and_time_alone(tmp_path: Path, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start reads what is needed where that is not much; of more it looks at size and time, and `get` finds it."""
+    monkeypatch.setattr(store_module, "CHECKED_BYTES", limit)
     write(tmp_path, 0, 1, 10)
     (shard,) = shards(tmp_path)
     stat = shard.stat()
@@ -221,9 +232,26 @@ def test_an_untouched_shard_is_not_read_again(tmp_path: Path) -> None:
     data[5] ^= 1
     shard.write_bytes(data)
     os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert not PackedStore(tmp_path).check([key_of(0)]).missing
+    keys = [key_of(n) for n in range(10)]
+    assert PackedStore(tmp_path).check(keys).damaged == (frozenset() if limit == 0 else {keys[0]})
     with pytest.raises(KeyError):
-        PackedStore(tmp_path).get(key_of(0))
+        PackedStore(tmp_path).get(keys[0])
+    again = PackedStore(tmp_path)
+    assert again.check(keys).missing == {keys[0]}
+    again.put(keys[0], tensors_of(0))
+    assert not again.check(keys).missing
+    assert_holds(again, 0)
+
+
+def test_damage_while_a_store_is_open_is_found(tmp_path: Path) -> None:
+    write(tmp_path, 0, 1, 10)
+    opened = PackedStore(tmp_path)
+    assert_holds(opened, 0)
+    (shard,) = shards(tmp_path)
+    with open(shard, "r+b") as file:
+        file.write(b"\x55")
+    with pytest.raises(KeyError):
+        opened.get(key_of(0))
 
 
 @pytest.mark.parametrize("content", [b"this is not a database" * 100, None])
@@ -241,6 +269,185 @@ def test_a_damaged_index_is_said_and_replaced(
     store.put(key_of(0), tensors_of(0))
     store.flush()
     assert_holds(PackedStore(tmp_path), 0)
+
+
+def edited(folder: Path, *statements: str) -> None:
+    """The index after SQL of somebody else."""
+    with contextlib.closing(sqlite3.connect(folder / "index.sqlite")) as connection:
+        for statement in statements:
+            connection.execute(statement)
+        connection.commit()
+
+
+@pytest.fixture
+def in_memory(tmp_path: Path) -> Iterator[Path]:
+    """A folder where nothing waits for a disk, if there is one."""
+    shared = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=shared if os.access(shared, os.W_OK) else tmp_path) as folder:
+        yield Path(folder)
+
+
+WRONG_ROWS = {
+    "length": ["-1", "0", "1000000000000000", "'text'", "NULL", "1.5", "x'00'", "9223372036854775807"],
+    "start": ["-1", "1000000000000000", "'text'", "NULL", "64"],
+    "checksum": ["0", "-1", "'text'", "NULL"],
+    "shard": ["'other.bin'", "'../index.sqlite'", "'/dev/zero'", "''", "NULL", "7", "CAST(x'FF' AS TEXT)"],
+    "layout": [
+        "''", "NULL", "'[]'", "'{}'",
+        "'[1]'", "'[[\"latents\", \"fp99\", [4]]]'", "'[[\"latents\", \"bf16\", [-4, 5]]]'",
+        "'[[\"latents\", \"bf16\", [5, 4, 3]], [\"mask\", \"fp32\", [1, 5, 3]]]'",  # as many bytes, another shape
+        "'[[\"latents\", \"bf16\", [4000000000, 4000000000]]]'", "replace(hex(zeroblob(50000)), '00', '[')",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("limit", [store_module.CHECKED_BYTES, 0])
+@pytest.mark.parametrize("column", WRONG_ROWS)
+def test_rows_that_no_writer_makes(in_memory: Path, column: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found by `check` or, of much data, by `get`; dropped, and written again."""
+    monkeypatch.setattr(store_module, "CHECKED_BYTES", limit)
+    write(in_memory, 0, 1, 3)
+    keys = [key_of(n) for n in range(3)]
+    for value in WRONG_ROWS[column]:
+        edited(in_memory, f"UPDATE records SET {column} = {value} WHERE key = x'{keys[0].hex()}'")
+        opened = PackedStore(in_memory)
+        found = opened.check(keys)
+        if limit:
+            assert found.damaged == {keys[0]}, value
+        with pytest.raises(KeyError):
+            opened.get(keys[0])
+        assert PackedStore(in_memory).check(keys).missing == {keys[0]}, value
+        assert opened.prune(abandoned_s=0) >= 0
+        opened.put(keys[0], tensors_of(0))
+        for number in range(3):
+            assert_holds(opened, number)
+        opened.close()
+
+
+def test_exchanged_records_and_shards(tmp_path: Path) -> None:
+    """Bytes that are whole, but another record's."""
+    for number in (0, 7):  # of one layout
+        write(tmp_path, number, 1, 1)
+    keys = [key_of(0), key_of(7)]
+    a, b = (key.hex() for key in keys)
+    moves = ((a, "00"), (b, a), ("00", b))
+    edited(tmp_path, *(f"UPDATE records SET key = x'{new}' WHERE key = x'{old}'" for old, new in moves))
+    for number in (0, 7):
+        with pytest.raises(KeyError):
+            PackedStore(tmp_path).get(key_of(number))
+    for number in (0, 7):
+        write(tmp_path, number, 1, 1)
+    assert not PackedStore(tmp_path).check(keys).missing
+    new = sorted(shards(tmp_path), key=lambda path: path.stat().st_mtime_ns)[-2:]
+    os.rename(new[0], tmp_path / "x")
+    os.rename(new[1], new[0])
+    os.rename(tmp_path / "x", new[1])
+    assert PackedStore(tmp_path).check(keys).damaged == set(keys)
+
+
+NO_SHARDS: dict[str, Callable[[Path], object]] = {
+    "pipe": os.mkfifo,
+    "folder": os.mkdir,
+    "device": lambda path: os.symlink("/dev/zero", path),
+    "dangling link": lambda path: os.symlink("gone", path),
+}
+
+
+@pytest.mark.parametrize("kind", NO_SHARDS)
+def test_what_is_no_shard(tmp_path: Path, kind: str) -> None:
+    write(tmp_path, 0, 1, 2)
+    (shard,) = shards(tmp_path)
+    shard.unlink()
+    NO_SHARDS[kind](shard)
+    opened = PackedStore(tmp_path)
+    assert opened.check([key_of(0)]).damaged == {key_of(0)} and opened.prune(abandoned_s=0) == 0
+    with pytest.raises(KeyError):
+        opened.get(key_of(1))
+
+
+FOREIGN = {
+    "a table is missing": ["DROP TABLE files"],
+    "a column is missing": ["ALTER TABLE records DROP COLUMN owner"],
+    "an older program's": ["PRAGMA user_version = 0", "DROP TABLE retired"],
+    "another program's": ["DROP TABLE records", "DROP TABLE shards", "PRAGMA user_version = 0"],
+    "a trigger": ["CREATE TRIGGER t AFTER INSERT ON records BEGIN DELETE FROM records; END"],
+    "a view": ["DROP TABLE files", "CREATE VIEW files AS SELECT 1 AS path, 2, 3, 4"],
+    "absurd version": ["PRAGMA user_version = -7"],
+    "no file but a folder": [],
+    "no file but a pipe": [],
+    "a dangling link": [],
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_an_index_that_is_none_of_ours(tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path, 0, 1, 5)
+    index = tmp_path / "index.sqlite"
+    if FOREIGN[kind]:
+        edited(tmp_path, *FOREIGN[kind])
+    else:
+        index.unlink()
+        {"folder": os.mkdir, "pipe": os.mkfifo, "link": lambda path: os.symlink("/gone/x", path)}[kind.split()[-1]](
+            index
+        )
+    opened = PackedStore(tmp_path)
+    assert len(opened.check(key_of(n) for n in range(5)).missing) == 5
+    assert len(caplog.records) == 1 and "everything is encoded again" in caplog.text
+    opened.put(key_of(0), tensors_of(0))
+    opened.close()
+    assert_holds(PackedStore(tmp_path), 0)
+    assert any(path.name.endswith(".damaged") for path in tmp_path.iterdir())
+
+
+def test_an_index_that_is_damaged_while_it_is_open(tmp_path: Path) -> None:
+    opened, other = PackedStore(tmp_path), PackedStore(tmp_path)
+    for number in range(200):
+        opened.put(key_of(number), tensors_of(number))
+    opened.flush()
+    assert_holds(other, 3)
+    index = tmp_path / "index.sqlite"
+    index.write_bytes(b"this is not a database" * 1000)
+    for user in (opened, other):
+        with contextlib.suppress(KeyError):
+            user.get(key_of(150))
+        user.put(key_of(1), tensors_of(1))
+        user.flush()
+        assert_holds(user, 1)
+
+
+def test_a_locked_index_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_index, "BUSY_SECONDS", 0.05)
+    write(tmp_path, 0, 1, 5)
+    with contextlib.closing(sqlite3.connect(tmp_path / "index.sqlite", isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(UserError, match=r"index\.sqlite: another program has locked it .* give another folder"):
+            PackedStore(tmp_path).check([key_of(0)])
+    assert_holds(PackedStore(tmp_path), 0)
+
+
+@pytest.mark.parametrize("what", ["index.sqlite", "shard", "index.sqlite-journal"])
+def test_damaged_files_of_a_store(tmp_path: Path, what: str, in_memory: Path) -> None:
+    """200 of each kind: a record is what was written or is missing, and can be written again."""
+    write(tmp_path / "whole", 0, 1, 3)
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    name = what if "index" in what else shards(tmp_path / "whole")[0].name
+    folder = in_memory / "cache"
+    for data in damaged_copies(whole.get(name, whole["index.sqlite"]), 200, what):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        for file, content in (whole | {name: data}).items():
+            (folder / file).write_bytes(content)
+        opened = PackedStore(folder)
+        try:
+            missing = opened.check(key_of(n) for n in range(3)).missing
+        except UserError as error:
+            assert len(error.problems) == 1 and "index.sqlite has format" in str(error)
+            continue
+        for number in (n for n in range(3) if key_of(n) in missing):
+            opened.put(key_of(number), tensors_of(number))
+        for number in range(3):
+            assert_holds(opened, number)
+        opened.close()
 
 
 def test_an_index_of_another_version_is_refused(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from library.io.state import (
     save_state,
 )
 from library.optim.optimizers import BuiltOptimizer
+from tests.damage import damaged_copies
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -254,6 +255,96 @@ def test_code_in_a_state_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (folder / "manifest.json").write_text(json.dumps(manifest))
     assert "more than numbers" in one_problem(lambda: load_state(folder))
     assert [p.name for p in tmp_path.iterdir()] == ["a-state"]
+
+
+def signed(folder: Path) -> Path:
+    """The manifest made anew for whatever lies in the folder."""
+    names = ("weights.safetensors", "optimizer.pt", "train_state.json")
+    found = {name: (folder / name).read_bytes() for name in names}
+    files = {n: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for n, data in found.items()}
+    manifest = {**json.loads((folder / "manifest.json").read_text()), "files": files}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.pt", "train_state.json"])
+def test_parts_of_two_states_do_not_pass_for_one(tmp_path: Path, name: str) -> None:
+    one, other = (save_state(tmp_path / f"{step}-state", parts(step, optimizer={"s": step})) for step in (1, 2))
+    (other / "weights.safetensors").write_bytes(b"")  # of other values
+    other = save_state(other, parts(2, optimizer={"s": 2}, weights={"a": torch.zeros(2)}))
+    (one / name).write_bytes((other / name).read_bytes())
+    for call in (load_state, read_facts):
+        assert "of another state; use a whole one" in one_problem(lambda: call(signed(one)))  # noqa: B023 - called at once
+
+
+def edited_facts(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        facts = json.loads((folder / "train_state.json").read_text())
+        change(facts)
+        (folder / "train_state.json").write_text(json.dumps(facts))
+
+    return edit
+
+
+def other_bundle(value: Any) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        torch.save(value, folder / "optimizer.pt")
+        edited_facts(lambda facts: facts.pop("parts"))(folder)
+
+    return edit
+
+
+def overwritten(name: str, text: str) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        edited_facts(lambda facts: facts.pop("parts"))(folder)
+        (folder / name).write_text(text)
+
+    return edit
+
+
+BUNDLE = {"optimizer": {}, "scheduler": {}, "scaler": None, "ema": None}
+WRONG_PARTS: dict[str, Callable[[Path], None]] = {
+    "facts without a step": edited_facts(lambda facts: facts.pop("step")),
+    "a step that is text": edited_facts(lambda facts: facts.update(step="3")),
+    "a negative batch": edited_facts(lambda facts: facts.update(batch=-1)),
+    "losses that are no numbers": edited_facts(lambda facts: facts.update(losses=[1, None])),
+    "a fingerprint that is a list": edited_facts(lambda facts: facts.update(fingerprint=[])),
+    "a seed that is text": edited_facts(lambda facts: facts.update(fingerprint={"seed": "x"})),
+    "facts that are nested": overwritten("train_state.json", "[" * 10**5),
+    "facts that are a list": overwritten("train_state.json", "[1]"),
+    "a number of 5,000 digits": overwritten("train_state.json", "9" * 5000),
+    "an optimizer that is a list": other_bundle({**BUNDLE, "optimizer": []}),
+    "no scheduler": other_bundle({key: BUNDLE[key] for key in ("optimizer", "scaler", "ema")}),
+    "a tensor for all parts": other_bundle(torch.zeros(3)),
+    "no pickle": overwritten("optimizer.pt", "hello"),
+    "no safetensors": overwritten("weights.safetensors", "hello"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_PARTS)
+def test_signed_parts_of_a_wrong_form(tmp_path: Path, kind: str) -> None:
+    folder = save_state(tmp_path / "a-state", parts())
+    WRONG_PARTS[kind](folder)
+    line = one_problem(lambda: load_state(signed(folder)))
+    assert line.startswith(f"--resume: {folder}") and len(line) < 500 and "\n" not in line
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.pt", "train_state.json", "manifest.json"])
+def test_damaged_states(tmp_path: Path, name: str) -> None:
+    """200 of each part, signed anew so that the reader and not the checksum must find it."""
+    folder = save_state(tmp_path / "a-state", parts(optimizer={"m": torch.rand(3)}))
+    edited_facts(lambda facts: facts.pop("parts"))(folder)
+    whole = (folder / name).read_bytes()
+    for data in damaged_copies(whole, 200, name):
+        (folder / name).write_bytes(data)
+        if name != "manifest.json":
+            signed(folder)
+        try:
+            state = load_state(folder)
+        except UserError as error:
+            assert len(error.problems) <= 10 and "\n" not in error.problems[0], data
+        else:
+            assert type(state.step) is int and isinstance(state.weights, dict)
 
 
 def test_differences_are_lines(tmp_path: Path) -> None:
