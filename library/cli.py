@@ -3,6 +3,11 @@
 
 from __future__ import annotations
 
+from library.stopping import StopRequest, end_early, ignore_signals
+
+end_early()  # before the other imports
+
+# ruff: noqa: E402
 import importlib
 import inspect
 import sys
@@ -11,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_STOPPED, StopTraining, UserError
+from library.io.atomic import atomic_write
 from library.log import get_logger, is_main_process, setup_logging, to_stderr
 from library.models.registry import FAMILIES
-from library.options import group_types, resolve, write_output_config
-from library.stopping import StopRequest, ignore_signals
+from library.options import dump_toml, group_types, resolve
 from library.trainers.control_net_lllite_options import LLLiteTrainerOptions
 from library.trainers.finetune_options import DreamBoothTrainerOptions, FineTuneTrainerOptions
 from library.trainers.options import NetworkTrainerOptions
@@ -102,6 +107,15 @@ def refusal_of_machine(error: BaseException) -> str | None:
     return f"{where}{error.strerror or str(error).partition(chr(10))[0] or type(error).__name__}"
 
 
+def write_output_config(text: str, path: Path) -> None:
+    """--output_config: refuse to overwrite, then write."""
+    if path.exists():
+        raise UserError(f"--output_config: {path} exists; give --config_file another name")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, lambda temp: temp.write_text(text, encoding="utf-8"))
+    to_stderr(f"wrote {path}\n")
+
+
 def _train(method: str, family: str, argv: Sequence[str], description: str, stop: StopRequest) -> int:
     trainer_path, options_type = METHODS[method]
     entry = FAMILIES[family]
@@ -111,7 +125,7 @@ def _train(method: str, family: str, argv: Sequence[str], description: str, stop
     if options.config.output_config:
         if not options.config.config_file:
             raise UserError("--output_config: give the file to write with --config_file")
-        write_output_config(options, Path(options.config.config_file).with_suffix(".toml"))
+        write_output_config(dump_toml(options), Path(options.config.config_file).with_suffix(".toml"))
         return 0
     log_options = options.logging
     setup_logging(

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-from library.errors import EXIT_AT_ONCE
+from library.errors import EXIT_AT_ONCE, EXIT_STOPPED
 
 TOGETHER = 1.0  # seconds: `timeout`, systemd and torchrun signal a process, and its group again right after
 SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if sys.platform != "win32" else [])]
@@ -82,6 +82,14 @@ class StopRequest:
         self._told_at = time.monotonic()
         if not self.interrupts and self.code_of_run is None:
             write_at_once(f"\n{why}: finishing this step and saving the state (a second signal: stop at once)\n")
+
+
+def end_early() -> None:
+    """Until a StopRequest takes over, signals end the process with its code: imports come first, and take a while."""
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            if signal.getsignal(number) == signal.SIG_DFL:
+                signal.signal(number, lambda number, frame: os._exit(EXIT_STOPPED))
 
 
 def ignore_signals() -> None:

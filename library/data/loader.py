@@ -157,7 +157,7 @@ def _for_main_process_alone(worker: int) -> None:
 
 @contextmanager
 def _kept_child_handler() -> Iterator[None]:
-    """Without torch's SIGCHLD handler, which raises in the middle of anything: the next batch tells of a dead worker."""
+    """Without torch's SIGCHLD handler, which raises anywhere: the next batch tells of a dead worker."""
     if threading.current_thread() is not threading.main_thread() or "SIGCHLD" not in dir(signal):
         yield
         return

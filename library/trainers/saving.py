@@ -90,8 +90,7 @@ class Saver:
         self.make_folder()
         name = self.save.output_name
         if finished:
-            with_state = self.options.save_state or self.options.save_state_on_train_end
-            self._write(names.last_name(name), with_state=with_state)
+            self._write(names.last_name(name), with_state=self.options.at_end)
         elif position.step > 0:
             stopped = names.step_name(name, position.step)
             self._write_state(stopped)

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from library.data.plan import BatchPlan
 from library.data.scan import Scan
 from library.device import (
+    check_launch,
     fits,
     free_memory,
     indexed,
@@ -54,7 +56,7 @@ from library.trainers.memory import Memory, check_choice, moves_weights
 from library.trainers.options import TrainerOptions
 from library.trainers.plan import Position, make_plan
 from library.trainers.planning import PeakCheck, plan_memory
-from library.trainers.preparation import Preparation
+from library.trainers.preparation import SCHEDULE, Preparation
 from library.trainers.previews import Previews
 from library.trainers.saving import Saver
 from library.trainers.settings import compute_dtype, distributed_settings, loading_processes, trained_dtype
@@ -146,17 +148,19 @@ class Trainer(ABC):
     def run(self) -> int:
         """Exit code 0, or EXIT_STOPPED where the run was asked to stop. Raises UserError and StopTraining."""
         self.prepared = Preparation.of(
-            self.family, self.options, [self.check_memory, *self.checks()], self.with_captions,
-            lambda: self.conditioned, extension=self.extension,
+            self.family, self.options, [self.check_launch, self.check_memory, *self.checks()], self.with_captions,
+            lambda: self.conditioned, extension=self.extension, agreed=self.agreed_seed,
         )  # fmt: skip
         if self.options.data.debug_dataset:
             write_dataset_sheets(self.prepared.data, Path(self.options.save.output_dir or "."))
-            return 0
-        self.start_processes()
+            return self.ended(0)
         self.make_plan()
         if self.options.memory.plan:
             sys.stdout.write(plan_memory(self).table())
-            return 0
+            return self.ended(0)
+        if self.prepared.is_finished(self.plan):
+            log.info(f"--resume auto: the run is finished, all of its {self.plan.total_steps} steps are done")
+            return self.ended(0)
         self.load_models()
         self.stop.check()
         seed_everything(derive_seed(self.plan.seed, "first weights"))
@@ -165,6 +169,10 @@ class Trainer(ABC):
         self.build_outputs()
         self.restore()
         return self.train()
+
+    def check_launch(self) -> None:
+        """Processes are started in a way that the training knows."""
+        check_launch(deepspeed=self.options.distributed.deepspeed)
 
     def check_memory(self) -> None:
         """The model and the method can do what is asked for to save memory."""
@@ -190,14 +198,21 @@ class Trainer(ABC):
         """If so, those that are stepped together."""
         return []
 
-    def start_processes(self) -> None:
+    def agreed_seed(self, seed: int, found: Scan) -> int:
+        """The seed of the first process, for all of them: they meet here for the first time."""
+        self.start_processes(found)
+        seeds = [seed]
+        broadcast_object_list(seeds)
+        return seeds[0]
+
+    def start_processes(self, found: Scan) -> None:
         options = self.options
         self.accelerator = make_accelerator(
             options.precision.mixed_precision,
             distributed_settings(
                 options.distributed,
                 max_grad_norm=options.optimizer.max_grad_norm,
-                batch_size=max(dataset.config.batch_size for dataset in self.prepared.found.datasets),
+                batch_size=max(dataset.config.batch_size for dataset in found.datasets),
             ),
         )
         if options.precision.full_fp16 and self.accelerator.scaler is not None:
@@ -369,7 +384,7 @@ class Trainer(ABC):
             epoch=self.position.epoch,
             batch=self.position.batch,
             losses=list(self.losses.values),
-            fingerprint=self.prepared.fingerprint(self.plan),
+            fingerprint={**self.prepared.fingerprint(self.plan), SCHEDULE: self.prepared.schedule(self.plan)},
         )
 
     def restore(self) -> None:
@@ -378,6 +393,8 @@ class Trainer(ABC):
         if parts is not None:
             self.memory.home()
             self.updates.load(parts)
+            if changed := self.prepared.changed_schedule(self.plan, parts):
+                log.warning(f"--resume: from here on the learning-rate schedule is another one: {', '.join(changed)}")
             self.position = Position(parts.step, parts.epoch, parts.batch)
             self.losses = MovingAverage(self.plan.steps_per_epoch, parts.losses)
             self.prepared.resume_from = None
@@ -441,8 +458,13 @@ class Trainer(ABC):
             if finished:
                 self.previews.before_and_after()
             trackers.close()
-            self.accelerator.end_training()
-        return self.stop.code_of_run
+            return self.ended(self.stop.code_of_run)
+
+    def ended(self, code: int) -> int:
+        """The exit code, after the processes have parted in good order."""
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        return code
 
     def take_steps(self, feed: Feed, trackers: Trackers) -> Exception | None:
         """Train until the end, until the run was asked to stop, or until it cannot go on: then the reason is returned.
