@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user did wrong, said in one line each."""
+"""What a user did wrong, said in one line each; how a run can end, and with which exit code."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+
+EXIT_BAD_INPUT = 2
+EXIT_STOPPED = 3  # Ctrl-C, SIGTERM, SIGHUP, or the launcher is gone: the step was finished and the state saved
+EXIT_DIVERGED = 4  # non-finite loss or gradients
+EXIT_PROCESS_DIED = 5  # a process that the run needs was killed, for example for memory: the state was saved
+EXIT_AT_ONCE = 130  # a second signal
 
 
 class UserError(Exception):
@@ -13,9 +19,21 @@ class UserError(Exception):
     Each line names the file or option, says what is wrong and what the nearest right thing is.
     """
 
+    code = EXIT_BAD_INPUT
+
     def __init__(self, problems: str | Iterable[str]):
         self.problems: list[str] = [problems] if isinstance(problems, str) else list(problems)
         super().__init__("\n".join(self.problems))
+
+
+class CannotContinue(UserError):
+    """Training cannot go on, and the weights are those after the last whole step: the state is saved before it ends."""
+
+
+class ProcessDied(CannotContinue):
+    """A process that loads the pictures was killed from outside."""
+
+    code = EXIT_PROCESS_DIED
 
 
 class StopTraining(Exception):

@@ -412,15 +412,6 @@ def toml_value(value: Any) -> str:
     return repr(value)
 
 
-def write_output_config(options: Any, path: Path) -> None:
-    """--output_config: refuse to overwrite, then write."""
-    if path.exists():
-        raise UserError(f"--output_config: {path} exists; give --config_file another name")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(dump_toml(options), encoding="utf-8")
-    print(f"wrote {path}", file=sys.stderr)
-
-
 def markdown_rows(groups: Mapping[str, type]) -> Iterator[str]:
     """docs/options.md: per group what it is about, and a table."""
     current = None

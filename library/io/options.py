@@ -9,6 +9,8 @@ from pathlib import Path
 
 from library.options import at_least, option
 
+LATEST = "latest"  # --resume: the newest state of this output_dir and output_name
+AUTO = "auto"  # --resume: the same, or a start where there is none
 RESUME_IS_EXACT = "nothing left to do: --resume always continues exactly where the state was"
 
 
@@ -73,7 +75,11 @@ class StateOptions:
     save_last_n_steps_state: int | None = option(
         None, check=at_least(0), help="As --save_last_n_steps, for states; not given: the same number."
     )
-    resume: str | None = option(None, help="State folder to continue from, or: latest.")
+    resume: str | None = option(
+        None,
+        help="State folder to continue from; latest: the newest state; auto: that, or a start where there is none, and "
+        "nothing where the run is finished.",
+    )
     skip_until_initial_step: bool = option(False, help="Was needed to skip seen data.", answer=RESUME_IS_EXACT)
     initial_epoch: int | None = option(
         None, check=at_least(0), help="Count epochs from this number, 1 being the first, without loading a state."
@@ -81,6 +87,11 @@ class StateOptions:
     initial_step: int | None = option(
         None, check=at_least(0), help="Count steps from this number, without loading a state."
     )
+
+    @property
+    def at_end(self) -> bool:
+        """Whether a finished run writes its state. By it, --resume auto knows that nothing is left to do."""
+        return self.save_state or self.save_state_on_train_end or self.resume == AUTO
 
     def problems(self) -> Iterator[str]:
         """Combinations that make no sense, one line each."""
@@ -168,5 +179,5 @@ def cross_problems(save: SaveOptions, state: StateOptions, hub: HubOptions) -> I
         yield "--save_last_n_steps_state has no effect without --save_every_n_steps"
     if hub.save_state_to_huggingface and not (state.save_state or state.save_state_on_train_end):
         yield "--save_state_to_huggingface has no effect without --save_state or --save_state_on_train_end"
-    if hub.resume_from_huggingface and not state.resume:
+    if hub.resume_from_huggingface and state.resume in (None, "", LATEST, AUTO):
         yield "--resume_from_huggingface needs --resume user/name/folder[:revision[:type]]"

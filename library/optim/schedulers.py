@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -202,6 +202,7 @@ ONLY_FOR = {  # option -> the schedules that read it
         "reduce_lr_on_plateau",
     ),
 }
+OF_OPTIONS = ("min_lrs",)  # what a schedule of torch keeps in its state although options give it
 OTHER_NAMES = ("reduce_lr_on_plateau", "adafactor:<learning rate>")
 
 
@@ -270,8 +271,31 @@ class BuiltScheduler:
         return self.scheduler.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state` exactly. Load the optimizer's state too: recursive schedules read its rates."""
+        """Continue from `state` exactly. Load the optimizer's state first: recursive schedules read its rates.
+
+        The rate of the next step is that of this schedule, which may be another one than when the state was saved.
+        """
+        own = {name: vars(self.scheduler)[name] for name in OF_OPTIONS if name in vars(self.scheduler)}
         self.scheduler.load_state_dict(dict(state))
+        vars(self.scheduler).update(own)
+        if type(self.scheduler) is LambdaLR:
+            scheduler, groups = self.scheduler, self.scheduler.optimizer.param_groups
+            rates = [base * of(scheduler.last_epoch) for base, of in zip(scheduler.base_lrs, scheduler.lr_lambdas)]
+            for group, rate in zip(groups, rates):
+                if isinstance(group["lr"], torch.Tensor):
+                    group["lr"].fill_(rate)
+                else:
+                    group["lr"] = rate
+            scheduler._last_lr = rates
+
+
+def rates_of(options: SchedulerOptions, choice: OptimizerChoice, total_steps: int, steps: Sequence[int]) -> list[Any]:
+    """What the schedule of a run depends on the options by: the factors of some thousand of these steps."""
+    scheduler = build_scheduler(options, choice.toy(), total_steps=total_steps).scheduler
+    if type(scheduler) is LambdaLR:
+        chosen = steps[:: max(1, len(steps) // 2000)]
+        return [factor(step) for factor in scheduler.lr_lambdas for step in chosen]
+    return [vars(scheduler)[name] for name in OF_OPTIONS if name in vars(scheduler)]
 
 
 # ---- from options -------------------------------------------------------------------------------------------------

@@ -89,7 +89,9 @@ class DistributedOptions:
         False, help="DDP assumes that every step of a full training uses the same weights, and need not look for them."
     )
     deepspeed: bool = option(False, help="Train with DeepSpeed (Linux, pip install deepspeed).")
-    zero_stage: int = option(2, help="DeepSpeed: ZeRO stage.", check=between(0, 3))
+    zero_stage: int = option(
+        2, help="DeepSpeed: ZeRO stage, 0 to 2 (saves of stage 3 would lack weights).", check=between(0, 3)
+    )
     offload_optimizer_device: str | None = option(
         None, help="DeepSpeed: where optimizer states go.", choices=("cpu", "nvme")
     )
@@ -120,6 +122,8 @@ class DistributedOptions:
         ]
         if used and not self.deepspeed:
             yield f"--{used[0]} has no effect without --deepspeed"
+        if self.deepspeed and self.zero_stage == 3:
+            yield "--zero_stage 3 splits the weights between processes, and each save would lack most of them: give 2"
         for kind in ("optimizer", "param"):
             wants_nvme = getattr(self, f"offload_{kind}_device") == "nvme"
             if wants_nvme and not getattr(self, f"offload_{kind}_nvme_path"):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,12 +28,13 @@ from library.data.scan import Scan, scan
 from library.errors import UserError, first_names
 from library.io.checkpoint import check_output, last_name, state_name
 from library.io.hub import download_state
+from library.io.options import AUTO, LATEST
 from library.io.state import StateParts, compare, load_state, newest_state, read_facts
 from library.log import get_logger
 from library.models.family import ModelFamily
 from library.optim.optimizers import OptimizerChoice, choose_optimizer
 from library.optim.options import OptimizerOptions
-from library.optim.schedulers import check_scheduler
+from library.optim.schedulers import check_scheduler, rates_of
 from library.options import changed_values
 from library.sampling.options import SampleOptions
 from library.sampling.prompts import Prompt, load_prompts
@@ -44,7 +45,6 @@ from library.trainers.tracking import check_trackers
 
 T = TypeVar("T")
 UNKNOWN_LENGTH = 10**9  # steps; longer than any run
-LATEST = "latest"  # --resume latest: the newest state of this output_dir and output_name
 
 # Options that must be the same when a state is continued: the state carries what they decide.
 RESUMED_OPTIONS = (
@@ -55,6 +55,13 @@ RESUMED_OPTIONS = (
     "learning_rate_te", "learning_rate_te1", "learning_rate_te2", "learning_rate_te3", "num_last_block_to_freeze",
     "stop_text_encoder_training", "block_lr",
     "token_string", "num_vectors_per_token", "init_word", "weights", "cond_emb_dim",
+)  # fmt: skip
+
+# Options that only the rest of the learning-rate schedule depends on, in a part of the fingerprint of their own
+SCHEDULE = "schedule"
+SCHEDULE_OPTIONS = (
+    "lr_decay_steps", "lr_scheduler_num_cycles", "lr_scheduler_power", "lr_scheduler_timescale",
+    "lr_scheduler_min_lr_ratio",
 )  # fmt: skip
 
 log = get_logger()
@@ -97,11 +104,12 @@ class Preparation:
     def of(
         cls, family: ModelFamily, options: TrainerOptions, more_checks: list[Callable[[], None]],
         with_captions: Callable[[Scan], Scan], conditioned: Callable[[], bool] = lambda: False,
-        *, extension: str = ".safetensors",
+        *, extension: str = ".safetensors", agreed: Callable[[int, Scan], int] = lambda seed, found: seed,
     ) -> Preparation:  # fmt: skip
         """Read everything. Raises UserError with all mistakes at once; warnings are logged.
 
         conditioned: whether each picture must have a control image. extension: of the saves, empty for folders.
+        agreed: the seed of all processes, given this one's; called where nothing was wrong until then.
         """
         checks = Checks()
         checks.run(family.check)
@@ -116,9 +124,11 @@ class Preparation:
         optimizer = checks.run(lambda: choose_optimizer(options.optimizer))
         checks.run(lambda: check_weights(options, optimizer))
         checks.run(lambda: check_schedule(options, optimizer))
-        seed = run_seed(options, facts)
         control = checks.run(conditioned) or False
         found = checks.run(lambda: scan_datasets(family, options, with_captions, control=control))
+        seed = run_seed(options, facts)
+        if found is not None and not checks.problems:
+            seed = agreed(seed, found)  # before the pictures are shuffled and held out by it
         data = checks.run(lambda: training_data(found, options, seed)) if found else None
         dark = checks.run(lambda: check_masks(data.trained(), masked_loss=data.masked_loss)) if data else None
         checks.finish()
@@ -137,13 +147,35 @@ class Preparation:
         """Raises UserError saying what of the state belongs to another run."""
         if self.resume_from is None:
             return
-        lines = compare(self.resume_from.fingerprint, self.fingerprint(plan))
+        known = {name: value for name, value in self.resume_from.fingerprint.items() if name != SCHEDULE}
+        lines = compare(known, self.fingerprint(plan))
         if lines:
             raise UserError(
                 f"--resume: {self.options.state.resume} is a state of another run: {'; '.join(lines)}. "
                 "Give the same settings, or start anew from the file beside it"
             )
-        plan.require_steps_after(self.resume_from.step)
+        if not self.is_finished(plan):
+            plan.require_steps_after(self.resume_from.step)
+
+    def is_finished(self, plan: RunPlan) -> bool:
+        """Whether --resume auto finds that nothing is left to do."""
+        state = self.resume_from
+        return self.options.state.resume == AUTO and state is not None and state.step >= plan.total_steps
+
+    def schedule(self, plan: RunPlan) -> dict[str, Any]:
+        """What else the learning-rate schedule follows from: it may change when this run is resumed."""
+        return {"steps": plan.total_steps, **{f"--{n}": vars(self.options.scheduler)[n] for n in SCHEDULE_OPTIONS}}
+
+    def changed_schedule(self, plan: RunPlan, state: StateParts) -> list[str]:
+        """What makes the schedule of the rest of the run another one than when the state was saved."""
+        now, before = self.schedule(plan), state.fingerprint.get(SCHEDULE)
+        if before is None or before == now:
+            return []  # None: a state from before this was noted
+        options = replace(self.options.scheduler, **{n: before[f"--{n}"] for n in SCHEDULE_OPTIONS})
+        steps = range(state.step, max(plan.total_steps, before["steps"]))
+        curves = (rates_of(options, self.optimizer, before["steps"], steps),
+                  rates_of(self.options.scheduler, self.optimizer, plan.total_steps, steps))  # fmt: skip
+        return compare(before, now) if curves[0] != curves[1] else []
 
     def fingerprint(self, plan: RunPlan) -> dict[str, Any]:
         """What must be the same when this run is resumed."""
@@ -245,12 +277,15 @@ def resume_folder(options: TrainerOptions) -> Path | None:
     """The folder of --resume, fetched from the hub if asked for."""
     if not options.state.resume:
         return None
-    if options.state.resume == LATEST:
+    if (asked := options.state.resume) in (LATEST, AUTO):
         save = options.save
         newest = newest_state(save.output_dir or ".", save.output_name)
-        if newest is None:
-            raise UserError(f"--resume {LATEST}: {save.output_dir} holds no state of {last_name(save.output_name)}")
-        log.info(f"--resume {LATEST}: {newest}")
+        if newest is None and asked == LATEST:
+            raise UserError(
+                f"--resume {LATEST}: {save.output_dir} holds no state of {last_name(save.output_name)}; "
+                f"--resume {AUTO} starts then"
+            )
+        log.info(f"--resume {asked}: {newest or 'there is no state yet, the run starts'}")
         return newest
     if options.hub.resume_from_huggingface:
         return download_state(options.state.resume, options.hub.huggingface_token)
