@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from library.errors import StopTraining, UserError
+from library.errors import StopTraining, UserError, one_line
 from library.log import get_logger, is_main_process, setup_logging
 from library.models.registry import FAMILIES
 from library.options import group_types, resolve, write_output_config
@@ -60,11 +60,11 @@ def guarded(action: Callable[[], int]) -> int:
         return action()
     except UserError as error:
         if is_main_process():
-            sys.stderr.write("".join(f"error: {line}\n" for line in error.problems))
+            sys.stderr.write("".join(f"error: {line}\n" for line in error.lines()))
         return EXIT_BAD_INPUT
     except StopTraining as error:
         if is_main_process():
-            sys.stderr.write(f"stopped: {error}\n")
+            sys.stderr.write(f"stopped: {one_line(str(error))}\n")
         return EXIT_DIVERGED
     except KeyboardInterrupt:
         sys.stderr.write("stopped before training began; nothing was written\n")
@@ -74,7 +74,7 @@ def guarded(action: Callable[[], int]) -> int:
         if line is None:
             raise
         get_logger().debug("the run ended here:", exc_info=True)
-        sys.stderr.write(f"error: {line}\n")
+        sys.stderr.write(f"error: {one_line(line)}\n")
         return EXIT_BAD_INPUT
 
 

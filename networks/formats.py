@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError, first_names
+from library.text_files import parse_json
 from networks.format_layers import (
     ALPHA,
     DORA,
@@ -133,7 +134,7 @@ def _with_peft_alphas(tensors: dict[str, Tensor], metadata: Mapping[str, str], p
     if PEFT_METADATA not in metadata:
         return tensors
     try:
-        config = json.loads(metadata[PEFT_METADATA])
+        config = parse_json(metadata[PEFT_METADATA])
         found = dict(tensors)
         for key, value in tensors.items():
             layer, suffix = _parse(key) or (key, "")
@@ -307,7 +308,7 @@ def alphas_in(metadata: Mapping[str, str]) -> Alphas | None:
     if ALPHAS not in metadata:
         return None
     try:
-        entries = json.loads(metadata[ALPHAS])
+        entries = parse_json(metadata[ALPHAS])
         return {name: entry and (float(entry[0]), _dtype(entry[1])) for name, entry in entries.items()}
     except (ValueError, AttributeError, TypeError, IndexError):
         raise UserError(f"the header entry {ALPHAS} of the adapter file is not understood") from None

@@ -7,17 +7,17 @@ name. Every mistake is collected and reported at once, each with its place: `dat
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from library.data.options import CacheOptions, DataOptions
+from library.data.options import MOST_REPEATS, CacheOptions, DataOptions
 from library.data.records import BucketRules, CaptionRules, DatasetConfig, ImageRules, SubsetConfig
 from library.errors import UserError, first_names, nearest, unknown
 from library.log import get_logger
-from library.options import Spec, at_least, option, read_text, read_toml, specs
+from library.options import Spec, at_least, option, specs
+from library.text_files import read_json, read_toml
 
 _Table = dict[str, Any]
 
@@ -38,10 +38,12 @@ def _attributes(value: Any) -> dict[str, Any]:
 class FileKeys:
     """The keys that only a dataset file knows; the others are the options of `DataOptions` (two under another name)."""
 
-    image_dir: str | None = option(None, help="Folder of the pictures.")
-    metadata_file: str | None = option(None, help="JSON or JSON Lines file with captions and tags per picture.")
+    image_dir: str | None = option(None, help="Folder of the pictures.", path=True)
+    metadata_file: str | None = option(
+        None, help="JSON or JSON Lines file with captions and tags per picture.", path=True
+    )
     conditioning_data_dir: str | None = option(
-        None, help="Folder of masks (or control images) with the pictures' names."
+        None, help="Folder of masks (or control images) with the pictures' names.", path=True
     )
     is_reg: bool = option(False, help="Regularisation pictures: weighted by --prior_loss_weight.")
     class_tokens: str | None = option(None, help="Caption of pictures that have none.")
@@ -49,7 +51,7 @@ class FileKeys:
         None, help="Table that goes into the batch; known: diff_output_preservation.", parse=_attributes
     )
     num_repeats: int = option(
-        1, help="Times that each picture is used in an epoch; 0 leaves the subset out.", check=at_least(0)
+        1, help="Times that each picture is used in an epoch; 0 leaves the subset out.", check=at_least(0, MOST_REPEATS)
     )
     network_multiplier: float = option(1.0, help="Strength of the network for this dataset.")
 
@@ -88,10 +90,7 @@ def read_document(path: Path) -> dict[str, Any]:
     """The dataset file as a dict: JSON when it is called .json, else TOML. Raises UserError with file and line."""
     if path.suffix.lower() != ".json":
         return read_toml(path, "--dataset_config")
-    try:
-        document = json.loads(read_text(path, "--dataset_config", "a TOML or JSON file"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"--dataset_config: {path}, line {error.lineno} is not valid JSON: {error.msg}") from None
+    document = read_json(path, "--dataset_config", "a TOML or JSON file")
     if not isinstance(document, dict):
         raise UserError(f"--dataset_config: {path} expects an object with 'datasets', got a {type(document).__name__}")
     return document

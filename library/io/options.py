@@ -16,7 +16,7 @@ RESUME_IS_EXACT = "nothing left to do: --resume always continues exactly where t
 class SaveOptions:
     """Where, when and how the trained weights are written. 0 means the same as not given."""
 
-    output_dir: str | None = option(None, help="Folder for everything that the run writes.")
+    output_dir: str | None = option(None, help="Folder for everything that the run writes.", path=True)
     output_name: str | None = option(None, help="File name of the result, without folder and ending.")
     save_precision: str | None = option(
         None, choices=("float", "fp16", "bf16"), help="Number format of the saved weights; not given: as trained."
@@ -73,7 +73,7 @@ class StateOptions:
     save_last_n_steps_state: int | None = option(
         None, check=at_least(0), help="As --save_last_n_steps, for states; not given: the same number."
     )
-    resume: str | None = option(None, help="State folder to continue from, or: latest.")
+    resume: str | None = option(None, help="State folder to continue from, or: latest.", path=True)
     skip_until_initial_step: bool = option(False, help="Was needed to skip seen data.", answer=RESUME_IS_EXACT)
     initial_epoch: int | None = option(
         None, check=at_least(0), help="Count epochs from this number, 1 being the first, without loading a state."
@@ -103,7 +103,9 @@ class MetadataOptions:
     metadata_license: str | None = option(None, help="License of the model.")
     metadata_tags: str | None = option(None, help="Tags of the model, separated by commas.")
     metadata_usage_hint: str | None = option(None, help="How to use the model.")
-    metadata_thumbnail: str | None = option(None, help="Picture file, or a data: URL, to show with the model.")
+    metadata_thumbnail: str | None = option(
+        None, help="Picture file, or a data: URL, to show with the model.", path=True
+    )
     metadata_merged_from: str | None = option(None, help="Models that this one was merged from.")
     metadata_trigger_phrase: str | None = option(None, help="Words that call up what was trained.")
     metadata_preprocessor: str | None = option(None, help="Preprocessing that the model expects.")

@@ -28,6 +28,7 @@ from library.errors import UserError, nearest
 from library.io.atomic import SaveError, atomic_folder, clean_leftovers
 from library.io.checkpoint import require_finite
 from library.io.tensor_file import data_bytes, stream_digest, write_safetensors
+from library.text_files import parse_json
 
 FORMAT, VERSION = "trainyard state", 1
 WEIGHTS, OPTIMIZER, FACTS, MANIFEST = "weights.safetensors", "optimizer.pt", "train_state.json", "manifest.json"
@@ -158,7 +159,7 @@ def read_facts(folder: str | Path) -> dict[str, Any]:
 
 
 def _facts(folder: Path) -> dict[str, Any]:
-    facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    facts = parse_json((folder / FACTS).read_bytes())
     return {name: facts[name] for name in JSON_PARTS}
 
 
@@ -169,7 +170,7 @@ def verify_state(folder: Path, *, content: bool = True) -> None:
     if not (folder / MANIFEST).is_file():
         raise UserError(_foreign(folder))
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = parse_json((folder / MANIFEST).read_bytes())
         files, version = manifest["files"], manifest["version"]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"--resume: {folder / MANIFEST} is damaged; use another state") from None

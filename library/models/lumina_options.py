@@ -17,15 +17,17 @@ class LuminaOptions(ModelOptions):
 
     vae: str | None = option(None, help="Not for this model.", check=refused("Lumina's autoencoder is given with --ae"))
     gemma2: str | None = option(
-        None, help="Gemma 2 2B: .safetensors file, transformers folder or hub id. Without it, that of the model."
+        None,
+        help="Gemma 2 2B: .safetensors file, transformers folder or hub id. Without it, that of the model.",
+        path=True,
     )
     ae: str | None = option(
-        None, help="FLUX.1's autoencoder: file, diffusers folder or hub id. Without it, that of the model."
+        None, help="FLUX.1's autoencoder: file, diffusers folder or hub id. Without it, that of the model.", path=True
     )
     gemma2_max_token_length: int = option(
         TOKEN_LENGTH,
         help="Longest text in tokens, start token and --system_prompt included; what is longer is cut.",
-        check=at_least(2),
+        check=at_least(2, 8192),
         zero_is_unset=True,
     )
     system_prompt: str = option(

@@ -21,18 +21,18 @@ class SD3Options(ModelOptions):
     """Stable Diffusion 3 and 3.5."""
 
     clip_l: str | None = option(
-        None, help="CLIP-L: .safetensors file or transformers folder. Without it, that of the model."
+        None, help="CLIP-L: .safetensors file or transformers folder. Without it, that of the model.", path=True
     )
     clip_g: str | None = option(
-        None, help="CLIP-G: .safetensors file or transformers folder. Without it, that of the model."
+        None, help="CLIP-G: .safetensors file or transformers folder. Without it, that of the model.", path=True
     )
     t5xxl: str | None = option(
-        None, help="T5-XXL: .safetensors file or transformers folder. Without it, that of the model."
+        None, help="T5-XXL: .safetensors file or transformers folder. Without it, that of the model.", path=True
     )
     t5xxl_max_token_length: int = option(
         T5_TOKENS,
         help="Length of what T5 reads, in tokens: longer captions are cut, shorter ones are padded.",
-        check=at_least(1),
+        check=at_least(1, 8192),
         zero_is_unset=True,
     )
     apply_lg_attn_mask: bool = option(False, help="Set the states of CLIP-L and CLIP-G to zero where there is padding.")

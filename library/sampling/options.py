@@ -35,7 +35,7 @@ class SampleOptions:
     sample_every_n_steps: int | None = option(None, help="Make previews after every so many steps.")
     sample_at_first: bool = option(False, help="Make previews before the first step, too.")
     sample_every_n_epochs: int | None = option(None, help="Make previews after every so many epochs; wins over steps.")
-    sample_prompts: str | None = option(None, help="File of preview prompts: .txt, .toml or .json.")
+    sample_prompts: str | None = option(None, help="File of preview prompts: .txt, .toml or .json.", path=True)
     sample_sampler: str = option("ddim", choices=SAMPLER_NAMES, help="Sampler of prompts that name none.")
 
     @property

@@ -23,8 +23,8 @@ class WordOptions:
 
     token_string: str | None = option(None, help="The new word, as it stands in the captions.")
     init_word: str | None = option(None, help="Word (or words) of the model that the new one begins as.")
-    num_vectors_per_token: int = option(1, help="Number of vectors that the word is made of.", check=at_least(1))
-    weights: str | None = option(None, help="Start from this textual inversion file.")
+    num_vectors_per_token: int = option(1, help="Number of vectors that the word is made of.", check=at_least(1, 225))
+    weights: str | None = option(None, help="Start from this textual inversion file.", path=True)
     use_object_template: bool = option(False, help='Replace all captions by sentences like "a photo of a <word>".')
     use_style_template: bool = option(
         False, help='Replace all captions by sentences like "a painting in the style of <word>".'
