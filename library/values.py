@@ -72,9 +72,9 @@ def shown(value: Any) -> str:
     return cut(f"'{value}'" if isinstance(value, str) else repr(value))
 
 
-def cut(text: str) -> str:
+def cut(text: str, limit: int = LONGEST_SHOWN) -> str:
     """A text, without its end where it is long."""
-    return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 3]}..."
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def convert(value: Any, hint: Any) -> Any:
