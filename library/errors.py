@@ -42,9 +42,14 @@ class UserError(Exception):
                 yield f"and {count[kind] - MOST_OF_A_KIND} more of this kind"
 
 
+def escaped(text: str) -> str:
+    """A text whose control characters are written out: a file's name may hold a line break."""
+    return text.translate(CONTROLS)
+
+
 def one_line(text: str) -> str:
-    """A text whose control characters are written out (a file's name may hold a line break), cut where it is long."""
-    shown = text.translate(CONTROLS)
+    """An escaped text, cut where it is long."""
+    shown = escaped(text)
     return shown if len(shown) <= LONGEST_LINE else f"{shown[:LONGEST_LINE]}... ({len(shown)} letters)"
 
 

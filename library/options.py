@@ -128,6 +128,12 @@ class Spec:
             raise ValueError(f"{wrong}, got {cut(str(item))}")
 
 
+PRESET = (
+    "load it there and give the .toml file that is written when its training starts (with kohya_ss: "
+    "config_lora-<time>.toml and the like in the output folder)"
+)
+
+
 @dataclass(frozen=True)
 class ConfigFileOptions:
     """Where options come from, besides the command line."""
@@ -274,6 +280,8 @@ def _config_path(command_line: Mapping[str, Any]) -> Path | None:
     name = command_line.get("config_file")
     if name is None:
         return None
+    if str(name).lower().endswith(".json"):
+        raise UserError(f"--config_file: {name} is a preset of a graphical program, not a file of options: {PRESET}")
     return Path(name if str(name).endswith(".toml") else f"{name}.toml")
 
 
@@ -283,7 +291,9 @@ def _read_config_file(
     """Known keys with their values, and the known keys of other programs. Tables are only headings: one level goes."""
     flat: dict[str, Any] = {}
     for key, value in read_toml(path, "--config_file").items():
-        flat.update(value if isinstance(value, dict) else {key: value})
+        table = value if isinstance(value, dict) else {key: value}
+        problems.extend(f"{path}: {name} stands there twice, under two headings" for name in table if name in flat)
+        flat.update(table)
     foreign, strange = [], []
     for key in [key for key in flat if key not in all_specs]:
         value = flat.pop(key)
