@@ -16,19 +16,20 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
+import re
 import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from library.errors import MOST_OF_A_KIND, UserError, nearest, unknown_names
 from library.foreign_keys import FOREIGN_KEYS, NOT_OURS
-from library.text_files import read_toml
+from library.text_files import read_toml, toml_value
 from library.values import (
     Check,
+    Refused,
     at_least,
     between,
     convert,
@@ -42,7 +43,7 @@ from library.values import (
 )
 
 __all__ = [  # what the rooms need to say what their options are
-    "Check", "at_least", "between", "convert", "int_or_fraction", "option", "positive", "read_toml", "refused",
+    "Check", "Idle", "at_least", "between", "convert", "int_or_fraction", "option", "positive", "read_toml", "refused",
     "resolve",
 ]  # fmt: skip
 
@@ -126,6 +127,28 @@ class Spec:
         wrong = (self.info.check or usual_range)(item)
         if wrong:
             raise ValueError(f"{wrong}, got {cut(str(item))}")
+
+
+class Idle(str):
+    """A line of `problems` about options that do nothing beside the others, which it begins with: `--a needs --b`.
+
+    On a command line that is a mistake. Graphical programs leave such options in the files that they write: there they
+    are left out, and the line says so.
+    """
+
+    def names(self) -> list[str]:
+        """The options that do nothing."""
+        found = re.match(r"--(\w+)(?: and --(\w+))?", self)
+        assert found is not None, self
+        return [name for name in found.groups() if name]
+
+
+class Choice(NamedTuple):
+    """What a method's options yield as `choices`: an option that was not given and that they need, and a line on it."""
+
+    name: str
+    value: Any
+    line: str
 
 
 PRESET = (
@@ -222,32 +245,94 @@ def resolve(
     table, foreign = (
         _read_config_file(path, all_specs, problems) if path and not command_line.get("output_config") else ({}, [])
     )
-    values: dict[str, Any] = {}
-    sources = {**{k: str(path) for k in table}, **dict.fromkeys(command_line, "command line")}
-    for name, raw in {**table, **command_line}.items():
-        if raw == "":  # not given: graphical programs write empty fields so
-            continue
-        where = all_specs[name].flag if sources[name] == "command line" else f"{sources[name]}: {name}"
-        try:
-            values[name] = all_specs[name].read(raw)
-        except ValueError as error:
-            problems.append(f"{where} {error}")
-    built = {group: cls(**{s.name: values[s.name] for s in all_specs.values() if s.group == group and s.name in values})
-             for group, cls in groups.items()}  # fmt: skip
-    options = method(**built)
-    if not problems:
-        for part in (*built.values(), options):
-            problems.extend(getattr(part, "problems", lambda: ())())
-    if problems:
+    given = _Given({**dict.fromkeys(table, str(path)), **dict.fromkeys(command_line, "command line")})
+    given.read(all_specs, {**table, **command_line}, problems)
+    if problems:  # what the values say together is only looked at when each is good
         raise UserError(problems)
+    options = given.settle(method, groups, all_specs)
     answers = [
         f"{s.flag}: {s.info.answer}"
         for n, s in all_specs.items()
-        if s.info.answer and values.get(n) not in (None, False)
+        if s.info.answer and given.values.get(n) not in (None, False)
     ]
-    if foreign:
-        answers.append(f"{path}: not used by this script (keys of the GUI or of other scripts): {', '.join(foreign)}")
-    return Resolved(options, tuple(answers), {n: sources[n] for n in values})
+    idle = [*foreign, *given.meaningless]
+    if idle:
+        answers.append(f"{path}: not used by this script (keys of the GUI or of other scripts): {', '.join(idle)}")
+    answers += [f"{path}: {line}: left out" for line in given.left_out]
+    return Resolved(options, (*answers, *given.chosen), {n: given.sources[n] for n in given.values})
+
+
+@dataclass
+class _Given:
+    """The values that were given, and what of them is not used."""
+
+    sources: dict[str, str]  # option name -> "command line" or the config file
+    values: dict[str, Any] = field(default_factory=dict)
+    meaningless: list[str] = field(default_factory=list)  # of the file, for other architectures
+    left_out: list[str] = field(default_factory=list)  # of the file: the lines that say why
+    chosen: list[str] = field(default_factory=list)
+
+    def by_hand(self, name: str) -> bool:
+        return self.sources[name] == "command line"
+
+    def read(self, all_specs: Mapping[str, Spec], raws: Mapping[str, Any], problems: list[str]) -> None:
+        """`values` from texts and TOML values; what is wrong with them goes to `problems`."""
+        for name, raw in raws.items():
+            if raw == "":  # not given: graphical programs write empty fields so
+                continue
+            spec = all_specs[name]
+            is_text = str in (spec.hint, *typing.get_args(spec.hint))  # the name of a model is always meant
+            foreign = isinstance(spec.info.check, Refused) and not self.by_hand(name) and not is_text
+            try:
+                value = replace(spec, info=replace(spec.info, check=None)).read(raw) if foreign else spec.read(raw)
+            except ValueError as error:
+                problems.append(f"{spec.flag if self.by_hand(name) else f'{self.sources[name]}: {name}'} {error}")
+                continue
+            if foreign and value:
+                self.meaningless.append(name)
+            else:
+                self.values[name] = value
+
+    def build(self, method: type, groups: Mapping[str, type], all_specs: Mapping[str, Spec]) -> Any:
+        """The method's options with these values."""
+        own = {group: {s.name: self.values[s.name] for s in all_specs.values() if s.group == group
+                       and s.name in self.values} for group in groups}  # fmt: skip
+        return method(**{group: cls(**own[group]) for group, cls in groups.items()})
+
+    def settle(self, method: type, groups: Mapping[str, type], all_specs: Mapping[str, Spec]) -> Any:
+        """As `build`, without what does nothing in a file, and with what the options choose for each other.
+
+        Raises UserError listing what makes no sense.
+        """
+        while True:
+            options = self.build(method, groups, all_specs)
+            lines = [*_problems(options)]
+            idle = [line for line in lines if isinstance(line, Idle) and self._drops(line)]
+            if len(idle) < len(lines):
+                raise UserError(line for line in lines if line not in idle)
+            if not idle:
+                break
+            self.left_out += idle
+        for choice in getattr(options, "choices", lambda: ())():
+            self.values[choice.name], self.sources[choice.name] = choice.value, "chosen"
+            self.chosen.append(choice.line)
+        return self.build(method, groups, all_specs) if self.chosen else options
+
+    def _drops(self, line: Idle) -> bool:
+        """Whether the options that `line` is about are of the file; they are then no longer among the values."""
+        names = [name for name in line.names() if name in self.values]
+        if not names or any(self.by_hand(name) for name in names):
+            return False
+        for name in names:
+            del self.values[name]
+        return True
+
+
+def _problems(options: Any) -> Iterator[str]:
+    """What the options say together, group by group and then over all."""
+    parts = [getattr(options, f.name) for f in dataclasses.fields(options)]
+    for part in (*parts, options):
+        yield from getattr(part, "problems", lambda: ())()
 
 
 def _read_command_line(
@@ -328,17 +413,6 @@ def dump_toml(options: Any) -> str:
         for name, value in values.items()
         if value is not None and name not in ("config_file", "output_config")
     )
-
-
-def toml_value(value: Any) -> str:
-    """A text, number, truth value or list of them as TOML."""
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON's escapes are TOML's
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(toml_value(item) for item in value)}]"
-    return repr(value)
 
 
 def write_output_config(options: Any, path: Path) -> None:

@@ -111,3 +111,14 @@ def file_and(path: str | Path, error: ValueError) -> str:
     """`file, line 3 is ...` or `file is ...`."""
     reason = str(error)
     return f"{path}, {reason}" if reason.startswith("line ") else f"{path} {reason}"
+
+
+def toml_value(value: Any) -> str:
+    """A text, number, truth value or list of them as TOML."""
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON's escapes are TOML's
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(toml_value(item) for item in value)}]"
+    return repr(value)

@@ -9,6 +9,7 @@ import re
 import types
 import typing
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 Check = Callable[[Any], "str | None"]  # returns what is wrong ("must be at least 1"), or None
@@ -37,12 +38,20 @@ def between(low: float, high: float) -> Check:
     return lambda value: None if low <= value <= high else f"must be between {low} and {high}"
 
 
-def refused(reason: str) -> Check:
+@dataclass(frozen=True)
+class Refused:
     """For options that other architectures have: any value that asks for something is refused, with the reason.
 
     0, false and the like, which graphical programs write for options that are not used, pass.
     """
-    return lambda value: f"has no meaning here: {reason}" if value else None
+
+    reason: str
+
+    def __call__(self, value: Any) -> str | None:
+        return f"has no meaning here: {self.reason}" if value else None
+
+
+refused = Refused
 
 
 def usual_range(value: Any) -> str | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from library.data.options import MOST_REPEATS, CacheOptions, DataOptions
+from library.data.options import MOST_REPEATS, NO_DATA, CacheOptions, DataOptions
 from library.data.records import BucketRules, CaptionRules, DatasetConfig, ImageRules, SubsetConfig
 from library.errors import UserError, first_names, nearest, unknown
 from library.log import get_logger
@@ -411,9 +411,7 @@ def load_dataset_config(
     elif options.train_data_dir or options.in_json:
         datasets = _read_command_line(options, bucket_step, problems, control)
     else:
-        raise UserError(
-            "no training data: give --dataset_config FILE.toml, or --train_data_dir FOLDER and --resolution"
-        )
+        raise UserError(NO_DATA)
     kept = tuple(dataset for dataset in datasets if dataset.subsets)
     if not problems:
         problems.extend(dataset_problems(kept, options, cache, control))

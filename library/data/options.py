@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from library.options import at_least, between, option
+from library.options import Idle, at_least, between, option
 from library.values import SEEDS, cut, number
 
 LEAST_PIXELS, MOST_PIXELS = 8, 65535  # of a side; the VAEs make one number of 8 pixels
 MOST_REPEATS = 10_000_000
+NO_DATA = "no training data: give --dataset_config FILE.toml, or --train_data_dir FOLDER and --resolution"
 INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area")
 
 
@@ -165,22 +166,29 @@ class DataOptions:
     )
     validation_split: float = option(0.0, help="Share of the pictures kept for validation.", check=between(0, 1))
 
+    @property
+    def is_given(self) -> bool:
+        """Whether there is something to read pictures from."""
+        return bool(self.dataset_config or self.train_data_dir or self.in_json)
+
     def problems(self) -> Iterator[str]:
         """Combinations that make no sense, one line each."""
         if self.dataset_config:
             for name in ("train_data_dir", "reg_data_dir", "in_json"):
                 if vars(self)[name]:
-                    yield f"--{name} has no effect with --dataset_config: give one of them, not both"
+                    yield Idle(f"--{name} has no effect with --dataset_config: give one of them, not both")
         elif self.reg_data_dir and not self.train_data_dir:
             yield "--reg_data_dir needs --train_data_dir: regularisation pictures alone teach nothing"
         elif self.reg_data_dir and self.in_json:
-            yield "--reg_data_dir has no effect with --in_json: describe both in a --dataset_config"
+            yield Idle("--reg_data_dir has no effect with --in_json: describe both in a --dataset_config")
         if self.dataset_repeats != 1 and self.train_data_dir and not (self.in_json or self.dataset_config):
-            yield "--dataset_repeats has no effect with --train_data_dir, whose folders' names say how often (10_name)"
+            yield Idle(
+                "--dataset_repeats has no effect with --train_data_dir, whose folders' names say how often (10_name)"
+            )
         if self.min_bucket_reso > self.max_bucket_reso:
             yield f"--min_bucket_reso {self.min_bucket_reso} is larger than --max_bucket_reso {self.max_bucket_reso}"
         if self.persistent_data_loader_workers and self.max_data_loader_n_workers == 0:
-            yield "--persistent_data_loader_workers has no effect with --max_data_loader_n_workers 0"
+            yield Idle("--persistent_data_loader_workers has no effect with --max_data_loader_n_workers 0")
 
 
 @dataclass(frozen=True)
@@ -223,4 +231,4 @@ class CacheOptions:
     def problems(self) -> Iterator[str]:
         """Combinations that make no sense, one line each."""
         if self.skip_cache_check and not (self.cache_latents_to_disk or self.cache_text_encoder_outputs_to_disk):
-            yield "--skip_cache_check has no effect without --cache_latents_to_disk or the same for text outputs"
+            yield Idle("--skip_cache_check has no effect without --cache_latents_to_disk or the same for text outputs")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from library.options import at_least, option
+from library.options import Idle, at_least, option
 from library.values import shown
 
 AUTO = "auto"
@@ -127,7 +127,7 @@ class MemoryOptions:
             yield "--gradient_checkpointing is --activation_budget 0: give one of them"
         recomputes = self.gradient_checkpointing or self.activation_budget not in (None, 1)
         if self.cpu_offload_checkpointing and not recomputes:
-            yield "--cpu_offload_checkpointing has no effect without --gradient_checkpointing"
+            yield Idle("--cpu_offload_checkpointing has no effect without --gradient_checkpointing")
         if self.base_quant and (self.fp8_base_unet or self.fp8_base):
             given = "fp8_base" if self.fp8_base else "fp8_base_unet"
             yield f"--base_quant and --{given} each say how the denoiser is kept: give one of them"
@@ -136,4 +136,4 @@ class MemoryOptions:
         elif self.compiles and self.dynamo_backend in GONE:
             yield f"--dynamo_backend {self.dynamo_backend} is gone from torch: use inductor"
         if self.compile_cache_dir and not self.compiles:
-            yield "--compile_cache_dir has no effect without --compile"
+            yield Idle("--compile_cache_dir has no effect without --compile")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from library.models.options import ModelOptions
 from library.options import at_least, option, refused
@@ -15,6 +16,7 @@ TOKEN_LENGTH = 256  # what Lumina-Image 2.0 was trained with
 class LuminaOptions(ModelOptions):
     """Lumina-Image 2.0."""
 
+    cached_texts_stay: ClassVar[bool] = True
     vae: str | None = option(None, help="Not for this model.", check=refused("Lumina's autoencoder is given with --ae"))
     gemma2: str | None = option(
         None,

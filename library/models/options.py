@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from library.options import at_least, option
 
@@ -22,6 +23,8 @@ def token_length(value: object) -> int:
 @dataclass(frozen=True)
 class ModelOptions:
     """What every family has."""
+
+    cached_texts_stay: ClassVar[bool] = False  # caching captions alone says that text encoders do not learn
 
     pretrained_model_name_or_path: str | None = option(
         None, help="Model to start from: .safetensors or .ckpt file, diffusers folder, or hub id (org/name).", path=True

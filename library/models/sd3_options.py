@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from library.models.finetune_options import FineTuneOptions
 from library.models.options import ModelOptions, token_length
-from library.options import at_least, between, option, refused
+from library.options import Idle, at_least, between, option, refused
 
 T5_TOKENS = 256  # of SD3.5; SD3 medium saw 77 and takes as many
 
@@ -121,6 +121,6 @@ class SD3FineTuneOptions(FineTuneOptions):
 
     def problems(self) -> Iterator[str]:
         if not self.train_text_encoder and (self.learning_rate_te1 or self.learning_rate_te2):
-            yield "--learning_rate_te1 and --learning_rate_te2 need --train_text_encoder"
+            yield Idle("--learning_rate_te1 and --learning_rate_te2 need --train_text_encoder")
         if not self.train_t5xxl and self.learning_rate_te3:
-            yield "--learning_rate_te3 needs --train_t5xxl"
+            yield Idle("--learning_rate_te3 needs --train_t5xxl")

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from library.options import option
+from library.options import Idle, option
 
 SAMPLER_NAMES = (
     "ddim",
@@ -59,4 +59,4 @@ class SampleOptions:
             n for n in ("sample_every_n_steps", "sample_at_first", "sample_every_n_epochs") if (vars(self)[n] or 0) > 0
         ]
         if asked and not self.sample_prompts:
-            yield f"--{asked[0]} needs --sample_prompts, a .txt, .toml or .json file"
+            yield from (Idle(f"--{name} needs --sample_prompts, a .txt, .toml or .json file") for name in asked)

@@ -6,13 +6,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from library.data.options import CacheOptions, DataOptions
+from library.data.options import NO_DATA, CacheOptions, DataOptions
 from library.io.options import HubOptions, MetadataOptions, SaveOptions, StateOptions, cross_problems
 from library.memory.options import MemoryOptions
 from library.models.options import ModelOptions
 from library.objectives.options import DDPMOptions, LossOptions
 from library.optim.options import EmaOptions, OptimizerOptions, SchedulerOptions
-from library.options import ConfigFileOptions, at_least, between, option, positive
+from library.options import Choice, ConfigFileOptions, Idle, at_least, between, option, positive
 from library.sampling.options import SampleOptions
 from library.values import SEEDS
 
@@ -76,7 +76,7 @@ class PrecisionOptions:
             if getattr(self, f"full_{name}") and self.mixed_precision != name:
                 yield f"--full_{name} needs --mixed_precision {name}"
         if self.bf16_update and not self.full_bf16:
-            yield "--bf16_update has no effect without --full_bf16: weights are kept in float32"
+            yield Idle("--bf16_update has no effect without --full_bf16: weights are kept in float32")
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class DistributedOptions:
             if getattr(self, name)
         ]
         if used and not self.deepspeed:
-            yield f"--{used[0]} has no effect without --deepspeed"
+            yield Idle(f"--{used[0]} has no effect without --deepspeed")
         for kind in ("optimizer", "param"):
             wants_nvme = getattr(self, f"offload_{kind}_device") == "nvme"
             if wants_nvme and not getattr(self, f"offload_{kind}_nvme_path"):
@@ -203,9 +203,9 @@ class NetworkOptions:
         if self.network_train_unet_only and self.network_train_text_encoder_only:
             yield "--network_train_unet_only and --network_train_text_encoder_only leave nothing to train: give one"
         if self.dim_from_weights and not self.network_weights:
-            yield "--dim_from_weights has no effect without --network_weights"
+            yield Idle("--dim_from_weights has no effect without --network_weights")
         if self.base_weights_multiplier and not self.base_weights:
-            yield "--base_weights_multiplier has no effect without --base_weights"
+            yield Idle("--base_weights_multiplier has no effect without --base_weights")
         if self.base_weights_multiplier and self.base_weights:
             given, needed = len(self.base_weights_multiplier), len(self.base_weights)
             if given > needed:
@@ -249,6 +249,8 @@ class TrainerOptions:
     def problems(self) -> Iterator[str]:
         """Combinations across groups that make no sense."""
         yield from cross_problems(self.save, self.state, self.hub)
+        if not self.data.is_given and not self.config.output_config:
+            yield NO_DATA
         if self.memory.plan and self.state.resume:
             yield "--plan looks at a run from its start: leave out --resume, what a step takes is the same"
         if self.distributed.deepspeed and (
@@ -268,3 +270,14 @@ class NetworkTrainerOptions(TrainerOptions):
         written, names = self.save.save_model_as, self.network.lora_format
         if names != "kohya" and written not in (None, "safetensors"):
             yield f"--lora_format {names} needs --save_model_as safetensors: {written} has no place for alpha"
+
+    def choices(self) -> Iterator[Choice]:
+        """Cached captions and adapters of the text encoder exclude each other: where other programs cache, we do."""
+        network = self.network
+        if self.cache.texts and self.model.cached_texts_stay and network.text_encoder_lr is None and not (
+            network.network_train_unet_only or network.network_train_text_encoder_only
+        ):  # fmt: skip
+            line = (
+                "--network_train_unet_only is chosen: with --cache_text_encoder_outputs the text encoder does not learn"
+            )
+            yield Choice("network_train_unet_only", True, line)

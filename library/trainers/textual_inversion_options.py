@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from library.data.options import CacheOptions, DataOptions
 from library.io.options import SaveOptions, name_problems
-from library.options import at_least, option, refused
+from library.options import Idle, at_least, option, refused
 from library.trainers.options import TrainerOptions
 
 NO_TEXT_CACHE = "the text encoder's outputs change with every step, because it learns a word"
@@ -41,7 +41,7 @@ class WordOptions:
             bad = " ".join(sorted({c for c in word if c in TAKEN and c.isprintable()}))
             yield f"--token_string {word!r}: brackets, commas and line ends mean something in captions; leave out {bad}"
         if self.init_word and self.weights:
-            yield "--init_word has no effect with --weights: give one of them"
+            yield Idle("--init_word has no effect with --weights: give one of them")
         if self.use_object_template and self.use_style_template:
             yield "--use_object_template and --use_style_template: give one of them"
 
