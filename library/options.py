@@ -256,9 +256,9 @@ def resolve(
         if s.info.answer and given.values.get(n) not in (None, False)
     ]
     idle = [*foreign, *given.meaningless]
-    if idle:
-        answers.append(f"{path}: not used by this script (keys of the GUI or of other scripts): {', '.join(idle)}")
-    answers += [f"{path}: {line}: left out" for line in given.left_out]
+    unused = [f"not used by this script (keys of the GUI or of other scripts): {', '.join(idle)}"] if idle else []
+    unused += [f"left out: {'; '.join(given.left_out)}"] if given.left_out else []
+    answers += [f"{path}: {'; '.join(unused)}"] if unused else []
     return Resolved(options, (*answers, *given.chosen), {n: given.sources[n] for n in given.values})
 
 
@@ -307,25 +307,23 @@ class _Given:
         while True:
             options = self.build(method, groups, all_specs)
             lines = [*_problems(options)]
-            idle = [line for line in lines if isinstance(line, Idle) and self._drops(line)]
+            idle = [line for line in lines if isinstance(line, Idle) and self._is_of_file(line)]
             if len(idle) < len(lines):
                 raise UserError(line for line in lines if line not in idle)
             if not idle:
                 break
-            self.left_out += idle
+            for line in idle:
+                gone = [self.values.pop(name) for name in line.names() if name in self.values]
+                self.left_out += [line] if gone else []
         for choice in getattr(options, "choices", lambda: ())():
             self.values[choice.name], self.sources[choice.name] = choice.value, "chosen"
             self.chosen.append(choice.line)
         return self.build(method, groups, all_specs) if self.chosen else options
 
-    def _drops(self, line: Idle) -> bool:
-        """Whether the options that `line` is about are of the file; they are then no longer among the values."""
-        names = [name for name in line.names() if name in self.values]
-        if not names or any(self.by_hand(name) for name in names):
-            return False
-        for name in names:
-            del self.values[name]
-        return True
+    def _is_of_file(self, line: Idle) -> bool:
+        """Whether the options that `line` is about were all given in the file."""
+        given = [name for name in line.names() if name in self.values]
+        return bool(given) and not any(self.by_hand(name) for name in given)
 
 
 def _problems(options: Any) -> Iterator[str]:
