@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from library.errors import EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_STOPPED, StopTraining, UserError
+from library.errors import EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_STOPPED, StopTraining, UserError, one_line
 from library.io.atomic import atomic_write
 from library.log import get_logger, is_main_process, setup_logging, to_stderr
 from library.models.registry import FAMILIES
@@ -76,11 +76,11 @@ def _code_of(action: Callable[[], int], stop: StopRequest) -> int:
         return action()
     except UserError as error:
         if is_main_process():
-            to_stderr("".join(f"error: {line}\n" for line in error.problems))
+            to_stderr("".join(f"error: {line}\n" for line in error.lines()))
         return error.code
     except StopTraining as error:
         if is_main_process():
-            to_stderr(f"stopped: {error}\n")
+            to_stderr(f"stopped: {one_line(str(error))}\n")
         return EXIT_DIVERGED
     except Exception as error:
         stop.check()  # interrupted, some library answers with an error of its own
@@ -88,7 +88,7 @@ def _code_of(action: Callable[[], int], stop: StopRequest) -> int:
         if line is None:
             raise
         get_logger().debug("the run ended here:", exc_info=True)
-        to_stderr(f"error: {line}\n")
+        to_stderr(f"error: {one_line(line)}\n")
         return EXIT_BAD_INPUT
 
 

@@ -10,7 +10,7 @@ import time
 from types import TracebackType
 from typing import TextIO
 
-from library.errors import UserError
+from library.errors import UserError, escaped
 
 LOGGER_NAME = "trainyard"
 
@@ -39,11 +39,13 @@ def setup_logging(*, level: str | None, file: str | None, simple: bool) -> None:
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
     try:
-        handler = FileHandler(file, encoding="utf-8") if file else ConsoleHandler(sys.stderr)
+        handler = (
+            FileHandler(file, encoding="utf-8", errors="backslashreplace") if file else ConsoleHandler(sys.stderr)
+        )
     except OSError as error:
         raise UserError(f"--console_log_file: {file} cannot be written: {error.strerror or error}") from None
     style = "%(message)s" if simple else "%(asctime)s %(levelname)-7s %(message)s"
-    handler.setFormatter(logging.Formatter(style, datefmt="%H:%M:%S"))
+    handler.setFormatter(LineFormatter(style, datefmt="%H:%M:%S"))
     handler.addFilter(OnlyOnce())
     logger.addHandler(handler)
     logger.propagate = False
@@ -78,6 +80,14 @@ class FileHandler(logging.FileHandler):
             super().close()
         except OSError:
             self.stream = None
+
+
+class LineFormatter(logging.Formatter):
+    """One line a message, whatever the names of files in it hold; a traceback follows as it is."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = escaped(record.message)
+        return super().formatMessage(record)
 
 
 class OnlyOnce(logging.Filter):

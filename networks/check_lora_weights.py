@@ -32,7 +32,7 @@ EXIT_NOT_FINITE = 1
 class CheckOptions:
     """The file."""
 
-    file: str | None = option(None, help="Adapter file to look at; --file may be left out.")
+    file: str | None = option(None, help="Adapter file to look at; --file may be left out.", path=True)
 
     def problems(self) -> Iterator[str]:
         yield from needed(self, "file")

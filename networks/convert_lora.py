@@ -41,14 +41,14 @@ ENCODER_PREFIXES = ("", "cond_stage_model.transformer.", "model.")
 class ConvertOptions:
     """What to convert."""
 
-    src: str | None = option(None, help="LoRA file to read, in any of the three formats.")
-    dst: str | None = option(None, help="File to write (.safetensors).")
+    src: str | None = option(None, help="LoRA file to read, in any of the three formats.", path=True)
+    dst: str | None = option(None, help="File to write (.safetensors).", path=True)
     to: str | None = option(None, help="Format to write.", choices=("kohya", "comfy", "peft"))
     save_precision: str | None = option(
         None, help="Precision of the weights in the new file; without it they keep theirs.", choices=tuple(PRECISIONS)
     )
     base_model: tuple[str, ...] = option(
-        (), help="Files (.safetensors) with the base model's weights; only DoRA to or from comfy needs them."
+        (), help="Files (.safetensors) with the base model's weights; only DoRA to or from comfy needs them.", path=True
     )
 
     def problems(self) -> Iterator[str]:

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 class ExtractOptions:
     """The DyLoRA, and what is made of it."""
 
-    model: str | None = option(None, help="DyLoRA file to read.")
+    model: str | None = option(None, help="DyLoRA file to read.", path=True)
     unit: int | None = option(None, help="Ranks are the multiples of this number.", check=at_least(1))
-    save_to: str | None = option(None, help="Name of the files to write; the rank is put before the ending.")
+    save_to: str | None = option(None, help="Name of the files to write; the rank is put before the ending.", path=True)
 
     def problems(self) -> Iterator[str]:
         yield from needed(self, "model", "unit")

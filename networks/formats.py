@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError, first_names
+from library.text_files import parse_json
 from networks.adapter_files import by_module, read_metadata, read_tensors, write_tensors
 from networks.deltas import adapted_weight, row_norms, scaled_rows
 from networks.format_check import require_whole
@@ -143,7 +144,7 @@ def alphas_in(metadata: Mapping[str, str]) -> Alphas | None:
     if ALPHAS not in metadata:
         return None
     try:
-        entries = json.loads(metadata[ALPHAS])
+        entries = parse_json(metadata[ALPHAS])
         return {name: entry and (float(entry[0]), _dtype(entry[1])) for name, entry in entries.items()}
     except (ValueError, AttributeError, TypeError, IndexError):
         raise UserError(f"the header entry {ALPHAS} of the adapter file is not understood") from None

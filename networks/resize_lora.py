@@ -44,7 +44,7 @@ METHODS = ("sv_ratio", "sv_fro", "sv_cumulative")
 class ResizeOptions:
     """The LoRA and its new rank."""
 
-    model: str | None = option(None, help="LoRA file to read.")
+    model: str | None = option(None, help="LoRA file to read.", path=True)
     new_rank: int = option(4, help="Rank of the new LoRA; with --dynamic_method the largest one.", check=at_least(1))
     new_conv_rank: int | None = option(
         None, help="Rank of convolutions with a kernel; not given: --new_rank.", check=at_least(1)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any, TypeVar
 from library.cli import guarded
 from library.log import get_logger, setup_logging
 from library.options import option, resolve
+from library.text_files import parse_json
 
 PRECISIONS = {
     "float": "float32",
@@ -55,7 +55,9 @@ def run_tool(
 class SaveOptions:
     """The file that is written."""
 
-    save_to: str | None = option(None, help="File to write (.safetensors; .ckpt, .pt and .pth without metadata).")
+    save_to: str | None = option(
+        None, help="File to write (.safetensors; .ckpt, .pt and .pth without metadata).", path=True
+    )
     save_precision: str | None = option(None, help="Precision of the weights in the new file.", choices=[*PRECISIONS])
     no_metadata: bool = option(False, help="Leave out modelspec.*; what readers of a LoRA need is written anyway.")
 
@@ -71,7 +73,7 @@ class DeviceOptions:
 class ModelsOptions:
     """The adapters that are merged."""
 
-    models: tuple[str, ...] = option((), help="Adapter files to merge.")
+    models: tuple[str, ...] = option((), help="Adapter files to merge.", path=True)
     ratios: tuple[float, ...] = option((), help="How strongly each of --models is merged, one number for each.")
     lbws: tuple[str, ...] = option(
         (),
@@ -94,13 +96,13 @@ class ModelsOptions:
 
     def block_ratios(self) -> list[list[float]]:
         """--lbws, read; checked by `problems`."""
-        return [json.loads(text) for text in self.lbws]
+        return [parse_json(text) for text in self.lbws]
 
 
 def block_list_problems(text: str) -> Iterator[str]:
     """What is wrong with one list of --lbws."""
     try:
-        numbers = json.loads(text)
+        numbers = parse_json(text)
     except ValueError:
         numbers = None
     if not isinstance(numbers, list) or not all(isinstance(n, (int, float)) for n in numbers):

@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from library.text_files import parse_json
+
 VERSION = 2
 FOLDER = ".trainyard"
 
@@ -52,7 +54,7 @@ def manifest_path(folder: str, cache_dir: str | None) -> Path:
 def read_manifest(path: Path) -> Manifest:
     """The manifest in `path`; an empty one where there is none, or a damaged or older one."""
     try:
-        document = json.loads(path.read_bytes())
+        document = parse_json(path.read_bytes())
         if document["version"] != VERSION:
             return Manifest()
         return Manifest(

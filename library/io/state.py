@@ -31,6 +31,7 @@ from library.errors import UserError, nearest
 from library.io.atomic import SaveError, atomic_folder, clean_leftovers
 from library.io.checkpoint import require_finite, require_present
 from library.io.tensor_file import data_bytes, stream_digest, write_safetensors
+from library.text_files import parse_json
 
 FORMAT, VERSION = "trainyard state", 1
 WEIGHTS, OPTIMIZER, FACTS, MANIFEST = "weights.safetensors", "optimizer.pt", "train_state.json", "manifest.json"
@@ -221,7 +222,7 @@ def _json_of(path: Path) -> Any:
     """Raises DAMAGED_JSON errors."""
     if not path.is_file() or path.stat().st_size > MOST_JSON:
         raise ValueError("no file of facts")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return parse_json(path.read_bytes())
 
 
 def verify_state(folder: Path, *, content: bool = True) -> None:

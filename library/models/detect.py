@@ -122,6 +122,7 @@ PARTS = (
     ),
 )
 SD_UNET = "input_blocks."
+SD_ANSWER = "a Stable Diffusion 1.x or 2.x checkpoint: use train_network.py"
 UNKNOWN_ANSWERS = {
     "sd": "no Stable Diffusion checkpoint: it has no model.diffusion_model.* weights",
     "sdxl": "no SDXL checkpoint: it has no model.diffusion_model.* weights",

@@ -26,6 +26,7 @@ from library.models.fingerprints import weights_fingerprint
 from library.models.quantised_loading import Quantiser
 from library.models.weight_files import WEIGHT_SUFFIXES, WeightFile, open_weights
 from library.names.keys import Rule, Shapes, file_shapes, read
+from library.text_files import parse_json
 
 CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "configs" / "models"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -249,7 +250,7 @@ def part_file(folder: Path) -> WeightFile:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises UserError when the file is missing or is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes())
     except OSError:
         raise UserError(f"{path} does not exist") from None
     except ValueError:

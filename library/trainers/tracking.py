@@ -6,16 +6,20 @@ from __future__ import annotations
 import importlib.util
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from library.errors import UserError, unknown
+from library.errors import UserError, unknown, unknown_names
 from library.log import get_logger
-from library.options import read_toml
+from library.text_files import read_toml
 from library.trainers.options import LoggingOptions
+from library.values import MOST, between, convert, text_problem
 
 KINDS = ("tensorboard", "wandb")
+OF_TENSORBOARD: dict[str, type] = {  # arguments of its SummaryWriter
+    "log_dir": str, "comment": str, "purge_step": int, "max_queue": int, "flush_secs": int, "filename_suffix": str,
+}  # fmt: skip
 STEP = "global_step"  # name of the step among wandb's values
 
 log = get_logger()
@@ -180,9 +184,27 @@ def tracker_settings(options: LoggingOptions) -> dict[str, Any]:
     wrong += [
         f"{where}: {key} expects a table: [{key}]" for key in KINDS if not isinstance(settings.get(key, {}), dict)
     ]
+    wrong = wrong or [f"{where}: [tensorboard] {line}" for line in _tensorboard_problems(settings)]
     if wrong:
         raise UserError(wrong)
     return settings
+
+
+def _tensorboard_problems(settings: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the arguments under [tensorboard]. Those of wandb only wandb knows."""
+    given = settings.get("tensorboard", {})
+    yield from unknown_names("arguments", [key for key in given if key not in OF_TENSORBOARD], OF_TENSORBOARD)
+    for key, kind in OF_TENSORBOARD.items():
+        if key not in given:
+            continue
+        try:
+            value = convert(given[key], kind)
+        except ValueError as error:
+            yield f"{key} {error}"
+        else:
+            wrong = text_problem(value, path=True) if kind is str else between(0, MOST)(value)
+            if wrong:
+                yield f"{key} {wrong}"
 
 
 def open_trackers(options: LoggingOptions, *, main_process: bool, project: str) -> Trackers:
