@@ -20,6 +20,7 @@ from networks import lora_flux, lora_lumina, lora_sd3
 from networks.base import AdapterLayer, AdapterNetwork
 from networks.build import FileReader, Ranks, build_network, default_sizes, network_from_weights, rate_rules, weights_of
 from networks.factor_layer import FactorSettings
+from networks.formats import by_module, to_kohya
 from networks.loha_layer import LoHaLayer
 from networks.lokr_layer import LoKrLayer, LokrSettings
 from networks.lora_family import LoraFamily
@@ -55,6 +56,12 @@ READERS = (
     Reader(NormLayer, LoraSettings()),
 )
 FILE_DECIDES = ("conv_dim", "conv_alpha", "block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas")
+
+
+def is_readable(weights: Mapping[str, Tensor]) -> bool:
+    """Whether every layer of a file is of one of these kinds."""
+    layers = by_module(to_kohya(weights)).values()
+    return bool(layers) and all(any(reader.claims(set(own)) for reader in READERS) for own in layers)
 
 
 def own_blocks(options: Mapping[str, Any], dim: int, alpha: float) -> BlockOptions:
