@@ -357,7 +357,7 @@ def read_network_args(groups: Mapping[str, type], given: Mapping[str, Any]) -> d
         elif value not in (None, ""):
             try:
                 values[key] = finite(known[key].read(value))
-            except ValueError as error:
+            except (ValueError, OverflowError) as error:  # the latter of an infinite rank
                 problems.append(f"--network_args: {key} {error}")
     built = {
         group: cls(**{key: value for key, value in values.items() if known[key].group == group})

@@ -50,13 +50,13 @@ def model_of(name: str) -> Model:
     return MODELS[name]()
 
 
-def build(encoders: list[Any], denoiser: nn.Module, **arguments: Any) -> AdapterNetwork:
+def build(encoders: list[Any], denoiser: nn.Module, **arguments: Any) -> Any:
     torch.manual_seed(2)
     module = load_network_module("lycoris.kohya")
     return module.create_network(1.0, 4, 2.0, None, encoders, denoiser, None, **arguments)
 
 
-def attached(encoders: list[Any], denoiser: nn.Module, **arguments: Any) -> AdapterNetwork:
+def attached(encoders: list[Any], denoiser: nn.Module, **arguments: Any) -> Any:
     network = build(encoders, denoiser, **arguments)
     network.attach(train_denoiser=True, train_text_encoder=bool(encoders))
     return network
@@ -100,6 +100,16 @@ def test_default_preset(name: str, algo: str, tmp_path: Path) -> None:
     again.load(weights)
     again.merge_into()
     assert_same(model.outputs(), trained)
+
+
+def test_an_alpha_that_is_no_number_in_fp16() -> None:
+    """As --full_fp16 casts the network, and as it is written."""
+    network = build([], TINY["flux"].make(), algo="lokr", full_matrix="True")
+    network.attach(train_denoiser=True, train_text_encoder=False)
+    for layer in network.network.loras:
+        layer.alpha.fill_(100_000)
+    state = network.to(torch.float16).state(torch.float16)
+    assert {float(value) for key, value in state.items() if key.endswith(".alpha")} == {100_000}
 
 
 @pytest.mark.parametrize("preset", ["attn-mlp", "attn-only"])
