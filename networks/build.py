@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -57,6 +58,8 @@ def default_sizes(dim: int | None, alpha: float | None) -> tuple[int, float]:
     """--network_dim (None is 4) and --network_alpha (None is 1). Raises UserError for a dim below 1."""
     if dim is not None and dim < 1:
         raise UserError(f"--network_dim must be at least 1, got {dim}")
+    if alpha is not None and not math.isfinite(alpha):
+        raise UserError(f"--network_alpha must be a finite number, got {alpha}")
     return 4 if dim is None else int(dim), 1.0 if alpha is None else float(alpha)
 
 

@@ -44,7 +44,7 @@ def describe(error: BaseException) -> str:
 
 def of_machine(error: BaseException) -> bool:
     """Whether memory or disk is what an error is about: those end in lines of their own."""
-    return is_out_of_memory(error) or isinstance(error, OSError) and error.errno in FULL_DISK
+    return is_out_of_memory(error) or (isinstance(error, OSError) and error.errno in FULL_DISK)
 
 
 @contextmanager
@@ -81,7 +81,12 @@ class PluginNetwork(AdapterNetwork):
     network: Any
 
     def __init__(
-        self, network: Any, models: PublishedModels, name: str, multiplier: float, weights: Mapping[str, Tensor] | None = None
+        self,
+        network: Any,
+        models: PublishedModels,
+        name: str,
+        multiplier: float,
+        weights: Mapping[str, Tensor] | None = None,
     ):
         super().__init__()
         missing = [method for method in REQUIRED if not callable(getattr(network, method, None))]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -87,6 +88,7 @@ class ModelsOptions:
     def problems(self) -> Iterator[str]:
         if not self.models:
             yield "--models is needed: the adapter files to merge"
+        yield from (f"--ratios: must be finite numbers, got {r}" for r in self.ratios if not math.isfinite(r))
         if len(self.ratios) != len(self.models):
             yield f"--ratios: {len(self.ratios)} numbers for {len(self.models)} --models; give one for each"
         yield from missing_adapters("--models", self.models)
@@ -105,7 +107,7 @@ def block_list_problems(text: str) -> Iterator[str]:
         numbers = parse_json(text)
     except ValueError:
         numbers = None
-    if not isinstance(numbers, list) or not all(isinstance(n, (int, float)) for n in numbers):
+    if not isinstance(numbers, list) or not all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):
         yield f"--lbws {text}: a list of numbers in brackets is needed, such as [1,0,0.5]"
     elif len(numbers) not in BLOCK_COUNTS:
         yield f"--lbws: {len(numbers)} numbers; {', '.join(map(str, BLOCK_COUNTS))} are possible"

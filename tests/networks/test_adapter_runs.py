@@ -46,6 +46,15 @@ def test_resumes_exactly(kind: str, model: Path, dataset: Path, tmp_path: Path) 
     assert all(f'"{key}": "{value}"' in metadata["ss_network_args"] for key, value in arguments.items())
 
 
+def test_full_matrices_in_half_precision(model: Path, dataset: Path, tmp_path: Path) -> None:
+    """Programs ask for them with a rank that is no number in fp16."""
+    values = {"network_module": "networks.lokr", "network_dim": 100_000, "network_alpha": 1, "max_train_steps": 1}
+    saved = train(model, dataset, tmp_path, save_precision="fp16", **values).weights
+    assert all(torch.isfinite(value).all() for value in saved.values())
+    assert {float(value) for key, value in saved.items() if key.endswith(".alpha")} == {100_000}
+    assert {value.dtype for key, value in saved.items() if not key.endswith(".alpha")} == {torch.float16}
+
+
 @pytest.mark.parametrize("kind", ["oft", "lokr"])
 def test_starts_from_a_file(kind: str, model: Path, dataset: Path, tmp_path: Path) -> None:
     """As --network_weights with its own form, and as --base_weights that become part of the model."""
