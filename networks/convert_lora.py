@@ -120,7 +120,7 @@ def architectures(tensors: Mapping[str, Tensor], base: BaseWeights) -> list[str]
     if format_of(tensors) == "kohya":
         return None
     names = architectures_of(tensors)
-    if len(names) > 1 and base.sources:
+    if len(names) > 1:  # what no architecture can have is said first
         having = {name: sum(base.has(layer) for layer in layers_in(tensors, name).values()) for name in names}
         names = [name for name in names if having[name] == max(having.values())]
     require_one(tensors, names, f"give --base_model, a file of {' or '.join(BY_NAME[n].title for n in names)}")

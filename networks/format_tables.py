@@ -41,6 +41,10 @@ class Layer:
     swap: bool = False  # (shift, scale) in published files, (scale, shift) in diffusers: where rows = 2 x inputs
     widths: tuple[float, ...] = (1.0,)  # rows of each part, in units of the inputs
 
+    def apart(self, part: int) -> str:
+        """Flat name of a part that is no whole layer."""
+        return f"lora_unet_{flat(self.parts[part].partition('.')[2])}"
+
     def swaps(self, rows: int, inputs: int) -> bool:
         """Whether the halves of this layer's rows stand in another order in diffusers."""
         return self.swap and rows == 2 * inputs

@@ -48,8 +48,12 @@ def test_resumes_exactly(kind: str, model: Path, dataset: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("kind", ["oft", "lokr"])
 def test_starts_from_a_file(kind: str, model: Path, dataset: Path, tmp_path: Path) -> None:
-    """As --network_weights with its own form, and as --base_weights that become part of the model."""
+    """As --network_weights with its own form, and as --base_weights that become part of the model.
+
+    The LoKr is a DoRA in the comfy format: only with the model's weights its magnitudes become the trained ones.
+    """
     values = {"network_module": f"networks.{kind}", "network_dim": 2, "network_alpha": 0.01, "max_train_steps": 1}
+    values |= {"network_args": ["dora_wd=True"], "lora_format": "comfy"} if kind == "lokr" else {}
     first = train(model, dataset, tmp_path / "first", **values)
     options = {"network_weights": first.file, "dim_from_weights": True, "network_dim": None, "learning_rate": 1e-9}
     on = train(model, dataset, tmp_path / "on", **{**values, **options})

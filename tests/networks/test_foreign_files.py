@@ -18,10 +18,12 @@ from library.errors import UserError
 from networks import convert_lora, lora
 from networks.checkpoint_layers import CheckpointLayers
 from networks.checkpoint_merge import Adapter, MergedWeights
+from networks.deltas import added
 from networks.format_tables import BY_NAME
 from networks.formats import architecture_of, by_module, convert, dora_norms, format_of, read_adapter, to_kohya
 from networks.kinds import pieces, reader_of
 from networks.spec import TargetModule, TargetSpec
+from networks.tool_files import read_lora
 from tests.networks.lora_samples import Sample, changed, flat, flux, published_weights, sd3
 
 LINEAR, CONV, NORM = (
@@ -237,8 +239,52 @@ def test_dora_over_columns_of_parts_of_one_layer_is_refused() -> None:
     with pytest.raises(UserError, match="img_attn_qkv: DoRA over input columns of 3 parts of one layer") as error:
         to_kohya(found)
     assert "\n" not in str(error.value)
+    assert {key.partition(".")[0] for key in to_kohya(found, apart=True)} == {
+        f"lora_unet_transformer_blocks_0_attn_{part}" for part in ("to_q", "to_k", "to_v")
+    }
     rows = {key: value.T.contiguous() if key.endswith("dora_scale") else value for key, value in found.items()}
     assert to_kohya(rows)["lora_unet_double_blocks_0_img_attn_qkv.dora_scale"].shape == (96, 1)
+
+
+def test_parts_that_are_no_one_layer_are_merged_each_on_its_own(tmp_path: Path) -> None:
+    """LoKr, LoHa, full matrices and DoRA over columns on layers of diffusers, as SimpleTuner writes them for FLUX.1."""
+    sample = flux(double=1, single=1)
+    modules = dict(sample.model.named_modules())
+    draw = torch.Generator().manual_seed(2)
+
+    def rand(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw) * 0.3
+
+    own = {
+        "transformer_blocks.0.attn.to_q": {"lokr_w1": rand(4, 4), "lokr_w2": rand(8, 8), "alpha": torch.ones(())},
+        "transformer_blocks.0.attn.to_v": {"lora_down.weight": rand(2, 32), "lora_up.weight": rand(32, 2),
+                                           "dora_scale": rand(1, 32).abs() + 1},
+        "single_transformer_blocks.0.proj_mlp": {"diff": rand(128, 32), "diff_b": rand(128)},
+        "norm_out.linear": {"hada_w1_a": rand(64, 2), "hada_w1_b": rand(2, 32), "hada_w2_a": rand(64, 2),
+                            "hada_w2_b": rand(2, 32)},
+    }  # fmt: skip
+    path = tmp_path / "a.safetensors"
+    save_file({f"lycoris_{flat(n)}.{suffix}": value for n, t in own.items() for suffix, value in t.items()}, path)
+    held = Held({f"{path}.weight": weight.clone() for path, weight in published_weights(sample).items()}
+                | {"single_blocks.0.linear1.bias": torch.zeros(32 * 7)})  # fmt: skip
+    file = read_lora(str(path), "flux")
+    layers = CheckpointLayers(BY_NAME["flux"], held.shapes)
+    weights = MergedWeights(held, layers, [Adapter("x", file.layers, lambda layer: 1.0)])
+    with torch.no_grad():
+        for name, tensors in own.items():
+            weight = modules[name].weight
+            change = tensors["diff"] if "diff" in tensors else added(tensors, weight.shape)
+            assert change is not None
+            weight += change
+            if "dora_scale" in tensors:
+                weight *= tensors["dora_scale"] / weight.norm(dim=0, keepdim=True)
+    for published, expected in published_weights(sample).items():
+        assert torch.allclose(weights.tensor(f"{published}.weight"), expected, atol=1e-5), published
+    bias = weights.tensor("single_blocks.0.linear1.bias")
+    assert torch.equal(bias[96:], own["single_transformer_blocks.0.proj_mlp"]["diff_b"]) and not bias[:96].any()
+    assert len(weights.moved) == 3
+    with pytest.raises(UserError, match="only LoRA and DoRA can be split into parts or fused"):
+        to_kohya(load_file(path), among=("flux",))
 
 
 # ---- PEFT ---------------------------------------------------------------------------------------------------------
