@@ -23,6 +23,7 @@ if str(ROOT) not in sys.path:  # started as a script, from any folder
 from library.cli import guarded  # noqa: E402
 from library.errors import UserError  # noqa: E402
 from library.options import option, resolve  # noqa: E402
+from networks.peft_folder import PEFT_FILES  # noqa: E402
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,8 +59,10 @@ class ConvertOptions:
                 yield f"--{name} is needed"
         if self.dst is not None and Path(self.dst).suffix != ".safetensors":
             yield f"--dst {self.dst}: the file must end with .safetensors"
-        if self.src and self.dst and Path(self.src).resolve() == Path(self.dst).resolve():
-            yield f"--dst {self.dst} is --src itself: give another file"
+        if self.src and self.dst:
+            source = Path(self.src).resolve()
+            if Path(self.dst).resolve() in (source, *(source / name for name in PEFT_FILES)):
+                yield f"--dst {self.dst} is --src itself: give another file"
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ __all__ = [
 Norms = Mapping[str, tuple[Tensor, Tensor]]  # kohya name -> norms of the rows: (of W, of W + change)
 Alphas = Mapping[str, tuple[float, torch.dtype] | None]  # kohya name or "*" (all others) -> alpha; None: without
 COMFY_ENDINGS = {DOWN: "lora_A.weight", UP: "lora_B.weight", COMFY_DORA: DORA}
+NOT_OF_COMFY = {"on_input", "lambda_layer"}  # IA3 and T-LoRA of LyCORIS
 PEFT_ENDINGS = {DOWN: "lora_A.weight", UP: "lora_B.weight", DORA: "lora_magnitude_vector"}
 
 
@@ -279,7 +280,10 @@ def _write_kohya(layers: Layers, index: Index) -> dict[str, Tensor]:
 
 
 def _write_comfy(layers: Layers, index: Index) -> dict[str, Tensor]:
-    """ComfyUI knows every suffix of kohya below a dotted path too; the Tucker form only with kohya's suffixes."""
+    """ComfyUI knows nearly every suffix of kohya below a dotted path too; Tucker form only with kohya's suffixes."""
+    foreign = [f"{name} ({', '.join(sorted(own))})" for name, (_, own) in layers.items() if NOT_OF_COMFY & set(own)]
+    if foreign:
+        raise UserError(f"{len(foreign)} adapters have no name in the comfy format: {first_names(foreign)}")
     found: dict[str, Tensor] = {}
     for layer, own in layers.values():
         names = {COMFY_DORA: DORA} if MID in own else COMFY_ENDINGS

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from library.cli import guarded
 from library.log import get_logger, setup_logging
 from library.options import option, resolve
+from networks.peft_folder import PEFT_FILES
 
 PRECISIONS = {
     "float": "float32",
@@ -124,7 +125,7 @@ def missing_files(name: str, paths: Sequence[str | None]) -> Iterator[str]:
 def missing_adapters(name: str, paths: Sequence[str | None]) -> Iterator[str]:
     """A line for each path that is neither an adapter file nor a folder of PEFT."""
     for path in paths:
-        if path and (Path(path) / "adapter_config.json").is_file():
+        if path and any((Path(path) / name).is_file() for name in PEFT_FILES):
             continue
         yield from missing_files(name, [path])
 
@@ -140,7 +141,7 @@ def target_problems(name: str, path: str | None, sources: Sequence[str | None]) 
     elif target.is_dir():
         yield f"{name} {path} is a folder; give a file"
     for source in sources:
-        if source and Path(source).resolve() == target.resolve():
+        if source and target.resolve() in (Path(source).resolve(), *(Path(source).resolve() / n for n in PEFT_FILES)):
             yield f"{name} {path} is an input of this very run: give another file"
 
 

@@ -303,16 +303,22 @@ CONFIGS: dict[str, dict[str, Any]] = {
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_mlp", "net.0.proj", "net.2"]
 
 
-def peft_folder(sample: Sample, folder: Path, **config: Any) -> dict[str, Tensor]:
-    """A folder that PEFT writes, with random values. Returns the published weights with the adapter in them."""
+def peft_model(model: nn.Module, **config: Any) -> Any:
+    """A model of PEFT with random adapters."""
     from peft import LoraConfig, get_peft_model
 
-    wrapped = get_peft_model(sample.model, LoraConfig(**{"r": 4, "target_modules": TARGETS, **config}))
+    wrapped = get_peft_model(model, LoraConfig(**config))  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
             if "lora_" in name:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return wrapped
+
+
+def peft_folder(sample: Sample, folder: Path, **config: Any) -> dict[str, Tensor]:
+    """A folder that PEFT writes, with random values. Returns the published weights with the adapter in them."""
+    wrapped = peft_model(sample.model, **{"r": 4, "target_modules": TARGETS, **config})
     wrapped.save_pretrained(folder)
     wrapped.merge_and_unload()
     return published_weights(sample)
@@ -343,6 +349,22 @@ def test_folders_of_peft(case: str, tmp_path: Path) -> None:
     if case == "bias":
         moved = sample.model.state_dict()["transformer_blocks.1.ff.net.2.bias"] - bias
         assert torch.allclose(tensors["lora_unet_double_blocks_1_img_mlp_2.diff_b"], moved, atol=1e-6)
+
+
+def test_a_square_convolution_of_peft_with_dora(tmp_path: Path) -> None:
+    """(1, out, 1, 1) there, which is what kohya's files have for the other axis."""
+    unet, block = nn.Module(), nn.Module()
+    unet.mid_block, block.resnets = block, nn.ModuleList([nn.Module()])
+    block.resnets[0].conv1 = module_for(CONV)
+    base = {key: value.detach().clone() for key, value in block.resnets[0].conv1.state_dict().items()}
+    wrapped = peft_model(unet, r=2, lora_alpha=6, target_modules=["conv1"], use_dora=True)
+    wrapped.save_pretrained(tmp_path)
+    wrapped.merge_and_unload()
+    expected = block.resnets[0].conv1.weight.detach().clone()
+    tensors = read_adapter(tmp_path, among=("sd1",))
+    assert tensors[f"{CONV}.dora_scale"].shape == (16, 1, 1, 1)
+    assert not torch.allclose(expected, base["weight"], atol=1e-2)
+    assert torch.allclose(merged(CONV, module_for(CONV), tensors)["weight"], expected, atol=1e-5)
 
 
 def test_what_a_folder_of_peft_may_say(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
