@@ -42,14 +42,16 @@ ENCODER_PREFIXES = ("", "cond_stage_model.transformer.", "model.")
 class ConvertOptions:
     """What to convert."""
 
-    src: str | None = option(None, help="LoRA file to read, in any of the three formats.")
+    src: str | None = option(None, help="LoRA file to read, in any of the three formats, or a folder of PEFT.")
     dst: str | None = option(None, help="File to write (.safetensors).")
     to: str | None = option(None, help="Format to write.", choices=("kohya", "comfy", "peft"))
     save_precision: str | None = option(
         None, help="Precision of the weights in the new file; without it they keep theirs.", choices=tuple(PRECISIONS)
     )
     base_model: tuple[str, ...] = option(
-        (), help="Files (.safetensors) with the base model's weights; only DoRA to or from comfy needs them."
+        (),
+        help="Files (.safetensors) with the base model's weights; only DoRA to or from comfy needs them, and files whose "
+        "layers' names fit several architectures.",
     )
 
     def problems(self) -> Iterator[str]:

@@ -300,7 +300,7 @@ def blocks_in(paths: Iterable[str]) -> int:
     return 1 + max((n for n in numbers if n < MOST_BLOCKS), default=0)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=48)
 def index_of(architecture: Architecture, blocks: int) -> Index:
     """The index for so many blocks. Own spellings win over aliases."""
     places: dict[str, Place] = {}

@@ -72,7 +72,7 @@ class DeviceOptions:
 class ModelsOptions:
     """The adapters that are merged."""
 
-    models: tuple[str, ...] = option((), help="Adapter files to merge.")
+    models: tuple[str, ...] = option((), help="Adapter files to merge, or folders of PEFT.")
     ratios: tuple[float, ...] = option((), help="How strongly each of --models is merged, one number for each.")
     lbws: tuple[str, ...] = option(
         (),

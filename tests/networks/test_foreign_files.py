@@ -23,6 +23,7 @@ from networks.format_tables import BY_NAME
 from networks.formats import architecture_of, by_module, convert, dora_norms, format_of, read_adapter, to_kohya
 from networks.kinds import pieces, reader_of
 from networks.spec import TargetModule, TargetSpec
+from networks.table_targets import text_targets
 from networks.tool_files import read_lora
 from tests.networks.lora_samples import Sample, changed, flat, flux, published_weights, sd3
 
@@ -500,6 +501,10 @@ def test_a_text_projection_is_merged() -> None:
     own = {"lora_down.weight": torch.arange(3.0)[None], "lora_up.weight": torch.ones(4, 1), "alpha": torch.ones(())}
     weights = MergedWeights(held, layers, [Adapter("x", {"lora_te2_text_projection": own}, lambda name: 2.0)])
     assert layers.shape("lora_te2_text_projection") == (4, 3)
+    encoder = nn.Module()
+    encoder.text_projection = nn.Linear(3, 4, bias=False)
+    [target] = [*text_targets([None, encoder], outside=True), *text_targets([None, encoder])]  # not in a new network
+    assert target.name == "lora_te2_text_projection"
     assert torch.equal(weights.tensor(key), held.tensors[key] + 2 * torch.arange(3.0)[:, None])
 
 
