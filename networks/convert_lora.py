@@ -50,8 +50,8 @@ class ConvertOptions:
     )
     base_model: tuple[str, ...] = option(
         (),
-        help="Files (.safetensors) with the base model's weights; only DoRA to or from comfy needs them, and files whose "
-        "layers' names fit several architectures.",
+        help="Files (.safetensors) with the base model's weights; only DoRA to or from comfy needs them, and LoRAs "
+        "whose layers have names of several architectures.",
     )
 
     def problems(self) -> Iterator[str]:

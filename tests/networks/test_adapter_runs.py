@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from library.errors import UserError
 from tests.tiny import make_tiny_sd
@@ -85,6 +86,10 @@ def test_frozen_ranks_of_dylora_keep_their_values(model: Path, dataset: Path, tm
 
 
 def test_what_is_refused_before_training(model: Path, dataset: Path, tmp_path: Path) -> None:
+    name = "lora_unet_mid_block_attentions_0_proj_in"
+    damaged, vae = tmp_path / "damaged.safetensors", tmp_path / "vae.safetensors"
+    save_file({f"{name}.lora_down.weight": torch.ones(1, 8), f"{name}.alpha": torch.ones(3)}, damaged)
+    save_file({"encoder.conv_in.weight": torch.ones(1)}, vae)
     for values, expected in (
         ({"network_module": "networks.lokrr"}, "Did you mean networks.lokr?"),
         ({"network_module": "networks.dylora", "network_args": ["units=2"]}, "Did you mean 'unit'?"),
@@ -93,6 +98,13 @@ def test_what_is_refused_before_training(model: Path, dataset: Path, tmp_path: P
             {"network_module": "networks.oft", "network_dim": 2, "lora_format": "comfy"},
             "OFT has no names in other formats than kohya",
         ),
+        (
+            {"network_weights": str(damaged)},
+            f"--network_weights {damaged}: the adapter file is damaged: 1 of 2 tensors",
+        ),
+        ({"base_weights": [str(damaged)]}, f"--base_weights {damaged}: the adapter file is damaged: 1 of 2 tensors"),
+        ({"network_weights": str(vae)}, "holds no adapter: none of its 1 keys is one of an adapter's"),
+        ({"base_weights": [str(tmp_path)]}, "is a folder without adapter_model.safetensors"),
     ):
         with pytest.raises(UserError) as error:
             train(model, dataset, tmp_path, **values)
