@@ -12,10 +12,10 @@ from torch import Tensor
 from library.errors import UserError, first_names
 from library.log import get_logger
 from networks.format_keys import BUNDLED
-from networks.peft_config import CONFIG, with_alphas
+from networks.peft_config import with_alphas
+from networks.peft_folder import CONFIG, PEFT_FILES
 
 TORCH_SUFFIXES = (".pt", ".ckpt", ".pth", ".bin")
-FOLDER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def adapter_file(path: str | Path) -> Path:
@@ -25,9 +25,9 @@ def adapter_file(path: str | Path) -> Path:
         return path
     if not path.is_dir():
         raise UserError(f"{path}: no such adapter file")
-    found = next((path / name for name in FOLDER_FILES if (path / name).is_file()), None)
+    found = next((path / name for name in PEFT_FILES if (path / name).is_file()), None)
     if found is None:
-        raise UserError(f"{path} is a folder without {FOLDER_FILES[0]}; give an adapter file, or a folder of PEFT")
+        raise UserError(f"{path} is a folder without {PEFT_FILES[0]}; give an adapter file, or a folder of PEFT")
     return found
 
 

@@ -131,7 +131,7 @@ class AdapterKind:
             targets = every_target(text_encoder, unet)
             lr_weights = block_lr_weights(blocks, block_layout(text_encoder, unet))
         else:
-            targets = family.targets(text_encoder, unet, split=False, t5=True)
+            targets = family.targets(text_encoder, unet, split=False, t5=True, outside=True)
         readers: Sequence[FileReader] = READERS if for_inference else self.layers
         network = network_from_weights(
             targets,

@@ -23,7 +23,7 @@ from networks.options import LoraPlusOptions, PatternOptions
 from networks.spec import TargetSpec
 
 # what a file of another kind is told by -> the module that reads it
-READERS = {
+READING = {
     "lora_down.weight": "networks.lora",
     "hada_w1_a": "networks.loha",
     "lokr_w1": "networks.lokr",
@@ -119,7 +119,9 @@ def network_from_weights(
         kind = next((kind for kind in kinds if kind.claims(set(in_file))), None)
         if kind is None:
             problems.append(f"{name} ({', '.join(in_file)})")
-            readers |= {READERS[suffix]: None for suffix in in_file if suffix in READERS}
+            if name.startswith("lora_") and "oft_blocks" in in_file:  # of LyCORIS: merged, but trained by none of ours
+                continue
+            readers |= {READING[suffix]: None for suffix in in_file if suffix in READING}
             continue
         try:
             tensors = kohya_dora(in_file, known[name])

@@ -15,6 +15,7 @@ from library.cli import guarded
 from library.log import get_logger, setup_logging
 from library.options import option, resolve
 from library.text_files import parse_json
+from networks.peft_folder import PEFT_FILES
 
 PRECISIONS = {
     "float": "float32",
@@ -74,7 +75,7 @@ class DeviceOptions:
 class ModelsOptions:
     """The adapters that are merged."""
 
-    models: tuple[str, ...] = option((), help="Adapter files to merge.", path=True)
+    models: tuple[str, ...] = option((), help="Adapter files to merge, or folders of PEFT.", path=True)
     ratios: tuple[float, ...] = option((), help="How strongly each of --models is merged, one number for each.")
     lbws: tuple[str, ...] = option(
         (),
@@ -128,7 +129,7 @@ def missing_files(name: str, paths: Sequence[str | None]) -> Iterator[str]:
 def missing_adapters(name: str, paths: Sequence[str | None]) -> Iterator[str]:
     """A line for each path that is neither an adapter file nor a folder of PEFT."""
     for path in paths:
-        if path and (Path(path) / "adapter_config.json").is_file():
+        if path and any((Path(path) / name).is_file() for name in PEFT_FILES):
             continue
         yield from missing_files(name, [path])
 
@@ -144,7 +145,7 @@ def target_problems(name: str, path: str | None, sources: Sequence[str | None]) 
     elif target.is_dir():
         yield f"{name} {path} is a folder; give a file"
     for source in sources:
-        if source and Path(source).resolve() == target.resolve():
+        if source and target.resolve() in (Path(source).resolve(), *(Path(source).resolve() / n for n in PEFT_FILES)):
             yield f"{name} {path} is an input of this very run: give another file"
 
 

@@ -22,6 +22,7 @@ from library.trainers.readers import say_who_takes
 from library.trainers.trainables import Trainables
 from library.trainers.trainer import Trainer
 from networks.base import AdapterNetwork
+from networks.format_keys import parse
 from networks.format_tables import of_family
 from networks.formats import convert, dora_norms, header, read_adapter
 from networks.network import encoder_rate
@@ -116,8 +117,12 @@ class NetworkTrainer(Trainer):
 
     def read_adapter(self, flag: str, file: str) -> dict[str, Tensor]:
         """An adapter file for this run's model, with kohya keys. Raises UserError naming option and file."""
+        own = self.network_module.startswith("networks.") and not self.conditioned
         try:
-            return read_adapter(file, of_family(self.family.name))
+            tensors = read_adapter(file, of_family(self.family.name))
+            if own and not any(parse(key) for key in tensors):
+                raise UserError(f"holds no adapter: none of its {len(tensors)} keys is one of an adapter's")
+            return tensors
         except UserError as error:
             lines = (problem.removeprefix(f"{file}: ") for problem in error.problems)
             raise UserError(f"{flag} {file}: {line}" for line in lines) from None

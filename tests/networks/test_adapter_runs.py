@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from library.errors import UserError
 from tests.tiny import make_tiny_sd
@@ -57,8 +58,12 @@ def test_full_matrices_in_half_precision(model: Path, dataset: Path, tmp_path: P
 
 @pytest.mark.parametrize("kind", ["oft", "lokr"])
 def test_starts_from_a_file(kind: str, model: Path, dataset: Path, tmp_path: Path) -> None:
-    """As --network_weights with its own form, and as --base_weights that become part of the model."""
+    """As --network_weights with its own form, and as --base_weights that become part of the model.
+
+    The LoKr is a DoRA in the comfy format: only with the model's weights its magnitudes become the trained ones.
+    """
     values = {"network_module": f"networks.{kind}", "network_dim": 2, "network_alpha": 0.01, "max_train_steps": 1}
+    values |= {"network_args": ["dora_wd=True"], "lora_format": "comfy"} if kind == "lokr" else {}
     first = train(model, dataset, tmp_path / "first", **values)
     options = {"network_weights": first.file, "dim_from_weights": True, "network_dim": None, "learning_rate": 1e-9}
     on = train(model, dataset, tmp_path / "on", **{**values, **options})
@@ -90,6 +95,10 @@ def test_frozen_ranks_of_dylora_keep_their_values(model: Path, dataset: Path, tm
 
 
 def test_what_is_refused_before_training(model: Path, dataset: Path, tmp_path: Path) -> None:
+    name = "lora_unet_mid_block_attentions_0_proj_in"
+    damaged, vae = tmp_path / "damaged.safetensors", tmp_path / "vae.safetensors"
+    save_file({f"{name}.lora_down.weight": torch.ones(1, 8), f"{name}.alpha": torch.ones(3)}, damaged)
+    save_file({"encoder.conv_in.weight": torch.ones(1)}, vae)
     for values, expected in (
         ({"network_module": "networks.lokrr"}, "Did you mean networks.lokr?"),
         ({"network_module": "networks.dylora", "network_args": ["units=2"]}, "Did you mean 'unit'?"),
@@ -98,6 +107,13 @@ def test_what_is_refused_before_training(model: Path, dataset: Path, tmp_path: P
             {"network_module": "networks.oft", "network_dim": 2, "lora_format": "peft"},
             "OFT has no names in other formats than kohya and comfy",
         ),
+        (
+            {"network_weights": str(damaged)},
+            f"--network_weights {damaged}: the adapter file is damaged: 1 of 2 tensors",
+        ),
+        ({"base_weights": [str(damaged)]}, f"--base_weights {damaged}: the adapter file is damaged: 1 of 2 tensors"),
+        ({"network_weights": str(vae)}, "holds no adapter: none of its 1 keys is one of an adapter's"),
+        ({"base_weights": [str(tmp_path)]}, "is a folder without adapter_model.safetensors"),
     ):
         with pytest.raises(UserError) as error:
             train(model, dataset, tmp_path, **values)
