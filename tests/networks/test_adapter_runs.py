@@ -34,11 +34,27 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dataset(folder / "dataset.toml", subset(make_pictures(folder / "pictures")))
 
 
+# At the first save: what is said of the programs, in the order of ComfyUI, Forge and diffusers
+SAID = {
+    "lora_fa": ["as it was trained in ComfyUI and Forge and diffusers"],
+    "dylora": ["as it was trained in ComfyUI and Forge and diffusers"],
+    "oft": ["ComfyUI loads nothing of the file; --lora_format comfy is for it", "Forge refuses", "diffusers refuses"],
+    "loha": ["as it was trained in ComfyUI and Forge", "diffusers refuses the file"],
+    "lokr": ["ComfyUI changes", "Forge changes", "diffusers refuses the file"],  # a DoRA of rows
+}
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_resumes_exactly(kind: str, model: Path, dataset: Path, tmp_path: Path) -> None:
+def test_resumes_exactly(
+    kind: str, model: Path, dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     values = {"network_module": f"networks.{kind}", "save_state": True, "max_train_steps": 3, **KINDS[kind]}
-    whole = train(model, dataset, tmp_path / "whole", **values)
+    caplog.set_level("INFO")
+    whole = train(model, dataset, tmp_path / "whole", save_every_n_steps=2, **values)
     assert len(set(whole.losses)) == 3
+    said = [record.getMessage() for record in caplog.records if ".safetensors: " in record.getMessage()]
+    starts = [f"x-step00000002.safetensors: {line}" for line in SAID[kind]]
+    assert len(said) == len(starts) and all(line.startswith(start) for line, start in zip(said, starts)), said
     assert_same_run(train_with_stops(model, dataset, tmp_path / "stopped", [1], **values), whole)
 
     metadata = whole.metadata
@@ -119,3 +135,24 @@ def test_what_is_refused_before_training(model: Path, dataset: Path, tmp_path: P
             train(model, dataset, tmp_path, **values)
         assert any(expected in line for line in error.value.problems), error.value.problems
         assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_what_has_no_place_in_fp16_is_saved_all_the_same(
+    model: Path, dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Presets of a GUI: network_dim 100000 is LyCORIS' word for whole matrices, and its alpha is that too."""
+    pytest.importorskip("lycoris.kohya")
+
+    def grow(trainer: Any) -> None:
+        next(p for name, p in trainer.network.named_parameters() if name.endswith("lokr_w1")).data.fill_(1e5)
+
+    done = train(
+        model, dataset, tmp_path, network_module="lycoris.kohya", network_dim=100000, network_alpha=100000,
+        network_args=["algo=lokr", "factor=2", "preset=attn-mlp"], save_precision="fp16", max_train_steps=1,
+        each_step=grow,
+    )  # fmt: skip
+    kinds = {key: value.dtype for key, value in done.weights.items()}
+    wide = [key for key, kind in kinds.items() if kind == torch.float32 and not key.endswith(".alpha")]
+    assert len(wide) == 1 and wide[0].endswith("lokr_w1") and float(done.weights[wide[0]].max()) == 1e5
+    assert all(float(value) == 100000 for key, value in done.weights.items() if key.endswith(".alpha"))
+    assert f"1 of {len(kinds) * 2 // 3} tensors are written in float32" in caplog.text
