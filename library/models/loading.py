@@ -24,6 +24,7 @@ from library.memory.precision import cast_when_used, castable_weights
 from library.memory.quantise import Storage, quantise
 from library.models.fingerprints import weights_fingerprint
 from library.models.quantised_loading import Quantiser
+from library.models.safetensors_header import strict_json
 from library.models.weight_files import WEIGHT_SUFFIXES, WeightFile, open_weights
 from library.names.keys import Rule, Shapes, file_shapes, read
 
@@ -249,11 +250,13 @@ def part_file(folder: Path) -> WeightFile:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises UserError when the file is missing or is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
+        content = strict_json(path.read_bytes())
+    except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except ValueError:
-        raise UserError(f"{path} is not readable as JSON") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not readable as JSON: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a JSON object")
     return content

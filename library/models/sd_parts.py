@@ -119,7 +119,7 @@ def _open_file(path: Path, version: int, vae: Path | None) -> SDParts:
         unet=Part("U-Net", file, UNET_PREFIX, partial(build_unet, unet_config), unet_rules),
         vae=kl_vae.vae_part(vae, defaults["vae"], needed=kl_vae.SD)
         if vae
-        else kl_vae.published_part(file, defaults["vae"]),
+        else kl_vae.inner_part(file, defaults["vae"], kl_vae.SD),
         text_encoder=text_encoder,
         text_layers=text_config["num_hidden_layers"],
         text_vocabulary=text_config["vocab_size"],

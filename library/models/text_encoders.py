@@ -74,11 +74,11 @@ class EncoderPart:
 
 
 def clip_encoder(
-    path: Path, *, option: str, projection: bool, prefixes: Sequence[str] = ("",), config: str = "clip_l"
+    path: Path | WeightFile, *, option: str, projection: bool, prefixes: Sequence[str] = ("",), config: str = "clip_l"
 ) -> EncoderPart:
     """A CLIPTextModel, or with `projection` a CLIPTextModelWithProjection (`text_embeds`).
 
-    path: file or folder. option: for messages. prefixes: of the names in a file, the first that is there counts.
+    path: file, opened or not, or folder. option: for messages. prefixes: of the names in a file, the first that is there counts.
     config: of configs/models, for what a file does not say: "clip_l" (quick GELU) or "clip_g" (GELU).
     A file of CLIP-L without a projection has none of its own: its pooled states are used as they are.
     """
@@ -90,7 +90,7 @@ def clip_encoder(
     shapes = below(file.shapes, prefix)
     with reading_sizes(file.path, prefix, option):
         sizes = clip_layout(shapes, level)
-    _check_clip_width(path, option, config, sizes["hidden_size"])
+    _check_clip_width(file.path if isinstance(path, WeightFile) else path, option, config, sizes["hidden_size"])
     full = {
         **shipped_config(config),
         **sizes,
@@ -291,8 +291,10 @@ def _build_gemma2(config: Mapping[str, Any]) -> nn.Module:
 # ---- files and folders ----------------------------------------------------------------------------------------------
 
 
-def _open(path: Path) -> tuple[WeightFile, dict[str, Any]]:
+def _open(path: Path | WeightFile) -> tuple[WeightFile, dict[str, Any]]:
     """The weights, and of a folder its config.json."""
+    if isinstance(path, WeightFile):
+        return path, {}
     if path.is_dir():
         return part_file(path), read_json(path / "config.json")
     return open_weights(path), {}

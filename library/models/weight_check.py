@@ -10,6 +10,7 @@ of every part is of other programs: it is carried over into saved checkpoints, a
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -144,7 +145,7 @@ def _senseless(part: Part) -> Iterator[str]:
     for key, value in _config(part).items():
         most = len(part.file.shapes) if key.endswith("layers") else LARGEST
         if isinstance(value, int) and value > most:
-            yield f"{part.file.path}: the {part.what} is configured with {key} = {value:.6g}: at most {most} fits"
+            yield f"{part.file.path}: its {part.what} is said to have {key} = {reprlib.repr(value)}, more than {most}"
 
 
 def _width(config: Mapping[str, Any]) -> int:
@@ -164,10 +165,10 @@ def _lost_layers(part: Part) -> Iterator[str]:
 def _unusual_depth(part: Part) -> Iterator[str]:
     config = _config(part)
     usual = DENOISER_LAYERS.get(part.what, {}).get(_width(config), {})
-    other = [f"{config.get(key)} blocks, the published one {count}" for key, count in usual.items()]
-    if any(config.get(key) != count for key, count in usual.items()):
+    other = [f"{key} {config.get(key)}, not {count}" for key, count in usual.items() if config.get(key) != count]
+    if other:
         told = " and ".join(other)
-        yield f"{part.file.path}: this {part.what} has {told}: if it was not made so, the file is incomplete"
+        yield f"{part.file.path}: its {part.what} is not as deep as the published one ({told}): was it made so?"
 
 
 def _outside(parts: Sequence[Part]) -> Iterator[str]:
