@@ -36,6 +36,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+LARGEST = 1 << 63  # number of a header
 METADATA = "__metadata__"
 
 
@@ -88,7 +89,7 @@ def _entry(path: Path, name: str, value: Any) -> Entry:
         raise UserError(f"{path} is damaged: a tensor in its header is called {reprlib.repr(name)}")
     try:
         kind, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
-        is_whole = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
+        is_whole = all(type(number) is int and 0 <= number < LARGEST for number in (*shape, begin, end))
         known = DTYPES.get(kind)
     except (KeyError, TypeError, ValueError):
         is_whole, known = False, None
@@ -98,9 +99,8 @@ def _entry(path: Path, name: str, value: Any) -> Entry:
         raise UserError(f"{path}: {_short(name)} is stored as {reprlib.repr(kind)}, which is not read here or damaged")
     needed = known.itemsize * math.prod(shape)
     if end - begin != needed:
-        raise UserError(
-            f"{path} is damaged: {_short(name)} has {end - begin} bytes, its shape needs {reprlib.repr(needed)}"
-        )
+        needs = str(needed) if needed < LARGEST else "more than there are"
+        raise UserError(f"{path} is damaged: {_short(name)} has {end - begin} bytes, its shape needs {needs}")
     return Entry(known, shape, begin, end)
 
 

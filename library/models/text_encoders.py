@@ -78,8 +78,8 @@ def clip_encoder(
 ) -> EncoderPart:
     """A CLIPTextModel, or with `projection` a CLIPTextModelWithProjection (`text_embeds`).
 
-    path: file, opened or not, or folder. option: for messages. prefixes: of the names in a file, the first that is there counts.
-    config: of configs/models, for what a file does not say: "clip_l" (quick GELU) or "clip_g" (GELU).
+    path: file, opened or not, or folder. option: for messages. prefixes: of the names in a file, the first that is
+    there counts. config: of configs/models, for what a file does not say: "clip_l" (quick GELU) or "clip_g" (GELU).
     A file of CLIP-L without a projection has none of its own: its pooled states are used as they are.
     """
     file, folder_config = _open(path)
@@ -126,7 +126,7 @@ def clip_layout(shapes: Shapes, level: str = "") -> dict[str, Any]:
         "num_hidden_layers": depth(shapes, f"{level}encoder.layers.{{}}."),
         "num_attention_heads": max(1, width // CLIP_HEAD),
         "max_position_embeddings": shape_of(shapes, f"{level}embeddings.position_embedding.weight", 2)[0],
-        "projection_dim": shape_of(shapes, PROJECTION, 2)[0] if PROJECTION in shapes else width,
+        "projection_dim": [*shapes.get(PROJECTION, ()), width][0],
         "bos_token_id": vocabulary - 2,  # start and end token are the last ones of every published vocabulary
         "eos_token_id": vocabulary - 1,
         "pad_token_id": vocabulary - 1,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -109,18 +109,18 @@ def part_problems(part: Part) -> Iterator[str]:
         more = f"; also {first_names(wrong[1:])}" if len(wrong) > 1 else ""
         yield f"{path}: {len(wrong)} weights of the {part.what} have another shape ({first}{more}): {INCOMPLETE}"
     yield from _number_problems(part, [name for name in expected if name in shapes])
-    extra = [name for name in left_over(part) if name not in expected]
+    extra = [*_left_over(part, expected)]
     if extra:
         yield f"{path}: {len(extra)} tensors have no place in the {part.what} ({first_names(extra)}): {INCOMPLETE}"
     yield from _lost_layers(part)
 
 
-def left_over(part: Part) -> Iterator[str]:
-    """Names that are the part's by their prefix, without those that published files have besides its weights."""
+def _left_over(part: Part, weights: Collection[str]) -> Iterator[str]:
+    """Names that are the part's by their prefix, without its weights and what published files have besides them."""
     known = re.compile("|".join((*ANYWHERE, *EXTRAS.get(part.what, ()))))
     for name in part.file.shapes:
         own = name[len(part.prefix) :]
-        if not name.startswith(part.prefix) or (not part.prefix and name.startswith(PLACES)):
+        if name in weights or not name.startswith(part.prefix) or (not part.prefix and name.startswith(PLACES)):
             continue
         if not known.fullmatch(own) and not (part.spare and own.startswith(part.spare)):
             yield name
