@@ -25,13 +25,15 @@ TOO_DEEP = "is nested too deeply"
 TOO_LONG = "holds a whole number with too many digits"
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, *, finite: bool = False) -> Any:
     """A JSON document. Raises ValueError that says what is wrong, after the name of a file: `line 3 is not valid JSON`.
 
-    Bytes are UTF-8 (or what JSON allows besides).
+    Bytes are UTF-8 (or what JSON allows besides). finite: NaN and infinities, which programs write all the same, are
+    refused.
     """
     try:
-        return _not_too_deep(json.loads(text, object_pairs_hook=_once))
+        constant = _refuse_constant if finite else float
+        return _not_too_deep(json.loads(text, object_pairs_hook=_once, parse_constant=constant))
     except json.JSONDecodeError as error:
         raise ValueError(f"line {error.lineno} is not valid JSON: {error.msg}") from None
     except UnicodeDecodeError as error:
@@ -46,6 +48,10 @@ def parse_json(text: str | bytes) -> Any:
 
 class _Refused(ValueError):
     """What is well-formed and still not taken."""
+
+
+def _refuse_constant(word: str) -> float:
+    raise _Refused(f"holds {word}, which is no number of JSON")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

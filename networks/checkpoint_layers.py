@@ -7,6 +7,7 @@ A layer is a tensor of the file, or some rows of one: OpenCLIP has q, k and v in
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -167,9 +168,8 @@ class CheckpointLayers:
 
 def unused_block(shapes: Shapes, prefix: str) -> str | None:
     """The last block of Stable Diffusion 2.x's text encoder, by its name below `prefix`; None where it was left out."""
-    count = 0
-    while f"{prefix}transformer.resblocks.{count}.ln_1.weight" in shapes:
-        count += 1
+    block = re.compile(re.escape(f"{prefix}transformer.resblocks.") + r"(\d+)\.")
+    count = 1 + max((int(found[1]) for found in map(block.match, shapes) if found), default=-1)
     return None if count in (0, CUT_BLOCKS) else f"transformer.resblocks.{count - 1}"
 
 
