@@ -558,14 +558,15 @@ def test_options_that_do_nothing_are_named(
     (tmp_path / "prompts.txt").write_text("cat", encoding="utf-8")
     train(
         sd1, dataset, tmp_path / "out", validate_every_n_steps=2, validation_seed=3, log_config=True, log_prefix="a",
-        bucket_no_upscale=True,
+        bucket_no_upscale=True, max_bucket_reso=2048, caption_variants=3,
         sample_prompts=tmp_path / "prompts.txt", dim_from_weights=True, network_weights=lora, **ONE,
     )  # fmt: skip
     assert [text for text in caplog.messages if "no effect" in text or "no previews" in text] == [
         "--network_dim and --network_alpha: no effect with --dim_from_weights, the file has its own",
         "--log_prefix, --log_config: no effect without --logging_dir or --log_with wandb",
         "--validation_seed, --validate_every_n_steps: no effect, no picture is held out (see --validation_split)",
-        "bucket_no_upscale: no effect without enable_bucket",
+        "max_bucket_reso, bucket_no_upscale: no effect without enable_bucket",
+        "--caption_variants: no effect without --cache_text_encoder_outputs",
         "--sample_prompts: no previews are made without --sample_every_n_epochs, --sample_every_n_steps or "
         "--sample_at_first",
     ]
