@@ -15,6 +15,8 @@ from library.data.plan import Pool, make_pool, regularisation_repeats
 from library.data.records import DatasetConfig, Sample
 from library.errors import UserError
 
+MOST_USES = 10**15  # in an epoch of a dataset: numbers of batches and steps then fit into 64 bits
+
 
 @dataclass(frozen=True)
 class DatasetStats:
@@ -52,6 +54,7 @@ def make_parts(datasets: Sequence[tuple[DatasetConfig, Sequence[Sample]]], seed:
     for config, samples in datasets:
         manager = BucketManager(config.buckets)
         buckets, wrong = manager.assign((sample.path, sample.size) for sample in samples)
+        wrong += too_many_uses(samples)
         problems += wrong
         if not wrong:
             parts.append(_make_part(config, samples, manager, buckets, seed))
@@ -62,6 +65,16 @@ def make_parts(datasets: Sequence[tuple[DatasetConfig, Sequence[Sample]]], seed:
     if problems:
         raise UserError(problems)
     return parts
+
+
+def too_many_uses(samples: Sequence[Sample]) -> list[str]:
+    """One line where an epoch has more uses than can be counted safely."""
+    uses = sum(sample.subset.num_repeats for sample in samples)
+    if uses <= MOST_USES:
+        return []
+    most = max((sample.subset for sample in samples), key=lambda subset: subset.num_repeats)
+    line = f"{most.name}: num_repeats is too large: an epoch would use more than {MOST_USES:,} pictures"
+    return [f"{line}; give fewer repeats, and more epochs"]
 
 
 def _make_part(
