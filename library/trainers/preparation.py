@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from library.data.config import load_dataset_config
 from library.data.dataset import TrainingData
 from library.data.lint import check as lint
-from library.data.lint import longer_than_limit, smaller_than_bucket
+from library.data.lint import folder_lines, longer_than_limit, smaller_than_bucket
 from library.data.plan import EpochPlan
 from library.data.records import DatasetConfig, Sample
 from library.data.scan import Scan, scan
@@ -21,7 +21,7 @@ from library.errors import UserError, first_names
 from library.io.checkpoint import check_output, last_name, state_name
 from library.io.hub import download_state
 from library.io.state import StateParts, compare, load_state, newest_state, read_facts
-from library.log import get_logger
+from library.log import get_logger, is_main_process
 from library.models.family import ModelFamily
 from library.optim.optimizers import OptimizerChoice, choose_optimizer
 from library.optim.options import OptimizerOptions
@@ -263,6 +263,8 @@ def scan_datasets(
     report = lint(wanted)
     checks.problems += report.problems
     checks.finish()
+    for line in folder_lines(found) if is_main_process() else ():
+        log.info(line)
     for line in report.warnings:
         log.warning(line)
     return wanted
