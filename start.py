@@ -38,7 +38,7 @@ def main() -> None:
             raise UserError(unknown("start.py", sys.argv[1], WORDS, kind="command"))
         WORDS[sys.argv[1]](sys.argv[2:])
     except UserError as error:
-        for problem in error.problems:
+        for problem in error.lines():
             print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
 

@@ -3,6 +3,11 @@
 
 from __future__ import annotations
 
+from library.stopping import StopRequest, end_early, ignore_signals
+
+end_early()  # before the other imports
+
+# ruff: noqa: E402
 import importlib
 import inspect
 import sys
@@ -10,18 +15,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from library.errors import StopTraining, UserError
-from library.log import get_logger, is_main_process, setup_logging
+from library.errors import EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_STOPPED, StopTraining, UserError, one_line
+from library.io.atomic import atomic_write
+from library.log import get_logger, is_main_process, setup_logging, to_stderr
 from library.models.registry import FAMILIES
-from library.options import group_types, resolve, write_output_config
+from library.options import dump_toml, group_types, resolve
 from library.trainers.control_net_lllite_options import LLLiteTrainerOptions
 from library.trainers.finetune_options import DreamBoothTrainerOptions, FineTuneTrainerOptions
 from library.trainers.options import NetworkTrainerOptions
 from library.trainers.textual_inversion_options import TextualInversionOptions
-
-EXIT_BAD_INPUT = 2
-EXIT_STOPPED = 3  # Ctrl-C or SIGTERM: the step was finished and the state saved
-EXIT_DIVERGED = 4  # non-finite loss or gradients
 
 # method -> (trainer class, its options)
 METHODS: dict[str, tuple[str, type]] = {
@@ -48,33 +50,45 @@ def run(method: str, family: str, argv: Sequence[str] | None = None) -> None:
     """The whole of a training script: read the options, train, exit with a code that says how it went."""
     # the caller's module docstring is the description: the script says itself what it does
     description = inspect.getdoc(sys.modules["__main__"]) or ""
-    sys.exit(guarded(lambda: _train(method, family, sys.argv[1:] if argv is None else argv, description)))
+    stop = StopRequest()
+    words = sys.argv[1:] if argv is None else argv
+    code = guarded(lambda: _train(method, family, words, description, stop), stop)
+    ignore_signals()
+    sys.exit(code)
 
 
-def guarded(action: Callable[[], int]) -> int:
-    """Run `action`; what a user can mend becomes lines on stderr and exit code 2, a diverged run 4.
+def guarded(action: Callable[[], int], stop: StopRequest | None = None) -> int:
+    """Run `action`; what a user can mend becomes lines on stderr and exit code 2; a diverged run 4; Ctrl-C, SIGTERM 3.
 
     With --console_log_level DEBUG the traceback of a machine's refusal is shown too; other errors always have theirs.
     """
+    stop = stop or StopRequest()
+    with stop.installed():
+        try:
+            return _code_of(action, stop)
+        except KeyboardInterrupt:
+            to_stderr("stopped before training began: nothing was written, except to caches\n")
+            return EXIT_STOPPED
+
+
+def _code_of(action: Callable[[], int], stop: StopRequest) -> int:
     try:
         return action()
     except UserError as error:
         if is_main_process():
-            sys.stderr.write("".join(f"error: {line}\n" for line in error.problems))
-        return EXIT_BAD_INPUT
+            to_stderr("".join(f"error: {line}\n" for line in error.lines()))
+        return error.code
     except StopTraining as error:
         if is_main_process():
-            sys.stderr.write(f"stopped: {error}\n")
+            to_stderr(f"stopped: {one_line(str(error))}\n")
         return EXIT_DIVERGED
-    except KeyboardInterrupt:
-        sys.stderr.write("stopped before training began; nothing was written\n")
-        return EXIT_STOPPED
     except Exception as error:
+        stop.check()  # interrupted, some library answers with an error of its own
         line = refusal_of_machine(error)
         if line is None:
             raise
         get_logger().debug("the run ended here:", exc_info=True)
-        sys.stderr.write(f"error: {line}\n")
+        to_stderr(f"error: {one_line(line)}\n")
         return EXIT_BAD_INPUT
 
 
@@ -93,7 +107,16 @@ def refusal_of_machine(error: BaseException) -> str | None:
     return f"{where}{error.strerror or str(error).partition(chr(10))[0] or type(error).__name__}"
 
 
-def _train(method: str, family: str, argv: Sequence[str], description: str) -> int:
+def write_output_config(text: str, path: Path) -> None:
+    """--output_config: refuse to overwrite, then write."""
+    if path.exists():
+        raise UserError(f"--output_config: {path} exists; give --config_file another name")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, lambda temp: temp.write_text(text, encoding="utf-8"))
+    to_stderr(f"wrote {path}\n")
+
+
+def _train(method: str, family: str, argv: Sequence[str], description: str, stop: StopRequest) -> int:
     trainer_path, options_type = METHODS[method]
     entry = FAMILIES[family]
     prog = Path(sys.argv[0]).name or "trainyard"
@@ -102,7 +125,7 @@ def _train(method: str, family: str, argv: Sequence[str], description: str) -> i
     if options.config.output_config:
         if not options.config.config_file:
             raise UserError("--output_config: give the file to write with --config_file")
-        write_output_config(options, Path(options.config.config_file).with_suffix(".toml"))
+        write_output_config(dump_toml(options), Path(options.config.config_file).with_suffix(".toml"))
         return 0
     log_options = options.logging
     setup_logging(
@@ -110,5 +133,5 @@ def _train(method: str, family: str, argv: Sequence[str], description: str) -> i
     )
     for line in resolved.answers:
         get_logger().info(line)
-    trainer = load_attribute(trainer_path)(load_attribute(entry.path)(options.model), options)
+    trainer = load_attribute(trainer_path)(load_attribute(entry.path)(options.model), options, stop)
     return trainer.run()

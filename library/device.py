@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import datetime
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -42,6 +43,13 @@ NEEDS_LESS = (
     "--gradient_checkpointing, --fp8_base, --blocks_to_swap, caches, --optimizer_type AdamW8bit, a smaller "
     "--train_batch_size or --resolution need less"
 )
+NO_DEEPSPEED = "--deepspeed: the package is not installed: pip install deepspeed (Linux with CUDA)"
+LAUNCH_KINDS = {  # variables by which `accelerate launch` says what its configuration asks for
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
+}
 MASTER_WEIGHTS = "fp16_master_weights_and_grads"  # a key of DeepSpeed's configuration, not of accelerate's plugin
 
 
@@ -91,6 +99,28 @@ def make_accelerator(mixed_precision: str, settings: DistributedSettings) -> Acc
     return accelerator
 
 
+def check_launch(*, deepspeed: bool) -> None:
+    """Raises UserError where accelerate's configuration asks for what the training does not do, or --deepspeed cannot.
+
+    accelerate tells its configuration in the environment, and would train otherwise without a word.
+    """
+    asked = [kind for name, kind in LAUNCH_KINDS.items() if os.environ.get(name, "").lower() in ("true", "1")]
+    if "DeepSpeed" in asked and deepspeed:
+        asked.remove("DeepSpeed")
+    problems = [
+        f"accelerate's configuration asks for {kind}{' and --deepspeed is not given' if kind == 'DeepSpeed' else ''}: "
+        "several GPUs train with copies of the model here; start with `accelerate launch --multi_gpu`, or with one "
+        "process, or answer no to it in `accelerate config`"
+        for kind in asked
+    ]
+    if deepspeed and importlib.util.find_spec("deepspeed") is None:
+        problems.append(NO_DEEPSPEED)
+    elif deepspeed and not accelerator_present():
+        problems.append("--deepspeed needs a GPU, and torch sees none: leave it out")
+    if problems:
+        raise UserError(problems)
+
+
 def _check_mac(mixed_precision: str) -> None:
     """Raises UserError where a Mac's system or torch cannot compute so on its GPU."""
     if not torch.backends.mps.is_available():
@@ -105,10 +135,12 @@ def _check_mac(mixed_precision: str) -> None:
 
 def _deepspeed_plugin(arguments: dict[str, Any], batch_size: int) -> Any:
     if importlib.util.find_spec("deepspeed") is None:
-        raise UserError("--deepspeed: the package is not installed: pip install deepspeed (Linux with CUDA)")
+        raise UserError(NO_DEEPSPEED)
     from accelerate import DeepSpeedPlugin
 
     plugin = DeepSpeedPlugin(**{k: v for k, v in arguments.items() if k != MASTER_WEIGHTS})
+    if plugin.deepspeed_config.get("zero_optimization", {}).get("stage") == 3:  # of accelerate's configuration
+        raise UserError("DeepSpeed's configuration file asks for ZeRO stage 3: each save would lack weights; give 2")
     plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = batch_size  # it sees no loader to take it from
     if arguments.get(MASTER_WEIGHTS):
         plugin.deepspeed_config.setdefault("fp16", {})[MASTER_WEIGHTS] = True

@@ -1,10 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user did wrong, said in one line each."""
+"""What a user did wrong, said in one line each; how a run can end, and with which exit code."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+
+MOST_OF_A_KIND = 10  # lines; what follows is counted
+LONGEST_LINE = 2000
+LONGEST_NAME = 200  # for which a similar one is looked for
+LONGEST_LIST = 300  # letters of all known names: more of them are not listed
+# C0, C1, and what else begins a new line on a terminal
+CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
+CONTROLS |= {9: "\\t", 10: "\\n", 13: "\\r", 0x2028: "\\u2028", 0x2029: "\\u2029"}
+# What differs between two lines of one kind: quoted names, paths, numbers, the option that does not exist, hints
+NAMES = re.compile(r"Did you mean .*|(?<=nknown option )\S+|'[^']*'|\S*[/\\]\S*|\d+")
+
+EXIT_BAD_INPUT = 2
+EXIT_STOPPED = 3  # Ctrl-C, SIGTERM, SIGHUP, or the launcher is gone: the step was finished and the state saved
+EXIT_DIVERGED = 4  # non-finite loss or gradients
+EXIT_PROCESS_DIED = 5  # a process that the run needs was killed, for example for memory: the state was saved
+EXIT_AT_ONCE = 130  # a second signal
 
 
 class UserError(Exception):
@@ -13,9 +31,44 @@ class UserError(Exception):
     Each line names the file or option, says what is wrong and what the nearest right thing is.
     """
 
+    code = EXIT_BAD_INPUT
+
     def __init__(self, problems: str | Iterable[str]):
         self.problems: list[str] = [problems] if isinstance(problems, str) else list(problems)
         super().__init__("\n".join(self.problems))
+
+    def lines(self) -> Iterator[str]:
+        """The problems as they are shown: each on one line, at most ten of a kind and then how many more there are."""
+        found = [one_line(problem) for problem in self.problems]
+        kinds = [NAMES.sub("#", line) for line in found]
+        count, seen = Counter(kinds), Counter[str]()
+        for line, kind in zip(found, kinds):
+            seen[kind] += 1
+            if seen[kind] <= MOST_OF_A_KIND:
+                yield line
+            if seen[kind] == MOST_OF_A_KIND < count[kind]:
+                yield f"and {count[kind] - MOST_OF_A_KIND} more of this kind"
+
+
+def escaped(text: str) -> str:
+    """A text whose control characters are written out: a file's name may hold a line break."""
+    return text.translate(CONTROLS)
+
+
+def one_line(text: str) -> str:
+    """An escaped text, cut where it is long."""
+    shown = escaped(text)
+    return shown if len(shown) <= LONGEST_LINE else f"{shown[:LONGEST_LINE]}... ({len(shown)} letters)"
+
+
+class CannotContinue(UserError):
+    """Training cannot go on, and the weights are those after the last whole step: the state is saved before it ends."""
+
+
+class ProcessDied(CannotContinue):
+    """A process that loads the pictures was killed from outside."""
+
+    code = EXIT_PROCESS_DIED
 
 
 class StopTraining(Exception):
@@ -24,6 +77,8 @@ class StopTraining(Exception):
 
 def nearest(name: str, candidates: Iterable[str]) -> str | None:
     """The candidate that looks most like `name`, or None when none is close."""
+    if len(name) > LONGEST_NAME:
+        return None
     found = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
     return found[0] if found else None
 
@@ -34,7 +89,20 @@ def unknown(what: str, name: str, candidates: Iterable[str], *, kind: str = "key
     hint = nearest(name, names)
     if hint is not None:
         return f"{what}: unknown {kind} '{name}'. Did you mean '{hint}'?"
-    return f"{what}: unknown {kind} '{name}'. Known: {', '.join(names)}"
+    if sum(map(len, names)) <= LONGEST_LIST:
+        return f"{what}: unknown {kind} '{name}'. Known: {', '.join(names)}"
+    near = difflib.get_close_matches(name[:LONGEST_NAME], names, n=3, cutoff=0)
+    return (
+        f"{what}: unknown {kind} '{name}'. None of the {len(names)} known ones is like it; nearest: {', '.join(near)}"
+    )
+
+
+def unknown_names(what: str, names: Sequence[str], candidates: Iterable[str], *, kind: str = "key") -> Iterator[str]:
+    """`unknown` of the first of several names, and how many more there are."""
+    known = list(candidates)
+    yield from (unknown(what, name, known, kind=kind) for name in names[:MOST_OF_A_KIND])
+    if len(names) > MOST_OF_A_KIND:
+        yield f"{what}: and {len(names) - MOST_OF_A_KIND} more unknown {kind}s"
 
 
 def first_names(names: Sequence[str], limit: int = 3) -> str:

@@ -55,3 +55,9 @@ wandb_api_key wandb_run_name weighted_captions weighting_scheme weights xformers
 zero3_save_16bit_model zero_stage zero_terminal_snr
 """.split()  # noqa: SIM905 - a list literal would be three hundred lines
 )
+
+# Options that no script has, though pages about other programs name them -> what does their job here.
+NOT_OURS = {
+    "text_encoder_lr1": "give both rates as --text_encoder_lr A B",
+    "text_encoder_lr2": "give both rates as --text_encoder_lr A B",
+}

@@ -8,8 +8,9 @@ import os
 import sys
 import time
 from types import TracebackType
+from typing import TextIO
 
-from library.errors import UserError
+from library.errors import UserError, escaped
 
 LOGGER_NAME = "trainyard"
 
@@ -38,15 +39,55 @@ def setup_logging(*, level: str | None, file: str | None, simple: bool) -> None:
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
     try:
-        handler = logging.FileHandler(file, encoding="utf-8") if file else logging.StreamHandler(sys.stderr)
+        handler = (
+            FileHandler(file, encoding="utf-8", errors="backslashreplace") if file else ConsoleHandler(sys.stderr)
+        )
     except OSError as error:
         raise UserError(f"--console_log_file: {file} cannot be written: {error.strerror or error}") from None
     style = "%(message)s" if simple else "%(asctime)s %(levelname)-7s %(message)s"
-    handler.setFormatter(logging.Formatter(style, datefmt="%H:%M:%S"))
+    handler.setFormatter(LineFormatter(style, datefmt="%H:%M:%S"))
     handler.addFilter(OnlyOnce())
     logger.addHandler(handler)
     logger.propagate = False
     logger.setLevel(level or "INFO" if is_main_process() else "ERROR")
+
+
+class ConsoleHandler(logging.StreamHandler):
+    """Messages on stderr; a terminal that is gone ends no training."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if isinstance(sys.exc_info()[1], OSError):
+            self.setStream(silenced_stderr())
+        else:
+            super().handleError(record)
+
+
+class FileHandler(logging.FileHandler):
+    """Messages in a file. Where the disk is full, stderr says so once, and the training goes on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif self.level <= logging.CRITICAL:
+            self.setLevel(logging.CRITICAL + 1)
+            name, reason = self.baseFilename, error.strerror or error
+            to_stderr(f"--console_log_file: {name}: {reason}; no more messages are written, the training goes on\n")
+
+    def close(self) -> None:
+        """What it still holds may not fit on the disk."""
+        try:
+            super().close()
+        except OSError:
+            self.stream = None
+
+
+class LineFormatter(logging.Formatter):
+    """One line a message, whatever the names of files in it hold; a traceback follows as it is."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = escaped(record.message)
+        return super().formatMessage(record)
 
 
 class OnlyOnce(logging.Filter):
@@ -63,6 +104,21 @@ class OnlyOnce(logging.Filter):
         new = text not in self._seen
         self._seen.add(text)
         return new
+
+
+def to_stderr(text: str) -> None:
+    """Write to stderr. Where that is gone (a closed terminal, a full disk behind it), the training goes on without."""
+    try:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except OSError:
+        silenced_stderr()
+
+
+def silenced_stderr() -> TextIO:
+    """stderr, which leads nowhere from now on: else Python would end with code 120, unable to flush it."""
+    sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for the rest of the process
+    return sys.stderr
 
 
 class progress:
@@ -103,8 +159,7 @@ class progress:
         width = 24
         filled = width * self.done // max(self.total, 1)
         start = "\r\x1b[K" if self.terminal else ""
-        sys.stderr.write(f"{start}|{'#' * filled}{'.' * (width - filled)}| {self.text()}{end}")
-        sys.stderr.flush()
+        to_stderr(f"{start}|{'#' * filled}{'.' * (width - filled)}| {self.text()}{end}")
 
 
 def clock(seconds: float) -> str:

@@ -16,25 +16,35 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import re
-import sys
-import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from library.errors import UserError, nearest, unknown
-from library.foreign_keys import FOREIGN_KEYS
+from library.errors import MOST_OF_A_KIND, UserError, nearest, unknown_names
+from library.foreign_keys import FOREIGN_KEYS, NOT_OURS
+from library.text_files import read_toml, toml_value
+from library.values import (
+    Check,
+    Refused,
+    at_least,
+    between,
+    convert,
+    cut,
+    int_or_fraction,
+    positive,
+    refused,
+    shown,
+    text_problem,
+    usual_range,
+)
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-Check = Callable[[Any], "str | None"]  # returns what is wrong ("must be at least 1"), or None
+__all__ = [  # what the rooms need to say what their options are
+    "Check", "Idle", "at_least", "between", "convert", "int_or_fraction", "option", "positive", "read_toml", "refused",
+    "resolve",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,7 @@ class OptionInfo:
     answer: str | None = None
     secret: bool = False
     zero_is_unset: bool = False
+    path: bool = False
 
 
 def option(
@@ -60,97 +71,17 @@ def option(
     answer: str | None = None,
     secret: bool = False,
     zero_is_unset: bool = False,
+    path: bool = False,
 ) -> Any:
     """One option. `parse` makes the field's value of a CLI text or TOML value; ValueError says what it expects.
 
     answer: the option is accepted and has nothing left to do; this line says what does its job now. It is shown once.
     secret: never printed, logged, dumped or written to metadata.
     zero_is_unset: 0 means not given, as graphical programs write it.
+    path: the name of a file or folder, which need not be UTF-8.
     """
-    info = OptionInfo(help, tuple(choices), check, parse, answer, secret, zero_is_unset)
+    info = OptionInfo(help, tuple(choices), check, parse, answer, secret, zero_is_unset, path)
     return field(default=default, repr=not secret, metadata={"option": info})
-
-
-# ---- checks -------------------------------------------------------------------------------------------------------
-
-
-def positive(value: float) -> str | None:
-    return None if value > 0 else "must be greater than 0"
-
-
-def at_least(low: float) -> Check:
-    return lambda value: None if value >= low else f"must be at least {low}"
-
-
-def between(low: float, high: float) -> Check:
-    return lambda value: None if low <= value <= high else f"must be between {low} and {high}"
-
-
-def refused(reason: str) -> Check:
-    """For options that other architectures have: any value that asks for something is refused, with the reason.
-
-    0, false and the like, which graphical programs write for options that are not used, pass.
-    """
-    return lambda value: f"has no meaning here: {reason}" if value else None
-
-
-def int_or_fraction(value: Any) -> int | float:
-    """A number of steps, a fraction of the run below 1, or "10%"."""
-    try:
-        if isinstance(value, str) and value.strip().endswith("%"):
-            return float(value.strip()[:-1]) / 100
-        number = float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"expects steps, a fraction below 1 or a percentage, got '{value}'") from None
-    return int(number) if number == int(number) and (number >= 1 or number == 0) else number
-
-
-# ---- values -------------------------------------------------------------------------------------------------------
-
-
-def convert(value: Any, hint: Any) -> Any:
-    """`value` (CLI text or TOML value) as the annotated type. Raises ValueError with "expects ..., got ..."."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        if value is None or (isinstance(value, str) and value.lower() == "none"):
-            return None
-        return convert(value, next(a for a in arguments if a is not type(None)))
-    if origin is tuple:
-        items = value if isinstance(value, (list, tuple)) else [value]
-        return tuple(convert(item, arguments[0]) for item in items)
-    if hint is bool:
-        return _to_bool(value)
-    if hint in (int, float):
-        return _to_number(value, hint)
-    if hint is str:
-        if isinstance(value, (list, dict, bool)):
-            raise ValueError(f"expects a text, got {value!r}")
-        return str(value)
-    raise TypeError(f"unsupported option type {hint}")
-
-
-def _to_bool(value: Any) -> bool:
-    text = str(value).lower()
-    if text in ("true", "1", "yes", "on"):
-        return True
-    if text in ("false", "0", "no", "off"):
-        return False
-    raise ValueError(f"expects true or false, got '{value}'")
-
-
-def _to_number(value: Any, kind: type) -> int | float:
-    noun = "a whole number" if kind is int else "a number"
-    if isinstance(value, (bool, list, dict)):
-        raise ValueError(f"expects {noun}, got {value!r}")
-    try:
-        number = float(value)
-    except ValueError:
-        raise ValueError(f"expects {noun}, got '{value}'") from None
-    if kind is float:
-        return number
-    if number != int(number):
-        raise ValueError(f"expects {noun}, got {value}")
-    return int(value) if isinstance(value, str) and value.strip().lstrip("+-").isdigit() else int(number)
 
 
 @dataclass(frozen=True)
@@ -180,20 +111,56 @@ class Spec:
         if self.info.choices and result is not None and result not in self.info.choices:
             hint = nearest(str(result), self.info.choices)
             extra = f". Did you mean '{hint}'?" if hint else ""
-            raise ValueError(f"'{result}' is not one of {', '.join(self.info.choices)}{extra}")
-        if self.info.check and result is not None:
-            for item in result if isinstance(result, tuple) else (result,):
-                wrong = self.info.check(item)
-                if wrong:
-                    raise ValueError(f"{wrong}, got {item}")
+            raise ValueError(f"{shown(result)} is not one of {', '.join(self.info.choices)}{extra}")
+        for item in result if isinstance(result, tuple) else (result,):
+            self._check(item)
         return result
+
+    def _check(self, item: Any) -> None:
+        """Raises ValueError for a value, or one of several, that is out of range or no text."""
+        if item is None:
+            return
+        wrong = text_problem(item, path=self.info.path) if isinstance(item, str) else None
+        if wrong:
+            raise ValueError(wrong)
+        wrong = (self.info.check or usual_range)(item)
+        if wrong:
+            raise ValueError(f"{wrong}, got {cut(str(item))}")
+
+
+class Idle(str):
+    """A line of `problems` about options that do nothing beside the others, which it begins with: `--a needs --b`.
+
+    On a command line that is a mistake. Graphical programs leave such options in the files that they write: there they
+    are left out, and the line says so.
+    """
+
+    def names(self) -> list[str]:
+        """The options that do nothing."""
+        found = re.match(r"--(\w+)(?: and --(\w+))?", self)
+        assert found is not None, self
+        return [name for name in found.groups() if name]
+
+
+class Choice(NamedTuple):
+    """What a method's options yield as `choices`: an option that was not given and that they need, and a line on it."""
+
+    name: str
+    value: Any
+    line: str
+
+
+PRESET = (
+    "load it there and give the .toml file that is written when its training starts (with kohya_ss: "
+    "config_lora-<time>.toml and the like in the output folder)"
+)
 
 
 @dataclass(frozen=True)
 class ConfigFileOptions:
     """Where options come from, besides the command line."""
 
-    config_file: str | None = option(None, help="TOML file of options; the command line wins over it.")
+    config_file: str | None = option(None, help="TOML file of options; the command line wins over it.", path=True)
     output_config: bool = option(
         False, help="Write the options that differ from the defaults to --config_file and exit."
     )
@@ -277,32 +244,92 @@ def resolve(
     table, foreign = (
         _read_config_file(path, all_specs, problems) if path and not command_line.get("output_config") else ({}, [])
     )
-    values: dict[str, Any] = {}
-    sources = {**{k: str(path) for k in table}, **dict.fromkeys(command_line, "command line")}
-    for name, raw in {**table, **command_line}.items():
-        if raw == "":  # not given: graphical programs write empty fields so
-            continue
-        where = all_specs[name].flag if sources[name] == "command line" else f"{sources[name]}: {name}"
-        try:
-            values[name] = all_specs[name].read(raw)
-        except ValueError as error:
-            problems.append(f"{where} {error}")
-    built = {group: cls(**{s.name: values[s.name] for s in all_specs.values() if s.group == group and s.name in values})
-             for group, cls in groups.items()}  # fmt: skip
-    options = method(**built)
-    if not problems:
-        for part in (*built.values(), options):
-            problems.extend(getattr(part, "problems", lambda: ())())
-    if problems:
+    given = _Given({**dict.fromkeys(table, str(path)), **dict.fromkeys(command_line, "command line")})
+    given.read(all_specs, {**table, **command_line}, problems)
+    if problems:  # what the values say together is only looked at when each is good
         raise UserError(problems)
+    options = given.settle(method, groups, all_specs)
     answers = [
         f"{s.flag}: {s.info.answer}"
         for n, s in all_specs.items()
-        if s.info.answer and values.get(n) not in (None, False)
+        if s.info.answer and given.values.get(n) not in (None, False)
     ]
-    if foreign:
-        answers.append(f"{path}: not used by this script (keys of the GUI or of other scripts): {', '.join(foreign)}")
-    return Resolved(options, tuple(answers), {n: sources[n] for n in values})
+    idle = [*foreign, *given.meaningless]
+    unused = [f"not used by this script (keys of the GUI or of other scripts): {', '.join(idle)}"] if idle else []
+    unused += [f"left out: {'; '.join(given.left_out)}"] if given.left_out else []
+    answers += [f"{path}: {'; '.join(unused)}"] if unused else []
+    return Resolved(options, (*answers, *given.chosen), {n: given.sources[n] for n in given.values})
+
+
+@dataclass
+class _Given:
+    """The values that were given, and what of them is not used."""
+
+    sources: dict[str, str]  # option name -> "command line" or the config file
+    values: dict[str, Any] = field(default_factory=dict)
+    meaningless: list[str] = field(default_factory=list)  # of the file, for other architectures
+    left_out: list[str] = field(default_factory=list)  # of the file: the lines that say why
+    chosen: list[str] = field(default_factory=list)
+
+    def by_hand(self, name: str) -> bool:
+        return self.sources[name] == "command line"
+
+    def read(self, all_specs: Mapping[str, Spec], raws: Mapping[str, Any], problems: list[str]) -> None:
+        """`values` from texts and TOML values; what is wrong with them goes to `problems`."""
+        for name, raw in raws.items():
+            if raw == "":  # not given: graphical programs write empty fields so
+                continue
+            spec = all_specs[name]
+            is_text = str in (spec.hint, *typing.get_args(spec.hint))  # the name of a model is always meant
+            foreign = isinstance(spec.info.check, Refused) and not self.by_hand(name) and not is_text
+            try:
+                value = replace(spec, info=replace(spec.info, check=None)).read(raw) if foreign else spec.read(raw)
+            except ValueError as error:
+                problems.append(f"{spec.flag if self.by_hand(name) else f'{self.sources[name]}: {name}'} {error}")
+                continue
+            if foreign and value:
+                self.meaningless.append(name)
+            else:
+                self.values[name] = value
+
+    def build(self, method: type, groups: Mapping[str, type], all_specs: Mapping[str, Spec]) -> Any:
+        """The method's options with these values."""
+        own = {group: {s.name: self.values[s.name] for s in all_specs.values() if s.group == group
+                       and s.name in self.values} for group in groups}  # fmt: skip
+        return method(**{group: cls(**own[group]) for group, cls in groups.items()})
+
+    def settle(self, method: type, groups: Mapping[str, type], all_specs: Mapping[str, Spec]) -> Any:
+        """As `build`, without what does nothing in a file, and with what the options choose for each other.
+
+        Raises UserError listing what makes no sense.
+        """
+        while True:
+            options = self.build(method, groups, all_specs)
+            lines = [*_problems(options)]
+            idle = [line for line in lines if isinstance(line, Idle) and self._is_of_file(line)]
+            if len(idle) < len(lines):
+                raise UserError(line for line in lines if line not in idle)
+            if not idle:
+                break
+            for line in idle:
+                gone = [self.values.pop(name) for name in line.names() if name in self.values]
+                self.left_out += [line] if gone else []
+        for choice in getattr(options, "choices", lambda: ())():
+            self.values[choice.name], self.sources[choice.name] = choice.value, "chosen"
+            self.chosen.append(choice.line)
+        return self.build(method, groups, all_specs) if self.chosen else options
+
+    def _is_of_file(self, line: Idle) -> bool:
+        """Whether the options that `line` is about were all given in the file."""
+        given = [name for name in line.names() if name in self.values]
+        return bool(given) and not any(self.by_hand(name) for name in given)
+
+
+def _problems(options: Any) -> Iterator[str]:
+    """What the options say together, group by group and then over all."""
+    parts = [getattr(options, f.name) for f in dataclasses.fields(options)]
+    for part in (*parts, options):
+        yield from getattr(part, "problems", lambda: ())()
 
 
 def _read_command_line(
@@ -310,12 +337,9 @@ def _read_command_line(
 ) -> dict[str, Any]:
     namespace, extra = build_parser(all_specs, prog, description).parse_known_args(list(argv))
     flags = [word for word in extra if word.startswith("--")]
-    for flag in flags:
-        name = flag[2:].split("=")[0]
-        hint = nearest(name, all_specs)
-        problems.append(
-            f"Unknown option --{name}." + (f" Did you mean --{hint}?" if hint else " See --help for all options.")
-        )
+    problems.extend(_unknown_option(flag[2:].split("=")[0], all_specs) for flag in flags[:MOST_OF_A_KIND])
+    if len(flags) > MOST_OF_A_KIND:
+        problems.append(f"and {len(flags) - MOST_OF_A_KIND} more unknown options")
     theirs, last = set(), ""
     for word in argv:
         last = word if word.startswith("--") else last
@@ -326,10 +350,20 @@ def _read_command_line(
     return vars(namespace)
 
 
+def _unknown_option(name: str, all_specs: Mapping[str, Spec]) -> str:
+    answer = NOT_OURS.get(name)
+    if answer:
+        return f"Unknown option --{name}: {answer}"
+    hint = nearest(name, all_specs)
+    return f"Unknown option --{name}." + (f" Did you mean --{hint}?" if hint else " See --help for all options.")
+
+
 def _config_path(command_line: Mapping[str, Any]) -> Path | None:
     name = command_line.get("config_file")
     if name is None:
         return None
+    if str(name).lower().endswith(".json"):
+        raise UserError(f"--config_file: {name} is a preset of a graphical program, not a file of options: {PRESET}")
     return Path(name if str(name).endswith(".toml") else f"{name}.toml")
 
 
@@ -339,41 +373,18 @@ def _read_config_file(
     """Known keys with their values, and the known keys of other programs. Tables are only headings: one level goes."""
     flat: dict[str, Any] = {}
     for key, value in read_toml(path, "--config_file").items():
-        flat.update(value if isinstance(value, dict) else {key: value})
-    foreign = []
-    for key in list(flat):
-        if key in all_specs:
-            continue
+        table = value if isinstance(value, dict) else {key: value}
+        problems.extend(f"{path}: {name} stands there twice, under two headings" for name in table if name in flat)
+        flat.update(table)
+    foreign, strange = [], []
+    for key in [key for key in flat if key not in all_specs]:
         value = flat.pop(key)
         if key not in FOREIGN_KEYS:
-            problems.append(unknown(str(path), key, all_specs))
+            strange.append(key)
         elif value not in (None, False, "", 0, []):
             foreign.append(key)
+    problems.extend(unknown_names(str(path), strange, all_specs))
     return flat, foreign
-
-
-def read_text(path: Path, what: str, kind: str) -> str:
-    """A UTF-8 text file. Raises UserError naming `what` asked for it; `kind` says what is needed ("a TOML file")."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{what}: {path} does not exist") from None
-    except IsADirectoryError:
-        raise UserError(f"{what}: {path} is a folder; {kind} is needed") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{what}: {path} is not UTF-8 text (byte {error.start})") from None
-
-
-def read_toml(path: Path, what: str) -> dict[str, Any]:
-    """A TOML file as a dict. Raises UserError naming `what`, the file and the line."""
-    text = read_text(path, what, "a TOML file")
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        reason, _, place = str(error).partition(" (at ")
-        number = re.match(r"line (\d+)", place)
-        line = int(number.group(1)) if number else text.rstrip("\n").count("\n") + 1  # "end of document"
-        raise UserError(f"{what}: {path}, line {line} is not valid TOML: {reason}") from None
 
 
 # ---- out again ----------------------------------------------------------------------------------------------------
@@ -399,26 +410,6 @@ def dump_toml(options: Any) -> str:
         for name, value in values.items()
         if value is not None and name not in ("config_file", "output_config")
     )
-
-
-def toml_value(value: Any) -> str:
-    """A text, number, truth value or list of them as TOML."""
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON's escapes are TOML's
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(toml_value(item) for item in value)}]"
-    return repr(value)
-
-
-def write_output_config(options: Any, path: Path) -> None:
-    """--output_config: refuse to overwrite, then write."""
-    if path.exists():
-        raise UserError(f"--output_config: {path} exists; give --config_file another name")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(dump_toml(options), encoding="utf-8")
-    print(f"wrote {path}", file=sys.stderr)
 
 
 def markdown_rows(groups: Mapping[str, type]) -> Iterator[str]:

@@ -19,13 +19,9 @@ from library.log import get_logger
 from networks import lora_flux, lora_lumina, lora_sd3
 from networks.base import AdapterLayer, AdapterNetwork
 from networks.build import FileReader, Ranks, build_network, default_sizes, network_from_weights, rate_rules, weights_of
-from networks.factor_layer import FactorSettings
-from networks.loha_layer import LoHaLayer
-from networks.lokr_layer import LoKrLayer, LokrSettings
+from networks.kinds import READERS
 from networks.lora_family import LoraFamily
-from networks.lora_layer import LoRALayer, LoraSettings
 from networks.lr_weights import block_lr_weights, plan_ranks
-from networks.norm_layer import NormLayer
 from networks.options import BlockOptions, LoraPlusOptions, PatternOptions, T5Options, read_network_args
 from networks.spec import TargetSpec
 from networks.targets import TextEncoders, block_layout, every_target, sd_targets
@@ -33,27 +29,6 @@ from networks.targets import TextEncoders, block_layout, every_target, sd_target
 FAMILIES: tuple[LoraFamily, ...] = (lora_flux.FAMILY, lora_sd3.FAMILY, lora_lumina.FAMILY)
 
 
-@dataclass(frozen=True)
-class Reader:
-    """A layer class with settings of its own: a network that only works may hold layers of several kinds."""
-
-    kind: FileReader
-    settings: Any
-
-    def claims(self, names: set[str]) -> bool:
-        return self.kind.claims(names)
-
-    def from_tensors(self, target: TargetSpec, tensors: Mapping[str, Tensor], settings: Any) -> AdapterLayer:
-        return self.kind.from_tensors(target, tensors, self.settings)
-
-
-# what --base_weights may hold, whatever is trained on top of it
-READERS = (
-    Reader(LoRALayer, LoraSettings()),
-    Reader(LoHaLayer, FactorSettings()),
-    Reader(LoKrLayer, LokrSettings()),
-    Reader(NormLayer, LoraSettings()),
-)
 FILE_DECIDES = ("conv_dim", "conv_alpha", "block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas")
 
 

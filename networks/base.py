@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,10 @@ from torch.utils.hooks import RemovableHandle
 from library.errors import UserError, first_names
 from networks.formats import read_tensors, write_tensors
 from networks.shared import SharedCall
-from networks.spec import TargetSpec
+from networks.spec import Layer, TargetSpec
+
+if TYPE_CHECKING:
+    from networks.readers.trained import TrainedLayer
 
 Rates = float | Sequence[float] | None  # one learning rate, or one per text encoder
 
@@ -189,6 +192,14 @@ class AdapterLayer(nn.Module, ABC):
                     bias.copy_(merged_bias.to(dtype or bias.dtype))
 
 
+def in_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Copies for a file, in `dtype` (None: as they are). An alpha is a number of the formula and is never cast."""
+    return {
+        key: value.to(device="cpu", dtype=value.dtype if key.endswith(".alpha") else dtype, copy=True).contiguous()
+        for key, value in tensors.items()
+    }
+
+
 def add_scaled(y: Tensor, change: Tensor, factor: float) -> Tensor:
     """y + factor * change. Inductor (torch 2.13) loses `alpha` where it makes one call of this sum and a product."""
     if torch.compiler.is_compiling():
@@ -218,7 +229,7 @@ class AdapterNetwork(nn.Module, ABC):
 
     @abstractmethod
     def state(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
-        """The tensors of an adapter file: published key -> contiguous CPU tensor, in `dtype` (None: as trained)."""
+        """The tensors of an adapter file: published key -> contiguous CPU tensor, as `in_dtype` makes them."""
 
     @abstractmethod
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -281,9 +292,17 @@ class AdapterNetwork(nn.Module, ABC):
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         return (parameter for parameters in self.module_parameters().values() for parameter in parameters)
 
+    def layers_reached(self) -> dict[int | None, list[Layer]]:
+        """Of third-party modules, what they adapt of each text encoder (by its place) and of the denoiser (None)."""
+        return {}
+
     def targets(self) -> dict[str, TargetSpec]:
         """Published name -> what the adapter of that name is put on; empty for third-party modules."""
         return {}
+
+    def trained(self) -> list[TrainedLayer]:
+        """Each layer as a function, to be compared with what other programs make of the file."""
+        return []
 
     def reads_weights(self, among: Iterable[nn.Module]) -> bool:
         """Whether a pass looks at the weights of some of these modules themselves. Of third-party ones that is open."""

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from library.errors import UserError, first_names
 from library.log import get_logger
 from networks.base import AdapterLayer
+from networks.deltas import kohya_dora
+from networks.format_check import BROKEN, require_whole
+from networks.format_keys import architectures_with
 from networks.formats import by_module, read_tensors, to_kohya
 from networks.network import LayerNetwork, RateRules
 from networks.norm_layer import NormLayer
@@ -97,21 +100,30 @@ def network_from_weights(
 ) -> LayerNetwork:
     """A network with the layers, ranks and values of a file. Raises UserError for what does not belong to the model."""
     known = {target.name: target for target in targets}
-    files = by_module(to_kohya(weights))
+    found = to_kohya(weights, among=architectures_with(known))
+    try:
+        require_whole(found)
+    except UserError as error:
+        raise UserError([f"{file}: {problem}" for problem in error.problems]) from None
+    files = by_module(found)
     foreign = [f"{name}.{suffix}" for name in files if name not in known for suffix in files[name]]
     if foreign:
         raise UserError(f"{file}: {len(foreign)} keys name no layer of this model: {first_names(foreign)}")
     problems: list[str] = []
     readers: dict[str, None] = {}
     made: dict[str, AdapterLayer] = {}
-    for name, tensors in files.items():
-        kind = next((kind for kind in kinds if kind.claims(set(tensors))), None)
+    for name, in_file in files.items():
+        kind = next((kind for kind in kinds if kind.claims(set(in_file))), None)
         if kind is None:
-            problems.append(f"{name} ({', '.join(tensors)})")
-            readers |= {READERS[suffix]: None for suffix in tensors if suffix in READERS}
+            problems.append(f"{name} ({', '.join(in_file)})")
+            readers |= {READERS[suffix]: None for suffix in in_file if suffix in READERS}
             continue
-        made[name] = kind.from_tensors(known[name], tensors, settings)
-        problem = made[name].problem(tensors)
+        try:
+            tensors = kohya_dora(in_file, known[name])
+            made[name] = kind.from_tensors(known[name], tensors, settings)
+            problem = made[name].problem(tensors)
+        except BROKEN as error:
+            problem = f"is damaged ({str(error).splitlines()[0]})"
         if problem is not None:
             problems.append(f"{name} {problem}")
         else:

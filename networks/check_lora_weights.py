@@ -20,7 +20,7 @@ if str(ROOT) not in sys.path:  # started as a script, from any folder
     sys.path.insert(0, str(ROOT))
 
 from library.options import option  # noqa: E402
-from networks.tool_options import missing_files, needed, run_tool  # noqa: E402
+from networks.tool_options import missing_adapters, needed, run_tool  # noqa: E402
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,11 +32,11 @@ EXIT_NOT_FINITE = 1
 class CheckOptions:
     """The file."""
 
-    file: str | None = option(None, help="Adapter file to look at; --file may be left out.")
+    file: str | None = option(None, help="Adapter file to look at; --file may be left out.", path=True)
 
     def problems(self) -> Iterator[str]:
         yield from needed(self, "file")
-        yield from missing_files("--file", [self.file])
+        yield from missing_adapters("--file", [self.file])
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,10 @@ def lines(tensors: Mapping[str, Tensor]) -> Iterator[str]:
 def check(options: CheckLoraOptions) -> list[str]:
     """Prints the lines. Returns the names of the tensors that are not finite."""
     from library.io.checkpoint import nonfinite_names
-    from networks.formats import read_tensors
+    from networks.adapter_files import load_tensors
 
     assert options.check.file
-    tensors = read_tensors(options.check.file)
+    tensors = load_tensors(options.check.file)
     print(f"{options.check.file}: {len(tensors)} tensors, {sum(t.numel() for t in tensors.values()):,} numbers")
     print("\n".join(lines(tensors)))
     return nonfinite_names(tensors)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from library.names.keys import Shapes
 from library.names.sd import OPEN_CLIP_BLOCK
-from networks.format_tables import Architecture, Index, Layer, blocks_in, index_of
+from networks.format_tables import TEXT_PROJECTION, Architecture, Index, Layer, blocks_in, index_of
+from networks.kinds import OFT
 
 DENOISER_PREFIXES = ("model.diffusion_model.", "", "diffusion_model.")
 TEXT_LEVEL = "text_model."  # of CLIP; some old files leave it out
@@ -35,7 +36,6 @@ MOST_ENCODER_BLOCKS = 32  # of CLIP-G: a file of the denoiser alone does not tel
 ALONE_PREFIXES = ("", "model.")
 OPEN_CLIP_NAMES = {ours: theirs for theirs, ours in OPEN_CLIP_BLOCK}
 IN_PROJECTION = ("q", "k", "v")
-OFT = "oft_"  # what files of rotations have in the place of lora_
 
 
 class Weights(Protocol):
@@ -53,6 +53,21 @@ class Place:
     weight: str
     bias: str
     rows: slice | None = None
+    transposed: bool = False
+
+    def of(self, whole: Tensor) -> Tensor:
+        """The layer's weight in the tensor of the file."""
+        own = whole if self.rows is None else whole[self.rows]
+        return own.T if self.transposed else own
+
+    def put(self, whole: Tensor, own: Tensor) -> Tensor:
+        """The tensor of the file with this weight in the layer's place."""
+        own = own.T if self.transposed else own
+        if self.rows is None:
+            return own
+        found = whole.clone()
+        found[self.rows] = own
+        return found
 
 
 class CheckpointLayers:
@@ -76,13 +91,13 @@ class CheckpointLayers:
         """Shape of the weight of layer `name`."""
         place = self.places[name]
         shape = tuple(self.shapes[place.weight])
+        shape = shape[::-1] if place.transposed else shape
         return shape if place.rows is None else (place.rows.stop - place.rows.start, *shape[1:])
 
     def weight(self, file: Weights, name: str, dtype: torch.dtype | None = torch.float32) -> Tensor:
         """The weight of layer `name`."""
         place = self.places[name]
-        whole = file.tensor(place.weight, dtype)
-        return whole if place.rows is None else whole[place.rows]
+        return place.of(file.tensor(place.weight, dtype))
 
     def _place(self, layer: Layer, encoder: str | None) -> Place | None:
         prefixes: tuple[str, ...]
@@ -105,6 +120,10 @@ class CheckpointLayers:
         """The same layer in OpenCLIP's names."""
         prefixes = () if encoder else OPEN_CLIP_PREFIXES.get(encoder_name, ())
         for prefix in prefixes:
+            if layer.published == TEXT_PROJECTION:  # a matrix of its own, not a layer
+                if prefix + TEXT_PROJECTION in self.shapes:
+                    return Place(prefix + TEXT_PROJECTION, "", transposed=True)
+                continue
             path, third = open_clip_path(layer.published)
             if encoder_name == CUT_ENCODER and path.startswith(f"{unused_block(self.shapes, prefix)}."):
                 continue

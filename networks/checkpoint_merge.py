@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -17,28 +17,16 @@ from torch import Tensor, nn
 from library.errors import UserError, first_names
 from library.names.keys import part_rows
 from networks.base import AdapterLayer
-from networks.build import FileLayer
 from networks.checkpoint_layers import CheckpointLayers, Weights
-from networks.factor_layer import FactorSettings
-from networks.format_layers import DORA, DOWN, UP
-from networks.loha_layer import LoHaLayer
-from networks.lokr_layer import LoKrLayer, LokrSettings
-from networks.lora_layer import LoRALayer, LoraSettings
+from networks.deltas import kohya_dora
+from networks.format_check import BROKEN
+from networks.format_layers import BIAS_ADDED, COMFY_DORA, DORA, DOWN, UP
+from networks.kinds import Reader, pieces, reader_of
 from networks.lora_math import Tensors
-from networks.norm_layer import NormLayer
-from networks.oft_layer import OFTLayer, OftSettings
 from networks.spec import TargetModule, TargetSpec
 
-BIASED = "b_norm"  # an adapter with this tensor changes the bias too
+BIASED = {"b_norm", BIAS_ADDED}  # an adapter with one of these tensors changes the bias too
 NUMBERED = "oft_blocks."  # a fused layer has one set of rotations for each of its parts
-# What a file may hold, with the settings that a layer made from a file needs. DyLoRA and LoRA-FA files are LoRA files.
-KINDS: tuple[tuple[type[FileLayer], object], ...] = (
-    (LoRALayer, LoraSettings()),
-    (NormLayer, LoraSettings()),
-    (LoHaLayer, FactorSettings()),
-    (LoKrLayer, LokrSettings()),
-    (OFTLayer, OftSettings()),
-)
 
 
 @dataclass(frozen=True)
@@ -56,19 +44,23 @@ class Step:
 
     layer: str
     own: Tensors
-    kind: type[FileLayer]
-    settings: object
+    reader: Reader
     strength: float
 
     def on(self, weight: Tensor, bias: Tensor | None) -> AdapterLayer:
-        """The adapter on a module that has this weight and bias."""
+        """The adapter on a module that has this weight and bias, with the values of the file."""
         target = target_of(self.layer, weight, bias, sum(name.startswith(NUMBERED) for name in self.own))
-        return self.kind.from_tensors(target, self.own, self.settings)
+        own = kohya_dora(self.own, target)
+        layer = self.reader.from_tensors(target, own, None)
+        problem = layer.problem(own)
+        if problem is not None:
+            raise UserError(problem)
+        layer.load_tensors(own)
+        return layer
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Both with the adapter in them: new tensors, float32."""
         layer = self.on(weight.float().clone(), None if bias is None else bias.float().clone())
-        layer.load_tensors(self.own)
         layer.set_multiplier(self.strength)
         layer.merge()
         module = layer.target.modules[0].module
@@ -79,12 +71,14 @@ class Step:
 class MergedWeights:
     """A checkpoint's tensors with adapters in them, each made when it is asked for. Raises UserError when unfit.
 
-    used: names of the adapters' layers that this file has; the others are of other parts of the model.
+    used: names of the adapters' layers that this file has; the others are of other parts of the model. moved: those of
+    them that changed a tensor that was asked for.
     """
 
     def __init__(self, file: Weights, layers: CheckpointLayers, adapters: Sequence[Adapter]) -> None:
         self.file, self.layers = file, layers
         self.used: list[str] = []
+        self.moved: set[str] = set()
         self.left: list[str] = []
         self._steps: dict[str, list[Step]] = {}  # name of a tensor -> what happens to it, in order
         problems: list[str] = []
@@ -104,21 +98,23 @@ class MergedWeights:
             return self.file.tensor(name)
         whole = self.file.tensor(name, torch.float32)  # may be mapped: nothing is written into it
         for step in self._steps[name]:
-            place = self.layers.places[step.layer]
-            rows = place.rows or slice(None)
-            bias = place.bias if place.bias in self.layers.shapes else None
-            if name == place.weight:
-                new = step.merged(whole[rows], None if bias is None else self.file.tensor(bias)[rows])[0]
-            else:
-                found = step.merged(self.file.tensor(place.weight)[rows], whole[rows])[1]
-                assert found is not None
-                new = found
-            if place.rows is not None:
-                whole = whole.clone()
-                whole[rows] = new
-            else:
-                whole = new
+            before, whole = whole, self._after(step, name, whole)
+            if not torch.equal(before, whole):
+                self.moved.add(step.layer)
         return whole
+
+    def _after(self, step: Step, name: str, whole: Tensor) -> Tensor:
+        """Tensor `name`, which is `whole` by now, after one more step: a weight, or a bias."""
+        place = self.layers.places[step.layer]
+        rows = place.rows or slice(None)
+        bias = place.bias if place.bias in self.layers.shapes else None
+        if name == place.weight:
+            return place.put(
+                whole, step.merged(place.of(whole), None if bias is None else self.file.tensor(bias)[rows])[0]
+            )
+        found = step.merged(place.of(self.file.tensor(place.weight)), whole[rows])[1]
+        assert found is not None
+        return replace(place, transposed=False).put(whole, found)
 
     def _plan(self, adapter: Adapter) -> Iterator[str]:
         """Puts an adapter's layers on the list; what is wrong with them, a line each."""
@@ -132,25 +128,30 @@ class MergedWeights:
             if layer.kohya not in self.layers.places:
                 self.left.append(layer.kohya)
                 continue
-            kind = next((kind for kind in KINDS if kind[0].claims(set(own))), None)
-            if kind is None:
-                unfit.append(f"{name} ({', '.join(sorted(own))})")
-                continue
-            own = fitted(own, len(self.layers.shape(layer.kohya)))
-            step = Step(layer.kohya, own, *kind, adapter.strength(layer.kohya))
-            problem = self._problem(step)
-            if problem is not None:
-                unfit.append(f"{name} {problem}")
+            steps = [self._step(name, layer.kohya, own, adapter) for own in pieces(own)]
+            problems = [f"{name} {step}" for step in steps if isinstance(step, str)]
+            unfit += problems[:1]
+            if problems:
                 continue
             self.used.append(layer.kohya)
             place = self.layers.places[layer.kohya]
-            for tensor in (place.weight, *([place.bias] if BIASED in own else [])):
-                self._steps.setdefault(tensor, []).append(step)
+            for step in steps:
+                assert isinstance(step, Step)
+                for tensor in (place.weight, *([place.bias] if BIASED & set(step.own) else [])):
+                    self._steps.setdefault(tensor, []).append(step)
         title = self.layers.architecture.title
         if unknown:
             yield f"{adapter.label}: {len(unknown)} layers are not in {title}: {first_names(unknown)}"
         elif unfit:
             yield f"{adapter.label}: {len(unfit)} layers do not fit the model: {first_names(unfit)}"
+
+    def _step(self, name: str, layer: str, own: Tensors, adapter: Adapter) -> Step | str:
+        """What is done with a layer, or why it cannot be."""
+        reader = reader_of(name, own)
+        if reader is None:
+            return f"is of no kind that can be merged ({', '.join(sorted(own))})"
+        step = Step(layer, fitted(own, len(self.layers.shape(layer))), reader, adapter.strength(layer))
+        return self._problem(step) or step
 
     def _problem(self, step: Step) -> str | None:
         """Why a layer does not fit its weight, found without reading it."""
@@ -159,10 +160,14 @@ class MergedWeights:
         bias = torch.empty(len(weight), device="meta") if place.bias in self.layers.shapes else None
         if (weight.dim() == 1) != ("w_norm" in step.own):
             return "is for another kind of layer"
+        own = {DORA if name == COMFY_DORA else name: value for name, value in step.own.items()}  # no weight is needed
         try:
-            return step.on(weight, bias).problem(step.own)
-        except (UserError, RuntimeError, ValueError, IndexError, KeyError) as error:
+            replace(step, own=own).on(weight, bias)
+        except UserError as error:
+            return error.problems[0]
+        except BROKEN as error:
             return f"does not fit ({str(error).splitlines()[0]})"
+        return None
 
 
 def target_of(name: str, weight: Tensor, bias: Tensor | None, parts: int = 0) -> TargetSpec:
@@ -198,7 +203,7 @@ def module_of(weight: Tensor, bias: Tensor | None) -> nn.Module:
 def fitted(own: Tensors, axes: int) -> dict[str, Tensor]:
     """A LoRA's matrices with as many axes as the weight: a 1x1 convolution and a Linear are the same layer."""
     found = dict(own)
-    for name in (DOWN, UP, DORA):
+    for name in (DOWN, UP, DORA, COMFY_DORA):
         value = found.get(name)
         if value is None or value.dim() == axes:
             continue

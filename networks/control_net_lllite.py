@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from library.errors import UserError
@@ -190,7 +191,7 @@ class LLLiteLayer(AdapterLayer):
                 control = F.conv2d(control, weight, bias, stride=part.stride)
             else:
                 control = part(control)
-        return control.flatten(2).transpose(1, 2)
+        return rearrange(control, "b c h w -> b (h w) c")
 
     def merged_weight(self, index: int = 0) -> Tensor:
         raise UserError(NO_MERGE)

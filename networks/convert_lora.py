@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # started as a script, from any folder
@@ -23,6 +23,11 @@ if str(ROOT) not in sys.path:  # started as a script, from any folder
 from library.cli import guarded  # noqa: E402
 from library.errors import UserError  # noqa: E402
 from library.options import option, resolve  # noqa: E402
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from networks.format_tables import Layer
 
 PRECISIONS = {"float": "float32", "fp16": "float16", "bf16": "bfloat16"}
 # Header entries that describe the scale of the tensors in the source's format
@@ -36,14 +41,14 @@ ENCODER_PREFIXES = ("", "cond_stage_model.transformer.", "model.")
 class ConvertOptions:
     """What to convert."""
 
-    src: str | None = option(None, help="LoRA file to read, in any of the three formats.")
-    dst: str | None = option(None, help="File to write (.safetensors).")
+    src: str | None = option(None, help="LoRA file to read, in any of the three formats.", path=True)
+    dst: str | None = option(None, help="File to write (.safetensors).", path=True)
     to: str | None = option(None, help="Format to write.", choices=("kohya", "comfy", "peft"))
     save_precision: str | None = option(
         None, help="Precision of the weights in the new file; without it they keep theirs.", choices=tuple(PRECISIONS)
     )
     base_model: tuple[str, ...] = option(
-        (), help="Files (.safetensors) with the base model's weights; only DoRA to or from comfy needs them."
+        (), help="Files (.safetensors) with the base model's weights; only DoRA to or from comfy needs them.", path=True
     )
 
     def problems(self) -> Iterator[str]:
@@ -68,33 +73,55 @@ def convert_file(options: ConvertOptions) -> None:
     """Read, convert, write whole or not at all. Raises UserError for what cannot be converted."""
     import torch
 
-    from library.io.checkpoint import save_tensors
-    from networks.formats import alphas_in, convert, dora_norms, header, layers_in, read_metadata, read_tensors
+    from library.io.checkpoint import in_precision, save_tensors
+    from networks.format_check import require_whole
+    from networks.formats import (
+        alphas_in,
+        convert,
+        dora_norms,
+        header,
+        layers_in,
+        read_metadata,
+        read_tensors,
+        to_kohya,
+    )
 
     assert options.src and options.dst and options.to
     if Path(options.dst).is_dir():
         raise UserError(f"--dst {options.dst} is a folder; give a file")
-    tensors, metadata = read_tensors(options.src), read_metadata(options.src)
+    source, metadata = read_tensors(options.src), read_metadata(options.src)
     try:
-        norms = None
-        if options.base_model:
-            with ExitStack() as files:
-                base = BaseWeights(options.base_model, files)
-                layers = layers_in(tensors)
-                norms = dora_norms(tensors, lambda name: base.weight(layers[name]))
-        tensors = convert(tensors, "kohya", alphas=alphas_in(metadata), norms=norms)
+        with ExitStack() as files:
+            base = BaseWeights(options.base_model, files)
+            tensors = to_kohya(source, alphas=alphas_in(metadata), among=architectures(source, base))
+            require_whole(tensors)
+            layers = layers_in(tensors) if options.base_model else {}
+            norms = dora_norms(tensors, lambda name: base.weight(layers[name])) if layers else None
         if options.save_precision:
             dtype = getattr(torch, PRECISIONS[options.save_precision])
-            tensors = {
-                key: value.to(dtype) if value.is_floating_point() and not key.endswith(".alpha") else value
-                for key, value in tensors.items()
-            }
+            tensors = in_precision(tensors, dtype, options.dst)
         result = convert(tensors, options.to, norms=norms)
     except UserError as error:
         raise UserError([f"{options.src}: {problem}" for problem in error.problems]) from None
     kept = {key: value for key, value in metadata.items() if key not in OF_ONE_FORMAT}
     Path(options.dst).parent.mkdir(parents=True, exist_ok=True)
     save_tensors(options.dst, result, {**kept, **header(tensors, options.to)})
+
+
+def architectures(tensors: Mapping[str, Tensor], base: BaseWeights) -> list[str] | None:
+    """What the names of the layers mean where several architectures have them: what the base model has most of."""
+    from networks.format_keys import architectures_of, format_of, require_one
+    from networks.format_tables import BY_NAME
+    from networks.formats import layers_in
+
+    if format_of(tensors) == "kohya":
+        return None
+    names = architectures_of(tensors)
+    if len(names) > 1 and base.sources:
+        having = {name: sum(base.has(layer) for layer in layers_in(tensors, name).values()) for name in names}
+        names = [name for name in names if having[name] == max(having.values())]
+    require_one(tensors, names, f"give --base_model, a file of {' or '.join(BY_NAME[n].title for n in names)}")
+    return names
 
 
 class BaseWeights:
@@ -111,25 +138,33 @@ class BaseWeights:
                 raise UserError(f"--base_model {path}: not a readable .safetensors file ({error})") from None
             self.sources |= dict.fromkeys(file.keys(), file)
 
-    def weight(self, layer: Any) -> Any:
-        """The weight of a `Layer`, rows as published; None when no file has it."""
-        import torch
+    def has(self, layer: Layer) -> bool:
+        """Whether the files have the layer under its published name."""
+        return any(f"{path}.weight" in self.sources for path in self._paths(layer))
 
+    def _paths(self, layer: Layer) -> list[str]:
         prefixes = (
             (*ENCODER_PREFIXES, layer.comfy.removesuffix(layer.published)) if layer.encoder else DENOISER_PREFIXES
         )
-        for prefix in prefixes:
-            found = self._read(prefix + layer.published)
+        return [prefix + layer.published for prefix in prefixes]
+
+    def weight(self, layer: Layer) -> Tensor | None:
+        """The weight of a `Layer`, rows as published; None when no file has it."""
+        import torch
+
+        for path in self._paths(layer):
+            found = self._read(path)
             if found is not None:
                 return found
         parts = [self._read(path.partition(".")[2]) for path in layer.parts]
-        if any(part is None for part in parts):
+        there = [part for part in parts if part is not None]
+        if len(there) < len(parts):
             return None
-        whole = torch.cat(parts)
+        whole = torch.cat(there)
         swaps = whole.dim() == 2 and layer.swaps(*whole.shape)
         return torch.cat(whole.chunk(2)[::-1]) if swaps else whole
 
-    def _read(self, path: str) -> Any:
+    def _read(self, path: str) -> Tensor | None:
         """A weight in float32; fp8 files have a factor beside it."""
         if f"{path}.weight" not in self.sources:
             return None

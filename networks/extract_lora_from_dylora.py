@@ -20,7 +20,7 @@ if str(ROOT) not in sys.path:  # started as a script, from any folder
     sys.path.insert(0, str(ROOT))
 
 from library.options import at_least, option  # noqa: E402
-from networks.tool_options import missing_files, needed, run_tool, target_problems  # noqa: E402
+from networks.tool_options import missing_adapters, needed, run_tool, target_problems  # noqa: E402
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 class ExtractOptions:
     """The DyLoRA, and what is made of it."""
 
-    model: str | None = option(None, help="DyLoRA file to read.")
+    model: str | None = option(None, help="DyLoRA file to read.", path=True)
     unit: int | None = option(None, help="Ranks are the multiples of this number.", check=at_least(1))
-    save_to: str | None = option(None, help="Name of the files to write; the rank is put before the ending.")
+    save_to: str | None = option(None, help="Name of the files to write; the rank is put before the ending.", path=True)
 
     def problems(self) -> Iterator[str]:
         yield from needed(self, "model", "unit")
-        yield from missing_files("--model", [self.model])
+        yield from missing_adapters("--model", [self.model])
         yield from target_problems("--save_to", self.save_to, [])
 
 

@@ -34,8 +34,8 @@ from networks.tool_options import (  # noqa: E402
 class ExtractOptions:
     """The two models, and the rank."""
 
-    model_org: str | None = option(None, help="The original checkpoint (one file, published names).")
-    model_tuned: str | None = option(None, help="The tuned checkpoint.")
+    model_org: str | None = option(None, help="The original checkpoint (one file, published names).", path=True)
+    model_tuned: str | None = option(None, help="The tuned checkpoint.", path=True)
     dim: int = option(4, help="Rank of the LoRA.", check=at_least(1))
     conv_dim: int | None = option(
         None, help="Rank of 3x3 convolutions, which get a LoRA only with it (SD 1/2 and SDXL).", check=at_least(1)

@@ -17,6 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from networks.format_layers import dora_axis
 from networks.spec import TargetSpec
 from networks.weight_layer import WeightLayer
 
@@ -115,9 +116,6 @@ class FactorLayer(WeightLayer):
                 self.scalar.fill_(1.0)
 
 
-def dora_axis(tensors: Mapping[str, Tensor], rows: int) -> str | None:
+def axis_in(tensors: Mapping[str, Tensor]) -> str | None:
     """The axis of a file's magnitudes, None without."""
-    magnitude = tensors.get("dora_scale")
-    if magnitude is None:
-        return None
-    return "input" if magnitude.dim() > 1 and magnitude.shape[0] == 1 != rows else "output"
+    return dora_axis(tensors["dora_scale"]) if "dora_scale" in tensors else None

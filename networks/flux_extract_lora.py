@@ -31,8 +31,8 @@ from networks.tool_options import (  # noqa: E402
 class ExtractOptions:
     """The two models, and the rank."""
 
-    model_org: str | None = option(None, help="The original checkpoint (one file, published names).")
-    model_tuned: str | None = option(None, help="The tuned checkpoint.")
+    model_org: str | None = option(None, help="The original checkpoint (one file, published names).", path=True)
+    model_tuned: str | None = option(None, help="The tuned checkpoint.", path=True)
     dim: int = option(4, help="Rank of the LoRA.", check=at_least(1))
     clamp_quantile: float = option(
         0.99, help="The largest numbers are limited to this quantile; 1 keeps them.", check=between(0, 1)

@@ -28,12 +28,14 @@ class MergeOptions:
     """The model, and how several LoRAs become one."""
 
     flux_model: str | None = option(
-        None, help="FLUX.1 or Chroma (one file, published names) to merge into; without one the LoRAs become one LoRA."
+        None,
+        help="FLUX.1 or Chroma (one file, published names) to merge into; without one the LoRAs become one LoRA.",
+        path=True,
     )
-    clip_l: str | None = option(None, help="CLIP-L to merge into.")
-    clip_l_save_to: str | None = option(None, help="File to write for --clip_l.")
-    t5xxl: str | None = option(None, help="T5-XXL to merge into.")
-    t5xxl_save_to: str | None = option(None, help="File to write for --t5xxl.")
+    clip_l: str | None = option(None, help="CLIP-L to merge into.", path=True)
+    clip_l_save_to: str | None = option(None, help="File to write for --clip_l.", path=True)
+    t5xxl: str | None = option(None, help="T5-XXL to merge into.", path=True)
+    t5xxl_save_to: str | None = option(None, help="File to write for --t5xxl.", path=True)
     concat: bool = option(False, help="Put the ranks of the LoRAs beside each other: their exact sum, of a higher rank")
     shuffle: bool = option(False, help="With --concat: shuffle the ranks.")
     diffusers: bool = option(

@@ -8,7 +8,9 @@ has its own A and B of the small rank. Tensors here have kohya's suffixes: lora_
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +20,9 @@ from library.names.keys import part_rows
 from networks.format_tables import Layer
 
 DOWN, UP, MID, ALPHA, DORA = "lora_down.weight", "lora_up.weight", "lora_mid.weight", "alpha", "dora_scale"
+MAGNITUDE = "lora_magnitude_vector"  # PEFT's DoRA: always of the output axis, (out) or for convolutions (1, out, 1, 1)
+COMFY_DORA = "dora_scale_of_comfy"  # in memory only: magnitudes of the output axis as ComfyUI's formula needs them
+BIAS, BIAS_ADDED = "lora_up.bias", "diff_b"  # PEFT's lora_bias, and what is added to the bias of the layer
 LORA = {DOWN, UP, ALPHA, DORA}  # what can be split and fused, and has a name in peft
 
 Tensors = Mapping[str, Tensor]
@@ -105,6 +110,11 @@ def fuse(layer: Layer, parts: Mapping[int, Tensors]) -> dict[str, Tensor]:
         return dict(parts[0])
     for own in parts.values():
         _require_lora(layer, own)
+        if DORA in own and dora_axis(own[DORA]) == "input":
+            raise UserError(
+                f"{layer.kohya}: DoRA over input columns of {len(parts)} parts of one layer has no name in other "
+                "formats, only DoRA over output rows has"
+            )
     if len(parts) == len(layer.parts) and _share_down(parts):
         first = parts[0]
         whole = {**first, UP: torch.cat([parts[i][UP] for i in range(len(parts))])}
@@ -151,7 +161,8 @@ def _rows(layer: Layer, missing: int, parts: Mapping[int, Tensors]) -> int:
 def _swapped(layer: Layer, own: Tensors) -> dict[str, Tensor]:
     if not layer.swaps(len(own[UP]), own[DOWN].shape[1]):
         return dict(own)
-    return {name: torch.cat(value.chunk(2)[::-1]) if name in (UP, DORA) else value for name, value in own.items()}
+    turned = {UP, *([DORA] if DORA in own and dora_axis(own[DORA]) == "output" else [])}
+    return {name: torch.cat(value.chunk(2)[::-1]) if name in turned else value for name, value in own.items()}
 
 
 def _require_lora(layer: Layer, own: Tensors) -> None:
@@ -162,26 +173,39 @@ def _require_lora(layer: Layer, own: Tensors) -> None:
         )
 
 
-# ---- DoRA ---------------------------------------------------------------------------------------------------------
+# ---- what a file's keys mean --------------------------------------------------------------------------------------
 
 
-def on_output_axis(own: Tensors) -> bool:
-    return DORA in own and own[DORA].shape[0] == len(own[UP])
+def dora_axis(magnitude: Tensor) -> Literal["output", "input"]:
+    """Which axis of the weight the magnitudes of kohya's `dora_scale` belong to: (out, 1 ...) or (1, in ...)."""
+    return "input" if magnitude.dim() > 1 and magnitude.shape[0] == 1 != magnitude.numel() else "output"
 
 
-def adapted_weight(own: Tensors, weight: Tensor) -> Tensor:
-    """W + alpha / rank * up * down in float32, in W's shape: the V of DoRA (arXiv:2402.09353, equation 5)."""
-    up, down = own[UP].float().flatten(1), own[DOWN].float()
-    if MID in own:
-        down = torch.einsum("rskl,si->rikl", own[MID].float(), down.flatten(1))
-    return weight.float() + scale_of(own) * (up @ down.flatten(1)).reshape(weight.shape)
+def as_kohya(own: Tensors, *, comfy: bool) -> dict[str, Tensor]:
+    """Tensors of one layer with kohya's meaning, which the key alone decides: no shape tells it of a square layer.
+
+    comfy: the layer has its name in the comfy format, where magnitudes of the output axis are ComfyUI's.
+    """
+    found = dict(own)
+    if MAGNITUDE in found:
+        magnitude = found.pop(MAGNITUDE)
+        if magnitude.dim() == 1:
+            magnitude = magnitude.reshape(-1, *[1] * (own[DOWN].dim() - 1 if DOWN in own else 1))
+        elif magnitude.dim() > 2:
+            magnitude = magnitude.transpose(0, 1)
+        found[DORA] = magnitude.contiguous()
+    elif comfy and DORA in found and dora_axis(found[DORA]) == "output":
+        found[COMFY_DORA] = found.pop(DORA)
+    if BIAS in found and DOWN in found:
+        found[BIAS_ADDED] = found.pop(BIAS) * scale_of(own)
+    return found
 
 
-def row_norms(weight: Tensor) -> Tensor:
-    return weight.float().flatten(1).norm(dim=1)
-
-
-def scale_rows(own: Tensors, factor: Tensor) -> dict[str, Tensor]:
-    """The DoRA magnitudes times one factor per row."""
-    dora = own[DORA]
-    return {**own, DORA: (dora.float() * factor.reshape(-1, *[1] * (dora.dim() - 1))).to(dora.dtype)}
+def inputs_of(own: Tensors) -> int:
+    """Inputs of the layer that these tensors are for, 0 where they do not tell."""
+    pairs = (("lokr_w1", "lokr_w2"), ("lokr_w1_b", "lokr_w2"), ("lokr_w1", "lokr_w2_b"), ("lokr_w1_b", "lokr_w2_b"))
+    singles = ((name,) for name in (DOWN, "hada_w1_b", "diff", "a2.weight"))
+    for names in (*singles, *pairs):
+        if all(name in own and own[name].dim() > 1 for name in names):
+            return math.prod(own[name].shape[1] for name in names)
+    return 0

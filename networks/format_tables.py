@@ -23,6 +23,9 @@ from library.names.lumina import lumina_names
 from library.names.sd import unet_module_names
 from library.names.sd3 import sd3_names
 
+# Before the flat paths of diffusers: OneTrainer; older FLUX trainers and OneTrainer's U-Nets; LyCORIS, SimpleTuner
+FLAT_DIFFUSERS = ("lora_transformer", "lora_unet", "lycoris")
+PEFT_WRAPPER = "base_model.model."
 MOST_BLOCKS = 200  # what numbers in foreign keys may blow a table up to
 
 
@@ -66,6 +69,10 @@ class Architecture:
     kohya_is_diffusers: bool = False  # kohya keys have the path of diffusers instead of the published one
     fused: Mapping[int, tuple[float, ...]] = field(default_factory=dict)  # number of parts -> their `widths`
     comfy_alpha: bool = True  # False: a reader of the comfy format refuses alpha, so the scale is inside lora_B
+    # End of a layer's kohya name -> widths of its input in the models that are published: where names fit several
+    inputs: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    family: str = ""  # the model family that it is of, where that has another name
+    not_in_last_block: str = ""  # a layer of joint blocks that the last one has not
 
     def layers(self, blocks: int) -> Iterator[Layer]:
         """Every layer that an adapter may be on: encoders first, as in files."""
@@ -91,6 +98,9 @@ def flat(path: str) -> str:
     return path.replace(".", "_")
 
 
+TEXT_PROJECTION = "text_projection"  # of CLIP, outside of its level text_model
+
+
 # ---- text encoders ------------------------------------------------------------------------------------------------
 
 
@@ -100,6 +110,11 @@ def clip_paths(blocks: int) -> Iterator[str]:
         yield from (f"{block}.self_attn.{name}_proj" for name in ("k", "v", "q", "out"))
         yield from (f"{block}.{name}" for name in ("mlp.fc1", "mlp.fc2", "layer_norm1", "layer_norm2"))
     yield "text_model.final_layer_norm"
+
+
+def clip_with_projection_paths(blocks: int) -> Iterator[str]:
+    yield from clip_paths(blocks)
+    yield TEXT_PROJECTION
 
 
 def t5_paths(blocks: int) -> Iterator[str]:
@@ -189,36 +204,52 @@ def sd3_denoiser(blocks: int) -> list[ModuleName]:
 # ---- the table ----------------------------------------------------------------------------------------------------
 
 
-def _sd(name: str, title: str, clip: str) -> Architecture:
+READS_TEXT = "attn2_to_[kv]$"
+READS_STATES = "^lora_unet_"  # the other inputs of these models are of other widths
+
+
+def _sd(name: str, title: str, clip: str, text: int) -> Architecture:
     encoder = Encoder("lora_te", f"text_encoders.{clip}.transformer", "text_encoder", clip_paths, ("lora_te1",))
+    inputs = {READS_TEXT: frozenset({text}), "self_attn_[qkv]_proj$": frozenset({text})}
     return Architecture(
-        name, title, lambda blocks: unet_names(SD_UNET), (encoder,), peft="unet", kohya_is_diffusers=True
-    )
+        name, title, lambda blocks: unet_names(SD_UNET), (encoder,), peft="unet", kohya_is_diffusers=True,
+        inputs=inputs, family="sd",
+    )  # fmt: skip
 
 
-CLIP_L = Encoder("lora_te1", "text_encoders.clip_l.transformer", "text_encoder", clip_paths)
-CLIP_G = Encoder("lora_te2", "text_encoders.clip_g.transformer", "text_encoder_2", clip_paths)
+CLIP_L = Encoder("lora_te1", "text_encoders.clip_l.transformer", "text_encoder", clip_with_projection_paths)
+CLIP_G = Encoder("lora_te2", "text_encoders.clip_g.transformer", "text_encoder_2", clip_with_projection_paths)
 T5_OF_SD3 = Encoder("lora_te3", "text_encoders.t5xxl.transformer", "text_encoder_3", t5_paths)
 T5_OF_FLUX = replace(T5_OF_SD3, peft="text_encoder_2", aliases=("lora_te2",))
 GEMMA2 = Encoder("lora_te", "text_encoders.gemma2_2b.transformer.model", "text_encoder", gemma2_paths)
 
 # In this order, which decides about files that have text encoders only.
 ARCHITECTURES = (
-    _sd("sd1", "Stable Diffusion 1.x", "clip_l"),
-    _sd("sd2", "Stable Diffusion 2.x", "clip_h"),
+    _sd("sd1", "Stable Diffusion 1.x", "clip_l", 768),
+    _sd("sd2", "Stable Diffusion 2.x", "clip_h", 1024),
     Architecture(
-        "flux", "FLUX.1 or Chroma", flux_denoiser, (CLIP_L, T5_OF_FLUX), fused={4: (1.0, 1.0, 1.0, 4.0)}
+        "flux", "FLUX.1 or Chroma", flux_denoiser, (CLIP_L, T5_OF_FLUX), fused={4: (1.0, 1.0, 1.0, 4.0)},
+        inputs={READS_STATES: frozenset({3072})},
     ),
     Architecture(
-        "sdxl", "Stable Diffusion XL", lambda blocks: unet_names(SDXL_UNET), (CLIP_L, CLIP_G), peft="unet"
+        "sdxl", "Stable Diffusion XL", lambda blocks: unet_names(SDXL_UNET), (CLIP_L, CLIP_G), peft="unet",
+        inputs={READS_TEXT: frozenset({2048})},
     ),
-    Architecture("sd3", "Stable Diffusion 3 or 3.5", sd3_denoiser, (CLIP_L, CLIP_G, T5_OF_SD3)),
+    Architecture(
+        "sd3", "Stable Diffusion 3 or 3.5", sd3_denoiser, (CLIP_L, CLIP_G, T5_OF_SD3),
+        inputs={READS_STATES: frozenset({1536, 2432})}, not_in_last_block="context_block_attn_proj",
+    ),
     Architecture(
         "lumina", "Lumina-Image 2.0", lambda blocks: lumina_names(blocks, blocks), (GEMMA2,),
-        fused={3: (1.0, 1 / 3, 1 / 3)}, comfy_alpha=False,
+        fused={3: (1.0, 1 / 3, 1 / 3)}, comfy_alpha=False, inputs={READS_STATES: frozenset({2304})},
     ),
 )  # fmt: skip
 BY_NAME = {architecture.name: architecture for architecture in ARCHITECTURES}
+
+
+def of_family(family: str) -> tuple[str, ...] | None:
+    """The architectures of a model family; None when it has no table here."""
+    return tuple(a.name for a in ARCHITECTURES if family in (a.name, a.family)) or None
 
 
 # ---- from a path in a file to a layer -----------------------------------------------------------------------------
@@ -231,6 +262,10 @@ class Place:
     layer: Layer
     part: int | None
 
+    def is_comfy(self, path: str) -> bool:
+        """Whether the place was found by a name of the comfy format: a whole layer by a path with dots."""
+        return self.part is None and "." in path
+
 
 @dataclass(frozen=True)
 class Index:
@@ -241,12 +276,18 @@ class Index:
 
     def find(self, path: str) -> Place | None:
         """The layer for a path, with whatever other programs write before it."""
-        path = path.removeprefix("base_model.model.").removeprefix("model.diffusion_model.")
+        path = unwrapped(path).removeprefix("model.diffusion_model.")
         for prefix in ("", "diffusion_model.", f"{self.architecture.peft}."):
             found = self.places.get(prefix + path)
             if found is not None:
                 return found
         return None
+
+
+def unwrapped(path: str) -> str:
+    """A path without what PEFT's wrapper puts before it, which SimpleTuner leaves behind the name of the model."""
+    before, wrapper, after = path.partition(PEFT_WRAPPER)
+    return before + after if wrapper and "." not in before.removesuffix(".") else path
 
 
 def blocks_in(paths: Iterable[str]) -> int:
@@ -270,7 +311,7 @@ def index_of(architecture: Architecture, blocks: int) -> Index:
                 aliases[path.replace(".text_model.", ".")] = place  # as transformers 5 has it
             else:
                 own = flat(path.removeprefix(f"{architecture.peft}."))
-                aliases |= {f"lora_transformer_{own}": place, f"lora_unet_{own}": place}
+                aliases |= {f"{prefix}_{own}": place for prefix in FLAT_DIFFUSERS}
     for encoder in architecture.encoders:
         for path in encoder.paths(blocks):
             whole = places[f"{encoder.kohya}_{flat(path)}"]

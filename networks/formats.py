@@ -12,231 +12,47 @@ peft    lora_A / lora_B / lora_magnitude_vector; alpha / rank is inside lora_B, 
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from library.errors import UserError, first_names
+from library.text_files import parse_json
+from networks.adapter_files import by_module, read_metadata, read_tensors, write_tensors
+from networks.deltas import adapted_weight, row_norms, scaled_rows
+from networks.format_check import require_whole
+from networks.format_keys import FORMATS, Format, architecture_of, format_of, paths_in, require_one
 from networks.format_layers import (
     ALPHA,
+    COMFY_DORA,
     DORA,
     DOWN,
     LORA,
     MID,
     UP,
-    adapted_weight,
+    as_kohya,
+    dora_axis,
     fold_alpha,
     fuse,
-    on_output_axis,
-    row_norms,
-    scale_rows,
     split,
     unfold_alpha,
 )
-from networks.format_tables import ARCHITECTURES, BY_NAME, Architecture, Index, Layer, blocks_in, index_of
+from networks.format_oft import convert_oft, is_oft
+from networks.format_tables import BY_NAME, Index, Layer, blocks_in, index_of
+from networks.peft_config import ALPHAS
 
-Format = Literal["kohya", "comfy", "peft"]
-FORMATS: tuple[Format, ...] = ("kohya", "comfy", "peft")
+__all__ = [
+    "FORMATS", "Format", "alphas_in", "architecture_of", "by_module", "convert", "dora_norms", "format_of", "header",
+    "layers_in", "read_adapter", "read_metadata", "read_tensors", "to_kohya", "write_tensors",
+]  # fmt: skip
+
 Norms = Mapping[str, tuple[Tensor, Tensor]]  # kohya name -> norms of the rows: (of W, of W + change)
-
 Alphas = Mapping[str, tuple[float, torch.dtype] | None]  # kohya name or "*" (all others) -> alpha; None: without
-
-TORCH_SUFFIXES = (".pt", ".ckpt", ".pth", ".bin")
-ALPHAS = "lora_alphas"  # header entry: kohya name -> [alpha, dtype] or null, "*" stands for all other layers
-PEFT_METADATA = "lora_adapter_metadata"  # header entry of diffusers: ranks and alphas of its LoraConfig
-
-COMFY_PREFIXES = ("diffusion_model.", "model.diffusion_model.", "text_encoders.")
-PEFT_PREFIXES = ("unet.", "transformer.", "text_encoder.", "text_encoder_2.", "text_encoder_3.")
-OFT_PREFIX = "oft_unet_"
-# Flat names with the path of diffusers: of OneTrainer, and of older FLUX trainers
-FLAT_PEFT_PREFIXES = ("lora_transformer_", "lora_unet_transformer_blocks_", "lora_unet_single_transformer_blocks_")
-# Of U-Nets: kohya's own names for Stable Diffusion 1.x and 2.x, and flat names of diffusers for XL
-FLAT_UNET_PREFIXES = ("lora_unet_down_blocks_", "lora_unet_mid_block_", "lora_unet_up_blocks_")
-# What follows the path of a layer -> kohya's suffix ("": as it stands). In peft files an adapter's name may be inside.
-ENDINGS = tuple(
-    (re.compile(rf"(.+)\.({ending})"), suffix)
-    for ending, suffix in (
-        (r"lora_A(?:\.\w+)?\.weight", DOWN),
-        (r"lora_B(?:\.\w+)?\.weight", UP),
-        (r"lora(?:_linear_layer)?\.down\.weight", DOWN),
-        (r"lora(?:_linear_layer)?\.up\.weight", UP),
-        (r"lora_magnitude_vector(?:\.\w+)*", DORA),
-        (r"alpha|dora_scale|lora_(?:down|up|mid)\.weight|w_norm|b_norm|diff|diff_b|hada_\w+|lokr_\w+", ""),
-    )
-)
-COMFY_ENDINGS = {DOWN: "lora_A.weight", UP: "lora_B.weight"}
+COMFY_ENDINGS = {DOWN: "lora_A.weight", UP: "lora_B.weight", COMFY_DORA: DORA}
 PEFT_ENDINGS = {DOWN: "lora_A.weight", UP: "lora_B.weight", DORA: "lora_magnitude_vector"}
-
-
-# ---- files --------------------------------------------------------------------------------------------------------
-
-
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """All tensors of an adapter file. Raises UserError when it is missing, damaged or holds something else.
-
-    Alphas that diffusers wrote into the header come as tensors `<layer>.alpha`.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such adapter file")
-    try:
-        if path.suffix in TORCH_SUFFIXES:
-            found = torch.load(path, map_location="cpu", weights_only=True)
-        else:
-            from safetensors.torch import load_file
-
-            found = load_file(path)
-    except Exception as error:  # readers raise many kinds; each means the same to the user
-        raise UserError(f"{path}: not a readable adapter file ({str(error).splitlines()[0]})") from None
-    if not isinstance(found, dict) or not found or not all(isinstance(value, Tensor) for value in found.values()):
-        raise UserError(f"{path}: holds no adapter tensors")
-    return _with_peft_alphas(found, read_metadata(path), path)
-
-
-def read_metadata(path: str | Path) -> dict[str, str]:
-    """The header entries of a .safetensors file; none for other files."""
-    if Path(path).suffix in TORCH_SUFFIXES:
-        return {}
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        return dict(file.metadata() or {})
-
-
-def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> None:
-    """Write with safetensors, or with torch (no metadata) when the suffix says so."""
-    path = Path(path)
-    if path.suffix in TORCH_SUFFIXES:
-        torch.save(dict(tensors), path)
-    else:
-        from safetensors.torch import save_file
-
-        save_file(dict(tensors), path, metadata=dict(metadata or {}) or None)
-
-
-def by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """`name.suffix` keys as name -> suffix -> tensor."""
-    found: dict[str, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        name, _, suffix = key.partition(".")
-        found.setdefault(name, {})[suffix] = value
-    return found
-
-
-def _with_peft_alphas(tensors: dict[str, Tensor], metadata: Mapping[str, str], path: Path) -> dict[str, Tensor]:
-    """With the alphas of `lora_adapter_metadata`: `<part>.lora_alpha`, `.alpha_pattern`, `.use_rslora`."""
-    if PEFT_METADATA not in metadata:
-        return tensors
-    try:
-        config = json.loads(metadata[PEFT_METADATA])
-        found = dict(tensors)
-        for key, value in tensors.items():
-            layer, suffix = _parse(key) or (key, "")
-            part = layer.partition(".")[0]
-            if suffix != DOWN or f"{part}.lora_alpha" not in config or f"{layer}.alpha" in tensors:
-                continue
-            own = layer.removeprefix(f"{part}.")
-            patterns = config.get(f"{part}.alpha_pattern") or {}
-            chosen = next((a for p, a in patterns.items() if re.match(rf"(.*\.)?({p})$", own)), None)
-            alpha = float(config[f"{part}.lora_alpha"] if chosen is None else chosen)
-            # rsLoRA divides by sqrt(rank), every other reader by rank
-            found[f"{layer}.alpha"] = torch.tensor(
-                alpha * len(value) ** 0.5 if config.get(f"{part}.use_rslora") else alpha
-            )
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: the header entry {PEFT_METADATA} is not understood ({error})") from None
-    return found
-
-
-# ---- which format, which architecture -----------------------------------------------------------------------------
-
-
-def _parse(key: str) -> tuple[str, str] | None:
-    """(path of the layer, kohya's suffix) of a key; None when its ending is unknown."""
-    if key.startswith("lora_"):
-        name, _, suffix = key.partition(".")
-        return (name, suffix) if suffix else None
-    for pattern, suffix in ENDINGS:
-        found = pattern.fullmatch(key)
-        if found is not None:
-            return found[1], suffix or found[2]
-    return None
-
-
-def _paths(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Path as in the file -> kohya's suffix -> tensor. Raises UserError naming the keys that are not understood."""
-    rotations = [key for key in tensors if key.startswith(OFT_PREFIX)]
-    if rotations:
-        raise UserError(f"OFT has no names in other formats than kohya: {first_names(rotations)}")
-    found: dict[str, dict[str, Tensor]] = {}
-    unknown: list[str] = []
-    for key, value in tensors.items():
-        parsed = _parse(key)
-        if parsed is None:
-            unknown.append(key)
-        else:
-            found.setdefault(parsed[0], {})[parsed[1]] = value
-    if unknown:
-        raise UserError(f"{len(unknown)} keys of the adapter file are not understood: {first_names(unknown)}")
-    return found
-
-
-def architecture_of(tensors: Mapping[str, Tensor]) -> str:
-    """Name in `format_tables.BY_NAME` of the architecture that has every layer of the file.
-
-    Raises UserError saying which one is nearest and what it lacks. Adapters of text encoders alone fit several
-    architectures: the first is taken.
-    """
-    paths = _paths(tensors)
-    blocks = blocks_in(paths)
-    missing = {a.name: [p for p in paths if index_of(a, blocks).find(p) is None] for a in ARCHITECTURES}
-    name = min(missing, key=lambda name: len(missing[name]))
-    lacks = missing[name]
-    if lacks and all(path in lacks for path in paths if not path.startswith(("lora_te", "text_encoder"))):
-        known = ", ".join(a.title for a in ARCHITECTURES)
-        raise UserError(f"the adapter is for no architecture that is known ({known}): {first_names(lacks)}")
-    if lacks:
-        what = f"{BY_NAME[name].title} comes nearest but has not"
-        raise UserError(f"{len(lacks)} of {len(paths)} layers of the adapter are unknown: {what} {first_names(lacks)}")
-    return "sd2" if name == "sd1" and _is_sd2(tensors) else name
-
-
-def _is_sd2(tensors: Mapping[str, Tensor]) -> bool:
-    """Stable Diffusion 1.x and 2.x have the same names; the text is 768 and 1024 wide."""
-    reads_text = re.compile(r".*(attn2[._]to_[kv]|self_attn[._][qkv]_proj)\W.*(down|lora_A)\b.*")
-    return any(
-        reads_text.fullmatch(key) and value.dim() > 1 and value.shape[1] == 1024 for key, value in tensors.items()
-    )
-
-
-def _of_deep_unet(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether the layers of a file are in Stable Diffusion XL and not all in 1.x: its attention is deeper."""
-    try:
-        return architecture_of(tensors) == "sdxl"
-    except UserError:
-        return False
-
-
-def format_of(tensors: Mapping[str, Tensor]) -> Format:
-    """Which of the three formats the keys are closest to."""
-    if any(key.startswith(COMFY_PREFIXES) for key in tensors):
-        return "comfy"
-    if any(key.startswith((*PEFT_PREFIXES, *FLAT_PEFT_PREFIXES, "base_model.")) for key in tensors):
-        return "peft"
-    if any(key.startswith(FLAT_UNET_PREFIXES) for key in tensors):
-        return "peft" if _of_deep_unet(tensors) else "kohya"
-    bare = [path for key in tensors if (parsed := _parse(key)) and "." in (path := parsed[0])]
-    blocks = blocks_in(bare)
-    places = [index_of(a, blocks).find(path) for a in ARCHITECTURES for path in bare]
-    known = [place for place in places if place is not None]
-    if not known:
-        return "kohya"
-    return "peft" if any(place.part is not None for place in known) else "comfy"
 
 
 # ---- converting ---------------------------------------------------------------------------------------------------
@@ -256,36 +72,57 @@ def convert(
     architecture: name in `format_tables.BY_NAME`; found from the keys when None.
     Raises UserError for unknown layers, and for tensors that the format has no name for.
     """
-    came = format_of(tensors)
-    if came == to == "kohya":
+    if is_oft(tensors):
+        return convert_oft(tensors, to, architecture)
+    if to == "kohya" and format_of(tensors) == to and not any(key.endswith(f".{COMFY_DORA}") for key in tensors):
+        _require_known(tensors, architecture)
         return dict(tensors)
     index = _index(tensors, architecture)
-    layers: Layers = _layers(tensors, index)
-    if alphas is not None:
-        layers = {name: (layer, _restored(own, name, alphas)) for name, (layer, own) in layers.items()}
-    if (came == "comfy") != (to == "comfy"):
-        layers = {n: (layer, _dora_for(own, n, norms, to)) for n, (layer, own) in layers.items()}
-    return WRITERS[to](layers, index.architecture)
+    layers = _restored_layers(tensors, index, alphas)
+    return WRITERS[to]({n: (layer, _dora_for(own, n, norms, to)) for n, (layer, own) in layers.items()}, index)
 
 
-def to_kohya(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Any format as kohya keys; tensors that have kohya keys already are returned as they are."""
+def to_kohya(
+    tensors: Mapping[str, Tensor], *, alphas: Alphas | None = None, among: Sequence[str] | None = None
+) -> dict[str, Tensor]:
+    """Any format as kohya keys, for a model; tensors that have kohya keys already are returned as they are.
+
+    DoRA magnitudes of a comfy file stay ComfyUI's, under a name of their own: `deltas.kohya_dora` needs the weights.
+    among: the architectures that are possible. Raises UserError.
+    """
     if format_of(tensors) == "kohya":
         return dict(tensors)
-    return convert(tensors, "kohya")
+    layers = _restored_layers(tensors, _index(tensors, None, among), alphas)
+    return _kohya_keys(layers)
 
 
-def read_adapter(path: str | Path) -> dict[str, Tensor]:
-    """An adapter file of any format with kohya keys, alphas of its header included."""
+def read_adapter(
+    path: str | Path, among: Sequence[str] | None = None, *, advice: str | None = None
+) -> dict[str, Tensor]:
+    """An adapter file of any format with kohya keys as `to_kohya` gives them, alphas of its header included.
+
+    advice: what to do where the layers' names do not tell the architecture, which is refused then.
+    Raises UserError naming the file.
+    """
     tensors = read_tensors(path)
-    if format_of(tensors) == "kohya":
-        return tensors
-    return convert(tensors, "kohya", alphas=alphas_in(read_metadata(path)))
+    try:
+        if advice is not None:
+            require_one(tensors, among, advice)
+        found = to_kohya(tensors, alphas=alphas_in(read_metadata(path)), among=among)
+        require_whole(found)
+        return found
+    except UserError as error:
+        raise UserError([p if str(path) in p else f"{path}: {p}" for p in error.problems]) from None
+
+
+def _require_known(tensors: Mapping[str, Tensor], architecture: str | None) -> None:
+    """Raises UserError when tensors with kohya keys are no adapter of an architecture that is known."""
+    _layers(tensors, _index(tensors, architecture))
 
 
 def header(tensors: Mapping[str, Tensor], to: str, *, architecture: str | None = None) -> dict[str, str]:
     """What the header of a file in format `to` must have so that the way back restores alpha."""
-    if to == "kohya":
+    if to == "kohya" or is_oft(tensors):
         return {}
     index = _index(tensors, architecture)
     if to == "comfy" and index.architecture.comfy_alpha:
@@ -307,7 +144,7 @@ def alphas_in(metadata: Mapping[str, str]) -> Alphas | None:
     if ALPHAS not in metadata:
         return None
     try:
-        entries = json.loads(metadata[ALPHAS])
+        entries = parse_json(metadata[ALPHAS])
         return {name: entry and (float(entry[0]), _dtype(entry[1])) for name, entry in entries.items()}
     except (ValueError, AttributeError, TypeError, IndexError):
         raise UserError(f"the header entry {ALPHAS} of the adapter file is not understood") from None
@@ -327,8 +164,10 @@ def dora_norms(tensors: Mapping[str, Tensor], weight_of: Callable[[str], Tensor 
     """
     found: dict[str, tuple[Tensor, Tensor]] = {}
     missing: list[str] = []
+    if is_oft(tensors):
+        return found
     for name, (_, own) in _layers(tensors, _index(tensors, None)).items():
-        if not on_output_axis(own):
+        if COMFY_DORA not in own and not _on_output_axis(own):
             continue
         weight = weight_of(name)
         if weight is None:
@@ -343,13 +182,13 @@ def dora_norms(tensors: Mapping[str, Tensor], weight_of: Callable[[str], Tensor 
     return found
 
 
-def layers_in(tensors: Mapping[str, Tensor]) -> dict[str, Layer]:
+def layers_in(tensors: Mapping[str, Tensor], architecture: str | None = None) -> dict[str, Layer]:
     """kohya name -> layer of an adapter in any format."""
-    return {name: layer for name, (layer, _) in _layers(tensors, _index(tensors, None)).items()}
+    return {name: layer for name, (layer, _) in _layers(tensors, _index(tensors, architecture)).items()}
 
 
-def _index(tensors: Mapping[str, Tensor], architecture: str | None) -> Index:
-    return index_of(BY_NAME[architecture or architecture_of(tensors)], blocks_in(_paths(tensors)))
+def _index(tensors: Mapping[str, Tensor], architecture: str | None, among: Sequence[str] | None = None) -> Index:
+    return index_of(BY_NAME[architecture or architecture_of(tensors, among)], blocks_in(paths_in(tensors)))
 
 
 Layers = Mapping[str, tuple[Layer, Mapping[str, Tensor]]]  # kohya name -> (layer, kohya's suffix -> tensor)
@@ -360,14 +199,17 @@ def _layers(tensors: Mapping[str, Tensor], index: Index) -> dict[str, tuple[Laye
     whole: dict[str, tuple[Layer, dict[str, Tensor]]] = {}
     parts: dict[str, dict[int, dict[str, Tensor]]] = {}
     unknown: list[str] = []
-    for path, own in _paths(tensors).items():
+    twice: list[str] = []
+    for path, own in paths_in(tensors).items():
         place = index.find(path)
         if place is None:
             unknown.append(path)
             continue
-        own = _dora_as_kohya(own)
+        own = as_kohya(own, comfy=place.is_comfy(path))
         name = place.layer.kohya
-        if place.part is None:
+        if place.part in parts.get(name, {}) or (name in whole and None in (place.part, *parts.get(name, (None,)))):
+            twice.append(path)
+        elif place.part is None:
             whole[name] = place.layer, own
         else:
             parts.setdefault(name, {})[place.part] = own
@@ -375,17 +217,17 @@ def _layers(tensors: Mapping[str, Tensor], index: Index) -> dict[str, tuple[Laye
     if unknown:
         title = index.architecture.title
         raise UserError(f"{len(unknown)} layers of the adapter file are not in {title}: {first_names(unknown)}")
+    if twice:
+        raise UserError(f"{len(twice)} layers are in the adapter file under two names: {first_names(twice)}")
     return {name: (layer, fuse(layer, parts[name]) if name in parts else own) for name, (layer, own) in whole.items()}
 
 
-def _dora_as_kohya(own: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Magnitudes with one axis per axis of the weight: peft has (out) for Linear, (1, out, 1, 1) for convolutions."""
-    if DORA not in own or DOWN not in own or UP not in own:
-        return own
-    axes, rows = own[DOWN].dim(), len(own[UP])
-    if own[DORA].dim() == 1 or (own[DORA].dim() == 4 and own[DORA].shape[:2] == (1, rows) and rows > 1):
-        return {**own, DORA: own[DORA].reshape(rows, *[1] * (axes - 1))}
-    return own
+def _restored_layers(tensors: Mapping[str, Tensor], index: Index, alphas: Alphas | None) -> Layers:
+    """The layers, with the alphas that a header tells."""
+    layers = _layers(tensors, index)
+    if alphas is None:
+        return layers
+    return {name: (layer, _restored(own, name, alphas)) for name, (layer, own) in layers.items()}
 
 
 def _restored(own: Mapping[str, Tensor], name: str, alphas: Alphas) -> Mapping[str, Tensor]:
@@ -396,9 +238,14 @@ def _restored(own: Mapping[str, Tensor], name: str, alphas: Alphas) -> Mapping[s
     return unfold_alpha(own, torch.tensor(alpha, dtype=dtype))
 
 
+def _on_output_axis(own: Mapping[str, Tensor]) -> bool:
+    return DORA in own and dora_axis(own[DORA]) == "output"
+
+
 def _dora_for(own: Mapping[str, Tensor], name: str, norms: Norms | None, to: str) -> Mapping[str, Tensor]:
     """Magnitudes for ComfyUI, which divides by the norm of W where all others divide by the norm of W + change."""
-    if not on_output_axis(own):
+    came, wanted = (COMFY_DORA, DORA) if to != "comfy" else (DORA, COMFY_DORA)
+    if came not in own or dora_axis(own[came]) == "input":
         return own
     if norms is None or name not in norms:
         raise UserError(
@@ -406,31 +253,36 @@ def _dora_for(own: Mapping[str, Tensor], name: str, norms: Norms | None, to: str
             "or read without them (--base_model)"
         )
     base, changed = norms[name]
-    return scale_rows(own, base / changed if to == "comfy" else changed / base)
+    rest = {suffix: value for suffix, value in own.items() if suffix != came}
+    return {**rest, wanted: scaled_rows(own[came], base / changed if to == "comfy" else changed / base)}
 
 
 # ---- writers ------------------------------------------------------------------------------------------------------
 
 
-def _write_kohya(layers: Layers, architecture: Architecture) -> dict[str, Tensor]:
+def _kohya_keys(layers: Layers) -> dict[str, Tensor]:
     return {f"{name}.{suffix}": value for name, (_, own) in layers.items() for suffix, value in own.items()}
 
 
-def _write_comfy(layers: Layers, architecture: Architecture) -> dict[str, Tensor]:
+def _write_kohya(layers: Layers, index: Index) -> dict[str, Tensor]:
+    return _kohya_keys(layers)
+
+
+def _write_comfy(layers: Layers, index: Index) -> dict[str, Tensor]:
     """ComfyUI knows every suffix of kohya below a dotted path too; the Tucker form only with kohya's suffixes."""
     found: dict[str, Tensor] = {}
     for layer, own in layers.values():
-        names = {} if MID in own else COMFY_ENDINGS
-        ready = own if architecture.comfy_alpha or UP not in own else fold_alpha(own)
+        names = {COMFY_DORA: DORA} if MID in own else COMFY_ENDINGS
+        ready = own if index.architecture.comfy_alpha or UP not in own else fold_alpha(own)
         found |= {f"{layer.comfy}.{names.get(suffix, suffix)}": value for suffix, value in ready.items()}
     return found
 
 
-def _write_peft(layers: Layers, architecture: Architecture) -> dict[str, Tensor]:
+def _write_peft(layers: Layers, index: Index) -> dict[str, Tensor]:
     foreign = [
         f"{name} ({', '.join(sorted(own))})"
         for name, (_, own) in layers.items()
-        if not {DOWN, UP} <= set(own) <= LORA or (DORA in own and not on_output_axis(own))
+        if not {DOWN, UP} <= set(own) <= LORA or (DORA in own and not _on_output_axis(own))
     ]
     if foreign:
         raise UserError(f"{len(foreign)} adapters have no name in the peft format: {first_names(foreign)}")
@@ -444,7 +296,7 @@ def _write_peft(layers: Layers, architecture: Architecture) -> dict[str, Tensor]
     return found
 
 
-WRITERS: dict[str, Callable[[Layers, Architecture], dict[str, Tensor]]] = {
+WRITERS: dict[str, Callable[[Layers, Index], dict[str, Tensor]]] = {
     "kohya": _write_kohya,
     "comfy": _write_comfy,
     "peft": _write_peft,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from networks.base import AdapterLayer
-from networks.factor_layer import FactorLayer, FactorSettings, dora_axis
+from networks.factor_layer import FactorLayer, FactorSettings, axis_in
 from networks.spec import TargetSpec
 from networks.weight_layer import convolve
 
@@ -53,7 +53,7 @@ class LoHaLayer(FactorLayer):
     @classmethod
     def from_tensors(cls, target: TargetSpec, tensors: Mapping[str, Tensor], settings: FactorSettings) -> AdapterLayer:
         """A layer of the form and rank that a file's tensors have."""
-        dora = dora_axis(tensors, target.width)
+        dora = axis_in(tensors)
         settings = replace(settings, tucker="hada_t1" in tensors, dora=dora, rs_lora=False)
         rank = len(tensors["hada_w1_b"])
         return cls(target, rank=rank, alpha=rank, settings=settings)

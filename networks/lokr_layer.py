@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from networks.base import AdapterLayer
-from networks.factor_layer import FactorLayer, FactorSettings, dora_axis
+from networks.factor_layer import FactorLayer, FactorSettings, axis_in
 from networks.spec import TargetSpec
 from networks.weight_layer import convolve
 
@@ -129,7 +129,7 @@ class LoKrLayer(FactorLayer):
     @classmethod
     def from_tensors(cls, target: TargetSpec, tensors: Mapping[str, Tensor], settings: LokrSettings) -> AdapterLayer:
         """A layer of the form and rank that a file's tensors have."""
-        dora = dora_axis(tensors, target.width)
+        dora = axis_in(tensors)
         settings = replace(settings, tucker="lokr_t2" in tensors, dora=dora, rs_lora=False)
         inner = tensors.get("lokr_w1_b", tensors.get("lokr_w2_b"))
         rank = 1 if inner is None else len(inner)

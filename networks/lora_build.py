@@ -14,6 +14,7 @@ from library.errors import UserError
 from library.log import get_logger
 from networks.base import AdapterNetwork
 from networks.build import Ranks, build_network, network_from_weights, rate_rules, weights_of
+from networks.kinds import READERS
 from networks.lora_layer import LoRALayer, LoraSettings, lora_layer
 from networks.norm_layer import NormLayer
 from networks.options import DropoutOptions, LoraLayerOptions, LoraPlusOptions, PatternOptions
@@ -77,7 +78,7 @@ def lora_from_weights(
         get_logger().warning("--network_args: %s: no effect, %s decides the form of its layers", ", ".join(forms), file)
     network = network_from_weights(
         targets,
-        FILE_LAYERS,
+        READERS if for_inference else FILE_LAYERS,
         weights := weights_of(file, weights_sd),
         settings=lora_settings(options, neuron_dropout),
         rates=rate_rules(options["plus"], patterns, block_weights),

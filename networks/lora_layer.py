@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from networks.base import AdapterLayer
+from networks.format_layers import dora_axis
 from networks.spec import TargetSpec
 from networks.weight_layer import WeightLayer, convolve
 
@@ -74,8 +75,7 @@ class LoRALayer(WeightLayer):
         """A layer of the form and rank that a file's tensors have, with their values."""
         magnitude = tensors.get("dora_scale")
         rank = tensors["lora_down.weight"].shape[0] // (len(target.modules) if target.split else 1)
-        columns = magnitude is not None and magnitude.dim() > 1 and magnitude.shape[0] == 1 != target.width
-        dora = None if magnitude is None else "input" if columns else "output"
+        dora = None if magnitude is None else dora_axis(magnitude)
         settings = replace(settings, tucker="lora_mid.weight" in tensors, dora=dora, rs_lora=False)
         return lora_layer(target, rank=rank, alpha=rank, settings=settings)
 

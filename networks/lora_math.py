@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
-from networks.format_layers import ALPHA, DORA, DOWN, MID, UP, scale_of
+from networks.format_layers import ALPHA, COMFY_DORA, DORA, DOWN, MID, UP, scale_of
 
 Tensors = Mapping[str, Tensor]  # of one layer: kohya's suffix -> value
 
@@ -72,7 +72,7 @@ def change_of(name: str, own: Tensors, device: torch.device | str = "cpu") -> Ch
 
 def not_lora(name: str, own: Tensors) -> str:
     """A line about a layer that can be neither summed nor decomposed without the model."""
-    why = "a DoRA scales the model's weights" if DORA in own else f"it has {', '.join(sorted(own))}"
+    why = "a DoRA scales the model's weights" if {DORA, COMFY_DORA} & set(own) else f"it has {', '.join(sorted(own))}"
     return f"{name} is no plain LoRA ({why}): merge the file into a model (merge_lora.py --sd_model)"
 
 
@@ -188,15 +188,6 @@ def joined(changes: Sequence[tuple[Change, float]]) -> Change:
     ups = [change.up * math.sqrt(abs(factor)) for change, factor in changes]
     downs = [change.down * math.copysign(math.sqrt(abs(factor)), factor) for change, factor in changes]
     return Change(torch.cat(ups, 1), torch.cat(downs), changes[0][0].shape)
-
-
-def balanced(change: Change) -> Change:
-    """The same ΔW with ups and downs of one size: the factor that alpha was is in both."""
-    up, down = change.up.norm(), change.down.norm()
-    if not up or not down:
-        return change
-    ratio = torch.sqrt(down / up)
-    return Change(change.up * ratio, change.down / ratio, change.shape)
 
 
 def summed(layers: Sequence[tuple[Tensors, float]]) -> dict[str, Tensor]:

@@ -37,7 +37,9 @@ class MergeOptions:
     """The model, and how several LoRAs become one."""
 
     sd_model: str | None = option(
-        None, help="Checkpoint (one file, published names) to merge into; without one the LoRAs become one LoRA."
+        None,
+        help="Checkpoint (one file, published names) to merge into; without one the LoRAs become one LoRA.",
+        path=True,
     )
     v2: bool = option(False, help="The model is Stable Diffusion 2.x.", answer="the version is found from the files")
     concat: bool = option(False, help="Put the ranks of the LoRAs beside each other: their exact sum, of a higher rank")
@@ -48,14 +50,14 @@ class MergeOptions:
 class EncoderOptions:
     """Text encoders in files of their own (SD3, FLUX.1, Lumina)."""
 
-    clip_l: str | None = option(None, help="CLIP-L to merge into.")
-    clip_l_save_to: str | None = option(None, help="File to write for --clip_l.")
-    clip_g: str | None = option(None, help="CLIP-G to merge into.")
-    clip_g_save_to: str | None = option(None, help="File to write for --clip_g.")
-    t5xxl: str | None = option(None, help="T5-XXL to merge into.")
-    t5xxl_save_to: str | None = option(None, help="File to write for --t5xxl.")
-    gemma2: str | None = option(None, help="Gemma 2 to merge into.")
-    gemma2_save_to: str | None = option(None, help="File to write for --gemma2.")
+    clip_l: str | None = option(None, help="CLIP-L to merge into.", path=True)
+    clip_l_save_to: str | None = option(None, help="File to write for --clip_l.", path=True)
+    clip_g: str | None = option(None, help="CLIP-G to merge into.", path=True)
+    clip_g_save_to: str | None = option(None, help="File to write for --clip_g.", path=True)
+    t5xxl: str | None = option(None, help="T5-XXL to merge into.", path=True)
+    t5xxl_save_to: str | None = option(None, help="File to write for --t5xxl.", path=True)
+    gemma2: str | None = option(None, help="Gemma 2 to merge into.", path=True)
+    gemma2_save_to: str | None = option(None, help="File to write for --gemma2.", path=True)
 
 
 @dataclass(frozen=True)

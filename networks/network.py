@@ -14,8 +14,12 @@ from torch import Tensor, nn
 
 from library.errors import UserError, first_names
 from library.log import get_logger
-from networks.base import AdapterLayer, AdapterNetwork, NormReport, Rates
+from networks.base import AdapterLayer, AdapterNetwork, NormReport, Rates, in_dtype
+from networks.deltas import kohya_dora
+from networks.format_check import BROKEN, require_whole
+from networks.format_keys import architectures_with
 from networks.formats import by_module, to_kohya
+from networks.readers.trained import TrainedLayer, trained_layer
 from networks.spec import Part, TargetSpec
 
 
@@ -95,6 +99,9 @@ class LayerNetwork(AdapterNetwork):
     def targets(self) -> dict[str, TargetSpec]:
         return {name: layer.target for name, layer in self.named_layers().items()}
 
+    def trained(self) -> list[TrainedLayer]:
+        return [trained_layer(layer) for layer in self.named_layers().values()]
+
     def step_taken(self) -> None:
         for layer in self.named_layers().values():
             layer.step_taken()
@@ -171,23 +178,23 @@ class LayerNetwork(AdapterNetwork):
     # ---- files -----------------------------------------------------------------------------------------------------
 
     def state(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
-        return {
-            f"{name}.{suffix}": value.to(device="cpu", dtype=dtype or value.dtype).contiguous().clone()
-            for name, layer in self.named_layers().items()
-            for suffix, value in layer.tensors().items()
-        }
+        layers = self.named_layers().items()
+        return in_dtype({f"{n}.{suffix}": value for n, own in layers for suffix, value in own.tensors().items()}, dtype)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """kohya or peft keys. A model's adapters may be missing as a whole; what is not there keeps its values."""
-        files = by_module(to_kohya(tensors))
         layers = self.named_layers()
+        found = to_kohya(tensors, among=architectures_with([*layers, *self.left_out]))
+        require_whole(found)
+        files = by_module(found)
         unknown = [f"{name}.{suffix}" for name in files if name not in layers and name not in self.left_out
                    for suffix in files[name]]  # fmt: skip
         if unknown:
             raise UserError(
                 f"{len(unknown)} keys of the adapter file belong to no adapter here: {first_names(unknown)}"
             )
-        problems = {name: layers[name].problem(own) for name, own in files.items() if name in layers}
+        files = {n: kohya_dora(own, layers[n].target) if n in layers else own for n, own in files.items()}
+        problems = {name: _problem(layers[name], own) for name, own in files.items() if name in layers}
         wrong = [f"{name} {problem}" for name, problem in problems.items() if problem]
         if wrong:
             more = f" ({len(wrong) - 1} more like it)" if len(wrong) > 1 else ""
@@ -207,6 +214,13 @@ class LayerNetwork(AdapterNetwork):
         if missing:
             names = first_names(missing)
             get_logger().warning("%d adapters are not in the file and keep their values: %s", len(missing), names)
+
+
+def _problem(layer: AdapterLayer, own: Mapping[str, Tensor]) -> str | None:
+    try:
+        return layer.problem(own)
+    except BROKEN as error:
+        return f"is damaged ({str(error).splitlines()[0]})"
 
 
 def encoder_rate(rates: Rates, index: int) -> float | None:

@@ -39,6 +39,10 @@ class NormLayer(AdapterLayer):
         assert isinstance(module, (nn.LayerNorm, nn.GroupNorm))
         return module
 
+    @property
+    def reads_weights(self) -> bool:
+        return False
+
     def delta(self, x: Tensor, index: int = 0) -> Tensor:
         module = self._module()
         weight = self.w_norm.to(x.dtype)

@@ -24,7 +24,7 @@ if str(ROOT) not in sys.path:  # started as a script, from any folder
 from library.options import at_least, option, positive  # noqa: E402
 from networks.tool_options import (  # noqa: E402
     DeviceOptions,
-    missing_files,
+    missing_adapters,
     needed,
     run_tool,
     target_problems,
@@ -44,7 +44,7 @@ METHODS = ("sv_ratio", "sv_fro", "sv_cumulative")
 class ResizeOptions:
     """The LoRA and its new rank."""
 
-    model: str | None = option(None, help="LoRA file to read.")
+    model: str | None = option(None, help="LoRA file to read.", path=True)
     new_rank: int = option(4, help="Rank of the new LoRA; with --dynamic_method the largest one.", check=at_least(1))
     new_conv_rank: int | None = option(
         None, help="Rank of convolutions with a kernel; not given: --new_rank.", check=at_least(1)
@@ -58,7 +58,7 @@ class ResizeOptions:
 
     def problems(self) -> Iterator[str]:
         yield from needed(self, "model")
-        yield from missing_files("--model", [self.model])
+        yield from missing_adapters("--model", [self.model])
         if self.dynamic_method is None:
             if self.dynamic_param is not None:
                 yield f"--dynamic_param needs --dynamic_method: {', '.join(METHODS)}"

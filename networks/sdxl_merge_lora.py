@@ -26,7 +26,7 @@ class MergeOptions:
     """The model, and how several LoRAs become one."""
 
     sd_model: str | None = option(
-        None, help="SDXL checkpoint (one file) to merge into; without one the LoRAs become one LoRA."
+        None, help="SDXL checkpoint (one file) to merge into; without one the LoRAs become one LoRA.", path=True
     )
     concat: bool = option(False, help="Put the ranks of the LoRAs beside each other: their exact sum, of a higher rank")
     shuffle: bool = option(False, help="With --concat: shuffle the ranks.")

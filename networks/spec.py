@@ -44,6 +44,14 @@ class TargetModule:
         return torch.Size((self.width,))
 
 
+@dataclass(frozen=True)
+class Layer:
+    """A published layer, and whether a network changes it."""
+
+    modules: tuple[nn.Module, ...]  # ours
+    changed: bool
+
+
 @dataclass(frozen=True, eq=False)
 class TargetSpec:
     """A published layer: its name in adapter files and the modules that stand for it, in the order of its rows."""
@@ -54,6 +62,7 @@ class TargetSpec:
     block: int | None = None  # index among the architecture's blocks, for ranks and learning rates per block
     encoder: int = 0  # which text encoder
     split: bool = False  # an adapter of its own for each module, fused on save
+    path: str = ""  # its dotted path in the published model
 
     @property
     def width(self) -> int:

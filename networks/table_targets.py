@@ -46,7 +46,8 @@ def table_targets(names: Iterable[ModuleName], model: nn.Module | None) -> list[
         own = [TargetModule(path, modules[path]) for path in name.ours if isinstance(modules.get(path), KINDS)]
         if own:
             pieces = _halves_swapped(own[0]) if name.op is SWAP_HALVES else tuple(own)
-            found.append(TargetSpec(f"{DENOISER_PREFIX}_{name.published.replace('.', '_')}", pieces, "denoiser"))
+            own_name = f"{DENOISER_PREFIX}_{name.published.replace('.', '_')}"
+            found.append(TargetSpec(own_name, pieces, "denoiser", path=name.published))
     return found
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from library.errors import UserError
 from library.names.sd import sdxl_block, unet_module_names
 from networks.lr_weights import BlockLayout
 from networks.spec import Part, TargetModule, TargetSpec
@@ -23,6 +24,7 @@ TextEncoders = nn.Module | Sequence[nn.Module | None] | None  # None in its plac
 DENOISER_PREFIX = "lora_unet"
 ENCODER_PREFIX = "lora_te"
 
+UNKNOWN = "a {what} of the kind {kind} has no layers that adapters are known for"
 SD_BLOCKS = BlockLayout(down=12, mid=1, up=12)
 SDXL_BLOCKS = BlockLayout(down=9, mid=3, up=9, outer=1)
 SD_ATTENTION = frozenset({"Transformer2DModel"})
@@ -81,10 +83,12 @@ def _targets(
     denoiser_blocks: frozenset[str] | None,
     kinds: tuple[type[nn.Module], ...],
 ) -> list[TargetSpec]:
-    """Layers of `kinds` inside blocks of these classes (None: anywhere)."""
+    """Layers of `kinds` inside blocks of these classes (None: anywhere). Raises UserError for other models."""
     is_xl = has_published_names(text_encoder, unet)
-    denoiser = _sdxl_denoiser if is_xl else _denoiser
-    return [*_encoders(text_encoder, encoder_blocks, kinds, is_xl), *denoiser(unet, denoiser_blocks, kinds)]
+    denoiser = [*(_sdxl_denoiser if is_xl else _denoiser)(unet, denoiser_blocks, kinds)]
+    if unet is not None and not denoiser:
+        raise UserError(UNKNOWN.format(what="denoiser", kind=type(unet).__name__))
+    return [*_encoders(text_encoder, encoder_blocks, kinds, is_xl), *denoiser]
 
 
 def sd_block(path: str) -> int | None:
@@ -113,11 +117,17 @@ def encoder_targets(
     clip: bool = False,
     kinds: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d),
 ) -> list[TargetSpec]:
-    """Targets in a text encoder: the layers inside `blocks` (None: anywhere). clip: with the level `text_model`."""
-    return [
+    """Targets in a text encoder: the layers inside `blocks` (None: anywhere). clip: with the level `text_model`.
+
+    Raises UserError when it has none: then it is of a kind that adapters do not know.
+    """
+    found = [
         _target(prefix, published_encoder_path(path) if clip else path, module, "text_encoder", encoder=index)
         for path, module in _walk(encoder, "", blocks, kinds)
     ]
+    if not found:
+        raise UserError(UNKNOWN.format(what="text encoder", kind=type(encoder).__name__))
+    return found
 
 
 def _encoders(
@@ -159,7 +169,7 @@ def _target(
     prefix: str, path: str, module: nn.Module, part: Part, *, block: int | None = None, encoder: int = 0
 ) -> TargetSpec:
     name = f"{prefix}_{path.replace('.', '_')}"
-    return TargetSpec(name, (TargetModule(path, module),), part, block=block, encoder=encoder)
+    return TargetSpec(name, (TargetModule(path, module),), part, block=block, encoder=encoder, path=path)
 
 
 def _walk(

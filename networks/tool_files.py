@@ -24,10 +24,11 @@ from library.models.detect import context_dim, foreign_file
 from library.models.weight_files import SafetensorsFile, ScaledFile, WeightFile, open_weights
 from library.names.keys import Shapes
 from library.trainers.facts import PUBLISHED_LAYOUT, VERSION
-from networks.checkpoint_layers import OFT, CheckpointLayers
+from networks.checkpoint_layers import CheckpointLayers
 from networks.format_layers import DOWN
 from networks.format_tables import BY_NAME
 from networks.formats import architecture_of, by_module, read_adapter, read_metadata
+from networks.kinds import OFT
 from networks.lora_math import Tensors, has_kernel
 from networks.tool_options import PRECISIONS
 
@@ -77,10 +78,14 @@ class LoraFile:
             raise UserError([f"{self.path}: {problem}" for problem in error.problems]) from None
 
 
-def read_lora(path: str) -> LoraFile:
-    """An adapter file of any of the three formats. Raises UserError naming it, also when a number is not finite."""
+def read_lora(path: str, architecture: str | None = None) -> LoraFile:
+    """An adapter file of any of the three formats. Raises UserError naming it, also when a number is not finite.
+
+    architecture: of the model at hand.
+    """
+    among = None if architecture is None else (architecture,)
     try:
-        tensors = read_adapter(path)
+        tensors = read_adapter(path, among, advice="convert it with convert_lora.py --base_model first")
     except UserError as error:
         raise UserError([p if path in p else f"{path}: {p}" for p in error.problems]) from None
     bad = nonfinite_names(tensors)

@@ -63,18 +63,18 @@ class Merge:
 
 def merge(asked: Merge) -> None:
     """Reads, merges, writes. Raises UserError for what cannot be merged."""
-    shares = read_shares(asked.models)
     if asked.parts:
-        merge_into_parts(asked, shares)
+        merge_into_parts(asked)
     else:
+        shares = read_shares(asked.models)
         found = common_architecture([file for file, _ in shares])
         require_architecture(found, asked.architectures, "--models are")
         merge_into_one(asked, shares)
 
 
-def read_shares(models: ModelsOptions) -> list[Share]:
-    """The files of --models with their ratios. Raises UserError."""
-    files = [read_lora(path) for path in models.models]
+def read_shares(models: ModelsOptions, architecture: str | None = None) -> list[Share]:
+    """The files of --models with their ratios. architecture: of the model at hand. Raises UserError."""
+    files = [read_lora(path, architecture) for path in models.models]
     numbers: Sequence[Sequence[float] | None] = models.block_ratios() or [None] * len(files)
     return [(file, strengths(ratio, own)) for file, ratio, own in zip(files, models.ratios, numbers)]
 
@@ -89,9 +89,13 @@ def require_architecture(found: str, wanted: Sequence[str], what: str) -> None:
 # ---- into a model -------------------------------------------------------------------------------------------------
 
 
-def merge_into_parts(asked: Merge, shares: Sequence[Share]) -> None:
+def merge_into_parts(asked: Merge) -> None:
     """Every file of the model with the adapters in it. All files are checked before the first is written."""
-    opened = [(part, *open_part(part, asked.parts, shares)) for part in asked.parts]
+    denoiser = next((part for part in asked.parts if part.encoder is None), None)
+    known = None if denoiser is None else open_checkpoint(f"--{denoiser.option}", denoiser.path)[1].architecture.name
+    shares = read_shares(asked.models, known)
+    architecture = known or common_architecture([file for file, _ in shares])
+    opened = [(part, *open_part(part, architecture)) for part in asked.parts]
     for part, _, layers in opened:
         require_architecture(layers.architecture.name, asked.architectures, f"--{part.option} {part.path} is")
     adapters = [Adapter(file.path, file.layers, strength) for file, strength in shares]
@@ -101,20 +105,21 @@ def merge_into_parts(asked: Merge, shares: Sequence[Share]) -> None:
     for part, file, weights in merged:
         metadata = _part_metadata(part, file, weights.layers, shares, asked.save.no_metadata)
         write_checkpoint(part.save_to, file, weights.tensor, weights.changed, metadata, dtype)
-        get_logger().info("%s: %d layers merged", part.save_to, len(set(weights.used)))
+        report_merged(part.save_to, weights)
 
 
-def open_part(
-    part: ModelPart, parts: Sequence[ModelPart], shares: Sequence[Share]
-) -> tuple[WeightFile, CheckpointLayers]:
+def report_merged(path: str, weights: MergedWeights) -> None:
+    """How many layers have other weights now; those of the adapters that change nothing are named."""
+    get_logger().info("%s: %d layers merged", path, len(weights.moved))
+    same = [name for name in dict.fromkeys(weights.used) if name not in weights.moved]
+    if same:
+        get_logger().warning("%s: %d layers of the adapters change nothing: %s", path, len(same), first_names(same))
+
+
+def open_part(part: ModelPart, architecture: str) -> tuple[WeightFile, CheckpointLayers]:
     """One file of the model. A text encoder does not tell its architecture: the denoiser does, else the adapters."""
     if part.encoder is None:
         return open_checkpoint(f"--{part.option}", part.path)
-    denoiser = next((other for other in parts if other.encoder is None), None)
-    if denoiser is None:
-        architecture = common_architecture([file for file, _ in shares])
-    else:
-        architecture = open_checkpoint(f"--{denoiser.option}", denoiser.path)[1].architecture.name
     return open_encoder(part.path, part.encoder, architecture)
 
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any, TypeVar
 from library.cli import guarded
 from library.log import get_logger, setup_logging
 from library.options import option, resolve
+from library.text_files import parse_json
 
 PRECISIONS = {
     "float": "float32",
@@ -55,7 +55,9 @@ def run_tool(
 class SaveOptions:
     """The file that is written."""
 
-    save_to: str | None = option(None, help="File to write (.safetensors; .ckpt, .pt and .pth without metadata).")
+    save_to: str | None = option(
+        None, help="File to write (.safetensors; .ckpt, .pt and .pth without metadata).", path=True
+    )
     save_precision: str | None = option(None, help="Precision of the weights in the new file.", choices=[*PRECISIONS])
     no_metadata: bool = option(False, help="Leave out modelspec.*; what readers of a LoRA need is written anyway.")
 
@@ -71,7 +73,7 @@ class DeviceOptions:
 class ModelsOptions:
     """The adapters that are merged."""
 
-    models: tuple[str, ...] = option((), help="Adapter files to merge.")
+    models: tuple[str, ...] = option((), help="Adapter files to merge.", path=True)
     ratios: tuple[float, ...] = option((), help="How strongly each of --models is merged, one number for each.")
     lbws: tuple[str, ...] = option(
         (),
@@ -87,20 +89,20 @@ class ModelsOptions:
             yield "--models is needed: the adapter files to merge"
         if len(self.ratios) != len(self.models):
             yield f"--ratios: {len(self.ratios)} numbers for {len(self.models)} --models; give one for each"
-        yield from missing_files("--models", self.models)
+        yield from missing_adapters("--models", self.models)
         if self.lbws and len(self.lbws) != len(self.models):
             yield f"--lbws: {len(self.lbws)} lists for {len(self.models)} --models; give one for each"
         yield from (line for text in self.lbws for line in block_list_problems(text))
 
     def block_ratios(self) -> list[list[float]]:
         """--lbws, read; checked by `problems`."""
-        return [json.loads(text) for text in self.lbws]
+        return [parse_json(text) for text in self.lbws]
 
 
 def block_list_problems(text: str) -> Iterator[str]:
     """What is wrong with one list of --lbws."""
     try:
-        numbers = json.loads(text)
+        numbers = parse_json(text)
     except ValueError:
         numbers = None
     if not isinstance(numbers, list) or not all(isinstance(n, (int, float)) for n in numbers):
@@ -119,6 +121,14 @@ def missing_files(name: str, paths: Sequence[str | None]) -> Iterator[str]:
             yield f"{name} {path} is a folder; give a file"
         elif path and not Path(path).is_file():
             yield f"{name} {path} does not exist"
+
+
+def missing_adapters(name: str, paths: Sequence[str | None]) -> Iterator[str]:
+    """A line for each path that is neither an adapter file nor a folder of PEFT."""
+    for path in paths:
+        if path and (Path(path) / "adapter_config.json").is_file():
+            continue
+        yield from missing_files(name, [path])
 
 
 def target_problems(name: str, path: str | None, sources: Sequence[str | None]) -> Iterator[str]:

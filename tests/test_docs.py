@@ -14,7 +14,9 @@ from PIL import Image
 from safetensors import safe_open
 
 from library.cli import option_groups
+from library.data.buckets import BucketManager
 from library.data.config import key_specs
+from library.data.records import BucketRules
 from library.models.registry import FAMILIES
 from library.optim.optimizers import OPTIMIZERS
 from library.optim.schedulers import OTHER_NAMES, SCHEDULES
@@ -118,6 +120,21 @@ def test_commands_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
     for words in found:
         options = resolve(NetworkTrainerOptions, FAMILIES["sd"].option_groups, words, prog="train_network.py").options
         assert options.save.output_dir == "output"
+
+
+def test_recipes_of_1024_let_wide_pictures_keep_their_area() -> None:
+    found = 0
+    for path in sorted((ROOT / "configs").rglob("*.toml")):
+        table = read_toml(path, "recipe")
+        values = {
+            key: value for part in (table, *table.values()) if isinstance(part, dict) for key, value in part.items()
+        }
+        if values.get("enable_bucket") and values.get("resolution", 512) >= 1024:
+            rules = BucketRules((1024, 1024), True, max_bucket_reso=values.get("max_bucket_reso", 1024))
+            sizes = [BucketManager(rules).select(size).reso for size in ((4000, 3000), (1920, 1080), (1000, 2000))]
+            assert all(width * height > 0.9 * 1024**2 for width, height in sizes), path
+            found += 1
+    assert found > 10
 
 
 def test_the_two_commands_of_the_readme() -> None:

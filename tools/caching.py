@@ -160,6 +160,7 @@ class CacheRun:
 
         checks = Checks()
         checks.run(family.check)
+        checks.run(family.check_weights)
         file = options.sample.sample_prompts
         prompts = (checks.run(lambda: load_prompts(file)) if file else None) or ()
         control = checks.run(lambda: has_control_images(options)) or False

@@ -58,8 +58,8 @@ def _metadata(value: Any) -> str:
 class ConvertOptions:
     """What to convert."""
 
-    model_to_load: str | None = option(None, help="Model to read: file, diffusers folder or hub id.")
-    model_to_save: str | None = option(None, help="File (.safetensors, .ckpt) or diffusers folder to write.")
+    model_to_load: str | None = option(None, help="Model to read: file, diffusers folder or hub id.", path=True)
+    model_to_save: str | None = option(None, help="File (.safetensors, .ckpt) or diffusers folder to write.", path=True)
     v1: bool = option(False, help="The model is Stable Diffusion 1.x; without any of the three it is found out.")
     v2: bool = option(False, help="The model is Stable Diffusion 2.x.")
     sdxl: bool = option(False, help="The model is Stable Diffusion XL.")
@@ -78,10 +78,10 @@ class ConvertOptions:
     )  # fmt: skip
     variant: str | None = option(None, help="Read these files of a folder: fp16 for *.fp16.safetensors.")
     reference_model: str | None = option(
-        None, help="Diffusers folder or hub id whose scheduler and tokenizer a new folder gets."
+        None, help="Diffusers folder or hub id whose scheduler and tokenizer a new folder gets.", path=True
     )
     use_safetensors: bool = option(False, help="Weights of a folder as .safetensors, not as .bin.")
-    tokenizer_cache_dir: str | None = option(None, help="Folder that keeps tokenizers, as in training.")
+    tokenizer_cache_dir: str | None = option(None, help="Folder that keeps tokenizers, as in training.", path=True)
     unet_use_linear_projection: bool = option(False, help="Linear layers in the U-Net's attention.", answer=LINEAR)
 
     @property
@@ -289,6 +289,7 @@ def convert(options: ConvertOptions) -> None:
         kind = target.suffix[1:] if options.to_file else FOLDERS[options.use_safetensors]
         if not options.to_file:
             family.check()  # a file has no tokenizer, which this looks for
+        family.check_weights()
         dtype = None if options.precision == "no" else DTYPES[options.precision]
         target.parent.mkdir(parents=True, exist_ok=True)
         form = CheckpointForm(kind, epochs=options.epoch, steps=options.global_step)

@@ -38,10 +38,10 @@ log = get_logger()
 class MetadataOptions:
     """What is read and written."""
 
-    train_data_dir: str | None = option(None, help="Folder of the pictures.")
-    out_json: str | None = option(None, help="Metadata file to write (.json or .jsonl).")
+    train_data_dir: str | None = option(None, help="Folder of the pictures.", path=True)
+    out_json: str | None = option(None, help="Metadata file to write (.json or .jsonl).", path=True)
     in_json: str | None = option(
-        None, help="Metadata file whose entries are kept. Without it, --out_json, where that file is there."
+        None, help="Metadata file whose entries are kept. Without it, --out_json, where that file is there.", path=True
     )
     caption_extension: str | None = option(
         None, help="Suffix of caption files (.caption): their text becomes the caption.", parse=parse_extension

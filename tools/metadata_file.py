@@ -14,6 +14,7 @@ from typing import Any
 from library.data.scan import read_metadata
 from library.errors import UserError, first_names
 from library.io.atomic import atomic_write
+from library.text_files import parse_json
 
 Entries = dict[str, dict[str, Any]]
 
@@ -34,17 +35,9 @@ def read_entries(path: Path) -> Entries:
         raise UserError([f"--in_json: {problem}" for problem in problems])
     text = path.read_text(encoding="utf-8-sig")
     if path.suffix.lower() != LINES:
-        return json.loads(text, object_pairs_hook=lambda pairs: _once(path, pairs))
-    values = (json.loads(line) for line in text.split("\n") if line.strip())
+        return parse_json(text)
+    values = (parse_json(line) for line in text.split("\n") if line.strip())
     return {value.pop(KEY): value for value in values}
-
-
-def _once(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys stand there once: of two entries of one picture the first would be lost without a word."""
-    twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-    if twice:
-        raise UserError(f"--in_json: {path}: stands there several times: {first_names(twice)}")
-    return dict(pairs)
 
 
 def write_entries(path: Path, entries: Entries) -> None:

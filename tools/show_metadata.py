@@ -25,6 +25,7 @@ if str(ROOT) not in sys.path:  # started as a script, from any folder
 from library.cli import guarded  # noqa: E402
 from library.errors import UserError, nearest  # noqa: E402
 from library.options import at_least, option, resolve  # noqa: E402
+from library.text_files import parse_json  # noqa: E402
 
 LONGEST = 300  # letters of a value that are shown; thumbnails are pictures in letters
 UNSET = "None"  # Python's, which options that were not given have
@@ -50,7 +51,7 @@ OTHER = "other entries"
 class ShowOptions:
     """Which file, and how much of it."""
 
-    model: str | None = option(None, help="File to look into (.safetensors).")
+    model: str | None = option(None, help="File to look into (.safetensors).", path=True)
     json: bool = option(False, help="Print all entries as they are, as one JSON object.")
     top: int = option(
         20, help="How many tags of each folder are shown, the most frequent ones; 0: all.", check=at_least(0)
@@ -157,7 +158,7 @@ def shown(key: str, value: str) -> str:
 def table_lines(key: str, text: str, top: int) -> Iterator[str]:
     """A table that is kept as JSON; one that is broken is shown as it stands there."""
     try:
-        yield from [*TABLES[key](json.loads(text), top)]
+        yield from [*TABLES[key](parse_json(text), top)]
     except (ValueError, TypeError, AttributeError, KeyError):
         yield f"  {_short(key)}  {shown(key, text)}"
 

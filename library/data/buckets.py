@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from library.data.records import BucketRules
 from library.errors import UserError
 
 Size = tuple[int, int]
+LONGEST = 16  # times the side of the square: no picture is as long as that
 
 
 class Bucket(NamedTuple):
@@ -133,6 +135,21 @@ def predefined_resolutions(resolution: Size, low: int, high: int, step: int) -> 
         if height >= low:
             found |= {(width, height), (height, width)}
     return sorted(found)
+
+
+def uncapped(rules: BucketRules) -> BucketRules | None:
+    """The same rules without max_bucket_reso; None where it limits nothing."""
+    if not rules.enable_bucket or rules.bucket_no_upscale:
+        return None
+    area = rules.resolution[0] * rules.resolution[1]
+    shortest = max(rules.min_bucket_reso, rules.bucket_reso_steps)
+    longest = min(area // shortest, LONGEST * math.isqrt(area))
+    return replace(rules, max_bucket_reso=longest) if longest > rules.max_bucket_reso else None
+
+
+def crop_share(bucket: Bucket) -> float:
+    """The share of a picture's area that the crop takes."""
+    return 1 - bucket.reso[0] * bucket.reso[1] / (bucket.resized[0] * bucket.resized[1])
 
 
 def crop_ltrb(reso: Size, size: Size) -> tuple[float, float, float, float]:

@@ -7,27 +7,28 @@ name. Every mistake is collected and reported at once, each with its place: `dat
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from library.data.options import CacheOptions, DataOptions
+from library.data.options import MOST_REPEATS, NO_DATA, CacheOptions, DataOptions
 from library.data.records import BucketRules, CaptionRules, DatasetConfig, ImageRules, SubsetConfig
-from library.errors import UserError, first_names, nearest, unknown
+from library.errors import MOST_OF_A_KIND, UserError, first_names, nearest, unknown
 from library.log import get_logger
-from library.options import Spec, at_least, option, read_text, read_toml, specs
+from library.options import Spec, at_least, option, specs
+from library.text_files import read_json, read_toml
+from library.values import shown
 
 _Table = dict[str, Any]
 
 
 def _attributes(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ValueError(f"expects a table such as {{ diff_output_preservation = true }}, got {value!r}")
+        raise ValueError(f"expects a table such as {{ diff_output_preservation = true }}, got {shown(value)}")
     preserve = value.get("diff_output_preservation", False)
     if not isinstance(preserve, bool):
-        raise ValueError(f"expects diff_output_preservation = true or false, got {preserve!r}")
+        raise ValueError(f"expects diff_output_preservation = true or false, got {shown(preserve)}")
     for key in value:  # the table is free, but a mistyped name is not meant
         if key != "diff_output_preservation" and nearest(key, ["diff_output_preservation"]):
             raise ValueError(f"has an unknown key '{key}'. Did you mean 'diff_output_preservation'?")
@@ -38,10 +39,12 @@ def _attributes(value: Any) -> dict[str, Any]:
 class FileKeys:
     """The keys that only a dataset file knows; the others are the options of `DataOptions` (two under another name)."""
 
-    image_dir: str | None = option(None, help="Folder of the pictures.")
-    metadata_file: str | None = option(None, help="JSON or JSON Lines file with captions and tags per picture.")
+    image_dir: str | None = option(None, help="Folder of the pictures.", path=True)
+    metadata_file: str | None = option(
+        None, help="JSON or JSON Lines file with captions and tags per picture.", path=True
+    )
     conditioning_data_dir: str | None = option(
-        None, help="Folder of masks (or control images) with the pictures' names."
+        None, help="Folder of masks (or control images) with the pictures' names.", path=True
     )
     is_reg: bool = option(False, help="Regularisation pictures: weighted by --prior_loss_weight.")
     class_tokens: str | None = option(None, help="Caption of pictures that have none.")
@@ -49,7 +52,7 @@ class FileKeys:
         None, help="Table that goes into the batch; known: diff_output_preservation.", parse=_attributes
     )
     num_repeats: int = option(
-        1, help="Times that each picture is used in an epoch; 0 leaves the subset out.", check=at_least(0)
+        1, help="Times that each picture is used in an epoch; 0 leaves the subset out.", check=at_least(0, MOST_REPEATS)
     )
     network_multiplier: float = option(1.0, help="Strength of the network for this dataset.")
 
@@ -88,10 +91,7 @@ def read_document(path: Path) -> dict[str, Any]:
     """The dataset file as a dict: JSON when it is called .json, else TOML. Raises UserError with file and line."""
     if path.suffix.lower() != ".json":
         return read_toml(path, "--dataset_config")
-    try:
-        document = json.loads(read_text(path, "--dataset_config", "a TOML or JSON file"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"--dataset_config: {path}, line {error.lineno} is not valid JSON: {error.msg}") from None
+    document = read_json(path, "--dataset_config", "a TOML or JSON file")
     if not isinstance(document, dict):
         raise UserError(f"--dataset_config: {path} expects an object with 'datasets', got a {type(document).__name__}")
     return document
@@ -104,6 +104,7 @@ class _Reader:
     file: str
     problems: list[str] = field(default_factory=list)
     conditioned: bool = False  # conditioning_data_dir is read: for masks, or for control images
+    bad_resolution: bool = False  # one was given and reported, so none is missing
     known: dict[str, Spec] = field(default_factory=key_specs)
 
     def where(self, place: str) -> str:
@@ -116,13 +117,16 @@ class _Reader:
         """The valid values of one table. `also`: keys that hold tables and are read elsewhere."""
         values: _Table = {}
         if not isinstance(raw, dict):
-            self.report(place, f"expects a table, got {raw!r}")
+            self.report(place, f"expects a table, got {shown(raw)}")
             return values
+        strange = 0
         for key, value in raw.items():
             if key in also or value is None:
                 continue
             if key not in _KEYS[level]:
-                self._misplaced(key, place, level)
+                strange += 1
+                if strange <= MOST_OF_A_KIND:
+                    self._misplaced(key, place, level)
                 continue
             spec = self.known[key]
             if isinstance(value, bool) and spec.hint is int:
@@ -131,6 +135,9 @@ class _Reader:
                 values[key] = spec.read(value)
             except ValueError as error:
                 self.report(place, f"{key} {error}")
+                self.bad_resolution |= key == "resolution"
+        if strange > MOST_OF_A_KIND:
+            self.report(place, f"and {strange - MOST_OF_A_KIND} more such keys")
         return values
 
     def _misplaced(self, key: str, place: str, level: str) -> None:
@@ -151,7 +158,7 @@ class _Reader:
         if isinstance(raw, dict):
             return [raw]
         if not isinstance(raw, list):
-            self.report(place, f"expects a list of tables ([[{place}]]), got {raw!r}")
+            self.report(place, f"expects a list of tables ([[{place}]]), got {shown(raw)}")
             return []
         return raw
 
@@ -201,15 +208,25 @@ def _subset(levels: _Levels) -> SubsetConfig:
 def _dataset(
     reader: _Reader, place: str, levels: _Levels, subsets: Iterable[SubsetConfig], bucket_step: int
 ) -> DatasetConfig | None:
-    resolution = levels.pick("resolution")
-    if resolution is None:
-        reader.report(place, "no resolution is given: add resolution = 512 or give --resolution 512")
+    if levels.pick("resolution") is None:
+        if not reader.bad_resolution:
+            reader.report(place, "no resolution is given: add resolution = 512 or give --resolution 512")
         return None
-    rules = levels.build(BucketRules, resolution=resolution)
+    rules = _bucket_rules(levels, bucket_step)
     for text in bucket_problems(rules, bucket_step):
         reader.report(place, text)
     kept = tuple(s for s in subsets if s.num_repeats > 0)
     return levels.build(DatasetConfig, subsets=kept, buckets=rules)
+
+
+def _bucket_rules(levels: _Levels, bucket_step: int) -> BucketRules:
+    """The rules of a dataset. Steps that divide the model's own, which some programs' files have, are the model's."""
+    rules: BucketRules = levels.build(BucketRules)
+    steps = rules.bucket_reso_steps
+    if not rules.enable_bucket or steps >= bucket_step or bucket_step % steps:
+        return rules
+    get_logger().warning(f"bucket_reso_steps {steps}: sides are multiples of {bucket_step}, which this model needs")
+    return replace(rules, bucket_reso_steps=bucket_step)
 
 
 def bucket_problems(rules: BucketRules, bucket_step: int) -> Iterator[str]:
@@ -335,6 +352,9 @@ def _folder_subsets(parent: str, flag: str, is_reg: bool, levels: _Table, proble
         if not repeats.strip().isdecimal() or int(repeats) == 0:
             ignored.append(folder.name)
             continue
+        if int(repeats) > MOST_REPEATS:
+            problems.append(f"{flag}: {folder}: at most {MOST_REPEATS} repeats are possible")
+            continue
         own = {"image_dir": str(folder), "num_repeats": int(repeats), "class_tokens": words, "is_reg": is_reg}
         subsets.append(_subset(_Levels(own, levels)))
     if not subsets:
@@ -370,7 +390,7 @@ def _read_command_line(
     if options.resolution is None:
         problems.append("--resolution is missing: give the training size, such as --resolution 512")
         return []
-    rules = _Levels(levels).build(BucketRules)
+    rules = _bucket_rules(_Levels(levels), bucket_step)
     problems.extend(f"--{text}" for text in bucket_problems(rules, bucket_step))
     return [_Levels(levels).build(DatasetConfig, subsets=tuple(subsets), buckets=rules)]
 
@@ -414,9 +434,7 @@ def load_dataset_config(
     elif options.train_data_dir or options.in_json:
         datasets = _read_command_line(options, bucket_step, problems, control)
     else:
-        raise UserError(
-            "no training data: give --dataset_config FILE.toml, or --train_data_dir FOLDER and --resolution"
-        )
+        raise UserError(NO_DATA)
     kept = tuple(dataset for dataset in datasets if dataset.subsets)
     if not problems:
         problems.extend(dataset_problems(kept, options, cache, control))

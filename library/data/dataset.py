@@ -157,6 +157,14 @@ class TrainingData:
         """Each dataset in numbers."""
         return tuple(part.stats for part in self._parts)
 
+    def trained(self) -> list[list[tuple[Sample, Bucket]]]:
+        """Of each dataset the pictures that some epoch trains, once each."""
+        found: list[list[tuple[Sample, Bucket]]] = []
+        for part in self._parts:
+            samples = (part.samples[index] for index in np.unique(part.train.entries).tolist())
+            found.append([(sample, part.bucket(sample)) for sample in samples])
+        return found
+
     # ---- what a cache must hold
 
     def encoding_jobs(self) -> list[LatentJob]:
@@ -180,7 +188,7 @@ class TrainingData:
                 found[_validation_caption(sample)] = None
                 continue
             texts = captions.caption_variants(sample.caption, rules, self.text_variants, _variant_seed(sample))
-            found.update(dict.fromkeys(texts))
+            found |= dict.fromkeys(texts)
             if rules.caption_dropout_rate > 0 or rules.caption_dropout_every_n_epochs > 0:
                 found[""] = None
         return list(found)

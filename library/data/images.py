@@ -222,6 +222,11 @@ def uncacheable_latents(rules: ImageRules) -> str | None:
     return f"{' and '.join(names)} changes the pixels with every step: train without cached latents, or switch it off"
 
 
+def moves_crop(rules: ImageRules) -> bool:
+    """Whether pictures are cut at another place at every use."""
+    return rules.random_crop or rules.face_crop_aug_range is not None
+
+
 def fixed_conditioning(bucket: Bucket, size: Size, *, flipped: bool) -> tuple[float, float]:
     """The (top, left) that SDXL is told for a centred crop of a file of `size`."""
     left, top, right, _ = crop_ltrb(bucket.reso, size)

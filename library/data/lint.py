@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+from library.data.buckets import BucketManager
+from library.data.captions import lost_choices, possible_texts
 from library.data.inventory import counted, find_duplicates
-from library.data.records import DatasetConfig, Sample, SubsetConfig
+from library.data.parts import MUCH_CAPPED, MUCH_CROPPED, DatasetStats
+from library.data.records import BucketRules, DatasetConfig, Sample, SubsetConfig
 from library.data.scan import Scan, SubsetScan
 from library.errors import first_names
 
@@ -118,6 +121,7 @@ def folder_lines(scan: Scan) -> Iterator[str]:
         yield f"and {counted(rest, 'more folder')}"
 
 
+MOST_NAMES = 10  # in a line
 MOST_COUNTED = 10_000  # captions; tokenizing takes about 0.2 ms each
 
 
@@ -142,22 +146,88 @@ def longer_than_limit(
     count_tokens: texts -> number of tokens of each, without start, end and padding. A token stands for one byte at
     least, so that short captions need no counting.
     """
-    uses = dict.fromkeys((sample.path, _longest_form(sample)) for sample in samples)  # also once for several datasets
-    texts = dict.fromkeys(text for _, text in uses if len(text.encode()) > limit)
-    counted = sorted(texts, key=len, reverse=True)[:most]
+    uses: dict[str, list[str]] = {}  # picture -> its long texts; a picture may stand in several datasets
+    for sample in samples:
+        texts = possible_texts(sample.caption, sample.subset.captions)
+        long_texts = [text for text in texts if len(text.encode()) > limit]
+        if long_texts:
+            uses.setdefault(sample.path, []).extend(long_texts)
+    distinct = dict.fromkeys(text for texts in uses.values() for text in texts)
+    counted = sorted(distinct, key=len, reverse=True)[:most]
     counts = dict(zip(counted, count_tokens(counted))) if counted else {}
-    long = [f"{path} ({counts[text]} tokens)" for path, text in uses if counts.get(text, 0) > limit]
+    longest = {path: max(counts.get(text, 0) for text in texts) for path, texts in uses.items()}
+    long = [f"{path} ({count} tokens)" for path, count in longest.items() if count > limit]
     if not long:
         return None
     subject = "1 caption is" if len(long) == 1 else f"{len(long)} captions are"
     note = f"see {option}"
-    if len(counted) < len(texts):
+    if len(counted) < len(distinct):
         subject, note = f"at least {subject}", f"the {len(counted)} longest were counted; {note}"
     return f"{subject} longer than {limit} tokens and will be cut ({note}): {first_names(long)}"
 
 
-def _longest_form(sample: Sample) -> str:
-    """The longest line of the caption with prefix and suffix."""
-    rules = sample.subset.captions
-    line = max(sample.caption.split("\n"), key=len) if rules.enable_wildcard else sample.caption
-    return " ".join(part for part in (rules.caption_prefix, line, rules.caption_suffix) if part)
+def choices_never_trained(samples: Sequence[Sample], variants: int) -> str | None:
+    """One line on captions of which cached text outputs, so many variants of each, cannot hold every choice."""
+    found = {s.path: lost_choices(s.caption, s.subset.captions, variants) for s in samples}
+    lost = [f"{path} ({count} choices)" for path, count in found.items() if count]
+    if not lost:
+        return None
+    subject = "1 caption has a wildcard" if len(lost) == 1 else f"{len(lost)} captions have wildcards"
+    return (
+        f"{subject} of more choices than are kept where captions are cached; the others are never trained "
+        f"(see --caption_variants): {first_names(lost, MOST_NAMES)}"
+    )
+
+
+# ---- checks that need to know splits and buckets ------------------------------------------------------------------
+
+
+def split_warnings(where: str, config: DatasetConfig, stats: DatasetStats) -> Iterator[str]:
+    """What validation_split does to a dataset that is probably not meant. where: what the lines begin with."""
+    if stats.unsplit:
+        names = first_names([f"{name} ({count})" for name, count in stats.unsplit], MOST_NAMES)
+        fewest = min(count for _, count in stats.unsplit)
+        end = "" if stats.validation_images else ", so that there is no validation"
+        yield (
+            f"{where}: validation_split {config.validation_split:g} holds out no picture of {names}{end}: each subset "
+            f"is split by itself; {1 / fewest:.2g} would hold out one of {fewest}"
+        )
+    if stats.untrained:
+        names = first_names(stats.untrained, MOST_NAMES)
+        yield f"{where}: validation_split {config.validation_split:g} holds out every picture of {names}"
+    if stats.held_elsewhere:
+        held = stats.held_elsewhere
+        subject = "1 picture is" if len(held) == 1 else f"{len(held)} pictures are"
+        names = first_names(held, MOST_NAMES)
+        yield f"{where}: {subject} not trained, as another subset or dataset holds out the same for validation: {names}"
+
+
+def bucket_warnings(where: str, rules: BucketRules, stats: DatasetStats) -> Iterator[str]:
+    """What the sizes of a dataset take from its pictures, and buckets that are none."""
+    if stats.capped:
+        names, limit = first_names(stats.capped, MOST_NAMES), f"max_bucket_reso = {rules.max_bucket_reso}"
+        yield f"{where}: {_number(stats.capped)} more than {MUCH_CAPPED:.0%} of the area to {limit}: {names}"
+    if stats.cropped:
+        names = first_names(stats.cropped, MOST_NAMES)
+        advice = "cut them, or see min_ and max_bucket_reso" if rules.enable_bucket else "see enable_bucket"
+        yield f"{where}: {_number(stats.cropped)} more than {MUCH_CROPPED:.0%} to the crop ({advice}): {names}"
+    size, *others = BucketManager(rules).predefined or [(0, 0)] * 2
+    if rules.enable_bucket and not others:
+        limits = "min_bucket_reso, max_bucket_reso and bucket_reso_steps"
+        yield f"{where}: enable_bucket: no effect, {limits} leave only the size {size[0]}x{size[1]}"
+
+
+def idle_bucket_options(configs: Sequence[DatasetConfig]) -> Iterator[str]:
+    """Settings of buckets that do nothing, where there are no buckets or pictures keep their own size."""
+    given = [(c.buckets, f.name) for c in configs for f in fields(BucketRules) if vars(c.buckets)[f.name] != f.default]
+    without = [name for rules, name in given if not rules.enable_bucket and name != "resolution"]
+    limits = ("min_bucket_reso", "max_bucket_reso")
+    free = [name for rules, name in given if rules.enable_bucket and rules.bucket_no_upscale and name in limits]
+    for names, reason in ((without, "without enable_bucket"), (free, "with bucket_no_upscale")):
+        if names:
+            yield f"{', '.join(dict.fromkeys(names))}: no effect {reason}"
+
+
+def _number(names: Sequence[str]) -> str:
+    """`1 picture loses`, `12 pictures lose`"""
+    return "1 picture loses" if len(names) == 1 else f"{len(names)} pictures lose"

@@ -3,7 +3,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import signal
+import threading
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -11,7 +16,8 @@ import torch
 import torch.utils.data
 
 from library.data.plan import BatchPlan
-from library.errors import UserError
+from library.errors import ProcessDied, UserError
+from library.stopping import ignore_signals, signals_held_back
 from library.types import Batch
 
 Job = tuple[BatchPlan, int]  # what is loaded, and the optimizer step that it is loaded for
@@ -37,6 +43,7 @@ class BatchLoader:
     def __init__(self, data: LoadsBatches, *, workers: int = 0, persistent: bool = False, pin_memory: bool = False):
         self._schedule = _Schedule()
         self._running = False
+        self._workers: set[BaseProcess] = set()
         # The sampler yields whole jobs instead of indices, so that workers which outlive an epoch need no new plan.
         self._torch_loader: torch.utils.data.DataLoader | None = torch.utils.data.DataLoader(
             _Loads(data),
@@ -44,6 +51,7 @@ class BatchLoader:
             sampler=self._schedule,
             num_workers=workers,
             collate_fn=_unchanged,
+            worker_init_fn=_for_main_process_alone,
             pin_memory=pin_memory,
             persistent_workers=persistent and workers > 0,
             generator=torch.Generator(),  # else every run would draw a number from torch's global generator
@@ -55,8 +63,8 @@ class BatchLoader:
         """The batches of `plans` in order; each `accumulation` of them belong to one optimizer step, the first to
         `step_of_first`.
 
-        Raises UserError for a picture that cannot be read, ValueError while another run of this loader is in progress
-        (a validation in the middle of an epoch needs a loader of its own).
+        Raises UserError for a picture that cannot be read, ProcessDied where a worker was killed, ValueError while
+        another run of this loader is in progress (a validation in the middle of an epoch needs a loader of its own).
         """
         if self._torch_loader is None or self._running:
             raise ValueError("the loader is closed, or a run is in progress")
@@ -65,18 +73,44 @@ class BatchLoader:
         self._schedule.accumulation = accumulation
         results: Iterator[Batch | UserError] | None = None
         try:
-            results = iter(self._torch_loader)
-            for result in results:
+            results = self._started()
+            while True:
+                result = self._next(results)
                 if isinstance(result, UserError):
                     raise result
+                if result is None:
+                    return
                 yield result
         finally:
             self._running = False
             results = None  # workers that are not persistent end with their last reference
 
+    def _started(self) -> Iterator[Batch | UserError]:
+        """The results of a run, for which workers are started where there are none."""
+        assert self._torch_loader is not None
+        before = {*multiprocessing.active_children()}
+        with signals_held_back(), _kept_child_handler():
+            results = iter(self._torch_loader)
+        self._workers = {w for w in self._workers if w.is_alive()} | {*multiprocessing.active_children()} - before
+        return results
+
+    def _next(self, results: Iterator[Batch | UserError]) -> Batch | UserError | None:
+        """None at the end."""
+        try:
+            return next(results, None)
+        except Exception as error:
+            codes = [worker.exitcode for worker in self._workers if worker.exitcode]
+            if not codes:
+                raise
+            raise ProcessDied(_why_died(codes[0])) from error
+
     def close(self) -> None:
-        """Ends the workers."""
+        """Ends the workers, also one that is stuck in reading a file."""
         self._torch_loader = None
+        for worker in self._workers:
+            if worker.is_alive():
+                worker.kill()
+        self._workers = set()
 
     def __enter__(self) -> BatchLoader:
         return self
@@ -114,6 +148,37 @@ class _Loads(torch.utils.data.Dataset):
             return self.data.load(job[0], step=job[1])
         except UserError as error:  # returned, because torch would wrap it into the text of a traceback
             return error
+
+
+def _for_main_process_alone(worker: int) -> None:
+    """In a worker: a signal to the whole process group is for the main process, which ends the workers in the end."""
+    ignore_signals()
+
+
+@contextmanager
+def _kept_child_handler() -> Iterator[None]:
+    """Without torch's SIGCHLD handler, which raises anywhere: the next batch tells of a dead worker."""
+    if threading.current_thread() is not threading.main_thread() or "SIGCHLD" not in dir(signal):
+        yield
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before if before is not None else signal.SIG_DFL)
+
+
+def _why_died(code: int) -> str:
+    """One line about a worker that ended with this code: minus the number of the signal that killed it."""
+    name = signal.Signals(-code).name if -code in {*signal.Signals} else f"exit code {code}"
+    cause = {
+        "SIGKILL": "this is what a system does that is out of main memory",
+        "SIGBUS": "this is what happens where shared memory (/dev/shm) is full",
+    }.get(name, "not by this program")
+    return (
+        f"a process that loads pictures was killed ({name}): {cause}. A smaller --max_data_loader_n_workers needs less "
+        "memory; 0 loads in the main process"
+    )
 
 
 def _unchanged(batch: Any) -> Any:

@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from library.text_files import parse_json
+
 VERSION = 2
 FOLDER = ".trainyard"
 
@@ -54,7 +56,7 @@ def read_manifest(path: Path) -> Manifest:
     try:
         if not path.is_file():  # nor a pipe, for which one would wait
             return Manifest()
-        document = json.loads(path.read_bytes())
+        document = parse_json(path.read_bytes())
         if document["version"] != VERSION:
             return Manifest()
         return Manifest(

@@ -8,8 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from library.options import at_least, between, option, positive
+from library.options import Idle, at_least, between, option
+from library.values import SEEDS, cut, number
 
+LEAST_PIXELS, MOST_PIXELS = 8, 65535  # of a side; the VAEs make one number of 8 pixels
+MOST_REPEATS = 10_000_000
+NO_DATA = "no training data: give --dataset_config FILE.toml, or --train_data_dir FOLDER and --resolution"
 INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area")
 
 
@@ -20,9 +24,7 @@ def _numbers(value: Any) -> list[float]:
     """The numbers of "a,b", "axb", a number or a list. Raises ValueError where there is something else."""
     items = re.split(r"[,x]", value.lower()) if isinstance(value, str) else value
     items = items if isinstance(items, (list, tuple)) else [items]
-    if any(isinstance(item, bool) for item in items):
-        raise ValueError
-    return [float(item) for item in items]
+    return [number(item) for item in items]
 
 
 def parse_resolution(value: Any) -> tuple[int, int] | None:
@@ -33,11 +35,11 @@ def parse_resolution(value: Any) -> tuple[int, int] | None:
         numbers = _numbers(value)
         if len(numbers) not in (1, 2) or any(n != int(n) for n in numbers):
             raise ValueError
-    except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"expects a whole number or [width, height], got {value!r}") from None
+    except ValueError:
+        raise ValueError(f"expects a whole number or [width, height], got {cut(repr(value))}") from None
     width, height = int(numbers[0]), int(numbers[-1])
-    if min(width, height) < 1 or max(width, height) > 65535:
-        raise ValueError(f"must be between 1 and 65535, got {value!r}")
+    if min(width, height) < LEAST_PIXELS or max(width, height) > MOST_PIXELS:
+        raise ValueError(f"must be between {LEAST_PIXELS} and {MOST_PIXELS}, got {cut(repr(value))}")
     return width, height
 
 
@@ -47,11 +49,16 @@ def parse_zoom_range(value: Any) -> tuple[float, float] | None:
         return None
     try:
         low, high = _numbers(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"expects two numbers such as 1.5,3, got {value!r}") from None
+    except ValueError:
+        raise ValueError(f"expects two numbers such as 1.5,3, got {cut(repr(value))}") from None
     if not 0 < low <= high < float("inf"):
-        raise ValueError(f"must be two numbers above 0, the smaller one first, got {value!r}")
+        raise ValueError(f"must be two numbers above 0, the smaller one first, got {cut(repr(value))}")
     return low, high
+
+
+def not_empty(value: str) -> str | None:
+    """The check of a text that cannot be empty."""
+    return None if value else "must not be empty"
 
 
 def dotted(extension: str) -> str:
@@ -64,7 +71,7 @@ def parse_extension(value: Any) -> str | None:
     if value is None or (isinstance(value, str) and value.strip() in ("", "None")):
         return None
     if not isinstance(value, str):
-        raise ValueError(f"expects a file suffix such as .txt, got {value!r}")
+        raise ValueError(f"expects a file suffix such as .txt, got {cut(repr(value))}")
     return dotted(value.strip())
 
 
@@ -75,19 +82,23 @@ def parse_extension(value: Any) -> str | None:
 class DataOptions:
     """Where the pictures are and what happens to them. Most are the fallback of the same key of --dataset_config."""
 
-    dataset_config: str | None = option(None, help="TOML or JSON file that describes the datasets.")
+    dataset_config: str | None = option(None, help="TOML or JSON file that describes the datasets.", path=True)
     train_data_dir: str | None = option(
-        None, help="Folder whose subfolders are named <repeats>_<class words>, or the pictures' folder with --in_json."
+        None,
+        help="Folder whose subfolders are named <repeats>_<class words>, or the pictures' folder with --in_json.",
+        path=True,
     )
-    reg_data_dir: str | None = option(None, help="Folder of regularisation pictures, laid out as --train_data_dir.")
-    in_json: str | None = option(None, help="JSON or JSON Lines file with captions and tags per picture.")
+    reg_data_dir: str | None = option(
+        None, help="Folder of regularisation pictures, laid out as --train_data_dir.", path=True
+    )
+    in_json: str | None = option(None, help="JSON or JSON Lines file with captions and tags per picture.", path=True)
     cache_info: bool = option(
         False,
         help="Remember sizes and captions of a folder.",
         answer="always done now: a small file list in the cache folder makes the next start quick",
     )
     shuffle_caption: bool = option(False, help="Shuffle the parts of a caption at every use.")
-    caption_separator: str = option(",", help="What separates the parts of a caption.")
+    caption_separator: str = option(",", help="What separates the parts of a caption.", check=not_empty)
     caption_extension: str | None = option(".caption", help="Suffix of caption files.", parse=parse_extension)
     caption_extention: str | None = option(
         None, help="Old spelling of --caption_extension; wins over it.", parse=parse_extension
@@ -115,9 +126,9 @@ class DataOptions:
         None, help="Training size in pixels: one number, or width,height.", parse=parse_resolution
     )
     enable_bucket: bool = option(False, help="Keep the shape of pictures: group them in buckets of similar shape.")
-    min_bucket_reso: int = option(256, help="Smallest side of a bucket.", check=positive)
-    max_bucket_reso: int = option(1024, help="Largest side of a bucket.", check=positive)
-    bucket_reso_steps: int = option(64, help="Sides of buckets are multiples of this.", check=positive)
+    min_bucket_reso: int = option(256, help="Smallest side of a bucket.", check=between(1, MOST_PIXELS))
+    max_bucket_reso: int = option(1024, help="Largest side of a bucket.", check=between(1, MOST_PIXELS))
+    bucket_reso_steps: int = option(64, help="Sides of buckets are multiples of this.", check=between(1, MOST_PIXELS))
     bucket_no_upscale: bool = option(False, help="Never enlarge a picture for its bucket.")
     resize_interpolation: str | None = option(
         None, help="How pictures are resized (default: area to shrink, Lanczos to enlarge).", choices=INTERPOLATIONS
@@ -137,7 +148,9 @@ class DataOptions:
         0, help="Leave all captions empty in every n-th epoch.", check=at_least(0)
     )
     caption_tag_dropout_rate: float = option(0.0, help="Share of caption parts that are dropped.", check=between(0, 1))
-    dataset_repeats: int = option(1, help="Times that each picture is used in an epoch.", check=at_least(1))
+    dataset_repeats: int = option(
+        1, help="Times that each picture is used in an epoch.", check=at_least(1, MOST_REPEATS)
+    )
     train_batch_size: int = option(1, help="Pictures in a batch, per device.", check=at_least(1))
     max_data_loader_n_workers: int = option(
         8, help="Most processes that load pictures (never more than cores).", check=at_least(0)
@@ -145,28 +158,37 @@ class DataOptions:
     persistent_data_loader_workers: bool = option(False, help="Keep the loading processes from epoch to epoch.")
     prior_loss_weight: float = option(1.0, help="Weight of the loss of regularisation pictures.", check=at_least(0))
     conditioning_data_dir: str | None = option(
-        None, help="Folder of masks (or control pictures) with the pictures' names."
+        None, help="Folder of masks (or control pictures) with the pictures' names.", path=True
     )
     masked_loss: bool = option(False, help="Count the loss only where the mask is white.")
-    validation_seed: int | None = option(None, help="Seed of the choice of validation pictures (default: --seed).")
+    validation_seed: int | None = option(
+        None, help="Seed of the choice of validation pictures (default: --seed).", check=between(*SEEDS)
+    )
     validation_split: float = option(0.0, help="Share of the pictures kept for validation.", check=between(0, 1))
+
+    @property
+    def is_given(self) -> bool:
+        """Whether there is something to read pictures from."""
+        return bool(self.dataset_config or self.train_data_dir or self.in_json)
 
     def problems(self) -> Iterator[str]:
         """Combinations that make no sense, one line each."""
         if self.dataset_config:
             for name in ("train_data_dir", "reg_data_dir", "in_json"):
                 if vars(self)[name]:
-                    yield f"--{name} has no effect with --dataset_config: give one of them, not both"
+                    yield Idle(f"--{name} has no effect with --dataset_config: give one of them, not both")
         elif self.reg_data_dir and not self.train_data_dir:
             yield "--reg_data_dir needs --train_data_dir: regularisation pictures alone teach nothing"
         elif self.reg_data_dir and self.in_json:
-            yield "--reg_data_dir has no effect with --in_json: describe both in a --dataset_config"
+            yield Idle("--reg_data_dir has no effect with --in_json: describe both in a --dataset_config")
         if self.dataset_repeats != 1 and self.train_data_dir and not (self.in_json or self.dataset_config):
-            yield "--dataset_repeats has no effect with --train_data_dir, whose folders' names say how often (10_name)"
+            yield Idle(
+                "--dataset_repeats has no effect with --train_data_dir, whose folders' names say how often (10_name)"
+            )
         if self.min_bucket_reso > self.max_bucket_reso:
             yield f"--min_bucket_reso {self.min_bucket_reso} is larger than --max_bucket_reso {self.max_bucket_reso}"
         if self.persistent_data_loader_workers and self.max_data_loader_n_workers == 0:
-            yield "--persistent_data_loader_workers has no effect with --max_data_loader_n_workers 0"
+            yield Idle("--persistent_data_loader_workers has no effect with --max_data_loader_n_workers 0")
 
 
 @dataclass(frozen=True)
@@ -189,10 +211,12 @@ class CacheOptions:
     )
     caption_variants: int = option(
         8,
-        help="Variants of a shuffled, dropped or wildcard caption that are kept when captions are cached.",
-        check=at_least(1),
+        help="Most texts that are kept of a caption that varies when captions are cached (at least one of each line).",
+        check=between(1, 1000),
     )
-    cache_dir: str | None = option(None, help="Folder of the caches (default: .trainyard in each picture folder).")
+    cache_dir: str | None = option(
+        None, help="Folder of the caches (default: .trainyard in each picture folder).", path=True
+    )
 
     @property
     def latents(self) -> bool:
@@ -207,4 +231,4 @@ class CacheOptions:
     def problems(self) -> Iterator[str]:
         """Combinations that make no sense, one line each."""
         if self.skip_cache_check and not (self.cache_latents_to_disk or self.cache_text_encoder_outputs_to_disk):
-            yield "--skip_cache_check has no effect without --cache_latents_to_disk or the same for text outputs"
+            yield Idle("--skip_cache_check has no effect without --cache_latents_to_disk or the same for text outputs")

@@ -3,19 +3,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from library.data.buckets import Bucket, BucketManager, Size
+from library.data.buckets import Bucket, BucketManager, Size, crop_share, uncapped
 from library.data.captions import split_validation
+from library.data.images import moves_crop
 from library.data.plan import Pool, make_pool, regularisation_repeats
 from library.data.records import DatasetConfig, Sample
 from library.errors import UserError
 
 MOST_USES = 10**15  # in an epoch of a dataset: numbers of batches and steps then fit into 64 bits
+MUCH_CAPPED = 0.1  # of the area
+MUCH_CROPPED = 0.2  # of the picture
 
 
 @dataclass(frozen=True)
@@ -28,10 +33,15 @@ class DatasetStats:
     reg_uses: int
     reg_unused: tuple[str, ...]  # regularisation images beyond the number of training images
     validation_images: int
+    unsplit: tuple[tuple[str, int], ...]  # subsets (with their number of pictures) of which validation_split takes none
+    untrained: tuple[str, ...]  # subsets of which it takes all
+    held_elsewhere: tuple[str, ...]  # pictures left out because another subset or dataset holds them out
     buckets: tuple[tuple[Size, int], ...]
     batch_size: int
     batches: int
     upscaled: tuple[str, ...]  # files that are smaller than their bucket, with both sizes
+    capped: tuple[str, ...]  # files that max_bucket_reso trains at much less than the area, with both sizes
+    cropped: tuple[str, ...]  # files that lose much to the crop, with the share
 
 
 class Part(NamedTuple):
@@ -48,16 +58,30 @@ class Part(NamedTuple):
         return self.manager.select(sample.size, sample.path)
 
 
+class Split(NamedTuple):
+    """Indices of the samples of a dataset."""
+
+    train: list[int]
+    validation: list[int]
+    reg: list[int]
+
+    def without(self, places: Sequence[str], held: Collection[str]) -> Split:
+        """Less what is held out anywhere: a picture may stand in several subsets and datasets."""
+        train, reg = ([i for i in indices if places[i] not in held] for indices in (self.train, self.reg))
+        return Split(train, self.validation, reg)
+
+
 def make_parts(datasets: Sequence[tuple[DatasetConfig, Sequence[Sample]]], seed: int) -> list[Part]:
     """Buckets, split, repeats and regularisation of every dataset. All problems are raised at once."""
     parts, problems = [], []
-    for config, samples in datasets:
+    splits = make_splits(datasets, seed)
+    for (config, samples), (whole, split) in zip(datasets, splits):
         manager = BucketManager(config.buckets)
         buckets, wrong = manager.assign((sample.path, sample.size) for sample in samples)
         wrong += too_many_uses(samples)
         problems += wrong
         if not wrong:
-            parts.append(_make_part(config, samples, manager, buckets, seed))
+            parts.append(_make_part(config, samples, manager, buckets, whole, split))
     if not problems and not any(part.stats.uses for part in parts):
         problems.append(
             "no training picture is left: every picture is for regularisation or validation, or has num_repeats = 0"
@@ -77,15 +101,43 @@ def too_many_uses(samples: Sequence[Sample]) -> list[str]:
     return [f"{line}; give fewer repeats, and more epochs"]
 
 
+def make_splits(datasets: Sequence[tuple[DatasetConfig, Sequence[Sample]]], seed: int) -> list[tuple[Split, Split]]:
+    """Of every dataset its own split, and the same without what another subset or dataset holds out."""
+    seeds = [seed if config.validation_seed is None else config.validation_seed for config, _ in datasets]
+    splits = [_split(samples, config.validation_split, own) for (config, samples), own in zip(datasets, seeds)]
+    if not any(split.validation for split in splits):
+        return list(zip(splits, splits))
+    places = [_places(samples) for _, samples in datasets]
+    held = {where[i] for where, split in zip(places, splits) for i in split.validation}
+    return [(split, split.without(where, held)) for where, split in zip(places, splits)]
+
+
+def _places(samples: Sequence[Sample]) -> list[str]:
+    """Where each picture is on the disk, by whatever way its folder is named."""
+    folders: dict[str, str] = {}
+    found = []
+    for sample in samples:
+        folder, name = os.path.split(sample.path)
+        if folder not in folders:
+            folders[folder] = os.path.realpath(folder)
+        found.append(os.path.join(folders[folder], name))
+    return found
+
+
 def _make_part(
-    config: DatasetConfig, samples: Sequence[Sample], manager: BucketManager, buckets: list[Bucket], seed: int
+    config: DatasetConfig,
+    samples: Sequence[Sample],
+    manager: BucketManager,
+    buckets: list[Bucket],
+    whole: Split,
+    split: Split,
 ) -> Part:
-    split_seed = seed if config.validation_seed is None else config.validation_seed
-    train, validation, reg = _split(samples, config.validation_split, split_seed)
+    train, validation, reg = split
     repeats = np.array([samples[i].subset.num_repeats for i in train], dtype=np.int64)
     uses = int(repeats.sum())
     reg_own = np.array([samples[i].subset.num_repeats for i in reg], dtype=np.int64)
     reg_repeats = regularisation_repeats(reg_own, uses)
+    unsplit, untrained = _one_sided(config, samples, whole)
 
     resos = [bucket.reso for bucket in buckets]
     used = np.array(train + reg, dtype=np.int64)
@@ -99,6 +151,9 @@ def _make_part(
         reg_uses=int(reg_repeats.sum()),
         reg_unused=tuple(samples[i].path for i, count in zip(reg, reg_repeats) if count == 0),
         validation_images=len(validation),
+        unsplit=unsplit,
+        untrained=untrained,
+        held_elsewhere=tuple(samples[i].path for i in sorted({*whole.train, *whole.reg} - {*train, *reg})),
         buckets=tuple(zip(pool.resos, pool.bucket_counts.tolist())),
         batch_size=config.batch_size,
         batches=int(pool.batch_counts.sum()),
@@ -107,25 +162,55 @@ def _make_part(
             for s, b in zip(samples, buckets)
             if b.resized[0] > s.size[0] or b.resized[1] > s.size[1]
         ),
+        capped=_capped(config, samples, buckets),
+        cropped=tuple(
+            f"{s.path} ({s.size[0]}x{s.size[1]} to {b.reso[0]}x{b.reso[1]}: {crop_share(b):.0%})"
+            for s, b in zip(samples, buckets)
+            if crop_share(b) > MUCH_CROPPED and not moves_crop(s.subset.images)
+        ),
     )
     return Part(config, samples, manager, pool, validation_pool, stats)
 
 
-def _split(samples: Sequence[Sample], split: float, seed: int) -> tuple[list[int], list[int], list[int]]:
-    """Indices of (training, validation, regularisation) samples; each subset is split by itself, the last never."""
-    train: list[int] = []
-    validation: list[int] = []
-    reg: list[int] = []
+def _capped(config: DatasetConfig, samples: Sequence[Sample], buckets: Sequence[Bucket]) -> tuple[str, ...]:
+    """The pictures that would be trained at a larger area without max_bucket_reso."""
+    rules = uncapped(config.buckets)
+    if rules is None:
+        return ()
+    free = BucketManager(rules)
+    found = []
+    for sample, (reso, _) in zip(samples, buckets):
+        wider = free.select(sample.size, sample.path).reso
+        if reso[0] * reso[1] < (1 - MUCH_CAPPED) * wider[0] * wider[1]:
+            found.append(f"{sample.path} ({reso[0]}x{reso[1]} instead of {wider[0]}x{wider[1]})")
+    return tuple(found)
+
+
+def _one_sided(
+    config: DatasetConfig, samples: Sequence[Sample], split: Split
+) -> tuple[tuple[tuple[str, int], ...], tuple[str, ...]]:
+    """(subsets with their pictures of which none is held out, subsets of which all are), where a split is asked for."""
+    if config.validation_split == 0:
+        return (), ()
+    trained, held = (Counter(id(samples[i].subset) for i in indices) for indices in (split.train, split.validation))
+    subsets = {id(samples[i].subset): samples[i].subset for i in (*split.train, *split.validation)}
+    unsplit = tuple((subset.name, trained[key]) for key, subset in subsets.items() if not held[key])
+    return unsplit, tuple(subset.name for key, subset in subsets.items() if not trained[key])
+
+
+def _split(samples: Sequence[Sample], split: float, seed: int) -> Split:
+    """Each subset is split by itself, regularisation pictures never."""
+    found = Split([], [], [])
     groups: dict[int, list[int]] = {}
     for index, sample in enumerate(samples):  # subsets are told apart by identity: the same folder may be used twice
         groups.setdefault(id(sample.subset), []).append(index)
     for indices in groups.values():
         if samples[indices[0]].subset.is_reg:
-            reg += indices
+            found.reg.extend(indices)
         elif split > 0:
             kept, held_out = split_validation(indices, split, seed)
-            train += sorted(kept)
-            validation += sorted(held_out)
+            found.train.extend(sorted(kept))
+            found.validation.extend(sorted(held_out))
         else:
-            train += indices
-    return train, validation, reg
+            found.train.extend(indices)
+    return found

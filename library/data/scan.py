@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,6 +22,8 @@ from library.data.inventory import Captions, Inventory, LeftOut, left_out
 from library.data.manifest import ImageRow
 from library.data.records import DatasetConfig, Sample, SubsetConfig
 from library.errors import first_names
+from library.text_files import file_and, parse_json
+from library.values import shown, text_problem
 
 MOST_STRETCH = 1.25  # of a control image over its picture; those that were rounded to multiples of 64 have less
 
@@ -394,9 +395,9 @@ def read_metadata(path: str) -> tuple[list[tuple[str, str, str]], list[str]]:
 
 def _json_object(path: str, text: str) -> tuple[list[tuple[str, Any, Any]], list[str]]:
     try:
-        document = json.loads(text)
-    except json.JSONDecodeError as error:
-        return [], [f"{path}, line {error.lineno} is not valid JSON: {error.msg}"]
+        document = parse_json(text)
+    except ValueError as error:
+        return [], [file_and(path, error)]
     if not isinstance(document, dict):
         return [], [f"{path}: expects an object of picture names, got a {type(document).__name__}"]
     return [(f"entry '{key}'", key, values) for key, values in document.items()], []
@@ -409,9 +410,9 @@ def _json_lines(path: str, text: str) -> tuple[list[tuple[str, Any, Any]], list[
         if not line.strip():
             continue
         try:
-            values = json.loads(line)
-        except json.JSONDecodeError as error:
-            problems.append(f"{path}, line {number} is not valid JSON: {error.msg}")
+            values = parse_json(line)
+        except ValueError as error:
+            problems.append(f"{path}, line {number} {str(error).removeprefix('line 1 ')}")
             continue
         key = values.get("image_path") if isinstance(values, dict) else None
         rows.append((f"line {number}", key, values))
@@ -420,10 +421,16 @@ def _json_lines(path: str, text: str) -> tuple[list[tuple[str, Any, Any]], list[
 
 def _wrong_entry(key: Any, values: Any) -> str | None:
     if not isinstance(values, dict):
-        return f"expects an object with caption or tags, got {values!r}"
+        return f"expects an object with caption or tags, got {shown(values)}"
     if not isinstance(key, str) or not key:
         return "has no image_path"
+    wrong = text_problem(key, path=True)
+    if wrong:
+        return f"the name of the picture {wrong}"
     for name in ("caption", "tags"):
         if not isinstance(values.get(name), (str, type(None))):
-            return f"expects a text as {name}, got {values[name]!r}"
+            return f"expects a text as {name}, got {shown(values[name])}"
+        wrong = text_problem(values.get(name) or "")
+        if wrong:
+            return f"{name} {wrong}"
     return None

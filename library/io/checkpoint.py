@@ -20,6 +20,9 @@ from library.io.atomic import SaveError, atomic_write, clean_leftovers, free_byt
 from library.io.metadata import tensor_hashes
 from library.io.options import SaveOptions, StateOptions, name_problems
 from library.io.tensor_file import check_safetensors, data_bytes, write_safetensors
+from library.log import get_logger
+
+log = get_logger()
 
 MODEL_INDEX = "model_index.json"  # in every diffusers folder
 
@@ -205,32 +208,77 @@ def _folder_problem(folder: Path) -> str | None:
 
 def nonfinite_names(tensors: Mapping[str, Tensor]) -> list[str]:
     """Names of the tensors that hold inf or nan."""
-    return [n for n, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t.float()).all())]
+    return [name for name, tensor in tensors.items() if not is_finite(tensor)]
+
+
+def is_finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor.float()).all())
 
 
 def require_finite(tensors: Mapping[str, Tensor], path: str | Path) -> None:
     """Raises StopTraining when a weight is inf or nan, so that it never replaces a good file."""
-    bad = nonfinite_names(tensors)
+    _refuse(nonfinite_names(tensors), len(tensors), "are not finite", path)
+
+
+def require_present(tensors: Mapping[str, Tensor], path: str | Path) -> None:
+    """Raises StopTraining when a trained weight is empty: another process has it."""
+    _refuse([name for name, tensor in tensors.items() if not tensor.numel()], len(tensors), "are empty", path)
+
+
+def _refuse(bad: list[str], total: int, what: str, path: str | Path) -> None:
     if bad:
-        count = f"{len(bad)} of {len(tensors)} tensors"
-        raise StopTraining(f"{path} is not written: {count} are not finite ({first_names(bad)})")
+        raise StopTraining(f"{path} is not written: {len(bad)} of {total} tensors {what} ({first_names(bad)})")
 
 
 class Ready(Mapping[str, Tensor]):
-    """Tensors as a file holds them, each brought to main memory when it is asked for: no model is there twice."""
+    """Tensors as a file holds them, each brought to main memory when it is asked for: no model is there twice.
+
+    What has no place in `dtype` (a value too large, or all too small) is in float32.
+    """
 
     def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
         self.tensors, self.dtype = tensors, dtype
+        self.wide: frozenset[str] = frozenset()
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self.tensors[name].detach()
-        return tensor.to("cpu", self.dtype if tensor.is_floating_point() else None).contiguous()
+        dtype = torch.float32 if name in self.wide else self.dtype
+        return tensor.to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
 
     def __len__(self) -> int:
         return len(self.tensors)
+
+    def check(self, path: str | Path) -> None:
+        """Look at every tensor once. Raises StopTraining for weights that are inf or nan."""
+        broken: list[str] = []
+        wide: list[str] = []
+        for name, tensor in self.tensors.items():
+            ready = self[name]
+            if not is_finite(ready):
+                (wide if is_finite(tensor) else broken).append(name)
+            elif ready.dtype != tensor.dtype and not ready.any() and tensor.any():
+                wide.append(name)
+        _refuse(broken, len(self), "are not finite", path)
+        self.wide = frozenset(wide)
+        if wide:
+            kind = str(self.dtype).removeprefix("torch.")
+            log.warning(
+                "%s: %d of %d tensors are written in float32, they have no place in %s: %s",
+                path, len(wide), len(self), kind, first_names(wide),
+            )  # fmt: skip
+
+
+def in_precision(tensors: Mapping[str, Tensor], dtype: torch.dtype | None, path: str | Path) -> dict[str, Tensor]:
+    """An adapter's tensors in main memory in `dtype`; in float32, with a warning, where that has no place for one.
+
+    Alphas are not cast. Raises StopTraining for weights that are inf or nan.
+    """
+    ready = Ready({name: tensor for name, tensor in tensors.items() if not name.endswith(".alpha")}, dtype)
+    ready.check(path)
+    return {name: ready.get(name, tensor) for name, tensor in tensors.items()}
 
 
 def save_tensors(
@@ -243,16 +291,18 @@ def save_tensors(
     others: Mapping[str, Tensor] | None = None,
     beside: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write weights atomically, in `dtype` if given, one after the other. The ending of `path` says how.
+    """Write weights atomically, one after the other, in `dtype` if given and if it has a place for them.
+
+    The ending of `path` says how.
 
     .safetensors: with `metadata`, and for adapters (`hashes`) with the identities of `metadata.tensor_hashes`.
     .ckpt, .pt, .bin: a pickle of the tensors only; with `beside` these lie below `state_dict`, and it beside them.
     others: further tensors, which may be anything, where `tensors` has none of that name.
-    Raises SaveError (disk, permissions), StopTraining (a weight is not finite).
+    Raises SaveError (disk, permissions), StopTraining (a weight is inf or nan).
     """
     path = Path(path)
     ready: Any = Ready(tensors, dtype)
-    require_finite(ready, path)
+    ready.check(path)
     if others is not None:
         ready = ChainMap(ready, Ready(others, dtype))  # type: ignore[arg-type]
     size = data_bytes(ready)

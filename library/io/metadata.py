@@ -11,6 +11,7 @@ import base64
 import hashlib
 import itertools
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -157,8 +158,8 @@ class DatasetFacts:
         return {"buckets": rows, "mean_img_ar_error": self.mean_img_ar_error}
 
     def tags(self) -> dict[str, dict[str, int]]:
-        """Tag frequency under the base names of the folders."""
-        return {base_name(folder): dict(counts) for folder, counts in self.tag_frequency.items()}
+        """Tag frequency under the base names of the folders; folders of one name are counted together."""
+        return named_tags(self.tag_frequency)
 
     def row(self) -> dict[str, Any]:
         """The dataset's entry in ss_datasets."""
@@ -274,15 +275,16 @@ def _network_keys(run: RunFacts) -> dict[str, Any]:
 
 
 def _dataset_keys(run: RunFacts) -> dict[str, Any]:
-    tags: dict[str, dict[str, int]] = {}
+    trained: dict[str, Counter[str]] = {}  # a folder that several datasets use counts once
     folders: dict[bool, dict[str, dict[str, int]]] = {False: {}, True: {}}
     for dataset in run.datasets:
-        for folder, counts in dataset.tags().items():
-            tags.setdefault(folder, counts)  # a folder that several datasets use counts once
+        for folder, counts in dataset.tag_frequency.items():
+            trained[folder] = trained.get(folder, Counter()) | Counter(counts)
         for subset in dataset.subsets:
             name = base_name(subset.source)
             folders[subset.is_reg][name] = {"n_repeats": subset.num_repeats, "img_count": subset.img_count}
-    keys: dict[str, Any] = {"ss_tag_frequency": json.dumps(tags), "ss_dataset_dirs": json.dumps(folders[False])}
+    tags = json.dumps(named_tags(trained))
+    keys: dict[str, Any] = {"ss_tag_frequency": tags, "ss_dataset_dirs": json.dumps(folders[False])}
     if run.from_dataset_config:
         return keys | {"ss_datasets": json.dumps([dataset.row() for dataset in run.datasets])}
     return keys | {"ss_reg_dataset_dirs": json.dumps(folders[True])} | _single_dataset_keys(run)
@@ -354,6 +356,14 @@ def data_url(thumbnail: str) -> str:
         raise UserError(f"--metadata_thumbnail: cannot read {path}: {error.strerror}") from None
     kind = THUMBNAIL_TYPES.get(path.suffix.lower(), "application/octet-stream")
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def named_tags(tag_frequency: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:
+    """Base name of a folder -> tag -> count."""
+    found: dict[str, Counter[str]] = {}
+    for folder, counts in tag_frequency.items():
+        found.setdefault(base_name(folder), Counter()).update(counts)
+    return {name: dict(counts) for name, counts in found.items()}
 
 
 def base_name(path: str) -> str:

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from library.options import at_least, option
+from library.options import Idle, at_least, option
 
+LATEST = "latest"  # --resume: the newest state of this output_dir and output_name
+AUTO = "auto"  # --resume: the same, or a start where there is none
 RESUME_IS_EXACT = "nothing left to do: --resume always continues exactly where the state was"
 
 
@@ -16,7 +18,7 @@ RESUME_IS_EXACT = "nothing left to do: --resume always continues exactly where t
 class SaveOptions:
     """Where, when and how the trained weights are written. 0 means the same as not given."""
 
-    output_dir: str | None = option(None, help="Folder for everything that the run writes.")
+    output_dir: str | None = option(None, help="Folder for everything that the run writes.", path=True)
     output_name: str | None = option(None, help="File name of the result, without folder and ending.")
     save_precision: str | None = option(
         None, choices=("float", "fp16", "bf16"), help="Number format of the saved weights; not given: as trained."
@@ -38,13 +40,13 @@ class SaveOptions:
             yield "give --output_dir, the folder for everything that the run writes"
         yield from name_problems(self.output_name)
         if self.no_metadata and self.training_comment:
-            yield "--training_comment has no effect with --no_metadata, which leaves it out of the file"
+            yield Idle("--training_comment has no effect with --no_metadata, which leaves it out of the file")
         if self.save_n_epoch_ratio and self.save_every_n_epochs:
             yield "--save_n_epoch_ratio and --save_every_n_epochs both say when to save: give only one of them"
         if self.save_last_n_epochs and not (self.save_every_n_epochs or self.save_n_epoch_ratio):
-            yield "--save_last_n_epochs has no effect without --save_every_n_epochs"
+            yield Idle("--save_last_n_epochs has no effect without --save_every_n_epochs")
         if self.save_last_n_steps and not self.save_every_n_steps:
-            yield "--save_last_n_steps has no effect without --save_every_n_steps"
+            yield Idle("--save_last_n_steps has no effect without --save_every_n_steps")
 
 
 def name_problems(name: str | None) -> Iterator[str]:
@@ -73,7 +75,12 @@ class StateOptions:
     save_last_n_steps_state: int | None = option(
         None, check=at_least(0), help="As --save_last_n_steps, for states; not given: the same number."
     )
-    resume: str | None = option(None, help="State folder to continue from, or: latest.")
+    resume: str | None = option(
+        None,
+        help="State folder to continue from; latest: the newest state; auto: that, or a start where there is none, and "
+        "nothing where the run is finished.",
+        path=True,
+    )
     skip_until_initial_step: bool = option(False, help="Was needed to skip seen data.", answer=RESUME_IS_EXACT)
     initial_epoch: int | None = option(
         None, check=at_least(0), help="Count epochs from this number, 1 being the first, without loading a state."
@@ -81,6 +88,11 @@ class StateOptions:
     initial_step: int | None = option(
         None, check=at_least(0), help="Count steps from this number, without loading a state."
     )
+
+    @property
+    def at_end(self) -> bool:
+        """Whether a finished run writes its state. By it, --resume auto knows that nothing is left to do."""
+        return self.save_state or self.save_state_on_train_end or self.resume == AUTO
 
     def problems(self) -> Iterator[str]:
         """Combinations that make no sense, one line each."""
@@ -90,7 +102,7 @@ class StateOptions:
             yield "--initial_epoch and --initial_step both say where to start: give only one of them"
         for name, value in (("epochs", self.save_last_n_epochs_state), ("steps", self.save_last_n_steps_state)):
             if value and not self.save_state:
-                yield f"--save_last_n_{name}_state has no effect without --save_state"
+                yield Idle(f"--save_last_n_{name}_state has no effect without --save_state")
 
 
 @dataclass(frozen=True)
@@ -103,7 +115,9 @@ class MetadataOptions:
     metadata_license: str | None = option(None, help="License of the model.")
     metadata_tags: str | None = option(None, help="Tags of the model, separated by commas.")
     metadata_usage_hint: str | None = option(None, help="How to use the model.")
-    metadata_thumbnail: str | None = option(None, help="Picture file, or a data: URL, to show with the model.")
+    metadata_thumbnail: str | None = option(
+        None, help="Picture file, or a data: URL, to show with the model.", path=True
+    )
     metadata_merged_from: str | None = option(None, help="Models that this one was merged from.")
     metadata_trigger_phrase: str | None = option(None, help="Words that call up what was trained.")
     metadata_preprocessor: str | None = option(None, help="Preprocessing that the model expects.")
@@ -157,16 +171,16 @@ class HubOptions:
         if not repo:
             for name in ("huggingface_path_in_repo", "save_state_to_huggingface", "async_upload"):
                 if vars(self)[name]:
-                    yield f"--{name} has no effect without --huggingface_repo_id"
+                    yield Idle(f"--{name} has no effect without --huggingface_repo_id")
 
 
 def cross_problems(save: SaveOptions, state: StateOptions, hub: HubOptions) -> Iterator[str]:
     """Combinations over several groups that make no sense; a method's options yield these in their own `problems`."""
     if state.save_last_n_epochs_state and not (save.save_every_n_epochs or save.save_n_epoch_ratio):
-        yield "--save_last_n_epochs_state has no effect without --save_every_n_epochs"
+        yield Idle("--save_last_n_epochs_state has no effect without --save_every_n_epochs")
     if state.save_last_n_steps_state and not save.save_every_n_steps:
-        yield "--save_last_n_steps_state has no effect without --save_every_n_steps"
+        yield Idle("--save_last_n_steps_state has no effect without --save_every_n_steps")
     if hub.save_state_to_huggingface and not (state.save_state or state.save_state_on_train_end):
-        yield "--save_state_to_huggingface has no effect without --save_state or --save_state_on_train_end"
-    if hub.resume_from_huggingface and not state.resume:
+        yield Idle("--save_state_to_huggingface has no effect without --save_state or --save_state_on_train_end")
+    if hub.resume_from_huggingface and state.resume in (None, "", LATEST, AUTO):
         yield "--resume_from_huggingface needs --resume user/name/folder[:revision[:type]]"

@@ -29,8 +29,9 @@ from torch import Tensor
 
 from library.errors import UserError, nearest
 from library.io.atomic import SaveError, atomic_folder, clean_leftovers
-from library.io.checkpoint import require_finite
+from library.io.checkpoint import require_finite, require_present
 from library.io.tensor_file import data_bytes, stream_digest, write_safetensors
+from library.text_files import parse_json
 
 FORMAT, VERSION = "trainyard state", 1
 WEIGHTS, OPTIMIZER, FACTS, MANIFEST = "weights.safetensors", "optimizer.pt", "train_state.json", "manifest.json"
@@ -78,11 +79,12 @@ DAMAGED_JSON = (OSError, ValueError, KeyError, TypeError, AttributeError, Recurs
 def save_state(folder: str | Path, parts: StateParts) -> Path:
     """Write a state; an older one of that name is replaced as a whole.
 
-    Raises SaveError (disk), StopTraining (a weight is not finite), TypeError (an optimizer keeps something that is
-    neither number nor tensor, which could not be read back).
+    Raises SaveError (disk), StopTraining (a weight is not finite, or empty), TypeError (an optimizer keeps something
+    that is neither number nor tensor, which could not be read back).
     """
     folder = Path(folder)
     weights = {n: t.detach().to("cpu").contiguous() for n, t in parts.weights.items()}
+    require_present(weights, folder)
     require_finite(weights, folder)
     bundle = {name: _alone(getattr(parts, name)) for name in TORCH_PARTS}
     size = data_bytes(weights) + sum(t.numel() * t.element_size() for t in _tensors(bundle))
@@ -220,7 +222,7 @@ def _json_of(path: Path) -> Any:
     """Raises DAMAGED_JSON errors."""
     if not path.is_file() or path.stat().st_size > MOST_JSON:
         raise ValueError("no file of facts")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return parse_json(path.read_bytes())
 
 
 def verify_state(folder: Path, *, content: bool = True) -> None:

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from library.options import at_least, option
+from library.options import Idle, at_least, option
+from library.values import shown
 
 AUTO = "auto"
 GIB = 1 << 30
@@ -24,23 +25,23 @@ def _share_or_auto(value: Any) -> float | str:
     except (TypeError, ValueError):
         share = -1.0
     if not 0 <= share <= 1:
-        raise ValueError(f"expects a number from 0 to 1, or {AUTO}, got '{value}'")
+        raise ValueError(f"expects a number from 0 to 1, or {AUTO}, got {shown(str(value))}")
     return share
 
 
 def _count_or_auto(value: Any) -> int | str:
     if str(value).strip().lower() == AUTO:
         return AUTO
-    if not re.fullmatch(r"\d+(\.0)?", str(value).strip()):
-        raise ValueError(f"expects a number of blocks, or {AUTO}, got '{value}'")
+    if not re.fullmatch(r"\d{1,9}(\.0)?", str(value).strip()):
+        raise ValueError(f"expects a number of blocks, or {AUTO}, got {shown(str(value))}")
     return int(float(value))
 
 
 def _bytes(value: Any) -> int:
     """ "12GB", "11.5 GiB", "800MB" or a number of GB. As cards are sold, a GB is 2^30 bytes and an MB is 2^20."""
-    found = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*(g|gb|gib|m|mb|mib)?", str(value).strip().lower())
+    found = re.fullmatch(r"([0-9]{,15}\.?[0-9]{1,15})\s*(g|gb|gib|m|mb|mib)?", str(value).strip().lower())
     if found is None:
-        raise ValueError(f"expects an amount of memory such as 12GB, got '{value}'")
+        raise ValueError(f"expects an amount of memory such as 12GB, got {shown(str(value))}")
     return int(float(found[1]) * (1 << 20 if (found[2] or "g").startswith("m") else GIB))
 
 
@@ -53,7 +54,7 @@ class MemoryOptions:
         help="Memory that the run may take on the card, such as 12GB: what is not given here is then chosen, so that "
         "the run is as fast as it can be within that.",
         parse=_bytes,
-        check=at_least(64 << 20),
+        check=at_least(64 << 20, 1 << 50),
     )
     plan: bool = option(
         False, help="Print what the run would take with each way of saving memory, and exit. Reads no weights."
@@ -92,7 +93,9 @@ class MemoryOptions:
     )
     compile: bool = option(False, help="Compile each block of the denoiser before the first step.")
     compile_cache_dir: str | None = option(
-        None, help="Folder for compiled blocks, so that the next run finds them (default: in the user's cache folder)."
+        None,
+        help="Folder for compiled blocks, so that the next run finds them (default: in the user's cache folder).",
+        path=True,
     )
     torch_compile: bool = option(False, help="The same as --compile.")
     dynamo_backend: str = option(
@@ -124,7 +127,7 @@ class MemoryOptions:
             yield "--gradient_checkpointing is --activation_budget 0: give one of them"
         recomputes = self.gradient_checkpointing or self.activation_budget not in (None, 1)
         if self.cpu_offload_checkpointing and not recomputes:
-            yield "--cpu_offload_checkpointing has no effect without --gradient_checkpointing"
+            yield Idle("--cpu_offload_checkpointing has no effect without --gradient_checkpointing")
         if self.base_quant and (self.fp8_base_unet or self.fp8_base):
             given = "fp8_base" if self.fp8_base else "fp8_base_unet"
             yield f"--base_quant and --{given} each say how the denoiser is kept: give one of them"
@@ -133,4 +136,4 @@ class MemoryOptions:
         elif self.compiles and self.dynamo_backend in GONE:
             yield f"--dynamo_backend {self.dynamo_backend} is gone from torch: use inductor"
         if self.compile_cache_dir and not self.compiles:
-            yield "--compile_cache_dir has no effect without --compile"
+            yield Idle("--compile_cache_dir has no effect without --compile")

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -18,59 +18,66 @@ class Kind:
 
     name: str
     answer: str
-    marks: tuple[str, ...]  # tensor names without prefix, of which one is enough
+    marks: tuple[str, ...]  # tensor names without prefix, or starts of them that end with a dot: one is enough
+
+    def has(self, names: Collection[str]) -> bool:
+        """Whether a file with these names is one. A start that several tensors have outlives the loss of one."""
+        starts = tuple(mark for mark in self.marks if mark.endswith("."))
+        return any(mark in names for mark in self.marks) or any(name.startswith(starts) for name in names)
 
 
-def _model(name: str, title: str, script: str, *marks: str) -> Kind:
-    return Kind(name, f"{title} checkpoint: use {script}", marks)
+def _model(name: str, title: str, script: str | None, *marks: str) -> Kind:
+    """script: what trains it, None for an architecture that is only recognised."""
+    answer = f"{title} checkpoint: use {script}" if script else f"{title} checkpoint, which no script here trains yet"
+    return Kind(name, answer, marks)
 
 
 # Of each architecture: a name in published and one in diffusers files. A kind stands before those that share its marks.
 ARCHITECTURES = (
-    _model("sd3", "an SD3", "sd3_train_network.py", "joint_blocks.0.x_block.attn.qkv.weight", "pos_embed.pos_embed"),
+    _model("sd3", "an SD3", "sd3_train_network.py", "joint_blocks.", "pos_embed."),
     _model(
         "flux2",
         "a FLUX.2",
-        "flux2_train_network.py",
-        "double_stream_modulation_img.lin.weight",
-        "double_stream_modulation_img.linear.weight",
+        None,
+        "double_stream_modulation_img.",
+        "double_stream_modulation_txt.",
     ),
     _model(
         "hunyuan_image",
         "a HunyuanImage-2.1",
-        "hunyuan_image_train_network.py",
-        "byt5_in.fc1.weight",
-        "context_embedder_2.linear_1.weight",
+        None,
+        "byt5_in.",
+        "context_embedder_2.",
     ),
     _model(
         "chroma",
         "a Chroma",
         "flux_train_network.py --model_type chroma",
-        "distilled_guidance_layer.in_proj.weight",
+        "distilled_guidance_layer.",
     ),
     _model(
         "flux",
         "a FLUX.1",
         "flux_train_network.py",
-        "double_blocks.0.img_mod.lin.weight",
-        "single_transformer_blocks.0.attn.to_q.weight",
+        "double_blocks.0.img_mod.lin.",
+        "single_transformer_blocks.0.attn.to_q.",
     ),
     _model(
         "lumina",
         "a Lumina-Image-2.0",
         "lumina_train_network.py",
-        "cap_embedder.0.weight",
-        "time_caption_embed.caption_embedder.0.weight",
+        "cap_embedder.",
+        "time_caption_embed.",
     ),
     _model(
         "anima",
         "an Anima",
-        "anima_train_network.py",
-        "llm_adapter.embed.weight",
-        "blocks.0.adaln_modulation_self_attn.1.weight",
+        None,
+        "llm_adapter.",
+        "blocks.0.adaln_modulation_self_attn.",
     ),
-    _model("sana", "a SANA", "sana_train_network.py", "attention_y_norm.weight", "caption_norm.weight"),
-    _model("sdxl", "an SDXL", "sdxl_train_network.py", "label_emb.0.0.weight", "add_embedding.linear_1.weight"),
+    _model("sana", "a SANA", None, "attention_y_norm.weight", "caption_norm.weight"),
+    _model("sdxl", "an SDXL", "sdxl_train_network.py", "label_emb.", "add_embedding."),
 )
 
 ADAPTER_ENDINGS = (
@@ -91,35 +98,35 @@ PARTS = (
     Kind(
         "unet",
         "a U-Net in diffusers names without the rest: give the folder that holds unet, vae and text_encoder",
-        ("down_blocks.0.resnets.0.conv1.weight",),
+        ("down_blocks.",),
     ),
     Kind(
         "vae",
         "a VAE, not a checkpoint: it belongs to --vae",
-        ("encoder.conv_in.weight", "first_stage_model.encoder.conv_in.weight"),
+        ("encoder.conv_in.", "first_stage_model.encoder.conv_in."),
     ),
     Kind("embedding", "a textual inversion embedding, not a checkpoint", ("emb_params", "clip_l", "clip_g")),
     Kind(
         "text encoder",
         "a text encoder, not a checkpoint",
         (
-            "text_model.embeddings.token_embedding.weight",
-            "embeddings.token_embedding.weight",
-            "token_embedding.weight",
-            "shared.weight",
-            "encoder.embed_tokens.weight",
-            "model.embed_tokens.weight",
-            "embed_tokens.weight",
+            "text_model.",
+            "embeddings.",
+            "token_embedding.",
+            "shared.",
+            "encoder.embed_tokens.",
+            "encoder.block.",
+            "model.embed_tokens.",
+            "embed_tokens.",
         ),
     ),
 )
-SD_UNET = "input_blocks.0.0.weight"
+SD_UNET = "input_blocks."
 SD_ANSWER = "a Stable Diffusion 1.x or 2.x checkpoint: use train_network.py"
 UNKNOWN_ANSWERS = {
     "sd": "no Stable Diffusion checkpoint: it has no model.diffusion_model.* weights",
     "sdxl": "no SDXL checkpoint: it has no model.diffusion_model.* weights",
 }
-SD_ANSWER = "a Stable Diffusion 1.x or 2.x checkpoint: use train_network.py"
 
 # start of a pipeline's class name -> architecture; a longer name stands before those that it starts with
 PIPELINES = {
@@ -138,7 +145,7 @@ PIPELINES = {
 def architecture(shapes: Shapes) -> Kind | None:
     """The architecture of a file that is not SD 1.x/2.x, or None."""
     names = {name[len(_prefix(name)) :] for name in shapes}
-    return next((kind for kind in ARCHITECTURES if any(mark in names for mark in kind.marks)), None)
+    return next((kind for kind in ARCHITECTURES if kind.has(names)), None)
 
 
 def _prefix(name: str) -> str:
@@ -158,9 +165,9 @@ def foreign_file(shapes: Shapes, wanted: str = "sd") -> str | None:
     if kind is not None:
         return None if kind.name == wanted else kind.answer
     names = {name[len(_prefix(name)) :] for name in shapes}
-    if SD_UNET in names:
+    if any(name.startswith(SD_UNET) for name in names):
         return None if wanted == "sd" else SD_ANSWER
-    part = next((part for part in PARTS if any(mark in names for mark in part.marks)), None)
+    part = next((part for part in PARTS if part.has(names)), None)
     return part.answer if part else UNKNOWN_ANSWERS.get(wanted, "a file of unknown names: it has no denoiser inside")
 
 

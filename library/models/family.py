@@ -16,10 +16,12 @@ from library.errors import UserError
 from library.io.checkpoint import CheckpointForm
 from library.memory.block_swap import spread
 from library.memory.quantise import Storage
-from library.models import kl_vae
+from library.models import kl_vae, weight_check
 from library.models.loading import Part
 from library.models.new_tokens import NewWord
 from library.models.options import ModelOptions
+from library.models.quick_import import import_diffusers
+from library.models.registry import FAMILIES
 from library.objectives.base import Objective
 from library.objectives.options import LossOptions
 from library.types import Batch, Cond, LatentSpec, Tokens
@@ -57,7 +59,6 @@ class ModelFamily(ABC):
     name: ClassVar[str]
     Options: ClassVar[type[ModelOptions]]
     latent: ClassVar[LatentSpec]
-    network_module: ClassVar[str]  # default of --network_module
     adapter_prefixes: ClassVar[Mapping[str, str]]  # text encoder -> what names in adapter files begin with: "lora_te1"
     bucket_step: ClassVar[int]  # picture sides are multiples of it
     token_option: ClassVar[str] = "--max_token_length"  # the option that sets `token_limit`
@@ -70,11 +71,25 @@ class ModelFamily(ABC):
     def __init__(self, options: Any) -> None:
         self.options = options
 
+    @property
+    def network_module(self) -> str:
+        """The default of --network_module."""
+        return FAMILIES[self.name].networks["lora"]
+
     # ---- loading
 
     @abstractmethod
     def check(self) -> None:
         """Find the files and read their headers. Raises UserError for whatever a header can tell."""
+
+    def check_weights(self) -> None:
+        """Every weight of every part is in its file, and nothing is left over. Reads headers, builds empty modules.
+
+        Raises UserError naming the weights. After `check`, and before anything is loaded.
+        """
+        import_diffusers()
+        parts = {name: self.part(name) for name in ("denoiser", "vae", *self.encoders)}
+        weight_check.check_weights(parts, self.part("denoiser").file.path)
 
     @property
     @abstractmethod
@@ -231,6 +246,11 @@ class ModelFamily(ABC):
         return [{"params": [*denoiser.parameters()], "lr": rate, "name": "denoiser"}]
 
     # ---- files
+
+    @property
+    def adapter_names(self) -> str:
+        """Under which name the programs that read adapters know the model (networks.readers.reading.Model)."""
+        return self.name
 
     @abstractmethod
     def save(

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from library.models.weight_files import WeightFile, open_weights
+from library.text_files import parse_json
 
 FORMAT = "1"  # of what is hashed; a change makes all that is remembered worthless
 MOST_ENTRIES = 1000  # the oldest are forgotten
@@ -80,7 +81,7 @@ def memory_file() -> Path:
 
 def _load() -> dict[str, str]:
     try:
-        content = json.loads(memory_file().read_text(encoding="utf-8"))
+        content = parse_json(memory_file().read_bytes())
     except (OSError, ValueError, RuntimeError):  # RuntimeError: a user without a home
         return {}
     if not isinstance(content, dict):

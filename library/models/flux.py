@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from library.device import on_device
@@ -57,7 +58,6 @@ class Flux(ModelFamily):
     name = "flux"
     Options = FluxOptions
     latent = LatentSpec("flux", channels=16, factor=8, npz_suffix="_flux.npz", npz_sized_keys=True)
-    network_module = "networks.lora_flux"
     adapter_prefixes: ClassVar[Mapping[str, str]] = {CLIP: "lora_te1", T5: "lora_te3"}
     bucket_step = 16
     token_option = "--t5xxl_max_token_length"
@@ -102,6 +102,10 @@ class Flux(ModelFamily):
     @property
     def preview(self) -> PreviewDefaults:  # type: ignore[override]
         return PREVIEWS[self.variant]
+
+    @property
+    def adapter_names(self) -> str:
+        return "chroma" if self.is_chroma else self.name
 
     def check(self) -> None:
         for name, encoder in self.parts.encoders.items():
@@ -313,16 +317,13 @@ def _block_lists(denoiser: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]
 
 def pack(latents: Tensor) -> Tensor:
     """B C 2h 2w -> B (h w) (C 4): one token for 2 x 2 pixels, channel by channel."""
-    batch, channels, height, width = latents.shape
-    tokens = latents.view(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
-    return tokens.reshape(batch, height * width // 4, channels * 4)
+    return rearrange(latents, "b c (rows i) (columns j) -> b (rows columns) (c i j)", i=2, j=2)
 
 
 def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     """The inverse of `pack`, for latents of height x width."""
-    batch, _, size = tokens.shape
-    latents = tokens.view(batch, height // 2, width // 2, size // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
-    return latents.reshape(batch, size // 4, height, width)
+    places = {"rows": height // 2, "columns": width // 2}
+    return rearrange(tokens, "b (rows columns) (c i j) -> b c (rows i) (columns j)", i=2, j=2, **places)
 
 
 def picture_ids(rows: int, columns: int, device: torch.device) -> Tensor:

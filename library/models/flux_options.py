@@ -24,15 +24,18 @@ class FluxOptions(ModelOptions):
     clip_l: str | None = option(
         None,
         help="CLIP-L: .safetensors file, transformers folder or hub id. Without it, that of the model; not for Chroma.",
+        path=True,
     )
     t5xxl: str | None = option(
-        None, help="T5-XXL: .safetensors file, transformers folder or hub id. Without it, that of the model."
+        None, help="T5-XXL: .safetensors file, transformers folder or hub id. Without it, that of the model.", path=True
     )
-    ae: str | None = option(None, help="Autoencoder: file, diffusers folder or hub id. Without it, that of the model.")
+    ae: str | None = option(
+        None, help="Autoencoder: file, diffusers folder or hub id. Without it, that of the model.", path=True
+    )
     t5xxl_max_token_length: int | None = option(
         None,
         help="Longest caption in tokens of T5, end token included. Without it 512, with FLUX.1 schnell 256.",
-        check=at_least(2),
+        check=at_least(2, 8192),
         zero_is_unset=True,
     )
     apply_t5_attn_mask: bool = option(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from library.models import kl_vae
 from library.models.detect import PREFIXES, architecture, foreign_file, foreign_pipeline
 from library.models.flux_patches import keep_time_exact, patch_chroma
 from library.models.loading import PIPELINE_FILES, Part, locate, own_names, part_file, read_json, shipped_config
+from library.models.sizes import below, depth, has, reading_sizes, shape_of
 from library.models.text_encoders import EncoderPart, clip_encoder, t5_encoder
 from library.models.weight_files import WeightFile, open_weights
 from library.names.flux import flux_names
@@ -91,7 +93,7 @@ def open_parts(model: str, *, model_type: str, clip_l: str | None, t5xxl: str | 
     if CLIP in found:
         clip = clip_encoder(found[CLIP], option="--clip_l", projection=False, prefixes=(CLIP_SOURCE.prefix, ""))
         encoders = {CLIP: clip, **encoders}
-    vae = kl_vae.vae_part(found["ae"], shipped_config("flux_ae"), option="--ae")
+    vae = kl_vae.vae_part(found["ae"], shipped_config("flux_ae"), needed=kl_vae.FLUX, option="--ae")
     return FluxParts(path, variant, denoiser, vae, encoders, found)
 
 
@@ -100,7 +102,7 @@ def open_parts(model: str, *, model_type: str, clip_l: str | None, t5xxl: str | 
 
 @dataclass(frozen=True)
 class Layout:
-    """One way to name the weights, as far as sizes are read from them."""
+    """One way to name the weights, as far as sizes are read from them: whole names, or starts of several."""
 
     double: str
     single: str
@@ -109,30 +111,27 @@ class Layout:
     text: str
     pooled: str
     guidance: str
-    step: str  # of Chroma's guidance layer
 
 
 PUBLISHED = Layout(
-    "double_blocks.{}.img_attn.proj.weight",
-    "single_blocks.{}.linear2.weight",
+    "double_blocks.{}.",
+    "single_blocks.{}.",
     "double_blocks.0.img_attn.norm.query_norm.scale",
-    "img_in.weight",
+    "img_in.",
     "txt_in.weight",
     "vector_in.in_layer.weight",
-    "guidance_in.in_layer.weight",
-    "distilled_guidance_layer.layers.{}.in_layer.weight",
+    "guidance_in.",
 )
 DIFFUSERS = Layout(
-    "transformer_blocks.{}.attn.to_out.0.weight",
-    "single_transformer_blocks.{}.proj_out.weight",
+    "transformer_blocks.{}.",
+    "single_transformer_blocks.{}.",
     "transformer_blocks.0.attn.norm_q.weight",
-    "x_embedder.weight",
+    "x_embedder.",
     "context_embedder.weight",
     "time_text_embed.text_embedder.linear_1.weight",
-    "time_text_embed.guidance_embedder.linear_1.weight",
-    "distilled_guidance_layer.layers.{}.linear_1.weight",
+    "time_text_embed.guidance_embedder.",
 )
-GUIDANCE_IN = "distilled_guidance_layer.in_proj.weight"  # Chroma's mark, the same in both layouts
+GUIDANCE = "distilled_guidance_layer."  # Chroma's mark, the same in both layouts
 
 
 def open_denoiser(path: Path, model_type: str) -> tuple[Part, str]:
@@ -145,11 +144,8 @@ def open_denoiser(path: Path, model_type: str) -> tuple[Part, str]:
     file = part_file(folder) if path.is_dir() else open_weights(path)
     _check_file(file, model_type)
     prefix, names = _layout_of(file)
-    shapes = {name[len(prefix) :]: shape for name, shape in file.shapes.items() if name.startswith(prefix)}
-    try:
-        config = {**shipped_config(model_type), **sizes(shapes, names), **own}
-    except KeyError as error:  # a size is read from a weight that is not there
-        raise UserError(f"{file.path} is incomplete: it lacks {prefix}{error.args[0]}") from None
+    with reading_sizes(file.path, prefix):
+        config = {**shipped_config(model_type), **sizes(below(file.shapes, prefix), names), **own}
     if config["in_channels"] != LATENT_TOKEN:
         raise UserError(
             f"{file.path} is a fill, control or edit model ({config['in_channels']} numbers per token, not "
@@ -157,7 +153,7 @@ def open_denoiser(path: Path, model_type: str) -> tuple[Part, str]:
         )
     build, patch = (build_chroma, patch_chroma) if model_type == "chroma" else (build_flux, keep_time_exact)
     rules = own_names if names is DIFFUSERS else denoiser_rules
-    part = Part(MODEL_NAMES[model_type], file, prefix, lambda: build(config), rules, finish=patch)
+    part = Part(MODEL_NAMES[model_type], file, prefix, partial(build, config), rules, finish=patch)
     return part, model_type if model_type == "chroma" else "dev" if config["guidance_embeds"] else "schnell"
 
 
@@ -187,34 +183,34 @@ def _layout_of(file: WeightFile) -> tuple[str, Layout]:
     """The prefix of the names, and which names they are."""
     for prefix in ("", *PREFIXES):
         for names in (PUBLISHED, DIFFUSERS):
-            if prefix + names.image in file.shapes:
+            if has(file.shapes, prefix + names.image):
                 return prefix, names
-    raise UserError(f"{file.path} is incomplete: it lacks {PUBLISHED.image}")
+    raise UserError(f"{file.path} is incomplete: it lacks {PUBLISHED.image}weight")
 
 
 def sizes(shapes: Shapes, names: Layout) -> dict[str, Any]:
-    """The part of the config that the shapes tell. Raises KeyError naming a weight that is not there."""
-    width, tokens = shapes[names.image]
-    (head,) = shapes[names.head]
+    """The part of the config that the shapes tell. Raises SizeError naming a weight that is not there."""
+    width, tokens = shape_of(shapes, f"{names.image}weight", 2)
+    (head,) = shape_of(shapes, names.head, 1)
     common = {
         "in_channels": tokens,
-        "num_layers": _count(shapes, names.double),
-        "num_single_layers": _count(shapes, names.single),
+        "num_layers": depth(shapes, names.double),
+        "num_single_layers": depth(shapes, names.single),
         "attention_head_dim": head,
         "num_attention_heads": width // head,
-        "joint_attention_dim": shapes[names.text][1],
+        "joint_attention_dim": shape_of(shapes, names.text, 2)[1],
         "axes_dims_rope": rotary_axes(head),
     }
-    if GUIDANCE_IN in shapes:
-        inner, channels = shapes[GUIDANCE_IN]
+    if has(shapes, GUIDANCE):
+        inner, channels = shape_of(shapes, f"{GUIDANCE}in_proj.weight", 2)
         return common | {
             "approximator_num_channels": channels,
             "approximator_hidden_dim": inner,
-            "approximator_layers": _count(shapes, names.step),
+            "approximator_layers": depth(shapes, f"{GUIDANCE}layers.{{}}."),
         }
     return common | {
-        "pooled_projection_dim": shapes[names.pooled][1],
-        "guidance_embeds": names.guidance in shapes,
+        "pooled_projection_dim": shape_of(shapes, names.pooled, 2)[1],
+        "guidance_embeds": has(shapes, names.guidance),
     }
 
 
@@ -222,13 +218,6 @@ def rotary_axes(head: int) -> list[int]:
     """Dimensions of a head for index, row and column: 16, 56, 56 of 128, and that proportion in small models."""
     side = 2 * (7 * head // 32)
     return [head - 2 * side, side, side]
-
-
-def _count(shapes: Shapes, name: str) -> int:
-    count = 0
-    while name.format(count) in shapes:
-        count += 1
-    return count
 
 
 def build_flux(config: Mapping[str, Any]) -> nn.Module:

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,46 +15,83 @@ from torch import Tensor, nn
 from library.device import on_device
 from library.errors import UserError
 from library.models.loading import Part, own_names, part_file, read_json
+from library.models.sizes import below, depth, has, reading_sizes, shape_of
 from library.models.weight_files import WeightFile, open_weights
 from library.names.keys import CONV_1X1, Rule, Shapes
 from library.names.sd import OLD_VAE_ATTENTION, VAE_PREFIX, vae_rules
 
 VAE_FILES = ("vae/config.json", "vae/*.safetensors", "config.json", "diffusion_pytorch_model*.safetensors")
 PREFIXES = (VAE_PREFIX, "vae.", "")  # of published names: Stable Diffusion's checkpoints, Lumina's, a VAE alone
+CLASS = "AutoencoderKL"
 
 
-def vae_part(path: Path, default_config: Mapping[str, Any], *, option: str = "--vae") -> Part:
+@dataclass(frozen=True)
+class Needed:
+    """The VAE that a model needs. Those of one number of channels look alike, and only their pictures differ."""
+
+    channels: int  # of latents
+    whose: str
+
+
+SD = Needed(4, "Stable Diffusion 1.x or 2.x")
+SDXL = Needed(4, "SDXL")
+SD3 = Needed(16, "SD3")
+FLUX = Needed(16, "FLUX.1 (ae.safetensors)")
+
+
+def vae_part(
+    path: Path, default_config: Mapping[str, Any], *, needed: Needed | None = None, option: str = "--vae"
+) -> Part:
     """A VAE in a file (published or diffusers names, alone or inside a checkpoint) or in a folder (its own, a model's).
 
-    default_config: what a file does not say of itself, such as the scaling factor. option: for messages.
+    default_config: what a file does not say of itself, such as the scaling factor. option: for messages. Raises
+    UserError when it is not the VAE that is `needed`.
     """
     if path.is_dir():
         folder = path / "vae" if (path / "vae").is_dir() else path
-        return folder_part(part_file(folder), read_json(folder / "config.json"))
-    file = open_weights(path)
-    try:
-        if "encoder.down_blocks.0.resnets.0.conv1.weight" in file.shapes:
-            return folder_part(file, {**default_config, **layout(file.shapes, DIFFUSERS_BLOCK)})
-        return published_part(file, default_config, advice=f"{option} needs one that has")
-    except KeyError as error:  # a size is read from a weight that is not there
-        raise UserError(f"{option}: {path} is incomplete: it lacks {error.args[0]}") from None
+        config = read_json(folder / "config.json")
+        if config.get("_class_name", CLASS) != CLASS:
+            raise UserError(f"{option}: {folder} holds a {config['_class_name']}, not an {CLASS}")
+        part = folder_part(part_file(folder), config)
+    else:
+        file = open_weights(path)
+        if has(file.shapes, "encoder.down_blocks."):
+            with reading_sizes(path, option=option):
+                part = folder_part(file, {**default_config, **layout(file.shapes, DIFFUSERS_BLOCK)})
+        else:
+            part = published_part(file, default_config, advice=f"{option} needs one that has", option=option)
+    if needed is not None:
+        check_channels(part, path, needed, option)
+    return part
 
 
-def published_part(file: WeightFile, default_config: Mapping[str, Any], advice: str = "give one with --vae") -> Part:
+def check_channels(part: Part, path: Path, needed: Needed, option: str) -> None:
+    """Raises UserError for the VAE of another kind of model, by its latents."""
+    with reading_sizes(part.file.path, part.prefix, option):
+        channels = shape_of(below(part.file.shapes, part.prefix), "encoder.conv_out.weight", 4)[0] // 2
+    if channels != needed.channels:
+        raise UserError(
+            f"{option}: {path} makes latents of {channels} channels, not {needed.channels}: the VAE of {needed.whose} "
+            "is needed"
+        )
+
+
+def published_part(
+    file: WeightFile, default_config: Mapping[str, Any], advice: str = "give one with --vae", option: str = ""
+) -> Part:
     """A VAE under published names, with one of PREFIXES; `advice` is for a file that has none."""
-    prefix = next((prefix for prefix in PREFIXES if f"{prefix}encoder.conv_in.weight" in file.shapes), None)
+    prefix = next((prefix for prefix in PREFIXES if has(file.shapes, f"{prefix}encoder.conv_in.")), None)
     if prefix is None:
         raise UserError(f"{file.path} has no VAE inside; {advice}")
-    shapes = {name[len(prefix) :]: shape for name, shape in file.shapes.items() if name.startswith(prefix)}
-    config = {**default_config, **layout(shapes, LDM_BLOCK)}
-    return Part("VAE", file, prefix, lambda: build_vae(config), vae_rules, _scale(config))
+    with reading_sizes(file.path, prefix, option):
+        config = {**default_config, **layout(below(file.shapes, prefix), LDM_BLOCK)}
+    return Part("VAE", file, prefix, partial(build_vae, config), vae_rules, _scale(config))
 
 
 def folder_part(file: WeightFile, config: Mapping[str, Any]) -> Part:
     """A VAE under diffusers' names, those of its early versions included."""
-    return Part(
-        "VAE", file, "", lambda: build_vae(config), lambda module: _folder_rules(module, file.shapes), _scale(config)
-    )
+    is_old = any(f".attentions.0.{name}." in own for own in file.shapes for name in OLD_VAE_ATTENTION)
+    return Part("VAE", file, "", partial(build_vae, config), partial(_folder_rules, is_old=is_old), _scale(config))
 
 
 def _scale(config: Mapping[str, Any]) -> str:
@@ -67,11 +106,11 @@ def build_vae(config: Mapping[str, Any]) -> nn.Module:
     return module
 
 
-def _folder_rules(module: nn.Module, names: Shapes) -> tuple[Rule, ...]:
+def _folder_rules(module: nn.Module, is_old: bool) -> tuple[Rule, ...]:
     rules = []
     for rule in own_names(module):
         (name,) = rule.ours
-        if ".attentions.0.to_" in name and name not in names:
+        if is_old and ".attentions.0.to_" in name:
             for old, new in OLD_VAE_ATTENTION.items():
                 name = name.replace(f".{new}.", f".{old}.")
             rule = Rule(name, rule.ours, CONV_1X1 if name.endswith(".weight") else rule.op)
@@ -79,26 +118,25 @@ def _folder_rules(module: nn.Module, names: Shapes) -> tuple[Rule, ...]:
     return tuple(rules)
 
 
-LDM_BLOCK = "encoder.down.{level}.block.{index}.conv1.weight"
-DIFFUSERS_BLOCK = "encoder.down_blocks.{level}.resnets.{index}.conv1.weight"
+# starts of names: the levels of encoder and decoder, and the residual blocks of a level of the encoder
+LDM_BLOCK = ("encoder.down.{}.", "decoder.up.{}.", "encoder.down.{level}.block.{{}}.")
+DIFFUSERS_BLOCK = ("encoder.down_blocks.{}.", "decoder.up_blocks.{}.", "encoder.down_blocks.{level}.resnets.{{}}.")
 
 
-def layout(shapes: Shapes, block: str) -> dict[str, Any]:
-    """The part of the config that the shapes tell. `block` is the name of a residual block's first convolution."""
-    widths: list[int] = []
-    while (name := block.format(level=len(widths), index=0)) in shapes:
-        widths.append(shapes[name][0])
-    layers = 0
-    while block.format(level=0, index=layers) in shapes:
-        layers += 1
+def layout(shapes: Shapes, names: tuple[str, str, str]) -> dict[str, Any]:
+    """The part of the config that the shapes tell. names: LDM_BLOCK or DIFFUSERS_BLOCK."""
+    *levels, block = names
+    blocks = [block.format(level=level) for level in range(depth(shapes, *levels))]
+    widths = [shape_of(shapes, f"{own.format(0)}conv1.weight", 4)[0] for own in blocks]
+    layers = max((depth(shapes, own) for own in blocks), default=0)
     return {
         "block_out_channels": widths,
         "down_block_types": ["DownEncoderBlock2D"] * len(widths),
         "up_block_types": ["UpDecoderBlock2D"] * len(widths),
         "layers_per_block": layers,
-        "latent_channels": shapes["encoder.conv_out.weight"][0] // 2,
-        "use_quant_conv": "quant_conv.weight" in shapes,
-        "use_post_quant_conv": "post_quant_conv.weight" in shapes,
+        "latent_channels": shape_of(shapes, "encoder.conv_out.weight", 4)[0] // 2,
+        "use_quant_conv": has(shapes, "quant_conv."),
+        "use_post_quant_conv": has(shapes, "post_quant_conv."),
     }
 
 

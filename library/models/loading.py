@@ -7,10 +7,11 @@ copied unless a cast or another device is asked for, so the peak stays near the 
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from library.memory.quantise import Storage, quantise
 from library.models.fingerprints import weights_fingerprint
 from library.models.quantised_loading import Quantiser
 from library.models.weight_files import WEIGHT_SUFFIXES, WeightFile, open_weights
-from library.names.keys import Rule, Shapes, read
+from library.names.keys import Rule, Shapes, file_shapes, read
+from library.text_files import parse_json
 
 CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "configs" / "models"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -41,10 +43,20 @@ class Part:
     what: str  # for messages: "U-Net"
     file: WeightFile
     prefix: str  # of its names in the file
-    build: Callable[[], nn.Module]
+    build: Callable[[], nn.Module]  # with its configuration: a `functools.partial`, as `rules` where it has arguments
     rules: Callable[[nn.Module], tuple[Rule, ...]]
     settings: str = ""  # what else its outputs depend on: part of the fingerprint
     finish: Callable[[nn.Module], None] | None = None  # what is done to the module when its weights are in
+    spare: str = ""  # start of names below the prefix that belong to it and are not used
+
+    def blank(self) -> nn.Module:
+        """The module without its weights (on the meta device), as `build` makes it."""
+        return build_empty(self.build)
+
+    def expected(self) -> dict[str, tuple[tuple[int, ...], ...]]:
+        """Every weight by its name in the file, with the shapes that it may have there. Remembered."""
+        found = _expected(_Maker((_key(self.build), _key(self.rules)), self.build, self.rules))
+        return {self.prefix + name: shapes for name, shapes in found.items()}
 
     def load(self, dtype: torch.dtype | None, device: torch.device | str, *, storage: Storage = "plain") -> nn.Module:
         """The module with its weights, frozen, in evaluation mode. dtype None: as the file has them, fp8 as bfloat16.
@@ -57,7 +69,7 @@ class Part:
         """
         if dtype is None and self.file.is_float8:
             dtype = torch.bfloat16
-        module = build_empty(self.build)
+        module = self.blank()
         shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
         tensors, wrong = self._read(module, shapes, dtype, device, storage)
         self.file.release()  # the module alone holds its weights: they go when it goes
@@ -80,14 +92,14 @@ class Part:
         """The module as `load` makes it, its weights without memory (on the meta device). Reads the header only."""
         if dtype is None and self.file.is_float8:
             dtype = torch.bfloat16
-        module = build_empty(self.build)
+        module = self.blank()
         castable = castable_weights(module) if storage == "half" and dtype == torch.float32 else set()
         in_file = {own: self.prefix + rule.published for rule in self.rules(module) for own in rule.ours}
 
         def blank(name: str, like: Tensor) -> Tensor:
             own = None if name in castable else dtype
             if own is None and in_file.get(name) in self.file.shapes:
-                own = self.file.dtype(in_file[name])
+                own = kept_dtype(self.file.dtype(in_file[name]))
             return torch.empty_like(like, dtype=own if like.is_floating_point() else None, device="meta")
 
         tensors = {name: blank(name, tensor) for name, tensor in module.state_dict().items()}
@@ -118,13 +130,47 @@ class Part:
             as_is, keep = quantiser.weights, quantiser.keep
         kept = {self.prefix + rule.published for rule in rules if as_is.issuperset(rule.ours)}
         moved = {self.prefix + rule.published for rule in rules if rule.op.moves}
-        get = lambda name: (file.copy if name in moved else file.tensor)(name, None if name in kept else dtype, device)
+
+
+        def get(name: str) -> Tensor:
+            stored = file.dtype(name)
+            stays = name in kept and stored == kept_dtype(stored)
+            wanted = None if stays else dtype or kept_dtype(stored)
+            return (file.copy if name in moved else file.tensor)(name, wanted, device)
+
         others, wrong = read(get, file.shapes, rules, shapes, self.prefix, keep)
         return tensors | others, wrong
 
     def fingerprint(self) -> str:
         """Hash of settings and of names, shapes and bytes of this part's weights: equal only for equal contents."""
         return weights_fingerprint(self.file, self.prefix, self.settings)
+
+
+def kept_dtype(stored: torch.dtype) -> torch.dtype:
+    """What weights are kept in that no dtype is asked for: nothing here computes in 64 bits."""
+    return torch.float32 if stored == torch.float64 else stored
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """How an empty module and its names in files are made. Equal where both come out equal."""
+
+    key: tuple[Any, ...]
+    build: Callable[[], nn.Module] = field(compare=False)
+    rules: Callable[[nn.Module], tuple[Rule, ...]] = field(compare=False)
+
+
+def _key(function: Callable[..., Any]) -> Any:
+    if not isinstance(function, functools.partial):
+        return function
+    return function.func, json.dumps([function.args, function.keywords], sort_keys=True, default=str)
+
+
+@functools.lru_cache(maxsize=64)
+def _expected(maker: _Maker) -> dict[str, tuple[tuple[int, ...], ...]]:
+    module = build_empty(maker.build)
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    return {rule.published: file_shapes(rule, shapes) for rule in maker.rules(module)}
 
 
 def build_empty(build: Callable[[], nn.Module]) -> nn.Module:
@@ -204,7 +250,7 @@ def part_file(folder: Path) -> WeightFile:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises UserError when the file is missing or is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes())
     except OSError:
         raise UserError(f"{path} does not exist") from None
     except ValueError:

@@ -44,7 +44,6 @@ class Lumina(ModelFamily):
     name = "lumina"
     Options = LuminaOptions
     latent = LatentSpec("lumina", channels=LATENT_CHANNELS, factor=8, npz_suffix="_lumina.npz", npz_sized_keys=True)
-    network_module = "networks.lora_lumina"
     adapter_prefixes: ClassVar[Mapping[str, str]] = {ENCODER: "lora_te"}
     bucket_step = 16
     token_option = "--gemma2_max_token_length"

@@ -13,6 +13,7 @@ from types import MethodType
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from library.device import exact_float
@@ -83,14 +84,14 @@ def _taken(x: Tensor, order: Tensor) -> Tensor:
 
 def _to_patches(latents: Tensor, patch: int) -> Tensor:
     """B C h w -> (B, patches, numbers of a patch: row, column, channel)."""
-    parts = latents.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # B C rows patch columns patch
-    return parts.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+    return rearrange(latents, "b c (rows i) (columns j) -> b (rows columns) (i j c)", i=patch, j=patch)
 
 
 def _to_picture(x: Tensor, rows: int, columns: int, patch: int) -> Tensor:
     """The inverse."""
-    parts = x.unflatten(2, (patch, patch, -1)).unflatten(1, (rows, columns))
-    return parts.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+    return rearrange(
+        x, "b (rows columns) (i j c) -> b c (rows i) (columns j)", rows=rows, columns=columns, i=patch, j=patch
+    )
 
 
 # ---- positions ------------------------------------------------------------------------------------------------------

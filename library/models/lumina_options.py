@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from library.models.options import ModelOptions
 from library.options import at_least, option, refused
@@ -15,17 +16,20 @@ TOKEN_LENGTH = 256  # what Lumina-Image 2.0 was trained with
 class LuminaOptions(ModelOptions):
     """Lumina-Image 2.0."""
 
+    cached_texts_stay: ClassVar[bool] = True
     vae: str | None = option(None, help="Not for this model.", check=refused("Lumina's autoencoder is given with --ae"))
     gemma2: str | None = option(
-        None, help="Gemma 2 2B: .safetensors file, transformers folder or hub id. Without it, that of the model."
+        None,
+        help="Gemma 2 2B: .safetensors file, transformers folder or hub id. Without it, that of the model.",
+        path=True,
     )
     ae: str | None = option(
-        None, help="FLUX.1's autoencoder: file, diffusers folder or hub id. Without it, that of the model."
+        None, help="FLUX.1's autoencoder: file, diffusers folder or hub id. Without it, that of the model.", path=True
     )
     gemma2_max_token_length: int = option(
         TOKEN_LENGTH,
         help="Longest text in tokens, start token and --system_prompt included; what is longer is cut.",
-        check=at_least(2),
+        check=at_least(2, 8192),
         zero_is_unset=True,
     )
     system_prompt: str = option(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from library.models.detect import foreign_file, foreign_pipeline
 from library.models.loading import PIPELINE_FILES, Part, locate, own_names, part_file, read_json, shipped_config
 from library.models.lumina_forward import use_device_lengths
 from library.models.lumina_options import LuminaOptions
+from library.models.sizes import SizeError, below, depth, has, reading_sizes, shape_of
 from library.models.text_encoders import EncoderPart, gemma2_encoder
 from library.models.weight_files import open_weights
 from library.names.keys import Rule, Shapes, expand, part_rows
@@ -31,7 +33,7 @@ GEMMA_PREFIX = "text_encoders.gemma2_2b.transformer.model."  # in a file that ho
 VAE_PREFIX = "vae."
 MODEL_FILES = (*PIPELINE_FILES, "transformer/*.safetensors", "diffusion_pytorch_model*.safetensors")
 GEMMA_FILES = ("text_encoder/*.safetensors", "*.safetensors", "*/*.json", "*.json", "*/*.model", "*.model")
-CAPTION = ("cap_embedder.0.weight", "time_caption_embed.caption_embedder.0.weight")  # published and diffusers names
+CAPTION = ("cap_embedder.", "time_caption_embed.caption_embedder.")  # published and diffusers names
 UNUSED = "norm_final.weight"  # published files have it, and the model never runs it
 MODEL_CLASS = "Lumina2Transformer2DModel"
 
@@ -51,21 +53,13 @@ class LuminaParts:
 def open_parts(options: LuminaOptions) -> LuminaParts:
     """Reads headers and configurations only. Raises UserError for files of another kind and where parts are missing."""
     path = _locate_model(options)
-    try:
-        denoiser, text_width = _denoiser(path)
-    except KeyError as error:  # a size is read from a weight or an entry of config.json that is not there
-        raise UserError(f"{path} is incomplete: it lacks {error.args[0]}") from None
+    denoiser, text_width = _denoiser(path)
     missing = [*_missing(path, options)]
     if missing:
         raise UserError(missing)
     gemma2 = _inside(locate(options.gemma2, "--gemma2", GEMMA_FILES) if options.gemma2 else path, "text_encoder")
     ae = locate(options.ae, "--ae", kl_vae.VAE_FILES) if options.ae else path
-    vae = kl_vae.vae_part(ae, shipped_config("flux_ae"), option="--ae")
-    channels = vae.file.shapes[f"{vae.prefix}encoder.conv_out.weight"][0] // 2
-    if channels != LATENT_CHANNELS:
-        raise UserError(
-            f"--ae: {ae} makes latents of {channels} channels, not {LATENT_CHANNELS}: Lumina needs FLUX.1's autoencoder"
-        )
+    vae = kl_vae.vae_part(ae, shipped_config("flux_ae"), needed=kl_vae.FLUX, option="--ae")
     return LuminaParts(
         path,
         denoiser,
@@ -113,10 +107,21 @@ def _denoiser(path: Path) -> tuple[Part, int]:
         answer = foreign_file(file.shapes, "lumina")
         if answer:
             raise UserError(f"{path} is {answer}")
-        prefix, mark = next((p, m) for p in PREFIXES for m in CAPTION if p + m in file.shapes)
-        config = layout({n[len(prefix) :]: shape for n, shape in file.shapes.items() if n.startswith(prefix)})
+        with reading_sizes(path):
+            prefix, mark = _naming(file.shapes)
+        with reading_sizes(path, prefix):
+            config = layout(below(file.shapes, prefix))
         rules = denoiser_rules if mark == CAPTION[0] else own_names
-    return Part("denoiser", file, prefix, lambda: build_denoiser(config), rules), config["cap_feat_dim"]
+    with reading_sizes(path):
+        return Part("denoiser", file, prefix, partial(build_denoiser, config), rules), config["cap_feat_dim"]
+
+
+def _naming(shapes: Shapes) -> tuple[str, str]:
+    """What stands before the names of a file, and which of CAPTION it has."""
+    found = next(((prefix, mark) for prefix in PREFIXES for mark in CAPTION if has(shapes, prefix + mark)), None)
+    if found is None:
+        raise SizeError("is incomplete: it lacks", f"{CAPTION[0]}0.weight")
+    return found
 
 
 def _folder(path: Path) -> tuple[Any, dict[str, Any]]:
@@ -139,24 +144,27 @@ def layout(shapes: Shapes) -> dict[str, Any]:
     """The configuration of a file in published or diffusers names, without prefix."""
     fixed = shipped_config("lumina")
     area = fixed["patch_size"] ** 2
-    hidden, patch = _shape(shapes, "x_embedder.weight")
-    head = _shape(shapes, "layers.0.attention.q_norm.weight", "layers.0.attn.norm_q.weight")[0]
-    inner = _shape(shapes, "layers.0.feed_forward.w1.weight", "layers.0.feed_forward.linear_1.weight")[0]
-    qkv = shapes.get("layers.0.attention.qkv.weight")
-    keys = part_rows(qkv[0], hidden, 3)[1] if qkv else _shape(shapes, "layers.0.attn.to_k.weight")[0]
+    published = has(shapes, CAPTION[0])
+    size = lambda name, diffusers, axes: shape_of(shapes, name if published else diffusers, axes)
+    hidden, patch = shape_of(shapes, "x_embedder.weight", 2)
+    head = size("layers.0.attention.q_norm.weight", "layers.0.attn.norm_q.weight", 1)[0]
+    inner = size("layers.0.feed_forward.w1.weight", "layers.0.feed_forward.linear_1.weight", 2)[0]
+    keys = size("layers.0.attention.qkv.weight", "layers.0.attn.to_k.weight", 2)[0]
+    if published:
+        keys = part_rows(keys, hidden, 3)[1]
     return {
         **fixed,
         "in_channels": patch // area,
-        "out_channels": _shape(shapes, "final_layer.linear.weight", "norm_out.linear_2.weight")[0] // area,
+        "out_channels": size("final_layer.linear.weight", "norm_out.linear_2.weight", 2)[0] // area,
         "hidden_size": hidden,
-        "num_layers": _count(shapes, "layers"),
-        "num_refiner_layers": _count(shapes, "noise_refiner"),
+        "num_layers": depth(shapes, "layers.{}."),
+        "num_refiner_layers": depth(shapes, "noise_refiner.{}.", "context_refiner.{}."),
         "num_attention_heads": hidden // head,
         "num_kv_heads": keys // head,
         "multiple_of": 1,  # with the next line: exactly `inner` rows
         "ffn_dim_multiplier": (inner + 0.5) / (4 * hidden),
         "axes_dim_rope": rope_axes(head),
-        "cap_feat_dim": _shape(shapes, *CAPTION)[0],
+        "cap_feat_dim": shape_of(shapes, f"{CAPTION[0 if published else 1]}0.weight", 1)[0],
     }
 
 
@@ -164,18 +172,6 @@ def rope_axes(head: int) -> list[int]:
     """How the numbers of a head are shared out between text position, row and column: 96 -> 32, 32, 32."""
     third = head // 6 * 2
     return [head - 2 * third, third, third]
-
-
-def _shape(shapes: Shapes, *names: str) -> tuple[int, ...]:
-    """Of the first name that is there. Raises KeyError with the published one."""
-    return shapes[next((name for name in names if name in shapes), names[0])]
-
-
-def _count(shapes: Shapes, group: str) -> int:
-    count = 0
-    while f"{group}.{count}.ffn_norm1.weight" in shapes:
-        count += 1
-    return count
 
 
 def denoiser_rules(module: Any) -> tuple[Rule, ...]:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.errors import UserError
-from library.models.loading import Part, build_empty
+from library.models.loading import Part
 from library.models.text import ClipTokenizer
 
 
@@ -72,7 +72,7 @@ def add_word(
     start = tuple(_tokens(tokenizer, like)) if like is not None else ()
     if like is not None and not start:
         raise UserError(f"--init_word '{like}': the tokenizer finds no word in it")
-    rows, width = table_of(build_empty(encoder.build)).weight.shape
+    rows, width = table_of(encoder.blank()).weight.shape
     ids = tuple(range(rows, rows + count))
     plain = (tokenizer.folder, tokenizer.tokenizer, tokenizer.start, tokenizer.end, tokenizer.padding)
     return WordTokenizer(*plain, word, ids), NewWord(ids, width, start)

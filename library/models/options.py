@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from library.options import at_least, option
 
@@ -23,12 +24,18 @@ def token_length(value: object) -> int:
 class ModelOptions:
     """What every family has."""
 
+    cached_texts_stay: ClassVar[bool] = False  # caching captions alone says that text encoders do not learn
+
     pretrained_model_name_or_path: str | None = option(
-        None, help="Model to start from: .safetensors or .ckpt file, diffusers folder, or hub id (org/name)."
+        None, help="Model to start from: .safetensors or .ckpt file, diffusers folder, or hub id (org/name).", path=True
     )
-    vae: str | None = option(None, help="VAE to use in place of the model's own: file, diffusers folder or hub id.")
+    vae: str | None = option(
+        None, help="VAE to use in place of the model's own: file, diffusers folder or hub id.", path=True
+    )
     tokenizer_cache_dir: str | None = option(
-        None, help="Folder that keeps tokenizers, so that a machine without network can train from a single file."
+        None,
+        help="Folder that keeps tokenizers, so that a machine without network can train from a single file.",
+        path=True,
     )
 
     def problems(self) -> Iterator[str]:

@@ -21,20 +21,58 @@ class FamilyEntry:
 
     path: str  # "module:Class"
     option_groups: Mapping[str, type]
+    title: str  # as a user calls the models
+    networks: Mapping[str, str]  # kind of adapters -> the --network_module for these models
 
+
+# kinds that are made for every architecture, and those of U-Nets
+EVERYWHERE = {kind: f"networks.{kind}" for kind in ("lora_fa", "dylora", "loha", "lokr")}
+OF_UNETS = {kind: f"networks.{kind}" for kind in ("lora", "oft", "control_net_lllite")} | EVERYWHERE
 
 FAMILIES: dict[str, FamilyEntry] = {
-    "sd": FamilyEntry("library.models.sd:StableDiffusion", {"model": SDOptions, "finetune": SDFineTuneOptions}),
+    "sd": FamilyEntry(
+        "library.models.sd:StableDiffusion",
+        {"model": SDOptions, "finetune": SDFineTuneOptions},
+        "Stable Diffusion 1.x and 2.x",
+        OF_UNETS,
+    ),
     "sdxl": FamilyEntry(
-        "library.models.sdxl:StableDiffusionXL", {"model": SDXLOptions, "finetune": SDXLFineTuneOptions}
+        "library.models.sdxl:StableDiffusionXL",
+        {"model": SDXLOptions, "finetune": SDXLFineTuneOptions},
+        "Stable Diffusion XL",
+        OF_UNETS,
     ),
     "flux": FamilyEntry(
         "library.models.flux:Flux",
         {"model": FluxOptions, "objective": FluxFlowOptions, "finetune": FluxFineTuneOptions},
+        "FLUX.1 and Chroma",
+        {"lora": "networks.lora_flux", "oft": "networks.oft_flux"} | EVERYWHERE,
     ),
-    "lumina": FamilyEntry("library.models.lumina:Lumina", {"model": LuminaOptions, "objective": LuminaFlowOptions}),
+    "lumina": FamilyEntry(
+        "library.models.lumina:Lumina",
+        {"model": LuminaOptions, "objective": LuminaFlowOptions},
+        "Lumina-Image 2.0",
+        {"lora": "networks.lora_lumina"} | EVERYWHERE,
+    ),
     "sd3": FamilyEntry(
         "library.models.sd3:StableDiffusion3",
         {"model": SD3Options, "objective": SD3FlowOptions, "finetune": SD3FineTuneOptions},
+        "Stable Diffusion 3 and 3.5",
+        {"lora": "networks.lora_sd3"} | EVERYWHERE,
     ),
 }
+
+
+def misfit(family: str, module: str) -> str | None:
+    """Why one of our network modules is none for the models of a family, and which one is.
+
+    None: it fits, or it is not ours, and then only the model itself can tell.
+    """
+    own = FAMILIES[family].networks
+    others = {entry.title: kind for entry in FAMILIES.values() for kind, name in entry.networks.items() if name == module}
+    if module in own.values() or not others:
+        return None
+    kind = next(iter(others.values()))
+    fitting = own[kind] if kind in own else f"{', '.join(own.values())} (there is no {kind} for these models)"
+    made_for = " and ".join(others)
+    return f"--network_module {module} is for {made_for}; for {FAMILIES[family].title} give {fitting}"

@@ -63,7 +63,6 @@ class StableDiffusion(ModelFamily):
     name = "sd"
     Options = SDOptions
     latent = LatentSpec("sd", channels=4, factor=8, npz_suffix="_sd.npz")
-    network_module = "networks.lora"
     adapter_prefixes: ClassVar[Mapping[str, str]] = {ENCODER: "lora_te"}
     bucket_step = 64
     formats = FORMATS
@@ -87,6 +86,10 @@ class StableDiffusion(ModelFamily):
     @cached_property
     def tokenizer(self) -> ClipTokenizer:
         return find_tokenizer(self.parts.path, version=self.version, cache=self.options.tokenizer_cache_dir)
+
+    @property
+    def adapter_names(self) -> str:
+        return f"sd{self.version}"
 
     def check(self) -> None:
         depth, vocabulary = self.parts.text_layers, self.parts.text_vocabulary

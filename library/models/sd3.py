@@ -61,7 +61,6 @@ class StableDiffusion3(ModelFamily):
     name = "sd3"
     Options = SD3Options
     latent = LatentSpec("sd3", channels=16, factor=8, npz_suffix="_sd3.npz", npz_sized_keys=True)
-    network_module = "networks.lora_sd3"
     adapter_prefixes: ClassVar[Mapping[str, str]] = {CLIP_L: "lora_te1", CLIP_G: "lora_te2", T5: "lora_te3"}
     bucket_step = 16
     token_option = "--t5xxl_max_token_length"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from library.models.finetune_options import FineTuneOptions
 from library.models.options import ModelOptions, token_length
-from library.options import at_least, between, option, refused
+from library.options import Idle, at_least, between, option, refused
 
 T5_TOKENS = 256  # of SD3.5; SD3 medium saw 77 and takes as many
 
@@ -21,18 +21,18 @@ class SD3Options(ModelOptions):
     """Stable Diffusion 3 and 3.5."""
 
     clip_l: str | None = option(
-        None, help="CLIP-L: .safetensors file or transformers folder. Without it, that of the model."
+        None, help="CLIP-L: .safetensors file or transformers folder. Without it, that of the model.", path=True
     )
     clip_g: str | None = option(
-        None, help="CLIP-G: .safetensors file or transformers folder. Without it, that of the model."
+        None, help="CLIP-G: .safetensors file or transformers folder. Without it, that of the model.", path=True
     )
     t5xxl: str | None = option(
-        None, help="T5-XXL: .safetensors file or transformers folder. Without it, that of the model."
+        None, help="T5-XXL: .safetensors file or transformers folder. Without it, that of the model.", path=True
     )
     t5xxl_max_token_length: int = option(
         T5_TOKENS,
         help="Length of what T5 reads, in tokens: longer captions are cut, shorter ones are padded.",
-        check=at_least(1),
+        check=at_least(1, 8192),
         zero_is_unset=True,
     )
     apply_lg_attn_mask: bool = option(False, help="Set the states of CLIP-L and CLIP-G to zero where there is padding.")
@@ -121,6 +121,6 @@ class SD3FineTuneOptions(FineTuneOptions):
 
     def problems(self) -> Iterator[str]:
         if not self.train_text_encoder and (self.learning_rate_te1 or self.learning_rate_te2):
-            yield "--learning_rate_te1 and --learning_rate_te2 need --train_text_encoder"
+            yield Idle("--learning_rate_te1 and --learning_rate_te2 need --train_text_encoder")
         if not self.train_t5xxl and self.learning_rate_te3:
-            yield "--learning_rate_te3 needs --train_t5xxl"
+            yield Idle("--learning_rate_te3 needs --train_t5xxl")

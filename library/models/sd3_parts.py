@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from library.models import kl_vae
 from library.models.detect import PREFIXES, foreign_file, foreign_pipeline
 from library.models.loading import PIPELINE_FILES, Part, locate, own_names, part_file, read_json, shipped_config
 from library.models.sd3_options import SD3Options
+from library.models.sizes import SizeError, below, depth, has, reading_sizes, shape_of
 from library.models.text_encoders import EncoderPart, clip_encoder, t5_encoder
 from library.models.weight_files import WeightFile, open_weights
 from library.names.keys import Rule, Shapes, expand
@@ -34,26 +36,26 @@ CLIP_L, CLIP_G, T5 = "clip_l", "clip_g", "t5xxl"
 ENCODERS = {CLIP_L: "text_encoder", CLIP_G: "text_encoder_2", T5: "text_encoder_3"}  # folders of a pipeline
 ENCODER_FILES = ("*.safetensors", "*.json")
 HEAD_DIM = 64  # of every published model; where queries and keys are normed, the norm says it
-# the weights whose shapes tell the configuration, in published and in diffusers' names
+# what tells the configuration, in published and in diffusers' names: whole names, or starts of several
 PUBLISHED = {
-    "patches": "x_embedder.proj.weight",
+    "patches": "x_embedder.proj.",
     "positions": "pos_embed",
     "context": "context_embedder.weight",
     "pooled": "y_embedder.mlp.0.weight",
     "outputs": "final_layer.linear.weight",
-    "block": "joint_blocks.{i}.x_block.attn.qkv.weight",
-    "norm": "joint_blocks.0.x_block.attn.ln_k.weight",
-    "second": "joint_blocks.{i}.x_block.attn2.qkv.weight",
+    "block": "joint_blocks.{}.",
+    "norm": "x_block.attn.ln_k.weight",
+    "second": "x_block.attn2.",
 }
 DIFFUSERS = {
-    "patches": "pos_embed.proj.weight",
+    "patches": "pos_embed.proj.",
     "positions": "pos_embed.pos_embed",
     "context": "context_embedder.weight",
     "pooled": "time_text_embed.text_embedder.linear_1.weight",
     "outputs": "proj_out.weight",
-    "block": "transformer_blocks.{i}.attn.to_q.weight",
-    "norm": "transformer_blocks.0.attn.norm_k.weight",
-    "second": "transformer_blocks.{i}.attn2.to_q.weight",
+    "block": "transformer_blocks.{}.",
+    "norm": "attn.norm_k.weight",
+    "second": "attn2.",
 }
 
 
@@ -73,10 +75,7 @@ class SD3Parts:
 def open_parts(options: SD3Options) -> SD3Parts:
     """Reads headers and configurations only. Raises UserError for files of another kind and for missing parts."""
     path = locate(options.pretrained_model_name_or_path or "", "--pretrained_model_name_or_path", _files(options))
-    try:
-        file, denoiser, config = _denoiser(path)
-    except KeyError as error:  # a size is read from a weight or an entry of config.json that is not there
-        raise UserError(f"{path} is incomplete: it lacks {error.args[0]}") from None
+    file, denoiser, config = _denoiser(path)
     found = {name: _place(name, path, file, options) for name in ENCODERS}
     places = {name: place for name, place in found.items() if place is not None}
     if not places:
@@ -115,25 +114,26 @@ def _denoiser(path: Path) -> tuple[WeightFile, Part, dict[str, Any]]:
         folder = _transformer_folder(path)
         file, config = part_file(folder), read_json(folder / "config.json")
         config = {"qk_norm": None, "dual_attention_layers": (), **shipped_config("sd3"), **config}
-        return file, Part("MMDiT", file, "", lambda: build_mmdit(config), own_names), config
+        return file, Part("MMDiT", file, "", partial(build_mmdit, config), own_names), config
     file = open_weights(path)
     foreign = foreign_file(file.shapes, "sd3")
     if foreign:
         raise UserError(f"{path} is {foreign}")
-    names, prefix = _naming(file.shapes)
-    shapes = {name[len(prefix) :]: shape for name, shape in file.shapes.items() if name.startswith(prefix)}
-    config = {**shipped_config("sd3"), **layout(shapes, names)}
+    with reading_sizes(path):
+        names, prefix = _naming(file.shapes)
+    with reading_sizes(path, prefix):
+        config = {**shipped_config("sd3"), **layout(below(file.shapes, prefix), names)}
     rules = mmdit_rules if names is PUBLISHED else own_names
-    return file, Part("MMDiT", file, prefix, lambda: build_mmdit(config), rules), config
+    return file, Part("MMDiT", file, prefix, partial(build_mmdit, config), rules), config
 
 
 def _naming(shapes: Shapes) -> tuple[Mapping[str, str], str]:
     """The names that a file has, and what stands before them."""
     for names in (PUBLISHED, DIFFUSERS):
         for prefix in ("", *PREFIXES):
-            if prefix + names["patches"] in shapes:
+            if has(shapes, prefix + names["patches"]):
                 return names, prefix
-    raise KeyError(PUBLISHED["patches"])
+    raise SizeError("is incomplete: it lacks", f"{PUBLISHED['patches']}weight")
 
 
 def _transformer_folder(path: Path) -> Path:
@@ -172,25 +172,24 @@ def mmdit_rules(module: nn.Module) -> tuple[Rule, ...]:
 
 def layout(shapes: Shapes, names: Mapping[str, str]) -> dict[str, Any]:
     """The part of the configuration that the shapes tell. names: PUBLISHED or DIFFUSERS; no prefix."""
-    width, channels, patch, _ = shapes[names["patches"]]
-    blocks = 0
-    while names["block"].format(i=blocks) in shapes:
-        blocks += 1
-    norm = shapes.get(names["norm"])
-    config: dict[str, Any] = {"attention_head_dim": norm[0]} if norm else {}
+    width, channels, patch, _ = shape_of(shapes, f"{names['patches']}weight", 4)
+    context, blocks = shape_of(shapes, names["context"], 2), depth(shapes, names["block"])
+    starts = [names["block"].format(i) for i in range(blocks)]
+    norm = next((f"{start}{names['norm']}" for start in starts if f"{start}{names['norm']}" in shapes), None)
+    config: dict[str, Any] = {"attention_head_dim": shape_of(shapes, norm, 1)[0]} if norm else {}
     head = config.get("attention_head_dim", HEAD_DIM)
     return config | {
         "patch_size": patch,
         "in_channels": channels,
-        "out_channels": shapes[names["outputs"]][0] // patch**2,
+        "out_channels": shape_of(shapes, names["outputs"], 2)[0] // patch**2,
         "num_layers": blocks,
         "num_attention_heads": max(1, width // head),
-        "caption_projection_dim": shapes[names["context"]][0],
-        "joint_attention_dim": shapes[names["context"]][1],
-        "pooled_projection_dim": shapes[names["pooled"]][1],
-        "pos_embed_max_size": math.isqrt(shapes[names["positions"]][1]),
+        "caption_projection_dim": context[0],
+        "joint_attention_dim": context[1],
+        "pooled_projection_dim": shape_of(shapes, names["pooled"], 2)[1],
+        "pos_embed_max_size": math.isqrt(shape_of(shapes, names["positions"], 3)[1]),
         "qk_norm": "rms_norm" if norm else None,
-        "dual_attention_layers": tuple(i for i in range(blocks) if names["second"].format(i=i) in shapes),
+        "dual_attention_layers": tuple(i for i, start in enumerate(starts) if has(shapes, start + names["second"])),
     }
 
 
@@ -219,9 +218,9 @@ def _encoder(name: str, place: Path) -> EncoderPart:
 def _vae(path: Path, file: WeightFile, options: SD3Options) -> Part:
     config = shipped_config("sd3_vae")
     if options.vae:
-        return kl_vae.vae_part(locate(options.vae, "--vae", kl_vae.VAE_FILES), config)
+        return kl_vae.vae_part(locate(options.vae, "--vae", kl_vae.VAE_FILES), config, needed=kl_vae.SD3)
     if (path / "vae").is_dir():
-        return kl_vae.vae_part(path, config)
-    if f"{VAE_PREFIX}encoder.conv_in.weight" in file.shapes:
+        return kl_vae.vae_part(path, config, needed=kl_vae.SD3)
+    if has(file.shapes, f"{VAE_PREFIX}encoder.conv_in."):
         return kl_vae.published_part(file, config)
     raise UserError(f"{path} has no VAE inside: give one with --vae")

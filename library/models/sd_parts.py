@@ -7,8 +7,10 @@ count is read from the shapes, so that models of other sizes load too.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from library.errors import UserError
 from library.models import kl_vae
 from library.models.detect import context_dim, foreign_file, foreign_pipeline
 from library.models.loading import Part, own_names, part_file, read_json, shipped_config
+from library.models.sizes import SizeError, below, depth, has, reading_sizes, shape_of
 from library.models.weight_files import WeightFile, open_weights
 from library.names.keys import Shapes
 from library.names.sd import (
@@ -30,6 +33,7 @@ from library.names.sd import (
 )
 
 CONTEXT_DIMS = {768: 1, 1024: 2}
+OPEN_CLIP_BLOCKS = "transformer.resblocks.{}."
 CUT_OPEN_CLIP_BLOCKS = 23  # files that left out the last block already; whole ones have 24
 HEAD_DIM = 64  # of the attention heads of SD 2.x's U-Net and of both text encoders
 
@@ -51,10 +55,8 @@ class SDParts:
 
 def open_parts(path: Path, *, version: int, vae: Path | None) -> SDParts:
     """Reads headers and configurations only. Raises UserError for files of another architecture or version."""
-    try:
+    with reading_sizes(path):
         return _open_folder(path, version, vae) if path.is_dir() else _open_file(path, version, vae)
-    except KeyError as error:  # a size is read from a weight or an entry of config.json that is not there
-        raise UserError(f"{path} is incomplete: it lacks {error.args[0]}") from None
 
 
 # ---- diffusers folder -----------------------------------------------------------------------------------------------
@@ -73,9 +75,9 @@ def _open_folder(path: Path, version: int, vae: Path | None) -> SDParts:
     return SDParts(
         path,
         version,
-        unet=Part("U-Net", part_file(path / "unet"), "", lambda: build_unet(unet_config), own_names),
-        vae=kl_vae.vae_part(vae or path, defaults["vae"]),
-        text_encoder=Part("text encoder", text_file, prefix, lambda: build_text_encoder(text_config), clip_rules),
+        unet=Part("U-Net", part_file(path / "unet"), "", partial(build_unet, unet_config), own_names),
+        vae=kl_vae.vae_part(vae or path, defaults["vae"], needed=kl_vae.SD),
+        text_encoder=Part("text encoder", text_file, prefix, partial(build_text_encoder, text_config), clip_rules),
         text_layers=text_config["num_hidden_layers"],
         text_vocabulary=text_config["vocab_size"],
         text_width=text_config["hidden_size"],
@@ -102,19 +104,22 @@ def _open_file(path: Path, version: int, vae: Path | None) -> SDParts:
     foreign = foreign_file(file.shapes)
     if foreign:
         raise UserError(f"{path} is {foreign}")
-    unet_shapes = _below(file.shapes, UNET_PREFIX)
-    if "input_blocks.0.0.weight" not in unet_shapes:
+    unet_shapes = below(file.shapes, UNET_PREFIX)
+    if not has(unet_shapes, "input_blocks."):
         raise UserError(f"{path} has no weights below {UNET_PREFIX}; a whole Stable Diffusion checkpoint is needed")
     _check_version(str(path), _file_version(file.shapes), version)
-    _check_channels(str(path), unet_shapes["input_blocks.0.0.weight"][1])
     defaults = shipped_config(f"sd{version}")
-    unet_config = {**defaults["unet"], **unet_layout(unet_shapes, version)}
+    with reading_sizes(path, UNET_PREFIX):
+        _check_channels(str(path), shape_of(unet_shapes, "input_blocks.0.0.weight", 4)[1])
+        unet_config = {**defaults["unet"], **unet_layout(unet_shapes, version)}
     text_encoder, text_config = _text_part(file, version, defaults["text_encoder"])
     return SDParts(
         path,
         version,
-        unet=Part("U-Net", file, UNET_PREFIX, lambda: build_unet(unet_config), unet_rules),
-        vae=kl_vae.vae_part(vae, defaults["vae"]) if vae else kl_vae.published_part(file, defaults["vae"]),
+        unet=Part("U-Net", file, UNET_PREFIX, partial(build_unet, unet_config), unet_rules),
+        vae=kl_vae.vae_part(vae, defaults["vae"], needed=kl_vae.SD)
+        if vae
+        else kl_vae.published_part(file, defaults["vae"]),
         text_encoder=text_encoder,
         text_layers=text_config["num_hidden_layers"],
         text_vocabulary=text_config["vocab_size"],
@@ -128,21 +133,33 @@ def _text_part(file: WeightFile, version: int, defaults: Mapping[str, Any]) -> t
         prefix, rules, layout = OPEN_CLIP_PREFIX, open_clip_rules, open_clip_layout
     else:
         prefix, rules, layout = _clip_prefix(file.shapes), clip_rules, clip_layout
-    shapes = _below(file.shapes, prefix)
+    shapes = below(file.shapes, prefix)
     if not shapes:
         raise UserError(f"{file.path} has no text encoder inside (no weights below {prefix})")
-    config = {**defaults, **layout(shapes)}
-    return Part("text encoder", file, prefix, lambda: build_text_encoder(config), rules), config
+    with reading_sizes(file.path, prefix):
+        config = {**defaults, **layout(shapes)}
+        spare = spare_block(shapes, config["num_hidden_layers"]) if version == 2 else ""
+    return Part("text encoder", file, prefix, partial(build_text_encoder, config), rules, spare=spare), config
+
+
+def spare_block(shapes: Shapes, used: int) -> str:
+    """The start of the names of OpenCLIP's last block, which no picture depends on. Raises SizeError for a part of it.
+
+    used: how many blocks are read. Empty when the file has no more than these.
+    """
+    last, first = f"{OPEN_CLIP_BLOCKS.format(used)}", OPEN_CLIP_BLOCKS.format(0)
+    if not has(shapes, last):
+        return ""
+    lost = [name for own in below(shapes, first) if (name := last + own) not in shapes]
+    if lost:
+        raise SizeError("is incomplete: it lacks", lost[0])
+    return last
 
 
 def _clip_prefix(shapes: Shapes) -> str:
     """Some old files leave out the `text_model.` level."""
     with_level = any(name.startswith(CLIP_PREFIX) for name in shapes)
     return CLIP_PREFIX if with_level else CLIP_PREFIX.removesuffix("text_model.")
-
-
-def _below(shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
-    return {name[len(prefix) :]: shape for name, shape in shapes.items() if name.startswith(prefix)}
 
 
 def _file_version(shapes: Shapes) -> int | None:
@@ -175,25 +192,13 @@ def _check_channels(path: str, channels: int) -> None:
 
 def unet_layout(shapes: Shapes, version: int) -> dict[str, Any]:
     """The part of the U-Net's config that the shapes tell. Published names, without prefix."""
-    widths: list[int] = []
-    layers: list[int] = []
-    attends: list[bool] = []
-    index, starts_level = 1, True
-    while True:
-        resnet, attention = f"input_blocks.{index}.0.in_layers.2.weight", f"input_blocks.{index}.1.norm.weight"
-        if f"input_blocks.{index}.0.op.weight" in shapes:
-            starts_level = True
-        elif resnet in shapes:
-            if starts_level:
-                widths, layers, attends = [*widths, 0], [*layers, 0], [*attends, False]
-                starts_level = False
-            widths[-1], layers[-1], attends[-1] = shapes[resnet][0], layers[-1] + 1, attention in shapes
-        else:
-            break
-        index += 1
+    levels = input_levels(shapes)
+    widths = [shape_of(shapes, f"input_blocks.{own[-1]}.0.in_layers.2.weight", 4)[0] for own in levels]
+    layers = [len(own) for own in levels]
+    attends = [any(has(shapes, f"input_blocks.{index}.1.") for index in own) for own in levels]
     result: dict[str, Any] = {
         "block_out_channels": widths,
-        "layers_per_block": layers[0] if layers else 0,
+        "layers_per_block": max(layers, default=0),
         "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends],
         "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
         "cross_attention_dim": context_dim(shapes),
@@ -204,26 +209,43 @@ def unet_layout(shapes: Shapes, version: int) -> dict[str, Any]:
     return result
 
 
+def input_levels(shapes: Shapes) -> list[list[int]]:
+    """The numbers of the input blocks with residual blocks, level by level. Raises SizeError where one is missing."""
+    levels: list[list[int]] = [[]]
+    # blocks are unlike each other, so any tensor of one counts; the first of them is a convolution
+    numbered = {name: int(found[1]) for name in shapes if (found := re.match(r"input_blocks\.(\d{1,6})\.", name))}
+    for index in range(1, max(numbered.values(), default=0) + 1):
+        start = f"input_blocks.{index}."
+        if has(shapes, f"{start}0.op."):
+            levels.append([])
+        elif has(shapes, f"{start}0."):
+            levels[-1].append(index)
+        else:
+            later = next(name for name, number in numbered.items() if number >= index)
+            raise SizeError("is incomplete: it has", later, f", and lacks {start}0.*")
+    return [own for own in levels if own]
+
+
 def _projects_linearly(shapes: Shapes) -> bool:
     return any(len(shape) == 2 for name, shape in shapes.items() if name.endswith(".proj_in.weight"))
 
 
 def clip_layout(shapes: Shapes) -> dict[str, Any]:
     """The part of the config of SD 1.x's text encoder that the shapes tell."""
-    vocabulary, width = shapes["embeddings.token_embedding.weight"]
+    vocabulary, width = shape_of(shapes, "embeddings.token_embedding.weight", 2)
     return {
-        **_text_layout(vocabulary, width, shapes["encoder.layers.0.mlp.fc1.weight"][0]),
-        "num_hidden_layers": _count(shapes, "encoder.layers.{}.mlp.fc1.weight"),
+        **_text_layout(vocabulary, width, shape_of(shapes, "encoder.layers.0.mlp.fc1.weight", 2)[0]),
+        "num_hidden_layers": depth(shapes, "encoder.layers.{}."),
         "pad_token_id": vocabulary - 1,
     }
 
 
 def open_clip_layout(shapes: Shapes) -> dict[str, Any]:
     """The same for SD 2.x. The last block of the file is left out: the model was trained on the output before it."""
-    vocabulary, width = shapes["token_embedding.weight"]
-    blocks = _count(shapes, "transformer.resblocks.{}.mlp.c_fc.weight")
+    vocabulary, width = shape_of(shapes, "token_embedding.weight", 2)
+    blocks = depth(shapes, OPEN_CLIP_BLOCKS)
     return {
-        **_text_layout(vocabulary, width, shapes["transformer.resblocks.0.mlp.c_fc.weight"][0]),
+        **_text_layout(vocabulary, width, shape_of(shapes, "transformer.resblocks.0.mlp.c_fc.weight", 2)[0]),
         "num_hidden_layers": blocks if blocks == CUT_OPEN_CLIP_BLOCKS else blocks - 1,
     }
 
@@ -237,13 +259,6 @@ def _text_layout(vocabulary: int, width: int, inner: int) -> dict[str, Any]:
         "bos_token_id": vocabulary - 2,
         "eos_token_id": vocabulary - 1,
     }
-
-
-def _count(shapes: Shapes, name: str) -> int:
-    count = 0
-    while name.format(count) in shapes:
-        count += 1
-    return count
 
 
 # ---- modules --------------------------------------------------------------------------------------------------------

@@ -64,7 +64,6 @@ class StableDiffusionXL(ModelFamily):
     name = "sdxl"
     Options = SDXLOptions
     latent = LatentSpec("sdxl", channels=4, factor=8, npz_suffix="_sdxl.npz")
-    network_module = "networks.lora"
     adapter_prefixes: ClassVar[Mapping[str, str]] = {CLIP_L: "lora_te1", CLIP_G: "lora_te2"}
     bucket_step = 32
     preview = PreviewDefaults(size=1024)

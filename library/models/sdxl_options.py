@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from library.models.finetune_options import FineTuneOptions
 from library.models.options import ModelOptions, token_length
 from library.names.sd import SDXL_BLOCKS
-from library.options import at_least, option, refused
+from library.options import Idle, at_least, option, refused
 
 
 def block_rates(value: object) -> tuple[float, ...]:
@@ -75,4 +75,4 @@ class SDXLFineTuneOptions(FineTuneOptions):
 
     def problems(self) -> Iterator[str]:
         if not self.train_text_encoder and (self.learning_rate_te1 or self.learning_rate_te2):
-            yield "--learning_rate_te1 and --learning_rate_te2 need --train_text_encoder"
+            yield Idle("--learning_rate_te1 and --learning_rate_te2 need --train_text_encoder")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from library.errors import UserError
 from library.models import kl_vae
 from library.models.detect import foreign_file, foreign_pipeline
 from library.models.loading import PIPELINE_FILES, Part, locate, own_names, part_file, read_json, shipped_config
-from library.models.sd_parts import build_unet, unet_layout
+from library.models.sd_parts import OPEN_CLIP_BLOCKS, build_unet, input_levels, unet_layout
 from library.models.sdxl_options import SDXLOptions
+from library.models.sizes import below, depth, has, reading_sizes, shape_of
 from library.models.text_encoders import CLIP, CLIP_HEAD, EncoderPart, clip_encoder
 from library.models.weight_files import WeightFile, open_weights
 from library.names.keys import Shapes
@@ -41,7 +43,7 @@ FOLDERS = ("unet", *ENCODERS.values())
 MODEL_FILES = (*PIPELINE_FILES, *(f"{folder}/*.safetensors" for folder in (*FOLDERS, "vae")))
 CLIP_L_FILE_PREFIX = SDXL_CLIP_L_PREFIX.removesuffix("text_model.")
 V_MARK, ZERO_SNR_MARK = "v_pred", "ztsnr"  # empty tensors by which some v-prediction models say what they are
-IN_MIDDLE = "middle_block.1.transformer_blocks.{}.norm1.weight"
+TRANSFORMERS = "{}.1.transformer_blocks.{{}}."  # of an attention of the U-Net, by its block
 ADDED_NUMBERS = 6  # of the size and crop that the U-Net is told
 
 
@@ -74,10 +76,8 @@ def open_parts(options: SDXLOptions) -> SDXLParts:
     """Reads headers and configurations only. Raises UserError for files of another architecture."""
     path = locate(options.pretrained_model_name_or_path or "", OPTION, MODEL_FILES)
     vae = locate(options.vae, "--vae", kl_vae.VAE_FILES) if options.vae else None
-    try:
+    with reading_sizes(path):
         return _open_folder(path, vae) if path.is_dir() else _open_file(path, vae)
-    except KeyError as error:  # a size is read from a weight or an entry of config.json that is not there
-        raise UserError(f"{path} is incomplete: it lacks {error.args[0]}") from None
 
 
 def _check_channels(path: Path, channels: int) -> None:
@@ -101,9 +101,9 @@ def _open_folder(path: Path, vae: Path | None) -> SDXLParts:
     scheduler = read_json(scheduler_file) if scheduler_file.is_file() else defaults["scheduler"]
     return SDXLParts(
         path,
-        Part("U-Net", part_file(path / "unet"), "", lambda: build_unet(config), own_names),
+        Part("U-Net", part_file(path / "unet"), "", partial(build_unet, config), own_names),
         config,
-        kl_vae.vae_part(vae or path, defaults["vae"]),
+        kl_vae.vae_part(vae or path, defaults["vae"], needed=kl_vae.SDXL),
         {
             name: clip_encoder(path / folder, option=OPTION, projection=name == CLIP_G, config=name)
             for name, folder in ENCODERS.items()
@@ -133,20 +133,24 @@ def _open_file(path: Path, vae: Path | None) -> SDXLParts:
     foreign = foreign_file(file.shapes, "sdxl")
     if foreign:
         raise UserError(f"{path} is {foreign}")
-    shapes = _below(file.shapes, UNET_PREFIX)
-    if "input_blocks.0.0.weight" not in shapes:
+    shapes = below(file.shapes, UNET_PREFIX)
+    if not has(shapes, "input_blocks."):
         raise UserError(f"{path} has no weights below {UNET_PREFIX}; a whole SDXL checkpoint is needed")
-    _check_channels(path, shapes["input_blocks.0.0.weight"][1])
+    with reading_sizes(path, UNET_PREFIX):
+        _check_channels(path, shape_of(shapes, "input_blocks.0.0.weight", 4)[1])
     if not any(name.startswith(CLIP_L_FILE_PREFIX) for name in file.shapes):
         raise UserError(f"{path} has no first text encoder inside (no weights below {CLIP_L_FILE_PREFIX})")
     defaults = shipped_config("sdxl")
     clip_g = open_clip_part(file)
-    config = {**defaults["unet"], **sdxl_layout(shapes, clip_g.projected)}
+    with reading_sizes(path, UNET_PREFIX):
+        config = {**defaults["unet"], **sdxl_layout(shapes, clip_g.projected)}
     return SDXLParts(
         path,
-        Part("U-Net", file, UNET_PREFIX, lambda: build_unet(config), unet_rules),
+        Part("U-Net", file, UNET_PREFIX, partial(build_unet, config), unet_rules),
         config,
-        kl_vae.vae_part(vae, defaults["vae"]) if vae else kl_vae.published_part(file, defaults["vae"]),
+        kl_vae.vae_part(vae, defaults["vae"], needed=kl_vae.SDXL)
+        if vae
+        else kl_vae.published_part(file, defaults["vae"]),
         {
             CLIP_L: clip_encoder(path, option=OPTION, projection=False, prefixes=(CLIP_L_FILE_PREFIX,), config=CLIP_L),
             CLIP_G: clip_g.encoder,
@@ -167,17 +171,18 @@ class OpenClip:
 
 def open_clip_part(file: WeightFile) -> OpenClip:
     """The second text encoder of a single file, a CLIPTextModelWithProjection."""
-    shapes = _below(file.shapes, SDXL_CLIP_G_PREFIX)
+    shapes = below(file.shapes, SDXL_CLIP_G_PREFIX)
     if not shapes:
         raise UserError(f"{file.path} has no second text encoder inside (no weights below {SDXL_CLIP_G_PREFIX})")
     projection = next((n for n in (OPEN_CLIP_PROJECTION, PLAYGROUND_PROJECTION) if n in shapes), OPEN_CLIP_PROJECTION)
-    config = {**shipped_config(CLIP_G), **open_clip_layout(shapes, projection)}
+    with reading_sizes(file.path, SDXL_CLIP_G_PREFIX):
+        config = {**shipped_config(CLIP_G), **open_clip_layout(shapes, projection)}
     part = Part(
         CLIP,
         file,
         SDXL_CLIP_G_PREFIX,
-        lambda: _build_clip_g(config),
-        lambda module: clip_g_rules(module, projection),
+        partial(_build_clip_g, config),
+        partial(clip_g_rules, projection=projection),
         f"{config['hidden_act']} {config['num_attention_heads']} {config['eos_token_id']}",
     )
     encoder = EncoderPart(part, config["num_hidden_layers"], config["vocab_size"], config["hidden_size"])
@@ -190,27 +195,20 @@ def _build_clip_g(config: Mapping[str, Any]) -> nn.Module:
     return CLIPTextModelWithProjection(CLIPTextConfig.from_dict(dict(config)))
 
 
-def _below(shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
-    return {name[len(prefix) :]: shape for name, shape in shapes.items() if name.startswith(prefix)}
-
-
 # ---- configurations from shapes -------------------------------------------------------------------------------------
 
 
 def open_clip_layout(shapes: Shapes, projection: str) -> dict[str, Any]:
     """The part of CLIP-G's config that the shapes tell. All blocks of the file are used, unlike in SD 2.x."""
-    vocabulary, width = shapes["token_embedding.weight"]
-    blocks = 0
-    while f"transformer.resblocks.{blocks}.mlp.c_fc.weight" in shapes:
-        blocks += 1
-    outputs = shapes[projection][0 if projection == PLAYGROUND_PROJECTION else 1]
+    vocabulary, width = shape_of(shapes, "token_embedding.weight", 2)
+    outputs = shape_of(shapes, projection, 2)[0 if projection == PLAYGROUND_PROJECTION else 1]
     return {
         "vocab_size": vocabulary,
         "hidden_size": width,
-        "intermediate_size": shapes["transformer.resblocks.0.mlp.c_fc.weight"][0],
-        "num_hidden_layers": blocks,
+        "intermediate_size": shape_of(shapes, "transformer.resblocks.0.mlp.c_fc.weight", 2)[0],
+        "num_hidden_layers": depth(shapes, OPEN_CLIP_BLOCKS),
         "num_attention_heads": max(1, width // CLIP_HEAD),
-        "max_position_embeddings": shapes["positional_embedding"][0],
+        "max_position_embeddings": shape_of(shapes, "positional_embedding", 2)[0],
         "projection_dim": outputs,
         "bos_token_id": vocabulary - 2,
         "eos_token_id": vocabulary - 1,
@@ -220,26 +218,16 @@ def open_clip_layout(shapes: Shapes, projection: str) -> dict[str, Any]:
 def sdxl_layout(shapes: Shapes, pooled: int) -> dict[str, Any]:
     """The part of the U-Net's config that the shapes tell. pooled: width of CLIP-G's pooled state."""
     config = unet_layout(shapes, version=2)  # with the heads counted as in SD 2.x
-    added = shapes["label_emb.0.0.weight"][1]
+    added = shape_of(shapes, "label_emb.0.0.weight", 2)[1]
     return config | {
-        "transformer_layers_per_block": _transformer_layers(shapes, config),
+        "transformer_layers_per_block": _transformer_layers(shapes),
         "addition_time_embed_dim": (added - pooled) // ADDED_NUMBERS,
         "projection_class_embeddings_input_dim": added,
     }
 
 
-def _transformer_layers(shapes: Shapes, config: Mapping[str, Any]) -> list[int]:
+def _transformer_layers(shapes: Shapes) -> list[int]:
     """How deep the attention of each level is; 1 where there is none. The middle is as deep as the last level."""
-    found, index = [], 1  # the first input block of a level; block 0 is a convolution
-    for _ in config["block_out_channels"]:
-        found.append(max(1, _count(shapes, f"input_blocks.{index}.1.transformer_blocks.{{}}.norm1.weight")))
-        index += config["layers_per_block"] + 1  # the last one makes the picture smaller
-    found[-1] = max(found[-1], _count(shapes, IN_MIDDLE))
-    return found
-
-
-def _count(shapes: Shapes, name: str) -> int:
-    count = 0
-    while name.format(count) in shapes:
-        count += 1
-    return count
+    levels = [[f"input_blocks.{index}" for index in own] for own in input_levels(shapes)]
+    levels[-1].append("middle_block")
+    return [max(1, depth(shapes, *(TRANSFORMERS.format(block) for block in own))) for own in levels]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from library.errors import UserError
 from library.memory.precision import never_in_float16
 from library.models.loading import Part, own_names, part_file, read_json, shipped_config
+from library.models.sizes import below, depth, has, reading_sizes, shape_of
 from library.models.weight_files import CompletedFile, WeightFile, open_weights
 from library.names.keys import Rule, Shapes
 
@@ -26,6 +28,7 @@ CLIP, T5, GEMMA2 = "CLIP text encoder", "T5 text encoder", "Gemma 2 text encoder
 CLIP_HEAD, GEMMA_HEAD = 64, 256  # width of an attention head
 CLIP_LEVEL = "text_model."
 CLIP_MARK = "embeddings.token_embedding.weight"
+CLIP_LAYERS, T5_LAYERS = "encoder.layers.", "encoder.block."  # starts of the names of their layers
 T5_MARK = "encoder.block.0.layer.0.SelfAttention.q.weight"
 UMT5_MARK = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"
 GEMMA_MARK = "layers.0.pre_feedforward_layernorm.weight"
@@ -77,15 +80,16 @@ def clip_encoder(
 
     path: file or folder. option: for messages. prefixes: of the names in a file, the first that is there counts.
     config: of configs/models, for what a file does not say: "clip_l" (quick GELU) or "clip_g" (GELU).
-    A file without a projection has none of its own: its pooled states are used as they are.
+    A file of CLIP-L without a projection has none of its own: its pooled states are used as they are.
     """
     file, folder_config = _open(path)
-    marks = [f"{prefix}{level}{CLIP_MARK}" for prefix in prefixes for level in (CLIP_LEVEL, "")]
-    prefix = _prefix(file, option, marks, CLIP_MARK, CLIP)
+    starts = [f"{prefix}{level}" for prefix in prefixes for level in (CLIP_LEVEL, "")]
+    prefix = _prefix(file, option, starts, lambda start: has(file.shapes, f"{start}{CLIP_LAYERS}"), CLIP_MARK, CLIP)
     level = CLIP_LEVEL if prefix.endswith(CLIP_LEVEL) else ""
     prefix = prefix.removesuffix(level)
-    shapes = _below(file.shapes, prefix)
-    sizes = _sizes(file, option, lambda: clip_layout(shapes, level))
+    shapes = below(file.shapes, prefix)
+    with reading_sizes(file.path, prefix, option):
+        sizes = clip_layout(shapes, level)
     _check_clip_width(path, option, config, sizes["hidden_size"])
     full = {
         **shipped_config(config),
@@ -96,12 +100,11 @@ def clip_encoder(
     if full["eos_token_id"] == LEGACY_EOS:
         full["eos_token_id"] = sizes["eos_token_id"]
     settings = f"{full['hidden_act']} {full['num_attention_heads']} {full['eos_token_id']}"
-    if projection and PROJECTION not in shapes:
+    if projection and PROJECTION not in shapes and config == "clip_l":
         full["projection_dim"], settings = sizes["hidden_size"], f"{settings} without projection"
         file = CompletedFile(file, {prefix + PROJECTION: torch.eye(sizes["hidden_size"])})
-    part = Part(
-        CLIP, file, prefix, lambda: _build_clip(full, projection), lambda module: _clip_rules(module, level), settings
-    )
+    build = _build_projected_clip if projection else _build_clip
+    part = Part(CLIP, file, prefix, partial(build, full), partial(_clip_rules, level=level), settings)
     return EncoderPart(part, full["num_hidden_layers"], sizes["vocab_size"], sizes["hidden_size"])
 
 
@@ -115,26 +118,31 @@ def _check_clip_width(path: Path, option: str, config: str, width: int) -> None:
 
 def clip_layout(shapes: Shapes, level: str = "") -> dict[str, Any]:
     """The part of the config that the shapes tell. `level`: before all names but the projection's."""
-    vocabulary, width = shapes[f"{level}{CLIP_MARK}"]
+    vocabulary, width = shape_of(shapes, f"{level}{CLIP_MARK}", 2)
     return {
         "vocab_size": vocabulary,
         "hidden_size": width,
-        "intermediate_size": shapes[f"{level}encoder.layers.0.mlp.fc1.weight"][0],
-        "num_hidden_layers": _count(shapes, f"{level}encoder.layers.{{}}.mlp.fc1.weight"),
+        "intermediate_size": shape_of(shapes, f"{level}encoder.layers.0.mlp.fc1.weight", 2)[0],
+        "num_hidden_layers": depth(shapes, f"{level}encoder.layers.{{}}."),
         "num_attention_heads": max(1, width // CLIP_HEAD),
-        "max_position_embeddings": shapes[f"{level}embeddings.position_embedding.weight"][0],
-        "projection_dim": shapes.get(PROJECTION, (width,))[0],
+        "max_position_embeddings": shape_of(shapes, f"{level}embeddings.position_embedding.weight", 2)[0],
+        "projection_dim": shape_of(shapes, PROJECTION, 2)[0] if PROJECTION in shapes else width,
         "bos_token_id": vocabulary - 2,  # start and end token are the last ones of every published vocabulary
         "eos_token_id": vocabulary - 1,
         "pad_token_id": vocabulary - 1,
     }
 
 
-def _build_clip(config: Mapping[str, Any], projection: bool) -> nn.Module:
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+def _build_clip(config: Mapping[str, Any]) -> nn.Module:
+    from transformers import CLIPTextConfig, CLIPTextModel
 
-    model = CLIPTextModelWithProjection if projection else CLIPTextModel
-    return model(CLIPTextConfig.from_dict(dict(config)))
+    return CLIPTextModel(CLIPTextConfig.from_dict(dict(config)))
+
+
+def _build_projected_clip(config: Mapping[str, Any]) -> nn.Module:
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    return CLIPTextModelWithProjection(CLIPTextConfig.from_dict(dict(config)))
 
 
 def _clip_name(name: str) -> str:
@@ -155,19 +163,20 @@ def _clip_rules(module: nn.Module, level: str) -> tuple[Rule, ...]:
 def t5_encoder(path: Path, *, option: str, prefixes: Sequence[str] = ("",)) -> EncoderPart:
     """The encoder half of T5 1.1, a T5EncoderModel. Arguments as `clip_encoder`."""
     file, folder_config = _open(path)
-    prefix = _prefix(file, option, [f"{prefix}{T5_MARK}" for prefix in prefixes], T5_MARK, T5)
-    shapes = _below(file.shapes, prefix)
+    prefix = _prefix(file, option, prefixes, lambda start: has(file.shapes, f"{start}{T5_LAYERS}"), T5_MARK, T5)
+    shapes = below(file.shapes, prefix)
     if UMT5_MARK in shapes:
         raise UserError(f"{option}: {path} is a UMT5 text encoder; a T5 v1.1 one is needed")
     embedding = next((n for n in ("shared.weight", "encoder.embed_tokens.weight") if n in shapes), "shared.weight")
-    sizes = _sizes(file, option, lambda: t5_layout(shapes, embedding))
+    with reading_sizes(file.path, prefix, option):
+        sizes = t5_layout(shapes, embedding)
     full = {**shipped_config("t5xxl"), **sizes, **folder_config, "dropout_rate": 0.0}
     part = Part(
         T5,
         file,
         prefix,
-        lambda: _build_t5(full),
-        lambda module: _t5_rules(module, embedding),
+        partial(_build_t5, full),
+        partial(_t5_rules, embedding=embedding),
         f"{full['feed_forward_proj']} {full['relative_attention_max_distance']}",
         _guard_t5,
     )
@@ -176,16 +185,16 @@ def t5_encoder(path: Path, *, option: str, prefixes: Sequence[str] = ("",)) -> E
 
 def t5_layout(shapes: Shapes, embedding: str = "shared.weight") -> dict[str, Any]:
     """The part of the config that the shapes tell."""
-    vocabulary, width = shapes[embedding]
+    vocabulary, width = shape_of(shapes, embedding, 2)
     attention, dense = "encoder.block.0.layer.0.SelfAttention", "encoder.block.0.layer.1.DenseReluDense"
-    buckets, heads = shapes[f"{attention}.relative_attention_bias.weight"]
-    gated = f"{dense}.wi_0.weight" in shapes
+    buckets, heads = shape_of(shapes, f"{attention}.relative_attention_bias.weight", 2)
+    gated = any(name.endswith((".wi_0.weight", ".wi_1.weight")) for name in shapes)
     return {
         "vocab_size": vocabulary,
         "d_model": width,
-        "d_kv": shapes[f"{attention}.q.weight"][0] // heads,
-        "d_ff": shapes[f"{dense}.wo.weight"][1],
-        "num_layers": _count(shapes, "encoder.block.{}.layer.0.SelfAttention.q.weight"),
+        "d_kv": shape_of(shapes, f"{attention}.q.weight", 2)[0] // heads,
+        "d_ff": shape_of(shapes, f"{dense}.wo.weight", 2)[1],
+        "num_layers": depth(shapes, f"{T5_LAYERS}{{}}."),
         "num_heads": heads,
         "relative_attention_num_buckets": buckets,
         "feed_forward_proj": "gated-gelu" if gated else "relu",
@@ -240,26 +249,33 @@ def t5_states(encoder: Any, ids: Tensor, words: Tensor | None) -> Tensor:
 def gemma2_encoder(path: Path, *, option: str, prefixes: Sequence[str] = ("",)) -> EncoderPart:
     """Gemma 2 without its output layer, a Gemma2Model. Arguments as `clip_encoder`."""
     file, folder_config = _open(path)
-    marks = [f"{prefix}{level}{GEMMA_MARK}" for prefix in prefixes for level in ("model.", "")]
-    prefix = _prefix(file, option, marks, GEMMA_MARK, GEMMA2)
-    shapes = _below(file.shapes, prefix)
-    sizes = _sizes(file, option, lambda: gemma2_layout(shapes))
+    starts = [f"{prefix}{level}" for prefix in prefixes for level in ("model.", "")]
+    prefix = _prefix(file, option, starts, lambda start: _is_gemma(file.shapes, start), GEMMA_MARK, GEMMA2)
+    shapes = below(file.shapes, prefix)
+    with reading_sizes(file.path, prefix, option):
+        sizes = gemma2_layout(shapes)
     full = {**shipped_config("gemma2"), **sizes, **folder_config, "attention_dropout": 0.0}
     settings = f"{full['head_dim']} {full['query_pre_attn_scalar']}"
-    part = Part(GEMMA2, file, prefix, lambda: _build_gemma2(full), own_names, settings)
+    part = Part(GEMMA2, file, prefix, partial(_build_gemma2, full), own_names, settings)
     return EncoderPart(part, full["num_hidden_layers"], sizes["vocab_size"], sizes["hidden_size"])
+
+
+def _is_gemma(shapes: Shapes, start: str) -> bool:
+    """By a norm that each of its layers has, and no other language model."""
+    ending = GEMMA_MARK.removeprefix("layers.0")
+    return any(name.startswith(f"{start}layers.") and name.endswith(ending) for name in shapes)
 
 
 def gemma2_layout(shapes: Shapes) -> dict[str, Any]:
     """The part of the config that the shapes tell. A model smaller than one head of Gemma has one key head."""
-    vocabulary, width = shapes["embed_tokens.weight"]
-    queries, keys = (shapes[f"layers.0.self_attn.{n}_proj.weight"][0] for n in "qk")
+    vocabulary, width = shape_of(shapes, "embed_tokens.weight", 2)
+    queries, keys = (shape_of(shapes, f"layers.0.self_attn.{n}_proj.weight", 2)[0] for n in "qk")
     head = GEMMA_HEAD if keys % GEMMA_HEAD == 0 else keys
     return {
         "vocab_size": vocabulary,
         "hidden_size": width,
-        "intermediate_size": shapes["layers.0.mlp.gate_proj.weight"][0],
-        "num_hidden_layers": _count(shapes, "layers.{}.self_attn.q_proj.weight"),
+        "intermediate_size": shape_of(shapes, "layers.0.mlp.gate_proj.weight", 2)[0],
+        "num_hidden_layers": depth(shapes, "layers.{}."),
         "num_attention_heads": queries // head,
         "num_key_value_heads": keys // head,
         "head_dim": head,
@@ -282,30 +298,14 @@ def _open(path: Path) -> tuple[WeightFile, dict[str, Any]]:
     return open_weights(path), {}
 
 
-def _prefix(file: WeightFile, option: str, names: Sequence[str], mark: str, wanted: str) -> str:
-    """What stands before `mark` in the first of `names` that the file has."""
-    found = next((name for name in names if name in file.shapes), None)
+def _prefix(
+    file: WeightFile, option: str, starts: Sequence[str], fits: Callable[[str], bool], mark: str, wanted: str
+) -> str:
+    """The first of `starts` below which the encoder is. mark: a tensor that it has, for messages."""
+    found = next((start for start in starts if fits(start)), None)
     if found is not None:
-        return found.removesuffix(mark)
+        return found
     for ending, kind in KINDS:
         if any(name.endswith(ending) for name in file.shapes):
             raise UserError(f"{option}: {file.path} is {kind} and has no {wanted} inside")
-    raise UserError(f"{option}: {file.path} is no {wanted}: it has no weights of such a name ({names[0]})")
-
-
-def _sizes(file: WeightFile, option: str, layout: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    try:
-        return layout()
-    except KeyError as error:  # a size is read from a weight that is not there
-        raise UserError(f"{option}: {file.path} is incomplete: it lacks {error.args[0]}") from None
-
-
-def _below(shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
-    return {name[len(prefix) :]: shape for name, shape in shapes.items() if name.startswith(prefix)}
-
-
-def _count(shapes: Shapes, name: str) -> int:
-    count = 0
-    while name.format(count) in shapes:
-        count += 1
-    return count
+    raise UserError(f"{option}: {file.path} is no {wanted}: it has no weights of such a name ({starts[0]}{mark})")

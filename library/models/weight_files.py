@@ -9,7 +9,6 @@ Format of safetensors: https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 import warnings
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError, first_names
+from library.text_files import parse_json
 
 DTYPES = {
     "F64": torch.float64,
@@ -171,7 +171,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     if len(raw) < length:
         raise UserError(f"{path} is cut short inside its header; download or copy it again")
     try:
-        header = json.loads(raw)
+        header = parse_json(raw)
     except ValueError:
         raise UserError(f"{path} is damaged: its header is not readable; download or copy it again") from None
     return header, 8 + length
@@ -251,7 +251,7 @@ class SplitFile(WeightFile):
     def of_index(cls, path: Path) -> SplitFile:
         """By an index file (`{"weight_map": {name: file}}`)."""
         try:
-            places: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+            places: dict[str, str] = parse_json(path.read_bytes())["weight_map"]
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{path} is not readable as an index of weight files") from None
         return cls(path, {name: _open_file(path.parent / name) for name in sorted(set(places.values()))}, places)
@@ -314,7 +314,7 @@ class ScaledFile(WeightFile):
         for name in (n for n in self._file.shapes if n.endswith(".comfy_quant")):
             text = self._file.tensor(name).numpy().tobytes()
             try:
-                kind = json.loads(text)["format"]
+                kind = parse_json(text)["format"]
             except (ValueError, KeyError, TypeError):
                 kind = "unreadable"
             if kind not in FLOAT8_FORMATS:

@@ -27,6 +27,8 @@ class Op:
     read: Callable[[Tensor, tuple[int, ...]], Tensor]
     of_bias: bool = False  # a module's bias changes like its weight
     moves: bool = False  # what is read is a copy
+    # our shape -> those that a file may have
+    shapes: Callable[[tuple[int, ...]], tuple[tuple[int, ...], ...]] = lambda shape: (shape,)
 
 
 def _swap_halves(tensor: Tensor) -> Tensor:
@@ -38,8 +40,12 @@ def _swap_halves(tensor: Tensor) -> Tensor:
 
 COPY = Op(lambda t: t, lambda t, shape: t)
 # a Linear here, a 1x1 convolution in the file
-CONV_1X1 = Op(lambda t: t.reshape(*t.shape[:2], 1, 1), lambda t, shape: t.reshape(shape))
-TRANSPOSE = Op(lambda t: t.T, lambda t, shape: t.T)
+CONV_1X1 = Op(
+    lambda t: t.reshape(*t.shape[:2], 1, 1),
+    lambda t, shape: t.reshape(shape),
+    shapes=lambda shape: ((*shape, 1, 1), shape),
+)
+TRANSPOSE = Op(lambda t: t.T, lambda t, shape: t.T, shapes=lambda shape: (shape[::-1],))
 # (scale, shift) here, (shift, scale) in the file
 SWAP_HALVES = Op(_swap_halves, lambda t, shape: _swap_halves(t), of_bias=True, moves=True)
 
@@ -168,12 +174,16 @@ def read(
     return result, wrong
 
 
+def file_shapes(rule: Rule, shapes: Shapes) -> tuple[tuple[int, ...], ...]:
+    """The shapes that the tensor of a rule may have in a file, the published one first. shapes: of our module."""
+    first, *others = (shapes[name] for name in rule.ours)
+    whole = (first[0] + sum(other[0] for other in others), *first[1:]) if others else first
+    return rule.op.shapes(whole)
+
+
 def read_parts(tensor: Tensor, rule: Rule, shapes: Shapes) -> dict[str, Tensor] | None:
     """One tensor of the file as ours, by name; None when it does not fit our shapes."""
-    rows = [shapes[n][0] if shapes[n] else 1 for n in rule.ours]
-    try:
-        parts = tensor.split(rows, 0) if len(rows) > 1 else (tensor,)
-        found = {n: rule.op.read(part, shapes[n]) for part, n in zip(parts, rule.ours)}
-    except RuntimeError:
+    if tuple(tensor.shape) not in file_shapes(rule, shapes):
         return None
-    return found if all(tuple(part.shape) == shapes[n] for n, part in found.items()) else None
+    parts = tensor.split([shapes[n][0] for n in rule.ours], 0) if len(rule.ours) > 1 else (tensor,)
+    return {n: rule.op.read(part, shapes[n]) for part, n in zip(parts, rule.ours)}

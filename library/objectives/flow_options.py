@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 from library.objectives.options import LossOptions, NoisingOptions
-from library.options import between, option, positive, refused
+from library.options import Idle, between, option, positive, refused
 
 WEIGHTINGS = ("sigma_sqrt", "cosmap")  # of --weighting_scheme: these weight the loss
 DENSITIES = ("logit_normal", "mode")  # of --weighting_scheme: these say how often each noise level is drawn
@@ -94,19 +94,19 @@ class FlowOptions(NoisingOptions, ABC):
         yield from super().problems()
         scheme = self.weighting_scheme
         if scheme in DENSITIES and "weighting_scheme" not in READS[self.sampling]:
-            yield (
+            yield Idle(
                 f"--weighting_scheme {scheme} has no effect with --timestep_sampling {self.sampling}, "
                 "which has its own density: leave it out, or give --timestep_sampling sigma"
             )
         if scheme in WEIGHTINGS and not self.weights_loss:
-            yield (
+            yield Idle(
                 f"--weighting_scheme {scheme} has no effect with --model_prediction_type {self.prediction}: "
                 "leave it out, or give --model_prediction_type sigma_scaled"
             )
         belongs = {"logit_mean": "logit_normal", "logit_std": "logit_normal", "mode_scale": "mode"}
         for name, owner in belongs.items():
             if self._changed(name) and scheme != owner:
-                yield f"--{name} has no effect without --weighting_scheme {owner}"
+                yield Idle(f"--{name} has no effect without --weighting_scheme {owner}")
 
     def _changed(self, name: str) -> bool:
         """True when an option has another value than its default."""
@@ -156,7 +156,7 @@ class FluxFlowOptions(FlowOptions):
         for name in ("sigmoid_scale", "discrete_flow_shift"):
             if self._changed(name) and name not in READS[self.sampling]:
                 others = ", ".join(sampling for sampling in READS if name in READS[sampling])
-                yield (
+                yield Idle(
                     f"--{name} has no effect with --timestep_sampling {self.sampling}: "
                     f"leave it out, or give one of {others}"
                 )

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from library.options import at_least, between, option, positive
+from library.options import Idle, at_least, between, option, positive
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class NoisingOptions:
         if low > high:
             yield f"--min_timestep {low} is above --max_timestep {high}"
         if self.ip_noise_gamma_random_strength and not self.ip_noise_gamma:
-            yield "--ip_noise_gamma_random_strength has no effect without --ip_noise_gamma"
+            yield Idle("--ip_noise_gamma_random_strength has no effect without --ip_noise_gamma")
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,11 @@ class DDPMOptions(NoisingOptions):
         """Combinations that make no sense."""
         yield from super().problems()
         if self.adaptive_noise_scale and not self.noise_offset:
-            yield "--adaptive_noise_scale adds to --noise_offset and has no effect without it: give --noise_offset too"
+            yield Idle(
+                "--adaptive_noise_scale adds to --noise_offset and has no effect without it: give --noise_offset too"
+            )
         if self.noise_offset_random_strength and not self.noise_offset:
-            yield "--noise_offset_random_strength has no effect without --noise_offset"
+            yield Idle("--noise_offset_random_strength has no effect without --noise_offset")
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,6 @@ class LossOptions:
     def problems(self) -> Iterator[str]:
         """Combinations that make no sense."""
         if self.loss_type in ("huber", "smooth_l1") and self.huber_schedule == "snr" and self.huber_scale != 1:
-            yield "--huber_scale has no effect with --huber_schedule snr: give constant or exponential"
+            yield Idle("--huber_scale has no effect with --huber_schedule snr: give constant or exponential")
         if self.loss_type in ("huber", "smooth_l1") and self.huber_schedule == "exponential" and self.huber_c > 1:
             yield f"--huber_c {self.huber_c}: the exponential schedule falls from 1 to --huber_c: give at most 1"

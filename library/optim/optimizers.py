@@ -9,8 +9,9 @@ New optimizer: one row of OPTIMIZERS.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -88,6 +89,11 @@ OPTIMIZERS: dict[str, Row] = {
 }
 BY_LOWER_NAME = {name.lower(): row for name, row in OPTIMIZERS.items()}
 ELEMENTWISE_IN_TORCH = {"Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "SGD"}
+NOT_HERE = {
+    "capturable": "no CUDA graphs are made here",
+    "differentiable": "nothing is learned through the steps",
+    "maximize": "the loss is made smaller, not larger",
+}
 WAYS = {"fused", "foreach", "capturable", "differentiable"}  # settings of torch's optimizers that exclude each other
 NOT_FOR_TRAINING = {
     "LBFGS": "it evaluates the loss several times per step",
@@ -183,7 +189,7 @@ class OptimizerChoice:
         way = {} if WAYS & self.settings.keys() or not quick else self.row.quick
         try:
             optimizer = self.cls(groups, lr=self.learning_rate, **way, **self.row.fixed, **self.settings)  # type: ignore[call-arg]
-        except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        except Exception as error:  # the class is another project's: it may end with anything
             raise UserError(f"{FLAG} {self.name}: refused with {self.described()}: {first_line(error)}") from None
         row = self.row
         if row.adjust is not None:
@@ -241,6 +247,9 @@ def choose_optimizer(options: OptimizerOptions) -> OptimizerChoice:
     row, cls = find_optimizer(name)
     given = read_settings(options.optimizer_args or (), ARGS_FLAG)
     check_settings(given, cls, ARGS_FLAG, {"self", "params", "lr", *row.fixed})
+    idle = [f"{ARGS_FLAG}: {key}={given[key]}: {why}" for key, why in NOT_HERE.items() if given.get(key)]
+    if idle:
+        raise UserError(f"{line}; leave it out" for line in idle)
     settings = {**row.defaults, **given}
     rate: float | None = options.learning_rate
     schedule = "constant" if row.schedule_free else None
@@ -251,8 +260,34 @@ def choose_optimizer(options: OptimizerOptions) -> OptimizerChoice:
             f"--learning_rate {options.learning_rate:g}: {name} finds its own step size and wants a rate of about 1"
         )
     choice = OptimizerChoice(name, cls, row, settings, rate, schedule)
-    choice.toy()
+    _check_steps(choice)
     return choice
+
+
+def _check_steps(choice: OptimizerChoice) -> None:
+    """A toy is built and makes two steps. Raises UserError where it is the settings with which it does not."""
+    toy = choice.toy()
+    if choice.settings == choice.row.defaults:
+        return
+    plain = replace(choice, settings=choice.row.defaults)
+    error = _error_of_steps(toy.optimizer)
+    if error is not None and _error_of_steps(plain.toy().optimizer) is None:
+        raise UserError(f"{FLAG} {choice.name}: fails with {choice.described()}: {first_line(error)}")
+
+
+def _error_of_steps(optimizer: torch.optim.Optimizer) -> Exception | None:
+    """What a toy's steps end with: some of those for cards only do so here, whatever their settings."""
+    try:
+        for _ in range(2):
+            for group in optimizer.param_groups:
+                for weight in group["params"]:
+                    weight.grad = torch.full_like(weight, 1e-3)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of what is slower without a card
+                optimizer.step()
+    except Exception as error:
+        return error
+    return None
 
 
 def find_optimizer(name: str) -> tuple[Row, type[torch.optim.Optimizer]]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +21,13 @@ from library.log import get_logger
 from library.optim.optimizers import BuiltOptimizer, OptimizerChoice
 from library.optim.options import SchedulerOptions
 from library.optim.settings import check_settings, first_line, import_class, read_settings
+from library.values import MOST, cut, number, whole_number
 
 FLAG, TYPE_FLAG, ARGS_FLAG = "--lr_scheduler", "--lr_scheduler_type", "--lr_scheduler_args"
 LOWEST_POLYNOMIAL_LR = 1e-7
 INVERSE_SQRT_TIMESCALE = 10_000
+TINY = 1e-6  # below 0: what rounding makes of a rate of 0
+MOST_TRIED = 10_000  # steps of a class that is not ours
 
 Factor = Callable[[int], float]
 
@@ -146,12 +150,12 @@ def piecewise_constant(plan: Plan, *, step_rules: str = "") -> Factor:
     """step_rules "1:10,0.1:20,0.01": factor 1 before step 10, 0.1 before step 20, 0.01 from there."""
     *rules, last = step_rules.split(",")
     try:
-        factors = [(int(end), float(value)) for value, end in (rule.split(":") for rule in rules)]
-        final = float(last)
+        factors = [(whole_number(end), number(value)) for value, end in (rule.split(":") for rule in rules)]
+        final = number(last)
     except ValueError:
         raise UserError(
             f"{FLAG} piecewise_constant needs {ARGS_FLAG} \"step_rules='1:10,0.1:20,0.01'\" "
-            f"(factor:until step, ..., last factor), got '{step_rules}'"
+            f"(factor:until step, ..., last factor), got '{cut(step_rules)}'"
         ) from None
     return lambda step: next((value for end, value in sorted(factors) if step < end), final)
 
@@ -202,6 +206,7 @@ ONLY_FOR = {  # option -> the schedules that read it
         "reduce_lr_on_plateau",
     ),
 }
+OF_OPTIONS = ("min_lrs",)  # what a schedule of torch keeps in its state although options give it
 OTHER_NAMES = ("reduce_lr_on_plateau", "adafactor:<learning rate>")
 
 
@@ -270,8 +275,31 @@ class BuiltScheduler:
         return self.scheduler.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state` exactly. Load the optimizer's state too: recursive schedules read its rates."""
+        """Continue from `state` exactly. Load the optimizer's state first: recursive schedules read its rates.
+
+        The rate of the next step is that of this schedule, which may be another one than when the state was saved.
+        """
+        own = {name: vars(self.scheduler)[name] for name in OF_OPTIONS if name in vars(self.scheduler)}
         self.scheduler.load_state_dict(dict(state))
+        vars(self.scheduler).update(own)
+        if type(self.scheduler) is LambdaLR:
+            scheduler, groups = self.scheduler, self.scheduler.optimizer.param_groups
+            rates = [base * of(scheduler.last_epoch) for base, of in zip(scheduler.base_lrs, scheduler.lr_lambdas)]
+            for group, rate in zip(groups, rates):
+                if isinstance(group["lr"], torch.Tensor):
+                    group["lr"].fill_(rate)
+                else:
+                    group["lr"] = rate
+            scheduler._last_lr = rates
+
+
+def rates_of(options: SchedulerOptions, choice: OptimizerChoice, total_steps: int, steps: Sequence[int]) -> list[Any]:
+    """What the schedule of a run depends on the options by: the factors of some thousand of these steps."""
+    scheduler = build_scheduler(options, choice.toy(), total_steps=total_steps).scheduler
+    if type(scheduler) is LambdaLR:
+        chosen = steps[:: max(1, len(steps) // 2000)]
+        return [factor(step) for factor in scheduler.lr_lambdas for step in chosen]
+    return [vars(scheduler)[name] for name in OF_OPTIONS if name in vars(scheduler)]
 
 
 # ---- from options -------------------------------------------------------------------------------------------------
@@ -280,7 +308,9 @@ class BuiltScheduler:
 def check_scheduler(options: SchedulerOptions, choice: OptimizerChoice, *, total_steps: int) -> None:
     """Find every mistake before a model is loaded, and warn of what has no effect. Raises UserError."""
     toy = choice.toy()
-    build_scheduler(options, toy, total_steps=total_steps)
+    built = build_scheduler(options, toy, total_steps=total_steps)
+    if options.lr_scheduler_type and toy.schedule is None:
+        _try_foreign(options, built, total_steps)
     name = effective_name(options, toy)
     chosen = options.lr_scheduler_type or name
     for option, names in ONLY_FOR.items():
@@ -343,11 +373,16 @@ def schedule_factor(name: str, plan: Plan, given: Mapping[str, Any]) -> Factor:
     check_settings(given, row.formula, f"{ARGS_FLAG} ({name})", {"plan"})
     try:
         factor = row.formula(plan, **given)
-        factor(plan.warmup)  # settings of a wrong type show here
-    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        factor = with_warmup(factor, plan.warmup) if row.warms_up else factor
+        for step in {0, plan.warmup, plan.total // 2, plan.total}:  # settings of a wrong type or size show here
+            if not 0 <= factor(step) <= MOST:
+                raise ValueError(f"the rate is multiplied by {factor(step):g} at step {step}")
+    except UserError:
+        raise
+    except Exception as error:  # whatever a formula makes of a setting that it cannot use
         shown = ", ".join(f"{k}={v!r}" for k, v in given.items())
         raise UserError(f"{ARGS_FLAG}: {name} refused {shown}: {first_line(error)}") from None
-    return with_warmup(factor, plan.warmup) if row.warms_up else factor
+    return factor
 
 
 def plan_of(options: SchedulerOptions, optimizer: torch.optim.Optimizer, total_steps: int) -> Plan:
@@ -375,6 +410,23 @@ def _foreign(path: str, optimizer: torch.optim.Optimizer, given: Mapping[str, An
     return _construct(cls, path, optimizer, given)
 
 
+def _try_foreign(options: SchedulerOptions, built: BuiltScheduler, total_steps: int) -> None:
+    """Go through the run with a toy: some classes end with an error after so many steps. Raises UserError."""
+    step, steps = 0, min(total_steps, MOST_TRIED) if total_steps < MOST else 1  # MOST: the length is not known yet
+    try:
+        while step < steps:
+            step += 1
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the toy, whose weights stay as they are
+                built.step(0.0)
+            if not all(-TINY <= rate <= MOST for rate in built.get_last_lr()):
+                raise ValueError(f"the learning rate becomes {built.get_last_lr()[0]:g}")
+    except Exception as error:  # another project's class may end with anything
+        given = ", ".join(options.lr_scheduler_args or ()) or "no settings"
+        where = f"{TYPE_FLAG} {options.lr_scheduler_type}"
+        raise UserError(f"{where} fails at step {step} of the run, with {given}: {first_line(error)}") from None
+
+
 def _plateau(options: SchedulerOptions, optimizer: torch.optim.Optimizer, given: Mapping[str, Any]) -> LRScheduler:
     """Lower the rate when the averaged loss has stopped falling; its patience counts optimizer steps."""
     check_settings(given, ReduceLROnPlateau, ARGS_FLAG, {"self", "optimizer"})
@@ -394,7 +446,7 @@ def _construct(cls: type, name: str, optimizer: torch.optim.Optimizer, settings:
         raise UserError(f"{ARGS_FLAG}: {name} needs {', '.join(f'{m}=...' for m in missing)}")
     try:
         return cls(optimizer, **settings)
-    except (TypeError, ValueError, AttributeError, KeyError) as error:
+    except Exception as error:  # another project's class may end with anything
         shown = ", ".join(f"{k}={v!r}" for k, v in settings.items())
         raise UserError(f"{ARGS_FLAG}: {name} refused {shown}: {first_line(error)}") from None
 
@@ -404,6 +456,6 @@ def _adafactor_rate(name: str, optimizer: torch.optim.Optimizer) -> float:
     if not all(group.get("relative_step") for group in optimizer.param_groups):
         raise UserError(f"{FLAG} {name} is for --optimizer_type Adafactor with relative_step=True")
     try:
-        return float(name.partition(":")[2])
+        return number(name.partition(":")[2])
     except ValueError:
         raise UserError(f"{FLAG} {name}: a number is needed after 'adafactor:'") from None

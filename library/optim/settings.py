@@ -5,11 +5,16 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import inspect
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
-from library.errors import UserError, nearest, unknown
+from library.errors import UserError, first_names, nearest, unknown
+from library.values import MOST, at_least, between, cut, shown
+
+RANGES = {"weight_decay": at_least(0), "eps": at_least(0), "betas": between(0, 1)}
+PLAIN = "a number, True, False, None, text in quotes, or a (tuple) of them"
 
 
 def read_settings(items: Iterable[str], flag: str) -> dict[str, Any]:
@@ -25,31 +30,70 @@ def read_settings(items: Iterable[str], flag: str) -> dict[str, Any]:
             problems.append(f"{flag}: {name} is given twice")
         else:
             try:
-                settings[name] = ast.literal_eval(text.strip())
-            except (ValueError, SyntaxError):
-                problems.append(
-                    f"{flag}: {name}={text}: '{text}' is no number, True, False, None, (tuple) or text in quotes"
-                )
+                settings[name] = _plain_value(text)
+            except ValueError as error:
+                problems.append(f"{flag}: {name}={cut(text)}: {error}")
     if problems:
         raise UserError(problems)
     return settings
 
 
-def check_settings(settings: Iterable[str], target: Callable[..., Any], flag: str, taken: Collection[str]) -> None:
-    """Compare setting names with the parameters of `target`; those in `taken` are set elsewhere. Raises UserError."""
-    parameters = inspect.signature(target).parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+def _plain_value(text: str) -> Any:
+    """A Python literal. Raises ValueError for what is none, for infinity and for numbers beyond all use."""
+    wrong = ValueError(f"expects {PLAIN}")
+    try:
+        value = ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # what Python's own parser ends with
+        raise wrong from None
+    for item in value if isinstance(value, (tuple, list)) else [value]:
+        if not isinstance(item, (int, float, str, type(None))):
+            raise wrong
+        if isinstance(item, (int, float)) and not abs(item) <= MOST:
+            raise ValueError(f"must be between {-MOST} and {MOST}")
+    return value
+
+
+def _misfit(name: str, value: Any, default: Any) -> str | None:
+    """What is wrong with a value, as far as the parameter's default tells: `expects a number, got 'x'`."""
+    if isinstance(default, bool):
+        return None if value in (True, False) else f"expects True or False, got {shown(value)}"
+    if isinstance(default, (int, float)):
+        wrong = None if _is_number(value) else "expects a number"
+    elif isinstance(default, tuple) and all(_is_number(item) for item in default):
+        fits = isinstance(value, (tuple, list)) and len(value) == len(default) and all(map(_is_number, value))
+        wrong = None if fits else f"expects {len(default)} numbers such as {default}"
+    elif isinstance(default, str):
+        wrong = None if isinstance(value, str) else f"expects a text such as {default!r}"
+    else:
+        wrong = None
+    if wrong is None and name in RANGES:
+        numbers = value if isinstance(value, (tuple, list)) else [value]
+        wrong = next(filter(None, (RANGES[name](item) for item in numbers if _is_number(item))), None)
+    return wrong and f"{wrong}, got {shown(value)}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def check_settings(settings: Mapping[str, Any], target: Callable[..., Any], flag: str, taken: Collection[str]) -> None:
+    """Compare settings with the parameters of `target`; those in `taken` are set elsewhere. Raises UserError."""
+    parameters = inspect.signature(target).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         allowed = None
     else:
-        allowed = {p.name for p in parameters if p.kind is not p.VAR_POSITIONAL} - set(taken)
+        allowed = {p.name for p in parameters.values() if p.kind is not p.VAR_POSITIONAL} - set(taken)
     problems = []
-    for name in settings:
+    for name, value in settings.items():
         if name == "lr":
             problems.append(f"{flag}: lr: give it as --learning_rate")
         elif name in taken:
             problems.append(f"{flag}: {name} is set by the name that was chosen and cannot be given")
         elif allowed is not None and name not in allowed:
             problems.append(unknown(flag, name, allowed))
+        else:
+            wrong = _misfit(name, value, parameters[name].default if name in parameters else None)
+            problems += [f"{flag}: {name} {wrong}"] if wrong else []
     if problems:
         raise UserError(problems)
 
@@ -60,21 +104,25 @@ def import_class(path: str, *, default_module: str, base: type, flag: str, packa
     package: what to install when the module is missing (the first part of the module's name when empty).
     Raises UserError with the install command or the nearest name.
     """
+    if not all(part.isidentifier() for part in path.split(".")):
+        raise UserError(f"{flag}: '{cut(path)}' names no class: expects Name or module.Name")
     module_name, _, class_name = path.rpartition(".")
     module_name = module_name or default_module
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         missing = error.name or module_name
+        if importlib.util.find_spec(missing.partition(".")[0]) is not None:
+            raise UserError(f"{flag} {path}: there is no module {missing}") from None
         wanted = package if package and module_name.startswith(missing) else missing.partition(".")[0]
         raise UserError(f"{flag} {path}: package {wanted} is not installed: pip install {wanted}") from None
-    except (ImportError, OSError, RuntimeError) as error:
+    except (Exception, SystemExit) as error:  # a module does what it likes when it is imported
         raise UserError(f"{flag} {path}: {module_name} cannot be imported: {first_line(error)}") from None
     found = getattr(module, class_name, None)
-    if not (isinstance(found, type) and issubclass(found, base)):
+    if not (isinstance(found, type) and issubclass(found, base) and found is not base):
         names = class_names(module, base)
         hint = nearest(class_name, names)
-        ending = f". Did you mean '{hint}'?" if hint else (f". It has {', '.join(names)}" if names else "")
+        ending = f". Did you mean '{hint}'?" if hint else (f". It has {first_names(names, 10)}" if names else "")
         raise UserError(f"{flag}: {module_name} has no {base.__name__} named '{class_name}'{ending}")
     return found
 
@@ -87,4 +135,4 @@ def class_names(module: Any, base: type) -> list[str]:
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type when it has none."""
-    return (str(error).splitlines() or [""])[0] or type(error).__name__
+    return cut((str(error).splitlines() or [""])[0] or type(error).__name__, 300)

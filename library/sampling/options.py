@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from library.options import option
+from library.options import Idle, option
 
 SAMPLER_NAMES = (
     "ddim",
@@ -35,7 +35,7 @@ class SampleOptions:
     sample_every_n_steps: int | None = option(None, help="Make previews after every so many steps.")
     sample_at_first: bool = option(False, help="Make previews before the first step, too.")
     sample_every_n_epochs: int | None = option(None, help="Make previews after every so many epochs; wins over steps.")
-    sample_prompts: str | None = option(None, help="File of preview prompts: .txt, .toml or .json.")
+    sample_prompts: str | None = option(None, help="File of preview prompts: .txt, .toml or .json.", path=True)
     sample_sampler: str = option("ddim", choices=SAMPLER_NAMES, help="Sampler of prompts that name none.")
 
     @property
@@ -59,4 +59,4 @@ class SampleOptions:
             n for n in ("sample_every_n_steps", "sample_at_first", "sample_every_n_epochs") if (vars(self)[n] or 0) > 0
         ]
         if asked and not self.sample_prompts:
-            yield f"--{asked[0]} needs --sample_prompts, a .txt, .toml or .json file"
+            yield from (Idle(f"--{name} needs --sample_prompts, a .txt, .toml or .json file") for name in asked)

@@ -121,6 +121,10 @@ def due(options: SampleOptions, step: int, epoch_end: int | None) -> bool:
     return options.every_n_steps > 0 and epoch_end is None and step % options.every_n_steps == 0
 
 
+class Stopped(Exception):
+    """The run should stop: the picture is not finished."""
+
+
 class Previewer:
     """Makes the pictures of a run's prompts into `<output_dir>/sample`."""
 
@@ -138,18 +142,20 @@ class Previewer:
         size_multiple: int | None = None,
         texts: TextSource | None = None,
         conditioned: bool = False,
+        stopped: Callable[[], bool] = lambda: False,
     ) -> None:
         """seed: of the run, for prompts without one. default_size: (width, height) of prompts without one.
 
         size_multiple: sizes are rounded down to it; not given: pixels per latent pixel. texts: the cached outputs of
-        text encoders for all prompts. conditioned: what learns looks at control images (--cn of a prompt). Raises
-        UserError for a sampler that the objective does not have, and for control images that cannot be read.
+        text encoders for all prompts. conditioned: what learns looks at control images (--cn of a prompt). stopped:
+        whether the run should stop, so that no further picture is made. Raises UserError for a sampler that the
+        objective does not have, and for control images that cannot be read.
         """
         self.family, self.objective, self.prompts = family, objective, tuple(prompts)
         self.folder, self.output_name = Path(output_dir) / "sample", output_name
         self.sampler, self.seed, self.default_size = sampler, seed, default_size
         self.multiple = size_multiple or family.latent.factor
-        self.texts = texts
+        self.texts, self.stopped = texts, stopped
         honoured = (*family.preview.honoured, *(("controlnet_image",) if conditioned else ()))
         ignored = given_fields(prompts, [name for name in SPECIAL_FIELDS if name not in honoured])
         self.controls = [self._control(prompt) if conditioned else None for prompt in self.prompts]
@@ -176,11 +182,15 @@ class Previewer:
         device = torch.device(device)
         with undisturbed([models.denoiser, models.vae, *models.encoders.values(), *models.others], device):
             for index, prompt in enumerate(self.prompts):
+                if self.stopped():
+                    break
                 try:
                     image = self._picture(models, prompt, index, device, dtype)
                     path = self.folder / self.file_name(index, prompt, step=step, epoch=epoch, now=datetime.now())
                     self._write(path, image, prompt, self.seed_of(prompt, index))
                     pictures.append(Picture(path, image, prompt))
+                except Stopped:
+                    break
                 except Exception as error:  # whatever it is, it must not end a training
                     lines = str(error).splitlines() or [""]
                     failed.append(f"{index:02d} {type(error).__name__}: {lines[0]}")
@@ -238,6 +248,8 @@ class Previewer:
         guided_ones = [float(t) > guided_above for t in sampler.timesteps]
         conds = {guided: self._cond(models, prompt, guided, device) for guided in set(guided_ones)}
         for t, guided in zip(sampler.timesteps, guided_ones, strict=True):
+            if self.stopped():
+                raise Stopped
             count = 2 if guided else 1
             shown = sampler.scale_input(x, t).repeat(count, 1, 1, 1)
             times = on_device(t, device).expand(count)

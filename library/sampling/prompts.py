@@ -9,7 +9,6 @@ TOML: [prompt] holds what all share, each [[prompt.subset]] one prompt. JSON: a 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -17,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import UserError, nearest, unknown
-from library.options import convert, read_toml
+from library.options import convert
 from library.sampling.options import SAMPLER_NAMES
+from library.text_files import read_json, read_text, read_toml
+from library.values import cut, shown, text_problem
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ Entries = Iterator[tuple[str, Mapping[str, Any]]]
 
 def read_txt(path: Path, problems: list[str]) -> Entries:
     """One prompt per line; empty lines and lines that start with # do not count."""
-    for number, line in enumerate(_text(path).splitlines(), start=1):
+    for number, line in enumerate(read_text(path, "--sample_prompts", "a text file").splitlines(), start=1):
         line = line.strip()
         if line and not line.startswith("#"):
             where = f"{path}, line {number}"
@@ -133,10 +134,7 @@ def read_toml_file(path: Path, problems: list[str]) -> Entries:
 
 def read_json_file(path: Path, problems: list[str]) -> Entries:
     """A list of tables or of lines as in a .txt file."""
-    try:
-        document = json.loads(_text(path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"--sample_prompts: {path}, line {error.lineno} is not valid JSON: {error.msg}") from None
+    document = read_json(path, "--sample_prompts")
     if not isinstance(document, list):
         problems.append(f"{path}: expects a list of prompts")
         return
@@ -147,7 +145,7 @@ def read_json_file(path: Path, problems: list[str]) -> Entries:
         elif isinstance(item, dict):
             yield where, item
         else:
-            problems.append(f"{where}: expects a text or a table, got {item!r}")
+            problems.append(f"{where}: expects a text or a table, got {shown(item)}")
 
 
 READERS: dict[str, Callable[[Path, list[str]], Entries]] = {
@@ -155,13 +153,6 @@ READERS: dict[str, Callable[[Path, list[str]], Entries]] = {
     ".toml": read_toml_file,
     ".json": read_json_file,
 }
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"--sample_prompts: {path} is not UTF-8 text (byte {error.start})") from None
 
 
 # ---- one prompt ---------------------------------------------------------------------------------------------------
@@ -212,14 +203,14 @@ def _read_table(table: Mapping[str, Any], where: str, problems: list[str]) -> Pr
 
 def _read_value(key: str, raw: Any) -> Any:
     """The value of a field. Raises ValueError with what it expects."""
-    try:
-        value = convert(raw, str if key in TEXTS else int if key in INTEGERS else float)
-    except OverflowError:
-        raise ValueError(f"expects a whole number, got '{raw}'") from None
+    value = convert(raw, str if key in TEXTS else int if key in INTEGERS else float)
+    wrong = text_problem(value, path=key == "controlnet_image") if key in TEXTS else None
+    if wrong:
+        raise ValueError(wrong)
     if key in LIMITS:
         low, high = LIMITS[key]
         if not low <= value <= high:
-            raise ValueError(f"must be between {low} and {high}, got {value}")
+            raise ValueError(f"must be between {low} and {high}, got {cut(str(value))}")
     if key == "sample_sampler" and value not in SAMPLER_NAMES:
         hint = nearest(value, SAMPLER_NAMES)
         extra = f"Did you mean '{hint}'?" if hint else f"Known: {', '.join(SAMPLER_NAMES)}"

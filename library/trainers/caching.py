@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,12 +32,14 @@ class Caches:
     """Latents and text outputs of one run.
 
     learning: text encoders that are trained, whose outputs cannot be cached. more_texts: prompts of previews.
+    check: called before each batch; raises KeyboardInterrupt where the run should stop.
     """
 
     def __init__(
         self, family: ModelFamily, options: TrainerOptions, data: TrainingData, dtype: torch.dtype, *,
-        learning: Collection[str], more_texts: Sequence[str],
+        learning: Collection[str], more_texts: Sequence[str], check: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
+        self.check = check
         self.family, self.options, self.data, self.dtype = family, options.cache, data, dtype
         self.latents = self._latent_cache(options) if options.cache.latents else None
         cached = [name for name in family.encoders if name not in learning] if options.cache.texts else []
@@ -92,6 +94,7 @@ class Caches:
         device = next(vae.parameters()).device
 
         def encode(pixels: Tensor, seeds: list[int]) -> Tensor:
+            self.check()
             with torch.no_grad():
                 return self.family.encode_image(vae, on_device(pixels, device), seeds)
 
@@ -110,6 +113,7 @@ class Caches:
         assert self.texts is not None
 
         def encode(captions: list[str]) -> list[Cond]:
+            self.check()
             return self.family.split_cond(self.family.encode_part(name, encoder, self.family.tokenize(captions)))
 
         self.texts.parts[name].fill(

@@ -99,7 +99,8 @@ class LLLiteTrainer(Trainer):
 
     def save_model(self, path: Path, metadata: dict[str, str]) -> None:
         precision = self.options.save.save_precision
-        save_tensors(path, self.network.state(DTYPES[precision] if precision else None), metadata)
+        dtype = DTYPES[precision] if precision else None
+        save_tensors(path, self.network.state(None), metadata, dtype=dtype)
 
     def metadata(self) -> dict[str, Any] | None:
         """What it is, and not how it was made, as in the files of today."""

@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from library.data.captions import possible_texts
+from library.data.dataset import TrainingData
 from library.data.parts import DatasetStats
 from library.data.records import DatasetConfig, Sample
 from library.io.metadata import (
@@ -81,19 +83,29 @@ def subset_facts(config: DatasetConfig, samples: Sequence[Sample]) -> tuple[Subs
     )
 
 
-def tag_frequency(samples: Sequence[Sample]) -> dict[str, dict[str, int]]:
-    """Folder -> tag -> how often it stands in the captions there."""
+def tag_frequency(trained: Sequence[Sample]) -> dict[str, dict[str, int]]:
+    """Folder -> tag -> how often it is trained: once for each picture of which some text has it, whatever is drawn."""
     found: dict[str, Counter[str]] = {}
-    for sample in samples:
-        if sample.subset.is_reg:
-            continue
-        counts = found.setdefault(sample.subset.name, Counter())
-        tags = (tag.strip().lower() for tag in sample.caption.split(sample.subset.captions.caption_separator))
-        counts.update(tag for tag in tags if tag)
+    known: dict[tuple[str, int], Counter[str]] = {}  # many pictures may share a caption
+    for sample in trained:
+        key = (sample.caption, id(sample.subset))
+        if key not in known:
+            known[key] = _tags(sample)
+        found.setdefault(sample.subset.name, Counter()).update(known[key])
     return {folder: dict(counts) for folder, counts in found.items()}
 
 
-def dataset_facts(config: DatasetConfig, samples: Sequence[Sample], stats: DatasetStats) -> DatasetFacts:
+def _tags(sample: Sample) -> Counter[str]:
+    rules = sample.subset.captions
+    tags: Counter[str] = Counter()
+    for text in possible_texts(sample.caption, rules):
+        tags |= Counter(tag for part in text.split(rules.caption_separator) if (tag := part.strip().lower()))
+    return tags
+
+
+def dataset_facts(
+    config: DatasetConfig, samples: Sequence[Sample], trained: Sequence[Sample], stats: DatasetStats
+) -> DatasetFacts:
     """One dataset."""
     rules = config.buckets
     return DatasetFacts(
@@ -107,7 +119,7 @@ def dataset_facts(config: DatasetConfig, samples: Sequence[Sample], stats: Datas
         max_bucket_reso=rules.max_bucket_reso if rules.enable_bucket else None,
         bucket_no_upscale=rules.bucket_no_upscale,
         subsets=subset_facts(config, samples),
-        tag_frequency=tag_frequency(samples),
+        tag_frequency=tag_frequency(trained),
         buckets=stats.buckets,
     )
 
@@ -120,13 +132,14 @@ class RunRecord:
         options: TrainerOptions,
         plan: RunPlan,
         datasets: Sequence[tuple[DatasetConfig, Sequence[Sample]]],
-        stats: Sequence[DatasetStats],
+        data: TrainingData,
         model: ModelFacts,
         names: Mapping[str, str],
     ) -> None:
         self.options, self.plan, self.model = options, plan, model
         self.started_at, self.session_id = time.time(), time.time_ns() % (1 << 32)
-        self.datasets = tuple(dataset_facts(c, s, n) for (c, s), n in zip(datasets, stats))
+        stats, trained = data.stats(), [[sample for sample, _ in pairs] for pairs in data.trained()]
+        self.datasets = tuple(dataset_facts(c, s, t, n) for (c, s), t, n in zip(datasets, trained, stats))
         self.validation_images = sum(n.validation_images for n in stats)
         self.hashes = FileHashes(names)
 

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from library.io.options import SaveOptions
 from library.models.finetune_options import FineTuneOptions
 from library.models.sd_options import DreamBoothOptions
-from library.optim.options import FullOptimizerOptions
-from library.options import option
+from library.optim.options import IN_BACKWARD, FullOptimizerOptions
+from library.options import Choice, option
 from library.trainers.options import TrainerOptions
 
 FORMATS = ("ckpt", "safetensors", "diffusers", "diffusers_safetensors")
@@ -42,6 +43,13 @@ class FineTuneTrainerOptions(TrainerOptions):
     optimizer: FullOptimizerOptions
     save: CheckpointOptions
     finetune: FineTuneOptions
+
+    def choices(self) -> Iterator[Choice]:
+        """Weights that learn can only wait in main memory when each is stepped while it is on the card."""
+        swaps = self.memory.blocks_to_swap is not None or self.finetune.swaps_blocks
+        if swaps and self.optimizer.in_backward is None and not self.distributed.deepspeed:
+            line = f"--fused_backward_pass is chosen, which --blocks_to_swap needs: weights are stepped {IN_BACKWARD}"
+            yield Choice("fused_backward_pass", True, line)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,20 @@ from torch import Tensor, nn
 
 from library.device import DTYPES
 from library.errors import UserError
-from library.io.checkpoint import save_tensors
+from library.io.checkpoint import in_precision, save_tensors
 from library.log import get_logger
 from library.memory.quantise import Storage, quantise
+from library.models.registry import misfit
 from library.trainers.options import NetworkTrainerOptions
+from library.trainers.readers import say_who_takes
 from library.trainers.trainables import Trainables
 from library.trainers.trainer import Trainer
 from networks.base import AdapterNetwork
+from networks.format_tables import of_family
 from networks.formats import convert, dora_norms, header, read_adapter
 from networks.network import encoder_rate
 from networks.plugin import load_network_module
+from networks.plugin_network import foreign_error
 
 log = get_logger()
 
@@ -32,12 +37,25 @@ class NetworkTrainer(Trainer):
     options: NetworkTrainerOptions
     project = "network_train"
     kind = "LoRA"
+    first_save = True
+
+    def run(self) -> int:
+        try:
+            return super().run()
+        except Exception as error:
+            line = foreign_error(self.network_module, error)
+            if line is None:
+                raise
+            raise UserError(line) from error
 
     def checks(self) -> list[Callable[[], None]]:
         return [self.check_module, self.check_control, self.check_files, self.check_caches]
 
     def check_module(self) -> None:
-        """The network module can be imported and knows the --network_args."""
+        """The network module is for these models, can be imported and knows the --network_args."""
+        problem = misfit(self.family.name, self.network_module)
+        if problem is not None:
+            raise UserError(problem)
         load_network_module(self.network_module).check_arguments(self.network_args)
 
     def check_control(self) -> None:
@@ -56,19 +74,31 @@ class NetworkTrainer(Trainer):
             log.warning("--network_dim and --network_alpha: no effect with --dim_from_weights, the file has its own")
         given = [("--network_weights", options.network_weights)] if options.network_weights else []
         given += [("--base_weights", file) for file in options.base_weights or ()]
-        problems = [f"{flag}: {file} does not exist" for flag, file in given if not Path(file).is_file()]
+        problems = [f"{flag}: {file} does not exist" for flag, file in given if not Path(file).exists()]
+        prefixes = self.prefixes_of(self.family.encoders, learning=False) if self.options.cache.texts else ()
+        for flag, file in given:
+            if not Path(file).exists():
+                continue
+            try:
+                names = self.read_adapter(flag, file)
+            except UserError as error:
+                problems += error.problems
+                continue
+            if flag == "--base_weights" and any(name.startswith(prefixes) for name in names):
+                problems.append(
+                    f"--base_weights {file} changes the text encoder, whose outputs are cached without it: "
+                    "leave out --cache_text_encoder_outputs"
+                )
         if problems:
             raise UserError(problems)
-        if self.options.cache.texts:
-            prefixes = self.prefixes_of(self.family.encoders, learning=False)
-            for file in options.base_weights or ():
-                if any(name.startswith(prefixes) for name in read_adapter(file)):
-                    problems.append(
-                        f"--base_weights {file} changes the text encoder, whose outputs are cached without it: "
-                        "leave out --cache_text_encoder_outputs"
-                    )
-        if problems:
-            raise UserError(problems)
+
+    def read_adapter(self, flag: str, file: str) -> dict[str, Tensor]:
+        """An adapter file for this run's model, with kohya keys. Raises UserError naming option and file."""
+        try:
+            return read_adapter(file, of_family(self.family.name))
+        except UserError as error:
+            lines = (problem.removeprefix(f"{file}: ") for problem in error.problems)
+            raise UserError(f"{flag} {file}: {line}" for line in lines) from None
 
     def check_caches(self) -> None:
         """Cached text outputs leave something to cache."""
@@ -121,6 +151,7 @@ class NetworkTrainer(Trainer):
             self.kind = "ControlNet-LLLite"
         learning = self.learning
         self.network.attach(train_denoiser="denoiser" in learning, train_text_encoder=bool(learning - {"denoiser"}))
+        self.report_reach()
         if options.network_weights and not options.dim_from_weights:
             try:
                 self.network.load(self.given_weights())
@@ -132,7 +163,9 @@ class NetworkTrainer(Trainer):
         if self.network.is_sparse() and self.options.distributed.ddp_static_graph:
             raise UserError("--ddp_static_graph: DyLoRA uses other weights in each step: leave the option out")
         if options.lora_format != "kohya":
-            self.formatted(self.network.state(None))  # what has no name there is refused now, not at the first save
+            self.formatted(
+                self.network.state(None), options.lora_format
+            )  # what has no name there is refused now, not at the first save
         if self.choice.activation_budget < 1:
             self.network.enable_gradient_checkpointing()
         groups = self.network.param_groups(
@@ -157,6 +190,29 @@ class NetworkTrainer(Trainer):
             reads_weights=self.network.reads_weights,
             reads_between_steps=self.network.reads_between_steps(),
         )
+
+    def report_reach(self) -> None:
+        """What a third-party module found in the models. Raises UserError where it is nothing of what is to learn."""
+        name, problems = self.network_module, []
+        for place, layers in self.network.layers_reached().items():
+            part = "denoiser" if place is None else self.family.encoders[place]
+            if part not in self.learning:
+                continue
+            changed = [layer for layer in layers if layer.changed]
+            line = f"{name} adapts {len(changed)} of {len(layers)} layers of the {part}"
+            asked = self.family.asked_encoders.get(part)
+            if part == "denoiser":
+                blocks = self.family.blocks(self.models.denoiser)
+                inside = [{id(module) for module in block.modules()} for block in blocks]
+                reached = [block for block in inside if any(id(m) in block for own in changed for m in own.modules)]
+                line += f", in {len(reached)} of its {len(blocks)} blocks"
+                if not reached:
+                    problems.append(f"--network_module {line}: nothing of it would learn (preset, --network_args?)")
+            elif not changed and (asked or "denoiser" not in self.learning):
+                problems.append(f"--network_module {line}, which {'is asked for' if asked else 'alone learns'}")
+            log.info(line)
+        if problems:
+            raise UserError(problems)
 
     def check_moved_weights(self) -> None:
         """No adapter looks at weights while they are in main memory."""
@@ -199,7 +255,7 @@ class NetworkTrainer(Trainer):
         """--network_weights, without adapters of text encoders that do not learn."""
         file = self.options.network.network_weights
         assert file is not None
-        tensors = read_adapter(file)
+        tensors = self.read_adapter("--network_weights", file)
         frozen = self.prefixes_of([*self.family.adapter_prefixes], learning=False)
         kept = {name: value for name, value in tensors.items() if not name.startswith(frozen)}
         if len(kept) < len(tensors):
@@ -233,8 +289,9 @@ class NetworkTrainer(Trainer):
             multiplier = multipliers[index] if index < len(multipliers) else 1.0
             with torch.random.fork_rng(devices=[]):  # the layers made here must not shift the draws of those that learn
                 network, weights = module.create_network_from_weights(
-                    multiplier, file, models.vae, encoders, models.denoiser, for_inference=True
-                )
+                    multiplier, file, models.vae, encoders, models.denoiser,
+                    self.read_adapter("--base_weights", file), for_inference=True,
+                )  # fmt: skip
             network.load(weights)
             network.merge_into()
             log.info(f"merged {file} at strength {multiplier}")
@@ -257,19 +314,27 @@ class NetworkTrainer(Trainer):
         }
 
     def save_model(self, path: Path, metadata: dict[str, str]) -> None:
-        precision = self.options.save.save_precision
-        tensors, entries = self.formatted(self.network.state(DTYPES[precision] if precision else None))
+        precision, form = self.options.save.save_precision, self.options.network.lora_format
+        state = in_precision(self.network.state(None), DTYPES[precision] if precision else None, path)
+        tensors, entries = self.formatted(state, form)
         save_tensors(path, tensors, {**metadata, **entries})
+        if self.first_save and not self.conditioned:
+            say_who_takes(path, self.network, self.family.adapter_names, form, partial(self.rewritten, state))
+        self.first_save = False
 
-    def formatted(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """The network's tensors under the names of --lora_format, and what the file's header has to say of them."""
-        wanted = self.options.network.lora_format
-        if wanted == "kohya":
+    def rewritten(self, state: dict[str, Tensor], form: str, layers: Collection[str]) -> dict[str, Tensor]:
+        """Some layers in another --lora_format."""
+        own = {key: value for key, value in state.items() if key.partition(".")[0] in layers}
+        return self.formatted(own, form)[0]
+
+    def formatted(self, tensors: dict[str, Tensor], form: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The network's tensors under the names of a --lora_format, and what the file's header has to say of them."""
+        if form == "kohya":
             return tensors, {}
         targets = self.network.targets()
         weight_of = lambda name: targets[name].weight if name in targets else None
-        norms = dora_norms(tensors, weight_of) if wanted == "comfy" else None
-        return convert(tensors, wanted, norms=norms), header(tensors, wanted)
+        norms = dora_norms(tensors, weight_of) if form == "comfy" else None
+        return convert(tensors, form, norms=norms), header(tensors, form)
 
     def metadata(self) -> dict[str, Any]:
         options = self.options.network

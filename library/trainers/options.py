@@ -6,14 +6,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from library.data.options import CacheOptions, DataOptions
+from library.data.options import NO_DATA, CacheOptions, DataOptions
 from library.io.options import HubOptions, MetadataOptions, SaveOptions, StateOptions, cross_problems
 from library.memory.options import MemoryOptions
 from library.models.options import ModelOptions
 from library.objectives.options import DDPMOptions, LossOptions
 from library.optim.options import EmaOptions, OptimizerOptions, SchedulerOptions
-from library.options import ConfigFileOptions, at_least, between, option, positive
+from library.options import Choice, ConfigFileOptions, Idle, at_least, between, option, positive
 from library.sampling.options import SampleOptions
+from library.values import SEEDS
+
+MOST_RANKS = 100_000  # more than any layer has; some programs write it to ask for the full matrices of LoKr
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,9 @@ class TrainOptions:
     max_train_epochs: int | None = option(
         None, help="Epochs of the run; wins over --max_train_steps.", check=positive, zero_is_unset=True
     )
-    seed: int | None = option(None, help="Seed of every random draw; without it one is chosen and printed.")
+    seed: int | None = option(
+        None, help="Seed of every random draw; without it one is chosen and printed.", check=between(*SEEDS)
+    )
     gradient_accumulation_steps: int = option(
         1, help="Batches whose gradients make one optimizer step.", check=positive
     )
@@ -71,7 +76,7 @@ class PrecisionOptions:
             if getattr(self, f"full_{name}") and self.mixed_precision != name:
                 yield f"--full_{name} needs --mixed_precision {name}"
         if self.bf16_update and not self.full_bf16:
-            yield "--bf16_update has no effect without --full_bf16: weights are kept in float32"
+            yield Idle("--bf16_update has no effect without --full_bf16: weights are kept in float32")
 
 
 @dataclass(frozen=True)
@@ -89,15 +94,19 @@ class DistributedOptions:
         False, help="DDP assumes that every step of a full training uses the same weights, and need not look for them."
     )
     deepspeed: bool = option(False, help="Train with DeepSpeed (Linux, pip install deepspeed).")
-    zero_stage: int = option(2, help="DeepSpeed: ZeRO stage.", check=between(0, 3))
+    zero_stage: int = option(
+        2, help="DeepSpeed: ZeRO stage, 0 to 2 (saves of stage 3 would lack weights).", check=between(0, 3)
+    )
     offload_optimizer_device: str | None = option(
         None, help="DeepSpeed: where optimizer states go.", choices=("cpu", "nvme")
     )
-    offload_optimizer_nvme_path: str | None = option(None, help="DeepSpeed: folder for optimizer states on NVMe.")
+    offload_optimizer_nvme_path: str | None = option(
+        None, help="DeepSpeed: folder for optimizer states on NVMe.", path=True
+    )
     offload_param_device: str | None = option(
         None, help="DeepSpeed: where parameters go (stage 3).", choices=("cpu", "nvme")
     )
-    offload_param_nvme_path: str | None = option(None, help="DeepSpeed: folder for parameters on NVMe.")
+    offload_param_nvme_path: str | None = option(None, help="DeepSpeed: folder for parameters on NVMe.", path=True)
     zero3_init_flag: bool = option(False, help="DeepSpeed stage 3: build the model already split.")
     zero3_save_16bit_model: bool = option(False, help="DeepSpeed stage 3: gather 16-bit weights when saving.")
     fp16_master_weights_and_gradients: bool = option(
@@ -119,7 +128,9 @@ class DistributedOptions:
             if getattr(self, name)
         ]
         if used and not self.deepspeed:
-            yield f"--{used[0]} has no effect without --deepspeed"
+            yield Idle(f"--{used[0]} has no effect without --deepspeed")
+        if self.deepspeed and self.zero_stage == 3:
+            yield "--zero_stage 3 splits the weights between processes, and each save would lack most of them: give 2"
         for kind in ("optimizer", "param"):
             wants_nvme = getattr(self, f"offload_{kind}_device") == "nvme"
             if wants_nvme and not getattr(self, f"offload_{kind}_nvme_path"):
@@ -133,9 +144,11 @@ class LoggingOptions:
     console_log_level: str | None = option(
         None, help="Least level of the messages shown.", choices=("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
     )
-    console_log_file: str | None = option(None, help="Write the messages to this file instead of the terminal.")
+    console_log_file: str | None = option(
+        None, help="Write the messages to this file instead of the terminal.", path=True
+    )
     console_log_simple: bool = option(False, help="Messages without time and level.")
-    logging_dir: str | None = option(None, help="Folder for the training curves.")
+    logging_dir: str | None = option(None, help="Folder for the training curves.", path=True)
     log_with: str | None = option(
         None,
         help="Program for the curves (default with --logging_dir: tensorboard).",
@@ -144,7 +157,7 @@ class LoggingOptions:
     log_prefix: str | None = option(None, help="Put before the name of the run's log folder.")
     log_tracker_name: str | None = option(None, help="Name of the project in the log.")
     wandb_run_name: str | None = option(None, help="Name of the run in wandb.")
-    log_tracker_config: str | None = option(None, help="TOML file with settings of the log program.")
+    log_tracker_config: str | None = option(None, help="TOML file with settings of the log program.", path=True)
     wandb_api_key: str | None = option(None, help="Key of wandb; better set WANDB_API_KEY.", secret=True)
     log_config: bool = option(False, help="Write all options into the log.")
 
@@ -158,7 +171,7 @@ class NetworkOptions:
     """The adapter network (LoRA) and its learning rates."""
 
     network_module: str | None = option(None, help="Module of the network, e.g. networks.lora or lycoris.kohya.")
-    network_dim: int | None = option(None, help="Rank of the network.", check=positive)
+    network_dim: int | None = option(None, help="Rank of the network.", check=between(1, MOST_RANKS))
     network_alpha: float = option(
         1.0, help="Strength: the network's output is scaled by alpha / rank.", check=at_least(0)
     )
@@ -166,7 +179,7 @@ class NetworkOptions:
         None, help="Share of activations dropped inside the network.", check=between(0, 1)
     )
     network_args: tuple[str, ...] = option((), help="More arguments of the network, as key=value.")
-    network_weights: str | None = option(None, help="Start from this network file.")
+    network_weights: str | None = option(None, help="Start from this network file.", path=True)
     dim_from_weights: bool = option(False, help="Take ranks and alphas from --network_weights.")
     network_train_unet_only: bool = option(False, help="Train the denoiser's part only.")
     network_train_text_encoder_only: bool = option(False, help="Train the text encoder's part only.")
@@ -183,7 +196,9 @@ class NetworkOptions:
         "peft (diffusers).",
         choices=("kohya", "comfy", "peft"),
     )
-    base_weights: tuple[str, ...] | None = option(None, help="Network files to merge into the model before training.")
+    base_weights: tuple[str, ...] | None = option(
+        None, help="Network files to merge into the model before training.", path=True
+    )
     base_weights_multiplier: tuple[float, ...] | None = option(
         None, help="Strength of each of --base_weights (default 1)."
     )
@@ -192,9 +207,9 @@ class NetworkOptions:
         if self.network_train_unet_only and self.network_train_text_encoder_only:
             yield "--network_train_unet_only and --network_train_text_encoder_only leave nothing to train: give one"
         if self.dim_from_weights and not self.network_weights:
-            yield "--dim_from_weights has no effect without --network_weights"
+            yield Idle("--dim_from_weights has no effect without --network_weights")
         if self.base_weights_multiplier and not self.base_weights:
-            yield "--base_weights_multiplier has no effect without --base_weights"
+            yield Idle("--base_weights_multiplier has no effect without --base_weights")
         if self.base_weights_multiplier and self.base_weights:
             given, needed = len(self.base_weights_multiplier), len(self.base_weights)
             if given > needed:
@@ -238,6 +253,8 @@ class TrainerOptions:
     def problems(self) -> Iterator[str]:
         """Combinations across groups that make no sense."""
         yield from cross_problems(self.save, self.state, self.hub)
+        if not self.data.is_given and not self.config.output_config:
+            yield NO_DATA
         if self.memory.plan and self.state.resume:
             yield "--plan looks at a run from its start: leave out --resume, what a step takes is the same"
         if self.distributed.deepspeed and (
@@ -257,3 +274,14 @@ class NetworkTrainerOptions(TrainerOptions):
         written, names = self.save.save_model_as, self.network.lora_format
         if names != "kohya" and written not in (None, "safetensors"):
             yield f"--lora_format {names} needs --save_model_as safetensors: {written} has no place for alpha"
+
+    def choices(self) -> Iterator[Choice]:
+        """Cached captions and adapters of the text encoder exclude each other: where other programs cache, we do."""
+        network = self.network
+        if self.cache.texts and self.model.cached_texts_stay and network.text_encoder_lr is None and not (
+            network.network_train_unet_only or network.network_train_text_encoder_only
+        ):  # fmt: skip
+            line = (
+                "--network_train_unet_only is chosen: with --cache_text_encoder_outputs the text encoder does not learn"
+            )
+            yield Choice("network_train_unet_only", True, line)

@@ -6,26 +6,36 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from library.data.config import load_dataset_config
 from library.data.dataset import TrainingData
+from library.data.lint import (
+    bucket_warnings,
+    choices_never_trained,
+    folder_lines,
+    idle_bucket_options,
+    longer_than_limit,
+    smaller_than_bucket,
+    split_warnings,
+)
 from library.data.lint import check as lint
-from library.data.lint import folder_lines, longer_than_limit, smaller_than_bucket
+from library.data.masks import check_masks
 from library.data.plan import EpochPlan
 from library.data.records import DatasetConfig, Sample
 from library.data.scan import Scan, scan
 from library.errors import UserError, first_names
 from library.io.checkpoint import check_output, last_name, state_name
 from library.io.hub import download_state
+from library.io.options import AUTO, LATEST
 from library.io.state import StateParts, compare, load_state, newest_state, read_facts
 from library.log import get_logger, is_main_process
 from library.models.family import ModelFamily
 from library.optim.optimizers import OptimizerChoice, choose_optimizer
 from library.optim.options import OptimizerOptions
-from library.optim.schedulers import check_scheduler
+from library.optim.schedulers import check_scheduler, rates_of
 from library.options import changed_values
 from library.sampling.options import SampleOptions
 from library.sampling.prompts import Prompt, load_prompts
@@ -36,7 +46,6 @@ from library.trainers.tracking import check_trackers
 
 T = TypeVar("T")
 UNKNOWN_LENGTH = 10**9  # steps; longer than any run
-LATEST = "latest"  # --resume latest: the newest state of this output_dir and output_name
 
 # Options that must be the same when a state is continued: the state carries what they decide.
 RESUMED_OPTIONS = (
@@ -47,6 +56,13 @@ RESUMED_OPTIONS = (
     "learning_rate_te", "learning_rate_te1", "learning_rate_te2", "learning_rate_te3", "num_last_block_to_freeze",
     "stop_text_encoder_training", "block_lr",
     "token_string", "num_vectors_per_token", "init_word", "weights", "cond_emb_dim",
+)  # fmt: skip
+
+# Options that only the rest of the learning-rate schedule depends on, in a part of the fingerprint of their own
+SCHEDULE = "schedule"
+SCHEDULE_OPTIONS = (
+    "lr_decay_steps", "lr_scheduler_num_cycles", "lr_scheduler_power", "lr_scheduler_timescale",
+    "lr_scheduler_min_lr_ratio",
 )  # fmt: skip
 
 log = get_logger()
@@ -89,14 +105,16 @@ class Preparation:
     def of(
         cls, family: ModelFamily, options: TrainerOptions, more_checks: list[Callable[[], None]],
         with_captions: Callable[[Scan], Scan], conditioned: Callable[[], bool] = lambda: False,
-        *, extension: str = ".safetensors",
+        *, extension: str = ".safetensors", agreed: Callable[[int, Scan], int] = lambda seed, found: seed,
     ) -> Preparation:  # fmt: skip
         """Read everything. Raises UserError with all mistakes at once; warnings are logged.
 
         conditioned: whether each picture must have a control image. extension: of the saves, empty for folders.
+        agreed: the seed of all processes, given this one's; called where nothing was wrong until then.
         """
         checks = Checks()
         checks.run(family.check)
+        checks.run(family.check_weights)
         for check in more_checks:
             checks.run(check)
         checks.run(lambda: check_output_folder(options, extension))
@@ -107,13 +125,17 @@ class Preparation:
         optimizer = checks.run(lambda: choose_optimizer(options.optimizer))
         checks.run(lambda: check_weights(options, optimizer))
         checks.run(lambda: check_schedule(options, optimizer))
-        seed = run_seed(options, facts)
         control = checks.run(conditioned) or False
         found = checks.run(lambda: scan_datasets(family, options, with_captions, control=control))
+        seed = run_seed(options, facts)
+        if found is not None and not checks.problems:
+            seed = agreed(seed, found)  # before the pictures are shuffled and held out by it
         data = checks.run(lambda: training_data(found, options, seed)) if found else None
+        dark = checks.run(lambda: check_masks(data.trained(), masked_loss=data.masked_loss)) if data else None
         checks.finish()
         assert found is not None and data is not None and optimizer is not None and prompts is not None
-        for line in (*data_warnings(family, found, data), *idle_options(options, found, data)):
+        warnings = data_warnings(family, found, data, cached=options.cache.texts)
+        for line in (*warnings, *filter(None, [dark]), *idle_options(options, found, data)):
             log.warning(line)
         state = load_state(resume) if resume else None
         return cls(options, seed, found, data, prompts, optimizer, state, data.validation_plans())
@@ -126,13 +148,35 @@ class Preparation:
         """Raises UserError saying what of the state belongs to another run."""
         if self.resume_from is None:
             return
-        lines = compare(self.resume_from.fingerprint, self.fingerprint(plan))
+        known = {name: value for name, value in self.resume_from.fingerprint.items() if name != SCHEDULE}
+        lines = compare(known, self.fingerprint(plan))
         if lines:
             raise UserError(
                 f"--resume: {self.options.state.resume} is a state of another run: {'; '.join(lines)}. "
                 "Give the same settings, or start anew from the file beside it"
             )
-        plan.require_steps_after(self.resume_from.step)
+        if not self.is_finished(plan):
+            plan.require_steps_after(self.resume_from.step)
+
+    def is_finished(self, plan: RunPlan) -> bool:
+        """Whether --resume auto finds that nothing is left to do."""
+        state = self.resume_from
+        return self.options.state.resume == AUTO and state is not None and state.step >= plan.total_steps
+
+    def schedule(self, plan: RunPlan) -> dict[str, Any]:
+        """What else the learning-rate schedule follows from: it may change when this run is resumed."""
+        return {"steps": plan.total_steps, **{f"--{n}": vars(self.options.scheduler)[n] for n in SCHEDULE_OPTIONS}}
+
+    def changed_schedule(self, plan: RunPlan, state: StateParts) -> list[str]:
+        """What makes the schedule of the rest of the run another one than when the state was saved."""
+        now, before = self.schedule(plan), state.fingerprint.get(SCHEDULE)
+        if before is None or before == now:
+            return []  # None: a state from before this was noted
+        options = replace(self.options.scheduler, **{n: before[f"--{n}"] for n in SCHEDULE_OPTIONS})
+        steps = range(state.step, max(plan.total_steps, before["steps"]))
+        curves = (rates_of(options, self.optimizer, before["steps"], steps),
+                  rates_of(self.options.scheduler, self.optimizer, plan.total_steps, steps))  # fmt: skip
+        return compare(before, now) if curves[0] != curves[1] else []
 
     def fingerprint(self, plan: RunPlan) -> dict[str, Any]:
         """What must be the same when this run is resumed."""
@@ -146,7 +190,8 @@ class Preparation:
         result: dict[str, dict[str, str]] = {}
         pairs = ((dataset.config, subset) for dataset in self.found.datasets for subset in dataset.subsets)
         for index, (dataset, subset) in enumerate(pairs, start=1):
-            sizes = (dataset.buckets, dataset.batch_size, dataset.network_multiplier, dataset.validation_split)
+            held_out = (dataset.validation_split, dataset.validation_split and dataset.validation_seed)
+            sizes = (dataset.buckets, dataset.batch_size, dataset.network_multiplier, *held_out)
             rules = (subset.config.num_repeats, subset.config.captions, subset.config.images, sizes)
             pictures = [(Path(sample.path).name, sample.file_size) for sample in subset.samples]
             result[f"subset {index}"] = {
@@ -233,12 +278,15 @@ def resume_folder(options: TrainerOptions) -> Path | None:
     """The folder of --resume, fetched from the hub if asked for."""
     if not options.state.resume:
         return None
-    if options.state.resume == LATEST:
+    if (asked := options.state.resume) in (LATEST, AUTO):
         save = options.save
         newest = newest_state(save.output_dir or ".", save.output_name)
-        if newest is None:
-            raise UserError(f"--resume {LATEST}: {save.output_dir} holds no state of {last_name(save.output_name)}")
-        log.info(f"--resume {LATEST}: {newest}")
+        if newest is None and asked == LATEST:
+            raise UserError(
+                f"--resume {LATEST}: {save.output_dir} holds no state of {last_name(save.output_name)}; "
+                f"--resume {AUTO} starts then"
+            )
+        log.info(f"--resume {asked}: {newest or 'there is no state yet, the run starts'}")
         return newest
     if options.hub.resume_from_huggingface:
         return download_state(options.state.resume, options.hub.huggingface_token)
@@ -270,15 +318,19 @@ def scan_datasets(
     return wanted
 
 
-def data_warnings(family: ModelFamily, found: Scan, data: TrainingData) -> Iterator[str]:
-    """What is probably not meant, told from datasets and model together."""
+def data_warnings(family: ModelFamily, found: Scan, data: TrainingData, *, cached: bool) -> Iterator[str]:
+    """What is probably not meant, told from datasets and model together. cached: text outputs are."""
     enlarged = dict.fromkeys(name for stats in data.stats() for name in stats.upscaled)
     samples = [sample for dataset in found.datasets for sample in dataset.samples]
     lines = (
         smaller_than_bucket(list(enlarged)),
         longer_than_limit(samples, family.count_tokens, family.token_limit, option=family.token_option),
+        choices_never_trained(samples, data.text_variants) if cached else None,
     )
     yield from (line for line in lines if line is not None)
+    for index, (dataset, stats) in enumerate(zip(found.datasets, data.stats()), start=1):
+        yield from split_warnings(f"dataset {index}", dataset.config, stats)
+        yield from bucket_warnings(f"dataset {index}", dataset.config.buckets, stats)
 
 
 def idle_options(options: TrainerOptions, found: Scan, data: TrainingData) -> Iterator[str]:
@@ -288,8 +340,7 @@ def idle_options(options: TrainerOptions, found: Scan, data: TrainingData) -> It
     given = [f"--{name}" for name in names if values[name] is not None]
     if given and not any(stats.validation_images for stats in data.stats()):
         yield f"{', '.join(given)}: no effect, no picture is held out (see --validation_split)"
-    if any(d.config.buckets.bucket_no_upscale and not d.config.buckets.enable_bucket for d in found.datasets):
-        yield "bucket_no_upscale: no effect without enable_bucket"
+    yield from idle_bucket_options([dataset.config for dataset in found.datasets])
     if options.sample.every_n_steps and options.sample.every_n_epochs:
         yield "--sample_every_n_steps: no effect, --sample_every_n_epochs wins"
     if options.sample.sample_prompts and not options.sample.wanted:

@@ -16,6 +16,7 @@ from library.models.family import ModelFamily
 from library.objectives.base import Objective
 from library.sampling.preview import Picture, Previewer, PreviewModels, TextSource, contact_sheet, due
 from library.sampling.prompts import Prompt
+from library.stopping import StopRequest
 from library.trainers.options import TrainerOptions
 from library.trainers.plan import Position
 from library.trainers.tracking import Trackers
@@ -30,8 +31,9 @@ class Previews:
     def __init__(
         self, family: ModelFamily, objective: Objective, options: TrainerOptions, prompts: tuple[Prompt, ...], *,
         device: torch.device, dtype: torch.dtype, seed: int, active: bool, size: tuple[int, int],
-        texts: TextSource | None, conditioned: bool = False,
+        texts: TextSource | None, conditioned: bool = False, stop: StopRequest,
     ) -> None:  # fmt: skip
+        self.stop = stop
         self.options, self.device, self.dtype = options.sample, device, dtype
         self.name, self.folder = options.save.output_name or "last", Path(options.save.output_dir or ".") / "sample"
         self.first: list[Picture] = []
@@ -40,7 +42,7 @@ class Previews:
             Previewer(
                 family, objective, prompts, output_dir=options.save.output_dir or ".", seed=seed,
                 output_name=options.save.output_name, sampler=options.sample.sample_sampler, default_size=size,
-                texts=texts, conditioned=conditioned,
+                texts=texts, conditioned=conditioned, stopped=lambda: stop.requested,
             )
             if prompts and active
             else None
@@ -52,7 +54,7 @@ class Previews:
     ) -> None:  # fmt: skip
         """Make previews when they are due after `position.step` steps. Inside `weights` the model is what is shown."""
         epoch_end = position.epoch if epoch_ended and self.options.every_n_epochs else None
-        if self.previewer is None or not due(self.options, position.step, epoch_end):
+        if self.previewer is None or not due(self.options, position.step, epoch_end) or self.stop.requested:
             return
         assert models.vae is not None
         home = next(models.vae.parameters()).device  # main memory, where latents are cached

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from library.io import checkpoint as names
+from library.io.atomic import atomic_write, saving
 from library.io.hub import Uploader
 from library.io.state import StateParts, save_state
 from library.log import get_logger
@@ -38,11 +39,19 @@ class Saver:
         self.uploader = Uploader(options.hub) if active and options.hub.huggingface_repo_id else None
         self.written: list[Path] = []
 
+    def make_folder(self) -> None:
+        """The output folder is made again where somebody removed it while the run went on."""
+        if self.active and not self.folder.is_dir():
+            with saving(self.folder, 0):
+                self.folder.mkdir(parents=True)
+            log.warning(f"--output_dir: {self.folder} was removed during the run and is made again")
+
     def write_config(self, options: TrainerOptions) -> None:
         """The resolved options beside the output: what to give as --config_file to do the same again."""
         if self.active:
             path = self.folder / f"{names.last_name(self.save.output_name)}.config.toml"
-            path.write_text(dump_toml(options), encoding="utf-8")
+            text = dump_toml(options)
+            atomic_write(path, lambda temp: temp.write_text(text, encoding="utf-8"))
 
     def is_due(self, position: Position, epoch_ended: bool) -> bool:
         """True when this step or epoch ends with a save; the last step is saved by `at_end`."""
@@ -55,6 +64,7 @@ class Saver:
 
     def after_step(self, position: Position, epoch_ended: bool) -> None:
         """The saves that are due after an optimizer step."""
+        self.make_folder()
         name, step, epoch = self.save.output_name, position.step, position.epoch
         keep_epochs, keep_steps = names.states_to_keep(self.save, self.options)
         if names.saves_after_step(step, every=self.save.save_every_n_steps):
@@ -77,10 +87,10 @@ class Saver:
 
     def at_end(self, position: Position, *, finished: bool) -> None:
         """The result of the run; of a stopped one, a state to continue from."""
+        self.make_folder()
         name = self.save.output_name
         if finished:
-            with_state = self.options.save_state or self.options.save_state_on_train_end
-            self._write(names.last_name(name), with_state=with_state)
+            self._write(names.last_name(name), with_state=self.options.at_end)
         elif position.step > 0:
             stopped = names.step_name(name, position.step)
             self._write_state(stopped)

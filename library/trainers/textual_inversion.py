@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from library.data.records import CaptionRules, Sample, SubsetConfig
+from library.data.captions import possible_texts
+from library.data.records import CaptionRules, SubsetConfig
 from library.data.scan import DatasetScan, Scan, SubsetScan
 from library.device import DTYPES
 from library.errors import UserError, first_names
@@ -190,7 +191,11 @@ def check_captions(found: Scan, word: str) -> None:
     """Raises UserError when no caption has the word; warns of those that lack it."""
     pattern = word_pattern(word)
     samples = [s for dataset in found.datasets for s in dataset.samples if not s.subset.is_reg]
-    without = [s.path for s in samples if not any(pattern.search(text) for text in texts_of(s))]
+    without = [
+        s.path
+        for s in samples
+        if not any(pattern.search(text) for text in possible_texts(s.caption, s.subset.captions))
+    ]
     ways = "put it where what it stands for is named, or give --use_object_template or --use_style_template"
     if len(without) == len(samples) and any(s.caption for s in samples):
         raise UserError(f"--token_string {word}: none of the {len(samples)} captions has this word: {ways}")
@@ -198,12 +203,6 @@ def check_captions(found: Scan, word: str) -> None:
         log.warning(
             f"{len(without)} captions lack the word {word} and teach it nothing ({first_names(without)}): {ways}"
         )
-
-
-def texts_of(sample: Sample) -> Iterator[str]:
-    """All that a caption of this picture is made of."""
-    rules = sample.subset.captions
-    yield from (text for text in (rules.caption_prefix, sample.caption, rules.caption_suffix) if text)
 
 
 def with_sentences(found: Scan, sentences: Sequence[str]) -> Scan:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from library.data.options import CacheOptions, DataOptions
 from library.io.options import SaveOptions, name_problems
-from library.options import at_least, option, refused
+from library.options import Idle, at_least, option, refused
 from library.trainers.options import TrainerOptions
 
 NO_TEXT_CACHE = "the text encoder's outputs change with every step, because it learns a word"
@@ -23,8 +23,8 @@ class WordOptions:
 
     token_string: str | None = option(None, help="The new word, as it stands in the captions.")
     init_word: str | None = option(None, help="Word (or words) of the model that the new one begins as.")
-    num_vectors_per_token: int = option(1, help="Number of vectors that the word is made of.", check=at_least(1))
-    weights: str | None = option(None, help="Start from this textual inversion file.")
+    num_vectors_per_token: int = option(1, help="Number of vectors that the word is made of.", check=at_least(1, 225))
+    weights: str | None = option(None, help="Start from this textual inversion file.", path=True)
     use_object_template: bool = option(False, help='Replace all captions by sentences like "a photo of a <word>".')
     use_style_template: bool = option(
         False, help='Replace all captions by sentences like "a painting in the style of <word>".'
@@ -41,7 +41,7 @@ class WordOptions:
             bad = " ".join(sorted({c for c in word if c in TAKEN and c.isprintable()}))
             yield f"--token_string {word!r}: brackets, commas and line ends mean something in captions; leave out {bad}"
         if self.init_word and self.weights:
-            yield "--init_word has no effect with --weights: give one of them"
+            yield Idle("--init_word has no effect with --weights: give one of them")
         if self.use_object_template and self.use_style_template:
             yield "--use_object_template and --use_style_template: give one of them"
 

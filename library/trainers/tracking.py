@@ -4,24 +4,32 @@
 from __future__ import annotations
 
 import importlib.util
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from library.errors import UserError, unknown
+from library.errors import UserError, unknown, unknown_names
 from library.log import get_logger
-from library.options import read_toml
+from library.text_files import read_toml
 from library.trainers.options import LoggingOptions
+from library.values import MOST, between, convert, text_problem
 
 KINDS = ("tensorboard", "wandb")
+OF_TENSORBOARD: dict[str, type] = {  # arguments of its SummaryWriter
+    "log_dir": str, "comment": str, "purge_step": int, "max_queue": int, "flush_secs": int, "filename_suffix": str,
+}  # fmt: skip
 STEP = "global_step"  # name of the step among wandb's values
 
 log = get_logger()
+ExceptHook = Callable[[Any], Any]
 
 
 class Tracker(Protocol):
     """One program that shows curves and pictures."""
+
+    where: str  # for a message: the option and the folder
 
     def scalars(self, values: Mapping[str, float], step: int) -> None: ...
     def picture(self, name: str, image: Any, step: int) -> None: ...
@@ -35,6 +43,8 @@ class TensorBoardTracker:
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        self.where = f"--logging_dir: {folder}"
+        threading.excepthook = _without_tensorboard(threading.excepthook)
         self.writer = SummaryWriter(**{"log_dir": str(folder), **settings})
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
@@ -65,6 +75,7 @@ class WandbTracker:
     ):
         import wandb
 
+        self.where = "--log_with wandb"
         if key:
             wandb.login(key=key)
         self.wandb = wandb
@@ -87,26 +98,49 @@ class WandbTracker:
 
 
 class Trackers:
-    """All trackers of the run; none on other ranks and without --logging_dir / --log_with."""
+    """All trackers of the run; none on other ranks and without --logging_dir / --log_with.
+
+    One that fails (a full disk, a network) is left out from then on, with one warning: no curve ends a training.
+    """
 
     def __init__(self, trackers: list[Tracker]) -> None:
         self.trackers = trackers
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        for tracker in self.trackers:
-            tracker.scalars(values, step)
+        self._each(lambda tracker: tracker.scalars(values, step))
 
     def picture(self, name: str, image: Any, step: int) -> None:
-        for tracker in self.trackers:
-            tracker.picture(name, image, step)
+        self._each(lambda tracker: tracker.picture(name, image, step))
 
     def text(self, name: str, value: str) -> None:
-        for tracker in self.trackers:
-            tracker.text(name, value)
+        self._each(lambda tracker: tracker.text(name, value))
 
     def close(self) -> None:
-        for tracker in self.trackers:
-            tracker.close()
+        self._each(lambda tracker: tracker.close())
+
+    def _each(self, action: Callable[[Tracker], None]) -> None:
+        for tracker in list(self.trackers):
+            try:
+                action(tracker)
+            except Exception as error:
+                self.trackers.remove(tracker)
+                log.warning(no_more_curves(tracker.where, error))
+
+
+def no_more_curves(where: str, error: Exception) -> str:
+    """One line about a log that cannot be written."""
+    reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+    return f"{where}: {reason}: no more curves are written, the training goes on"
+
+
+def _without_tensorboard(previous: ExceptHook) -> ExceptHook:
+    """Its thread's errors come again at the next call, and are told then."""
+
+    def hook(args: Any) -> None:
+        if not type(args.thread).__module__.startswith("tensorboard."):
+            previous(args)
+
+    return hook
 
 
 def check_trackers(options: LoggingOptions) -> None:
@@ -150,9 +184,27 @@ def tracker_settings(options: LoggingOptions) -> dict[str, Any]:
     wrong += [
         f"{where}: {key} expects a table: [{key}]" for key in KINDS if not isinstance(settings.get(key, {}), dict)
     ]
+    wrong = wrong or [f"{where}: [tensorboard] {line}" for line in _tensorboard_problems(settings)]
     if wrong:
         raise UserError(wrong)
     return settings
+
+
+def _tensorboard_problems(settings: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the arguments under [tensorboard]. Those of wandb only wandb knows."""
+    given = settings.get("tensorboard", {})
+    yield from unknown_names("arguments", [key for key in given if key not in OF_TENSORBOARD], OF_TENSORBOARD)
+    for key, kind in OF_TENSORBOARD.items():
+        if key not in given:
+            continue
+        try:
+            value = convert(given[key], kind)
+        except ValueError as error:
+            yield f"{key} {error}"
+        else:
+            wrong = text_problem(value, path=True) if kind is str else between(0, MOST)(value)
+            if wrong:
+                yield f"{key} {wrong}"
 
 
 def open_trackers(options: LoggingOptions, *, main_process: bool, project: str) -> Trackers:
@@ -167,11 +219,16 @@ def open_trackers(options: LoggingOptions, *, main_process: bool, project: str) 
         else None
     )
     settings = tracker_settings(options)
-    trackers: list[Tracker] = []
+    makers: list[Callable[[], Tracker]] = []
     if kind in ("tensorboard", "all") and folder is not None:
-        trackers.append(TensorBoardTracker(folder / name, settings.get("tensorboard", {})))
+        makers.append(lambda: TensorBoardTracker(folder / name, settings.get("tensorboard", {})))
     if kind in ("wandb", "all"):
-        trackers.append(
-            WandbTracker(name, options.wandb_run_name, folder, options.wandb_api_key, settings.get("wandb", {}))
-        )
+        key, own = options.wandb_api_key, settings.get("wandb", {})
+        makers.append(lambda: WandbTracker(name, options.wandb_run_name, folder, key, own))
+    trackers: list[Tracker] = []
+    for make in makers:
+        try:
+            trackers.append(make())
+        except OSError as error:
+            log.warning(no_more_curves(f"--logging_dir: {folder}", error))
     return Trackers(trackers)

@@ -5,17 +5,20 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from library.data.plan import BatchPlan, each_shape
 from library.data.scan import Scan
 from library.device import (
+    check_launch,
     fits,
     free_memory,
     indexed,
@@ -26,8 +29,8 @@ from library.device import (
     seed_everything,
     unscale_half_gradients,
 )
-from library.errors import first_names
-from library.io.checkpoint import extension_of
+from library.errors import EXIT_STOPPED, UserError, first_names
+from library.io.checkpoint import extension_of, require_present
 from library.io.state import StateParts
 from library.log import get_logger, progress
 from library.memory.checkpointing import recompute_encoders
@@ -41,22 +44,24 @@ from library.models.quick_import import import_diffusers
 from library.optim.schedulers import check_scheduler
 from library.options import dump_toml
 from library.rng import derive_seed, torch_generator
+from library.stopping import StopRequest
 from library.trainers.caching import Caches, Share
 from library.trainers.debug_dataset import write_dataset_sheets
 from library.trainers.facts import RunRecord
+from library.trainers.feed import Feed, Steps, steps_of
 from library.trainers.forward import Forward
 from library.trainers.gradients import Gradients
 from library.trainers.guards import MovingAverage, StepReader, StepReport
 from library.trainers.memory import Memory, check_choice, moves_weights
 from library.trainers.options import TrainerOptions
-from library.trainers.plan import Position, make_plan, share_of
+from library.trainers.plan import Position, make_plan
 from library.trainers.planning import PeakCheck, plan_memory
-from library.trainers.preparation import Preparation
+from library.trainers.preparation import SCHEDULE, Preparation
 from library.trainers.previews import Previews
 from library.trainers.saving import Saver
 from library.trainers.settings import compute_dtype, distributed_settings, loading_processes, trained_dtype
 from library.trainers.shortage import DoesNotFit, changing_weights
-from library.trainers.signals import EXIT_STOPPED, StopRequest, StopVote
+from library.trainers.signals import StopVote
 from library.trainers.tracking import Trackers, open_trackers
 from library.trainers.trainables import GradientWatch, Models, StepModule, Trainables
 from library.trainers.updates import Updates
@@ -73,8 +78,8 @@ class Trainer(ABC):
     project: ClassVar[str]  # name of the log's project where none is given
     kind: str  # of the files that are saved, for their metadata: a key of library.trainers.facts.ENDINGS
 
-    def __init__(self, family: ModelFamily, options: TrainerOptions) -> None:
-        self.family, self.options = family, options
+    def __init__(self, family: ModelFamily, options: TrainerOptions, stop: StopRequest | None = None) -> None:
+        self.family, self.options, self.stop = family, options, stop or StopRequest()
         self.position = Position()
         self.check_of_plan: PeakCheck | None = None
 
@@ -141,26 +146,33 @@ class Trainer(ABC):
     # ---- the run ----------------------------------------------------------------------------------------------------
 
     def run(self) -> int:
-        """Exit code 0, or EXIT_STOPPED after Ctrl-C / SIGTERM. Raises UserError and StopTraining."""
+        """Exit code 0, or EXIT_STOPPED where the run was asked to stop. Raises UserError and StopTraining."""
         self.prepared = Preparation.of(
-            self.family, self.options, [self.check_memory, *self.checks()], self.with_captions,
-            lambda: self.conditioned, extension=self.extension,
+            self.family, self.options, [self.check_launch, self.check_memory, *self.checks()], self.with_captions,
+            lambda: self.conditioned, extension=self.extension, agreed=self.agreed_seed,
         )  # fmt: skip
         if self.options.data.debug_dataset:
             write_dataset_sheets(self.prepared.data, Path(self.options.save.output_dir or "."))
-            return 0
-        self.start_processes()
+            return self.ended(0)
         self.make_plan()
         if self.options.memory.plan:
             sys.stdout.write(plan_memory(self).table())
-            return 0
+            return self.ended(0)
+        if self.prepared.is_finished(self.plan):
+            log.info(f"--resume auto: the run is finished, all of its {self.plan.total_steps} steps are done")
+            return self.ended(0)
         self.load_models()
+        self.stop.check()
         seed_everything(derive_seed(self.plan.seed, "first weights"))
         self.trainables = self.build_trainables()
         self.build_optimizer()
         self.build_outputs()
         self.restore()
         return self.train()
+
+    def check_launch(self) -> None:
+        """Processes are started in a way that the training knows."""
+        check_launch(deepspeed=self.options.distributed.deepspeed)
 
     def check_memory(self) -> None:
         """The model and the method can do what is asked for to save memory."""
@@ -186,14 +198,21 @@ class Trainer(ABC):
         """If so, those that are stepped together."""
         return []
 
-    def start_processes(self) -> None:
+    def agreed_seed(self, seed: int, found: Scan) -> int:
+        """The seed of the first process, for all of them: they meet here for the first time."""
+        self.start_processes(found)
+        seeds = [seed]
+        broadcast_object_list(seeds)
+        return seeds[0]
+
+    def start_processes(self, found: Scan) -> None:
         options = self.options
         self.accelerator = make_accelerator(
             options.precision.mixed_precision,
             distributed_settings(
                 options.distributed,
                 max_grad_norm=options.optimizer.max_grad_norm,
-                batch_size=max(dataset.config.batch_size for dataset in self.prepared.found.datasets),
+                batch_size=max(dataset.config.batch_size for dataset in found.datasets),
             ),
         )
         if options.precision.full_fp16 and self.accelerator.scaler is not None:
@@ -228,11 +247,14 @@ class Trainer(ABC):
         family, share, prompts = self.family, Share(self.rank, self.world), self.prepared.prompts
         self.objective = family.objective(self.options.objective, self.options.loss)
         texts = [text for prompt in prompts for text in (prompt.negative_prompt, prompt.prompt)]
-        caches = Caches(family, self.options, self.prepared.data, self.dtype, learning=self.learning, more_texts=texts)
+        caches = Caches(
+            family, self.options, self.prepared.data, self.dtype, learning=self.learning, more_texts=texts,
+            check=self.stop.check,
+        )  # fmt: skip
         self.previews = Previews(
             family, self.objective, self.options, prompts, device=self.device, dtype=self.dtype, seed=self.plan.seed,
             active=self.main_process, size=self.prepared.found.datasets[0].config.buckets.resolution,
-            texts=caches.texts, conditioned=self.conditioned,
+            texts=caches.texts, conditioned=self.conditioned, stop=self.stop,
         )  # fmt: skip
         encoders: dict[str, nn.Module] = {}
         for name in family.encoders:
@@ -310,7 +332,7 @@ class Trainer(ABC):
         )  # fmt: skip
         self.validation = Validation(
             self.options.train, self.prepared.validation_plans, self.data, self.forward, self.plan.seed,
-            self.plan.total_steps,
+            self.plan.total_steps, self.stop,
         )  # fmt: skip
         if self.memory.compiled is not None:
             passes = [partial(self.one_pass, plan) for plan in list(shapes.values())[:WARMED_SHAPES]]
@@ -339,7 +361,7 @@ class Trainer(ABC):
             self.options,
             self.plan,
             self.prepared.datasets,
-            self.data.stats(),
+            self.data,
             self.family.facts(),
             self.family.model_names() if self.metadata() is not None else {},  # hashing gigabytes takes its time
         )
@@ -359,7 +381,7 @@ class Trainer(ABC):
             epoch=self.position.epoch,
             batch=self.position.batch,
             losses=list(self.losses.values),
-            fingerprint=self.prepared.fingerprint(self.plan),
+            fingerprint={**self.prepared.fingerprint(self.plan), SCHEDULE: self.prepared.schedule(self.plan)},
         )
 
     def restore(self) -> None:
@@ -368,6 +390,8 @@ class Trainer(ABC):
         if parts is not None:
             self.memory.home()
             self.updates.load(parts)
+            if changed := self.prepared.changed_schedule(self.plan, parts):
+                log.warning(f"--resume: from here on the learning-rate schedule is another one: {', '.join(changed)}")
             self.position = Position(parts.step, parts.epoch, parts.batch)
             self.losses = MovingAverage(self.plan.steps_per_epoch, parts.losses)
             self.prepared.resume_from = None
@@ -387,6 +411,7 @@ class Trainer(ABC):
             epoch=self.position.epoch,
         )  # fmt: skip
         self.memory.home()
+        require_present(dict(self.trainables.module.named_parameters()), path)
         with self.updates.averaged():
             self.save_model(path, metadata)
 
@@ -415,53 +440,79 @@ class Trainer(ABC):
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
     def train(self) -> int:
-        trackers = open_trackers(self.options.logging, main_process=self.main_process, project=self.project)
-        if self.options.logging.log_config:
-            trackers.text("config", dump_toml(self.options))
-        self.saver.write_config(self.options)
-        self.preview_if_due(trackers, epoch_ended=False)
-        total, vote = self.plan.total_steps, StopVote(self.device, processes=self.world)
-        with StopRequest() as stop, progress(total, "steps", "step", start=self.position.step) as bar:
-            for batches in self.steps():
+        self.stop.check()
+        self.stop.interrupts = False  # from here on the step is finished and the state saved
+        with self.stop.installed():
+            trackers = open_trackers(self.options.logging, main_process=self.main_process, project=self.project)
+            if self.options.logging.log_config:
+                trackers.text("config", dump_toml(self.options))
+            self.saver.write_config(self.options)
+            self.preview_if_due(trackers, epoch_ended=False)
+            with closing(Feed(self.steps(), processes=self.world)) as feed:
+                failure = self.take_steps(feed, trackers)
+            finished = failure is None and self.position.step >= self.plan.total_steps
+            self.save_at_end(trackers, failure, finished=finished)
+            self.stop.code_of_run = 0 if finished else EXIT_STOPPED
+            if finished:
+                self.previews.before_and_after()
+            trackers.close()
+            return self.ended(self.stop.code_of_run)
+
+    def ended(self, code: int) -> int:
+        """The exit code, after the processes have parted in good order."""
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        return code
+
+    def take_steps(self, feed: Feed, trackers: Trackers) -> Exception | None:
+        """Train until the end, until the run was asked to stop, or until it cannot go on: then the reason is returned.
+
+        Whatever is returned, the weights are those after the last step that was counted.
+        """
+        vote = StopVote(self.device, processes=self.world)
+        if vote.at_once(feed.failure is not None):
+            return feed.failure or UserError("another process cannot load its pictures")
+        started: int | None = None
+        with progress(self.plan.total_steps, "steps", "step", start=self.position.step) as bar:
+            for batches in feed:
+                if started != self.position.epoch:
+                    started = self.position.epoch
+                    self.trainables.epoch_started()
                 try:
                     self.train_step(batches, self.plan.micro_step(self.position.epoch, self.position.batch))
-                except DoesNotFit:  # the weights are those from before the step
-                    self.save(trackers, partial(self.saver.at_end, self.position, finished=False))
-                    raise
-                if self.check_of_plan is not None:
-                    self.check_of_plan.step_taken()
-                epoch_ended = self.advance(len(batches))
-                self.report(self.reader.arrived(), trackers)
-                bar.advance(note=f"loss {self.losses.mean:.4f}" if self.losses.values else "")
-                self.validate_if_due(trackers, epoch_ended=epoch_ended)
-                if self.saver.is_due(self.position, epoch_ended):
-                    self.save(trackers, partial(self.saver.after_step, self.position, epoch_ended))
-                self.preview_if_due(trackers, epoch_ended=epoch_ended)
-                if vote.decided(stop.requested):
-                    break
-            finished = self.position.step >= total
-            self.save(trackers, partial(self.saver.at_end, self.position, finished=finished))
-        if finished:
-            self.previews.before_and_after()
-        trackers.close()
-        self.accelerator.end_training()
-        return 0 if finished else EXIT_STOPPED
+                except DoesNotFit as error:
+                    return error
+                failure = self.after_training_step(len(batches), bar, trackers) or feed.failure
+                if vote.decided(self.stop.requested or failure is not None):
+                    return failure
+        return feed.failure
 
-    def steps(self) -> Iterator[list[Batch]]:
+    def after_training_step(self, micro_batches: int, bar: progress, trackers: Trackers) -> Exception | None:
+        """What comes after a step: numbers, validation, saves, previews. An error is returned where a state can be
+        saved all the same."""
+        failure = None
+        if self.check_of_plan is not None:
+            self.check_of_plan.step_taken()
+        epoch_ended = self.advance(micro_batches)
+        self.report(self.reader.arrived(), trackers)
+        bar.advance(note=f"loss {self.losses.mean:.4f}" if self.losses.values else "")
+        try:
+            self.validate_if_due(trackers, epoch_ended=epoch_ended)
+        except Exception as error:
+            failure = error
+        if self.saver.is_due(self.position, epoch_ended):
+            self.save(trackers, partial(self.saver.after_step, self.position, epoch_ended))
+        self.preview_if_due(trackers, epoch_ended=epoch_ended)
+        return failure
+
+    def steps(self) -> Steps:
         """The micro-batches of one optimizer step after the other, from the current position to the end of the run."""
-        data, plan = self.options.data, self.plan
-        pin = self.memory.pinning.works()
-        workers, persistent = loading_processes(data), data.persistent_data_loader_workers
-        with self.data.loader(workers=workers, persistent=persistent, pin_memory=pin) as loader:
-            while self.position.step < plan.total_steps:
-                epoch, first = self.position.epoch, self.position.batch
-                self.trainables.epoch_started()
-                own = share_of(self.data.plan_epoch(epoch + 1), self.rank, self.world)
-                batches = loader.run(own[first:], step_of_first=self.position.step, accumulation=plan.accumulation)
-                for group in plan.groups(first):
-                    yield [next(batches) for _ in group]
-                    if self.position.step >= plan.total_steps:
-                        return
+        data = self.options.data
+        loader = self.data.loader(
+            workers=loading_processes(data), persistent=data.persistent_data_loader_workers,
+            pin_memory=self.memory.pinning.works(),
+        )  # fmt: skip
+        return steps_of(self.data, loader, self.plan, self.position, rank=self.rank, world=self.world)
 
     def advance(self, micro_batches: int) -> bool:
         """Count the step. True when it was the last of its epoch."""
@@ -479,6 +530,17 @@ class Trainer(ABC):
                 log.warning(f"{len(silent)} trainable modules never received a gradient: {first_names(silent)}")
         write()
         self.accelerator.wait_for_everyone()
+
+    def save_at_end(self, trackers: Trackers, failure: Exception | None, *, finished: bool) -> None:
+        """The result, or the state of a run that ends early. Raises `failure`, why it cannot go on, after the save."""
+        write = partial(self.saver.at_end, self.position, finished=finished)
+        if failure is None:
+            return self.save(trackers, write)
+        try:
+            self.save(trackers, write)
+        except UserError as error:
+            log.warning(f"the state could not be saved: {'; '.join(error.problems)}")
+        raise failure
 
     def preview_if_due(self, trackers: Trackers, *, epoch_ended: bool) -> None:
         self.previews.if_due(
@@ -499,11 +561,11 @@ class Trainer(ABC):
     def validate_if_due(self, trackers: Trackers, *, epoch_ended: bool) -> None:
         step = self.position.step
         if self.validation.is_due(step, self.position.epoch, epoch_ended=epoch_ended):
-            losses: list[float] = []
+            losses: list[float | None] = []
             with self.updates.shown():
                 fitted = fits(lambda: losses.append(self.validation.loss()))
             if not fitted:
                 log.warning(f"no validation loss at step {step}: out of memory; the training goes on")
-                return
-            trackers.scalars({"loss/validation": losses[0]}, step)
-            log.info(f"validation loss {losses[0]:.5f} at step {step}")
+            elif (loss := losses[0]) is not None:
+                trackers.scalars({"loss/validation": loss}, step)
+                log.info(f"validation loss {loss:.5f} at step {step}")

@@ -11,6 +11,7 @@ import torch
 from library.data.dataset import TrainingData
 from library.data.plan import BatchPlan
 from library.rng import torch_generator
+from library.stopping import StopRequest
 from library.trainers.forward import Forward
 from library.trainers.options import TrainOptions
 
@@ -25,6 +26,7 @@ class Validation:
     forward: Forward
     seed: int
     total_steps: int
+    stop: StopRequest
 
     def is_due(self, step: int, epoch: int, *, epoch_ended: bool) -> bool:
         """After `step` steps and `epoch` whole epochs; always at the end of the run."""
@@ -35,12 +37,14 @@ class Validation:
         return bool(len(self.plans)) and (by_step or by_epoch or step == self.total_steps)
 
     @torch.no_grad()
-    def loss(self) -> float:
-        """Mean over batches and timesteps."""
+    def loss(self) -> float | None:
+        """Mean over batches and timesteps; None where the run should stop before it is there."""
         device, losses = self.forward.device, []
         for index, plan in enumerate(self.plans[: self.options.max_validation_steps]):
             batch = self.data.load(plan, step=0).to(device)
             for value in self.forward.objective.validation_t():
+                if self.stop.requested:
+                    return None
                 generator = torch_generator(self.seed, "validation", index, device=device)
                 t = torch.full((batch.size,), value, device=device)
                 losses.append(self.forward.mean_loss(batch, generator, t))

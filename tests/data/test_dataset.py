@@ -20,7 +20,7 @@ from PIL import Image
 from library.data import captions, images
 from library.data import plan as plan_module
 from library.data.buckets import Bucket
-from library.data.dataset import BatchPlan, LatentJob, TrainingData, encoding_input
+from library.data.dataset import BatchPlan, LatentJob, TrainingData, _variant_seed, encoding_input
 from library.data.plan import Shuffle, each_shape, regularisation_repeats
 from library.data.records import BucketRules, CaptionRules, DatasetConfig, ImageRules, Sample, SubsetConfig
 from library.errors import UserError
@@ -428,6 +428,33 @@ def test_validation_is_split_off_per_subset_and_never_varies(tmp_path: Path) -> 
         assert batch.captions == [TAGS] * batch.size
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 13, 25])
+@pytest.mark.parametrize("split", [0.01, 0.1, 0.2, 1 / 3, 0.5, 0.66])
+def test_no_picture_is_trained_and_validated(tmp_path: Path, count: int, split: float) -> None:
+    """In one dataset or several, by whatever name of its folder, with repeats, seeds and regularisation."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    subset = subset_of(tmp_path, "a", num_repeats=3)
+    samples = make_samples(subset, count, write=False)
+    linked = [dataclasses.replace(s, path=s.path.replace("/a/", "/link/")) for s in samples[: count // 2 + 1]]
+    again = subset_of(tmp_path, "link", num_repeats=2)
+    linked = [dataclasses.replace(sample, subset=again) for sample in linked]
+    reg = subset_of(tmp_path, "a", is_reg=True)
+    others = make_samples(subset_of(tmp_path, "b"), 30, write=False)
+    data = TrainingData(
+        [
+            dataset_of(samples, linked, others, validation_split=split),
+            dataset_of(samples, others, validation_split=split, validation_seed=5, buckets=BucketRules((32, 32))),
+            dataset_of(linked, others, [dataclasses.replace(sample, subset=reg) for sample in samples]),
+        ],
+        seed=count,
+    )
+    used = [(sample.path.replace("/link/", "/a/"), validation) for _, sample, validation in data._used_samples()]
+    trained, held = ({path for path, validation in used if validation == kind} for kind in (False, True))
+    assert not trained & held and len(trained | held) == count + 30
+    assert {sample.path.replace("/link/", "/a/") for pairs in data.trained() for sample, _ in pairs} == trained
+
+
 def test_validation_seed_defaults_to_the_run_seed(tmp_path: Path) -> None:
     samples = make_samples(subset_of(tmp_path, "a"), 20, write=False)
 
@@ -517,6 +544,27 @@ def test_cached_texts_cover_every_epoch(tmp_path: Path) -> None:
     for plan in cached.validation_plans():
         seen |= set(cached.load(plan, step=0).captions)
     assert seen == set(texts)
+
+
+def test_cached_texts_come_as_often_as_uncached_ones(tmp_path: Path) -> None:
+    """Four lines and a dropout of the whole caption, where fewer variants are kept than there are outcomes."""
+    rules = CaptionRules(enable_wildcard=True, shuffle_caption=True, keep_tokens=1, caption_dropout_rate=0.2)
+    text = "l0, a, b, c, d\nl1\nl2, {a|b|c|d}, e, f\nl1"
+    samples = make_samples(subset_of(tmp_path, "a", captions=rules, num_repeats=8), 25)
+    samples = [dataclasses.replace(sample, caption=text) for sample in samples]
+    data = TrainingData([dataset_of(samples, batch_size=25)], seed=1, text_variants=8)
+    cached = data.prepared(texts=Lengths(data.all_captions()), join=pad)
+    for source in (data, cached):
+        lines: Counter[str] = Counter()
+        for epoch in range(1, 6):
+            for plan in source.plan_epoch(epoch):
+                found = [source._caption(samples[i], plan, place, 0) for place, i in enumerate(plan.samples)]
+                lines.update(caption.split(", ")[0] for caption in found)
+        for line, share in {"": 0.2, "l0": 0.2, "l1": 0.4, "l2": 0.2}.items():
+            assert lines[line] / lines.total() == pytest.approx(share, abs=0.05)
+    for sample in samples:  # no line is missing for any picture
+        variants = captions.caption_variants(text, rules, 8, _variant_seed(sample))
+        assert {variant.split(", ")[0] for variant in variants} == {"l0", "l1", "l2"}
 
 
 def test_caches_refuse_what_they_cannot_serve(tmp_path: Path) -> None:

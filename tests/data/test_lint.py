@@ -3,13 +3,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from library.data.lint import Report, check, longer_than_limit, smaller_than_bucket
-from library.data.records import BucketRules, CaptionRules, DatasetConfig, Sample, SubsetConfig
+from library.data.dataset import TrainingData
+from library.data.lint import (
+    Report,
+    bucket_warnings,
+    check,
+    choices_never_trained,
+    idle_bucket_options,
+    longer_than_limit,
+    smaller_than_bucket,
+    split_warnings,
+)
+from library.data.records import BucketRules, CaptionRules, DatasetConfig, ImageRules, Sample, SubsetConfig
 from library.data.scan import scan
 
 
@@ -147,6 +159,123 @@ def test_longer_than_limit() -> None:
     )
     assert longer_than_limit(samples, words, 5) is None
     assert longer_than_limit([], words, 5) is None
+
+
+def test_what_is_counted_is_what_is_trained() -> None:
+    """Marks are no tokens, of {a|b} one is read, and a line that is never chosen is never read."""
+    marks = {"keep_tokens_separator": "|||", "secondary_separator": " ; ", "caption_separator": ","}
+    samples = [
+        sample("/marks.png", "one ||| two ||| three ; four", **marks),
+        sample("/choice.png", "{one|two|three} {four|five six}", enable_wildcard=True),
+        sample("/first.png", "one\ntwo three four five"),
+        sample("/dropped.png", "one two three four", caption_dropout_rate=1.0),
+    ]
+
+    def words(texts: list[str]) -> list[int]:
+        return [len(re.findall(r"\w+|\|", text)) for text in texts]
+
+    assert longer_than_limit(samples, words, 3) == (
+        "1 caption is longer than 3 tokens and will be cut (see --max_token_length): /marks.png (4 tokens)"
+    )
+    assert (longer_than_limit(samples, words, 2) or "").startswith("2 captions")
+
+
+def test_choices_that_are_never_trained() -> None:
+    few = sample("/few.png", "{a|b|c}\nd, e, f, g", enable_wildcard=True)
+    many = sample("/many.png", "{" + "|".join("abcdefghij") + "}", enable_wildcard=True)
+    assert choices_never_trained([few, many], 10) is None
+    assert (choices_never_trained([few, many], 8) or "").endswith("(see --caption_variants): /many.png (10 choices)")
+    crowd = [dataclasses.replace(many, path=f"/{n}.png") for n in range(15)]
+    assert (choices_never_trained(crowd, 3) or "").endswith("/9.png (10 choices) and 5 more")
+    assert choices_never_trained([sample("/x.png", "{a|b|c}")], 1) is None  # no wildcard
+
+
+# ---- splits and buckets
+
+
+def warnings(samples: list[Sample], rules: BucketRules, *more: list[Sample], **values) -> list[str]:
+    groups = [samples, *more]
+    config = DatasetConfig(tuple(group[0].subset for group in groups), rules, **values)
+    data = TrainingData([(config, [sample for group in groups for sample in group])], seed=1)
+    (stats,) = data.stats()
+    return [*split_warnings("d", config, stats), *bucket_warnings("d", rules, stats)]
+
+
+def folder_of(name: str, count: int, size: tuple[int, int] = (64, 64)) -> list[Sample]:
+    config = SubsetConfig(f"/{name}")
+    return [Sample(f"/{name}/{n}.png", size, "x", config, 0, 0) for n in range(count)]
+
+
+def test_a_split_that_holds_out_none_or_all() -> None:
+    rules = BucketRules((64, 64))
+    assert warnings(folder_of("a", 4), rules, validation_split=0.1) == [
+        "d: validation_split 0.1 holds out no picture of /a (4), so that there is no validation: each subset is split "
+        "by itself; 0.25 would hold out one of 4"
+    ]
+    (line,) = warnings(folder_of("a", 20), rules, folder_of("b", 3), validation_split=0.1)
+    assert line.startswith("d: validation_split 0.1 holds out no picture of /b (3): each") and "0.33" in line
+    (line,) = warnings(folder_of("a", 20), rules, folder_of("b", 1), validation_split=0.6)
+    assert line == "d: validation_split 0.6 holds out every picture of /b"
+    (line,) = warnings(folder_of("a", 40), rules, *[folder_of(f"f{n}", 2) for n in range(12)], validation_split=0.1)
+    assert "/f9 (2) and 2 more: each subset" in line
+    (line,) = warnings(folder_of("a", 20), rules, folder_of("a", 10), validation_split=0.2)
+    assert "not trained, as another subset or dataset holds out the same for validation: /a/" in line
+    for count, split in ((4, 0.25), (3, 0.34), (1, 0.0), (20, 0.1)):
+        assert warnings(folder_of("a", count), rules, validation_split=split) == []
+
+
+PHOTOS = {"4:3": (4000, 3000), "3:2": (3000, 2000), "16:9": (1920, 1080), "square": (2000, 2000), "wide": (3000, 400)}
+SHAPES: dict[str, tuple[BucketRules, dict[str, str]]] = {
+    "1024": (BucketRules((1024, 1024), True), {"4:3": "area", "3:2": "area", "16:9": "area", "wide": "area crop"}),
+    "2048": (BucketRules((1024, 1024), True, max_bucket_reso=2048), {"wide": "area"}),
+    "512": (BucketRules((512, 512), True), {"wide": "crop"}),
+    "no buckets": (BucketRules((512, 512)), {"4:3": "crop", "3:2": "crop", "16:9": "crop", "wide": "crop"}),
+    "no upscale": (BucketRules((1024, 1024), True, bucket_no_upscale=True), {}),
+    "one size": (
+        BucketRules((512, 512), True, 512, 512),
+        {"4:3": "one crop", "3:2": "one crop", "16:9": "one crop", "wide": "one crop", "square": "one"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", PHOTOS)
+@pytest.mark.parametrize("name", SHAPES)
+def test_what_buckets_take_from_a_picture(name: str, shape: str) -> None:
+    rules, expected = SHAPES[name]
+    marks = {"area": "of the area to max_bucket_reso", "crop": "to the crop", "one": "enable_bucket: no effect"}
+    lines = warnings(folder_of("a", 1, PHOTOS[shape]), rules)
+    found = {mark for mark, text in marks.items() if any(text in line for line in lines)}
+    assert found == set(expected.get(shape, "").split()), lines
+    assert len(lines) == len(found)
+
+
+def test_pictures_of_a_warning_are_ten_and_a_number() -> None:
+    (line,) = warnings(folder_of("a", 14, (4000, 3000)), BucketRules((1024, 1024), True))
+    assert line.startswith(
+        "d: 14 pictures lose more than 10% of the area to max_bucket_reso = 1024: /a/0.png (1024x768 "
+    )
+    assert line.count(".png") == 10 and line.endswith(" and 4 more")
+    (line,) = warnings(folder_of("a", 1, (3000, 400)), BucketRules((512, 512), True))
+    assert line.startswith("d: 1 picture loses more than 20% to the crop") and "3000x400 to 1024x256: 47%" in line
+
+
+def test_a_crop_that_moves_takes_nothing() -> None:
+    moving = SubsetConfig("/a", images=ImageRules(random_crop=True))
+    samples = [dataclasses.replace(sample, subset=moving) for sample in folder_of("a", 1, (3000, 400))]
+    assert warnings(samples, BucketRules((512, 512), True)) == []
+
+
+def test_settings_of_buckets_without_buckets() -> None:
+    def said(*rules: BucketRules) -> list[str]:
+        return list(idle_bucket_options([DatasetConfig((), rule) for rule in rules]))
+
+    size = (512, 512)
+    assert said(BucketRules(size), BucketRules(size, True, max_bucket_reso=2048)) == []
+    without = (BucketRules(size, max_bucket_reso=2048, bucket_no_upscale=True), BucketRules(size, bucket_reso_steps=32))
+    assert said(*without) == ["max_bucket_reso, bucket_no_upscale, bucket_reso_steps: no effect without enable_bucket"]
+    assert said(BucketRules(size, True, min_bucket_reso=128, bucket_no_upscale=True)) == [
+        "min_bucket_reso: no effect with bucket_no_upscale"
+    ]
 
 
 @pytest.mark.parametrize("name", ["straße 日本.png", "spaces and 'quotes'.png"])

@@ -24,6 +24,7 @@ from library.io.checkpoint import (
     outdated_step,
     remove_save,
     remove_state,
+    require_present,
     save_tensors,
     saves_after_epoch,
     saves_after_step,
@@ -208,9 +209,26 @@ def test_nonfinite_weights_are_never_written_over_a_good_file(tmp_path: Path) ->
     for bad in (float("nan"), float("inf")):
         with pytest.raises(StopTraining, match=r"1 of 2 tensors are not finite \(x\)"):
             save_tensors(path, {"x": torch.tensor([1.0, bad]), "y": torch.ones(2)}, {})
-    with pytest.raises(StopTraining):  # too large for the format that is written
-        save_tensors(path, {"x": torch.tensor([1e6])}, {}, dtype=torch.float16)
+    with pytest.raises(StopTraining, match=r"1 of 2 tensors are empty \(x\)"):
+        require_present({"x": torch.zeros(0), "y": torch.ones(2)}, path)
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "pt"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_has_no_place_in_the_precision_is_written_in_float32(
+    dtype: torch.dtype, ending: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A training of days is not thrown away because of one number: too large, or all of a tensor too small."""
+    largest = {torch.float16: 1e5, torch.bfloat16: 3.4e38}[dtype]  # float32 has it
+    given = {"large": torch.tensor([1.0, largest]), "ok": torch.ones(2), "zero": torch.zeros(2)}
+    given |= {"small": torch.tensor([1e-9, 0.0])} if dtype == torch.float16 else {}
+    path = save_tensors(tmp_path / f"a.{ending}", given, {}, dtype=dtype)
+    found = load_file(path) if ending == "safetensors" else torch.load(path)
+    wide = given.keys() - {"ok", "zero"}
+    assert {name: t.dtype for name, t in found.items()} == {n: torch.float32 if n in wide else dtype for n in given}
+    assert all(torch.equal(found[name], given[name]) for name in wide)
+    assert caplog.text.count("are written in float32, they have no place in") == 1
 
 
 def test_another_content_on_disk_is_noticed(tmp_path: Path) -> None:

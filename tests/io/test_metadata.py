@@ -178,6 +178,17 @@ JSON_KEYS = (
 )
 
 
+def test_tags_of_every_folder_are_counted_once() -> None:
+    """Two folders of one name are two folders; one folder in two datasets is one."""
+    first = dataset(tag_frequency={"/a/girl": {"sks": 3, "red": 1}, "/b/girl": {"sks": 2}})
+    other = dataset(tag_frequency={"/a/girl": {"sks": 3, "blue": 2}, "/c/girl": {"hat": 1}})
+    metadata = build_metadata(
+        run({}, (first, other), from_dataset_config=True), SD1, MetadataOptions(), step=1, epoch=1, now=0.0
+    )
+    assert json.loads(metadata["ss_tag_frequency"]) == {"girl": {"sks": 5, "red": 1, "blue": 2, "hat": 1}}
+    assert json.loads(metadata["ss_datasets"])[0]["tag_frequency"] == {"girl": {"sks": 5, "red": 1}}
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_metadata_of_a_real_run(case: str) -> None:
     facts, spec, options, moment = CASES[case]()

@@ -101,6 +101,8 @@ def test_nonfinite_weights_do_not_replace_a_state(tmp_path: Path) -> None:
     save_state(tmp_path / "a-state", parts(1))
     with pytest.raises(StopTraining, match="not finite"):
         save_state(tmp_path / "a-state", parts(2, weights={"w": torch.tensor([float("nan")])}))
+    with pytest.raises(StopTraining, match=r"1 of 1 tensors are empty \(w\)"):
+        save_state(tmp_path / "a-state", parts(2, weights={"w": torch.zeros(0)}))
     assert load_state(tmp_path / "a-state").step == 1
 
 

@@ -86,8 +86,8 @@ def test_what_is_refused_before_training(model: Path, dataset: Path, tmp_path: P
         ({"network_module": "networks.dylora", "network_args": ["units=2"]}, "Did you mean 'unit'?"),
         ({"network_module": "networks.loha", "lora_format": "peft"}, "have no name in the peft format"),
         (
-            {"network_module": "networks.oft", "network_dim": 2, "lora_format": "comfy"},
-            "OFT has no names in other formats than kohya",
+            {"network_module": "networks.oft", "network_dim": 2, "lora_format": "peft"},
+            "OFT has no names in other formats than kohya and comfy",
         ),
     ):
         with pytest.raises(UserError) as error:

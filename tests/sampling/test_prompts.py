@@ -86,7 +86,7 @@ def test_all_mistakes_of_a_txt_file_come_at_once(tmp_path: Path) -> None:
         f"{path}, line 10: seed must be between 0 and {2**64 - 1}, got -1",
         f"{path}, line 11: height expects a whole number, got 64.5",
         f"{path}, line 12: width expects a whole number, got 'inf'",
-        f"{path}, line 12: scale must be between 0 and 1000, got nan",
+        f"{path}, line 12: scale expects a number, got 'nan'",
     ]
 
 

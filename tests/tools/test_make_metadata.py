@@ -210,7 +210,7 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (read("broken.json"), "broken.json, line 1 is not valid JSON"),
         (read("list.json"), "expects an object of picture names, got a list"),
         (read("number.json"), "entry 'a' expects a text as tags, got 3"),
-        (read("twice.json"), "twice.json: stands there several times: a"),
+        (read("twice.json"), "twice.json has keys that stand there several times: a"),
         (read("twice.jsonl"), "twice.jsonl: pictures with several lines: a"),
         (read("both.json"), "several entries are of this picture, leave one: a.png, a"),
         (("--out_json", tmp_path / "new.json", "--clean"), "there is nothing to clean; give --in_json"),

@@ -41,7 +41,9 @@ def start(target: Callable[..., None], *args: Any) -> ForkServerProcess:
 
 
 def script(values: Mapping[str, Any], output: Path, method: str = "network", family: str = "sd") -> None:
-    """A training script with these options, train_network.py by default; what it prints goes to a file."""
+    """A training script with these options, train_network.py by default, in a process group of its own; what it prints
+    goes to a file."""
+    os.setpgid(0, 0)
     torch.set_num_threads(1)
     settle()
     redirect(output)
@@ -58,7 +60,8 @@ def rank_of_two(rank: int, port: int, values: Mapping[str, Any], interrupt_in: i
     trainer = make_trainer(values)
     trainer.interrupt_in = interrupt_in
     code = trainer.run()
-    facts = {"step": str(trainer.position.step), "written": " ".join(path.name for path in trainer.saver.written)}
+    written = " ".join(path.name for path in trainer.saver.written)
+    facts = {"seed": str(trainer.plan.seed), "step": str(trainer.position.step), "written": written}
     save_file(trainer.network.state(None), result, facts)
     sys.exit(code)
 

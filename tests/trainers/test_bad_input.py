@@ -356,6 +356,16 @@ def test_nothing_to_train_on(base: dict[str, Any], tmp_path: Path) -> None:
         "none of the 3 pictures has a caption: add caption files (.txt is looked for; see caption_extension) "
         "or class_tokens"
     ]
+    seen = make_pictures(tmp_path / "seen", 3)
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for name in ("p00.png", "p01.png", "p02.png"):
+        Image.new("L", (64, 64)).save(masks / name)
+    masked = write_dataset(tmp_path / "d.toml", subset(seen, conditioning_data_dir=str(masks)))
+    (line,) = refused(base, dataset_config=masked, masked_loss=True)
+    assert line.startswith(
+        f"all masks are black where their pictures are trained, so nothing would be learned: {masks}"
+    )
 
 
 def test_warnings_and_the_run_goes_on(base: dict[str, Any], tmp_path: Path) -> None:

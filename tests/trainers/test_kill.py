@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import socket
@@ -87,15 +88,20 @@ def newest_name(folder: Path) -> str:
     return max((path.name for path in child.states(folder)), default="")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 0), (signal.SIGTERM, 2)])
 def test_first_signal_finishes_the_step_and_saves(
-    number: signal.Signals, sd1: Path, dataset: Path, tmp_path: Path
+    number: signal.Signals, workers: int, sd1: Path, dataset: Path, tmp_path: Path
 ) -> None:
+    """With workers, it goes to the process and then to its whole group, as `timeout` sends it."""
     folder, output = tmp_path / "stopped", tmp_path / "output.txt"
-    values = options(sd1, dataset, folder, **{**LIVELY, "max_train_steps": 400, "save_every_n_steps": 2})
+    own = {"max_train_steps": 400, "save_every_n_steps": 2, "max_data_loader_n_workers": workers}
+    values = options(sd1, dataset, folder, **{**LIVELY, **own})
     process = child.start(child.script, values, output)
     child.wait_until(lambda: bool(child.states(folder)), process, output)
     child.tell(process, number)
+    if workers:
+        assert process.pid is not None
+        os.killpg(process.pid, number)
     assert child.exit_code(process) == EXIT_STOPPED
     assert_whole(folder)
     state = newest_state(folder, "x")
@@ -128,7 +134,7 @@ def test_second_signal_ends_at_once(sd1: Path, endless: Path, tmp_path: Path) ->
 
 def test_two_processes_learn_one_network(sd1: Path, dataset: Path, tmp_path: Path) -> None:
     """Gradients are shared, also where a part of the network gets none (--clip_skip 2); one process writes; a signal to
-    one of them stops both after the same step; and what they resume is exact."""
+    one of them stops both after the same step; and what they resume is exact. Without --seed, one draws for both."""
 
     def pair(name: str, interrupt: int | None = None, **more: Any) -> tuple[list[int | None], list[Path]]:
         with socket.socket() as free:
@@ -148,15 +154,17 @@ def test_two_processes_learn_one_network(sd1: Path, dataset: Path, tmp_path: Pat
         with safe_open(file, "pt") as opened:
             return dict(opened.metadata())
 
-    codes, whole = pair("whole")
+    codes, whole = pair("whole", seed=None)
+    seeds = {facts(file)["seed"] for file in whole}
+    assert len(seeds) == 1
     assert codes == [0, 0] and differing(load_file(whole[0]), load_file(whole[1])) == []
     assert [facts(file)["written"] for file in whole] == ["x.safetensors x-state", ""]
     saved = Run(None, 0, tmp_path / "whole")  # type: ignore[arg-type]
     assert differing(saved.weights, load_file(whole[0])) == []
 
-    codes, stopped = pair("stopped", interrupt=2)
+    codes, stopped = pair("stopped", interrupt=2, seed=seeds.pop())
     assert codes == [EXIT_STOPPED, EXIT_STOPPED]
     assert facts(stopped[0])["step"] == facts(stopped[1])["step"] == "3"
-    codes, _ = pair("stopped again", resume=newest_state(tmp_path / "stopped", "x"))
+    codes, _ = pair("stopped again", seed=None, resume=newest_state(tmp_path / "stopped", "x"))
     assert codes == [0, 0]
     assert_same_run(Run(None, 0, tmp_path / "stopped"), saved)  # type: ignore[arg-type]

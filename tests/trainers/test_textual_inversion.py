@@ -17,12 +17,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from library.cli import EXIT_STOPPED, load_attribute
+from library.data.records import BucketRules, CaptionRules, DatasetConfig, Sample, SubsetConfig
+from library.data.scan import DatasetScan, Scan, SubsetScan
 from library.errors import UserError
 from library.io.state import load_state, newest_state
 from library.models.registry import FAMILIES
 from library.options import Resolved, resolve
 from library.trainers.guards import StepReport
-from library.trainers.textual_inversion import OBJECT_SENTENCES, STYLE_SENTENCES, TextualInversionTrainer
+from library.trainers.textual_inversion import (
+    OBJECT_SENTENCES,
+    STYLE_SENTENCES,
+    TextualInversionTrainer,
+    check_captions,
+)
 from library.trainers.textual_inversion_options import TextualInversionOptions
 from library.types import Batch
 from tests.families import sd, sdxl
@@ -332,6 +339,30 @@ def test_templates_replace_all_captions(
 def test_sentences_are_many_and_different() -> None:
     assert len(set(OBJECT_SENTENCES)) >= 25 and len(set(STYLE_SENTENCES)) == 15
     assert all(sentence.count("{}") == 1 for sentence in OBJECT_SENTENCES + STYLE_SENTENCES)
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "found"),
+    [
+        ("a cat\na zapcat", {"enable_wildcard": True}, True),
+        ("a cat\na zapcat", {}, False),  # only the first line is trained
+        ("a {dog|zapcat}", {"enable_wildcard": True}, True),
+        ("a catBREAKzapcatBREAKred", {"keep_tokens_separator": "BREAK"}, True),
+        ("zap;;cat", {"secondary_separator": ";;"}, False),
+    ],
+)
+def test_the_word_is_looked_for_in_what_is_trained(
+    tmp_path: Path, text: str, options: dict[str, Any], found: bool
+) -> None:
+    config = SubsetConfig(str(tmp_path), captions=CaptionRules(**options))
+    sample = Sample(str(tmp_path / "a.png"), (64, 64), text, config, 0, 0)
+    subsets = (SubsetScan(config, (sample,)),)
+    scanned = Scan((DatasetScan(DatasetConfig((config,), BucketRules((64, 64))), subsets),))
+    if found:
+        check_captions(scanned, "zapcat")
+    else:
+        with pytest.raises(UserError, match="none of the 1 captions has this word"):
+            check_captions(scanned, "zapcat")
 
 
 def test_captions_without_the_word(

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Masks that are black where their picture is trained: such a picture teaches nothing, and its loss is 0."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from library.data.buckets import Bucket, center_crop
+from library.data.images import load_image, moves_crop, wants_mask
+from library.data.records import Sample
+from library.errors import UserError, first_names
+
+DARK = 8  # of 255: masks without a brighter pixel are as good as black; files with 0 and 1 in them are such, too
+MOST_NAMES = 10
+MOST_PIXELS = 2_000_000_000  # that are read, of pictures evenly spread over the data: some seconds on a few cores
+
+
+def check_masks(trained: Sequence[Sequence[tuple[Sample, Bucket]]], *, masked_loss: bool) -> str | None:
+    """A warning that names the masks that are black, if there are any. trained: the pictures of each dataset.
+
+    Raises UserError when no other picture is left to learn from, or a mask cannot be read.
+    """
+    pairs = [pair for dataset in trained for pair in dataset if not pair[0].subset.is_reg]
+    masked = [pair for pair in pairs if _mask_file(pair[0], masked_loss=masked_loss)]
+    stride = math.ceil(sum(sample.size[0] * sample.size[1] for sample, _ in masked) / MOST_PIXELS) or 1
+    looked_at = masked[::stride]
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        found = list(pool.map(lambda pair: _brightest(*pair, masked_loss=masked_loss), looked_at))
+    wrong = [value for value in found if isinstance(value, str)]
+    if wrong:
+        more = [f"and {len(wrong) - MOST_NAMES} more masks cannot be read"] if len(wrong) > MOST_NAMES else []
+        raise UserError([*wrong[:MOST_NAMES], *more])
+    dark = [(sample, value) for (sample, _), value in zip(looked_at, found) if isinstance(value, int) and value < DARK]
+    if not dark:
+        return None
+    brightest = max(value for _, value in dark)
+    kind = f"black or nearly so (no pixel above {brightest} of 255)" if brightest else "black"
+    files = dict.fromkeys(_mask_file(sample, masked_loss=masked_loss) or "" for sample, _ in dark)
+    rest = f"{first_names(list(files), MOST_NAMES)}; the loss counts where a mask is white or a picture opaque"
+    others = (pair for index, pair in enumerate(masked) if index % stride)
+    if len(masked) == len(pairs) and len(dark) == len(looked_at) and all(_is_dark(*o, masked_loss) for o in others):
+        raise UserError(f"all masks are {kind} where their pictures are trained, so nothing would be learned: {rest}")
+    count = "1 mask is" if len(files) == 1 else f"{len(files)} masks are"
+    if stride > 1:
+        count = f"of {len(looked_at)} masks that were looked at, {count}"
+    return f"{count} {kind} where the picture is trained, which then teaches nothing: {rest}"
+
+
+def _mask_file(sample: Sample, *, masked_loss: bool) -> str | None:
+    """The file that holds a picture's mask; None where everything counts."""
+    if not wants_mask(sample, masked_loss=masked_loss):
+        return None
+    if masked_loss and sample.mask_path is not None:
+        return sample.mask_path
+    return sample.path if sample.has_alpha else None
+
+
+def _brightest(sample: Sample, bucket: Bucket, *, masked_loss: bool) -> int | str:
+    """The brightest value of a mask in what is trained of its picture, or why it cannot be read."""
+    path = _mask_file(sample, masked_loss=masked_loss)
+    assert path is not None
+    try:
+        picture = load_image(path, alpha=True)
+    except UserError as error:
+        return error.problems[0]
+    mask = picture.rgb[..., 0] if path == sample.mask_path else picture.alpha
+    if mask is None:
+        return 255
+    return int(_trained_part(mask, sample, bucket).max())
+
+
+def _is_dark(sample: Sample, bucket: Bucket, masked_loss: bool) -> bool:
+    value = _brightest(sample, bucket, masked_loss=masked_loss)
+    return isinstance(value, int) and value < DARK
+
+
+def _trained_part(mask: np.ndarray, sample: Sample, bucket: Bucket) -> np.ndarray:
+    """What the centred crop leaves of a mask (H W) of any size; all of it where the crop moves."""
+    if moves_crop(sample.subset.images):
+        return mask
+    (left, top), (width, height) = center_crop(bucket), bucket.resized
+    x, y = mask.shape[1] / width, mask.shape[0] / height
+    columns = slice(math.floor(left * x), math.ceil((left + bucket.reso[0]) * x))
+    return mask[math.floor(top * y) : math.ceil((top + bucket.reso[1]) * y), columns]

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hands out the batches of a run, step by step, and keeps what went wrong on the way until the state is saved."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Iterator
+
+from library.data.dataset import BatchLoader, TrainingData
+from library.trainers.plan import Position, RunPlan, share_of
+from library.types import Batch
+
+Steps = Generator[list[Batch], None, None]
+STEPS_AHEAD = 2  # with several processes: until all know that one of them has no more batches
+
+
+class Feed:
+    """The batches of one optimizer step after the other.
+
+    With several processes it is STEPS_AHEAD steps ahead of the training: where one process cannot load a batch, it has
+    still as many steps to take as pass until all of them stop, after the same step (`StopVote`).
+    """
+
+    def __init__(self, steps: Steps, *, processes: int) -> None:
+        self.steps, self.ahead = steps, STEPS_AHEAD if processes > 1 else 0
+        self.failure: Exception | None = None  # why there are no more batches
+        self._waiting: deque[list[Batch]] = deque()
+        self._ended = False
+        if self.ahead:
+            self._fill()
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        while True:
+            self._fill()
+            if not self._waiting:
+                return
+            yield self._waiting.popleft()
+
+    def _fill(self) -> None:
+        while not self._ended and len(self._waiting) <= self.ahead:
+            try:
+                self._waiting.append(next(self.steps))
+            except StopIteration:
+                self._ended = True
+            except Exception as error:  # the weights are whole, so the state is saved before the run ends with this
+                self.failure, self._ended = error, True
+
+    def close(self) -> None:
+        """End the processes that load pictures."""
+        self._waiting.clear()
+        self.steps.close()
+
+
+def steps_of(
+    data: TrainingData, loader: BatchLoader, plan: RunPlan, start: Position, *, rank: int, world: int
+) -> Steps:
+    """The micro-batches of one optimizer step after the other, from `start` to the end of the run."""
+    step, epoch, first = start.step, start.epoch, start.batch
+    with loader:
+        while step < plan.total_steps:
+            own = share_of(data.plan_epoch(epoch + 1), rank, world)
+            batches = loader.run(own[first:], step_of_first=step, accumulation=plan.accumulation)
+            for group in plan.groups(first):
+                yield [next(batches) for _ in group]
+                step += 1
+                if step >= plan.total_steps:
+                    return
+            epoch, first = epoch + 1, 0
