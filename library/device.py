@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import datetime
 import importlib.util
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from library.device_report import report_device, unused_card
 from library.errors import UserError
+from library.log import get_logger
 from library.machine import System, main_memory
 
 if TYPE_CHECKING:
@@ -49,6 +51,12 @@ LAUNCH_KINDS = {  # variables by which `accelerate launch` says what its configu
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
+}
+# Settings by which it tells what the scripts have options for -> (what means nothing, the option)
+LAUNCH_OPTIONS = {
+    "GRADIENT_ACCUMULATION_STEPS": ("1", "--gradient_accumulation_steps"),
+    "GRADIENT_CLIPPING": ("none", "--max_grad_norm"),
+    "DYNAMO_BACKEND": ("no", "--compile"),
 }
 MASTER_WEIGHTS = "fp16_master_weights_and_grads"  # a key of DeepSpeed's configuration, not of accelerate's plugin
 
@@ -93,8 +101,11 @@ def make_accelerator(mixed_precision: str, settings: DistributedSettings) -> Acc
         deepspeed_plugin=plugin,
         # the trainer accumulates; a number given to `accelerate launch` would only divide every loss
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        dynamo_backend="no",  # --compile does it, block by block
     )
     if accelerator.is_main_process:
+        for level, line in overridden(mixed_precision):
+            get_logger().log(level, line)
         report_device(accelerator.device, processes=accelerator.num_processes, mixed_precision=mixed_precision)
     return accelerator
 
@@ -119,6 +130,22 @@ def check_launch(*, deepspeed: bool) -> None:
         problems.append("--deepspeed needs a GPU, and torch sees none: leave it out")
     if problems:
         raise UserError(problems)
+
+
+def overridden(mixed_precision: str) -> Iterator[tuple[int, str]]:
+    """(level, line) of each setting of `accelerate launch` that is not used, because the script has an option for it.
+
+    Where nothing is asked for, accelerate says "no": that is no wish of the user.
+    """
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", mixed_precision).lower()
+    if asked != mixed_precision:
+        line = f"mixed precision: {mixed_precision} is used, not accelerate's {asked}"
+        hint = f"; give --mixed_precision {asked} to the script to have that"
+        yield (logging.INFO, line) if asked == "no" else (logging.WARNING, line + hint)
+    for name, (nothing, option) in LAUNCH_OPTIONS.items():
+        value = os.environ.get(f"ACCELERATE_{name}", nothing)
+        if value.lower() not in (nothing, "none", "auto", ""):
+            yield logging.WARNING, f"accelerate's {name.lower()} {value} is not used: give {option} to the script"
 
 
 def _check_mac(mixed_precision: str) -> None:

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import gc
+import logging
+import os
 import weakref
 
 import pytest
 import torch
 
-from library.device import fits, is_out_of_memory, reason_of
+from library.device import fits, is_out_of_memory, overridden, reason_of
 from library.errors import UserError
 
 RAN_OUT = [
@@ -72,3 +74,26 @@ def test_a_request_that_no_machine_can_meet() -> None:
         gc.enable()
     assert kept[0]() is None
     assert fits(lambda: None)
+
+
+def test_settings_of_the_launcher_that_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        monkeypatch.delenv(name)
+    assert list(overridden("bf16")) == []
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    assert list(overridden("bf16")) == []
+    ((level, line),) = overridden("no")
+    assert level == logging.WARNING and "no is used, not accelerate's bf16; give --mixed_precision bf16" in line
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # what accelerate says when nothing is asked for
+    assert list(overridden("bf16")) == [(logging.INFO, "mixed precision: bf16 is used, not accelerate's no")]
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_CLIPPING", "0.5")
+    lines = [line for _, line in overridden("no")]
+    assert lines == [
+        "accelerate's gradient_accumulation_steps 4 is not used: give --gradient_accumulation_steps to the script",
+        "accelerate's gradient_clipping 0.5 is not used: give --max_grad_norm to the script",
+        "accelerate's dynamo_backend INDUCTOR is not used: give --compile to the script",
+    ]

@@ -324,6 +324,8 @@ def _missing(text: str) -> str:
         return f"{text} is a file; a folder is needed"
     if path.is_dir():
         return f"{text} is a folder; a file is needed"
+    if path.exists():
+        return f"{text} is neither a file nor a folder"
     parent = next((p for p in path.absolute().parents if p.is_dir()), Path(path.absolute().anchor))
     wrong = path.absolute().relative_to(parent).parts[0]
     try:

@@ -205,7 +205,7 @@ class TrainingData:
         """(dataset, sample, for validation) of every sample that some epoch or validation uses."""
         for part in self._parts:
             for pool, validation in ((part.train, False), (part.validation, True)):
-                for index in np.unique(pool.entries).tolist():
+                for index in np.unique(pool.samples).tolist():
                     yield part, part.samples[index], validation
 
     # ---- batches

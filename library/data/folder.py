@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,10 @@ _THREADS = 16
 _BATCH = 8  # files a thread takes at once, because handing one over takes longer than reading a file from memory
 _SHOW_PROGRESS = 5000  # files
 
-_OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0)  # O_BINARY: Windows only
+# Windows has only the first, the others only the second: opening a pipe does not wait for somebody to write to it
+_OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+_NO_FILES = ((stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, "a device"),
+             (stat.S_ISBLK, "a device"))  # fmt: skip
 
 
 class Folder:
@@ -72,7 +76,7 @@ class Folder:
 
     def _look(self, names: Iterable[str], known: dict, read: Callable[[str], Any], what: str) -> None:
         stale: list[str] = []
-        stat, row_of = os.stat, known.get
+        stat_of, row_of = os.stat, known.get
         with self._directory() as (handle, prefix):
             for name in names:
                 row = row_of(name)
@@ -80,7 +84,7 @@ class Folder:
                     stale.append(name)
                     continue
                 try:
-                    status = stat(prefix + name, dir_fd=handle)
+                    status = stat_of(prefix + name, dir_fd=handle)
                 except OSError:  # became a broken link, or was deleted since the listing: opening it says so
                     stale.append(name)
                     continue
@@ -127,17 +131,32 @@ class Folder:
         return ", ".join(f"{count} {kind}" for kind, count in most) or "nothing"
 
 
+def no_file(status: os.stat_result) -> str | None:
+    """What lies there instead of a file whose bytes can be read; None for files, and for folders."""
+    return next((what for is_that, what in _NO_FILES if is_that(status.st_mode)), None)
+
+
+def unreadable(path: str, error: OSError) -> str:
+    """Why a path could not be opened: a socket only says that there is no such device."""
+    with contextlib.suppress(OSError):
+        if what := no_file(os.stat(path)):
+            return f"is {what}, not a file"
+    return f"cannot be read ({error.strerror})"
+
+
 def _read_image(path: str) -> ImageRow | str:
     try:
         handle = os.open(path, _OPEN_FLAGS)
         try:
             status = os.fstat(handle)
             size = status.st_size
+            if what := no_file(status):
+                return f"is {what}, not a picture"
             width, height, flags, problem = read_header(path, handle, size)
         finally:
             os.close(handle)
     except OSError as error:
-        return f"cannot be read ({error.strerror})"
+        return unreadable(path, error)
     return problem or (size, status.st_mtime_ns, width, height, flags)
 
 
@@ -147,12 +166,14 @@ def _read_text(path: str) -> TextRow | str:
         try:
             status = os.fstat(handle)
             size = status.st_size
+            if what := no_file(status):
+                return f"is {what}, not a text file"
             data = os.read(handle, size + 1)
         finally:
             os.close(handle)
         return size, status.st_mtime_ns, data.decode("utf-8").removeprefix("\ufeff")
     except OSError as error:
-        return f"cannot be read ({error.strerror})"
+        return unreadable(path, error)
     except UnicodeDecodeError as error:
         hint = "; it looks like UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
         return f"is not UTF-8 text (byte {error.start}{hint}): save it as UTF-8"

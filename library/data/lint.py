@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 
 from library.data.buckets import BucketManager
 from library.data.captions import lost_choices, possible_texts
+from library.data.inventory import counted, find_duplicates
 from library.data.parts import MUCH_CAPPED, MUCH_CROPPED, DatasetStats
 from library.data.records import BucketRules, DatasetConfig, Sample, SubsetConfig
 from library.data.scan import Scan, SubsetScan
@@ -60,6 +61,8 @@ def subset_warnings(subset: SubsetScan) -> Iterator[str]:
         masks = subset.config.conditioning_data_dir or ""
         kind = "control image" if any(sample.control_path for sample in subset.samples) else "mask"
         yield _line(masks, subset.unused_masks, f"{kind}s have", f"{kind} has", "no picture of the same name")
+    if subset.inventory is not None:
+        yield from subset.inventory.warnings(subset.config)
 
 
 def _line(where: str, names: Sequence[str], many: str, one: str, rest: str) -> str:
@@ -80,9 +83,11 @@ def _no_caption_at_all(scan: Scan) -> Iterator[str]:
             return
         empty += len(subset.samples)
     endings = sorted({subset.config.caption_extension for subset in scan.subsets})
+    found = {ending for subset in scan.subsets if subset.inventory for ending in subset.inventory.unread_endings}
+    beside = f"; beside them lie {', '.join(sorted(found))} files" if found else ""
     yield (
         f"none of the {empty} pictures has a caption: add caption files ({', '.join(endings)} is looked for; "
-        "see caption_extension) or class_tokens"
+        f"see caption_extension) or class_tokens{beside}"
     )
 
 
@@ -93,6 +98,27 @@ def _repeated_folders(index: int, config: DatasetConfig) -> Iterator[str]:
 
 
 # ---- checks that need to know the model ---------------------------------------------------------------------------
+
+
+MOST_FOLDERS = 20  # that are described one by one
+
+
+def folder_lines(scan: Scan) -> Iterator[str]:
+    """What is in each folder and where its captions come from, for the plan of the run."""
+    described: set[str] = set()
+    rest = 0
+    for subset in scan.subsets:
+        if subset.inventory is None:
+            continue
+        if len(described) == MOST_FOLDERS:
+            rest += 1
+            continue
+        line = f"{subset.config.name}: {subset.inventory.line(subset.config, find_duplicates(subset.samples))}"
+        if line not in described:
+            described.add(line)
+            yield line
+    if rest:
+        yield f"and {counted(rest, 'more folder')}"
 
 
 MOST_NAMES = 10  # in a line

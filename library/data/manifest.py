@@ -54,6 +54,8 @@ def manifest_path(folder: str, cache_dir: str | None) -> Path:
 def read_manifest(path: Path) -> Manifest:
     """The manifest in `path`; an empty one where there is none, or a damaged or older one."""
     try:
+        if not path.is_file():  # nor a pipe, for which one would wait
+            return Manifest()
         document = parse_json(path.read_bytes())
         if document["version"] != VERSION:
             return Manifest()
@@ -61,7 +63,7 @@ def read_manifest(path: Path) -> Manifest:
             _rows(document["images"], (int, int, int, int, int)),
             _rows(document["texts"], (int, int, str)),
         )
-    except (OSError, ValueError, KeyError, TypeError, IndexError, struct.error):
+    except (OSError, ValueError, KeyError, TypeError, IndexError, struct.error, RecursionError):
         return Manifest()
 
 

@@ -18,6 +18,7 @@ from library.data.plan import Pool, make_pool, regularisation_repeats
 from library.data.records import DatasetConfig, Sample
 from library.errors import UserError
 
+MOST_USES = 10**15  # in an epoch of a dataset: numbers of batches and steps then fit into 64 bits
 MUCH_CAPPED = 0.1  # of the area
 MUCH_CROPPED = 0.2  # of the picture
 
@@ -77,6 +78,7 @@ def make_parts(datasets: Sequence[tuple[DatasetConfig, Sequence[Sample]]], seed:
     for (config, samples), (whole, split) in zip(datasets, splits):
         manager = BucketManager(config.buckets)
         buckets, wrong = manager.assign((sample.path, sample.size) for sample in samples)
+        wrong += too_many_uses(samples)
         problems += wrong
         if not wrong:
             parts.append(_make_part(config, samples, manager, buckets, whole, split))
@@ -87,6 +89,16 @@ def make_parts(datasets: Sequence[tuple[DatasetConfig, Sequence[Sample]]], seed:
     if problems:
         raise UserError(problems)
     return parts
+
+
+def too_many_uses(samples: Sequence[Sample]) -> list[str]:
+    """One line where an epoch has more uses than can be counted safely."""
+    uses = sum(sample.subset.num_repeats for sample in samples)
+    if uses <= MOST_USES:
+        return []
+    most = max((sample.subset for sample in samples), key=lambda subset: subset.num_repeats)
+    line = f"{most.name}: num_repeats is too large: an epoch would use more than {MOST_USES:,} pictures"
+    return [f"{line}; give fewer repeats, and more epochs"]
 
 
 def make_splits(datasets: Sequence[tuple[DatasetConfig, Sequence[Sample]]], seed: int) -> list[tuple[Split, Split]]:

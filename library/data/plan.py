@@ -1,19 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which samples form which batch of an epoch: index arithmetic only, a pure function of (seed, epoch).
 
-A plan of a million samples is a few arrays; a `BatchPlan` is made when it is asked for.
+A plan of a million samples is a few arrays; a `BatchPlan` is made when it is asked for. Where an epoch has more uses
+than LISTED (num_repeats = 3000000), its order is not listed but computed place by place: that costs nothing, however
+often pictures are repeated. The two orders are not the same one, so LISTED must never change.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, overload
+from functools import cached_property
+from itertools import pairwise
+from typing import NamedTuple, Protocol, overload
 
 import numpy as np
 
 from library.data.buckets import Size
 from library.rng import derive_seed
+
+LISTED = 1 << 20  # uses in an epoch
 
 
 class BatchPlan(NamedTuple):
@@ -31,14 +38,33 @@ class BatchPlan(NamedTuple):
 class Pool:
     """The samples of one dataset as an epoch uses them: repeated, and grouped by bucket."""
 
-    entries: np.ndarray  # sample indices, one per use in an epoch, those of a bucket next to each other
-    starts: np.ndarray  # first entry of each bucket, and at the end the number of entries
+    samples: np.ndarray  # indices of the samples that are used, those of a bucket next to each other
+    repeats: np.ndarray  # how often each of them is used in an epoch, once at least
+    starts: np.ndarray  # first use of each bucket, and at the end the number of uses
     resos: tuple[Size, ...]  # sorted
     batch_size: int
 
     @property
+    def uses(self) -> int:
+        return int(self.starts[-1])
+
+    @property
+    def entries(self) -> np.ndarray:
+        """Sample indices, one per use in an epoch."""
+        return np.repeat(self.samples, self.repeats)
+
+    @cached_property
+    def ends(self) -> np.ndarray:
+        """The use after the last one of each sample."""
+        return np.cumsum(self.repeats)
+
+    def sample_of(self, use: int) -> int:
+        """`entries[use]`, without them."""
+        return int(self.samples[np.searchsorted(self.ends, use, side="right")])
+
+    @property
     def bucket_counts(self) -> np.ndarray:
-        """Entries of each bucket."""
+        """Uses of each bucket."""
         return np.diff(self.starts)
 
     @property
@@ -49,13 +75,15 @@ class Pool:
 
 def make_pool(indices: np.ndarray, repeats: np.ndarray, reso_of: Sequence[Size], batch_size: int) -> Pool:
     """A pool of the samples `indices`, each used `repeats` times; `reso_of[i]` is the bucket of sample i."""
-    entries = np.repeat(indices, repeats)
-    resos = sorted({reso_of[i] for i in np.unique(entries).tolist()})
+    indices, repeats = indices[repeats > 0], repeats[repeats > 0]
+    resos = sorted({reso_of[i] for i in indices.tolist()})
     number = {reso: k for k, reso in enumerate(resos)}
-    buckets = np.fromiter((number[reso_of[i]] for i in entries.tolist()), dtype=np.int64, count=len(entries))
+    buckets = np.fromiter((number[reso_of[i]] for i in indices.tolist()), dtype=np.int64, count=len(indices))
     order = np.argsort(buckets, kind="stable")
-    starts = np.concatenate([[0], np.cumsum(np.bincount(buckets, minlength=len(resos)))]).astype(np.int64)
-    return Pool(entries[order], starts, tuple(resos), batch_size)
+    samples, repeats = indices[order], repeats[order]
+    ends = np.concatenate([[0], np.cumsum(repeats)]).astype(np.int64)
+    starts = ends[np.searchsorted(buckets[order], np.arange(len(resos) + 1))]
+    return Pool(samples, repeats, starts, tuple(resos), batch_size)
 
 
 def regularisation_repeats(repeats: np.ndarray, wanted: int) -> np.ndarray:
@@ -73,23 +101,24 @@ def regularisation_repeats(repeats: np.ndarray, wanted: int) -> np.ndarray:
     return used
 
 
+class Order(Protocol):
+    """The batches of an epoch by their position."""
+
+    def __len__(self) -> int: ...
+    def batch(self, position: int) -> BatchPlan: ...
+    def each_shape(self) -> list[BatchPlan]:
+        """A batch for each (bucket, number of samples) that there is."""
+
+
 class EpochPlan(Sequence[BatchPlan]):
     """The batches of one epoch in order; slices (`plan[start:]`, `plan[rank::world]`) are plans too."""
 
-    def __init__(
-        self,
-        orders: Sequence[np.ndarray],
-        resos: Sequence[Sequence[Size]],
-        table: np.ndarray,
-        epoch: int,
-        validation: bool,
-    ):
-        """orders: sample indices per dataset; table: rows of (dataset, bucket, start, stop, position)."""
-        self.orders, self.resos, self.table = orders, resos, table
-        self.epoch, self.validation = epoch, validation
+    def __init__(self, order: Order, positions: range | None = None):
+        self.order = order
+        self.positions = range(len(order)) if positions is None else positions
 
     def __len__(self) -> int:
-        return len(self.table)
+        return len(self.positions)
 
     @overload
     def __getitem__(self, which: int) -> BatchPlan: ...
@@ -97,29 +126,66 @@ class EpochPlan(Sequence[BatchPlan]):
     def __getitem__(self, which: slice) -> EpochPlan: ...
     def __getitem__(self, which: int | slice) -> BatchPlan | EpochPlan:
         if isinstance(which, slice):
-            return EpochPlan(self.orders, self.resos, self.table[which], self.epoch, self.validation)
-        dataset, bucket, start, stop, position = self.table[which].tolist()
-        samples = tuple(self.orders[dataset][start:stop].tolist())
-        return BatchPlan(dataset, self.resos[dataset][bucket], samples, self.epoch, position, self.validation)
+            return EpochPlan(self.order, self.positions[which])
+        return self.order.batch(self.positions[which])
 
     def __iter__(self) -> Iterator[BatchPlan]:
-        return (self[i] for i in range(len(self)))
+        return map(self.order.batch, self.positions)
+
+
+def each_shape(plans: Sequence[BatchPlan]) -> list[BatchPlan]:
+    """A batch for each (bucket, number of samples); of a whole epoch without going through it."""
+    return plans.order.each_shape() if isinstance(plans, EpochPlan) else _first_of_each(plans)
+
+
+def _first_of_each(plans: Sequence[BatchPlan]) -> list[BatchPlan]:
+    found: dict[tuple[Size, int], BatchPlan] = {}
+    for plan in plans:
+        found.setdefault((plan.bucket, len(plan.samples)), plan)
+    return list(found.values())
 
 
 def plan_epoch(pools: Sequence[Pool], *, seed: int, epoch: int) -> EpochPlan:
     """Samples shuffled within their bucket, then the batches of all buckets and datasets shuffled together."""
+    if sum(pool.uses for pool in pools) > LISTED:
+        return EpochPlan(_Computed(pools, seed, epoch))
     orders = [_shuffled_in_buckets(pool, derive_seed(seed, "order", epoch, d)) for d, pool in enumerate(pools)]
     table = _batch_table(pools)
     table = table[np.argsort(_keys(len(table), derive_seed(seed, "batches", epoch)), kind="stable")]
-    table[:, 4] = np.arange(len(table))
-    return EpochPlan(orders, [pool.resos for pool in pools], table, epoch, validation=False)
+    return EpochPlan(_Listed(orders, [pool.resos for pool in pools], table, epoch, validation=False))
 
 
 def plan_in_order(pools: Sequence[Pool]) -> EpochPlan:
     """The batches of a validation: nothing is shuffled."""
-    return EpochPlan(
-        [pool.entries for pool in pools], [pool.resos for pool in pools], _batch_table(pools), 0, validation=True
-    )
+    entries = [pool.entries for pool in pools]
+    return EpochPlan(_Listed(entries, [pool.resos for pool in pools], _batch_table(pools), 0, validation=True))
+
+
+# ---- an order that is listed ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """orders: sample indices per dataset; table: rows of (dataset, bucket, start, stop), one for each position."""
+
+    orders: Sequence[np.ndarray]
+    resos: Sequence[Sequence[Size]]
+    table: np.ndarray
+    epoch: int
+    validation: bool
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def batch(self, position: int) -> BatchPlan:
+        dataset, bucket, start, stop = self.table[position].tolist()
+        samples = tuple(self.orders[dataset][start:stop].tolist())
+        return BatchPlan(dataset, self.resos[dataset][bucket], samples, self.epoch, position, self.validation)
+
+    def each_shape(self) -> list[BatchPlan]:
+        kinds = np.concatenate([self.table[:, :2], self.table[:, 3:] - self.table[:, 2:3]], axis=1)
+        _, first = np.unique(kinds, axis=0, return_index=True)
+        return _first_of_each([self.batch(position) for position in sorted(first.tolist())])
 
 
 def _shuffled_in_buckets(pool: Pool, seed: int) -> np.ndarray:
@@ -133,7 +199,7 @@ def _keys(count: int, seed: int) -> np.ndarray:
 
 
 def _batch_table(pools: Sequence[Pool]) -> np.ndarray:
-    """Rows of (dataset, bucket, start, stop, position), in the order of datasets and buckets."""
+    """Rows of (dataset, bucket, start, stop), in the order of datasets and buckets."""
     parts = []
     for d, pool in enumerate(pools):
         counts = pool.batch_counts
@@ -141,7 +207,88 @@ def _batch_table(pools: Sequence[Pool]) -> np.ndarray:
         within = np.arange(len(bucket)) - np.repeat(np.cumsum(counts) - counts, counts)
         start = pool.starts[bucket] + within * pool.batch_size
         stop = np.minimum(start + pool.batch_size, pool.starts[bucket + 1])
-        parts.append(np.stack([np.full_like(bucket, d), bucket, start, stop, start], axis=1))
-    table = np.concatenate(parts) if parts else np.zeros((0, 5), dtype=np.int64)
-    table[:, 4] = np.arange(len(table))
-    return table
+        parts.append(np.stack([np.full_like(bucket, d), bucket, start, stop], axis=1))
+    return np.concatenate(parts) if parts else np.zeros((0, 4), dtype=np.int64)
+
+
+# ---- an order that is computed --------------------------------------------------------------------------------------
+
+_ROUNDS = 4
+_MASK = (1 << 64) - 1
+
+
+class Shuffle:
+    """A permutation of range(count) in no memory: a Feistel network, walked along until it comes back into the range.
+
+    Black and Rogaway, "Ciphers with Arbitrary Finite Domains" (CT-RSA 2002), methods 2 and 3.
+    """
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count = count
+        self.half = max(1, ((count - 1).bit_length() + 1) // 2)  # bits
+        self.keys = np.random.PCG64(seed).random_raw(_ROUNDS).tolist()
+
+    def __getitem__(self, place: int) -> int:
+        mask = (1 << self.half) - 1
+        while True:
+            left, right = place >> self.half, place & mask
+            for key in self.keys:
+                left, right = right, left ^ (_mixed(right ^ key) & mask)
+            place = left << self.half | right
+            if place < self.count:
+                return place
+
+
+def _mixed(value: int) -> int:
+    """64 bits, each of which depends on all bits of `value`."""
+    for factor in (0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93):
+        value = value * factor & _MASK
+        value ^= value >> 32
+    return value
+
+
+class _Bucket(NamedTuple):
+    """One bucket of one dataset, and the order of its uses."""
+
+    dataset: int
+    reso: Size
+    first: int  # use
+    order: Shuffle
+
+
+class _Computed:
+    """Every batch is computed from its position."""
+
+    def __init__(self, pools: Sequence[Pool], seed: int, epoch: int) -> None:
+        self.pools, self.epoch = pools, epoch
+        self.buckets: list[_Bucket] = []
+        self.ends: list[int] = []  # the batch after the last one of each bucket, before batches are shuffled
+        total = 0
+        for d, pool in enumerate(pools):
+            counts = zip(pool.resos, pool.starts.tolist(), pool.bucket_counts.tolist(), pool.batch_counts.tolist())
+            for b, (reso, first, uses, batches) in enumerate(counts):
+                self.buckets.append(_Bucket(d, reso, first, Shuffle(uses, derive_seed(seed, "order", epoch, d, b))))
+                total += batches
+                self.ends.append(total)
+        self.order = Shuffle(total, derive_seed(seed, "batches", epoch))
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def batch(self, position: int) -> BatchPlan:
+        return self._numbered(self.order[position], position)
+
+    def each_shape(self) -> list[BatchPlan]:
+        """The first and the last batch of each bucket; their positions are not those they have in the epoch."""
+        ends = [0, *self.ends]
+        numbers = sorted({number for a, b in pairwise(ends) for number in (a, b - 1)})
+        return _first_of_each([self._numbered(number, number) for number in numbers])
+
+    def _numbered(self, number: int, position: int) -> BatchPlan:
+        k = bisect_right(self.ends, number)
+        dataset, reso, first, order = self.buckets[k]
+        pool = self.pools[dataset]
+        start = (number - (self.ends[k - 1] if k else 0)) * pool.batch_size
+        places = range(start, min(start + pool.batch_size, order.count))
+        samples = tuple(pool.sample_of(first + order[place]) for place in places)
+        return BatchPlan(dataset, reso, samples, self.epoch, position)

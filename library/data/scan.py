@@ -11,12 +11,14 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from library.data.folder import Folder
 from library.data.headers import ALPHA, TURNED
+from library.data.inventory import Captions, Inventory, LeftOut, left_out
 from library.data.manifest import ImageRow
 from library.data.records import DatasetConfig, Sample, SubsetConfig
 from library.errors import first_names
@@ -38,6 +40,7 @@ class SubsetScan:
     shared_stems: tuple[tuple[str, ...], ...] = ()  # pictures that differ only in their suffix
     unused_masks: tuple[str, ...] = ()
     contents: str = ""  # what the folder holds, where no picture was found
+    inventory: Inventory | None = None  # None where there was nothing to look at
 
 
 @dataclass(frozen=True)
@@ -174,7 +177,17 @@ class _Scanner:
             shared_stems=_shared_stems(pictures),
             unused_masks=tuple(unused),
             contents="" if pictures else folder.contents(),
+            inventory=self._inventory(folder, config, files, len(empty) + len(missing)),
         )
+
+    def _inventory(self, folder: Folder, config: SubsetConfig, files: list[str], without: int) -> Inventory:
+        """files: caption file of each picture, or ""."""
+        texts, wildcard = folder.texts, config.captions.enable_wildcard
+        rows = (texts.get(file) for file in files)
+        own = sum(1 for row in rows if row and caption_of(row[2], enable_wildcard=wildcard))
+        captions = Captions(config.caption_extension, own, len(files) - own - without, without)
+        found = left_out(folder, (file for file in files if file), config)
+        return Inventory(len(files), captions, found)
 
     def _samples(
         self, folder: Folder, config: SubsetConfig, captions: Iterable[tuple[str, str]], masks: dict[str, str]
@@ -213,7 +226,7 @@ class _Scanner:
         stem = name.rpartition(".")[0]
         sized = f"{stem}_{width:04d}x{height:04d}{self.npz_suffix}"
         for file in (f"{stem}.npz", sized) if self.plain_npz else (sized,):
-            if file in folder.names and os.stat(folder.prefix + file).st_mtime_ns >= mtime_ns:
+            if file in folder.names and _written_since(folder.prefix + file, mtime_ns):
                 return folder.prefix + file
         return None
 
@@ -277,7 +290,19 @@ class _Scanner:
             problems=tuple(problems),
             empty_caption=tuple(empty),
             contents="" if entries else "no entry",
+            inventory=self._named(config, path, found, len(empty)),
         )
+
+    def _named(self, config: SubsetConfig, path: str, found: dict[Folder, dict[str, str]], without: int) -> Inventory:
+        """What a metadata file names, and what lies in image_dir besides."""
+        count = sum(map(len, found.values()))
+        unnamed = 0
+        with contextlib.suppress(OSError):
+            folder = self.folder(config.image_dir) if config.image_dir else None
+            unnamed = len(folder.pictures.keys() - found.get(folder, {}).keys()) if folder else 0
+        kinds = ((f"not in {os.path.basename(path)}", unnamed),) if unnamed else ()
+        captions = Captions(os.path.basename(path), count - without, 0, without)
+        return Inventory(count, captions, LeftOut(kinds))
 
     def _find(self, key: str, image_dir: str | None) -> tuple[Folder, str] | None:
         """Folder and name of the picture of a metadata key: a path, or a name in image_dir, with or without suffix."""
@@ -288,6 +313,15 @@ class _Scanner:
             return None
         name = name if name in folder.names else folder.by_stem.get(name, "")
         return (folder, name) if name else None
+
+
+def _written_since(path: str, mtime_ns: int) -> bool:
+    """Whether there is a file, as new as that; not a link to nowhere, nor a pipe."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return False
+    return stat.S_ISREG(status.st_mode) and status.st_mtime_ns >= mtime_ns
 
 
 def _other_shapes(folder: Folder, pairs: Mapping[str, str], rows: Mapping[str, ImageRow]) -> list[str]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, overload
 
 from library.errors import UserError
 
@@ -80,4 +80,26 @@ T = TypeVar("T")
 def share_of(items: Sequence[T], rank: int, world: int) -> Sequence[T]:
     """The items of one process; one that would have fewer gets another's item again, so that all have as many."""
     own = items[rank::world]
-    return own if len(own) == math.ceil(len(items) / world) else [*own, items[rank % len(items)]]
+    return own if len(own) == math.ceil(len(items) / world) else _WithOneMore(own, items[rank % len(items)])
+
+
+class _WithOneMore(Sequence[T]):
+    """A sequence and an item at its end, without a copy: an epoch may have millions of batches."""
+
+    def __init__(self, items: Sequence[T], last: T) -> None:
+        self.items, self.last = items, last
+
+    def __len__(self) -> int:
+        return len(self.items) + 1
+
+    @overload
+    def __getitem__(self, which: int) -> T: ...
+    @overload
+    def __getitem__(self, which: slice) -> Sequence[T]: ...
+    def __getitem__(self, which: int | slice) -> T | Sequence[T]:
+        places = range(len(self))[which]
+        if isinstance(places, int):
+            return self.last if places == len(self.items) else self.items[places]
+        if places and places.step == 1 and places.stop == len(self):
+            return _WithOneMore(self.items[places.start :], self.last)
+        return [self[place] for place in places]

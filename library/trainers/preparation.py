@@ -15,6 +15,7 @@ from library.data.dataset import TrainingData
 from library.data.lint import (
     bucket_warnings,
     choices_never_trained,
+    folder_lines,
     idle_bucket_options,
     longer_than_limit,
     smaller_than_bucket,
@@ -31,7 +32,7 @@ from library.io.checkpoint import check_output, last_name, state_name
 from library.io.hub import download_state
 from library.io.options import AUTO, LATEST
 from library.io.state import StateParts, compare, load_state, newest_state, read_facts
-from library.log import get_logger
+from library.log import get_logger, is_main_process
 from library.models.family import ModelFamily
 from library.optim.optimizers import OptimizerChoice, choose_optimizer
 from library.optim.options import OptimizerOptions
@@ -311,6 +312,8 @@ def scan_datasets(
     report = lint(wanted)
     checks.problems += report.problems
     checks.finish()
+    for line in folder_lines(found) if is_main_process() else ():
+        log.info(line)
     for line in report.warnings:
         log.warning(line)
     return wanted

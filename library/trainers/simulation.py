@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from library.data.plan import BatchPlan
+from library.data.plan import BatchPlan, each_shape
 from library.memory.estimate import StepFigures
 from library.memory.meter import Meter, watched
 from library.memory.quantise import Storage
@@ -102,7 +102,7 @@ def simulate(trainer: Simulated) -> Simulation:
 
 def largest(plans: Sequence[BatchPlan]) -> BatchPlan:
     """The batch with most pixels."""
-    return max(plans, key=lambda plan: plan.bucket[0] * plan.bucket[1] * len(plan.samples))
+    return max(each_shape(plans), key=lambda plan: plan.bucket[0] * plan.bucket[1] * len(plan.samples))
 
 
 def _without_files(options: TrainerOptions) -> TrainerOptions:

@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
-from library.data.plan import BatchPlan
+from library.data.plan import BatchPlan, each_shape
 from library.data.scan import Scan
 from library.device import (
     check_launch,
@@ -342,11 +342,8 @@ class Trainer(ABC):
         free_memory()  # of the weights as they were before they were joined
 
     def shapes(self) -> dict[tuple[Any, ...], BatchPlan]:
-        """Each size of pictures and batches of the first epoch, with its first batch."""
-        found: dict[tuple[Any, ...], BatchPlan] = {}
-        for plan in self.data.plan_epoch(1):
-            found.setdefault((plan.bucket, len(plan.samples)), plan)
-        return found
+        """Each size of pictures and batches of an epoch, with a batch of it."""
+        return {(plan.bucket, len(plan.samples)): plan for plan in each_shape(self.data.plan_epoch(1))}
 
     def one_pass(self, plan: BatchPlan) -> Tensor:
         """The loss of a batch, for no other purpose than to have it computed once."""

@@ -7,7 +7,9 @@ import dataclasses
 import multiprocessing
 import pickle
 import random
+import tracemalloc
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +18,14 @@ import torch
 from PIL import Image
 
 from library.data import captions, images
+from library.data import plan as plan_module
 from library.data.buckets import Bucket
 from library.data.dataset import BatchPlan, LatentJob, TrainingData, _variant_seed, encoding_input
-from library.data.plan import regularisation_repeats
+from library.data.plan import Shuffle, each_shape, regularisation_repeats
 from library.data.records import BucketRules, CaptionRules, DatasetConfig, ImageRules, Sample, SubsetConfig
 from library.errors import UserError
 from library.rng import derive_seed, python_rng
+from library.trainers.plan import share_of
 from library.types import Batch, Cond
 
 BUCKETS = BucketRules((64, 64), enable_bucket=True, min_bucket_reso=32, max_bucket_reso=128, bucket_reso_steps=16)
@@ -143,6 +147,53 @@ def test_stats(tmp_path: Path) -> None:
     counted = Counter(plan.bucket for plan in data.plan_epoch(1))
     assert counted == {reso: -(-uses // 3) for reso, uses in stats.buckets}
     assert stats.batches == len(data.plan_epoch(1))
+
+
+# ---- repeats without number
+
+
+def test_a_computed_order_is_an_order(varied: TrainingData, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every use once, in the batches of the listed order, another order in each epoch and for each seed."""
+    listed = varied.plan_epoch(1)
+    monkeypatch.setattr(plan_module, "LISTED", 0)
+    first, second = varied.plan_epoch(1), varied.plan_epoch(2)
+
+    def uses(plans: Sequence[BatchPlan]) -> Counter:
+        return Counter((plan.dataset, i) for plan in plans for i in plan.samples)
+
+    def shapes(plans: Sequence[BatchPlan]) -> Counter:
+        return Counter((plan.dataset, plan.bucket, len(plan.samples)) for plan in plans)
+
+    assert uses(first) == uses(listed) and shapes(first) == shapes(listed)
+    assert {shape[1:] for shape in shapes(listed)} == {(p.bucket, len(p.samples)) for p in each_shape(first)}
+    assert [plan.position for plan in first] == list(range(len(listed)))
+    assert [plan[:3] for plan in first] != [plan[:3] for plan in second] and list(first) == list(varied.plan_epoch(1))
+    assert list(first[2:]) == list(first)[2:] and list(first[1::2]) == list(first)[1::2]
+    for count in (1, 2, 3, 7, 64, 1000):
+        shuffle = Shuffle(count, seed=count)
+        assert sorted(shuffle[i] for i in range(count)) == list(range(count))
+
+
+def test_a_plan_does_not_grow_with_repeats(tmp_path: Path) -> None:
+    samples = make_samples(subset_of(tmp_path, "a", num_repeats=3_000_000), 5, write=False)
+    reg = make_samples(subset_of(tmp_path, "r", is_reg=True), 2, write=False)
+    tracemalloc.start()
+    data = TrainingData([dataset_of(samples, reg)], seed=1)
+    plans = data.plan_epoch(1)
+    own = share_of(plans, 1, 4)
+    taken = [own[i] for i in (*range(300), len(own) - 1)] + [own[1000:][0]]
+    assert len(each_shape(plans)) == 3
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+    assert len(plans) == data.stats()[0].batches == 10_000_000 and taken[-1] == own[1000] == plans[4001]
+    counted = Counter(i for plan in taken for i in plan.samples)
+    assert len(counted) == 7 and min(counted.values()) > 50
+
+
+def test_more_repeats_than_can_be_counted(tmp_path: Path) -> None:
+    samples = make_samples(subset_of(tmp_path, "a", num_repeats=10**30), 2, write=False)
+    with pytest.raises(UserError, match="a: num_repeats is too large"):
+        TrainingData([dataset_of(samples)], seed=1)
 
 
 # ---- regularisation
