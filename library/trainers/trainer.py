@@ -29,7 +29,7 @@ from library.device import (
     seed_everything,
     unscale_half_gradients,
 )
-from library.errors import EXIT_STOPPED, UserError, first_names
+from library.errors import EXIT_STOPPED, StopTraining, UserError, first_names
 from library.io.checkpoint import extension_of
 from library.io.state import StateParts
 from library.log import get_logger, progress
@@ -409,6 +409,9 @@ class Trainer(ABC):
 
     def write_model(self, path: Path) -> None:
         """Write the trained weights (their moving average, if there is one) with metadata."""
+        empty = sum(weight.numel() == 0 for weight in self.trainables.parameters())
+        if empty:  # they lie elsewhere, with another process
+            raise StopTraining(f"{path} is not written: {empty} of the trained weights are not in this process")
         metadata = self.record.metadata(
             self.kind, self.metadata(), self.updates.optim.name_for_metadata, step=self.position.step,
             epoch=self.position.epoch,
