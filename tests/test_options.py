@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -437,3 +438,23 @@ def test_help_is_quick_because_it_reads_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert "--pretrained_model_name_or_path" in done.stdout and "Train a LoRA" in done.stdout
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit of that kind")
+def test_configuration_on_a_full_disk_is_not_there(tmp_path: Path) -> None:
+    """Whole or not at all, and one line."""
+    path, output = tmp_path / "new" / "x.toml", tmp_path / "output"
+    process = os.fork()
+    if process == 0:
+        import resource
+
+        code = 1
+        try:
+            sys.stderr = output.open("w", encoding="utf-8", buffering=1)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+            code = cli.guarded(lambda: bool(cli.write_output_config("a = 1\n" * 1000, path)))
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 2
+    assert list(path.parent.iterdir()) == []
+    assert output.read_text(encoding="utf-8").startswith(f"error: {path.parent}: no room left for x.toml: ")

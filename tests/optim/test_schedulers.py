@@ -246,3 +246,39 @@ def test_options_that_the_schedule_does_not_read(given, line, caplog):
         check_scheduler(SchedulerOptions(**given), choice, total_steps=100)
     found = [r.getMessage() for r in caplog.records if r.name == "trainyard"]
     assert [text.startswith(line) for text in found] == [True] if line else found == []
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_longer_run_has_its_own_rates_at_once(name):
+    """The state of a run of 20 steps continued as one of 40: from the next step on the rates are those of 40 steps.
+
+    The same state continued at its own length has the rates that it would have had, to the bit.
+    """
+    own = {"lr_scheduler_min_lr_ratio": 0.1, "lr_decay_steps": 0.5, "lr_warmup_steps": 0.2}
+    no_warmup = name in ("constant", "piecewise_constant")
+    args = ("step_rules='1:10,0.1:20,0.01'",) if name == "piecewise_constant" else None
+    given = {**own, "lr_warmup_steps": 0 if no_warmup else 0.2, "lr_scheduler_args": args}
+    options = SchedulerOptions(lr_scheduler=name, **given)
+    first = sgd(groups=2)
+    scheduler = build_scheduler(options, first, total_steps=20)
+    rates(scheduler, first, 7)
+    saved = first.optimizer.state_dict(), scheduler.state_dict()
+    for total in (20, 40):
+        whole, resumed = sgd(groups=2), sgd(groups=2)
+        expected = rates(build_scheduler(options, whole, total_steps=total), whole, 14)[7:]
+        resumed.optimizer.load_state_dict(copy.deepcopy(saved[0]))
+        again = build_scheduler(options, resumed, total_steps=total)
+        again.load_state_dict(copy.deepcopy(saved[1]))
+        assert rates(again, resumed, 7) == expected
+
+
+def test_lowest_rate_of_a_plateau_is_the_one_that_is_given():
+    """torch keeps it in the state, and a new --lr_scheduler_min_lr_ratio would do nothing."""
+    built = [
+        build_scheduler(
+            SchedulerOptions(lr_scheduler="reduce_lr_on_plateau", lr_scheduler_min_lr_ratio=ratio), sgd(), total_steps=9
+        )
+        for ratio in (0.1, 0.5)
+    ]
+    built[1].load_state_dict(built[0].state_dict())
+    assert built[1].scheduler.min_lrs == [0.5]

@@ -19,9 +19,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from library.device import DistributedSettings, make_accelerator
+from library.errors import UserError
+from library.trainers.options import DistributedOptions
 from tests.script_runner import Ended, run_script
 from tests.tiny import make_tiny_sd
-from tests.trainers.helpers import DEFAULTS, argv, differing, make_pictures, subset, write_dataset
+from tests.trainers.helpers import DEFAULTS, argv, differing, make_pictures, subset, train, write_dataset
 
 PRECIOUS = b"a good file of an earlier run"
 
@@ -604,6 +607,27 @@ def test_what_this_machine_has_not(base: dict[str, Any]) -> None:
         ]
     if importlib.util.find_spec("wandb") is None:
         assert refused(base, log_with="wandb") == ["--log_with wandb: the package is not installed: pip install wandb"]
+
+
+@pytest.mark.parametrize(
+    ("variable", "kind"),
+    [("FSDP", "FSDP"), ("MEGATRON_LM", "Megatron-LM"), ("DEEPSPEED", "DeepSpeed and --deepspeed is not given")],
+)
+def test_what_accelerate_was_configured_for(
+    variable: str, kind: str, sd1: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`accelerate launch` says so in the environment; nobody would notice that the training does not do it."""
+    monkeypatch.setenv(f"ACCELERATE_USE_{variable}", "true")
+    with pytest.raises(UserError, match=f"^accelerate's configuration asks for {kind}: .*--multi_gpu`"):
+        train(sd1, dataset, tmp_path)
+
+
+def test_deepspeed_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: name)
+    monkeypatch.setattr("library.device.accelerator_present", lambda: False)
+    with pytest.raises(UserError, match=r"^--deepspeed needs a GPU"):
+        make_accelerator("no", DistributedSettings(deepspeed={"zero_stage": 2}))
+    assert "--zero_stage 3 splits the weights" in "".join(DistributedOptions(deepspeed=True, zero_stage=3).problems())
 
 
 @pytest.fixture
