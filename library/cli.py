@@ -66,8 +66,8 @@ def guarded(action: Callable[[], int]) -> int:
         if is_main_process():
             sys.stderr.write(f"stopped: {one_line(str(error))}\n")
         return EXIT_DIVERGED
-    except KeyboardInterrupt:
-        sys.stderr.write("stopped before training began; nothing was written\n")
+    except KeyboardInterrupt as error:
+        sys.stderr.write(f"stopped before training began; {error or 'nothing was written'}\n")
         return EXIT_STOPPED
     except Exception as error:
         line = refusal_of_machine(error)

@@ -123,7 +123,7 @@ class Spec:
             return
         wrong = text_problem(item, path=self.info.path) if isinstance(item, str) else None
         if wrong:
-            raise ValueError(wrong)
+            raise ValueError(f"{wrong}, got {shown(item)}")
         wrong = (self.info.check or usual_range)(item)
         if wrong:
             raise ValueError(f"{wrong}, got {cut(str(item))}")
@@ -407,10 +407,21 @@ def dump_toml(options: Any) -> str:
     """The options that differ from the defaults as a --config_file, in a stable order."""
     values = changed_values(options)
     return "".join(
-        f"{name} = {toml_value(value)}\n"
+        _toml_line(name, value)
         for name, value in values.items()
         if value is not None and name not in ("config_file", "output_config")
     )
+
+
+def _toml_line(name: str, value: Any) -> str:
+    """`name = value`; a path that is not UTF-8, which TOML cannot say, is a comment."""
+    line = f"{name} = {toml_value(value)}\n"
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        line = line.encode(errors="backslashreplace").decode()
+        return f"# give this on the command line, it is no UTF-8 text: {line}"
+    return line
 
 
 def write_output_config(options: Any, path: Path) -> None:

@@ -21,6 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from library.byte_paths import plain_path
 from library.errors import UserError, first_names
 from library.text_files import parse_json
 from networks.format_layers import (
@@ -91,7 +92,8 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         else:
             from safetensors.torch import load_file
 
-            found = load_file(path)
+            with plain_path(path) as readable:
+                found = load_file(readable)
     except Exception as error:  # readers raise many kinds; each means the same to the user
         raise UserError(f"{path}: not a readable adapter file ({str(error).splitlines()[0]})") from None
     if not isinstance(found, dict) or not found or not all(isinstance(value, Tensor) for value in found.values()):
@@ -105,7 +107,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         return {}
     from safetensors import safe_open
 
-    with safe_open(path, "pt") as file:
+    with plain_path(path) as readable, safe_open(readable, "pt") as file:
         return dict(file.metadata() or {})
 
 

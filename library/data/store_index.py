@@ -131,14 +131,17 @@ class Index:
     # ---- contents of files ------------------------------------------------------------------------------------------
 
     def file_rows(self, paths: Sequence[str]) -> dict[str, FileRow]:
-        return {row[0]: FileRow(*row) for row in self._select_many("SELECT * FROM files WHERE path IN", paths)}
+        found = self._select_many("SELECT * FROM files WHERE path IN", [_stored(path) for path in paths])
+        rows = (FileRow(_path(path), *rest) for path, *rest in found)
+        return {row.path: row for row in rows}
 
     def set_file_rows(self, rows: Iterable[FileRow]) -> None:
         rows = list(rows)
         with self._transaction() as connection:
             changed = "INSERT OR IGNORE INTO retired SELECT digest FROM files WHERE path = ? AND digest <> ?"
-            connection.executemany(changed, [(row.path, row.digest) for row in rows])
-            connection.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", rows)
+            connection.executemany(changed, [(_stored(row.path), row.digest) for row in rows])
+            stored = [(_stored(row.path), *row[1:]) for row in rows]
+            connection.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", stored)
 
     # ---- sqlite -----------------------------------------------------------------------------------------------------
 
@@ -258,3 +261,16 @@ def unwritable(folder: Path, reason: str) -> UserError:
 
 def megabytes(count: int) -> str:
     return f"{count / 1e6:,.1f} MB"
+
+
+def _stored(path: str) -> str | bytes:
+    """A path as sqlite takes it: as bytes where its name is not UTF-8."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return os.fsencode(path)
+    return path
+
+
+def _path(stored: str | bytes) -> str:
+    return stored if isinstance(stored, str) else os.fsdecode(stored)

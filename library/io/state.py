@@ -24,6 +24,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from library.byte_paths import plain_path
 from library.errors import UserError, nearest
 from library.io.atomic import SaveError, atomic_folder, clean_leftovers
 from library.io.checkpoint import require_finite
@@ -101,8 +102,8 @@ def _write_bundle(path: Path, bundle: dict[str, Any], folder: Path) -> None:
 
 
 def _read_bundle(path: Path, *, mmap: bool = False) -> dict[str, Any]:
-    with torch.serialization.safe_globals(NUMPY_TYPES):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    with torch.serialization.safe_globals(NUMPY_TYPES), plain_path(path) as readable:
+        return torch.load(readable, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 def _alone(value: Any) -> Any:
@@ -144,7 +145,9 @@ def load_state(folder: str | Path) -> StateParts:
         bundle = _read_bundle(folder / OPTIMIZER)
     except pickle.UnpicklingError:
         raise UserError(f"--resume: {folder / OPTIMIZER} holds more than numbers; it is not loaded") from None
-    return StateParts(weights=load_file(str(folder / WEIGHTS)), **_facts(folder), **bundle)
+    with plain_path(folder / WEIGHTS) as path:
+        weights = load_file(path)
+    return StateParts(weights=weights, **_facts(folder), **bundle)
 
 
 def read_facts(folder: str | Path) -> dict[str, Any]:

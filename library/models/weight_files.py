@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from library.byte_paths import plain_path
 from library.errors import UserError, first_names
 from library.text_files import parse_json
 
@@ -120,7 +121,8 @@ class SafetensorsFile(WeightFile):
     def _map(self, entry: _Entry) -> Tensor:
         if self._mapped is None:
             # a private mapping: training in place changes our pages, never the file
-            self._mapped = torch.UntypedStorage.from_file(str(self.path), False, self.path.stat().st_size)
+            with plain_path(self.path) as path:
+                self._mapped = torch.UntypedStorage.from_file(path, False, self.path.stat().st_size)
         # a storage of its own for each tensor: saving one must not drag the whole file along
         flat = torch.asarray(self._mapped[self._start + entry.begin : self._start + entry.end], dtype=torch.uint8)
         return flat.view(entry.dtype).reshape(entry.shape)
@@ -399,9 +401,9 @@ def _open_torch(path: Path) -> TensorsFile:
     """A .ckpt / .pt file, read without running any code of it. Its tensors may lie below `state_dict`."""
     inert: list[Any] = [(_Ignored, name) for name in INERT_NAMES]
     try:
-        with torch.serialization.safe_globals(inert), warnings.catch_warnings():
+        with torch.serialization.safe_globals(inert), warnings.catch_warnings(), plain_path(path) as readable:
             warnings.simplefilter("ignore")  # about the pickle's protocol
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+            content = torch.load(readable, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} is refused: {_refusal(str(error))}; use the .safetensors file of this model") from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError):

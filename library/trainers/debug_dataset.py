@@ -36,7 +36,7 @@ def write_dataset_sheets(data: TrainingData, folder: Path) -> list[Path]:
         atomic_write(path, partial(sheet.save, format="PNG"))
         written.append(path)
         lines += [f"{name}\t{caption}" for batch in batches for name, caption in zip(batch.names, batch.captions)]
-    (folder / "debug_dataset.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "debug_dataset.txt").write_text("\n".join(lines) + "\n", encoding="utf-8", errors="backslashreplace")
     log.info(f"--debug_dataset: wrote {len(written)} sheets and debug_dataset.txt to {folder}; nothing was trained")
     return written
 

@@ -6,9 +6,11 @@ from __future__ import annotations
 import importlib.util
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
+from library.byte_paths import plain_path
 from library.errors import UserError, unknown, unknown_names
 from library.log import get_logger
 from library.text_files import read_toml
@@ -39,7 +41,10 @@ class TensorBoardTracker:
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(**{"log_dir": str(folder), **settings})
+        self._links = ExitStack()
+        folder.mkdir(parents=True, exist_ok=True)
+        path = self._links.enter_context(plain_path(folder))
+        self.writer = SummaryWriter(**{"log_dir": path, **settings})
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
@@ -55,6 +60,7 @@ class TensorBoardTracker:
 
     def close(self) -> None:
         self.writer.close()
+        self._links.close()
 
 
 class WandbTracker:
