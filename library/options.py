@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from library.errors import MOST_OF_A_KIND, UserError, nearest, unknown_names
+from library.errors import UserError, how_many_shown, nearest, unknown_names
 from library.foreign_keys import FOREIGN_KEYS, NOT_OURS
 from library.text_files import read_toml, toml_value
 from library.values import (
@@ -338,9 +338,10 @@ def _read_command_line(
 ) -> dict[str, Any]:
     namespace, extra = build_parser(all_specs, prog, description).parse_known_args(list(argv))
     flags = [word for word in extra if word.startswith("--")]
-    problems.extend(_unknown_option(flag[2:].split("=")[0], all_specs) for flag in flags[:MOST_OF_A_KIND])
-    if len(flags) > MOST_OF_A_KIND:
-        problems.append(f"and {len(flags) - MOST_OF_A_KIND} more unknown options")
+    few = how_many_shown(len(flags))
+    problems.extend(_unknown_option(flag[2:].split("=")[0], all_specs) for flag in flags[:few])
+    if len(flags) > few:
+        problems.append(f"and {len(flags) - few} more unknown options")
     theirs, last = set(), ""
     for word in argv:
         last = word if word.startswith("--") else last

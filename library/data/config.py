@@ -14,7 +14,7 @@ from typing import Any
 
 from library.data.options import MOST_REPEATS, NO_DATA, CacheOptions, DataOptions
 from library.data.records import BucketRules, CaptionRules, DatasetConfig, ImageRules, SubsetConfig
-from library.errors import MOST_OF_A_KIND, UserError, first_names, nearest, unknown
+from library.errors import UserError, first_names, how_many_shown, nearest, unknown
 from library.log import get_logger
 from library.options import Spec, at_least, option, specs
 from library.text_files import read_json, read_toml
@@ -119,13 +119,13 @@ class _Reader:
         if not isinstance(raw, dict):
             self.report(place, f"expects a table, got {shown(raw)}")
             return values
-        strange = 0
+        strange = [key for key, value in raw.items() if not (key in also or value is None or key in _KEYS[level])]
+        told = set(strange[: how_many_shown(len(strange))])
         for key, value in raw.items():
             if key in also or value is None:
                 continue
             if key not in _KEYS[level]:
-                strange += 1
-                if strange <= MOST_OF_A_KIND:
+                if key in told:
                     self._misplaced(key, place, level)
                 continue
             spec = self.known[key]
@@ -136,8 +136,8 @@ class _Reader:
             except ValueError as error:
                 self.report(place, f"{key} {error}")
                 self.bad_resolution |= key == "resolution"
-        if strange > MOST_OF_A_KIND:
-            self.report(place, f"and {strange - MOST_OF_A_KIND} more such keys")
+        if len(strange) > len(told):
+            self.report(place, f"and {len(strange) - len(told)} more unknown keys")
         return values
 
     def _misplaced(self, key: str, place: str, level: str) -> None:
