@@ -67,7 +67,7 @@ def guarded(action: Callable[[], int]) -> int:
             sys.stderr.write(f"stopped: {one_line(str(error))}\n")
         return EXIT_DIVERGED
     except KeyboardInterrupt as error:
-        sys.stderr.write(f"stopped before training began; {error or 'nothing was written'}\n")
+        sys.stderr.write(f"stopped before training began; {str(error) or 'nothing was written'}\n")
         return EXIT_STOPPED
     except Exception as error:
         line = refusal_of_machine(error)

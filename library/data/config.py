@@ -104,7 +104,7 @@ class _Reader:
     file: str
     problems: list[str] = field(default_factory=list)
     conditioned: bool = False  # conditioning_data_dir is read: for masks, or for control images
-    bad_resolution: bool = False  # one was given and reported, so none is missing
+    bad_resolution: set[str] = field(default_factory=set)  # places where one was reported, so that none is missing
     known: dict[str, Spec] = field(default_factory=key_specs)
 
     def where(self, place: str) -> str:
@@ -135,7 +135,7 @@ class _Reader:
                 values[key] = spec.read(value)
             except ValueError as error:
                 self.report(place, f"{key} {error}")
-                self.bad_resolution |= key == "resolution"
+                self.bad_resolution |= {place} if key == "resolution" else set()
         if len(strange) > len(told):
             self.report(place, f"and {len(strange) - len(told)} more unknown keys")
         return values
@@ -209,7 +209,7 @@ def _dataset(
     reader: _Reader, place: str, levels: _Levels, subsets: Iterable[SubsetConfig], bucket_step: int
 ) -> DatasetConfig | None:
     if levels.pick("resolution") is None:
-        if not reader.bad_resolution:
+        if not reader.bad_resolution & {place, "general"}:
             reader.report(place, "no resolution is given: add resolution = 512 or give --resolution 512")
         return None
     rules = _bucket_rules(levels, bucket_step)
