@@ -68,8 +68,8 @@ def guarded(action: Callable[[], int], stop: StopRequest | None = None) -> int:
     with stop.installed():
         try:
             return _code_of(action, stop)
-        except KeyboardInterrupt:
-            to_stderr("stopped before training began: nothing was written, except to caches\n")
+        except KeyboardInterrupt as error:
+            to_stderr(f"stopped before training began: {str(error) or 'nothing was written, except to caches'}\n")
             return EXIT_STOPPED
 
 

@@ -99,6 +99,8 @@ def read_json(path: Path, what: str, kind: str = "a JSON file") -> Any:
 def read_toml(path: Path, what: str) -> dict[str, Any]:
     """A TOML file as a dict. Raises UserError naming `what`, the file and the line."""
     text = read_text(path, what, "a TOML file")
+    if any(_long_key(line) for line in text.split("\n")):  # the parser would take minutes
+        raise UserError(f"{what}: {path} {TOO_DEEP}")
     try:
         return _not_too_deep(tomllib.loads(text))
     except tomllib.TOMLDecodeError as error:
@@ -111,6 +113,12 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
     except ValueError as error:  # digits again, or a date that does not exist
         reason = TOO_LONG if "digits" in str(error) else f"is not valid TOML: {error}"
         raise UserError(f"{what}: {path} {reason}") from None
+
+
+def _long_key(line: str) -> bool:
+    """Whether a line of TOML begins with a key of more parts than anything may be nested: `a.b.c...`."""
+    parts = line.partition("=")[0].split(".")
+    return len(parts) > MOST_NESTED and all(part.strip() for part in parts)
 
 
 def file_and(path: str | Path, error: ValueError) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from library.byte_paths import plain_path
 from library.errors import UserError, first_names
 from library.log import get_logger
 from networks.format_keys import BUNDLED
@@ -56,7 +57,8 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
         else:
             from safetensors.torch import load_file
 
-            found = load_file(file)
+            with plain_path(file) as readable:
+                found = load_file(readable)
     except Exception as error:  # readers raise many kinds; each means the same to the user
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: not a readable adapter file ({reason})") from None
@@ -72,7 +74,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         return {}
     from safetensors import safe_open
 
-    with safe_open(file, "pt") as opened:
+    with plain_path(file) as readable, safe_open(readable, "pt") as opened:
         return dict(opened.metadata() or {})
 
 

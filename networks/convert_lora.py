@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # started as a script, from any folder
     sys.path.insert(0, str(ROOT))
 
+from library.byte_paths import plain_path  # noqa: E402
 from library.cli import guarded  # noqa: E402
 from library.errors import UserError  # noqa: E402
 from library.options import option, resolve  # noqa: E402
@@ -141,7 +142,7 @@ class BaseWeights:
         self.sources: dict[str, Any] = {}
         for path in paths:
             try:
-                file = files.enter_context(safe_open(path, "pt"))
+                file = files.enter_context(safe_open(files.enter_context(plain_path(path)), "pt"))
             except (OSError, SafetensorError) as error:
                 raise UserError(f"--base_model {path}: not a readable .safetensors file ({error})") from None
             self.sources |= dict.fromkeys(file.keys(), file)

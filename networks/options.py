@@ -271,7 +271,7 @@ class LokrOptions:
 
     factor: int = option(
         -1, help="Size of the smaller part of a layer's width; -1: near its square root.",
-        check=lambda value: None if value == -1 or value > 0 else "must be -1 or at least 1",
+        check=lambda value: None if value == -1 else positive(value) and "must be -1 or at least 1",
     )  # fmt: skip
     decompose_both: bool = option(False, help="Low-rank factors for the small matrix too.")
     full_matrix: bool = option(False, help="No low-rank factors at all; the rank has no effect then.")

@@ -7,7 +7,6 @@ numbers for some layers (alpha_pattern, rank_pattern). Without the configuration
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.log import get_logger
+from library.text_files import parse_json
 from networks.format_keys import parse
 from networks.format_layers import DOWN
 from networks.format_tables import PEFT_WRAPPER, unwrapped
@@ -63,8 +63,8 @@ def with_alphas(
 
 def _object(text: str, where: str) -> dict[str, Any]:
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        found = parse_json(text)
+    except ValueError as error:
         raise UserError(f"{where} is not understood ({error})") from None
     if not isinstance(found, dict):
         raise UserError(f"{where} is not understood (it is no object)")

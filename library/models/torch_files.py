@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from library.byte_paths import plain_path
 from library.errors import UserError
 
 INERT_NAMES = (
@@ -35,9 +36,9 @@ def read_pickle(path: Path, classes: Sequence[type] = ()) -> Any:
     """
     allowed: list[Any] = [*((_Ignored, name) for name in INERT_NAMES), *classes]
     try:
-        with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
+        with torch.serialization.safe_globals(allowed), warnings.catch_warnings(), plain_path(path) as readable:
             warnings.simplefilter("ignore")  # about the pickle's protocol
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=_can_be_mapped(path))
+            return torch.load(readable, map_location="cpu", weights_only=True, mmap=_can_be_mapped(path))
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} is refused: {_refusal(str(error))}; use the .safetensors file of this model") from None
     except Exception:  # bytes at random make the unpickler raise errors of any class

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from library.byte_paths import plain_path
 from library.errors import UserError, first_names
 from library.models.safetensors_header import Entry, read_header
 from library.models.torch_files import named_tensors, read_pickle
@@ -99,7 +100,8 @@ class SafetensorsFile(WeightFile):
     def _map(self, entry: Entry) -> Tensor:
         if self._mapped is None:
             # a private mapping: training in place changes our pages, never the file
-            self._mapped = torch.UntypedStorage.from_file(str(self.path), False, self.path.stat().st_size)
+            with plain_path(self.path) as path:
+                self._mapped = torch.UntypedStorage.from_file(path, False, self.path.stat().st_size)
         # a storage of its own for each tensor: saving one must not drag the whole file along
         flat = torch.asarray(self._mapped[self._start + entry.begin : self._start + entry.end], dtype=torch.uint8)
         return flat.view(entry.dtype).reshape(entry.shape)

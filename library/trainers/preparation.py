@@ -231,7 +231,14 @@ def _digest(value: Any) -> str:
 
 
 def preview_prompts(options: SampleOptions) -> tuple[Prompt, ...]:
-    """The prompts of the previews; none when no previews are made."""
+    """The prompts of the previews; none when no previews are made.
+
+    Graphical programs write an empty file where no prompt was given.
+    """
+    file = Path(options.sample_prompts or "")
+    if options.wanted and file.is_file() and file.stat().st_size == 0:
+        log.warning(f"--sample_prompts: {file} is empty: no previews are made")
+        return ()
     return load_prompts(options.sample_prompts) if options.wanted and options.sample_prompts else ()
 
 

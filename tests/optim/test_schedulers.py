@@ -218,6 +218,26 @@ def test_bad_input(given, line):
         build_scheduler(SchedulerOptions(**given), sgd(), total_steps=100)
 
 
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"lr_scheduler_type": "OneCycleLR", "lr_scheduler_args": ("max_lr=1", "total_steps=10")}, "fails at step"),
+        ({"lr_scheduler_type": "StepLR", "lr_scheduler_args": ("step_size='x'",)}, "refused|fails at step 1"),
+        ({"lr_scheduler_type": "ExponentialLR", "lr_scheduler_args": ("gamma=-2",)}, "the learning rate becomes"),
+        ({"lr_scheduler_type": "..x"}, "names no class"),
+        ({"lr_scheduler": "inverse_sqrt", "lr_scheduler_args": ("timescale=-5",)}, "inverse_sqrt refused"),
+        ({"lr_scheduler": "piecewise_constant", "lr_scheduler_args": ("step_rules='nan:10,1'",)}, "factor:until step"),
+        ({"lr_scheduler": "piecewise_constant", "lr_scheduler_args": ("step_rules='-1:10,1'",)}, "multiplied by -1"),
+    ],
+)
+def test_what_would_end_the_run_later_is_found_before(given, line):
+    chosen = choose_optimizer(OptimizerOptions(learning_rate=1e-3))
+    with pytest.raises(UserError, match=line):
+        check_scheduler(SchedulerOptions(**given), chosen, total_steps=100)
+    if "total_steps=10" in str(given):  # with --max_train_epochs the length is only known later
+        check_scheduler(SchedulerOptions(**given), chosen, total_steps=10**9)
+
+
 def test_polynomial_needs_a_rate_above_its_end():
     with pytest.raises(UserError, match="must be greater"):
         build_scheduler(SchedulerOptions(lr_scheduler="polynomial"), sgd(lr=1e-8), total_steps=10)

@@ -592,6 +592,38 @@ def test_states_that_cannot_be_continued(base: dict[str, Any], stopped: Path, tm
     ]
 
 
+# ---- names ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_names_that_are_not_utf8(single: Path, tmp_path: Path) -> None:
+    """Everything lies below such names: the run, its caches, curves, previews and states work as with others."""
+    root = tmp_path / "caf\udce9"
+    root.mkdir()
+    model = shutil.copytree(single.parent, root / "m\udce9") / single.name
+    folder = make_pictures(root / "img" / "2_cat \udce9", 2)
+    for path in [*folder.iterdir()]:
+        path.rename(path.with_name(path.name.replace("p0", "p\udce9")))
+    prompts = written(root / "p\udce9.txt", "a cat --w 64 --h 64 --s 1\n")
+    own = {
+        **DEFAULTS, "dataset_config": None, "pretrained_model_name_or_path": model, "train_data_dir": folder.parent,
+        "resolution": 64, "caption_extension": ".txt", "output_dir": root / "o", "cache_dir": root / "c",
+        "logging_dir": root / "l", "sample_prompts": prompts, "sample_at_first": True, "cache_latents_to_disk": True,
+        "cache_text_encoder_outputs_to_disk": True, "network_train_unet_only": True, "save_state": True,
+        "log_config": True, "max_train_steps": 1,
+    }  # fmt: skip
+    ended = run(own)
+    assert ended.code == 0, ended.text
+    assert load_file(shutil.copy(root / "o" / "x.safetensors", tmp_path / "x.safetensors"))
+    assert list((root / "l").rglob("events.*")) and list((root / "o" / "sample").glob("*.png"))
+    again = run({**own, "max_train_steps": 2, "resume": root / "o" / "x-state"})
+    assert again.code == 0 and "caching" not in again.text, again.text
+    for path in folder.glob("*.txt"):
+        path.unlink()  # now the name of the folder is the caption, and that must be text
+    (line,) = run({**own, "sample_prompts": None, "sample_at_first": False}).errors
+    assert "captions of 2 pictures: is no valid text" in line
+
+
 # ---- the machine ----------------------------------------------------------------------------------------------------
 
 
