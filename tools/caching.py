@@ -16,7 +16,7 @@ from library.cli import load_attribute, option_groups
 from library.errors import UserError
 from library.io.options import SaveOptions
 from library.log import get_logger, setup_logging
-from library.models.registry import FAMILIES
+from library.models.registry import FAMILIES, misfit
 from library.options import Resolved, build_parser, group_types, option, resolve, specs
 from library.trainers.options import TrainerOptions
 from tools.make_options_doc import SCRIPTS
@@ -163,7 +163,7 @@ class CacheRun:
         checks.run(family.check_weights)
         file = options.sample.sample_prompts
         prompts = (checks.run(lambda: load_prompts(file)) if file else None) or ()
-        control = checks.run(lambda: has_control_images(options)) or False
+        control = checks.run(lambda: has_control_images(family.name, options)) or False
         found = checks.run(lambda: scan_datasets(family, options, control=control))
         data = checks.run(lambda: training_data(found, options, run_seed(options, None))) if found else None
         checks.finish()
@@ -186,11 +186,14 @@ class CacheRun:
         self.accelerator.end_training()
 
 
-def has_control_images(options: Any) -> bool:
-    """Whether the training looks at control images. Raises UserError for a network module that cannot be imported."""
+def has_control_images(family: str, options: Any) -> bool:
+    """Whether the training looks at control images. Raises UserError for a network module that does not fit."""
     from networks.plugin import load_network_module
 
     module = options.method.network_module
+    problem = None if module is None else misfit(family, module)
+    if problem is not None:
+        raise UserError(problem)
     return options.architecture.control_images or (module is not None and load_network_module(module).conditioned)
 
 

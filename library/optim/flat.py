@@ -5,9 +5,9 @@ The parameters stay ordinary tensors: views of the buffer, whose gradients are v
 optimizers whose update is elementwise (`BuiltOptimizer.elementwise`). Build it when the parameters are on their device
 and in their dtype: a later `module.to(...)` would cut the views.
 
-A parameter that receives no gradient in a step counts as one with gradient 0, and `p.grad` is never None. One that never
-received any stays as it is, as torch leaves it (`silent_kept`). Nobody else may give a parameter another gradient tensor, or other memory: the buffers would not
-see it, and a step would change nothing. `require_joined` finds that.
+A parameter that receives no gradient in a step counts as one with gradient 0, and `p.grad` is never None. One that
+never received any stays as it is, as torch leaves it (`silent_kept`). Nobody else may give a parameter another gradient
+tensor, or other memory: the buffers would not see it, and a step would change nothing. `require_joined` finds that.
 
 Several processes exchange whole buffers (`average_gradients`), so the model needs no DistributedDataParallel around it.
 """

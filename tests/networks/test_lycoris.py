@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from networks import lora, merge_lora
-from networks.base import AdapterNetwork
 from networks.plugin import load_network_module
 from tests.families.lumina import tiny_modules as lumina_modules
 from tests.families.sd3 import tiny_clip as sd3_clip

@@ -76,7 +76,7 @@ def test_every_number_is_finite(name: str, number: str) -> None:
                 module.check_arguments({key: value})
             assert error.value.problems[0].startswith(f"--network_args: {key} "), (key, value)
     if "blocks" in module.module.ARGUMENTS and "lora_" not in name:
-        with pytest.raises(UserError, match="down_lr_weight must be a finite number|down_lr_weight expects"):
+        with pytest.raises(UserError, match=r"down_lr_weight must be a finite number|down_lr_weight expects"):
             module.check_arguments({"down_lr_weight": f"{number},1,1"})
     if name != "networks.control_net_lllite" and number != "-inf":
         with pytest.raises(UserError, match="--network_alpha"):
