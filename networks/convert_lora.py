@@ -108,7 +108,8 @@ def convert_file(options: ConvertOptions) -> None:
             norms = dora_norms(tensors, lambda name: base.weight(layers[name])) if layers else None
         if options.save_precision:
             dtype = getattr(torch, PRECISIONS[options.save_precision])
-            tensors = in_precision(tensors, dtype, options.dst)
+            weights = {key: value for key, value in tensors.items() if not key.endswith(".alpha")}
+            tensors |= in_precision(weights, dtype, options.dst)
         result = convert(tensors, options.to, norms=norms)
     except UserError as error:
         raise UserError([f"{options.src}: {problem}" for problem in error.problems]) from None

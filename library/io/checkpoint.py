@@ -275,11 +275,18 @@ class Ready(Mapping[str, Tensor]):
 def in_precision(tensors: Mapping[str, Tensor], dtype: torch.dtype | None, path: str | Path) -> dict[str, Tensor]:
     """An adapter's tensors in main memory in `dtype`; in float32, with a warning, where that has no place for one.
 
-    Alphas are not cast. Raises StopTraining for weights that are inf or nan.
+    Alphas are never rounded. Raises StopTraining for weights that are inf or nan.
     """
-    ready = Ready({name: tensor for name, tensor in tensors.items() if not name.endswith(".alpha")}, dtype)
+    alphas = {name: _exactly(tensor, dtype) for name, tensor in tensors.items() if name.endswith(".alpha")}
+    ready = Ready({name: tensor for name, tensor in tensors.items() if name not in alphas}, dtype)
     ready.check(path)
-    return {name: ready.get(name, tensor) for name, tensor in tensors.items()}
+    return {name: alphas[name] if name in alphas else ready[name] for name in tensors}
+
+
+def _exactly(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """In main memory, in `dtype` if that changes no number."""
+    own = tensor.detach().cpu()
+    return own if dtype is None or not torch.equal(own.to(dtype).to(own.dtype), own) else own.to(dtype)
 
 
 def save_tensors(
