@@ -297,6 +297,11 @@ def test_extracting_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     )
     other = model("flux").tensors()
     name = "double_blocks.0.img_mlp.0.weight"
+    hole = tmp_path / "hole.safetensors"
+    save_file({key: value for key, value in other.items() if key != name}, hole)
+    for option, files in (("--model_org", (hole, flux)), ("--model_tuned", (flux, hole))):
+        line = refused(capsys, main, "--model_org", files[0], "--model_tuned", files[1], *to)
+        assert f"{option} {hole} lacks lora_unet_double_blocks_0_img_mlp_0 (1 layers)" in line
     save_file({**other, name: other[name][:-1].clone()}, tmp_path / "wide.safetensors")
     assert "has another shape of lora_unet_double_blocks_0_img_mlp_0" in refused(
         capsys, main, "--model_org", flux, "--model_tuned", tmp_path / "wide.safetensors", *to
