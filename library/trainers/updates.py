@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from library.errors import UserError, first_names
-from library.io.state import StateParts
+from library.io.state import StateParts, unlike
 from library.optim.bf16 import build_bf16
 from library.optim.ema import Ema
 from library.optim.flat import FlatParameters
@@ -204,6 +204,10 @@ class Updates:
         wrong = sorted(name for name in own.keys() | found.keys() if own.get(name) != found.get(name))
         if wrong:
             raise UserError(f"--resume: the state holds other weights than those that learn now: {first_names(wrong)}")
+        place = unlike(self.optim.state_dict(), parts.optimizer, "optimizer")
+        place = place or unlike(self.scheduler.state_dict(), parts.scheduler, "scheduler")
+        if place:
+            raise UserError(f"--resume: the state's {place} is not what this run has there")
         try:
             self._load(parts)
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -212,6 +216,7 @@ class Updates:
         states = self.optim.optimizer.state if self.options.bf16_update == "plain" else {}  # else of hidden copies
         for parameter, state in states.items():
             bad = [key for key in LIKE_WEIGHT if key in state and state[key].shape != parameter.shape]
+            bad += [key for key, value in state.items() if isinstance(value, (str, bytes))]
             if bad:
                 raise UserError(f"--resume: the state's optimizer is of other weights: its {bad[0]} does not fit")
 
