@@ -153,11 +153,11 @@ def test_state_of_another_run_is_refused(sd1: Path, dataset: Path, lively: Path,
     assert not (tmp_path / "second" / "x.safetensors").exists()
     bundle = torch.load(state / "optimizer.pt", weights_only=True)  # exchanged, and signed anew
     edited_facts(lambda facts: facts.pop("parts"))(state)
-    for name, value in {"exp_avg": torch.zeros(3), "step": "4"}.items():
+    for name, value in {"exp_avg": torch.zeros(3), "step": "4", "exp_avg_sq": "x"}.items():
         first = bundle["optimizer"]["state"][0]
         changed = {**bundle["optimizer"], "state": {**bundle["optimizer"]["state"], 0: {**first, name: value}}}
         torch.save({**bundle, "optimizer": changed}, state / "optimizer.pt")
-        with pytest.raises(UserError, match=f"--resume: the state's optimizer .*its {name} does not fit"):
+        with pytest.raises(UserError, match="--resume: the state's optimizer "):
             train(sd1, dataset, tmp_path / "second", resume=signed(state), max_train_steps=4)
 
 
