@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from library.stopping import StopRequest, end_early, ignore_signals
+from library.stopping import StopRequest, end_early, end_process, ignore_signals
 
 end_early()  # before the other imports
 
@@ -17,7 +17,7 @@ from typing import Any
 
 from library.errors import EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_STOPPED, StopTraining, UserError, one_line
 from library.io.atomic import atomic_write
-from library.log import get_logger, is_main_process, setup_logging, to_stderr
+from library.log import get_logger, is_main_process, process_count, setup_logging, to_stderr
 from library.models.registry import FAMILIES
 from library.options import dump_toml, group_types, resolve
 from library.trainers.control_net_lllite_options import LLLiteTrainerOptions
@@ -54,6 +54,8 @@ def run(method: str, family: str, argv: Sequence[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else argv
     code = guarded(lambda: _train(method, family, words, description, stop), stop)
     ignore_signals()
+    if process_count() > 1:
+        end_process(code)
     sys.exit(code)
 
 
@@ -66,8 +68,8 @@ def guarded(action: Callable[[], int], stop: StopRequest | None = None) -> int:
     with stop.installed():
         try:
             return _code_of(action, stop)
-        except KeyboardInterrupt:
-            to_stderr("stopped before training began: nothing was written, except to caches\n")
+        except KeyboardInterrupt as error:
+            to_stderr(f"stopped before training began: {str(error) or 'nothing was written, except to caches'}\n")
             return EXIT_STOPPED
 
 

@@ -45,7 +45,6 @@ NEEDS_LESS = (
     "--gradient_checkpointing, --fp8_base, --blocks_to_swap, caches, --optimizer_type AdamW8bit, a smaller "
     "--train_batch_size or --resolution need less"
 )
-NO_DEEPSPEED = "--deepspeed: the package is not installed: pip install deepspeed (Linux with CUDA)"
 LAUNCH_KINDS = {  # variables by which `accelerate launch` says what its configuration asks for
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
@@ -111,7 +110,7 @@ def make_accelerator(mixed_precision: str, settings: DistributedSettings) -> Acc
 
 
 def check_launch(*, deepspeed: bool) -> None:
-    """Raises UserError where accelerate's configuration asks for what the training does not do, or --deepspeed cannot.
+    """Raises UserError where accelerate's configuration asks for what the training does not do.
 
     accelerate tells its configuration in the environment, and would train otherwise without a word.
     """
@@ -124,10 +123,6 @@ def check_launch(*, deepspeed: bool) -> None:
         "process, or answer no to it in `accelerate config`"
         for kind in asked
     ]
-    if deepspeed and importlib.util.find_spec("deepspeed") is None:
-        problems.append(NO_DEEPSPEED)
-    elif deepspeed and not accelerator_present():
-        problems.append("--deepspeed needs a GPU, and torch sees none: leave it out")
     if problems:
         raise UserError(problems)
 
@@ -162,7 +157,9 @@ def _check_mac(mixed_precision: str) -> None:
 
 def _deepspeed_plugin(arguments: dict[str, Any], batch_size: int) -> Any:
     if importlib.util.find_spec("deepspeed") is None:
-        raise UserError(NO_DEEPSPEED)
+        raise UserError("--deepspeed: the package is not installed: pip install deepspeed (Linux with CUDA)")
+    if not accelerator_present():  # accelerate would train without it
+        raise UserError("--deepspeed needs a GPU, and torch sees none: leave it out")
     from accelerate import DeepSpeedPlugin
 
     plugin = DeepSpeedPlugin(**{k: v for k, v in arguments.items() if k != MASTER_WEIGHTS})

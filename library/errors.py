@@ -6,7 +6,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 MOST_OF_A_KIND = 10  # lines; what follows is counted
 LONGEST_LINE = 2000
@@ -37,28 +37,11 @@ class UserError(Exception):
         self.problems: list[str] = [problems] if isinstance(problems, str) else list(problems)
         super().__init__("\n".join(self.problems))
 
-    def lines(self) -> Iterator[str]:
-        """The problems as they are shown: each on one line, at most ten of a kind and then how many more there are."""
+    def lines(self) -> list[str]:
+        """The problems as they are shown: each on one line, of each kind and on each file at most ten with the count
+        of the others."""
         found = [one_line(problem) for problem in self.problems]
-        kinds = [NAMES.sub("#", line) for line in found]
-        count, seen = Counter(kinds), Counter[str]()
-        for line, kind in zip(found, kinds):
-            seen[kind] += 1
-            if seen[kind] <= MOST_OF_A_KIND:
-                yield line
-            if seen[kind] == MOST_OF_A_KIND < count[kind]:
-                yield f"and {count[kind] - MOST_OF_A_KIND} more of this kind"
-
-
-def escaped(text: str) -> str:
-    """A text whose control characters are written out: a file's name may hold a line break."""
-    return text.translate(CONTROLS)
-
-
-def one_line(text: str) -> str:
-    """An escaped text, cut where it is long."""
-    shown = escaped(text)
-    return shown if len(shown) <= LONGEST_LINE else f"{shown[:LONGEST_LINE]}... ({len(shown)} letters)"
+        return [*_fewer(list(_fewer(found, _kind, "of this kind")), _place, "mistakes")]
 
 
 class CannotContinue(UserError):
@@ -73,6 +56,49 @@ class ProcessDied(CannotContinue):
 
 class StopTraining(Exception):
     """The run must end now and nothing may be written over a good file (non-finite loss, for example)."""
+
+
+def how_many_shown(count: int) -> int:
+    """Of so many things of a kind: all, or one line less than there is room for, where a line counts the others."""
+    return count if count <= MOST_OF_A_KIND else MOST_OF_A_KIND - 1
+
+
+def _fewer(lines: list[str], group_of: Callable[[str], str], what: str) -> Iterator[str]:
+    """The lines, of each group the first ones and a line that counts the others."""
+    groups: dict[str, list[str]] = {}
+    for line in lines:
+        groups.setdefault(group_of(line), []).append(line)
+    seen = Counter[str]()
+    for line in lines:
+        group = group_of(line)
+        seen[group] += 1
+        count, shown = len(groups[group]), how_many_shown(len(groups[group]))
+        if seen[group] <= shown:
+            yield line
+        elif seen[group] == shown + 1:
+            places = {_place(other) for other in groups[group]}
+            where = f"{places.pop()}: " if len(places) == 1 else ""
+            yield f"{where}and {count - shown} more {what}"
+
+
+def _kind(line: str) -> str:
+    return NAMES.sub("#", line)
+
+
+def _place(line: str) -> str:
+    """The file or option that a line is about: what stands before its first colon, or before a line's number."""
+    return re.split(r": |, (?:line|prompt) \d", line, maxsplit=1)[0]
+
+
+def escaped(text: str) -> str:
+    """A text whose control characters are written out: a file's name may hold a line break."""
+    return text.translate(CONTROLS)
+
+
+def one_line(text: str) -> str:
+    """An escaped text, cut where it is long."""
+    shown = escaped(text)
+    return shown if len(shown) <= LONGEST_LINE else f"{shown[:LONGEST_LINE]}... ({len(shown)} letters)"
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str | None:
@@ -100,9 +126,10 @@ def unknown(what: str, name: str, candidates: Iterable[str], *, kind: str = "key
 def unknown_names(what: str, names: Sequence[str], candidates: Iterable[str], *, kind: str = "key") -> Iterator[str]:
     """`unknown` of the first of several names, and how many more there are."""
     known = list(candidates)
-    yield from (unknown(what, name, known, kind=kind) for name in names[:MOST_OF_A_KIND])
-    if len(names) > MOST_OF_A_KIND:
-        yield f"{what}: and {len(names) - MOST_OF_A_KIND} more unknown {kind}s"
+    shown = how_many_shown(len(names))
+    yield from (unknown(what, name, known, kind=kind) for name in names[:shown])
+    if len(names) > shown:
+        yield f"{what}: and {len(names) - shown} more unknown {kind}s"
 
 
 def first_names(names: Sequence[str], limit: int = 3) -> str:

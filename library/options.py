@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from library.errors import MOST_OF_A_KIND, UserError, nearest, unknown_names
+from library.errors import UserError, how_many_shown, nearest, unknown_names
 from library.foreign_keys import FOREIGN_KEYS, NOT_OURS
 from library.text_files import read_toml, toml_value
 from library.values import (
@@ -122,7 +122,7 @@ class Spec:
             return
         wrong = text_problem(item, path=self.info.path) if isinstance(item, str) else None
         if wrong:
-            raise ValueError(wrong)
+            raise ValueError(f"{wrong}, got {shown(item)}")
         wrong = (self.info.check or usual_range)(item)
         if wrong:
             raise ValueError(f"{wrong}, got {cut(str(item))}")
@@ -337,9 +337,10 @@ def _read_command_line(
 ) -> dict[str, Any]:
     namespace, extra = build_parser(all_specs, prog, description).parse_known_args(list(argv))
     flags = [word for word in extra if word.startswith("--")]
-    problems.extend(_unknown_option(flag[2:].split("=")[0], all_specs) for flag in flags[:MOST_OF_A_KIND])
-    if len(flags) > MOST_OF_A_KIND:
-        problems.append(f"and {len(flags) - MOST_OF_A_KIND} more unknown options")
+    few = how_many_shown(len(flags))
+    problems.extend(_unknown_option(flag[2:].split("=")[0], all_specs) for flag in flags[:few])
+    if len(flags) > few:
+        problems.append(f"and {len(flags) - few} more unknown options")
     theirs, last = set(), ""
     for word in argv:
         last = word if word.startswith("--") else last
@@ -406,10 +407,21 @@ def dump_toml(options: Any) -> str:
     """The options that differ from the defaults as a --config_file, in a stable order."""
     values = changed_values(options)
     return "".join(
-        f"{name} = {toml_value(value)}\n"
+        _toml_line(name, value)
         for name, value in values.items()
         if value is not None and name not in ("config_file", "output_config")
     )
+
+
+def _toml_line(name: str, value: Any) -> str:
+    """`name = value`; a path that is not UTF-8, which TOML cannot say, is a comment."""
+    line = f"{name} = {toml_value(value)}\n"
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        line = line.encode(errors="backslashreplace").decode()
+        return f"# give this on the command line, it is no UTF-8 text: {line}"
+    return line
 
 
 def markdown_rows(groups: Mapping[str, type]) -> Iterator[str]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def derive_seed(*parts: int | str) -> int:
     """A 63-bit seed from the parts (BLAKE2b of their text form): equal parts give equal seeds on every machine."""
-    text = "\x1f".join(str(p) for p in parts).encode()
+    text = "\x1f".join(str(p) for p in parts).encode(errors="surrogatepass")  # of the names of files
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 

@@ -25,13 +25,15 @@ TOO_DEEP = "is nested too deeply"
 TOO_LONG = "holds a whole number with too many digits"
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, *, finite: bool = False) -> Any:
     """A JSON document. Raises ValueError that says what is wrong, after the name of a file: `line 3 is not valid JSON`.
 
-    Bytes are UTF-8 (or what JSON allows besides).
+    Bytes are UTF-8 (or what JSON allows besides). finite: NaN and infinities, which programs write all the same, are
+    refused.
     """
     try:
-        return _not_too_deep(json.loads(text, object_pairs_hook=_once))
+        constant = _refuse_constant if finite else float
+        return _not_too_deep(json.loads(text, object_pairs_hook=_once, parse_constant=constant))
     except json.JSONDecodeError as error:
         raise ValueError(f"line {error.lineno} is not valid JSON: {error.msg}") from None
     except UnicodeDecodeError as error:
@@ -46,6 +48,10 @@ def parse_json(text: str | bytes) -> Any:
 
 class _Refused(ValueError):
     """What is well-formed and still not taken."""
+
+
+def _refuse_constant(word: str) -> float:
+    raise _Refused(f"holds {word}, which is no number of JSON")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -93,6 +99,8 @@ def read_json(path: Path, what: str, kind: str = "a JSON file") -> Any:
 def read_toml(path: Path, what: str) -> dict[str, Any]:
     """A TOML file as a dict. Raises UserError naming `what`, the file and the line."""
     text = read_text(path, what, "a TOML file")
+    if any(_long_key(line) for line in text.split("\n")):  # the parser would take minutes
+        raise UserError(f"{what}: {path} {TOO_DEEP}")
     try:
         return _not_too_deep(tomllib.loads(text))
     except tomllib.TOMLDecodeError as error:
@@ -105,6 +113,12 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
     except ValueError as error:  # digits again, or a date that does not exist
         reason = TOO_LONG if "digits" in str(error) else f"is not valid TOML: {error}"
         raise UserError(f"{what}: {path} {reason}") from None
+
+
+def _long_key(line: str) -> bool:
+    """Whether a line of TOML begins with a key of more parts than anything may be nested: `a.b.c...`."""
+    parts = line.partition("=")[0].split(".")
+    return len(parts) > MOST_NESTED and all(part.strip() for part in parts)
 
 
 def file_and(path: str | Path, error: ValueError) -> str:

@@ -17,6 +17,7 @@ Check = Callable[[Any], "str | None"]  # returns what is wrong ("must be at leas
 MOST = 10**9  # of a number whose option does not say another limit: no run needs more steps, pixels or strength
 SEEDS = (-(2**63), 2**64 - 1)
 LONGEST_SHOWN = 60
+LONGEST_PATH, LONGEST_NAME = 4095, 255  # bytes, on every usual file system
 
 
 # ---- checks -------------------------------------------------------------------------------------------------------
@@ -67,9 +68,11 @@ def text_problem(text: str, *, path: bool = False) -> str | None:
     if "\0" in text:
         return "must not hold the character NUL"
     try:
-        os.fsencode(text) if path else text.encode()
+        data = os.fsencode(text) if path else text.encode()
     except UnicodeEncodeError:
         return "is no valid text: it holds half a character (a surrogate) or bytes that are not UTF-8"
+    if path and (len(data) > LONGEST_PATH or any(len(name) > LONGEST_NAME for name in data.split(b"/"))):
+        return f"is too long for a path: {len(data)} bytes"
     return None
 
 
@@ -103,7 +106,7 @@ def convert(value: Any, hint: Any) -> Any:
     if hint is float:
         return number(value)
     if hint is str:
-        if isinstance(value, (list, dict, bool)):
+        if value is None or isinstance(value, (list, dict, bool)):
             raise ValueError(f"expects a text, got {shown(value)}")
         return str(value)
     raise TypeError(f"unsupported option type {hint}")
@@ -144,6 +147,8 @@ def whole_number(value: Any) -> int:
 def _finite(value: Any) -> float | None:
     """The number that `value` is or says, None where it says none, infinity or no number (nan)."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    if isinstance(value, str) and "_" in value:  # Python takes 1_000
         return None
     try:
         found = float(value)

@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from library.byte_paths import plain_path
 from library.errors import UserError, first_names
 from library.log import get_logger
 from networks.format_keys import BUNDLED
-from networks.peft_config import CONFIG, with_alphas
+from networks.peft_config import with_alphas
+from networks.peft_folder import CONFIG, PEFT_FILES
 
 TORCH_SUFFIXES = (".pt", ".ckpt", ".pth", ".bin")
-FOLDER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def adapter_file(path: str | Path) -> Path:
@@ -25,9 +26,9 @@ def adapter_file(path: str | Path) -> Path:
         return path
     if not path.is_dir():
         raise UserError(f"{path}: no such adapter file")
-    found = next((path / name for name in FOLDER_FILES if (path / name).is_file()), None)
+    found = next((path / name for name in PEFT_FILES if (path / name).is_file()), None)
     if found is None:
-        raise UserError(f"{path} is a folder without {FOLDER_FILES[0]}; give an adapter file, or a folder of PEFT")
+        raise UserError(f"{path} is a folder without {PEFT_FILES[0]}; give an adapter file, or a folder of PEFT")
     return found
 
 
@@ -56,7 +57,8 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
         else:
             from safetensors.torch import load_file
 
-            found = load_file(file)
+            with plain_path(file) as readable:
+                found = load_file(readable)
     except Exception as error:  # readers raise many kinds; each means the same to the user
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: not a readable adapter file ({reason})") from None
@@ -72,7 +74,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         return {}
     from safetensors import safe_open
 
-    with safe_open(file, "pt") as opened:
+    with plain_path(file) as readable, safe_open(readable, "pt") as opened:
         return dict(opened.metadata() or {})
 
 

@@ -19,6 +19,7 @@ from library.log import get_logger
 from networks import lora_flux, lora_lumina, lora_sd3
 from networks.base import AdapterLayer, AdapterNetwork
 from networks.build import FileReader, Ranks, build_network, default_sizes, network_from_weights, rate_rules, weights_of
+from networks.formats import by_module, to_kohya
 from networks.kinds import READERS
 from networks.lora_family import LoraFamily
 from networks.lr_weights import block_lr_weights, plan_ranks
@@ -30,6 +31,12 @@ FAMILIES: tuple[LoraFamily, ...] = (lora_flux.FAMILY, lora_sd3.FAMILY, lora_lumi
 
 
 FILE_DECIDES = ("conv_dim", "conv_alpha", "block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas")
+
+
+def is_readable(weights: Mapping[str, Tensor]) -> bool:
+    """Whether every layer of a file is of one of these kinds."""
+    layers = by_module(to_kohya(weights)).values()
+    return bool(layers) and all(any(reader.claims(set(own)) for reader in READERS) for own in layers)
 
 
 def own_blocks(options: Mapping[str, Any], dim: int, alpha: float) -> BlockOptions:
@@ -124,7 +131,7 @@ class AdapterKind:
             targets = every_target(text_encoder, unet)
             lr_weights = block_lr_weights(blocks, block_layout(text_encoder, unet))
         else:
-            targets = family.targets(text_encoder, unet, split=False, t5=True)
+            targets = family.targets(text_encoder, unet, split=False, t5=True, outside=True)
         readers: Sequence[FileReader] = READERS if for_inference else self.layers
         network = network_from_weights(
             targets,

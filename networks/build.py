@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +23,7 @@ from networks.options import LoraPlusOptions, PatternOptions
 from networks.spec import TargetSpec
 
 # what a file of another kind is told by -> the module that reads it
-READERS = {
+READING = {
     "lora_down.weight": "networks.lora",
     "hada_w1_a": "networks.loha",
     "lokr_w1": "networks.lokr",
@@ -57,6 +58,8 @@ def default_sizes(dim: int | None, alpha: float | None) -> tuple[int, float]:
     """--network_dim (None is 4) and --network_alpha (None is 1). Raises UserError for a dim below 1."""
     if dim is not None and dim < 1:
         raise UserError(f"--network_dim must be at least 1, got {dim}")
+    if alpha is not None and not math.isfinite(alpha):
+        raise UserError(f"--network_alpha must be a finite number, got {alpha}")
     return 4 if dim is None else int(dim), 1.0 if alpha is None else float(alpha)
 
 
@@ -116,7 +119,9 @@ def network_from_weights(
         kind = next((kind for kind in kinds if kind.claims(set(in_file))), None)
         if kind is None:
             problems.append(f"{name} ({', '.join(in_file)})")
-            readers |= {READERS[suffix]: None for suffix in in_file if suffix in READERS}
+            if name.startswith("lora_") and "oft_blocks" in in_file:  # of LyCORIS: merged, but trained by none of ours
+                continue
+            readers |= {READING[suffix]: None for suffix in in_file if suffix in READING}
             continue
         try:
             tensors = kohya_dora(in_file, known[name])

@@ -3,8 +3,9 @@
 
     python networks/check_lora_weights.py lora.safetensors
 
-Prints a line per tensor: name, shape, dtype, mean of the absolute values, smallest and largest. The exit code is 1 when
-a tensor holds inf or nan.
+Prints a line per tensor: name, shape, dtype, mean of the absolute values, smallest and largest; then, for each program
+that loads such files, which keys it leaves or why it refuses the file. The exit code is 1 when a tensor holds inf or
+nan.
 """
 
 from __future__ import annotations
@@ -64,11 +65,12 @@ def check(options: CheckLoraOptions) -> list[str]:
     """Prints the lines. Returns the names of the tensors that are not finite."""
     from library.io.checkpoint import nonfinite_names
     from networks.adapter_files import load_tensors
+    from networks.readers.files import key_lines
 
     assert options.check.file
     tensors = load_tensors(options.check.file)
     print(f"{options.check.file}: {len(tensors)} tensors, {sum(t.numel() for t in tensors.values()):,} numbers")
-    print("\n".join(lines(tensors)))
+    print("\n".join([*lines(tensors), *key_lines(tensors)]))
     return nonfinite_names(tensors)
 
 

@@ -6,14 +6,16 @@ A layer is a tensor of the file, or some rows of one: OpenCLIP has q, k and v in
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from library.names.keys import Shapes
+from library.names.keys import Shapes, part_rows
 from library.names.sd import OPEN_CLIP_BLOCK
 from networks.format_tables import TEXT_PROJECTION, Architecture, Index, Layer, blocks_in, index_of
 from networks.kinds import OFT
@@ -54,15 +56,18 @@ class Place:
     bias: str
     rows: slice | None = None
     transposed: bool = False
+    swapped: bool = False  # the halves of the rows stand in the other order
 
     def of(self, whole: Tensor) -> Tensor:
         """The layer's weight in the tensor of the file."""
         own = whole if self.rows is None else whole[self.rows]
+        own = torch.cat(own.chunk(2)[::-1]) if self.swapped else own
         return own.T if self.transposed else own
 
     def put(self, whole: Tensor, own: Tensor) -> Tensor:
         """The tensor of the file with this weight in the layer's place."""
         own = own.T if self.transposed else own
+        own = torch.cat(own.chunk(2)[::-1]) if self.swapped else own
         if self.rows is None:
             return own
         found = whole.clone()
@@ -87,9 +92,28 @@ class CheckpointLayers:
         place = self.index.find(f"lora_{name.removeprefix(OFT)}" if name.startswith(OFT) else name)
         return None if place is None or place.part is not None else place.layer
 
+    def placed(self, name: str) -> tuple[Layer, Place | None] | None:
+        """As `canonical`, and where the layer lies in this file; also for a part of a layer, as diffusers has it."""
+        layer = self.canonical(name)
+        if layer is not None:
+            return layer, self.places.get(layer.kohya)
+        found = self.index.find(name)
+        if found is None or found.part is None:
+            return None
+        whole = self.places.get(found.layer.kohya)
+        if whole is None:
+            return found.layer, None
+        rows, inputs, *_ = self.shape_of(whole)
+        ends = [0, *itertools.accumulate(part_rows(rows, inputs, len(found.layer.parts)))]
+        part = None if len(ends) == 2 else slice(ends[found.part], ends[found.part + 1])
+        return found.layer, replace(whole, rows=part, swapped=found.layer.swaps(rows, inputs))
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of the weight of layer `name`."""
-        place = self.places[name]
+        return self.shape_of(self.places[name])
+
+    def shape_of(self, place: Place) -> tuple[int, ...]:
+        """Shape of the weight at a place."""
         shape = tuple(self.shapes[place.weight])
         shape = shape[::-1] if place.transposed else shape
         return shape if place.rows is None else (place.rows.stop - place.rows.start, *shape[1:])
@@ -144,9 +168,8 @@ class CheckpointLayers:
 
 def unused_block(shapes: Shapes, prefix: str) -> str | None:
     """The last block of Stable Diffusion 2.x's text encoder, by its name below `prefix`; None where it was left out."""
-    count = 0
-    while f"{prefix}transformer.resblocks.{count}.ln_1.weight" in shapes:
-        count += 1
+    block = re.compile(re.escape(f"{prefix}transformer.resblocks.") + r"(\d+)\.")
+    count = 1 + max((int(found[1]) for found in map(block.match, shapes) if found), default=-1)
     return None if count in (0, CUT_BLOCKS) else f"transformer.resblocks.{count - 1}"
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from library.errors import UserError, first_names
 from library.names.keys import part_rows
 from networks.base import AdapterLayer
-from networks.checkpoint_layers import CheckpointLayers, Weights
+from networks.checkpoint_layers import CheckpointLayers, Place, Weights
 from networks.deltas import kohya_dora
 from networks.format_check import BROKEN
 from networks.format_layers import BIAS_ADDED, COMFY_DORA, DORA, DOWN, UP
@@ -43,6 +43,7 @@ class Step:
     """One layer of one adapter, waiting for the checkpoint's weight."""
 
     layer: str
+    place: Place
     own: Tensors
     reader: Reader
     strength: float
@@ -105,36 +106,34 @@ class MergedWeights:
 
     def _after(self, step: Step, name: str, whole: Tensor) -> Tensor:
         """Tensor `name`, which is `whole` by now, after one more step: a weight, or a bias."""
-        place = self.layers.places[step.layer]
-        rows = place.rows or slice(None)
-        bias = place.bias if place.bias in self.layers.shapes else None
+        place = step.place
+        beside = replace(place, transposed=False)
+        bias = beside.of(self.file.tensor(place.bias)) if place.bias in self.layers.shapes else None
         if name == place.weight:
-            return place.put(
-                whole, step.merged(place.of(whole), None if bias is None else self.file.tensor(bias)[rows])[0]
-            )
-        found = step.merged(place.of(self.file.tensor(place.weight)), whole[rows])[1]
+            return place.put(whole, step.merged(place.of(whole), bias)[0])
+        found = step.merged(place.of(self.file.tensor(place.weight)), beside.of(whole))[1]
         assert found is not None
-        return replace(place, transposed=False).put(whole, found)
+        return beside.put(whole, found)
 
     def _plan(self, adapter: Adapter) -> Iterator[str]:
         """Puts an adapter's layers on the list; what is wrong with them, a line each."""
         unknown: list[str] = []
         unfit: list[str] = []
         for name, own in adapter.layers.items():
-            layer = self.layers.canonical(name)
-            if layer is None:
+            found = self.layers.placed(name)
+            if found is None:
                 unknown.append(name)
                 continue
-            if layer.kohya not in self.layers.places:
+            layer, place = found
+            if place is None:
                 self.left.append(layer.kohya)
                 continue
-            steps = [self._step(name, layer.kohya, own, adapter) for own in pieces(own)]
+            steps = [self._step(name, layer.kohya, place, own, adapter) for own in pieces(own)]
             problems = [f"{name} {step}" for step in steps if isinstance(step, str)]
             unfit += problems[:1]
             if problems:
                 continue
             self.used.append(layer.kohya)
-            place = self.layers.places[layer.kohya]
             for step in steps:
                 assert isinstance(step, Step)
                 for tensor in (place.weight, *([place.bias] if BIASED & set(step.own) else [])):
@@ -145,19 +144,19 @@ class MergedWeights:
         elif unfit:
             yield f"{adapter.label}: {len(unfit)} layers do not fit the model: {first_names(unfit)}"
 
-    def _step(self, name: str, layer: str, own: Tensors, adapter: Adapter) -> Step | str:
+    def _step(self, name: str, layer: str, place: Place, own: Tensors, adapter: Adapter) -> Step | str:
         """What is done with a layer, or why it cannot be."""
         reader = reader_of(name, own)
         if reader is None:
             return f"is of no kind that can be merged ({', '.join(sorted(own))})"
-        step = Step(layer, fitted(own, len(self.layers.shape(layer))), reader, adapter.strength(layer))
+        axes = len(self.layers.shape_of(place))
+        step = Step(layer, place, fitted(own, axes), reader, adapter.strength(layer))
         return self._problem(step) or step
 
     def _problem(self, step: Step) -> str | None:
         """Why a layer does not fit its weight, found without reading it."""
-        place = self.layers.places[step.layer]
-        weight = torch.empty(self.layers.shape(step.layer), device="meta")
-        bias = torch.empty(len(weight), device="meta") if place.bias in self.layers.shapes else None
+        weight = torch.empty(self.layers.shape_of(step.place), device="meta")
+        bias = torch.empty(len(weight), device="meta") if step.place.bias in self.layers.shapes else None
         if (weight.dim() == 1) != ("w_norm" in step.own):
             return "is for another kind of layer"
         own = {DORA if name == COMFY_DORA else name: value for name, value in step.own.items()}  # no weight is needed

@@ -20,9 +20,11 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # started as a script, from any folder
     sys.path.insert(0, str(ROOT))
 
+from library.byte_paths import plain_path  # noqa: E402
 from library.cli import guarded  # noqa: E402
 from library.errors import UserError  # noqa: E402
 from library.options import option, resolve  # noqa: E402
+from networks.peft_folder import PEFT_FILES  # noqa: E402
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,14 +43,19 @@ ENCODER_PREFIXES = ("", "cond_stage_model.transformer.", "model.")
 class ConvertOptions:
     """What to convert."""
 
-    src: str | None = option(None, help="LoRA file to read, in any of the three formats.", path=True)
+    src: str | None = option(
+        None, help="LoRA file to read, in any of the three formats, or a folder of PEFT.", path=True
+    )
     dst: str | None = option(None, help="File to write (.safetensors).", path=True)
     to: str | None = option(None, help="Format to write.", choices=("kohya", "comfy", "peft"))
     save_precision: str | None = option(
         None, help="Precision of the weights in the new file; without it they keep theirs.", choices=tuple(PRECISIONS)
     )
     base_model: tuple[str, ...] = option(
-        (), help="Files (.safetensors) with the base model's weights; only DoRA to or from comfy needs them.", path=True
+        (),
+        help="Files (.safetensors) with the base model's weights; only DoRA to or from comfy needs them, and LoRAs "
+        "whose layers have names of several architectures.",
+        path=True,
     )
 
     def problems(self) -> Iterator[str]:
@@ -58,8 +65,10 @@ class ConvertOptions:
                 yield f"--{name} is needed"
         if self.dst is not None and Path(self.dst).suffix != ".safetensors":
             yield f"--dst {self.dst}: the file must end with .safetensors"
-        if self.src and self.dst and Path(self.src).resolve() == Path(self.dst).resolve():
-            yield f"--dst {self.dst} is --src itself: give another file"
+        if self.src and self.dst:
+            source = Path(self.src).resolve()
+            if Path(self.dst).resolve() in (source, *(source / name for name in PEFT_FILES)):
+                yield f"--dst {self.dst} is --src itself: give another file"
 
 
 @dataclass(frozen=True)
@@ -117,7 +126,7 @@ def architectures(tensors: Mapping[str, Tensor], base: BaseWeights) -> list[str]
     if format_of(tensors) == "kohya":
         return None
     names = architectures_of(tensors)
-    if len(names) > 1 and base.sources:
+    if len(names) > 1:  # what no architecture can have is said first
         having = {name: sum(base.has(layer) for layer in layers_in(tensors, name).values()) for name in names}
         names = [name for name in names if having[name] == max(having.values())]
     require_one(tensors, names, f"give --base_model, a file of {' or '.join(BY_NAME[n].title for n in names)}")
@@ -133,7 +142,7 @@ class BaseWeights:
         self.sources: dict[str, Any] = {}
         for path in paths:
             try:
-                file = files.enter_context(safe_open(path, "pt"))
+                file = files.enter_context(safe_open(files.enter_context(plain_path(path)), "pt"))
             except (OSError, SafetensorError) as error:
                 raise UserError(f"--base_model {path}: not a readable .safetensors file ({error})") from None
             self.sources |= dict.fromkeys(file.keys(), file)

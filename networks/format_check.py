@@ -16,7 +16,7 @@ WHOLE_NUMBERS = (ALPHA, "on_input")  # tensors that may be integers
 
 
 def require_whole(tensors: Mapping[str, Tensor]) -> None:
-    """Raises UserError naming the tensors that are damaged: no numbers, not one alpha, matrices without a rank."""
+    """Raises UserError naming the tensors that are damaged: inf or nan, not one alpha, matrices without a rank."""
     wrong = [f"{key} {problem}" for key, value in tensors.items() if (problem := _problem(key, value))]
     wrong += [f"{name} {problem}" for name, problem in _ranks(tensors)]
     if wrong:
@@ -34,7 +34,9 @@ def _problem(key: str, value: Tensor) -> str | None:
         if value.numel() != 1:
             return f"has the shape {tuple(value.shape)}, one number is needed"
         return None if bool(torch.isfinite(value.double()).all()) else f"is {float(value)}"
-    return f"is empty, of the shape {tuple(value.shape)}" if not value.numel() else None
+    if not value.numel():
+        return f"is empty, of the shape {tuple(value.shape)}"
+    return None if bool(torch.isfinite(value.float()).all()) else "is not finite"
 
 
 def _ranks(tensors: Mapping[str, Tensor]) -> list[tuple[str, str]]:

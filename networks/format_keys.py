@@ -8,7 +8,7 @@ of the others. Where names fit several architectures, the widths of the matrices
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Literal
 
 from torch import Tensor
@@ -155,7 +155,7 @@ def _told_apart(fitting: Sequence[Architecture], paths: Paths) -> Sequence[Archi
     return best[:1] if all(names == meant[0] for names in meant) else best
 
 
-def _layers(architecture: Architecture, paths: Paths) -> dict[str, Layer]:
+def _layers(architecture: Architecture, paths: Collection[str]) -> dict[str, Layer]:
     """Path -> layer."""
     index = index_of(architecture, blocks_in(paths))
     return {path: place.layer for path in paths if (place := index.find(path)) is not None}
@@ -181,9 +181,7 @@ def _signs(architecture: Architecture, layers: Mapping[str, Layer], paths: Paths
 def architectures_with(names: Iterable[str]) -> list[str] | None:
     """The architectures whose layers have these kohya names; None when none has any."""
     names = [*names]
-    blocks = blocks_in(names)
-    known = {a.name: {layer.kohya for layer in a.layers(blocks)} for a in ARCHITECTURES}
-    counts = {name: len(own.intersection(names)) for name, own in known.items()}
+    counts = {a.name: sum(layer.kohya == name for name, layer in _layers(a, names).items()) for a in ARCHITECTURES}
     most = max(counts.values())
     return [name for name, count in counts.items() if count == most] if most else None
 

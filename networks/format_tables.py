@@ -41,6 +41,10 @@ class Layer:
     swap: bool = False  # (shift, scale) in published files, (scale, shift) in diffusers: where rows = 2 x inputs
     widths: tuple[float, ...] = (1.0,)  # rows of each part, in units of the inputs
 
+    def apart(self, part: int) -> str:
+        """Flat name of a part that is no whole layer."""
+        return f"lora_unet_{flat(self.parts[part].partition('.')[2])}"
+
     def swaps(self, rows: int, inputs: int) -> bool:
         """Whether the halves of this layer's rows stand in another order in diffusers."""
         return self.swap and rows == 2 * inputs
@@ -296,7 +300,7 @@ def blocks_in(paths: Iterable[str]) -> int:
     return 1 + max((n for n in numbers if n < MOST_BLOCKS), default=0)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=48)
 def index_of(architecture: Architecture, blocks: int) -> Index:
     """The index for so many blocks. Own spellings win over aliases."""
     places: dict[str, Place] = {}

@@ -52,6 +52,7 @@ __all__ = [
 Norms = Mapping[str, tuple[Tensor, Tensor]]  # kohya name -> norms of the rows: (of W, of W + change)
 Alphas = Mapping[str, tuple[float, torch.dtype] | None]  # kohya name or "*" (all others) -> alpha; None: without
 COMFY_ENDINGS = {DOWN: "lora_A.weight", UP: "lora_B.weight", COMFY_DORA: DORA}
+NOT_OF_COMFY = {"on_input", "lambda_layer"}  # IA3 and T-LoRA of LyCORIS
 PEFT_ENDINGS = {DOWN: "lora_A.weight", UP: "lora_B.weight", DORA: "lora_magnitude_vector"}
 
 
@@ -83,32 +84,36 @@ def convert(
 
 
 def to_kohya(
-    tensors: Mapping[str, Tensor], *, alphas: Alphas | None = None, among: Sequence[str] | None = None
+    tensors: Mapping[str, Tensor],
+    *,
+    alphas: Alphas | None = None,
+    among: Sequence[str] | None = None,
+    apart: bool = False,
 ) -> dict[str, Tensor]:
     """Any format as kohya keys, for a model; tensors that have kohya keys already are returned as they are.
 
     DoRA magnitudes of a comfy file stay ComfyUI's, under a name of their own: `deltas.kohya_dora` needs the weights.
-    among: the architectures that are possible. Raises UserError.
+    among: the architectures that are possible. apart: parts that cannot be one layer keep names of their own.
+    Raises UserError.
     """
     if format_of(tensors) == "kohya":
         return dict(tensors)
-    layers = _restored_layers(tensors, _index(tensors, None, among), alphas)
-    return _kohya_keys(layers)
+    return _kohya_keys(_restored_layers(tensors, _index(tensors, None, among), alphas, apart))
 
 
 def read_adapter(
-    path: str | Path, among: Sequence[str] | None = None, *, advice: str | None = None
+    path: str | Path, among: Sequence[str] | None = None, *, advice: str | None = None, apart: bool = False
 ) -> dict[str, Tensor]:
     """An adapter file of any format with kohya keys as `to_kohya` gives them, alphas of its header included.
 
-    advice: what to do where the layers' names do not tell the architecture, which is refused then.
+    apart: as for `to_kohya`. advice: what to do where the layers' names do not tell the architecture; refused then.
     Raises UserError naming the file.
     """
     tensors = read_tensors(path)
     try:
+        found = to_kohya(tensors, alphas=alphas_in(read_metadata(path)), among=among, apart=apart)
         if advice is not None:
             require_one(tensors, among, advice)
-        found = to_kohya(tensors, alphas=alphas_in(read_metadata(path)), among=among)
         require_whole(found)
         return found
     except UserError as error:
@@ -194,8 +199,10 @@ def _index(tensors: Mapping[str, Tensor], architecture: str | None, among: Seque
 Layers = Mapping[str, tuple[Layer, Mapping[str, Tensor]]]  # kohya name -> (layer, kohya's suffix -> tensor)
 
 
-def _layers(tensors: Mapping[str, Tensor], index: Index) -> dict[str, tuple[Layer, dict[str, Tensor]]]:
-    """Whole published layers. Raises UserError for paths that the architecture has not."""
+def _layers(
+    tensors: Mapping[str, Tensor], index: Index, apart: bool = False
+) -> dict[str, tuple[Layer, dict[str, Tensor]]]:
+    """Whole published layers, or parts of them. Raises UserError for paths that the architecture has not."""
     whole: dict[str, tuple[Layer, dict[str, Tensor]]] = {}
     parts: dict[str, dict[int, dict[str, Tensor]]] = {}
     unknown: list[str] = []
@@ -219,12 +226,20 @@ def _layers(tensors: Mapping[str, Tensor], index: Index) -> dict[str, tuple[Laye
         raise UserError(f"{len(unknown)} layers of the adapter file are not in {title}: {first_names(unknown)}")
     if twice:
         raise UserError(f"{len(twice)} layers are in the adapter file under two names: {first_names(twice)}")
-    return {name: (layer, fuse(layer, parts[name]) if name in parts else own) for name, (layer, own) in whole.items()}
+    found: dict[str, tuple[Layer, dict[str, Tensor]]] = {}
+    for name, (layer, own) in whole.items():
+        try:
+            found[name] = (layer, fuse(layer, parts[name])) if name in parts else (layer, own)
+        except UserError:
+            if not apart:
+                raise
+            found |= {layer.apart(i): (layer, dict(part)) for i, part in parts[name].items()}
+    return found
 
 
-def _restored_layers(tensors: Mapping[str, Tensor], index: Index, alphas: Alphas | None) -> Layers:
+def _restored_layers(tensors: Mapping[str, Tensor], index: Index, alphas: Alphas | None, apart: bool = False) -> Layers:
     """The layers, with the alphas that a header tells."""
-    layers = _layers(tensors, index)
+    layers = _layers(tensors, index, apart)
     if alphas is None:
         return layers
     return {name: (layer, _restored(own, name, alphas)) for name, (layer, own) in layers.items()}
@@ -269,7 +284,10 @@ def _write_kohya(layers: Layers, index: Index) -> dict[str, Tensor]:
 
 
 def _write_comfy(layers: Layers, index: Index) -> dict[str, Tensor]:
-    """ComfyUI knows every suffix of kohya below a dotted path too; the Tucker form only with kohya's suffixes."""
+    """ComfyUI knows nearly every suffix of kohya below a dotted path too; Tucker form only with kohya's suffixes."""
+    foreign = [f"{name} ({', '.join(sorted(own))})" for name, (_, own) in layers.items() if NOT_OF_COMFY & set(own)]
+    if foreign:
+        raise UserError(f"{len(foreign)} adapters have no name in the comfy format: {first_names(foreign)}")
     found: dict[str, Tensor] = {}
     for layer, own in layers.values():
         names = {COMFY_DORA: DORA} if MID in own else COMFY_ENDINGS

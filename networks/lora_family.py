@@ -88,7 +88,7 @@ class LoraFamily:
         options["conv"].warn()
         return lora_from_weights(
             options,
-            self.targets(text_encoder, unet, split=options["split"].split_qkv, t5=True),
+            self.targets(text_encoder, unet, split=options["split"].split_qkv, t5=True, outside=True),
             decided=given(options["blocks"]),
             file=file,
             weights_sd=weights_sd,
@@ -97,8 +97,13 @@ class LoraFamily:
             multiplier=multiplier,
         )
 
-    def targets(self, text_encoder: TextEncoders, unet: nn.Module | None, *, split: bool, t5: bool) -> list[TargetSpec]:
-        """Text encoders first. Raises UserError when the denoiser is another architecture's."""
+    def targets(
+        self, text_encoder: TextEncoders, unet: nn.Module | None, *, split: bool, t5: bool, outside: bool = False
+    ) -> list[TargetSpec]:
+        """Text encoders first. outside: as for `text_targets`.
+
+        Raises UserError when the denoiser is another architecture's.
+        """
         require_class(unet, self.models, self.module)
         denoiser = [] if unet is None else self.denoiser_targets(unet)
-        return split_targets([*text_targets(as_list(text_encoder), t5=t5), *denoiser], split)
+        return split_targets([*text_targets(as_list(text_encoder), t5=t5, outside=outside), *denoiser], split)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -270,7 +271,7 @@ class LokrOptions:
 
     factor: int = option(
         -1, help="Size of the smaller part of a layer's width; -1: near its square root.",
-        check=lambda value: None if value == -1 or value > 0 else "must be -1 or at least 1",
+        check=lambda value: None if value == -1 else positive(value) and "must be -1 or at least 1",
     )  # fmt: skip
     decompose_both: bool = option(False, help="Low-rank factors for the small matrix too.")
     full_matrix: bool = option(False, help="No low-rank factors at all; the rank has no effect then.")
@@ -332,6 +333,16 @@ def warn_dropout(module: str, *given: float | None) -> None:
         get_logger().warning("--network_dropout: no effect, %s does not drop elements", module)
 
 
+def finite(value: Any) -> Any:
+    """`value`, or ValueError when it is, or holds, a number that is none."""
+    for item in value if isinstance(value, tuple) else (value,):
+        curve_base = item.partition("+")[2] if isinstance(item, str) and item.startswith(PRESETS) else None
+        number = item[-1] if isinstance(item, tuple) and item else float(curve_base) if curve_base else item
+        if isinstance(number, float) and not math.isfinite(number):
+            raise ValueError(f"must be a finite number, got {number}")
+    return value
+
+
 def read_network_args(groups: Mapping[str, type], given: Mapping[str, Any]) -> dict[str, Any]:
     """--network_args (texts or values) as one object per group. Raises UserError with every mistake.
 
@@ -345,8 +356,8 @@ def read_network_args(groups: Mapping[str, type], given: Mapping[str, Any]) -> d
             problems.append(unknown("--network_args", key, known))
         elif value not in (None, ""):
             try:
-                values[key] = known[key].read(value)
-            except ValueError as error:
+                values[key] = finite(known[key].read(value))
+            except (ValueError, OverflowError) as error:  # the latter of an infinite rank
                 problems.append(f"--network_args: {key} {error}")
     built = {
         group: cls(**{key: value for key, value in values.items() if known[key].group == group})

@@ -7,7 +7,6 @@ numbers for some layers (alpha_pattern, rank_pattern). Without the configuration
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,11 +17,12 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.log import get_logger
+from library.text_files import parse_json
 from networks.format_keys import parse
 from networks.format_layers import DOWN
 from networks.format_tables import PEFT_WRAPPER, unwrapped
+from networks.peft_folder import CONFIG
 
-CONFIG = "adapter_config.json"
 PEFT_METADATA = "lora_adapter_metadata"  # header entry of diffusers: ranks and alphas of its LoraConfig
 ALPHAS = "lora_alphas"  # header entry of ours
 # Fields that change what the tensors mean in a way that no other format can say
@@ -63,8 +63,8 @@ def with_alphas(
 
 def _object(text: str, where: str) -> dict[str, Any]:
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        found = parse_json(text)
+    except ValueError as error:
         raise UserError(f"{where} is not understood ({error})") from None
     if not isinstance(found, dict):
         raise UserError(f"{where} is not understood (it is no object)")
@@ -102,11 +102,12 @@ def _with_alphas(
             if suffix != DOWN or f"{start}lora_alpha" not in config or f"{layer}.alpha" in tensors:
                 continue
             own = own.removeprefix(start)
-            rank = int(_of_layer(own, config.get(f"{start}rank_pattern"), config.get(f"{start}r", len(value))))
-            if rank != len(value):
-                raise UserError(
-                    f"{where} is of another adapter: rank {rank} for {own}, which has {len(value)} in the file"
-                )
+            rank = len(value)
+            told = _of_layer(
+                own, config.get("rank_pattern"), config.get("r", rank)
+            )  # of a header only the alphas are used
+            if int(told) != rank:
+                raise UserError(f"{where} is of another adapter: rank {told} for {own}, which has {rank} in the file")
             alpha = float(_of_layer(own, config.get(f"{start}alpha_pattern"), config[f"{start}lora_alpha"]))
             # rsLoRA divides by sqrt(rank), every other reader by rank
             found[f"{layer}.alpha"] = torch.tensor(alpha * rank**0.5 if config.get(f"{start}use_rslora") else alpha)

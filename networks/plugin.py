@@ -21,7 +21,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from library.errors import UserError, nearest
+from networks.adapter_kind import is_readable
 from networks.base import AdapterNetwork
+from networks.build import weights_of
+from networks.loha import create_network_from_weights as base_network  # for inference it takes every kind
 from networks.options import read_network_args
 from networks.plugin_network import PluginNetwork, describe, foreign_code, refuse_comfy_dora
 from networks.published_model import PublishedModels, published_models
@@ -78,9 +81,9 @@ class NetworkModule:
         with foreign_code(self.name, "refuses these --network_args"):
             models = published_models(text_encoder, unet)
             made = make(models)
-            missed = _finds_nothing(made, "unet_loras"), _finds_nothing(made, "text_encoder_loras")
-            if any(missed):  # it may know none of the classes of these models, but others like them
-                models = published_models(text_encoder, unet, denoiser_stands_in=missed[0], encoders_stand_in=missed[1])
+            missed = _without_layers(made, models)
+            if missed:  # it may know none of the classes of these models, but others like them
+                models = published_models(text_encoder, unet, missed)
                 made = make(models)
         return made if isinstance(made, AdapterNetwork) else PluginNetwork(made, models, self.name, multiplier)
 
@@ -98,6 +101,10 @@ class NetworkModule:
         if self.is_own:
             own: tuple[AdapterNetwork, dict[str, Tensor]] = create(multiplier, path, vae, text_encoder, unet, **given)
             return own
+        if for_inference:  # what our classes know they merge exactly: LyCORIS 4.1 takes the alpha of LoHa twice
+            tensors = weights_of(file, weights_sd)
+            if is_readable(tensors):
+                return base_network(multiplier, file, vae, text_encoder, unet, tensors, True)
         refuse_comfy_dora(weights_sd or {}, self.name)
         with foreign_code(self.name, "refuses this file or these --network_args"):
             models = published_models(text_encoder, unet)
@@ -107,10 +114,14 @@ class NetworkModule:
         return PluginNetwork(made, models, self.name, multiplier, weights), weights
 
 
-def _finds_nothing(network: Any, layers: str) -> bool:
-    """Whether a network says of one of its two lists of layers that it is empty."""
-    found = getattr(network, layers, None)
-    return found is not None and len(found) == 0
+def _without_layers(network: Any, models: PublishedModels) -> list[int | None]:
+    """The models in which a network that lists its layers, as LyCORIS does, has found none."""
+    lists = [getattr(network, name, None) for name in ("unet_loras", "text_encoder_loras")]
+    if None in lists:
+        return []
+    names = [str(getattr(layer, "lora_name", "")) for layers in lists for layer in layers or ()]
+    known = {place: model.prefix for place, model in models.by_place.items() if model.prefix}
+    return [place for place, prefix in known.items() if not any(name.startswith(prefix) for name in names)]
 
 
 def load_network_module(name: str) -> NetworkModule:

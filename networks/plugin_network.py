@@ -44,7 +44,7 @@ def describe(error: BaseException) -> str:
 
 def of_machine(error: BaseException) -> bool:
     """Whether memory or disk is what an error is about: those end in lines of their own."""
-    return is_out_of_memory(error) or isinstance(error, OSError) and error.errno in FULL_DISK
+    return is_out_of_memory(error) or (isinstance(error, OSError) and error.errno in FULL_DISK)
 
 
 @contextmanager
@@ -81,7 +81,12 @@ class PluginNetwork(AdapterNetwork):
     network: Any
 
     def __init__(
-        self, network: Any, models: PublishedModels, name: str, multiplier: float, weights: Mapping[str, Tensor] | None = None
+        self,
+        network: Any,
+        models: PublishedModels,
+        name: str,
+        multiplier: float,
+        weights: Mapping[str, Tensor] | None = None,
     ):
         super().__init__()
         missing = [method for method in REQUIRED if not callable(getattr(network, method, None))]
@@ -276,8 +281,11 @@ class PluginNetwork(AdapterNetwork):
             name, forward = getattr(layer, "lora_name", None), getattr(layer, "org_forward", None)
             module = getattr(forward, "__self__", None)
             if isinstance(name, str) and isinstance(module, nn.Module):
-                weight = module.weight if isinstance(module.weight, Tensor) else layer.org_weight
-                found.append(foreign_layer(name, layer, module, weight))
+                # LyCORIS' full matrices take the module's own away and keep them
+                weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+                weight = layer.org_weight if weight is None else weight
+                bias = (getattr(layer, "org_bias", None) or [None])[0] if bias is None else bias
+                found.append(foreign_layer(name, layer, module, weight, bias))
         return found
 
     def epoch_started(self) -> None:

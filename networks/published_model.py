@@ -10,7 +10,7 @@ several modules of ours. A network replaces the `forward` of leaves, or hooks th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -104,14 +104,14 @@ class FusedLinear(nn.Linear):
     def join(self) -> None:
         """From now on our modules answer with their rows of this layer's output."""
         for index, module in enumerate(self.own):
-            module.forward = partial(self._rows, index)  # type: ignore[method-assign]
+            module.forward = partial(self._rows, index)
 
     def part(self) -> None:
         """Our modules are themselves again."""
         for module, original in zip(self.own, self.originals, strict=True):
             module.__dict__.pop("forward", None)
             if getattr(original, "__self__", None) is not module:  # it had been replaced before
-                module.forward = original  # type: ignore[method-assign]
+                module.forward = original
 
     def forward(self, x: Tensor) -> Tensor:
         """The published layer itself, as it is before a network replaces this method."""
@@ -143,6 +143,7 @@ class GivenModel:
     """A model of an unknown class, which a network gets as it is."""
 
     fused: Sequence[FusedLinear] = ()
+    prefix = ""  # of its adapters' names: "lora_te2_"; not known
 
     def __init__(self, model: nn.Module):
         self.model: nn.Module | None = model
@@ -174,6 +175,7 @@ class PublishedModel(GivenModel):
         self.model = model
         leaves = {target.path: _leaf(target) for target in targets}
         self.fused = [leaf for leaf in leaves.values() if isinstance(leaf, FusedLinear)]
+        self.prefix = "_".join([*targets[0].name.split("_")[:2], ""]) if targets else ""
         self.leaves = [(leaves[t.path], tuple(m.module for m in t.modules)) for t in targets]
         self.tree = _tree(leaves, names.root, names.parts(leaves, stand_ins=stand_ins))
         self._before = _marks(self.tree)
@@ -188,11 +190,7 @@ class PublishedModel(GivenModel):
         if lost:
             names = first_names([name or "the model itself" for name in lost])
             raise UserError(f"it replaces or hooks other parts than layers, which is not possible here: {names}")
-        return [
-            Layer(modules, paths[id(leaf)] in touched)
-            for leaf, modules in self.leaves
-            if isinstance(leaf, LAYERS)
-        ]
+        return [Layer(modules, paths[id(leaf)] in touched) for leaf, modules in self.leaves if isinstance(leaf, LAYERS)]
 
     def join(self) -> None:
         """Put the changed layers to work that are several modules of ours."""
@@ -253,8 +251,9 @@ class PublishedModels:
     @property
     def by_place(self) -> dict[int | None, GivenModel]:
         """Place of a text encoder, or None for the denoiser -> the model."""
-        encoders = {place: model for place, model in zip(self.places, self.encoders, strict=True) if place is not None}
-        return encoders if self.denoiser is None else {**encoders, None: self.denoiser}
+        found: dict[int | None, GivenModel] = {}
+        found |= {place: model for place, model in zip(self.places, self.encoders, strict=True) if place is not None}
+        return found if self.denoiser is None else found | {None: self.denoiser}
 
     @property
     def unet(self) -> nn.Module | None:
@@ -267,10 +266,12 @@ class PublishedModels:
 
 
 def published_models(
-    text_encoder: TextEncoders, unet: nn.Module | None, *, denoiser_stands_in: bool = False,
-    encoders_stand_in: bool = False,
-) -> PublishedModels:  # fmt: skip
-    """The models as networks written for sd-scripts expect them. Models of unknown classes are given as they are."""
+    text_encoder: TextEncoders, unet: nn.Module | None, stand_ins: Collection[int | None] = ()
+) -> PublishedModels:
+    """The models as networks written for sd-scripts expect them. Models of unknown classes are given as they are.
+
+    stand_ins: places of the text encoders (None: the denoiser) whose parts have their second class names.
+    """
     given = as_list(text_encoder)
     if any(type(model).__name__ not in CLASS_NAMES for model in (*given, unet) if model is not None):
         return _as_they_are(given, unet)
@@ -284,13 +285,13 @@ def published_models(
         is_xl = has_published_names(text_encoder, unet)
         names = SDXL_UNET if is_xl else CLASS_NAMES[type(unet).__name__]
         own = [target for target in targets if target.part == "denoiser"]
-        denoiser = PublishedModel(unet, own, names, stand_ins=denoiser_stands_in)
-    encoders, places, numbered = _encoders(given, targets, stand_ins=encoders_stand_in)
+        denoiser = PublishedModel(unet, own, names, stand_ins=None in stand_ins)
+    encoders, places, numbered = _encoders(given, targets, stand_ins)
     return PublishedModels(denoiser, encoders, places, numbered)
 
 
 def _encoders(
-    given: Sequence[nn.Module | None], targets: Sequence[TargetSpec], *, stand_ins: bool
+    given: Sequence[nn.Module | None], targets: Sequence[TargetSpec], stand_ins: Collection[int | None]
 ) -> tuple[tuple[GivenModel, ...], tuple[int | None, ...], bool]:
     """The text encoders by the numbers in their adapters' names, empty models in between."""
     slots: dict[int, tuple[int | None, GivenModel]] = {}
@@ -302,7 +303,7 @@ def _encoders(
         number = own[0].name.split("_")[1].removeprefix("te")
         numbered = numbered or bool(number)
         names = CLASS_NAMES[type(encoder).__name__]
-        slots[int(number or 1)] = (place, PublishedModel(encoder, own, names, stand_ins=stand_ins))
+        slots[int(number or 1)] = (place, PublishedModel(encoder, own, names, stand_ins=place in stand_ins))
     empty = (None, PublishedModel(None, (), ClassNames("NoModel", ()), stand_ins=False))
     filled = [slots.get(number, empty) for number in range(1, max(slots, default=0) + 1)]
     return tuple(model for _, model in filled), tuple(place for place, _ in filled), numbered

@@ -65,10 +65,11 @@ def _halves_swapped(module: TargetModule) -> tuple[TargetModule, TargetModule]:
     )
 
 
-def text_targets(encoders: Sequence[nn.Module | None], *, t5: bool = True) -> list[TargetSpec]:
+def text_targets(encoders: Sequence[nn.Module | None], *, t5: bool = True, outside: bool = False) -> list[TargetSpec]:
     """Attention and feed-forward layers of CLIP, T5 and Gemma 2, named by what an encoder is.
 
-    encoders: in the order of the learning rates, None where one gets no adapters. t5: with T5.
+    encoders: in the order of the learning rates, None where one gets no adapters. t5: with T5. outside: with CLIP's
+    layers outside of its blocks, which is its projection.
     """
     found: list[TargetSpec] = []
     for index, encoder in enumerate(encoders):
@@ -81,7 +82,9 @@ def text_targets(encoders: Sequence[nn.Module | None], *, t5: bool = True) -> li
             found += encoder_targets(encoder, ENCODER_PREFIX, GEMMA_BLOCKS, index)
         else:
             number = 2 if index == 1 or _is_clip_g_alone(encoder, encoders) else 1
-            found += encoder_targets(encoder, f"{ENCODER_PREFIX}{number}", CLIP_BLOCKS, index, clip=True)
+            found += encoder_targets(
+                encoder, f"{ENCODER_PREFIX}{number}", None if outside else CLIP_BLOCKS, index, clip=True
+            )
     return found
 
 

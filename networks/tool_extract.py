@@ -80,8 +80,11 @@ def extract(asked: Extraction) -> None:
     if architecture not in asked.architectures:
         wanted = " or ".join(BY_NAME[name].title for name in asked.architectures)
         raise UserError(f"--model_org {asked.original} is {layers.architecture.title}, {wanted} was asked for")
-    names = chosen_layers(layers, conv=asked.conv_dim is not None)
-    _require_same_shapes(names, layers, tuned_layers, asked.tuned)
+    has_conv = asked.conv_dim is not None
+    names = chosen_layers(layers, conv=has_conv)
+    _require_same_shapes(names, layers, tuned_layers, f"--model_tuned {asked.tuned}")
+    others = chosen_layers(tuned_layers, conv=has_conv)
+    _require_same_shapes(others, tuned_layers, layers, f"--model_org {asked.original}")
     files = Pair(original, tuned, layers, tuned_layers, dtype_named(asked.load_precision), device)
     names = files.without_same_encoders(names, asked.min_diff)
     found: dict[str, dict[str, Tensor]] = {}
@@ -104,12 +107,14 @@ def chosen_layers(layers: CheckpointLayers, *, conv: bool) -> list[str]:
     ]
 
 
-def _require_same_shapes(names: Sequence[str], layers: CheckpointLayers, tuned: CheckpointLayers, path: str) -> None:
-    missing = [name for name in names if name not in tuned.places and name.startswith("lora_unet_")]
+def _require_same_shapes(names: Sequence[str], layers: CheckpointLayers, tuned: CheckpointLayers, file: str) -> None:
+    """Raises UserError when `tuned`, the layers of `file`, lacks one. A text encoder may be left out as a whole."""
+    there = {"unet", *(name.split("_")[1] for name in names if name in tuned.places)}
+    missing = [name for name in names if name not in tuned.places and name.split("_")[1] in there]
     other = [name for name in names if name in tuned.places and tuned.shape(name) != layers.shape(name)]
     for wrong, what in ((missing, "lacks"), (other, "has another shape of")):
         if wrong:
-            raise UserError(f"--model_tuned {path} {what} {wrong[0]} ({len(wrong)} layers): it is another model")
+            raise UserError(f"{file} {what} {wrong[0]} ({len(wrong)} layers): it is another model, or incomplete")
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from library.errors import StopTraining, UserError, first_names
+from library.errors import StopTraining, UserError
 from library.io.atomic import atomic_write
-from library.io.checkpoint import nonfinite_names, save_tensors
+from library.io.checkpoint import save_tensors
 from library.io.metadata import SpecFacts, base_name, modelspec
 from library.io.options import MetadataOptions
 from library.io.tensor_file import check_safetensors, data_bytes, data_chunks, header_bytes, ordered_names
@@ -34,6 +34,7 @@ from networks.tool_options import PRECISIONS
 
 LORA_KEYS = ("ss_v2", "ss_base_model_version")  # that a merged LoRA takes over from the files it is made of
 SD2_WIDTH = 1024
+ADVICE = "convert it with convert_lora.py --base_model first"  # where names of layers do not tell the architecture
 
 
 def dtype_named(precision: str | None) -> torch.dtype | None:
@@ -79,18 +80,15 @@ class LoraFile:
 
 
 def read_lora(path: str, architecture: str | None = None) -> LoraFile:
-    """An adapter file of any of the three formats. Raises UserError naming it, also when a number is not finite.
+    """An adapter file of any of the three formats. Raises UserError naming it, also when it is damaged.
 
-    architecture: of the model at hand.
+    architecture: of the model at hand, into which parts of a layer can be merged each on its own.
     """
     among = None if architecture is None else (architecture,)
     try:
-        tensors = read_adapter(path, among, advice="convert it with convert_lora.py --base_model first")
+        tensors = read_adapter(path, among, advice=ADVICE, apart=architecture is not None)
     except UserError as error:
         raise UserError([p if path in p else f"{path}: {p}" for p in error.problems]) from None
-    bad = nonfinite_names(tensors)
-    if bad:
-        raise UserError(f"{path} is damaged: {len(bad)} of {len(tensors)} tensors are not finite: {first_names(bad)}")
     return LoraFile(path, by_module(tensors), read_metadata(path))
 
 

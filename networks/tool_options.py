@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from library.cli import guarded
 from library.log import get_logger, setup_logging
 from library.options import option, resolve
 from library.text_files import parse_json
+from networks.peft_folder import PEFT_FILES
 
 PRECISIONS = {
     "float": "float32",
@@ -73,7 +75,7 @@ class DeviceOptions:
 class ModelsOptions:
     """The adapters that are merged."""
 
-    models: tuple[str, ...] = option((), help="Adapter files to merge.", path=True)
+    models: tuple[str, ...] = option((), help="Adapter files to merge, or folders of PEFT.", path=True)
     ratios: tuple[float, ...] = option((), help="How strongly each of --models is merged, one number for each.")
     lbws: tuple[str, ...] = option(
         (),
@@ -87,6 +89,7 @@ class ModelsOptions:
     def problems(self) -> Iterator[str]:
         if not self.models:
             yield "--models is needed: the adapter files to merge"
+        yield from (f"--ratios: must be finite numbers, got {r}" for r in self.ratios if not math.isfinite(r))
         if len(self.ratios) != len(self.models):
             yield f"--ratios: {len(self.ratios)} numbers for {len(self.models)} --models; give one for each"
         yield from missing_adapters("--models", self.models)
@@ -105,7 +108,7 @@ def block_list_problems(text: str) -> Iterator[str]:
         numbers = parse_json(text)
     except ValueError:
         numbers = None
-    if not isinstance(numbers, list) or not all(isinstance(n, (int, float)) for n in numbers):
+    if not isinstance(numbers, list) or not all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):
         yield f"--lbws {text}: a list of numbers in brackets is needed, such as [1,0,0.5]"
     elif len(numbers) not in BLOCK_COUNTS:
         yield f"--lbws: {len(numbers)} numbers; {', '.join(map(str, BLOCK_COUNTS))} are possible"
@@ -126,7 +129,7 @@ def missing_files(name: str, paths: Sequence[str | None]) -> Iterator[str]:
 def missing_adapters(name: str, paths: Sequence[str | None]) -> Iterator[str]:
     """A line for each path that is neither an adapter file nor a folder of PEFT."""
     for path in paths:
-        if path and (Path(path) / "adapter_config.json").is_file():
+        if path and any((Path(path) / name).is_file() for name in PEFT_FILES):
             continue
         yield from missing_files(name, [path])
 
@@ -142,7 +145,7 @@ def target_problems(name: str, path: str | None, sources: Sequence[str | None]) 
     elif target.is_dir():
         yield f"{name} {path} is a folder; give a file"
     for source in sources:
-        if source and Path(source).resolve() == target.resolve():
+        if source and target.resolve() in (Path(source).resolve(), *(Path(source).resolve() / n for n in PEFT_FILES)):
             yield f"{name} {path} is an input of this very run: give another file"
 
 

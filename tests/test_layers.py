@@ -17,7 +17,7 @@ LAYERS = {
     "library.sampling": 3,
     "library.models": 2, "library.data": 2,
     "library.objectives": 1, "library.optim": 1, "library.memory": 1, "library.io": 1, "networks": 1,
-    "library.errors": 0, "library.text_files": 0, "library.values": 0, "library.options": 0,
+    "library.errors": 0, "library.byte_paths": 0, "library.text_files": 0, "library.values": 0, "library.options": 0,
     "library.foreign_keys": 0, "library.types": 0, "library.rng": 0, "library.log": 0, "library.stopping": 0,
     "library.device": 0, "library.device_report": 0, "library.machine": 0, "library.names": 0,
 }  # fmt: skip

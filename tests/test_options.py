@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -376,6 +377,8 @@ def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "stopped: the loss of step 3 is not finite\n"
     assert ending(KeyboardInterrupt()) == 3
     assert "nothing was written" in capsys.readouterr().err
+    assert ending(KeyboardInterrupt("what was encoded stays in the cache")) == 3
+    assert capsys.readouterr().err == "stopped before training began; what was encoded stays in the cache\n"
 
 
 def test_what_the_machine_refuses_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -412,6 +415,61 @@ def test_log_file_that_cannot_be_written(tmp_path: Path) -> None:
     get_logger().propagate = True
 
 
+def test_lines_are_few_and_each_is_one() -> None:
+    many = [f"/d/k{i}.toml: unknown key 'k{i}'" for i in range(20000)]
+    assert UserError(["first", *many, "last"]).lines() == [
+        "first", *many[:9], "and 19991 more of this kind", "last",
+    ]  # fmt: skip
+    assert UserError(many[:10]).lines() == many[:10]
+    several = [
+        f"d.toml: {word} is wrong"
+        for word in ["abc", "defghij", "klmnopq", "rst", "uvw", "xyz", "é", "ö", "ü", "ä", "ß", "ç"]
+    ]
+    assert UserError(several).lines() == [*several[:9], "d.toml: and 3 more mistakes"]
+    assert UserError("a\nb\x1b[2J\u2028: \x00").lines() == [r"a\nb\x1b[2J\u2028: \x00"]
+    (line,) = UserError("x" * 10**6).lines()
+    assert len(line) < 2100 and line.endswith("(1000000 letters)")
+
+
+def test_unknown_names_are_few_and_found_quickly() -> None:
+    found = specs(cli.option_groups("network", "sd"))
+    lines = problems(*(word for i in range(3000) for word in (f"--xq{i}", "1")))
+    assert len(lines) == 10 and lines[-1] == "and 2991 more unknown options"
+    line = unknown("c.toml", "zzzz", found)
+    assert len(line) < 200 and "nearest: " in line
+    assert len(unknown("c.toml", "z" * 10**6, found)) < 10**6 + 200
+
+
+def test_config_files_of_other_kinds(tmp_path: Path) -> None:
+    assert problems("--config_file", "my preset.json")[0].startswith(
+        "--config_file: my preset.json is a preset of a graphical program, not a file of options: load it there"
+    )
+    config = tmp_path / "c.toml"
+    config.write_text("[a]\ndim = 2\n[b]\ndim = 3\n")
+    assert problems("--config_file", str(config)) == [f"{config}: dim stands there twice, under two headings"]
+    config.write_text("".join(f"k{i} = 1\n" for i in range(5000)))
+    assert len(problems("--config_file", str(config))) == 10
+
+
+def test_what_is_no_text_and_paths_that_are_not_utf8() -> None:
+    (line,) = problems("--name", "caf\udce9")
+    assert line.startswith("--name is no valid text")
+    where = specs(cli.option_groups("network", "sd"))
+    assert where["output_dir"].read("/data/caf\udce9") == "/data/caf\udce9"
+    for name, value in (("output_dir", "a\0b"), ("output_dir", "\ud800"), ("output_dir", "a" * 300)):
+        with pytest.raises(ValueError, match=r"NUL|no valid text|too long"):
+            where[name].read(value)
+    for name in ("output_name", "training_comment", "caption_prefix", "metadata_title", "log_prefix"):
+        with pytest.raises(ValueError, match="no valid text"):
+            where[name].read("caf\udce9")
+
+
+def test_a_path_that_toml_cannot_say_is_a_comment() -> None:
+    words = ["--pretrained_model_name_or_path", "m", "--output_dir", "caf\udce9", "--train_data_dir", "d"]
+    given = resolve(NetworkTrainerOptions, FAMILIES["sd"].option_groups, words, prog="t").options
+    assert "\n# give this on the command line, it is no UTF-8 text: output_dir = " in dump_toml(given)
+
+
 def test_lines_about_names() -> None:
     assert unknown("--x", "dmi", ["dim", "alpha"]) == "--x: unknown key 'dmi'. Did you mean 'dim'?"
     assert unknown("--x", "zzz", ["b", "a", "a"], kind="name") == "--x: unknown name 'zzz'. Known: a, b"
@@ -437,3 +495,23 @@ def test_help_is_quick_because_it_reads_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert "--pretrained_model_name_or_path" in done.stdout and "Train a LoRA" in done.stdout
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit of that kind")
+def test_configuration_on_a_full_disk_is_not_there(tmp_path: Path) -> None:
+    """Whole or not at all, and one line."""
+    path, output = tmp_path / "new" / "x.toml", tmp_path / "output"
+    process = os.fork()
+    if process == 0:
+        import resource
+
+        code = 1
+        try:
+            sys.stderr = output.open("w", encoding="utf-8", buffering=1)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+            code = cli.guarded(lambda: bool(cli.write_output_config("a = 1\n" * 1000, path)))
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 2
+    assert list(path.parent.iterdir()) == []
+    assert output.read_text(encoding="utf-8").startswith(f"error: {path.parent}: no room left for x.toml: ")

@@ -168,7 +168,8 @@ class CacheRun:
         data = checks.run(lambda: training_data(found, options, run_seed(options, None))) if found else None
         checks.finish()
         assert found is not None and data is not None
-        for line in (*data_warnings(family, found, data), *seed_warnings(options, data.stats())):
+        warnings = data_warnings(family, found, data, cached=options.cache.texts)
+        for line in (*warnings, *seed_warnings(options, data.stats())):
             log.warning(line)
         timeout = DistributedSettings(timeout_minutes=options.distributed.ddp_timeout)
         self.accelerator = make_accelerator(options.precision.mixed_precision, timeout)

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # started as a script, from any folder
     sys.path.insert(0, str(ROOT))
 
+from library.byte_paths import plain_path  # noqa: E402
 from library.cli import guarded  # noqa: E402
 from library.errors import UserError, nearest  # noqa: E402
 from library.options import at_least, option, resolve  # noqa: E402
@@ -87,7 +88,7 @@ def read_header(path: Path) -> Header:
         raise UserError(f"--model: {path} {'is a folder' if path.is_dir() else 'does not exist'}{_similar(path)}")
     types: Counter[str] = Counter()
     try:
-        with safe_open(path, "np") as file:
+        with plain_path(path) as readable, safe_open(readable, "np") as file:
             names = list(file.keys())
             for name in names:
                 part = file.get_slice(name)

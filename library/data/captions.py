@@ -208,7 +208,7 @@ def lost_choices(text: str, rules: CaptionRules, n: int) -> int:
     found = 0
     for line, _, outcomes in _cached_lines(text, rules, n) if rules.enable_wildcard else ():
         if isinstance(outcomes, int):
-            sizes = [len(set(piece)) for piece in _wildcard_pieces(_framed(line, rules))]
+            sizes = [len(piece) for piece in _wildcard_pieces(_framed(line, rules)) if len(set(piece)) > 1]
             found = max(found, *(size for size in sizes if size > outcomes), 0)
     return found
 

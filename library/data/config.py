@@ -14,7 +14,7 @@ from typing import Any
 
 from library.data.options import MOST_REPEATS, NO_DATA, CacheOptions, DataOptions
 from library.data.records import BucketRules, CaptionRules, DatasetConfig, ImageRules, SubsetConfig
-from library.errors import MOST_OF_A_KIND, UserError, first_names, nearest, unknown
+from library.errors import UserError, first_names, how_many_shown, nearest, unknown
 from library.log import get_logger
 from library.options import Spec, at_least, option, specs
 from library.text_files import read_json, read_toml
@@ -104,7 +104,7 @@ class _Reader:
     file: str
     problems: list[str] = field(default_factory=list)
     conditioned: bool = False  # conditioning_data_dir is read: for masks, or for control images
-    bad_resolution: bool = False  # one was given and reported, so none is missing
+    bad_resolution: set[str] = field(default_factory=set)  # places where one was reported, so that none is missing
     known: dict[str, Spec] = field(default_factory=key_specs)
 
     def where(self, place: str) -> str:
@@ -119,13 +119,13 @@ class _Reader:
         if not isinstance(raw, dict):
             self.report(place, f"expects a table, got {shown(raw)}")
             return values
-        strange = 0
+        strange = [key for key, value in raw.items() if not (key in also or value is None or key in _KEYS[level])]
+        told = set(strange[: how_many_shown(len(strange))])
         for key, value in raw.items():
             if key in also or value is None:
                 continue
             if key not in _KEYS[level]:
-                strange += 1
-                if strange <= MOST_OF_A_KIND:
+                if key in told:
                     self._misplaced(key, place, level)
                 continue
             spec = self.known[key]
@@ -135,9 +135,9 @@ class _Reader:
                 values[key] = spec.read(value)
             except ValueError as error:
                 self.report(place, f"{key} {error}")
-                self.bad_resolution |= key == "resolution"
-        if strange > MOST_OF_A_KIND:
-            self.report(place, f"and {strange - MOST_OF_A_KIND} more such keys")
+                self.bad_resolution |= {place} if key == "resolution" else set()
+        if len(strange) > len(told):
+            self.report(place, f"and {len(strange) - len(told)} more unknown keys")
         return values
 
     def _misplaced(self, key: str, place: str, level: str) -> None:
@@ -209,7 +209,7 @@ def _dataset(
     reader: _Reader, place: str, levels: _Levels, subsets: Iterable[SubsetConfig], bucket_step: int
 ) -> DatasetConfig | None:
     if levels.pick("resolution") is None:
-        if not reader.bad_resolution:
+        if not reader.bad_resolution & {place, "general"}:
             reader.report(place, "no resolution is given: add resolution = 512 or give --resolution 512")
         return None
     rules = _bucket_rules(levels, bucket_step)

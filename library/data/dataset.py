@@ -165,6 +165,14 @@ class TrainingData:
             found.append([(sample, part.bucket(sample)) for sample in samples])
         return found
 
+    def trained_texts(self, sample: Sample) -> list[str]:
+        """What a picture's caption may be in training; whatever varies only the order of its parts is left out."""
+        rules = sample.subset.captions
+        possible = captions.possible_texts(sample.caption, rules)
+        if self.texts is None or possible == [""] or not (rules.enable_wildcard or rules.caption_tag_dropout_rate > 0):
+            return possible
+        return list(captions.caption_variants(sample.caption, rules, self.text_variants, _variant_seed(sample)))
+
     # ---- what a cache must hold
 
     def encoding_jobs(self) -> list[LatentJob]:

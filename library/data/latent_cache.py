@@ -276,7 +276,7 @@ class LatentCache:
             flipped, rules.resize_interpolation, rules.alpha_mask, latent_seed(sample, flipped),
             *(hashes.digest(file).hex() for file in self._files(job)),
         )  # fmt: skip
-        return hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=20).digest()
+        return hashlib.blake2b("\x1f".join(map(str, parts)).encode(errors="surrogatepass"), digest_size=20).digest()
 
     def _place(self, sample: Sample) -> _Place:
         folder = self.folders.of(sample)

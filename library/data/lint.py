@@ -13,6 +13,7 @@ from library.data.parts import MUCH_CAPPED, MUCH_CROPPED, DatasetStats
 from library.data.records import BucketRules, DatasetConfig, Sample, SubsetConfig
 from library.data.scan import Scan, SubsetScan
 from library.errors import first_names
+from library.values import text_problem
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,11 @@ def check(scan: Scan) -> Report:
 def subset_problems(subset: SubsetScan) -> Iterator[str]:
     """Why this subset cannot be trained on."""
     yield from subset.problems
+    wrong = [(sample.path, text_problem(sample.caption)) for sample in subset.samples]
+    broken = [path for path, problem in wrong if problem]
+    if broken:
+        reason = next(problem for _, problem in wrong if problem)
+        yield f"{subset.config.name}: captions of {len(broken)} pictures: {reason}: {first_names(broken)}"
     if not subset.samples and not subset.problems:
         yield f"{subset.config.name}: no picture found (png, jpg, webp, bmp, avif, jxl); it holds {subset.contents}"
 

@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any, Protocol
@@ -99,6 +100,7 @@ class BatchLoader:
         try:
             return next(results, None)
         except Exception as error:
+            wait([worker.sentinel for worker in self._workers], timeout=1)  # its connections break before it is gone
             codes = [worker.exitcode for worker in self._workers if worker.exitcode]
             if not codes:
                 raise

@@ -148,15 +148,16 @@ class Index:
     # ---- contents of files ------------------------------------------------------------------------------------------
 
     def file_rows(self, paths: Sequence[str]) -> dict[str, FileRow]:
-        rows = (FileRow(*row) for row in self._select_many("SELECT * FROM files WHERE path IN", paths))
+        found = self._select_many("SELECT * FROM files WHERE path IN", [_stored(path) for path in paths])
+        rows = (FileRow(_path(path), *rest) for path, *rest in found)
         return {row.path: row for row in rows if isinstance(row.digest, bytes)}  # else damaged: the file is read again
 
     def set_file_rows(self, rows: Iterable[FileRow]) -> None:
         rows = list(rows)
         changed = "INSERT OR IGNORE INTO retired SELECT digest FROM files WHERE path = ? AND digest <> ?"
         self._write(
-            (changed, [(row.path, row.digest) for row in rows]),
-            ("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", rows),
+            (changed, [(_stored(row.path), row.digest) for row in rows]),
+            ("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", [(_stored(row.path), *row[1:]) for row in rows]),
         )
 
     # ---- sqlite -----------------------------------------------------------------------------------------------------
@@ -344,3 +345,16 @@ def unwritable(folder: Path, reason: str) -> UserError:
 
 def megabytes(count: int) -> str:
     return f"{count / 1e6:,.1f} MB"
+
+
+def _stored(path: str) -> str | bytes:
+    """A path as sqlite takes it: as bytes where its name is not UTF-8."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return os.fsencode(path)
+    return path
+
+
+def _path(stored: str | bytes) -> str:
+    return stored if isinstance(stored, str) else os.fsdecode(stored)

@@ -82,6 +82,7 @@ def atomic_write(
 @contextlib.contextmanager
 def saving(path: Path, size: int) -> Iterator[None]:
     """Turn what a file system says into a SaveError that names the folder."""
+    free = free_bytes(path.parent) if path.parent.is_dir() else 0  # before: what is half-written takes the rest
     try:
         yield
     except UserError:
@@ -89,8 +90,8 @@ def saving(path: Path, size: int) -> Iterator[None]:
     except Exception as error:
         if _means_full(error):
             need = f"{size:,} bytes are needed, " if size else ""
-            free = f"{free_bytes(path.parent):,} are free"
-            raise SaveError(f"{path.parent}: no room left for {path.name}: {need}{free}; an older one stays") from error
+            room = f"{free:,} were free" + (", so a quota or limit says no" if size and free >= 2 * size else "")
+            raise SaveError(f"{path.parent}: no room left for {path.name}: {need}{room}; an older one stays") from error
         if isinstance(error, OSError):
             raise SaveError(f"cannot write {path}: {error.strerror or error}; an older one stays") from error
         raise

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from library.byte_paths import plain_path
 from library.errors import StopTraining, UserError, first_names
 from library.io.atomic import SaveError, atomic_write, clean_leftovers, free_bytes, remove_folder
 from library.io.metadata import tensor_hashes
@@ -333,7 +334,8 @@ def _write_pickle(path: Path, content: dict[str, Any]) -> None:
 
 def _check_pickle(path: Path, content: dict[str, Any]) -> None:
     try:
-        again = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with plain_path(path) as readable:
+            again = torch.load(readable, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
         raise SaveError(f"{path.parent}: what was written does not read back: {error}") from error
     inside = "state_dict"

@@ -237,7 +237,9 @@ def build_metadata(
     keys |= {"ss_steps": step, "ss_epoch": epoch, "ss_training_finished_at": now}
     if minimum:
         keys = {k: v for k, v in keys.items() if k in MINIMUM_KEYS}
-    return {k: _text(v) for k, v in keys.items()} | modelspec(run.options, spec, metadata, now=now)
+    found = {k: _text(v) for k, v in keys.items()} | modelspec(run.options, spec, metadata, now=now)
+    # names of folders need not be UTF-8, the header of the file must be
+    return {k: v.encode(errors="backslashreplace").decode() for k, v in found.items()}
 
 
 def _text(value: Any) -> str:

@@ -28,6 +28,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from library.byte_paths import plain_path
 from library.errors import UserError, nearest
 from library.io.atomic import SaveError, atomic_folder, clean_leftovers
 from library.io.checkpoint import require_finite, require_present
@@ -113,8 +114,8 @@ def _write_bundle(path: Path, bundle: dict[str, Any], folder: Path) -> None:
 
 
 def _read_bundle(path: Path, *, mmap: bool = False) -> dict[str, Any]:
-    with torch.serialization.safe_globals(NUMPY_TYPES):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    with torch.serialization.safe_globals(NUMPY_TYPES), plain_path(path) as readable:
+        return torch.load(readable, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 def _alone(value: Any) -> Any:
@@ -159,7 +160,8 @@ def _weights(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        return load_file(str(path))
+        with plain_path(path) as readable:
+            return load_file(readable)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(_damaged(path, str(error))) from None
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from library.byte_paths import plain_path
 from library.io.atomic import SaveError
 
 # torch dtype -> name in the header, in the order in which safetensors writes them (widest alignment first)
@@ -92,7 +93,7 @@ def check_safetensors(path: Path, expected_digest: str) -> None:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(str(path), framework="pt") as file:
+        with plain_path(path) as readable, safe_open(readable, framework="pt") as file:
             file.keys()
     except SafetensorError as error:
         raise SaveError(f"{path.parent}: what was written does not read back: {error}") from error

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from library.options import Idle, at_least, option
-from library.values import shown
+from library.values import number, shown
 
 AUTO = "auto"
 GIB = 1 << 30
@@ -21,8 +21,8 @@ def _share_or_auto(value: Any) -> float | str:
     if str(value).strip().lower() == AUTO:
         return AUTO
     try:
-        share = float(value)
-    except (TypeError, ValueError):
+        share = number(value)
+    except ValueError:
         share = -1.0
     if not 0 <= share <= 1:
         raise ValueError(f"expects a number from 0 to 1, or {AUTO}, got {shown(str(value))}")

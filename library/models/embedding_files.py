@@ -8,17 +8,15 @@ the key), and a tensor alone. The word itself is the file's name in most program
 
 from __future__ import annotations
 
-import pickle
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
 from library.models.new_tokens import NewWord
+from library.models.torch_files import plain_tensors, read_pickle
 from library.models.weight_files import PICKLE_SUFFIXES, open_weights
 
 ALONE = "emb_params"  # name of the rows in the file of a model with one text encoder
@@ -75,30 +73,18 @@ def _table(path: Path, name: str, value: Tensor) -> Tensor:
 def _read(path: Path) -> dict[str, Tensor]:
     """The tensors that are vectors of words, by their names."""
     if path.is_file() and path.suffix in PICKLE_SUFFIXES:
-        return _vectors(path, _unpickled(path))
+        # the first textual inversion files hold their vectors in a ParameterDict
+        return _vectors(path, read_pickle(path, [nn.ParameterDict]))
     file = open_weights(path)
     return {name: file.tensor(name).clone() for name in file.shapes}
-
-
-def _unpickled(path: Path) -> Any:
-    """What a pickle holds, read without running any code of it."""
-    try:
-        # the first textual inversion files hold their vectors in a ParameterDict
-        with torch.serialization.safe_globals([nn.ParameterDict]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise UserError(f"{path} is refused: it is damaged, or holds more than tensors") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError):
-        raise UserError(f"{path} is damaged or no torch file; download or copy it again") from None
 
 
 def _vectors(path: Path, content: Any) -> dict[str, Tensor]:
     """The tensors of a file's content: a tensor, a table of tensors, or A1111's table with one below it."""
     if isinstance(content, Tensor):
-        return {ALONE: content}
+        return plain_tensors(path, {ALONE: content})
     table = content.get("string_to_param", content) if isinstance(content, dict) else {}
-    tensors = {name: value for name, value in dict(table.items()).items() if isinstance(value, Tensor)}
+    tensors = plain_tensors(path, dict(table.items()) if isinstance(table, (dict, nn.ParameterDict)) else {})
     if not tensors:
         raise UserError(f"{path} holds no vectors: it is no textual inversion file")
     return tensors

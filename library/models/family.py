@@ -170,7 +170,8 @@ class ModelFamily(ABC):
         count = len(next(iter(cond.values())))
         return [{name: tensor[i] for name, tensor in cond.items()} for i in range(count)]
 
-    def join_conds(self, conds: list[Cond]) -> Cond:
+    @classmethod
+    def join_conds(cls, conds: list[Cond]) -> Cond:
         """The inverse: a batch, tensors of different length padded with zeros at the end."""
         return {name: nn.utils.rnn.pad_sequence([cond[name] for cond in conds], batch_first=True) for name in conds[0]}
 
@@ -184,8 +185,9 @@ class ModelFamily(ABC):
         """Scaled latents B C h w -> pixels B 3 H W float32 in [-1, 1]."""
         return kl_vae.decode(vae, latents)
 
+    @classmethod
     @abstractmethod
-    def scale_legacy(self, latents: Tensor) -> Tensor:
+    def scale_legacy(cls, latents: Tensor) -> Tensor:
         """Raw VAE latents, as the cache files of sd-scripts hold them, as the model wants them."""
 
     # ---- training

@@ -196,7 +196,8 @@ class Flux(ModelFamily):
 
     # ---- pictures
 
-    def scale_legacy(self, latents: Tensor) -> Tensor:
+    @classmethod
+    def scale_legacy(cls, latents: Tensor) -> Tensor:
         return latents  # sd-scripts writes FLUX latents as (z - SHIFT) * SCALE already
 
     # ---- training

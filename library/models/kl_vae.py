@@ -60,20 +60,24 @@ def vae_part(
                 part = folder_part(file, {**default_config, **layout(file.shapes, DIFFUSERS_BLOCK)})
         else:
             part = published_part(file, default_config, advice=f"{option} needs one that has", option=option)
-    if needed is not None:
-        check_channels(part, path, needed, option)
-    return part
+    return part if needed is None else with_channels(part, path, needed, option)
 
 
-def check_channels(part: Part, path: Path, needed: Needed, option: str) -> None:
-    """Raises UserError for the VAE of another kind of model, by its latents."""
+def with_channels(part: Part, path: Path, needed: Needed, option: str = "") -> Part:
+    """The same part. Raises UserError for the VAE of another kind of model, by its latents."""
     with reading_sizes(part.file.path, part.prefix, option):
         channels = shape_of(below(part.file.shapes, part.prefix), "encoder.conv_out.weight", 4)[0] // 2
     if channels != needed.channels:
+        start = f"{option}: {path}" if option else f"{path}: its VAE"
         raise UserError(
-            f"{option}: {path} makes latents of {channels} channels, not {needed.channels}: the VAE of {needed.whose} "
-            "is needed"
+            f"{start} makes latents of {channels} channels, not {needed.channels}: the VAE of {needed.whose} is needed"
         )
+    return part
+
+
+def inner_part(file: WeightFile, default_config: Mapping[str, Any], needed: Needed) -> Part:
+    """The VAE inside a checkpoint. Raises UserError when there is none, or one of another kind of model."""
+    return with_channels(published_part(file, default_config), file.path, needed)
 
 
 def published_part(

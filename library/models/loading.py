@@ -250,11 +250,13 @@ def part_file(folder: Path) -> WeightFile:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises UserError when the file is missing or is none."""
     try:
-        content = parse_json(path.read_bytes())
-    except OSError:
+        content = parse_json(path.read_bytes(), finite=True)
+    except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except ValueError:
-        raise UserError(f"{path} is not readable as JSON") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not readable as JSON: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a JSON object")
     return content

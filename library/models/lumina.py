@@ -149,7 +149,8 @@ class Lumina(ModelFamily):
         lengths = mask.sum(1).tolist()
         return [{ENCODER: cond[ENCODER][i, :n], MASK: mask[i, :n]} for i, n in enumerate(lengths)]
 
-    def join_conds(self, conds: list[Cond]) -> Cond:
+    @classmethod
+    def join_conds(cls, conds: list[Cond]) -> Cond:
         joined = super().join_conds(conds)
         if len({len(cond[ENCODER]) for cond in conds}) == 1:
             del joined[MASK]  # attention without a mask is quicker, and on the device nobody can look
@@ -157,7 +158,8 @@ class Lumina(ModelFamily):
 
     # ---- pictures
 
-    def scale_legacy(self, latents: Tensor) -> Tensor:
+    @classmethod
+    def scale_legacy(cls, latents: Tensor) -> Tensor:
         return latents  # sd-scripts' autoencoder of FLUX.1 and Lumina scales on its own
 
     # ---- training

@@ -69,7 +69,9 @@ def misfit(family: str, module: str) -> str | None:
     None: it fits, or it is not ours, and then only the model itself can tell.
     """
     own = FAMILIES[family].networks
-    others = {entry.title: kind for entry in FAMILIES.values() for kind, name in entry.networks.items() if name == module}
+    others = {
+        entry.title: kind for entry in FAMILIES.values() for kind, name in entry.networks.items() if name == module
+    }
     if module in own.values() or not others:
         return None
     kind = next(iter(others.values()))

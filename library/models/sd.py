@@ -232,7 +232,8 @@ class StableDiffusion(ModelFamily):
         known = {name for part, module in pairs if part.file is source for name in names_read(part, module)}
         save_single(path, tensors, form, dtype=dtype, metadata=metadata, source=source, known=known)
 
-    def scale_legacy(self, latents: Tensor) -> Tensor:
+    @classmethod
+    def scale_legacy(cls, latents: Tensor) -> Tensor:
         return latents * 0.18215  # of every published VAE of SD 1.x and 2.x
 
     def vae_fingerprint(self) -> str:

@@ -238,7 +238,8 @@ class StableDiffusion3(ModelFamily):
 
     # ---- pictures
 
-    def scale_legacy(self, latents: Tensor) -> Tensor:
+    @classmethod
+    def scale_legacy(cls, latents: Tensor) -> Tensor:
         return (latents - 0.0609) * 1.5305  # of the published VAE; sd-scripts scales when it reads its cache
 
     # ---- training

@@ -222,5 +222,5 @@ def _vae(path: Path, file: WeightFile, options: SD3Options) -> Part:
     if (path / "vae").is_dir():
         return kl_vae.vae_part(path, config, needed=kl_vae.SD3)
     if has(file.shapes, f"{VAE_PREFIX}encoder.conv_in."):
-        return kl_vae.published_part(file, config)
+        return kl_vae.inner_part(file, config, kl_vae.SD3)
     raise UserError(f"{path} has no VAE inside: give one with --vae")

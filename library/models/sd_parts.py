@@ -119,7 +119,7 @@ def _open_file(path: Path, version: int, vae: Path | None) -> SDParts:
         unet=Part("U-Net", file, UNET_PREFIX, partial(build_unet, unet_config), unet_rules),
         vae=kl_vae.vae_part(vae, defaults["vae"], needed=kl_vae.SD)
         if vae
-        else kl_vae.published_part(file, defaults["vae"]),
+        else kl_vae.inner_part(file, defaults["vae"], kl_vae.SD),
         text_encoder=text_encoder,
         text_layers=text_config["num_hidden_layers"],
         text_vocabulary=text_config["vocab_size"],
@@ -213,16 +213,18 @@ def input_levels(shapes: Shapes) -> list[list[int]]:
     """The numbers of the input blocks with residual blocks, level by level. Raises SizeError where one is missing."""
     levels: list[list[int]] = [[]]
     # blocks are unlike each other, so any tensor of one counts; the first of them is a convolution
-    numbered = {name: int(found[1]) for name in shapes if (found := re.match(r"input_blocks\.(\d{1,6})\.", name))}
-    for index in range(1, max(numbered.values(), default=0) + 1):
-        start = f"input_blocks.{index}."
-        if has(shapes, f"{start}0.op."):
+    kinds: dict[int, str] = {}
+    for found in filter(None, map(re.compile(r"input_blocks\.(\d{1,6})\.(0\.op\.|0\.)").match, shapes)):
+        kinds[int(found[1])] = found[2]
+    for index in range(1, max(kinds, default=0) + 1):
+        if index not in kinds:
+            start = f"input_blocks.{min(number for number in kinds if number > index)}."
+            later = next(name for name in shapes if name.startswith(start))
+            raise SizeError("is incomplete: it has", later, f", and lacks input_blocks.{index}.0.*")
+        if kinds[index] == "0.op.":
             levels.append([])
-        elif has(shapes, f"{start}0."):
-            levels[-1].append(index)
         else:
-            later = next(name for name, number in numbered.items() if number >= index)
-            raise SizeError("is incomplete: it has", later, f", and lacks {start}0.*")
+            levels[-1].append(index)
     return [own for own in levels if own]
 
 

@@ -187,7 +187,8 @@ class StableDiffusionXL(ModelFamily):
             log.warning(f"a preview is not right, the VAE overflows in fp16: {ADVICE}")
         return pixels.nan_to_num()
 
-    def scale_legacy(self, latents: Tensor) -> Tensor:
+    @classmethod
+    def scale_legacy(cls, latents: Tensor) -> Tensor:
         return latents * 0.13025  # of every published VAE of SDXL
 
     # ---- training

@@ -10,6 +10,7 @@ from library.models.finetune_options import FineTuneOptions
 from library.models.options import ModelOptions, token_length
 from library.names.sd import SDXL_BLOCKS
 from library.options import Idle, at_least, option, refused
+from library.values import number, shown
 
 
 def block_rates(value: object) -> tuple[float, ...]:
@@ -18,11 +19,11 @@ def block_rates(value: object) -> tuple[float, ...]:
     if len(items) != SDXL_BLOCKS:
         raise ValueError(f"needs {SDXL_BLOCKS} values with commas, got {len(items)}")
     try:
-        rates = tuple(float(item) for item in items)
-    except (TypeError, ValueError):
-        raise ValueError(f"expects numbers with commas, got '{value}'") from None
+        rates = tuple(number(item) for item in items)
+    except ValueError:
+        raise ValueError(f"expects numbers with commas, got {shown(str(value))}") from None
     if not all(rate >= 0 for rate in rates):
-        raise ValueError(f"expects rates of at least 0, got '{value}'")
+        raise ValueError(f"expects rates of at least 0, got {shown(str(value))}")
     return rates
 
 

@@ -150,9 +150,9 @@ def _open_file(path: Path, vae: Path | None) -> SDXLParts:
         config,
         kl_vae.vae_part(vae, defaults["vae"], needed=kl_vae.SDXL)
         if vae
-        else kl_vae.published_part(file, defaults["vae"]),
+        else kl_vae.inner_part(file, defaults["vae"], kl_vae.SDXL),
         {
-            CLIP_L: clip_encoder(path, option=OPTION, projection=False, prefixes=(CLIP_L_FILE_PREFIX,), config=CLIP_L),
+            CLIP_L: clip_encoder(file, option=OPTION, projection=False, prefixes=(CLIP_L_FILE_PREFIX,), config=CLIP_L),
             CLIP_G: clip_g.encoder,
         },
         defaults["scheduler"],

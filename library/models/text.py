@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from library.byte_paths import plain_path
 from library.errors import UserError
 from library.io.atomic import atomic_write
 from library.types import Tokens
@@ -235,7 +236,8 @@ def load_tokenizer(folder: Path, kind: TokenizerKind) -> Any:
     import transformers
 
     try:
-        return getattr(transformers, kind.reader).from_pretrained(str(folder), local_files_only=True)
+        with plain_path(folder) as path:
+            return getattr(transformers, kind.reader).from_pretrained(path, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exceptions on damaged files
         problem = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{folder} is not readable as {kind.name} tokenizer: {problem}") from None

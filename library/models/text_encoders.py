@@ -74,12 +74,12 @@ class EncoderPart:
 
 
 def clip_encoder(
-    path: Path, *, option: str, projection: bool, prefixes: Sequence[str] = ("",), config: str = "clip_l"
+    path: Path | WeightFile, *, option: str, projection: bool, prefixes: Sequence[str] = ("",), config: str = "clip_l"
 ) -> EncoderPart:
     """A CLIPTextModel, or with `projection` a CLIPTextModelWithProjection (`text_embeds`).
 
-    path: file or folder. option: for messages. prefixes: of the names in a file, the first that is there counts.
-    config: of configs/models, for what a file does not say: "clip_l" (quick GELU) or "clip_g" (GELU).
+    path: file, opened or not, or folder. option: for messages. prefixes: of the names in a file, the first that is
+    there counts. config: of configs/models, for what a file does not say: "clip_l" (quick GELU) or "clip_g" (GELU).
     A file of CLIP-L without a projection has none of its own: its pooled states are used as they are.
     """
     file, folder_config = _open(path)
@@ -90,7 +90,7 @@ def clip_encoder(
     shapes = below(file.shapes, prefix)
     with reading_sizes(file.path, prefix, option):
         sizes = clip_layout(shapes, level)
-    _check_clip_width(path, option, config, sizes["hidden_size"])
+    _check_clip_width(file.path if isinstance(path, WeightFile) else path, option, config, sizes["hidden_size"])
     full = {
         **shipped_config(config),
         **sizes,
@@ -126,7 +126,7 @@ def clip_layout(shapes: Shapes, level: str = "") -> dict[str, Any]:
         "num_hidden_layers": depth(shapes, f"{level}encoder.layers.{{}}."),
         "num_attention_heads": max(1, width // CLIP_HEAD),
         "max_position_embeddings": shape_of(shapes, f"{level}embeddings.position_embedding.weight", 2)[0],
-        "projection_dim": shape_of(shapes, PROJECTION, 2)[0] if PROJECTION in shapes else width,
+        "projection_dim": [*shapes.get(PROJECTION, ()), width][0],
         "bos_token_id": vocabulary - 2,  # start and end token are the last ones of every published vocabulary
         "eos_token_id": vocabulary - 1,
         "pad_token_id": vocabulary - 1,
@@ -291,8 +291,10 @@ def _build_gemma2(config: Mapping[str, Any]) -> nn.Module:
 # ---- files and folders ----------------------------------------------------------------------------------------------
 
 
-def _open(path: Path) -> tuple[WeightFile, dict[str, Any]]:
+def _open(path: Path | WeightFile) -> tuple[WeightFile, dict[str, Any]]:
     """The weights, and of a folder its config.json."""
+    if isinstance(path, WeightFile):
+        return path, {}
     if path.is_dir():
         return part_file(path), read_json(path / "config.json")
     return open_weights(path), {}

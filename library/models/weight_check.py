@@ -10,7 +10,8 @@ of every part is of other programs: it is carried over into saved checkpoints, a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import reprlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -108,18 +109,18 @@ def part_problems(part: Part) -> Iterator[str]:
         more = f"; also {first_names(wrong[1:])}" if len(wrong) > 1 else ""
         yield f"{path}: {len(wrong)} weights of the {part.what} have another shape ({first}{more}): {INCOMPLETE}"
     yield from _number_problems(part, [name for name in expected if name in shapes])
-    extra = [name for name in left_over(part) if name not in expected]
+    extra = [*_left_over(part, expected)]
     if extra:
         yield f"{path}: {len(extra)} tensors have no place in the {part.what} ({first_names(extra)}): {INCOMPLETE}"
     yield from _lost_layers(part)
 
 
-def left_over(part: Part) -> Iterator[str]:
-    """Names that are the part's by their prefix, without those that published files have besides its weights."""
+def _left_over(part: Part, weights: Collection[str]) -> Iterator[str]:
+    """Names that are the part's by their prefix, without its weights and what published files have besides them."""
     known = re.compile("|".join((*ANYWHERE, *EXTRAS.get(part.what, ()))))
     for name in part.file.shapes:
         own = name[len(part.prefix) :]
-        if not name.startswith(part.prefix) or (not part.prefix and name.startswith(PLACES)):
+        if name in weights or not name.startswith(part.prefix) or (not part.prefix and name.startswith(PLACES)):
             continue
         if not known.fullmatch(own) and not (part.spare and own.startswith(part.spare)):
             yield name
@@ -144,7 +145,7 @@ def _senseless(part: Part) -> Iterator[str]:
     for key, value in _config(part).items():
         most = len(part.file.shapes) if key.endswith("layers") else LARGEST
         if isinstance(value, int) and value > most:
-            yield f"{part.file.path}: the {part.what} is configured with {key} = {value:.6g}: at most {most} fits"
+            yield f"{part.file.path}: its {part.what} is said to have {key} = {reprlib.repr(value)}, more than {most}"
 
 
 def _width(config: Mapping[str, Any]) -> int:
@@ -164,10 +165,10 @@ def _lost_layers(part: Part) -> Iterator[str]:
 def _unusual_depth(part: Part) -> Iterator[str]:
     config = _config(part)
     usual = DENOISER_LAYERS.get(part.what, {}).get(_width(config), {})
-    other = [f"{config.get(key)} blocks, the published one {count}" for key, count in usual.items()]
-    if any(config.get(key) != count for key, count in usual.items()):
+    other = [f"{key} {config.get(key)}, not {count}" for key, count in usual.items() if config.get(key) != count]
+    if other:
         told = " and ".join(other)
-        yield f"{part.file.path}: this {part.what} has {told}: if it was not made so, the file is incomplete"
+        yield f"{part.file.path}: its {part.what} is not as deep as the published one ({told}): was it made so?"
 
 
 def _outside(parts: Sequence[Part]) -> Iterator[str]:

@@ -9,9 +9,7 @@ Format of safetensors: https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
-import pickle
 import re
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,25 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from library.byte_paths import plain_path
 from library.errors import UserError, first_names
+from library.models.safetensors_header import Entry, read_header
+from library.models.torch_files import named_tensors, read_pickle
 from library.text_files import parse_json
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 READ_NUMBERS = 1 << 20  # numbers that are read at a time when they are cast
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
@@ -88,15 +74,9 @@ class SafetensorsFile(WeightFile):
 
     def __init__(self, path: Path):
         self.path = path
-        header, self._start = _read_header(path)
-        self.metadata: dict[str, str] = header.pop("__metadata__", {})
-        self._entries = {name: _Entry.read(path, name, value) for name, value in header.items()}
+        self.metadata, self._entries, self._start = read_header(path)
         self.shapes = {name: entry.shape for name, entry in self._entries.items()}
         self.is_float8 = any(entry.dtype in FLOAT8 for entry in self._entries.values())
-        needed = self._start + max((entry.end for entry in self._entries.values()), default=0)
-        size = path.stat().st_size
-        if size < needed:
-            raise UserError(f"{path} is cut short: {size} of {needed} bytes are there; download or copy it again")
         self._mapped: Any = None  # torch.UntypedStorage
 
     def tensor(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
@@ -117,15 +97,16 @@ class SafetensorsFile(WeightFile):
     def release(self) -> None:
         self._mapped = None
 
-    def _map(self, entry: _Entry) -> Tensor:
+    def _map(self, entry: Entry) -> Tensor:
         if self._mapped is None:
             # a private mapping: training in place changes our pages, never the file
-            self._mapped = torch.UntypedStorage.from_file(str(self.path), False, self.path.stat().st_size)
+            with plain_path(self.path) as path:
+                self._mapped = torch.UntypedStorage.from_file(path, False, self.path.stat().st_size)
         # a storage of its own for each tensor: saving one must not drag the whole file along
         flat = torch.asarray(self._mapped[self._start + entry.begin : self._start + entry.end], dtype=torch.uint8)
         return flat.view(entry.dtype).reshape(entry.shape)
 
-    def _read(self, entry: _Entry, dtype: torch.dtype) -> Tensor:
+    def _read(self, entry: Entry, dtype: torch.dtype) -> Tensor:
         """Read and cast through a small buffer, so that nothing but the result takes memory."""
         result = torch.empty(entry.shape, dtype=dtype)
         flat, buffer = result.view(-1), torch.empty(READ_NUMBERS, dtype=entry.dtype)
@@ -136,58 +117,6 @@ class SafetensorsFile(WeightFile):
                 file.readinto(source.view(torch.uint8).numpy().data)
                 part.copy_(source)
         return result
-
-
-class _Entry:
-    """Where one tensor lies, in bytes from the end of the header."""
-
-    def __init__(self, dtype: torch.dtype, shape: tuple[int, ...], begin: int, end: int):
-        self.dtype, self.shape, self.begin, self.end = dtype, shape, begin, end
-
-    @classmethod
-    def read(cls, path: Path, name: str, value: Any) -> _Entry:
-        try:
-            dtype, shape = DTYPES[value["dtype"]], tuple(int(n) for n in value["shape"])
-            begin, end = (int(n) for n in value["data_offsets"])
-        except (KeyError, TypeError, ValueError):
-            raise UserError(f"{path} is damaged: its header says {value!r} of {name}") from None
-        count = dtype.itemsize
-        for n in shape:
-            count *= n
-        if begin < 0 or end - begin != count:
-            raise UserError(f"{path} is damaged: {name} has {end - begin} bytes, its shape needs {count}")
-        return cls(dtype, shape, begin, end)
-
-
-def _read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The JSON header, and where the data start."""
-    with path.open("rb") as file:
-        head = file.read(64)
-        length = int.from_bytes(head[:8], "little")
-        if len(head) < 10 or head[8:9] != b"{" or length > MAX_HEADER_BYTES:
-            raise UserError(f"{path} is not a safetensors file: {_looks_like(head)}")
-        file.seek(8)
-        raw = file.read(length)
-    if len(raw) < length:
-        raise UserError(f"{path} is cut short inside its header; download or copy it again")
-    try:
-        header = parse_json(raw)
-    except ValueError:
-        raise UserError(f"{path} is damaged: its header is not readable; download or copy it again") from None
-    return header, 8 + length
-
-
-def _looks_like(head: bytes) -> str:
-    """What a file that is no safetensors file seems to be, from its first bytes."""
-    kinds = {
-        b"version https://git-lfs": "it is a git-lfs pointer; fetch the file itself (git lfs pull)",
-        b"<": "it looks like a web page; download the file itself",
-        b"PK\x03\x04": "it is a torch checkpoint; rename it to .ckpt",
-        b"\x80": "it is a pickle; rename it to .ckpt",
-    }
-    if not head:
-        return "it is empty; download or copy it again"
-    return next((text for start, text in kinds.items() if head.startswith(start)), "it does not begin like one")
 
 
 class TensorsFile(WeightFile):
@@ -251,10 +180,18 @@ class SplitFile(WeightFile):
     def of_index(cls, path: Path) -> SplitFile:
         """By an index file (`{"weight_map": {name: file}}`)."""
         try:
-            places: dict[str, str] = parse_json(path.read_bytes())["weight_map"]
-        except (ValueError, KeyError, TypeError):
+            places = parse_json(path.read_bytes())["weight_map"]
+            names = sorted(set(places.values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{path} is not readable as an index of weight files") from None
-        return cls(path, {name: _open_file(path.parent / name) for name in sorted(set(places.values()))}, places)
+        if not names or not all(isinstance(name, str) for name in names):
+            raise UserError(f"{path} is not readable as an index of weight files: its weight_map names none")
+        outside = [name for name in names if not name.isprintable() or Path(name).name != name or "\\" in name]
+        if outside:
+            raise UserError(f"{path} names {outside[0][:200]!r}: the files of an index lie beside it")
+        files = {name: _open_file(path.parent / name) for name in names}
+        # what the index leaves out is in the model all the same
+        return cls(path, files, {**_places(path, files), **places})
 
     @classmethod
     def of_parts(cls, path: Path, names: Sequence[str]) -> SplitFile:
@@ -263,7 +200,7 @@ class SplitFile(WeightFile):
         if missing:
             raise UserError(f"{path} is one of {len(names)} parts, and {first_names(missing)} is not beside it")
         files = {name: _open_file(path.parent / name) for name in names}
-        return cls(path, files, {name: part for part, file in files.items() for name in file.shapes})
+        return cls(path, files, _places(path, files))
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -278,6 +215,17 @@ class SplitFile(WeightFile):
 
     def dtype(self, name: str) -> torch.dtype:
         return self._files[self._places[name]].dtype(name)
+
+
+def _places(path: Path, files: Mapping[str, WeightFile]) -> dict[str, str]:
+    """The file of each name. Raises UserError for a name that two files have."""
+    places: dict[str, str] = {}
+    for part, file in files.items():
+        for name in file.shapes:
+            if name in places:
+                raise UserError(f"{path}: {name} is in both {places[name]} and {part}: they are not of one model")
+            places[name] = part
+    return places
 
 
 # ---- scaled 8-bit weights -------------------------------------------------------------------------------------------
@@ -371,10 +319,13 @@ def _unscaled(file: WeightFile) -> WeightFile:
 def _open_file(path: Path) -> WeightFile:
     if not path.is_file():
         raise UserError(f"{path} does not exist")
-    if path.suffix == ".safetensors":
-        return SafetensorsFile(path)
-    if path.suffix in PICKLE_SUFFIXES:
-        return _open_torch(path)
+    try:
+        if path.suffix == ".safetensors":
+            return SafetensorsFile(path)
+        if path.suffix in PICKLE_SUFFIXES:
+            return _open_torch(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     raise UserError(f"{path}: weights are read from {', '.join(WEIGHT_SUFFIXES)} files")
 
 
@@ -382,54 +333,11 @@ def _wanted_dtype(stored: torch.dtype, asked: torch.dtype | None) -> torch.dtype
     return asked if asked is not None and stored.is_floating_point else stored
 
 
-# ---- torch checkpoints ----------------------------------------------------------------------------------------------
-
-
-class _Ignored:
-    """Stands for a class that a checkpoint only names (Lightning's callbacks are listed by class)."""
-
-
-INERT_NAMES = (
-    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
-    "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
-)
-
-
 def _open_torch(path: Path) -> TensorsFile:
     """A .ckpt / .pt file, read without running any code of it. Its tensors may lie below `state_dict`."""
-    inert: list[Any] = [(_Ignored, name) for name in INERT_NAMES]
-    try:
-        with torch.serialization.safe_globals(inert), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the pickle's protocol
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{path} is refused: {_refusal(str(error))}; use the .safetensors file of this model") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError):
-        raise UserError(f"{path} is damaged or no torch checkpoint; download or copy it again") from None
-    tensors = _find_tensors(content)
+    content = read_pickle(path)
+    tensors = named_tensors(path, content)
     if not tensors:
         raise UserError(f"{path} holds no named weights, so it is no model")
     counts = {name: content[name] for name in COUNTS if isinstance(content.get(name), int)}
     return TensorsFile(path, tensors, counts)
-
-
-def _is_zip(path: Path) -> bool:
-    """True for the layout that torch writes since 1.6; only that one can be mapped."""
-    with path.open("rb") as file:
-        return file.read(4) == b"PK\x03\x04"
-
-
-def _refusal(message: str) -> str:
-    """What torch did not want to load, from the middle of its long message."""
-    named = re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", message)
-    if named:
-        return f"it wants to run code ({named.group(1)}), which a model file has no need of"
-    return "it is damaged, or holds more than tensors"
-
-
-def _find_tensors(content: Any) -> dict[str, Tensor]:
-    while isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    if not isinstance(content, dict):
-        return {}
-    return {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}

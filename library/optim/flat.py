@@ -5,8 +5,8 @@ The parameters stay ordinary tensors: views of the buffer, whose gradients are v
 optimizers whose update is elementwise (`BuiltOptimizer.elementwise`). Build it when the parameters are on their device
 and in their dtype: a later `module.to(...)` would cut the views.
 
-A parameter that received no gradient counts as one with gradient 0: momentum and weight decay still act on it, and
-`p.grad` is never None. Nobody else may give a parameter another gradient tensor, or other memory: the buffers would not
+A parameter that receives no gradient in a step counts as one with gradient 0, and `p.grad` is never None. One that never
+received any stays as it is, as torch leaves it (`silent_kept`). Nobody else may give a parameter another gradient tensor, or other memory: the buffers would not
 see it, and a step would change nothing. `require_joined` finds that.
 
 Several processes exchange whole buffers (`average_gradients`), so the model needs no DistributedDataParallel around it.
@@ -14,7 +14,8 @@ Several processes exchange whole buffers (`average_gradients`), so the model nee
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +93,28 @@ class FlatParameters:
         self.param_groups: list[dict[str, Any]] = [
             {**group, "params": [flat.buffer]} for group, flat in zip(param_groups, self.groups, strict=True)
         ]
+        self._silent = [p for flat in self.groups for p in flat.params]  # no process has had a gradient of them yet
+        self._heard: set[int] = set()
+        self._hooks = {id(p): p.register_post_accumulate_grad_hook(self._hear) for p in self._silent}
+
+    def _hear(self, parameter: Tensor) -> None:
+        self._heard.add(id(parameter))
+        self._hooks.pop(id(parameter)).remove()
+
+    @contextmanager
+    def silent_kept(self, *, processes: int) -> Iterator[None]:
+        """Around a step: weight decay does not act on what never received a gradient, in any of the processes."""
+        if self._silent:
+            heard = [id(p) in self._heard for p in self._silent]
+            if processes > 1:
+                told = torch.tensor(heard, dtype=torch.int32, device=self._silent[0].device)
+                distributed.all_reduce(told, op=distributed.ReduceOp.MAX)
+                heard = [value > 0 for value in told.tolist()]
+            self._silent = [p for p, known in zip(self._silent, heard, strict=True) if not known]
+        kept = [p.detach().clone() for p in self._silent]
+        yield
+        for p, value in zip(self._silent, kept, strict=True):
+            p.detach().copy_(value)
 
     def zero_grad(self) -> None:
         """Set all gradients to 0. Use it instead of the optimizer's or the module's, which would drop the views."""

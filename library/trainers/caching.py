@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -98,14 +99,15 @@ class Caches:
             with torch.no_grad():
                 return self.family.encode_image(vae, on_device(pixels, device), seeds)
 
-        self.latents.fill(
-            self.data.encoding_jobs(),
-            lambda pixels, seeds: encoded(encode, pixels, seeds),
-            batch_size=self.options.vae_batch_size,
-            workers=max(1, (os.cpu_count() or 1) // 2),
-            rank=share.rank,
-            world=share.world,
-        )
+        with self._saying_what_stays(self.options.cache_latents_to_disk):
+            self.latents.fill(
+                self.data.encoding_jobs(),
+                lambda pixels, seeds: encoded(encode, pixels, seeds),
+                batch_size=self.options.vae_batch_size,
+                workers=max(1, (os.cpu_count() or 1) // 2),
+                rank=share.rank,
+                world=share.world,
+            )
 
     @torch.no_grad()
     def fill_texts(self, name: str, encoder: nn.Module, share: Share) -> None:
@@ -116,10 +118,20 @@ class Caches:
             self.check()
             return self.family.split_cond(self.family.encode_part(name, encoder, self.family.tokenize(captions)))
 
-        self.texts.parts[name].fill(
-            self.captions,
-            encode,
-            batch_size=self.options.text_encoder_batch_size or 16,
-            rank=share.rank,
-            world=share.world,
-        )
+        with self._saying_what_stays(self.options.cache_text_encoder_outputs_to_disk):
+            self.texts.parts[name].fill(
+                self.captions,
+                encode,
+                batch_size=self.options.text_encoder_batch_size or 16,
+                rank=share.rank,
+                world=share.world,
+            )
+
+    @contextmanager
+    def _saying_what_stays(self, on_disk: bool) -> Iterator[None]:
+        """What Ctrl-C leaves: an entry of the cache is whole or not there."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            stays = "what was encoded stays in the cache, and the next run goes on from there"
+            raise KeyboardInterrupt(stays if on_disk else "nothing was written") from None

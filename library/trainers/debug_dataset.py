@@ -37,7 +37,10 @@ def write_dataset_sheets(data: TrainingData, folder: Path) -> list[Path]:
         written.append(path)
         lines += [f"{name}\t{caption}" for batch in batches for name, caption in zip(batch.names, batch.captions)]
     text = "\n".join(lines) + "\n"
-    atomic_write(folder / "debug_dataset.txt", lambda temp: temp.write_text(text, encoding="utf-8"))
+    atomic_write(
+        folder / "debug_dataset.txt",
+        lambda temp: temp.write_text(text, encoding="utf-8", errors="backslashreplace"),
+    )
     log.info(f"--debug_dataset: wrote {len(written)} sheets and debug_dataset.txt to {folder}; nothing was trained")
     return written
 

@@ -6,10 +6,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from library.data.captions import possible_texts
 from library.data.dataset import TrainingData
 from library.data.parts import DatasetStats
 from library.data.records import DatasetConfig, Sample
@@ -83,28 +82,22 @@ def subset_facts(config: DatasetConfig, samples: Sequence[Sample]) -> tuple[Subs
     )
 
 
-def tag_frequency(trained: Sequence[Sample]) -> dict[str, dict[str, int]]:
-    """Folder -> tag -> how often it is trained: once for each picture of which some text has it, whatever is drawn."""
+def tag_frequency(trained: Sequence[Sample], texts: Callable[[Sample], Sequence[str]]) -> dict[str, dict[str, int]]:
+    """Folder -> tag -> how often it is trained: once for each picture of which some text has it, whatever is drawn.
+
+    texts: picture -> what its caption may be.
+    """
     found: dict[str, Counter[str]] = {}
-    known: dict[tuple[str, int], Counter[str]] = {}  # many pictures may share a caption
     for sample in trained:
-        key = (sample.caption, id(sample.subset))
-        if key not in known:
-            known[key] = _tags(sample)
-        found.setdefault(sample.subset.name, Counter()).update(known[key])
+        separator, tags = sample.subset.captions.caption_separator, Counter[str]()
+        for text in texts(sample):
+            tags |= Counter(tag for part in text.split(separator) if (tag := part.strip().lower()))
+        found.setdefault(sample.subset.name, Counter()).update(tags)
     return {folder: dict(counts) for folder, counts in found.items()}
 
 
-def _tags(sample: Sample) -> Counter[str]:
-    rules = sample.subset.captions
-    tags: Counter[str] = Counter()
-    for text in possible_texts(sample.caption, rules):
-        tags |= Counter(tag for part in text.split(rules.caption_separator) if (tag := part.strip().lower()))
-    return tags
-
-
 def dataset_facts(
-    config: DatasetConfig, samples: Sequence[Sample], trained: Sequence[Sample], stats: DatasetStats
+    config: DatasetConfig, samples: Sequence[Sample], stats: DatasetStats, tags: Mapping[str, Mapping[str, int]]
 ) -> DatasetFacts:
     """One dataset."""
     rules = config.buckets
@@ -119,7 +112,7 @@ def dataset_facts(
         max_bucket_reso=rules.max_bucket_reso if rules.enable_bucket else None,
         bucket_no_upscale=rules.bucket_no_upscale,
         subsets=subset_facts(config, samples),
-        tag_frequency=tag_frequency(trained),
+        tag_frequency=tags,
         buckets=stats.buckets,
     )
 
@@ -138,8 +131,9 @@ class RunRecord:
     ) -> None:
         self.options, self.plan, self.model = options, plan, model
         self.started_at, self.session_id = time.time(), time.time_ns() % (1 << 32)
-        stats, trained = data.stats(), [[sample for sample, _ in pairs] for pairs in data.trained()]
-        self.datasets = tuple(dataset_facts(c, s, t, n) for (c, s), t, n in zip(datasets, trained, stats))
+        stats = data.stats()
+        tags = [tag_frequency([sample for sample, _ in pairs], data.trained_texts) for pairs in data.trained()]
+        self.datasets = tuple(dataset_facts(c, s, n, t) for (c, s), n, t in zip(datasets, stats, tags))
         self.validation_images = sum(n.validation_images for n in stats)
         self.hashes = FileHashes(names)
 

@@ -16,12 +16,13 @@ from library.errors import UserError
 from library.io.checkpoint import in_precision, save_tensors
 from library.log import get_logger
 from library.memory.quantise import Storage, quantise
-from library.models.registry import misfit
+from library.models.registry import FAMILIES, misfit
 from library.trainers.options import NetworkTrainerOptions
 from library.trainers.readers import say_who_takes
 from library.trainers.trainables import Trainables
 from library.trainers.trainer import Trainer
 from networks.base import AdapterNetwork
+from networks.format_keys import parse
 from networks.format_tables import of_family
 from networks.formats import convert, dora_norms, header, read_adapter
 from networks.network import encoder_rate
@@ -29,6 +30,7 @@ from networks.plugin import load_network_module
 from networks.plugin_network import foreign_error
 
 log = get_logger()
+FEW_RANKS = 1024  # never refused
 
 
 class NetworkTrainer(Trainer):
@@ -56,7 +58,28 @@ class NetworkTrainer(Trainer):
         problem = misfit(self.family.name, self.network_module)
         if problem is not None:
             raise UserError(problem)
-        load_network_module(self.network_module).check_arguments(self.network_args)
+        problems = self.rank_problems()
+        try:
+            load_network_module(self.network_module).check_arguments(self.network_args)
+        except UserError as error:
+            problems += error.problems
+        if problems:
+            raise UserError(problems)
+
+    def rank_problems(self) -> list[str]:
+        """A rank that no layer of the denoiser has room for. In third-party modules and LoKr it asks for full ones."""
+        dim, kinds = self.options.network.network_dim, FAMILIES[self.family.name].networks
+        if dim is None or self.network_module not in kinds.values() or self.network_module == kinds["lokr"]:
+            return []
+        try:
+            part = self.family.part("denoiser")
+        except UserError:  # `family.check` says it
+            return []
+        shapes = [shape for name, shape in part.file.shapes.items() if name.startswith(part.prefix) and len(shape) > 1]
+        widest = max([side for shape in shapes for side in shape], default=0)
+        if dim <= max(widest, FEW_RANKS):
+            return []
+        return [f"--network_dim {dim}: no layer of the denoiser is wider than {widest}, and a higher rank adds nothing"]
 
     def check_control(self) -> None:
         """A network that looks at control images changes no weights, and its keys have one form."""
@@ -94,8 +117,12 @@ class NetworkTrainer(Trainer):
 
     def read_adapter(self, flag: str, file: str) -> dict[str, Tensor]:
         """An adapter file for this run's model, with kohya keys. Raises UserError naming option and file."""
+        own = self.network_module.startswith("networks.") and not self.conditioned
         try:
-            return read_adapter(file, of_family(self.family.name))
+            tensors = read_adapter(file, of_family(self.family.name))
+            if own and not any(parse(key) for key in tensors):
+                raise UserError(f"holds no adapter: none of its {len(tensors)} keys is one of an adapter's")
+            return tensors
         except UserError as error:
             lines = (problem.removeprefix(f"{file}: ") for problem in error.problems)
             raise UserError(f"{flag} {file}: {line}" for line in lines) from None
@@ -162,10 +189,9 @@ class NetworkTrainer(Trainer):
         self.check_moved_weights()
         if self.network.is_sparse() and self.options.distributed.ddp_static_graph:
             raise UserError("--ddp_static_graph: DyLoRA uses other weights in each step: leave the option out")
-        if options.lora_format != "kohya":
-            self.formatted(
-                self.network.state(None), options.lora_format
-            )  # what has no name there is refused now, not at the first save
+        if options.lora_format != "kohya" or self.network.layers_reached():
+            # what has no name there is refused now, not at the first save
+            self.formatted(self.network.state(None), options.lora_format)
         if self.choice.activation_budget < 1:
             self.network.enable_gradient_checkpointing()
         groups = self.network.param_groups(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -217,6 +218,10 @@ class NetworkOptions:
         for item in self.network_args:
             if "=" not in item:
                 yield f"--network_args: '{item}' is not key=value"
+        keys = Counter(item.partition("=")[0] for item in self.network_args)
+        for key in [key for key, times in keys.items() if times > 1]:
+            values = " and ".join(item for item in self.network_args if item.partition("=")[0] == key)
+            yield f"--network_args: {key} is given twice: {values}"
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from library.data.lint import (
 )
 from library.data.lint import check as lint
 from library.data.masks import check_masks
+from library.data.options import CacheOptions
 from library.data.plan import EpochPlan
 from library.data.records import DatasetConfig, Sample
 from library.data.scan import Scan, scan
@@ -230,7 +231,14 @@ def _digest(value: Any) -> str:
 
 
 def preview_prompts(options: SampleOptions) -> tuple[Prompt, ...]:
-    """The prompts of the previews; none when no previews are made."""
+    """The prompts of the previews; none when no previews are made.
+
+    Graphical programs write an empty file where no prompt was given.
+    """
+    file = Path(options.sample_prompts or "")
+    if options.wanted and file.is_file() and file.stat().st_size == 0:
+        log.warning(f"--sample_prompts: {file} is empty: no previews are made")
+        return ()
     return load_prompts(options.sample_prompts) if options.wanted and options.sample_prompts else ()
 
 
@@ -341,6 +349,8 @@ def idle_options(options: TrainerOptions, found: Scan, data: TrainingData) -> It
     if given and not any(stats.validation_images for stats in data.stats()):
         yield f"{', '.join(given)}: no effect, no picture is held out (see --validation_split)"
     yield from idle_bucket_options([dataset.config for dataset in found.datasets])
+    if options.cache.caption_variants != CacheOptions().caption_variants and not options.cache.texts:
+        yield "--caption_variants: no effect without --cache_text_encoder_outputs"
     if options.sample.every_n_steps and options.sample.every_n_epochs:
         yield "--sample_every_n_steps: no effect, --sample_every_n_epochs wins"
     if options.sample.sample_prompts and not options.sample.wanted:

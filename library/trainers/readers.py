@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
@@ -40,9 +41,13 @@ def read_back(
     path: Path, network: AdapterNetwork, model: str, form: str,
     rewritten: Callable[[str, Collection[str]], Mapping[str, Tensor]],
 ) -> Report:  # fmt: skip
-    """The report, made in main memory; no random number is drawn from a generator of the run."""
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
-        return report(Check(network.trained(), model), read_tensors(path), form, rewritten)
+    """The report, made in main memory. The run's generators are as before: third-party layers may draw."""
+    state = random.getstate()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
+            return report(Check(network.trained(), model), read_tensors(path), form, rewritten)
+    finally:
+        random.setstate(state)
 
 
 def _line(error: Exception) -> str:

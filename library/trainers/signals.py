@@ -1,16 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several processes stop after the same step."""
+"""Several processes stop after the same step, also where one of them is gone."""
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 from library.device import HostCopy
-from library.errors import EXIT_AT_ONCE, EXIT_STOPPED
+from library.errors import EXIT_AT_ONCE, EXIT_STOPPED, ProcessDied
 
-__all__ = ["EXIT_AT_ONCE", "EXIT_STOPPED", "StopVote"]
+__all__ = ["EXIT_AT_ONCE", "EXIT_STOPPED", "OtherProcessDied", "StopVote", "exchanging"]
+
+# what gloo and NCCL say where the process at the other end is gone
+GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+
+
+class OtherProcessDied(ProcessDied):
+    """Another process of the training is gone: nothing can be exchanged any more, the weights are those before."""
+
+
+@contextmanager
+def exchanging(processes: int) -> Iterator[None]:
+    """Around what several processes do together. Raises OtherProcessDied where one of them is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if processes == 1 or not any(text in str(error) for text in GONE):
+            raise
+        raise OtherProcessDied("another process of this training was killed, or ended with an error") from None
 
 
 class StopVote:

@@ -7,9 +7,11 @@ import importlib.util
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
+from library.byte_paths import plain_path
 from library.errors import UserError, unknown, unknown_names
 from library.log import get_logger
 from library.text_files import read_toml
@@ -45,7 +47,10 @@ class TensorBoardTracker:
 
         self.where = f"--logging_dir: {folder}"
         threading.excepthook = _without_tensorboard(threading.excepthook)
-        self.writer = SummaryWriter(**{"log_dir": str(folder), **settings})
+        self._links = ExitStack()
+        folder.mkdir(parents=True, exist_ok=True)
+        path = self._links.enter_context(plain_path(folder))
+        self.writer = SummaryWriter(**{"log_dir": path, **settings})
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
@@ -61,6 +66,7 @@ class TensorBoardTracker:
 
     def close(self) -> None:
         self.writer.close()
+        self._links.close()
 
 
 class WandbTracker:

@@ -61,7 +61,7 @@ from library.trainers.previews import Previews
 from library.trainers.saving import Saver
 from library.trainers.settings import compute_dtype, distributed_settings, loading_processes, trained_dtype
 from library.trainers.shortage import DoesNotFit, changing_weights
-from library.trainers.signals import StopVote
+from library.trainers.signals import OtherProcessDied, StopVote, exchanging
 from library.trainers.tracking import Trackers, open_trackers
 from library.trainers.trainables import GradientWatch, Models, StepModule, Trainables
 from library.trainers.updates import Updates
@@ -459,8 +459,7 @@ class Trainer(ABC):
             return self.ended(self.stop.code_of_run)
 
     def ended(self, code: int) -> int:
-        """The exit code, after the processes have parted in good order."""
-        self.accelerator.wait_for_everyone()
+        """The exit code, after the processes have parted. None of them has anything under way: see `save`."""
         self.accelerator.end_training()
         return code
 
@@ -479,12 +478,13 @@ class Trainer(ABC):
                     started = self.position.epoch
                     self.trainables.epoch_started()
                 try:
-                    self.train_step(batches, self.plan.micro_step(self.position.epoch, self.position.batch))
-                except DoesNotFit as error:
+                    with exchanging(self.world):
+                        self.train_step(batches, self.plan.micro_step(self.position.epoch, self.position.batch))
+                        failure = self.after_training_step(len(batches), bar, trackers) or feed.failure
+                        if vote.decided(self.stop.requested or failure is not None):
+                            return failure
+                except (DoesNotFit, OtherProcessDied) as error:
                     return error
-                failure = self.after_training_step(len(batches), bar, trackers) or feed.failure
-                if vote.decided(self.stop.requested or failure is not None):
-                    return failure
         return feed.failure
 
     def after_training_step(self, micro_batches: int, bar: progress, trackers: Trackers) -> Exception | None:
@@ -537,9 +537,15 @@ class Trainer(ABC):
         if failure is None:
             return self.save(trackers, write)
         try:
-            self.save(trackers, write)
+            if isinstance(failure, OtherProcessDied):  # nobody is there to wait for
+                self.report(self.reader.flush(), trackers)
+                write()
+            else:
+                self.save(trackers, write)
         except UserError as error:
             log.warning(f"the state could not be saved: {'; '.join(error.problems)}")
+        if not self.main_process:  # of what goes wrong in one process alone, only that one can tell
+            log.error(f"process {self.rank}: {failure}")
         raise failure
 
     def preview_if_due(self, trackers: Trackers, *, epoch_ended: bool) -> None:

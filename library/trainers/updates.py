@@ -121,7 +121,8 @@ class Updates:
             self._has_states = True
             return self.in_backward.finish()
         norm = self.clip_gradients()
-        self.optimizer.step()
+        with self.flat.silent_kept(processes=self.accelerator.num_processes) if self.flat else nullcontext():
+            self.optimizer.step()
         self._has_states |= not self.optimizer.step_was_skipped  # fp16's first steps often are, and make no states
         return norm
 

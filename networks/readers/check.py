@@ -162,7 +162,8 @@ class Check:
         swaps = slot.part is not None and bool(columns) and slot.layer.swaps(layer.shape[0], columns[0])
         order: Callable[[Tensor], Tensor] = lambda t: torch.cat(t.chunk(2)[::-1]) if swaps else t
         base = Base((len(range(layer.shape[0])[rows]), *columns), lambda: order(layer.weight()[rows]))
-        return order(change_of(entry.kind, entry.tensors, layer.probe.flat, base, decompose))
+        own = {name: value.double() for name, value in entry.tensors.items()}
+        return order(change_of(entry.kind, own, layer.probe.flat, base, decompose))
 
 
 def _ends_of_alike(keys: Mapping[str, str]) -> list[str]:

@@ -23,6 +23,7 @@ KOHYA = {"lora_down.weight", "lora_up.weight", "alpha"}
 PEFT = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector", "lora_magnitude_vector.weight")
 FLUX_BLOCKS = {"double": 19, "single": 38}
 FLUX_LINEAR1, LUMINA_QKV = 21504, 3840  # rows that are written into its converters
+T5 = ("lora_te2_", "lora_te3_")
 INSIDE = re.compile(r"lora_unet_(double|single)_blocks_(\d+)_.+")
 ATTENTION = re.compile(r"\.attn[12]\.to_(q|k|v|out\.0)$")
 # Layers of FLUX.1 outside of the blocks: converted to names that the transformer has not
@@ -126,7 +127,7 @@ def _of_flux(reading: Reading, tensors: Mapping[str, Tensor], model: Model) -> N
         return
     reading.refused = _flux_trouble(tensors, model)
     if reading.refused is None:
-        names = {layer.kohya: Slot(layer) for layer in model.layers()}
+        names = {layer.kohya: Slot(layer) for layer in model.layers() if not layer.kohya.startswith(T5)}
         inside = {key: value for key, value in tensors.items() if not OUTSIDE.fullmatch(split_key(key)[0])}
         reading.unread += [key for key in tensors if key not in inside]
         take(reading, inside, names, ("LoRA",), KOHYA)
@@ -134,14 +135,10 @@ def _of_flux(reading: Reading, tensors: Mapping[str, Tensor], model: Model) -> N
 
 def _flux_trouble(tensors: Mapping[str, Tensor], model: Model) -> str | None:
     """Why its converter ends with an error."""
-    for name in ("lora_te2_", "lora_te3_"):
-        with_alpha = [key for key in tensors if key.startswith(name) and key.endswith(".alpha")]
-        if with_alpha:
-            return f"it does not convert the {len(with_alpha)} layers of T5: {first_names(with_alpha)}"
     known = {layer.kohya for layer in model.layers()}
     strays: list[str] = []
     for name, own in grouped(tensors).items():
-        if not name.startswith("lora_te"):
+        if name.startswith("lora_unet_"):
             converted = OUTSIDE.fullmatch(name) or (name in known and _is_block(name))
             strays += [key for ending, key in own.items() if not converted or ending not in KOHYA]
     if strays:

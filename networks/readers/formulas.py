@@ -82,7 +82,8 @@ def glora(own: Tensors, x: Tensor | None, base: Base) -> Tensor:
 
 
 def full(own: Tensors, x: Tensor | None, base: Base) -> Tensor:
-    return _times(own["diff"].flatten(1), x)
+    change = _times(own["diff"].flatten(1), x)
+    return change if x is None or "diff_b" not in own else change + own["diff_b"]
 
 
 def _rotations(own: Tensors) -> Tensor:
@@ -97,9 +98,10 @@ def _rotations(own: Tensors) -> Tensor:
 
 
 def oft(own: Tensors, x: Tensor | None, base: Base) -> Tensor:
+    """ComfyUI reads `rescale` and does not use it here."""
     plain, turn = base.times(x), _rotations(own)
     blocks = plain.unflatten(0, turn.shape[:2])
-    return _rescaled(own, torch.einsum("knm,kn...->km...", turn, blocks).flatten(0, 1)) - plain
+    return torch.einsum("knm,kn...->km...", turn, blocks).flatten(0, 1) - plain
 
 
 def boft(own: Tensors, x: Tensor | None, base: Base) -> Tensor:
@@ -111,14 +113,9 @@ def boft(own: Tensors, x: Tensor | None, base: Base) -> Tensor:
         mixed = found.unflatten(0, (-1, 2, apart)).transpose(1, 2).flatten(0, 2).unflatten(0, (-1, size))
         mixed = torch.einsum("bij,bj...->bi...", turn, mixed)
         found = mixed.flatten(0, 1).unflatten(0, (-1, apart, 2)).transpose(1, 2).flatten(0, 2)
-    return _rescaled(own, found) - plain
-
-
-def _rescaled(own: Tensors, rows: Tensor) -> Tensor:
-    """Times one learned factor per row, where there is one."""
-    if "rescale" not in own:
-        return rows
-    return rows * own["rescale"].reshape(-1, *[1] * (rows.dim() - 1))
+    if "rescale" in own:  # one learned factor per row
+        found = found * own["rescale"].reshape(-1, *[1] * (found.dim() - 1))
+    return found - plain
 
 
 def norm(own: Tensors, x: Tensor | None, base: Base) -> Tensor:

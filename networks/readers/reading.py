@@ -60,8 +60,12 @@ class Entry:
 
     slot: Slot
     kind: Kind
-    tensors: dict[str, Tensor]  # float64
-    eps: float  # of the precision in which the file has them
+    tensors: dict[str, Tensor]
+
+    @property
+    def eps(self) -> float:
+        """Of the precision in which the file has them."""
+        return max(torch.finfo(value.dtype).eps for value in self.tensors.values())
 
 
 @dataclass
@@ -117,5 +121,4 @@ def take(
             continue
         used = {name: value for name, value in own.items() if name in kind.suffixes()}
         reading.unread += [key for e, key in keys.items() if e not in known or SUFFIXES[e] not in used]
-        eps = max(torch.finfo(value.dtype).eps for value in used.values())
-        reading.add(Entry(slot, kind, {name: value.to(torch.float64) for name, value in used.items()}, eps))
+        reading.add(Entry(slot, kind, used))

@@ -58,16 +58,21 @@ def _own_change(layer: AdapterLayer, probe: Probe) -> Tensor:
     return torch.cat(found).double()
 
 
-def foreign_layer(name: str, layer: nn.Module, module: nn.Module, weight: Tensor) -> TrainedLayer:
-    """A layer of a third-party network: a module whose call stands for `module`, which has this weight."""
+def foreign_layer(name: str, layer: nn.Module, module: nn.Module, weight: Tensor, bias: Tensor | None) -> TrainedLayer:
+    """A layer of a third-party network: a module whose call stands for `module`, which has this weight and bias."""
 
-    def change(probe: Probe) -> Tensor:
-        bias = module.bias
-        plain = on_host(module, weight, bias if isinstance(bias, Tensor) else None)
-        twin = _twin(layer, {id(module): plain}, torch.float64)
+    def change(probe: Probe, dtype: torch.dtype = torch.float64) -> Tensor:
+        plain = on_host(module, weight, bias, dtype)
+        twin = _twin(layer, {id(module): plain}, dtype)
         if isinstance(twin.__dict__.get("multiplier"), (int, float)):
             twin.__dict__["multiplier"] = 1.0
-        return probe.pick(twin(probe.x) - plain(probe.x))
+        x = probe.x.to(dtype)
+        try:
+            return probe.pick(twin(x) - plain(x)).double()
+        except RuntimeError:  # rotations of LyCORIS are made in float32
+            if dtype == torch.float32:
+                raise
+            return change(probe, torch.float32)
 
     return TrainedLayer(name, probe_of(module), tuple(weight.shape), change, lambda: host(weight))
 

@@ -206,6 +206,13 @@ def test_saved_and_loaded_is_the_same(subject: Subject) -> None:
     assert distance(subject.output(), changed) < limit(subject)
 
 
+def test_a_file_in_half_precision_keeps_alphas(subject: Subject) -> None:
+    exact, half = subject.network.state(None), subject.network.state(torch.float16)
+    for key, value in exact.items():
+        assert half[key].dtype == (value.dtype if key.endswith(".alpha") else torch.float16)
+        assert not key.endswith(".alpha") or torch.equal(half[key], value)
+
+
 def test_exact_state_goes_on_exactly(subject: Subject) -> None:
     randomize(subject.network)
     changed = subject.output()

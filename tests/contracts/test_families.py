@@ -8,6 +8,7 @@ The golden losses are written anew, after a change that is meant to change numbe
 from __future__ import annotations
 
 import json
+import pickle
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,15 @@ def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: 
     largest = max(float(value.abs().max()) for value in theirs.values())
     wrong = {k: float((ours[k] - theirs[k]).abs().max()) / largest for k in ours}
     assert max(wrong.values()) < tolerance, max(wrong.items(), key=lambda item: item[1])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_goes_with_the_data_survives_a_pickle(name: str) -> None:
+    """Platforms without fork send it to the processes that load pictures; a family holds what cannot be sent."""
+    family = load_attribute(FAMILIES[name].path)
+    assert pickle.loads(pickle.dumps([family.join_conds, family.scale_legacy])) == [
+        family.join_conds, family.scale_legacy
+    ]  # fmt: skip
 
 
 def test_one_step_equals_the_literal_reference(subject: Subject, trained: Path, tmp_path: Path) -> None:

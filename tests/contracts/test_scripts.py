@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from library.io.state import load_state, newest_state
 from tests.families import flux, lumina, sd, sd3, sdxl
@@ -165,6 +166,23 @@ def test_models_of_other_architectures_and_broken_ones(
     broken.write_bytes((1000).to_bytes(8, "little") + b'{"a"')
     lines = refused(script, {**values, "pretrained_model_name_or_path": broken})
     assert any(str(broken) in line and "cut short" in line for line in lines), lines
+
+    if (script, name) == next(run for run in RUNS if run[0] == script):
+        model, lost = with_a_hole(values["pretrained_model_name_or_path"], tmp_path)
+        gone = tmp_path / "gone.toml"
+        lines = refused(script, {**values, "pretrained_model_name_or_path": model, "dataset_config": gone})
+        assert any(lost in line for line in lines) and any(str(gone) in line for line in lines), lines
+
+
+def with_a_hole(model: Path, folder: Path) -> tuple[Path, str]:
+    """A copy of a model that lacks one weight of the denoiser's last block, and the name of that weight."""
+    place = Path(shutil.copytree(model if model.is_dir() else model.parent, folder / "hole"))
+    denoisers = [path for part in ("unet", "transformer") for path in (place / part).glob("*.safetensors")]
+    file = denoisers[0] if model.is_dir() else place / model.name
+    tensors = load_file(file)
+    lost = max(name for name in tensors if "blocks" in name or name.startswith("layers."))
+    save_file({name: tensor for name, tensor in tensors.items() if name != lost}, file)
+    return (place if model.is_dir() else file), lost
 
 
 # ---- killed ---------------------------------------------------------------------------------------------------------

@@ -48,6 +48,22 @@ MINIMAL = '[[datasets]]\nresolution = 512\n[[datasets.subsets]]\nimage_dir = "PI
 # ---- values -------------------------------------------------------------------------------------------------------
 
 
+def test_bucket_steps_that_divide_those_of_the_model_become_them(tmp_path, caplog):
+    (tmp_path / "p").mkdir()
+    path = tmp_path / "d.toml"
+    text = "[general]\nresolution = 64\nenable_bucket = true\nmin_bucket_reso = 64\nbucket_reso_steps = {}\n"
+    text += f"[[datasets]]\n[[datasets.subsets]]\nimage_dir = '{(tmp_path / 'p').as_posix()}'\n"
+    path.write_text(text.format(1))
+    (found,) = load_dataset_config(DataOptions(dataset_config=str(path)), bucket_step=64)
+    assert found.buckets.bucket_reso_steps == 64 and "sides are multiples of 64" in caplog.text
+    path.write_text(text.format(64).replace("resolution = 64", "resolution = 1", 1))
+    with pytest.raises(UserError) as told:  # and not that none is given
+        load_dataset_config(DataOptions(dataset_config=str(path)), bucket_step=64)
+    assert [line.partition(": ")[2] for line in told.value.problems] == [
+        "general: resolution must be between 8 and 65535, got 1"
+    ]
+
+
 def test_defaults_of_a_minimal_file(folder: Path) -> None:
     """Literal values of v0.10.1's `effective_default`."""
     dataset, subset = one(load(folder, MINIMAL))
@@ -300,10 +316,8 @@ def test_all_mistakes_at_once(folder: Path) -> None:
         "datasets[0].subsets[0]: unknown key 'image_dirr'. Did you mean 'image_dir'?",
         "datasets[0].subsets[0]: image_dir is missing (or metadata_file)",
         f"datasets[0].subsets[1]: image_dir {folder}/picz does not exist. Did you mean {folder}/pics?",
-        "datasets[0]: no resolution is given: add resolution = 512 or give --resolution 512",
         "datasets[1]: resolution expects a whole number or [width, height], got 'big'",
         "datasets[1]: no [[datasets.subsets]] is given: add one with image_dir or metadata_file",
-        "datasets[1]: no resolution is given: add resolution = 512 or give --resolution 512",
     ]
 
 

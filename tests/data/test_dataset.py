@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
+import os
 import pickle
 import random
+import signal
+import sys
 import tracemalloc
 from collections import Counter
 from collections.abc import Sequence
@@ -23,7 +26,7 @@ from library.data.buckets import Bucket
 from library.data.dataset import BatchPlan, LatentJob, TrainingData, _variant_seed, encoding_input
 from library.data.plan import Shuffle, each_shape, regularisation_repeats
 from library.data.records import BucketRules, CaptionRules, DatasetConfig, ImageRules, Sample, SubsetConfig
-from library.errors import UserError
+from library.errors import EXIT_PROCESS_DIED, ProcessDied, UserError
 from library.rng import derive_seed, python_rng
 from library.trainers.plan import share_of
 from library.types import Batch, Cond
@@ -345,6 +348,29 @@ def test_workers_end_when_a_run_is_left(varied: TrainingData) -> None:
             for _ in loader.run(varied.plan_epoch(1)):
                 raise RuntimeError("boom")
     assert multiprocessing.active_children() == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no process groups of that kind")
+def test_signals_to_workers(varied: TrainingData, reference: list[Batch]) -> None:
+    """What ends a process group leaves them alone; one that is killed ends the run with one line and its own code."""
+    before = signal.getsignal(signal.SIGCHLD)
+    with (
+        varied.loader(workers=2) as loader,
+        pytest.raises(ProcessDied, match=r"killed \(SIGKILL\): .*main memory") as told,
+    ):
+        run = loader.run(varied.plan_epoch(1), step_of_first=3, accumulation=2)
+        assert_same(next(run), reference[0])
+        assert signal.getsignal(signal.SIGCHLD) == before
+        workers = multiprocessing.active_children()
+        for worker in workers:
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+                os.kill(worker.pid, number)
+        assert_same(next(run), reference[1])
+        assert multiprocessing.active_children() == workers
+        for worker in workers:
+            worker.kill()
+        list(run)
+    assert told.value.code == EXIT_PROCESS_DIED
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapter files of other programs, made by LyCORIS, PEFT and diffusers themselves: they mean what we read."""
+"""Adapter files of PEFT and diffusers, made by them, and what other programs call layers: they mean what we read."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,227 +18,10 @@ from networks import convert_lora, lora
 from networks.checkpoint_layers import CheckpointLayers
 from networks.checkpoint_merge import Adapter, MergedWeights
 from networks.format_tables import BY_NAME
-from networks.formats import architecture_of, by_module, convert, dora_norms, format_of, read_adapter, to_kohya
-from networks.kinds import pieces, reader_of
-from networks.spec import TargetModule, TargetSpec
+from networks.formats import architecture_of, format_of, read_adapter, to_kohya
+from networks.table_targets import text_targets
 from tests.networks.lora_samples import Sample, changed, flat, flux, published_weights, sd3
-
-LINEAR, CONV, NORM = (
-    "lora_unet_mid_block_attentions_0_transformer_blocks_0_ff_net_2",
-    "lora_unet_mid_block_resnets_0_conv1",
-    "lora_unet_mid_block_resnets_0_norm1",
-)
-PUBLISHED = {
-    LINEAR: "model.diffusion_model.middle_block.1.transformer_blocks.0.ff.net.2",
-    CONV: "model.diffusion_model.middle_block.0.in_layers.2",
-    NORM: "model.diffusion_model.middle_block.0.in_layers.0",
-}
-
-
-@dataclass(frozen=True)
-class Held:
-    """Weights in memory, as a file has them."""
-
-    tensors: Mapping[str, Tensor]
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(value.shape) for name, value in self.tensors.items()}
-
-    def tensor(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
-        return self.tensors[name].to(device, dtype)
-
-
-def module_for(name: str, seed: int = 0) -> nn.Module:
-    """A layer that is as wide as its input: no shape tells the axes apart."""
-    torch.manual_seed(seed)
-    if name == NORM:
-        return nn.GroupNorm(4, 16)
-    return nn.Linear(16, 16) if name == LINEAR else nn.Conv2d(16, 16, 3, padding=1)
-
-
-def merged(name: str, module: nn.Module, tensors: Mapping[str, Tensor], strength: float = 1.0) -> dict[str, Tensor]:
-    """weight and bias of a checkpoint with that layer, and the adapter `name` in it."""
-    path = PUBLISHED[name]
-    held = Held({f"{path}.{key}": value.detach() for key, value in module.named_parameters()})
-    layers = CheckpointLayers(BY_NAME["sd1"], held.shapes)
-    weights = MergedWeights(held, layers, [Adapter("x", by_module(tensors), lambda layer: strength)])
-    found = {key: weights.tensor(f"{path}.{key}") for key, _ in module.named_parameters()}
-    assert weights.moved == {name}
-    return found
-
-
-# ---- LyCORIS ------------------------------------------------------------------------------------------------------
-
-KINDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "locon": ("locon.LoConModule", {}),
-    "locon_tucker": ("locon.LoConModule", {"use_tucker": True}),
-    "dora": ("locon.LoConModule", {"weight_decompose": True}),
-    "dora_input": ("locon.LoConModule", {"weight_decompose": True, "wd_on_out": False}),
-    "loha": ("loha.LohaModule", {}),
-    "loha_tucker_dora": ("loha.LohaModule", {"use_tucker": True, "weight_decompose": True}),
-    "loha_dora_input": ("loha.LohaModule", {"weight_decompose": True, "wd_on_out": False}),
-    "lokr": ("lokr.LokrModule", {"lora_dim": 1}),
-    "lokr_both": ("lokr.LokrModule", {"lora_dim": 1, "decompose_both": True}),
-    "lokr_tucker": ("lokr.LokrModule", {"lora_dim": 1, "use_tucker": True}),
-    "lokr_full_dora": ("lokr.LokrModule", {"full_matrix": True, "weight_decompose": True}),
-    "lokr_dora_input": ("lokr.LokrModule", {"weight_decompose": True, "wd_on_out": False}),
-    "dylora": ("locon.LoConModule", {"lora_dim": 8, "rs_lora": True}),
-    "glora": ("glora.GLoRAModule", {}),
-    "ia3": ("ia3.IA3Module", {}),
-    "ia3_input": ("ia3.IA3Module", {"train_on_input": True}),
-    "full": ("full.FullModule", {}),
-    "diag_oft": ("diag_oft.DiagOFTModule", {}),
-    "diag_oft_bound": ("diag_oft.DiagOFTModule", {"constraint": 0.01, "rescaled": True}),
-    "boft": ("boft.ButterflyOFTModule", {}),
-    "boft_bound": ("boft.ButterflyOFTModule", {"constraint": 0.01, "rescaled": True}),
-}
-
-
-def lycoris(kind: str, name: str, module: nn.Module) -> Any:
-    """A module of LyCORIS with random values."""
-    import lycoris.modules
-
-    where, arguments = KINDS[kind]
-    file, _, cls = where.partition(".")
-    own = getattr(__import__(f"lycoris.modules.{file}", fromlist=[cls]), cls)
-    adapter = own(name, module, 1.0, **{"lora_dim": 4, "alpha": 2, **arguments})
-    assert lycoris.modules
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in adapter.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    return adapter
-
-
-def file_of(name: str, adapter: Any) -> dict[str, Tensor]:
-    return {f"{name}.{key}": value.detach().clone() for key, value in adapter.state_dict().items()}
-
-
-@pytest.mark.parametrize("name", [LINEAR, CONV], ids=["linear", "conv"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_lycoris_is_merged_as_lycoris_does(kind: str, name: str) -> None:
-    """Into a checkpoint, and as --base_weights into a model; the same when it is at work without merging."""
-    module = module_for(name)
-    adapter = lycoris(kind, name, module)
-    x = torch.randn(2, 16, 5, 5) if name == CONV else torch.randn(2, 16)
-    with torch.no_grad():
-        plain = module(x)
-        adapter.apply_to()
-        expected = module(x)  # its `get_merged_weight` of LoHa and LoKr has alpha / rank twice (4.1.3), this once
-        tensors = file_of(name, adapter)  # `full` holds the difference only now
-        adapter.restore()
-        found = merged(name, module, tensors)
-        weight, bias = found["weight"], found["bias"]
-        assert not torch.allclose(expected, plain, atol=1e-2)
-        run = nn.functional.linear if name == LINEAR else lambda *given: nn.functional.conv2d(*given, padding=1)
-        assert torch.allclose(run(x, weight, bias), expected, atol=2e-5)
-    own = by_module(tensors)[name]
-    reader = reader_of(name, own)
-    assert reader is not None
-    layer = reader.from_tensors(TargetSpec(name, (TargetModule(name, module),), "denoiser"), own, None)
-    assert layer.problem(own) is None
-    layer.load_tensors(own)
-    with torch.no_grad():
-        layer.attach()
-        assert torch.allclose(module(x), expected, atol=2e-5)
-        layer.detach()
-        layer.merge()
-        assert torch.allclose(module(x), expected, atol=2e-5) and torch.allclose(module.weight, weight, atol=1e-5)
-
-
-def test_norms_and_a_bias_beside_a_lora() -> None:
-    norm, conv = module_for(NORM), module_for(CONV)
-    both = {f"{NORM}.w_norm": torch.rand(16), f"{NORM}.b_norm": torch.rand(16)}
-    found = merged(NORM, norm, both, 0.5)
-    assert torch.allclose(found["weight"], norm.weight + both[f"{NORM}.w_norm"] / 2)
-    assert torch.allclose(found["bias"], norm.bias + both[f"{NORM}.b_norm"] / 2)
-    tensors = file_of(CONV, lycoris("locon", CONV, conv))
-    expected = merged(CONV, conv, tensors, 0.5)["weight"]
-    found = merged(CONV, conv, {**tensors, f"{CONV}.diff_b": torch.ones(16)}, 0.5)
-    assert torch.equal(found["weight"], expected) and torch.allclose(found["bias"], conv.bias + 0.5)
-    assert [set(piece) for piece in pieces({"diff": torch.ones(1), "diff_b": torch.ones(1)})] == [{"diff", "diff_b"}]
-
-
-UNFIT = {
-    "T-LoRA": ({"q_layer.weight": (4, 16), "p_layer.weight": (16, 4), "lambda_layer": (1, 4)}, "of no kind that can"),
-    "GLoRA of another layer": ({"a1.weight": (8, 4), "a2.weight": (4, 8), "b1.weight": (16, 4), "b2.weight": (4, 8)},
-                               "the layer has 16 x 16"),
-    "half a GLoRA": ({"a1.weight": (16, 4), "a2.weight": (4, 16)}, "has no b1.weight"),
-    "OFT": ({"oft_blocks": (4, 3, 3)}, "oft_blocks has the shape (4, 3, 3)"),
-    "BOFT": ({"oft_blocks": (5, 4, 4, 4)}, "oft_blocks has the shape (5, 4, 4, 4)"),
-    "full": ({"diff": (16, 15)}, "diff has the shape (16, 15)"),
-    "bias": ({"diff": (16, 16), "diff_b": (15,)}, "diff_b has 15 numbers"),
-    "half a LoRA": ({"lora_down.weight": (4, 16)}, "of no kind that can be merged (lora_down.weight)"),
-    "more": ({"diff": (16, 16), "other": (1,)}, "has an unknown tensor other"),
-    "DoRA of another layer": ({"lora_down.weight": (4, 16), "lora_up.weight": (16, 4), "dora_scale": (1, 15)},
-                              "dora_scale has the shape (1, 15)"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", UNFIT)
-def test_what_cannot_be_merged_is_named(case: str) -> None:
-    shapes, expected = UNFIT[case]
-    with pytest.raises(UserError) as error:
-        merged(LINEAR, module_for(LINEAR), {f"{LINEAR}.{name}": torch.ones(shape) for name, shape in shapes.items()})
-    assert f"x: 1 layers do not fit the model: {LINEAR}" in str(error.value) and expected in str(error.value)
-
-
-# ---- DoRA: the key says the axis ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", [LINEAR, CONV], ids=["linear", "conv"])
-@pytest.mark.parametrize("kind", ["dora", "dora_input", "loha_tucker_dora", "loha_dora_input", "lokr_full_dora"])
-def test_dora_to_comfy_and_back(kind: str, name: str) -> None:
-    """ComfyUI: m V / |W| on the output axis, m V / |V| on the input axis. Its file merges as the trained one."""
-    module = module_for(name)
-    tensors = file_of(name, lycoris(kind, name, module))
-    expected = merged(name, module, tensors)["weight"]
-    norms = dora_norms(tensors, lambda layer: module.weight.detach())
-    comfy = convert(tensors, "comfy", norms=norms)
-    [m] = [value for key, value in comfy.items() if key.endswith(".dora_scale")]
-    plain = {key: value for key, value in tensors.items() if not key.endswith("dora_scale")}
-    v = merged(name, module, plain)["weight"]
-    output = m.shape[0] == 16  # as ComfyUI decides
-    assert output == ("input" not in kind)
-    over = module.weight.detach().flatten(1) if output else v.transpose(0, 1).flatten(1)
-    assert torch.allclose(m * v / over.norm(dim=1).reshape(m.shape), expected, atol=1e-5)
-    assert torch.allclose(merged(name, module, to_kohya(comfy))["weight"], expected, atol=1e-5)
-    back = convert(comfy, "kohya", norms=norms)
-    assert back.keys() == tensors.keys()
-    assert all(torch.allclose(back[key], value, rtol=1e-5) for key, value in tensors.items())
-    if output:
-        with pytest.raises(UserError, match="is a DoRA: ComfyUI scales it by the base model's weights"):
-            convert(comfy, "kohya")
-
-
-def test_magnitudes_of_peft_are_of_the_output_axis() -> None:
-    """Their shape for a square convolution is that of kohya's input axis."""
-    tensors = file_of(CONV, lycoris("dora", CONV, module_for(CONV)))
-    peft = convert(tensors, "peft")
-    [m] = [value for key, value in peft.items() if key.endswith("lora_magnitude_vector")]
-    assert m.shape == (1, 16, 1, 1)
-    assert torch.equal(to_kohya(peft)[f"{CONV}.dora_scale"], tensors[f"{CONV}.dora_scale"])
-    columns = file_of(CONV, lycoris("dora_input", CONV, module_for(CONV)))
-    comfy = convert(columns, "comfy")
-    assert torch.equal(to_kohya(comfy)[f"{CONV}.dora_scale"], columns[f"{CONV}.dora_scale"])
-    with pytest.raises(UserError, match="no name in the peft format"):
-        convert(columns, "peft")
-
-
-def test_dora_over_columns_of_parts_of_one_layer_is_refused() -> None:
-    """OneTrainer's default for FLUX: q, k and v each with magnitudes of their own inputs."""
-    found: dict[str, Tensor] = {}
-    for part in ("to_q", "to_k", "to_v"):
-        name = f"lora_transformer_transformer_blocks_0_attn_{part}"
-        found |= {f"{name}.lora_down.weight": torch.ones(4, 32), f"{name}.lora_up.weight": torch.ones(32, 4),
-                  f"{name}.dora_scale": torch.ones(1, 32)}  # fmt: skip
-    with pytest.raises(UserError, match="img_attn_qkv: DoRA over input columns of 3 parts of one layer") as error:
-        to_kohya(found)
-    assert "\n" not in str(error.value)
-    rows = {key: value.T.contiguous() if key.endswith("dora_scale") else value for key, value in found.items()}
-    assert to_kohya(rows)["lora_unet_double_blocks_0_img_attn_qkv.dora_scale"].shape == (96, 1)
-
+from tests.networks.single_layers import CONV, Held, merged, module_for
 
 # ---- PEFT ---------------------------------------------------------------------------------------------------------
 
@@ -257,16 +39,22 @@ CONFIGS: dict[str, dict[str, Any]] = {
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_mlp", "net.0.proj", "net.2"]
 
 
-def peft_folder(sample: Sample, folder: Path, **config: Any) -> dict[str, Tensor]:
-    """A folder that PEFT writes, with random values. Returns the published weights with the adapter in them."""
+def peft_model(model: nn.Module, **config: Any) -> Any:
+    """A model of PEFT with random adapters."""
     from peft import LoraConfig, get_peft_model
 
-    wrapped = get_peft_model(sample.model, LoraConfig(**{"r": 4, "target_modules": TARGETS, **config}))
+    wrapped = get_peft_model(model, LoraConfig(**config))  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
             if "lora_" in name:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return wrapped
+
+
+def peft_folder(sample: Sample, folder: Path, **config: Any) -> dict[str, Tensor]:
+    """A folder that PEFT writes, with random values. Returns the published weights with the adapter in them."""
+    wrapped = peft_model(sample.model, **{"r": 4, "target_modules": TARGETS, **config})
     wrapped.save_pretrained(folder)
     wrapped.merge_and_unload()
     return published_weights(sample)
@@ -297,6 +85,22 @@ def test_folders_of_peft(case: str, tmp_path: Path) -> None:
     if case == "bias":
         moved = sample.model.state_dict()["transformer_blocks.1.ff.net.2.bias"] - bias
         assert torch.allclose(tensors["lora_unet_double_blocks_1_img_mlp_2.diff_b"], moved, atol=1e-6)
+
+
+def test_a_square_convolution_of_peft_with_dora(tmp_path: Path) -> None:
+    """(1, out, 1, 1) there, which is what kohya's files have for the other axis."""
+    unet, block = nn.Module(), nn.Module()
+    unet.mid_block, block.resnets = block, nn.ModuleList([nn.Module()])
+    block.resnets[0].conv1 = module_for(CONV)
+    base = {key: value.detach().clone() for key, value in block.resnets[0].conv1.state_dict().items()}
+    wrapped = peft_model(unet, r=2, lora_alpha=6, target_modules=["conv1"], use_dora=True)
+    wrapped.save_pretrained(tmp_path)
+    wrapped.merge_and_unload()
+    expected = block.resnets[0].conv1.weight.detach().clone()
+    tensors = read_adapter(tmp_path, among=("sd1",))
+    assert tensors[f"{CONV}.dora_scale"].shape == (16, 1, 1, 1)
+    assert not torch.allclose(expected, base["weight"], atol=1e-2)
+    assert torch.allclose(merged(CONV, module_for(CONV), tensors)["weight"], expected, atol=1e-5)
 
 
 def test_what_a_folder_of_peft_may_say(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -432,6 +236,10 @@ def test_a_text_projection_is_merged() -> None:
     own = {"lora_down.weight": torch.arange(3.0)[None], "lora_up.weight": torch.ones(4, 1), "alpha": torch.ones(())}
     weights = MergedWeights(held, layers, [Adapter("x", {"lora_te2_text_projection": own}, lambda name: 2.0)])
     assert layers.shape("lora_te2_text_projection") == (4, 3)
+    encoder = nn.Module()
+    encoder.text_projection = nn.Linear(3, 4, bias=False)
+    [target] = [*text_targets([None, encoder], outside=True), *text_targets([None, encoder])]  # not in a new network
+    assert target.name == "lora_te2_text_projection"
     assert torch.equal(weights.tensor(key), held.tensors[key] + 2 * torch.arange(3.0)[:, None])
 
 
@@ -470,6 +278,7 @@ DAMAGED: dict[str, tuple[dict[str, Tensor], str]] = {
     "two ranks": ({"lora_down.weight": torch.ones(3, 16)}, "has a down matrix of (3, 16) and an up matrix of (16, 4)"),
     "a vector": ({"lora_down.weight": torch.ones(16)}, "has a down matrix of (16,) and"),
     "a number": ({"lora_up.weight": torch.ones(())}, "and an up matrix of ()"),
+    "inf": ({"lora_up.weight": torch.full((16, 4), float("inf"))}, "lora_up.weight is not finite"),
     "integers": ({"lora_up.weight": torch.ones(16, 4, dtype=torch.int8)}, "lora_up.weight is int8"),
     "Tucker": ({"lora_mid.weight": torch.ones(3, 3, 1, 1)}, "has a middle matrix of (3, 3, 1, 1) for rank 4"),
 }

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from library.errors import UserError
+from library.options import specs
 from networks.lora import create_network, create_network_from_weights
 from networks.lr_weights import BlockLayout, block_lr_weights
 from networks.options import BlockOptions, read_network_args
+from networks.plugin import load_network_module, own_modules
 from networks.targets import SD_BLOCKS, sd_block
 from tests.networks.models import tiny_clip, tiny_unet
 
@@ -59,6 +61,26 @@ def test_one_mistake(arguments: dict[str, Any], expected: str | None) -> None:
         return
     [line] = problems(**arguments)
     assert expected in line
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("name", own_modules())
+def test_every_number_is_finite(name: str, number: str) -> None:
+    """In each argument of each module that takes a fraction: alone, in a list, on a curve, behind a pattern."""
+    module = load_network_module(name)
+    for key, spec in specs(module.module.ARGUMENTS).items():
+        kinds = "float" in str(spec.hint), "Pattern" in str(spec.hint)
+        given = [f"x={number}"] if kinds[1] else [number, f"1,{number}", f"sine+{number}"] if kinds[0] else []
+        for value in given:
+            with pytest.raises(UserError) as error:
+                module.check_arguments({key: value})
+            assert error.value.problems[0].startswith(f"--network_args: {key} "), (key, value)
+    if "blocks" in module.module.ARGUMENTS and "lora_" not in name:
+        with pytest.raises(UserError, match="down_lr_weight must be a finite number|down_lr_weight expects"):
+            module.check_arguments({"down_lr_weight": f"{number},1,1"})
+    if name != "networks.control_net_lllite" and number != "-inf":
+        with pytest.raises(UserError, match="--network_alpha"):
+            module.create_network(1.0, 4, float(number), None, None, tiny_unet() if "_" not in name else None)
 
 
 def test_defaults_and_empty_values() -> None:

@@ -56,6 +56,32 @@ def test_same_bits_as_separate_tensors(name):
     assert [len(g["params"]) for g in two.optimizer.param_groups] == [1, 1]
 
 
+@pytest.mark.parametrize("name", ["AdamW", "Lion", "SGDNesterov"])
+def test_what_never_had_a_gradient_stays(name):
+    """As separate tensors, whose gradient is None then; and it learns as soon as it has one."""
+    plain, joined = parameters(), parameters()
+    flat = FlatParameters(grouped(joined))
+    options = OptimizerOptions(optimizer_type=name, learning_rate=1e-2, optimizer_args=("weight_decay=0.5",))
+    one = choose_optimizer(options).build(grouped(plain))
+    two = choose_optimizer(options).build(flat.param_groups)
+    unused = 1
+    for step in range(4):
+        one.optimizer.zero_grad(set_to_none=True)
+        flat.zero_grad()
+        for params in (plain, joined):
+            backward([p for number, p in enumerate(params) if number != unused], step)
+        one.optimizer.step()
+        with flat.silent_kept(processes=1):
+            two.optimizer.step()
+        assert all(torch.equal(p, q) for p, q in zip(plain, joined, strict=True))
+    assert torch.equal(joined[unused], parameters()[unused])
+    flat.zero_grad()
+    backward(joined, 9)
+    with flat.silent_kept(processes=1):
+        two.optimizer.step()
+    assert not torch.equal(joined[unused], parameters()[unused])
+
+
 def test_parameters_stay_views():
     params = parameters()
     before = [p.detach().clone() for p in params]

@@ -218,6 +218,26 @@ def test_bad_input(given, line):
         build_scheduler(SchedulerOptions(**given), sgd(), total_steps=100)
 
 
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"lr_scheduler_type": "OneCycleLR", "lr_scheduler_args": ("max_lr=1", "total_steps=10")}, "fails at step"),
+        ({"lr_scheduler_type": "StepLR", "lr_scheduler_args": ("step_size='x'",)}, "refused|fails at step 1"),
+        ({"lr_scheduler_type": "ExponentialLR", "lr_scheduler_args": ("gamma=-2",)}, "the learning rate becomes"),
+        ({"lr_scheduler_type": "..x"}, "names no class"),
+        ({"lr_scheduler": "inverse_sqrt", "lr_scheduler_args": ("timescale=-5",)}, "inverse_sqrt refused"),
+        ({"lr_scheduler": "piecewise_constant", "lr_scheduler_args": ("step_rules='nan:10,1'",)}, "factor:until step"),
+        ({"lr_scheduler": "piecewise_constant", "lr_scheduler_args": ("step_rules='-1:10,1'",)}, "multiplied by -1"),
+    ],
+)
+def test_what_would_end_the_run_later_is_found_before(given, line):
+    chosen = choose_optimizer(OptimizerOptions(learning_rate=1e-3))
+    with pytest.raises(UserError, match=line):
+        check_scheduler(SchedulerOptions(**given), chosen, total_steps=100)
+    if "total_steps=10" in str(given):  # with --max_train_epochs the length is only known later
+        check_scheduler(SchedulerOptions(**given), chosen, total_steps=10**9)
+
+
 def test_polynomial_needs_a_rate_above_its_end():
     with pytest.raises(UserError, match="must be greater"):
         build_scheduler(SchedulerOptions(lr_scheduler="polynomial"), sgd(lr=1e-8), total_steps=10)
@@ -246,3 +266,39 @@ def test_options_that_the_schedule_does_not_read(given, line, caplog):
         check_scheduler(SchedulerOptions(**given), choice, total_steps=100)
     found = [r.getMessage() for r in caplog.records if r.name == "trainyard"]
     assert [text.startswith(line) for text in found] == [True] if line else found == []
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_longer_run_has_its_own_rates_at_once(name):
+    """The state of a run of 20 steps continued as one of 40: from the next step on the rates are those of 40 steps.
+
+    The same state continued at its own length has the rates that it would have had, to the bit.
+    """
+    own = {"lr_scheduler_min_lr_ratio": 0.1, "lr_decay_steps": 0.5, "lr_warmup_steps": 0.2}
+    no_warmup = name in ("constant", "piecewise_constant")
+    args = ("step_rules='1:10,0.1:20,0.01'",) if name == "piecewise_constant" else None
+    given = {**own, "lr_warmup_steps": 0 if no_warmup else 0.2, "lr_scheduler_args": args}
+    options = SchedulerOptions(lr_scheduler=name, **given)
+    first = sgd(groups=2)
+    scheduler = build_scheduler(options, first, total_steps=20)
+    rates(scheduler, first, 7)
+    saved = first.optimizer.state_dict(), scheduler.state_dict()
+    for total in (20, 40):
+        whole, resumed = sgd(groups=2), sgd(groups=2)
+        expected = rates(build_scheduler(options, whole, total_steps=total), whole, 14)[7:]
+        resumed.optimizer.load_state_dict(copy.deepcopy(saved[0]))
+        again = build_scheduler(options, resumed, total_steps=total)
+        again.load_state_dict(copy.deepcopy(saved[1]))
+        assert rates(again, resumed, 7) == expected
+
+
+def test_lowest_rate_of_a_plateau_is_the_one_that_is_given():
+    """torch keeps it in the state, and a new --lr_scheduler_min_lr_ratio would do nothing."""
+    built = [
+        build_scheduler(
+            SchedulerOptions(lr_scheduler="reduce_lr_on_plateau", lr_scheduler_min_lr_ratio=ratio), sgd(), total_steps=9
+        )
+        for ratio in (0.1, 0.5)
+    ]
+    built[1].load_state_dict(built[0].state_dict())
+    assert built[1].scheduler.min_lrs == [0.5]

@@ -32,10 +32,10 @@ from tests.trainers.helpers import argv, make_trainer, settle
 CONTEXT = multiprocessing.get_context("forkserver")
 
 
-def start(target: Callable[..., None], *args: Any) -> ForkServerProcess:
+def start(target: Callable[..., None], *args: Any, has_children: bool = False) -> ForkServerProcess:
     """A process that runs `target`."""
     CONTEXT.set_forkserver_preload([__name__])
-    process = CONTEXT.Process(target=target, args=args, daemon=True)
+    process = CONTEXT.Process(target=target, args=args, daemon=not has_children)
     process.start()
     return process
 
@@ -44,6 +44,7 @@ def script(values: Mapping[str, Any], output: Path, method: str = "network", fam
     """A training script with these options, train_network.py by default, in a process group of its own; what it prints
     goes to a file."""
     os.setpgid(0, 0)
+    multiprocessing.set_start_method("fork", force=True)  # as Linux has it: what loads pictures is in the same group
     torch.set_num_threads(1)
     settle()
     redirect(output)

@@ -19,9 +19,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from library.device import DistributedSettings, make_accelerator
+from library.errors import UserError
+from library.trainers.options import DistributedOptions
 from tests.script_runner import Ended, run_script
 from tests.tiny import make_tiny_sd
-from tests.trainers.helpers import DEFAULTS, argv, differing, make_pictures, subset, write_dataset
+from tests.trainers.helpers import DEFAULTS, argv, differing, make_pictures, subset, train, write_dataset
 
 PRECIOUS = b"a good file of an earlier run"
 
@@ -589,6 +592,38 @@ def test_states_that_cannot_be_continued(base: dict[str, Any], stopped: Path, tm
     ]
 
 
+# ---- names ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_names_that_are_not_utf8(single: Path, tmp_path: Path) -> None:
+    """Everything lies below such names: the run, its caches, curves, previews and states work as with others."""
+    root = tmp_path / "caf\udce9"
+    root.mkdir()
+    model = shutil.copytree(single.parent, root / "m\udce9") / single.name
+    folder = make_pictures(root / "img" / "2_cat \udce9", 2)
+    for path in [*folder.iterdir()]:
+        path.rename(path.with_name(path.name.replace("p0", "p\udce9")))
+    prompts = written(root / "p\udce9.txt", "a cat --w 64 --h 64 --s 1\n")
+    own = {
+        **DEFAULTS, "dataset_config": None, "pretrained_model_name_or_path": model, "train_data_dir": folder.parent,
+        "resolution": 64, "caption_extension": ".txt", "output_dir": root / "o", "cache_dir": root / "c",
+        "logging_dir": root / "l", "sample_prompts": prompts, "sample_at_first": True, "cache_latents_to_disk": True,
+        "cache_text_encoder_outputs_to_disk": True, "network_train_unet_only": True, "save_state": True,
+        "log_config": True, "max_train_steps": 1,
+    }  # fmt: skip
+    ended = run(own)
+    assert ended.code == 0, ended.text
+    assert load_file(shutil.copy(root / "o" / "x.safetensors", tmp_path / "x.safetensors"))
+    assert list((root / "l").rglob("events.*")) and list((root / "o" / "sample").glob("*.png"))
+    again = run({**own, "max_train_steps": 2, "resume": root / "o" / "x-state"})
+    assert again.code == 0 and "caching" not in again.text, again.text
+    for path in folder.glob("*.txt"):
+        path.unlink()  # now the name of the folder is the caption, and that must be text
+    (line,) = run({**own, "sample_prompts": None, "sample_at_first": False}).errors
+    assert "captions of 2 pictures: is no valid text" in line
+
+
 # ---- the machine ----------------------------------------------------------------------------------------------------
 
 
@@ -604,6 +639,27 @@ def test_what_this_machine_has_not(base: dict[str, Any]) -> None:
         ]
     if importlib.util.find_spec("wandb") is None:
         assert refused(base, log_with="wandb") == ["--log_with wandb: the package is not installed: pip install wandb"]
+
+
+@pytest.mark.parametrize(
+    ("variable", "kind"),
+    [("FSDP", "FSDP"), ("MEGATRON_LM", "Megatron-LM"), ("DEEPSPEED", "DeepSpeed and --deepspeed is not given")],
+)
+def test_what_accelerate_was_configured_for(
+    variable: str, kind: str, sd1: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`accelerate launch` says so in the environment; nobody would notice that the training does not do it."""
+    monkeypatch.setenv(f"ACCELERATE_USE_{variable}", "true")
+    with pytest.raises(UserError, match=f"^accelerate's configuration asks for {kind}: .*--multi_gpu`"):
+        train(sd1, dataset, tmp_path)
+
+
+def test_deepspeed_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: name)
+    monkeypatch.setattr("library.device.accelerator_present", lambda: False)
+    with pytest.raises(UserError, match=r"^--deepspeed needs a GPU"):
+        make_accelerator("no", DistributedSettings(deepspeed={"zero_stage": 2}))
+    assert "--zero_stage 3 splits the weights" in "".join(DistributedOptions(deepspeed=True, zero_stage=3).problems())
 
 
 @pytest.fixture

@@ -96,7 +96,7 @@ def test_first_signal_finishes_the_step_and_saves(
     folder, output = tmp_path / "stopped", tmp_path / "output.txt"
     own = {"max_train_steps": 400, "save_every_n_steps": 2, "max_data_loader_n_workers": workers}
     values = options(sd1, dataset, folder, **{**LIVELY, **own})
-    process = child.start(child.script, values, output)
+    process = child.start(child.script, values, output, has_children=workers > 0)
     child.wait_until(lambda: bool(child.states(folder)), process, output)
     child.tell(process, number)
     if workers:

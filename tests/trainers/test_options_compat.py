@@ -176,7 +176,7 @@ def test_every_key_of_the_gui_is_known() -> None:
 
 
 def test_file_of_the_gui_trains_to_the_end(sd1: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path / "config_lora.toml", {**GUI, **places(sd1, tmp_path)})
+    config = write_config(tmp_path / "config_lora.toml", {**GUI, **places(sd1, tmp_path), "sample_every_n_steps": 1})
     ended = run_script("--config_file", str(config))
     assert ended.code == 0, ended.text
     with safe_open(tmp_path / "model" / "last.safetensors", "pt") as file:
@@ -185,6 +185,7 @@ def test_file_of_the_gui_trains_to_the_end(sd1: Path, tmp_path: Path) -> None:
     assert len(said) == 1 and str(config) in said[0]
     foreign = [key for key in GUI if key not in OURS]
     assert sorted(said[0].rpartition(": ")[2].split(", ")) == sorted(foreign) and "epoch" in foreign
+    assert "prompt.txt is empty: no previews are made" in ended.text
     assert ended.text.count("--xformers") == 1 and "--sdpa" in ended.text
 
 

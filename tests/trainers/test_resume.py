@@ -3,15 +3,26 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from library.errors import UserError
+from library.errors import EXIT_STOPPED, UserError
+from library.io.state import load_state, newest_state
 from tests.io.test_state import edited_facts, signed
-from tests.trainers.helpers import assert_same_run, make_pictures, subset, train, train_with_stops, write_dataset
+from tests.trainers.helpers import (
+    Recorded,
+    assert_same_run,
+    differing,
+    make_pictures,
+    subset,
+    train,
+    train_with_stops,
+    write_dataset,
+)
 
 # Everything that draws, remembers or counts at once. Captions: shuffle, drop, warm up; pictures: flip, random crop.
 EVERYTHING: dict[str, Any] = {
@@ -170,6 +181,59 @@ def test_state_of_another_size_is_refused(sd1: Path, pictures: Path, tmp_path: P
 
 
 def test_nothing_left_to_do(sd1: Path, dataset: Path, tmp_path: Path) -> None:
-    train(sd1, dataset, tmp_path, max_train_steps=2, save_state=True)
-    with pytest.raises(UserError, match="the run starts at step 2 and ends at step 2"):
-        train(sd1, dataset, tmp_path, max_train_steps=2, resume=tmp_path / "x-state")
+    """--resume auto starts, goes on and ends, each time with the same command; the others say what is wrong."""
+    with pytest.raises(UserError, match=r"^--resume latest: .* holds no state of x; --resume auto starts then$"):
+        train(sd1, dataset, tmp_path, max_train_steps=2, resume="latest")
+    assert train(sd1, dataset, tmp_path, max_train_steps=2, resume="auto", interrupt_in=1).code == EXIT_STOPPED
+    run = train(sd1, dataset, tmp_path, max_train_steps=2, resume="auto")
+    assert [report.step for report in run.trainer.reports] == [2] and run.state.step == 2
+    written = run.file.stat().st_mtime_ns
+    again = train(sd1, dataset, tmp_path, max_train_steps=2, resume="auto")
+    assert (again.code, again.trainer.reports, run.file.stat().st_mtime_ns) == (0, [], written)
+    for state in ("latest", tmp_path / "x-state"):
+        with pytest.raises(UserError, match="the run starts at step 2 and ends at step 2"):
+            train(sd1, dataset, tmp_path, max_train_steps=2, resume=state)
+
+
+def test_longer_run_has_the_schedule_of_its_length(
+    sd1: Path, dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From the first resumed step on, and one line says so; not where the rates are the same."""
+    differs = "schedule is another one: steps was 2, is 4, --lr_scheduler_power was 1.0, is 2.0"
+    for name, line in (("linear", differs), ("constant", "")):
+        values = {"lr_scheduler": name, "save_state": True}
+        train(sd1, dataset, tmp_path / name, max_train_steps=2, interrupt_in=1, **values)
+        caplog.clear()
+        longer = {**values, "max_train_steps": 4, "lr_scheduler_power": 2}
+        run = train(sd1, dataset, tmp_path / name, resume="latest", **longer)
+        rates = [report.others["lr/unet"] for report in run.trainer.reports]
+        assert rates == pytest.approx([7.5e-3, 5e-3, 2.5e-3] if line else [1e-2] * 3)
+        told = [text for text in caplog.messages if "schedule is another one" in text]
+        assert len(told) == bool(line) and all(text.endswith(line) for text in told)
+
+
+@pytest.mark.parametrize("what", ["picture gone", "picture damaged", "output folder gone"])
+def test_what_goes_away_in_mid_training_costs_nothing(what: str, sd1: Path, tmp_path: Path) -> None:
+    """The state is saved before the line; a folder is made again. What the state is resumed to is exact."""
+    pictures = make_pictures(tmp_path / "pictures", 3)
+    data, folder = write_dataset(tmp_path / "d.toml", subset(pictures), batch_size=1), tmp_path / "out"
+    raw = (pictures / "p01.png").read_bytes()
+
+    def break_it(trainer: Recorded) -> None:
+        if trainer.position.step == 1 and what == "output folder gone":
+            shutil.rmtree(folder)
+        elif trainer.position.step == 1:
+            (pictures / "p01.png").unlink() if what == "picture gone" else (pictures / "p01.png").write_bytes(b"x")
+
+    values = {"max_train_steps": 6, "save_every_n_steps": 1}
+    if what == "output folder gone":
+        run = train(sd1, data, folder, each_step=break_it, **values)
+        assert "x-step00000002.safetensors" in run.names()  # and the run ended well
+        return
+    with pytest.raises(UserError, match=r"p01\.png"):
+        train(sd1, data, folder, each_step=break_it, **values)
+    state = newest_state(folder, "x")
+    assert state is not None and load_state(state).step >= 2 and not (folder / "x.safetensors").exists()
+    (pictures / "p01.png").write_bytes(raw)
+    resumed = train(sd1, data, folder, resume=state, **values)
+    assert differing(resumed.weights, train(sd1, data, tmp_path / "whole", **values).weights) == []

@@ -21,6 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from library.errors import UserError
+from library.trainers.options import LoggingOptions
+from library.trainers.tracking import tracker_settings
 from tests.tiny import make_tiny_sd
 from tests.trainers.helpers import (
     Run,
@@ -558,14 +560,15 @@ def test_options_that_do_nothing_are_named(
     (tmp_path / "prompts.txt").write_text("cat", encoding="utf-8")
     train(
         sd1, dataset, tmp_path / "out", validate_every_n_steps=2, validation_seed=3, log_config=True, log_prefix="a",
-        bucket_no_upscale=True,
+        bucket_no_upscale=True, max_bucket_reso=2048, caption_variants=3,
         sample_prompts=tmp_path / "prompts.txt", dim_from_weights=True, network_weights=lora, **ONE,
     )  # fmt: skip
     assert [text for text in caplog.messages if "no effect" in text or "no previews" in text] == [
         "--network_dim and --network_alpha: no effect with --dim_from_weights, the file has its own",
         "--log_prefix, --log_config: no effect without --logging_dir or --log_with wandb",
         "--validation_seed, --validate_every_n_steps: no effect, no picture is held out (see --validation_split)",
-        "bucket_no_upscale: no effect without enable_bucket",
+        "max_bucket_reso, bucket_no_upscale: no effect without enable_bucket",
+        "--caption_variants: no effect without --cache_text_encoder_outputs",
         "--sample_prompts: no previews are made without --sample_every_n_epochs, --sample_every_n_steps or "
         "--sample_at_first",
     ]
@@ -597,6 +600,12 @@ def test_accumulation_given_to_the_launcher_changes_nothing(
     assert run.trainer.reports[0].grad_norm == plain.trainer.reports[0].grad_norm > 0
 
 
+def refused_settings(config: Path) -> list[str]:
+    with pytest.raises(UserError) as told:
+        tracker_settings(LoggingOptions(log_tracker_config=str(config)))
+    return [line.removeprefix(f"--log_tracker_config: {config}: [tensorboard] ") for line in told.value.problems]
+
+
 def test_settings_of_the_log_program(sd1: Path, dataset: Path, tmp_path: Path) -> None:
     config = tmp_path / "tracker.toml"
     config.write_text('[tensorboard]\nfilename_suffix = ".mine"\n', encoding="utf-8")
@@ -604,6 +613,12 @@ def test_settings_of_the_log_program(sd1: Path, dataset: Path, tmp_path: Path) -
     train(sd1, dataset, tmp_path / "out", **values)
     (file,) = (tmp_path / "logs").rglob("events.*")
     assert file.name.endswith(".mine")
+    config.write_text("[tensorboard]\nmax_queu = 1\nflush_secs = 'x'\npurge_step = -1\n", encoding="utf-8")
+    assert refused_settings(config) == [
+        "arguments: unknown key 'max_queu'. Did you mean 'max_queue'?",
+        "purge_step must be between 0 and 1000000000",
+        "flush_secs expects a whole number, got 'x'",
+    ]
     config.write_text("wandb = 3\n[tensorbord]\na = 1\n", encoding="utf-8")
     with pytest.raises(UserError) as caught:
         train(sd1, dataset, tmp_path / "out", **values)

@@ -76,3 +76,28 @@ def test_transformers(family: str, arguments: dict[str, str]) -> None:
     found = compare({"sd35": "sd3"}.get(family, family), network, model, [])
     assert found["peft"] == "yes"
     assert found["kohya"] == (REFUSES if family in ("flux", "chroma") else NOTHING)
+
+
+def tiny_t5() -> nn.Module:
+    from transformers import T5Config, T5EncoderModel
+
+    torch.manual_seed(1)
+    config = T5Config(
+        vocab_size=50, d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu"
+    )
+    return T5EncoderModel(config).requires_grad_(False).eval()
+
+
+@pytest.mark.parametrize("family", ["flux", "chroma", "sd3"])
+def test_text_encoders(family: str) -> None:
+    """CLIPs are loaded, T5 is left out."""
+    tiny = TINY[family]
+    model = tiny.make()
+    encoders = {"flux": [tiny_clip(), tiny_t5()], "chroma": [tiny_t5()], "sd3": [tiny_clip(), tiny_clip(1), tiny_t5()]}
+    torch.manual_seed(5)
+    # linear1 of a tiny width cannot be converted
+    arguments = {} if family == "sd3" else {"single_dim": "0", "single_mod_dim": "0"}
+    network = tiny.module.create_network(1.0, 4, 2.7, None, encoders[family], model, train_t5xxl="True", **arguments)
+    found = compare(family, network, model, encoders[family])
+    assert found["peft"].startswith("leaves 7 of")
+    assert found["kohya"].startswith(NOTHING if family == "sd3" else "leaves 7 of")
