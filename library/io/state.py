@@ -20,6 +20,7 @@ import pickle
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -302,6 +303,25 @@ def _differences(saved: Mapping[str, Any], current: Mapping[str, Any], prefix: s
             yield from _differences(old, new, f"{prefix}{key} ")
         elif old != new:
             yield f"{prefix}{key} was {_short(old)}, is {_short(new)}"
+
+
+def unlike(own: Any, found: Any, where: str) -> str | None:
+    """The first place at which `found` has another form than `own`: a text for a number, another number of items.
+
+    Only what both have is compared: what else a state holds is its reader's to judge.
+    """
+    if isinstance(own, Mapping):
+        if not isinstance(found, Mapping):
+            return where
+        pairs = [(own[key], found[key], f"{where} {key}") for key in own if key in found]
+    elif isinstance(own, (list, tuple)):
+        if not isinstance(found, (list, tuple)) or len(own) != len(found):
+            return where
+        pairs = [(mine, other, f"{where} {i}") for i, (mine, other) in enumerate(zip(own, found))]
+    else:
+        number = isinstance(own, Real) and not isinstance(own, bool)
+        return where if number and not isinstance(found, (Real, Tensor)) else None
+    return next((place for pair in pairs if (place := unlike(*pair)) is not None), None)
 
 
 def _short(value: Any) -> str:

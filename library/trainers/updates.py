@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from library.errors import UserError, first_names
-from library.io.state import StateParts
+from library.io.state import StateParts, unlike
 from library.optim.bf16 import build_bf16
 from library.optim.ema import Ema
 from library.optim.flat import FlatParameters
@@ -201,10 +201,14 @@ class Updates:
 
     def load(self, parts: StateParts) -> None:
         """Continue from a state. Raises UserError where it is of other weights or of another optimizer."""
-        own, found = ({n: tuple(t.shape) for n, t in w.items()} for w in (self.trainables.state(), parts.weights))
-        wrong = sorted(name for name in own.keys() | found.keys() if own.get(name) != found.get(name))
+        mine, found = ({n: tuple(t.shape) for n, t in w.items()} for w in (self.trainables.state(), parts.weights))
+        wrong = sorted(name for name in mine.keys() | found.keys() if mine.get(name) != found.get(name))
         if wrong:
             raise UserError(f"--resume: the state holds other weights than those that learn now: {first_names(wrong)}")
+        place = unlike(self.optim.state_dict(), parts.optimizer, "optimizer")
+        place = place or unlike(self.scheduler.state_dict(), parts.scheduler, "scheduler")
+        if place:
+            raise UserError(f"--resume: the state's {place} is not what this run has there")
         try:
             self._load(parts)
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -212,7 +216,9 @@ class Updates:
             raise UserError(f"--resume: the state's optimizer or schedule is of another run ({reason})") from None
         states = self.optim.optimizer.state if self.options.bf16_update == "plain" else {}  # else of hidden copies
         for parameter, state in states.items():
-            bad = [key for key in LIKE_WEIGHT if key in state and state[key].shape != parameter.shape]
+            bad = [key for key, value in state.items() if isinstance(value, (str, bytes))]
+            own = (key for key in LIKE_WEIGHT if key in state)
+            bad += [key for key in own if not isinstance(state[key], Tensor) or state[key].shape != parameter.shape]
             if bad:
                 raise UserError(f"--resume: the state's optimizer is of other weights: its {bad[0]} does not fit")
 

@@ -30,6 +30,7 @@ from library.io.state import (
     newest_state,
     read_facts,
     save_state,
+    unlike,
 )
 from library.optim.optimizers import BuiltOptimizer
 from tests.damage import damaged_copies
@@ -327,6 +328,19 @@ def test_signed_parts_of_a_wrong_form(tmp_path: Path, kind: str) -> None:
     WRONG_PARTS[kind](folder)
     line = one_problem(lambda: load_state(signed(folder)))
     assert line.startswith(f"--resume: {folder}") and len(line) < 500 and "\n" not in line
+
+
+def test_another_form_is_found() -> None:
+    own = {"groups": [{"lr": 0.1, "betas": (0.9, 0.99), "on": True, "foreach": None}], "k": 3}
+    same = {
+        "groups": [{"lr": torch.tensor(1), "betas": [1, 2], "on": None, "foreach": 1}],
+        "k": numpy.int64(3),
+        "new": "",
+    }
+    assert unlike(own, own, "o") is None and unlike(own, same, "o") is None and unlike(own, {}, "o") is None
+    assert unlike(own, {**same, "k": "3"}, "o") == "o k" and unlike(own, [], "o") == "o"
+    assert unlike(own, {**same, "groups": []}, "o") == "o groups"
+    assert unlike(own, {"groups": [{"betas": (1, None)}]}, "o") == "o groups 0 betas 1"
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.pt", "train_state.json", "manifest.json"])

@@ -12,6 +12,7 @@ import torch
 
 from library.errors import EXIT_STOPPED, UserError
 from library.io.state import load_state, newest_state
+from tests.io.test_state import edited_facts, signed
 from tests.trainers.helpers import (
     Recorded,
     assert_same_run,
@@ -161,6 +162,14 @@ def test_state_of_another_run_is_refused(sd1: Path, dataset: Path, lively: Path,
     text = str(told.value)
     assert "--network_dim was 4, is 8" in text and "--optimizer_type was AdamW, is Lion" in text and "dataset" in text
     assert not (tmp_path / "second" / "x.safetensors").exists()
+    bundle = torch.load(state / "optimizer.pt", weights_only=True)  # exchanged, and signed anew
+    edited_facts(lambda facts: facts.pop("parts"))(state)
+    for name, value in {"exp_avg": torch.zeros(3), "step": "4", "exp_avg_sq": "x"}.items():
+        first = bundle["optimizer"]["state"][0]
+        changed = {**bundle["optimizer"], "state": {**bundle["optimizer"]["state"], 0: {**first, name: value}}}
+        torch.save({**bundle, "optimizer": changed}, state / "optimizer.pt")
+        with pytest.raises(UserError, match="--resume: the state's optimizer "):
+            train(sd1, dataset, tmp_path / "second", resume=signed(state), max_train_steps=4)
 
 
 def test_state_of_another_size_is_refused(sd1: Path, pictures: Path, tmp_path: Path) -> None:
