@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import io
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -56,6 +57,8 @@ def guarded(action: Callable[[], int]) -> int:
 
     With --console_log_level DEBUG the traceback of a machine's refusal is shown too; other errors always have theirs.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path's letters that the terminal or the file cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return action()
     except UserError as error:
