@@ -10,6 +10,7 @@ end_early()  # before the other imports
 # ruff: noqa: E402
 import importlib
 import inspect
+import io
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -64,6 +65,8 @@ def guarded(action: Callable[[], int], stop: StopRequest | None = None) -> int:
 
     With --console_log_level DEBUG the traceback of a machine's refusal is shown too; other errors always have theirs.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path's letters that the terminal or the file cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     stop = stop or StopRequest()
     with stop.installed():
         try:

@@ -15,8 +15,8 @@ LONGEST_LIST = 300  # letters of all known names: more of them are not listed
 # C0, C1, and what else begins a new line on a terminal
 CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
 CONTROLS |= {9: "\\t", 10: "\\n", 13: "\\r", 0x2028: "\\u2028", 0x2029: "\\u2029"}
-# What differs between two lines of one kind: quoted names, paths, numbers, the option that does not exist, hints
-NAMES = re.compile(r"Did you mean .*|(?<=nknown option )\S+|'[^']*'|\S*[/\\]\S*|\d+")
+# What differs between two lines of one kind, besides paths: hints, unknown options, quoted names, numbers
+NAMES = re.compile(r"Did you mean .*|(?<=nknown option )\S+|'[^']*'|\d+")
 
 EXIT_BAD_INPUT = 2
 EXIT_STOPPED = 3  # Ctrl-C, SIGTERM, SIGHUP, or the launcher is gone: the step was finished and the state saved
@@ -82,7 +82,7 @@ def _fewer(lines: list[str], group_of: Callable[[str], str], what: str) -> Itera
 
 
 def _kind(line: str) -> str:
-    return NAMES.sub("#", line)
+    return " ".join("#" if "/" in word or "\\" in word else word for word in NAMES.sub("#", line).split(" "))
 
 
 def _place(line: str) -> str:

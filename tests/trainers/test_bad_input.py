@@ -19,6 +19,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from library.data.config import load_dataset_config
+from library.data.lint import check
+from library.data.options import DataOptions
+from library.data.scan import scan
 from library.device import DistributedSettings, make_accelerator
 from library.errors import UserError
 from library.trainers.options import DistributedOptions
@@ -620,7 +624,8 @@ def test_names_that_are_not_utf8(single: Path, tmp_path: Path) -> None:
     assert again.code == 0 and "caching" not in again.text, again.text
     for path in folder.glob("*.txt"):
         path.unlink()  # now the name of the folder is the caption, and that must be text
-    (line,) = run({**own, "sample_prompts": None, "sample_at_first": False}).errors
+    data = DataOptions(train_data_dir=str(folder.parent), resolution=(64, 64), caption_extension=".txt")
+    (line,) = check(scan(load_dataset_config(data, bucket_step=64), cache_dir=str(root / "c"))).problems
     assert "captions of 2 pictures: is no valid text" in line
 
 
