@@ -12,7 +12,8 @@ from torch import Tensor
 from library.errors import UserError, first_names
 from networks.format_layers import ALPHA, DOWN, MID, UP
 
-BROKEN = (RuntimeError, ValueError, IndexError, KeyError, AttributeError, ZeroDivisionError)  # of damaged tensors
+# what torch raises where tensors are damaged
+BROKEN = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, ZeroDivisionError)
 WHOLE_NUMBERS = (ALPHA, "on_input")  # tensors that may be integers
 
 
