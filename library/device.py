@@ -185,6 +185,12 @@ def is_card(device: torch.device) -> bool:
     return device.type in CARDS
 
 
+def without_rounding(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A tensor in main memory, in `dtype` where that changes no number; else as it is."""
+    own = tensor.detach().cpu()
+    return own if dtype is None or not torch.equal(own.to(dtype).to(own.dtype), own) else own.to(dtype)
+
+
 def exact_float(device: torch.device) -> torch.dtype:
     """The longest floating-point dtype that every device of this kind computes with."""
     return torch.float32 if device.type in ("mps", "xpu") else torch.float64

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from library.device import without_rounding
 from library.errors import UserError, first_names
 from networks.formats import read_tensors, write_tensors
 from networks.shared import SharedCall
@@ -193,9 +194,11 @@ class AdapterLayer(nn.Module, ABC):
 
 
 def in_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Copies for a file, in `dtype` (None: as they are). An alpha is a number of the formula and is never cast."""
+    """Copies for a file, in `dtype` (None: as they are). An alpha is a number of the formula and is never rounded."""
     return {
-        key: value.to(device="cpu", dtype=value.dtype if key.endswith(".alpha") else dtype, copy=True).contiguous()
+        key: without_rounding(value, dtype).clone()
+        if key.endswith(".alpha")
+        else value.to(device="cpu", dtype=dtype, copy=True).contiguous()
         for key, value in tensors.items()
     }
 

@@ -14,7 +14,7 @@ from library.errors import UserError, first_names
 from library.log import get_logger
 from networks.base import AdapterLayer
 from networks.deltas import kohya_dora
-from networks.format_check import BROKEN, require_whole
+from networks.format_check import BROKEN
 from networks.format_keys import architectures_with
 from networks.formats import by_module, read_tensors, to_kohya
 from networks.network import LayerNetwork, RateRules
@@ -103,12 +103,10 @@ def network_from_weights(
 ) -> LayerNetwork:
     """A network with the layers, ranks and values of a file. Raises UserError for what does not belong to the model."""
     known = {target.name: target for target in targets}
-    found = to_kohya(weights, among=architectures_with(known))
     try:
-        require_whole(found)
+        files = by_module(to_kohya(weights, among=architectures_with(known)))
     except UserError as error:
         raise UserError([f"{file}: {problem}" for problem in error.problems]) from None
-    files = by_module(found)
     foreign = [f"{name}.{suffix}" for name in files if name not in known for suffix in files[name]]
     if foreign:
         raise UserError(f"{file}: {len(foreign)} keys name no layer of this model: {first_names(foreign)}")

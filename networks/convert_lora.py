@@ -83,7 +83,6 @@ def convert_file(options: ConvertOptions) -> None:
     import torch
 
     from library.io.checkpoint import in_precision, save_tensors
-    from networks.format_check import require_whole
     from networks.formats import (
         alphas_in,
         convert,
@@ -103,7 +102,6 @@ def convert_file(options: ConvertOptions) -> None:
         with ExitStack() as files:
             base = BaseWeights(options.base_model, files)
             tensors = to_kohya(source, alphas=alphas_in(metadata), among=architectures(source, base))
-            require_whole(tensors)
             layers = layers_in(tensors) if options.base_model else {}
             norms = dora_norms(tensors, lambda name: base.weight(layers[name])) if layers else None
         if options.save_precision:

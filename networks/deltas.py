@@ -134,7 +134,7 @@ def diag_oft(own: Tensors, weight: Tensor, strength: float) -> Tensor:
     turns = _turns(own, len(weight), strength)
     blocks = weight.reshape(turns.shape[0], turns.shape[1], *weight.shape[1:])
     turned = torch.einsum("knm,kn...->km...", turns, blocks).reshape(weight.shape)
-    return turned * _rescale(own, strength)
+    return turned * _rescale(own, weight, strength)
 
 
 def boft(own: Tensors, weight: Tensor, strength: float) -> Tensor:
@@ -147,7 +147,7 @@ def boft(own: Tensors, weight: Tensor, strength: float) -> Tensor:
         mixed = found.unflatten(0, (-1, 2, apart)).transpose(1, 2).flatten(0, 2).unflatten(0, (-1, 2 * half))
         mixed = torch.einsum("bij,bj...->bi...", turn, mixed).flatten(0, 1)
         found = mixed.unflatten(0, (-1, apart, 2)).transpose(1, 2).flatten(0, 2)
-    return found * _rescale(own, strength)
+    return found * _rescale(own, weight, strength)
 
 
 def _turns(own: Tensors, rows: int, strength: float) -> Tensor:
@@ -163,8 +163,10 @@ def _turns(own: Tensors, rows: int, strength: float) -> Tensor:
     return one + strength * (turn - one)
 
 
-def _rescale(own: Tensors, strength: float) -> Tensor | float:
-    return 1 + strength * (own["rescale"].float() - 1) if "rescale" in own else 1.0
+def _rescale(own: Tensors, weight: Tensor, strength: float) -> Tensor | float:
+    if "rescale" not in own:
+        return 1.0
+    return 1 + strength * (own["rescale"].float().reshape(-1, *[1] * (weight.dim() - 1)) - 1)
 
 
 Rewrite = Callable[[Tensors, Tensor, float], Tensor]  # (tensors, W, strength) -> W with the adapter

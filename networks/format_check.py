@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -11,8 +12,18 @@ from torch import Tensor
 from library.errors import UserError, first_names
 from networks.format_layers import ALPHA, DOWN, MID, UP
 
-BROKEN = (RuntimeError, ValueError, IndexError, KeyError, AttributeError, ZeroDivisionError)  # of damaged tensors
+# what torch raises where tensors are damaged
+BROKEN = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, ZeroDivisionError)
 WHOLE_NUMBERS = (ALPHA, "on_input")  # tensors that may be integers
+
+
+@contextmanager
+def damaged_if_broken(name: str) -> Iterator[None]:
+    """What is computed with the tensors of layer `name`: where their shapes do not allow it, they are damaged."""
+    try:
+        yield
+    except BROKEN as error:
+        raise UserError(f"{name} is damaged ({(str(error).splitlines() or [type(error).__name__])[0]})") from None
 
 
 def require_whole(tensors: Mapping[str, Tensor]) -> None:
@@ -47,8 +58,8 @@ def _ranks(tensors: Mapping[str, Tensor]) -> list[tuple[str, str]]:
         up, mid = tensors.get(f"{name}.{UP}"), tensors.get(f"{name}.{MID}")
         if name == key or up is None:
             continue
-        if down.dim() < 2 or up.dim() < 2 or up.shape[1] != len(down):
+        if down.dim() < 2 or up.dim() < 2 or up.shape[1] != len(down) or up.shape[2:].numel() != 1:
             found.append((name, f"has a down matrix of {tuple(down.shape)} and an up matrix of {tuple(up.shape)}"))
-        elif mid is not None and mid.shape[:2] != (len(down), len(down)):
+        elif mid is not None and (mid.dim() != 4 or mid.shape[:2] != (len(down),) * 2 or down.shape[2:].numel() != 1):
             found.append((name, f"has a middle matrix of {tuple(mid.shape)} for rank {len(down)}"))
     return found

@@ -23,7 +23,7 @@ from library.errors import UserError, first_names
 from library.text_files import parse_json
 from networks.adapter_files import by_module, read_metadata, read_tensors, write_tensors
 from networks.deltas import adapted_weight, row_norms, scaled_rows
-from networks.format_check import require_whole
+from networks.format_check import damaged_if_broken, require_whole
 from networks.format_keys import FORMATS, Format, architecture_of, format_of, paths_in, require_one
 from networks.format_layers import (
     ALPHA,
@@ -73,6 +73,7 @@ def convert(
     architecture: name in `format_tables.BY_NAME`; found from the keys when None.
     Raises UserError for unknown layers, and for tensors that the format has no name for.
     """
+    require_whole(tensors)
     if is_oft(tensors):
         return convert_oft(tensors, to, architecture)
     if to == "kohya" and format_of(tensors) == to and not any(key.endswith(f".{COMFY_DORA}") for key in tensors):
@@ -94,11 +95,14 @@ def to_kohya(
 
     DoRA magnitudes of a comfy file stay ComfyUI's, under a name of their own: `deltas.kohya_dora` needs the weights.
     among: the architectures that are possible. apart: parts that cannot be one layer keep names of their own.
-    Raises UserError.
+    Raises UserError, also for tensors that are damaged.
     """
+    require_whole(tensors)
     if format_of(tensors) == "kohya":
         return dict(tensors)
-    return _kohya_keys(_restored_layers(tensors, _index(tensors, None, among), alphas, apart))
+    found = _kohya_keys(_restored_layers(tensors, _index(tensors, None, among), alphas, apart))
+    require_whole(found)
+    return found
 
 
 def read_adapter(
@@ -114,7 +118,6 @@ def read_adapter(
         found = to_kohya(tensors, alphas=alphas_in(read_metadata(path)), among=among, apart=apart)
         if advice is not None:
             require_one(tensors, among, advice)
-        require_whole(found)
         return found
     except UserError as error:
         raise UserError([p if str(path) in p else f"{path}: {p}" for p in error.problems]) from None
@@ -179,7 +182,8 @@ def dora_norms(tensors: Mapping[str, Tensor], weight_of: Callable[[str], Tensor 
             missing.append(name)
         else:
             beside = {suffix: value.to(weight.device) for suffix, value in own.items()}  # the model may be on a card
-            found[name] = row_norms(weight).cpu(), row_norms(adapted_weight(beside, weight)).cpu()
+            with damaged_if_broken(name):
+                found[name] = row_norms(weight).cpu(), row_norms(adapted_weight(beside, weight)).cpu()
     if missing:
         raise UserError(
             f"the base model has no weight for {len(missing)} layers of the adapter: {first_names(missing)}"
@@ -212,7 +216,8 @@ def _layers(
         if place is None:
             unknown.append(path)
             continue
-        own = as_kohya(own, comfy=place.is_comfy(path))
+        with damaged_if_broken(path):
+            own = as_kohya(own, comfy=place.is_comfy(path))
         name = place.layer.kohya
         if place.part in parts.get(name, {}) or (name in whole and None in (place.part, *parts.get(name, (None,)))):
             twice.append(path)
@@ -229,7 +234,8 @@ def _layers(
     found: dict[str, tuple[Layer, dict[str, Tensor]]] = {}
     for name, (layer, own) in whole.items():
         try:
-            found[name] = (layer, fuse(layer, parts[name])) if name in parts else (layer, own)
+            with damaged_if_broken(name):
+                found[name] = (layer, fuse(layer, parts[name])) if name in parts else (layer, own)
         except UserError:
             if not apart:
                 raise
@@ -269,7 +275,8 @@ def _dora_for(own: Mapping[str, Tensor], name: str, norms: Norms | None, to: str
         )
     base, changed = norms[name]
     rest = {suffix: value for suffix, value in own.items() if suffix != came}
-    return {**rest, wanted: scaled_rows(own[came], base / changed if to == "comfy" else changed / base)}
+    with damaged_if_broken(name):
+        return {**rest, wanted: scaled_rows(own[came], base / changed if to == "comfy" else changed / base)}
 
 
 # ---- writers ------------------------------------------------------------------------------------------------------
@@ -306,11 +313,12 @@ def _write_peft(layers: Layers, index: Index) -> dict[str, Tensor]:
         raise UserError(f"{len(foreign)} adapters have no name in the peft format: {first_names(foreign)}")
     found: dict[str, Tensor] = {}
     for layer, own in layers.values():
-        for i, part in split(layer, fold_alpha(own)).items():
-            if DORA in part:  # (out) for Linear, (1, out, 1, 1) for convolutions
-                dora = part[DORA]
-                part[DORA] = dora.flatten() if part[DOWN].dim() == 2 else dora.transpose(0, 1).contiguous()
-            found |= {f"{layer.parts[i]}.{PEFT_ENDINGS[suffix]}": value for suffix, value in part.items()}
+        with damaged_if_broken(layer.kohya):
+            for i, part in split(layer, fold_alpha(own)).items():
+                if DORA in part:  # (out) for Linear, (1, out, 1, 1) for convolutions
+                    dora = part[DORA]
+                    part[DORA] = dora.flatten() if part[DOWN].dim() == 2 else dora.transpose(0, 1).contiguous()
+                found |= {f"{layer.parts[i]}.{PEFT_ENDINGS[suffix]}": value for suffix, value in part.items()}
     return found
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
+from networks.format_check import damaged_if_broken
 from networks.format_layers import ALPHA, COMFY_DORA, DORA, DOWN, MID, UP, scale_of
 
 Tensors = Mapping[str, Tensor]  # of one layer: kohya's suffix -> value
@@ -64,10 +65,11 @@ def change_of(name: str, own: Tensors, device: torch.device | str = "cpu") -> Ch
     """ΔW of a layer of a file. Raises UserError for tensors that are no plain LoRA."""
     if not is_lora(own):
         raise UserError(not_lora(name, own))
-    up, down = own[UP].to(device, torch.float32).flatten(1), own[DOWN].to(device, torch.float32)
-    if MID in own:  # 1x1, kernel, 1x1
-        down = torch.einsum("rskl,si->rikl", own[MID].to(device, torch.float32), down.flatten(1))
-    return Change(up * scale_of(own), down.flatten(1), (len(up), *down.shape[1:]))
+    with damaged_if_broken(name):
+        up, down = own[UP].to(device, torch.float32).flatten(1), own[DOWN].to(device, torch.float32)
+        if MID in own:  # 1x1, kernel, 1x1
+            down = torch.einsum("rskl,si->rikl", own[MID].to(device, torch.float32), down.flatten(1))
+        return Change(up * scale_of(own), down.flatten(1), (len(up), *down.shape[1:]))
 
 
 def not_lora(name: str, own: Tensors) -> str:

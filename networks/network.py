@@ -16,7 +16,7 @@ from library.errors import UserError, first_names
 from library.log import get_logger
 from networks.base import AdapterLayer, AdapterNetwork, NormReport, Rates, in_dtype
 from networks.deltas import kohya_dora
-from networks.format_check import BROKEN, require_whole
+from networks.format_check import BROKEN
 from networks.format_keys import architectures_with
 from networks.formats import by_module, to_kohya
 from networks.readers.trained import TrainedLayer, trained_layer
@@ -184,9 +184,7 @@ class LayerNetwork(AdapterNetwork):
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """kohya or peft keys. A model's adapters may be missing as a whole; what is not there keeps its values."""
         layers = self.named_layers()
-        found = to_kohya(tensors, among=architectures_with([*layers, *self.left_out]))
-        require_whole(found)
-        files = by_module(found)
+        files = by_module(to_kohya(tensors, among=architectures_with([*layers, *self.left_out])))
         unknown = [f"{name}.{suffix}" for name in files if name not in layers and name not in self.left_out
                    for suffix in files[name]]  # fmt: skip
         if unknown:

@@ -141,19 +141,22 @@ class RewriteLayer(WeightLayer):
                 return ["has no weight"]
             return told if tensors["weight"].numel() != (inputs if int(tensors["on_input"]) else rows) else []
         if self.rewrite is glora:
-            return _unfit_glora(tensors, rows, inputs) or []
+            return _unfit_glora(tensors, rows, inputs, count // rows)
         if self.rewrite in (diag_oft, boft):
             return _unfit_rotation(tensors, rows)
         return []
 
 
-def _unfit_glora(tensors: Mapping[str, Tensor], rows: int, inputs: int) -> list[str]:
+def _unfit_glora(tensors: Mapping[str, Tensor], rows: int, inputs: int, columns: int) -> list[str]:
+    """columns: inputs times the size of the kernel."""
     missing = [name for name in GLORA if name not in tensors]
     if missing:
         return [f"has no {missing[0]}"]
     a1, a2, b1, b2 = (tuple(tensors[name].shape[:2]) for name in GLORA)
-    rank = a2[0]
+    sizes = [tensors[name].numel() for name in GLORA]
+    rank, kernel = len(tensors["a2.weight"]), tensors["bm.weight"].shape[2:].numel() if "bm.weight" in tensors else 1
     fits = a1 == (inputs, rank) and a2 == (rank, inputs) and b1 == (rows, rank) and b2 == (rank, inputs)
+    fits = fits and sizes == [inputs * rank, inputs * rank, rows * rank, columns * rank // kernel]
     return [] if fits else [f"has matrices of {a1}, {a2}, {b1} and {b2}"]
 
 

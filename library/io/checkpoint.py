@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from library.byte_paths import plain_path
+from library.device import without_rounding
 from library.errors import StopTraining, UserError, first_names
 from library.io.atomic import SaveError, atomic_write, clean_leftovers, free_bytes, remove_folder
 from library.io.metadata import tensor_hashes
@@ -277,16 +278,10 @@ def in_precision(tensors: Mapping[str, Tensor], dtype: torch.dtype | None, path:
 
     Alphas are never rounded. Raises StopTraining for weights that are inf or nan.
     """
-    alphas = {name: _exactly(tensor, dtype) for name, tensor in tensors.items() if name.endswith(".alpha")}
+    alphas = {name: without_rounding(tensor, dtype) for name, tensor in tensors.items() if name.endswith(".alpha")}
     ready = Ready({name: tensor for name, tensor in tensors.items() if name not in alphas}, dtype)
     ready.check(path)
     return {name: alphas[name] if name in alphas else ready[name] for name in tensors}
-
-
-def _exactly(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """In main memory, in `dtype` if that changes no number."""
-    own = tensor.detach().cpu()
-    return own if dtype is None or not torch.equal(own.to(dtype).to(own.dtype), own) else own.to(dtype)
 
 
 def save_tensors(

@@ -580,9 +580,8 @@ def test_what_is_to_learn_must_be_there(models, tmp_path):
 
 def options_of(*argv):
     groups = {"model": SD3Options, "objective": SD3FlowOptions}
-    return resolve(
-        NetworkTrainerOptions, groups, ["--pretrained_model_name_or_path", "m", "--output_dir", "o", *argv], prog="test"
-    )
+    given = ["--pretrained_model_name_or_path", "m", "--output_dir", "o", "--dataset_config", "d.toml", *argv]
+    return resolve(NetworkTrainerOptions, groups, given, prog="test")
 
 
 def test_options_are_honoured_answered_or_refused():

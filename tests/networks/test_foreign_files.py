@@ -308,3 +308,6 @@ def test_damaged_values_end_in_one_line(case: str, tmp_path: Path) -> None:
         with pytest.raises(UserError) as error:
             read()
         assert "is damaged: " in str(error.value) and expected in str(error.value) and "\n" not in str(error.value)
+    path_in_diffusers = "unet.mid_block.resnets.0.conv1"  # the same in another format, where names become others first
+    with pytest.raises(UserError, match="is damaged"):
+        to_kohya({key.replace(name, path_in_diffusers): value for key, value in tensors.items()})
