@@ -131,7 +131,6 @@ class Part:
         kept = {self.prefix + rule.published for rule in rules if as_is.issuperset(rule.ours)}
         moved = {self.prefix + rule.published for rule in rules if rule.op.moves}
 
-
         def get(name: str) -> Tensor:
             stored = file.dtype(name)
             stays = name in kept and stored == kept_dtype(stored)
