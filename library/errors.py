@@ -44,12 +44,8 @@ class UserError(Exception):
         return [*_fewer(list(_fewer(found, _kind, "of this kind")), _place, "mistakes")]
 
 
-class CannotContinue(UserError):
-    """Training cannot go on, and the weights are those after the last whole step: the state is saved before it ends."""
-
-
-class ProcessDied(CannotContinue):
-    """A process that loads the pictures was killed from outside."""
+class ProcessDied(UserError):
+    """A process that the training needs was killed from outside."""
 
     code = EXIT_PROCESS_DIED
 
