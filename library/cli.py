@@ -7,10 +7,11 @@ import importlib
 import inspect
 import io
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from library.data.options import NO_DATA
 from library.errors import StopTraining, UserError, one_line
 from library.log import get_logger, is_main_process, setup_logging
 from library.models.registry import FAMILIES
@@ -96,11 +97,18 @@ def refusal_of_machine(error: BaseException) -> str | None:
     return f"{where}{error.strerror or str(error).partition(chr(10))[0] or type(error).__name__}"
 
 
+def _missing_data(options: Any) -> Iterator[str]:
+    if not options.data.is_given:
+        yield NO_DATA
+
+
 def _train(method: str, family: str, argv: Sequence[str], description: str) -> int:
     trainer_path, options_type = METHODS[method]
     entry = FAMILIES[family]
     prog = Path(sys.argv[0]).name or "trainyard"
-    resolved = resolve(options_type, entry.option_groups, argv, prog=prog, description=description)
+    resolved = resolve(
+        options_type, entry.option_groups, argv, prog=prog, description=description, missing=_missing_data
+    )
     options = resolved.options
     if options.config.output_config:
         if not options.config.config_file:
