@@ -12,10 +12,11 @@ import importlib
 import inspect
 import io
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from library.data.options import NO_DATA
 from library.errors import EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_STOPPED, StopTraining, UserError, one_line
 from library.io.atomic import atomic_write
 from library.log import get_logger, is_main_process, process_count, setup_logging, to_stderr
@@ -121,11 +122,18 @@ def write_output_config(text: str, path: Path) -> None:
     to_stderr(f"wrote {path}\n")
 
 
+def _missing_data(options: Any) -> Iterator[str]:
+    if not options.data.is_given:
+        yield NO_DATA
+
+
 def _train(method: str, family: str, argv: Sequence[str], description: str, stop: StopRequest) -> int:
     trainer_path, options_type = METHODS[method]
     entry = FAMILIES[family]
     prog = Path(sys.argv[0]).name or "trainyard"
-    resolved = resolve(options_type, entry.option_groups, argv, prog=prog, description=description)
+    resolved = resolve(
+        options_type, entry.option_groups, argv, prog=prog, description=description, missing=_missing_data
+    )
     options = resolved.options
     if options.config.output_config:
         if not options.config.config_file:

@@ -61,3 +61,8 @@ NOT_OURS = {
     "text_encoder_lr1": "give both rates as --text_encoder_lr A B",
     "text_encoder_lr2": "give both rates as --text_encoder_lr A B",
 }
+# What to do with a preset of theirs.
+PRESET = (
+    "load it there and give the .toml file that is written when its training starts (with kohya_ss: "
+    "config_lora-<time>.toml and the like in the output folder)"
+)

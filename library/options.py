@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from library.errors import UserError, how_many_shown, nearest, unknown_names
-from library.foreign_keys import FOREIGN_KEYS, NOT_OURS
+from library.foreign_keys import FOREIGN_KEYS, NOT_OURS, PRESET
 from library.text_files import read_toml, toml_value
 from library.values import (
     Check,
@@ -43,7 +43,6 @@ from library.values import (
 
 __all__ = [  # what the rooms need to say what their options are
     "Check", "Idle", "at_least", "between", "convert", "int_or_fraction", "option", "positive", "read_toml", "refused",
-    "resolve",
 ]  # fmt: skip
 
 
@@ -150,12 +149,6 @@ class Choice(NamedTuple):
     line: str
 
 
-PRESET = (
-    "load it there and give the .toml file that is written when its training starts (with kohya_ss: "
-    "config_lora-<time>.toml and the like in the output folder)"
-)
-
-
 @dataclass(frozen=True)
 class ConfigFileOptions:
     """Where options come from, besides the command line."""
@@ -233,9 +226,13 @@ class Resolved:
 
 
 def resolve(
-    method: type, overrides: Mapping[str, type], argv: Sequence[str], *, prog: str, description: str = ""
-) -> Resolved:
-    """Command line and --config_file -> the method's options. Raises UserError listing every mistake."""
+    method: type, overrides: Mapping[str, type], argv: Sequence[str], *, prog: str, description: str = "",
+    missing: Callable[[Any], Iterator[str]] = lambda options: iter(()),
+) -> Resolved:  # fmt: skip
+    """Command line and --config_file -> the method's options. Raises UserError listing every mistake.
+
+    missing: what of the options is only looked at later, and is told with the mistakes where there are some.
+    """
     groups = group_types(method, overrides)
     all_specs = specs(groups)
     problems: list[str] = []
@@ -248,7 +245,7 @@ def resolve(
     given.read(all_specs, {**table, **command_line}, problems)
     if problems:  # what the values say together is only looked at when each is good
         raise UserError(problems)
-    options = given.settle(method, groups, all_specs)
+    options = given.settle(method, groups, all_specs, missing)
     answers = [
         f"{s.flag}: {s.info.answer}"
         for n, s in all_specs.items()
@@ -298,7 +295,10 @@ class _Given:
                        and s.name in self.values} for group in groups}  # fmt: skip
         return method(**{group: cls(**own[group]) for group, cls in groups.items()})
 
-    def settle(self, method: type, groups: Mapping[str, type], all_specs: Mapping[str, Spec]) -> Any:
+    def settle(
+        self, method: type, groups: Mapping[str, type], all_specs: Mapping[str, Spec],
+        missing: Callable[[Any], Iterator[str]],
+    ) -> Any:  # fmt: skip
         """As `build`, without what does nothing in a file, and with what the options choose for each other.
 
         Raises UserError listing what makes no sense.
@@ -308,7 +308,7 @@ class _Given:
             lines = [*_problems(options)]
             idle = [line for line in lines if isinstance(line, Idle) and self._is_of_file(line)]
             if len(idle) < len(lines):
-                raise UserError(line for line in lines if line not in idle)
+                raise UserError([*(line for line in lines if line not in idle), *missing(options)])
             if not idle:
                 break
             for line in idle:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from library.data.options import NO_DATA, CacheOptions, DataOptions
+from library.data.options import CacheOptions, DataOptions
 from library.io.options import HubOptions, MetadataOptions, SaveOptions, StateOptions, cross_problems
 from library.memory.options import MemoryOptions
 from library.models.options import ModelOptions
@@ -258,8 +258,6 @@ class TrainerOptions:
     def problems(self) -> Iterator[str]:
         """Combinations across groups that make no sense."""
         yield from cross_problems(self.save, self.state, self.hub)
-        if not self.data.is_given and not self.config.output_config:
-            yield NO_DATA
         if self.memory.plan and self.state.resume:
             yield "--plan looks at a run from its start: leave out --resume, what a step takes is the same"
         if self.distributed.deepspeed and (

@@ -139,6 +139,9 @@ def test_what_is_missing(base: dict[str, Any]) -> None:
     ]
     no_data = "no training data: give --dataset_config FILE.toml, or --train_data_dir FOLDER and --resolution"
     assert refused(base, dataset_config=None) == [no_data]
+    assert refused(base, dataset_config=None, output_dir=None, fresh=True) == [
+        "give --output_dir, the folder for everything that the run writes", no_data,
+    ]  # fmt: skip
 
 
 NO_EFFECT = {

@@ -85,8 +85,13 @@ def test_on_the_command_line_the_same_is_a_mistake(data: Path, tmp_path: Path) -
 
 def test_what_makes_the_rest_possible_is_chosen(data: Path, tmp_path: Path) -> None:
     """As other programs take it: blocks wait in main memory, captions are cached, and nothing is said on the rest."""
-    for script in ("sd3_train.py", "flux_train.py", "lumina_train.py"):
-        found = read(script, tmp_path / "c.toml", places(data), "--blocks_to_swap", "2")
+    for script, *words in (
+        ("sd3_train.py", "--blocks_to_swap", "2"),
+        ("lumina_train.py", "--blocks_to_swap", "auto"),
+        ("flux_train.py", "--blocks_to_swap", "1"),
+        ("flux_train.py", "--double_blocks_to_swap", "1"),
+    ):
+        found = read(script, tmp_path / "c.toml", places(data), *words)
         assert found.options.optimizer.fused_backward_pass
         assert any("--fused_backward_pass is chosen" in line for line in found.answers)
     found = read("lumina_train_network.py", tmp_path / "c.toml", places(data), "--cache_text_encoder_outputs")

@@ -178,7 +178,6 @@ def full(model: str, line: str, **values: Any) -> Refused:
 
 
 IS_FROZEN = "is for frozen models, and here the denoiser's own weights learn: leave it out"
-NEEDS_FUSED = "--blocks_to_swap needs --fused_backward_pass where the denoiser's own weights learn"
 FUSED = {"fused_backward_pass": True}
 
 REFUSED = {
@@ -196,9 +195,6 @@ REFUSED = {
         "flux", "--blocks_to_swap does not work with --deepspeed, which moves weights itself",
         deepspeed=True, blocks_to_swap="auto",
     ),
-    "swapping in full training": full("flux", NEEDS_FUSED, blocks_to_swap=1),
-    "a chosen swap in full training": full("flux", NEEDS_FUSED, blocks_to_swap="auto"),
-    "double blocks in full training": full("flux", NEEDS_FUSED, double_blocks_to_swap=1),
     "swapping and an average": full(
         "flux", "--ema_decay looks at all weights in each step, which --blocks_to_swap takes off the card",
         blocks_to_swap=1, ema_decay=0.9, **FUSED,
