@@ -44,9 +44,7 @@ from networks.format_tables import ARCHITECTURES, BY_NAME, Architecture, Index, 
 Format = Literal["kohya", "comfy", "peft"]
 FORMATS: tuple[Format, ...] = ("kohya", "comfy", "peft")
 Norms = Mapping[str, tuple[Tensor, Tensor]]  # kohya name -> norms of the rows: (of W, of W + change)
-
 Alphas = Mapping[str, tuple[float, torch.dtype] | None]  # kohya name or "*" (all others) -> alpha; None: without
-
 TORCH_SUFFIXES = (".pt", ".ckpt", ".pth", ".bin")
 ALPHAS = "lora_alphas"  # header entry: kohya name -> [alpha, dtype] or null, "*" stands for all other layers
 PEFT_METADATA = "lora_adapter_metadata"  # header entry of diffusers: ranks and alphas of its LoraConfig
@@ -324,10 +322,10 @@ def dora_norms(tensors: Mapping[str, Tensor], weight_of: Callable[[str], Tensor 
 
     Raises UserError naming the layers that have no weight.
     """
+    if is_oft(tensors):
+        return {}
     found: dict[str, tuple[Tensor, Tensor]] = {}
     missing: list[str] = []
-    if is_oft(tensors):
-        return found
     for name, (_, own) in _layers(tensors, _index(tensors, None)).items():
         if not on_output_axis(own):
             continue
