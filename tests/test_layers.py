@@ -46,7 +46,7 @@ OF_TOOLS = {"tool_files.py", "tool_options.py"}
 
 
 def our_files() -> list[Path]:
-    return sorted([*ROOT.glob("library/**/*.py"), *ROOT.glob("networks/*.py")])
+    return sorted([*ROOT.glob("library/**/*.py"), *ROOT.glob("networks/**/*.py")])
 
 
 @pytest.mark.parametrize("path", our_files(), ids=lambda p: str(p.relative_to(ROOT)))
