@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import inspect
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -36,10 +37,12 @@ LONGEST = 300  # letters of a message
 
 
 def describe(error: BaseException) -> str:
-    """Class and message of an error in one line."""
+    """Class and message of an error in one line, or where it was raised when it has no message."""
     text = " ".join(str(error).split())
     text = text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    frames = traceback.extract_tb(error.__traceback__)
+    text = text or (f"raised in {frames[-1].filename}, line {frames[-1].lineno}" if frames else "")
+    return f"{type(error).__name__}: {text}"
 
 
 def of_machine(error: BaseException) -> bool:
