@@ -5,8 +5,8 @@
 
 npz: float32, `np.savez` / `np.load` into a bf16 tensor, and the look into each file that its users pay at every start.
 store: bf16 with a CRC-32 of everything. "write" includes fsync of the store (npz files are not synced); "first read"
-opens the files, "read" is every later epoch; both compute the checksum. Rounds alternate between both; of several rounds
-the best one counts, because other programs on the machine slow all of them down. Reads come from the page cache.
+opens the files, "read" is every later epoch; both compute the checksum. Rounds alternate between both; of several
+rounds the best one counts, because other programs on the machine slow all of them down. Reads come from the page cache.
 """
 
 from __future__ import annotations
