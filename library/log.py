@@ -39,9 +39,7 @@ def setup_logging(*, level: str | None, file: str | None, simple: bool) -> None:
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
     try:
-        handler = (
-            FileHandler(file, encoding="utf-8", errors="backslashreplace") if file else ConsoleHandler(sys.stderr)
-        )
+        handler = FileHandler(file, encoding="utf-8", errors="backslashreplace") if file else ConsoleHandler(sys.stderr)
     except OSError as error:
         raise UserError(f"--console_log_file: {file} cannot be written: {error.strerror or error}") from None
     style = "%(message)s" if simple else "%(asctime)s %(levelname)-7s %(message)s"
