@@ -283,12 +283,12 @@ class PluginNetwork(AdapterNetwork):
         for layer in self.network.modules():
             name, forward = getattr(layer, "lora_name", None), getattr(layer, "org_forward", None)
             module = getattr(forward, "__self__", None)
-            if isinstance(name, str) and isinstance(module, nn.Module):
+            if isinstance(name, str) and callable(forward) and isinstance(module, nn.Module):
                 # LyCORIS' full matrices take the module's own away and keep them
                 weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
                 weight = layer.org_weight if weight is None else weight
                 bias = (getattr(layer, "org_bias", None) or [None])[0] if bias is None else bias
-                found.append(foreign_layer(name, layer, module, weight, bias))
+                found.append(foreign_layer(name, layer, module, forward, weight, bias))
         return found
 
     def epoch_started(self) -> None:

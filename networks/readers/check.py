@@ -197,6 +197,8 @@ def report(check: Check, tensors: Mapping[str, Tensor], form: str, rewritten: Re
 
     rewritten: these layers of the same network in another format; raises where that has no names for them.
     """
+    if not check.layers:
+        return Report([], ["what other programs make of it is not known: no layer of the network says its name"])
     verdicts = {program: check.verdict(program, tensors) for program in check.programs()}
     taken = [program.name for program, verdict in verdicts.items() if verdict.takes]
     formats = _Formats(check.sample(), rewritten, [other for other in FORMATS if other != form])

@@ -58,12 +58,17 @@ def _own_change(layer: AdapterLayer, probe: Probe) -> Tensor:
     return torch.cat(found).double()
 
 
-def foreign_layer(name: str, layer: nn.Module, module: nn.Module, weight: Tensor, bias: Tensor | None) -> TrainedLayer:
-    """A layer of a third-party network: a module whose call stands for `module`, which has this weight and bias."""
+def foreign_layer(
+    name: str, layer: nn.Module, module: nn.Module, forward: Callable[..., Tensor], weight: Tensor, bias: Tensor | None
+) -> TrainedLayer:
+    """A layer of a third-party network: a module whose call stands for `module`, which has this weight and bias.
+
+    forward: the module's own, as the layer holds it. Its class may compute otherwise than a plain copy does.
+    """
 
     def change(probe: Probe, dtype: torch.dtype = torch.float64) -> Tensor:
         plain = on_host(module, weight, bias, dtype)
-        twin = _twin(layer, {id(module): plain}, dtype)
+        twin = _twin(layer, {id(module): plain, id(forward): plain.forward}, dtype)
         if isinstance(twin.__dict__.get("multiplier"), (int, float)):
             twin.__dict__["multiplier"] = 1.0
         x = probe.x.to(dtype)

@@ -244,6 +244,33 @@ def test_lycoris(name: str) -> None:
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
+@pytest.mark.parametrize("algo", ["lora", "lokr"])
+@pytest.mark.parametrize("family", ["flux", "sd3", "lumina"])
+def test_lycoris_on_fused_layers(family: str, algo: str) -> None:
+    """A published layer that is several modules of ours is compared as the network sees it."""
+    pytest.importorskip("lycoris.kohya")
+    torch.manual_seed(2)
+    module = load_network_module("lycoris.kohya")
+    made: Any = module.create_network(1.0, 4, 2.0, None, None, TINY[family].make(), 0.0, algo=algo)
+    made.attach(train_denoiser=True, train_text_encoder=False)
+    randomize(made, size=0.1)
+    state = made.state(None)
+    layers = made.trained()
+    assert {layer.name for layer in layers} == {key.partition(".")[0] for key in state}
+    verdict = Check(layers, family).verdict(COMFY, state)
+    assert verdict.takes, verdict.text()
+    fused = next(key for key in state if "qkv" in key and key.endswith(("lora_up.weight", "lokr_w1")))
+    state[fused] *= 1.05
+    assert fused.partition(".")[0] in Check(layers, family).verdict(COMFY, state).text()
+
+
+def test_a_network_whose_layers_have_no_names() -> None:
+    """Nothing was compared, so nothing is said to be as it was trained."""
+    found = report(Check([], "sd1"), {"shift": torch.ones(4)}, "kohya", lambda form, names: {})
+    assert not found.taken_by
+    assert [line.partition(":")[0] for line in found.warnings] == ["what other programs make of it is not known"]
+
+
 def test_the_network_is_as_before() -> None:
     """Training or evaluation, devices, dtypes and draws."""
     made = network("lora", **ROWS)
