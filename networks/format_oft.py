@@ -8,12 +8,13 @@ comfy   diffusion_model.<path>.oft_blocks; parts of a fused layer have their nam
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from library.errors import UserError, first_names
+from networks.adapter_files import by_module
 from networks.format_tables import ARCHITECTURES, BY_NAME, Index, Layer, blocks_in, index_of
 
 KOHYA, LORA = "oft_unet_", "lora_unet_"
@@ -28,23 +29,40 @@ def is_oft(tensors: Mapping[str, Tensor]) -> bool:
     )
 
 
-def convert_oft(tensors: Mapping[str, Tensor], to: str, architecture: str | None) -> dict[str, Tensor]:
-    """The tensors in format `to`: kohya or comfy. Raises UserError for layers without a name there."""
+def is_bounded(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether this is a comfy file of nothing but rotations with a bound: those have names in kohya's format."""
+    own = _by_path(tensors)
+    return bool(own) and all(set(found) == {BLOCKS, ALPHA} and bool(found[ALPHA].any()) for found in own.values())
+
+
+def convert_oft(
+    tensors: Mapping[str, Tensor], to: str, architecture: str | None, among: Sequence[str] | None = None
+) -> dict[str, Tensor]:
+    """The tensors in format `to`: kohya or comfy. Raises UserError for layers without a name there.
+
+    architecture: name in `format_tables.BY_NAME`; found from the keys, or `among` some, when None.
+    """
     is_kohya = any(key.startswith(KOHYA) for key in tensors)
     if to == "peft":
         raise UserError(f"OFT has no names in other formats than kohya and comfy: {first_names([*tensors])}")
-    own: dict[str, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        path, _, suffix = key.partition(".") if is_kohya else key.rpartition(".")
-        own.setdefault(path, {})[suffix] = value
-    index = _index([path.replace(KOHYA, LORA) for path in own], architecture)
+    own = by_module(tensors) if is_kohya else _by_path(tensors)
+    index = _index([path.replace(KOHYA, LORA) for path in own], [architecture] if architecture else among)
     if is_kohya == (to == "kohya"):
         return dict(tensors)
     return _to_comfy(own, index) if is_kohya else _to_kohya(own, index)
 
 
-def _index(paths: list[str], architecture: str | None) -> Index:
-    known = [BY_NAME[architecture]] if architecture else ARCHITECTURES
+def _by_path(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Layer's path in a comfy file -> suffix -> tensor."""
+    own: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        path, _, suffix = key.rpartition(".")
+        own.setdefault(path, {})[suffix] = value
+    return own
+
+
+def _index(paths: list[str], among: Sequence[str] | None) -> Index:
+    known = [BY_NAME[name] for name in among] if among else ARCHITECTURES
     indices = [index_of(found, blocks_in(paths)) for found in known]
     unknown = {id(index): [path for path in paths if index.find(path) is None] for index in indices}
     index = min(indices, key=lambda index: len(unknown[id(index)]))

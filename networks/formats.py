@@ -40,7 +40,7 @@ from networks.format_layers import (
     split,
     unfold_alpha,
 )
-from networks.format_oft import convert_oft, is_oft
+from networks.format_oft import convert_oft, is_bounded, is_oft
 from networks.format_tables import BY_NAME, Index, Layer, blocks_in, index_of
 from networks.peft_config import ALPHAS
 
@@ -100,6 +100,8 @@ def to_kohya(
     require_whole(tensors)
     if format_of(tensors) == "kohya":
         return dict(tensors)
+    if is_bounded(tensors):
+        return convert_oft(tensors, "kohya", None, among)
     found = _kohya_keys(_restored_layers(tensors, _index(tensors, None, among), alphas, apart))
     require_whole(found)
     return found

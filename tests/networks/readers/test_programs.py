@@ -87,6 +87,10 @@ def test_oft_in_comfy_format(family: str, bound: float) -> None:
     again = to_kohya(tensors)
     assert again.keys() == state.keys()
     assert all(torch.allclose(again[key], value, rtol=1e-6) for key, value in state.items())
+    assert to_kohya(tensors, among=("sd1", "sdxl", "flux")).keys() == state.keys()
+    unbound = {key: value * 0 if key.endswith(".alpha") else value for key, value in tensors.items()}
+    if family == "sd1":  # as LyCORIS has it; no name in kohya's format has a rotation without a bound
+        assert {key.partition("_")[0] for key in to_kohya(unbound)} == {"lora"}
 
 
 def test_rotations_by_the_formula() -> None:
