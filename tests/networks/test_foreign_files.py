@@ -20,6 +20,7 @@ from networks.checkpoint_merge import Adapter, MergedWeights
 from networks.format_tables import BY_NAME
 from networks.formats import architecture_of, format_of, read_adapter, to_kohya
 from networks.table_targets import text_targets
+from tests.families.sdxl import tiny_clip
 from tests.networks.lora_samples import Sample, changed, flat, flux, published_weights, sd3
 from tests.networks.single_layers import CONV, Held, merged, module_for
 
@@ -236,10 +237,10 @@ def test_a_text_projection_is_merged() -> None:
     own = {"lora_down.weight": torch.arange(3.0)[None], "lora_up.weight": torch.ones(4, 1), "alpha": torch.ones(())}
     weights = MergedWeights(held, layers, [Adapter("x", {"lora_te2_text_projection": own}, lambda name: 2.0)])
     assert layers.shape("lora_te2_text_projection") == (4, 3)
-    encoder = nn.Module()
-    encoder.text_projection = nn.Linear(3, 4, bias=False)
-    [target] = [*text_targets([None, encoder], outside=True), *text_targets([None, encoder])]  # not in a new network
-    assert target.name == "lora_te2_text_projection"
+    encoders = [None, tiny_clip("clip_g")]
+    new = {target.name for target in text_targets(encoders)}
+    [name] = [target.name for target in text_targets(encoders, outside=True) if target.name not in new]
+    assert name == "lora_te2_text_projection"
     assert torch.equal(weights.tensor(key), held.tensors[key] + 2 * torch.arange(3.0)[:, None])
 
 
