@@ -302,7 +302,8 @@ def _differences(saved: Mapping[str, Any], current: Mapping[str, Any], prefix: s
         if isinstance(old, dict) and isinstance(new, dict):
             yield from _differences(old, new, f"{prefix}{key} ")
         elif old != new:
-            yield f"{prefix}{key} was {_short(old)}, is {_short(new)}"
+            was = _short(old) if key in saved else "not noted"  # the state is older than the fact
+            yield f"{prefix}{key} was {was}, is {_short(new)}"
 
 
 def unlike(own: Any, found: Any, where: str) -> str | None:

@@ -101,6 +101,7 @@ class Preparation:
     optimizer: OptimizerChoice
     resume_from: StateParts | None = None
     validation_plans: EpochPlan | list[Any] = field(default_factory=list)
+    resume_path: Path | None = None
 
     @classmethod
     def of(
@@ -139,7 +140,7 @@ class Preparation:
         for line in (*warnings, *filter(None, [dark]), *idle_options(options, found, data)):
             log.warning(line)
         state = load_state(resume) if resume else None
-        return cls(options, seed, found, data, prompts, optimizer, state, data.validation_plans())
+        return cls(options, seed, found, data, prompts, optimizer, state, data.validation_plans(), resume)
 
     @property
     def datasets(self) -> list[tuple[DatasetConfig, tuple[Sample, ...]]]:
@@ -153,7 +154,7 @@ class Preparation:
         lines = compare(known, self.fingerprint(plan))
         if lines:
             raise UserError(
-                f"--resume: {self.options.state.resume} is a state of another run: {'; '.join(lines)}. "
+                f"--resume: {self.resume_path} is a state of another run: {'; '.join(lines)}. "
                 "Give the same settings, or start anew from the file beside it"
             )
         if not self.is_finished(plan):
@@ -191,8 +192,7 @@ class Preparation:
         result: dict[str, dict[str, str]] = {}
         pairs = ((dataset.config, subset) for dataset in self.found.datasets for subset in dataset.subsets)
         for index, (dataset, subset) in enumerate(pairs, start=1):
-            held_out = (dataset.validation_split, dataset.validation_split and dataset.validation_seed)
-            sizes = (dataset.buckets, dataset.batch_size, dataset.network_multiplier, *held_out)
+            sizes = (dataset.buckets, dataset.batch_size, dataset.network_multiplier, dataset.validation_split)
             rules = (subset.config.num_repeats, subset.config.captions, subset.config.images, sizes)
             pictures = [(Path(sample.path).name, sample.file_size) for sample in subset.samples]
             result[f"subset {index}"] = {
@@ -201,6 +201,9 @@ class Preparation:
                 "captions": _digest([sample.caption for sample in subset.samples]),
                 "settings": _digest(rules),
             }
+            if dataset.validation_split:  # apart: states of runs without it are those of before
+                chosen = "the run's seed" if dataset.validation_seed is None else f"seed {dataset.validation_seed}"
+                result[f"subset {index}"]["held out"] = f"{dataset.validation_split} by {chosen}"
         return result
 
     def describe(self, plan: RunPlan) -> Iterator[str]:

@@ -370,7 +370,7 @@ def test_differences_are_lines(tmp_path: Path) -> None:
         "--network_dim was 16, is 32",
         "--network_args conv_dim was 4, is 8",
         f"dataset was {'a' * 77}..., is not set",
-        "new was not set, is 0.5",
+        "new was not noted, is 0.5",
     ]
 
 

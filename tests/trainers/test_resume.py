@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from library.errors import EXIT_STOPPED, UserError
-from library.io.state import load_state, newest_state
+from library.io.state import load_state, newest_state, read_facts
 from tests.io.test_state import edited_facts, signed
 from tests.trainers.helpers import (
     Recorded,
@@ -154,7 +154,13 @@ def test_resumed_run_goes_on_in_file_names_and_average(sd1: Path, dataset: Path,
     assert len(run.state.losses) == 3  # of the last epoch's length, two of them from before or after the stop
 
 
-def test_state_of_another_run_is_refused(sd1: Path, dataset: Path, lively: Path, tmp_path: Path) -> None:
+# Of the dataset of these tests, as version 1 of the states has always had it
+NOTED_BEFORE = {"folder": "pictures", "pictures": "5", "captions": "69f0008d", "settings": "ae1c8217"}
+
+
+def test_state_of_another_run_is_refused(
+    sd1: Path, dataset: Path, pictures: Path, lively: Path, tmp_path: Path
+) -> None:
     train(sd1, dataset, tmp_path / "first", max_train_steps=2, save_state=True)
     state = tmp_path / "first" / "x-state"
     with pytest.raises(UserError) as told:
@@ -162,6 +168,11 @@ def test_state_of_another_run_is_refused(sd1: Path, dataset: Path, lively: Path,
     text = str(told.value)
     assert "--network_dim was 4, is 8" in text and "--optimizer_type was AdamW, is Lion" in text and "dataset" in text
     assert not (tmp_path / "second" / "x.safetensors").exists()
+    noted = read_facts(state)["fingerprint"]["dataset"]["subset 1"]
+    assert {**noted, "pictures": ""} == {**NOTED_BEFORE, "pictures": ""}, "no older state resumes"
+    held_out = write_dataset(tmp_path / "held.toml", subset(pictures), validation_split=0.2, validation_seed=3)
+    with pytest.raises(UserError, match=r"x-state is .* subset 1 held out was not noted, is 0\.2 by seed 3"):
+        train(sd1, held_out, tmp_path / "second", resume=state, max_train_steps=4)
     bundle = torch.load(state / "optimizer.pt", weights_only=True)  # exchanged, and signed anew
     edited_facts(lambda facts: facts.pop("parts"))(state)
     for name, value in {"exp_avg": torch.zeros(3), "step": "4", "exp_avg_sq": "x"}.items():
