@@ -57,6 +57,14 @@ class StopRequest:
             yield self
             return
         before: dict[signal.Signals, Any] = {}
+        hook = sys.unraisablehook
+
+        def unraisable(lost: sys.UnraisableHookArgs) -> None:
+            """An interrupt that comes while an object is destroyed is lost there: `check` raises it again."""
+            if self._told_at is None or lost.exc_type is not KeyboardInterrupt:
+                hook(lost)
+
+        sys.unraisablehook = unraisable
         for number in SIGNALS:
             if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 before[number] = signal.signal(number, self._handle)
@@ -65,6 +73,7 @@ class StopRequest:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+            sys.unraisablehook = hook
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a process forked from this one, which ends as any other

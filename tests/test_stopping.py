@@ -67,6 +67,23 @@ def test_an_interrupt_that_a_library_swallowed_comes_again() -> None:
             stop.check()
 
 
+def test_an_interrupt_in_a_destructor_is_not_shown_and_comes_again(capsys: pytest.CaptureFixture[str]) -> None:
+    class Destroyed:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    before, sys.unraisablehook = sys.unraisablehook, sys.__unraisablehook__
+    try:
+        with StopRequest().installed() as stop:
+            Destroyed()
+            assert capsys.readouterr().err == ""
+            with pytest.raises(KeyboardInterrupt):
+                stop.check()
+        assert sys.unraisablehook == sys.__unraisablehook__
+    finally:
+        sys.unraisablehook = before
+
+
 def test_two_at_the_same_time_are_one_and_a_later_one_ends_the_process() -> None:
     def later(seconds: float, *numbers: signal.Signals, code: int | None = None) -> int:
         def action() -> None:
