@@ -10,6 +10,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
+from multiprocessing.util import get_temp_dir
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -90,6 +91,8 @@ class BatchLoader:
         """The results of a run, for which workers are started where there are none."""
         assert self._torch_loader is not None
         before = {*multiprocessing.active_children()}
+        if self._torch_loader.num_workers:
+            get_temp_dir()  # the workers' too, once it is there: one that is killed cannot remove its own
         with signals_held_back(), _kept_child_handler():
             results = iter(self._torch_loader)
         self._workers = {w for w in self._workers if w.is_alive()} | {*multiprocessing.active_children()} - before

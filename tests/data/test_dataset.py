@@ -10,9 +10,11 @@ import pickle
 import random
 import signal
 import sys
+import tempfile
 import tracemalloc
 from collections import Counter
 from collections.abc import Sequence
+from multiprocessing.util import get_temp_dir
 from pathlib import Path
 
 import numpy as np
@@ -351,8 +353,15 @@ def test_workers_end_when_a_run_is_left(varied: TrainingData) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no process groups of that kind")
-def test_signals_to_workers(varied: TrainingData, reference: list[Batch]) -> None:
-    """What ends a process group leaves them alone; one that is killed ends the run with one line and its own code."""
+def test_signals_to_workers(
+    varied: TrainingData, reference: list[Batch], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What ends a process group leaves them alone; one that is killed ends the run with one line and its own code.
+
+    What it had in the folder for temporary files is this process's to remove.
+    """
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.delitem(multiprocessing.current_process()._config, "tempdir", raising=False)  # type: ignore[attr-defined]
     before = signal.getsignal(signal.SIGCHLD)
     with (
         varied.loader(workers=2) as loader,
@@ -370,6 +379,7 @@ def test_signals_to_workers(varied: TrainingData, reference: list[Batch]) -> Non
         for worker in workers:
             worker.kill()
         list(run)
+    assert [str(path) for path in tmp_path.glob("pymp-*")] == [get_temp_dir()]
     assert told.value.code == EXIT_PROCESS_DIED
 
 
