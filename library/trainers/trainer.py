@@ -47,6 +47,7 @@ from library.rng import derive_seed, torch_generator
 from library.stopping import StopRequest
 from library.trainers.caching import Caches, Share
 from library.trainers.debug_dataset import write_dataset_sheets
+from library.trainers.encoding import encoders_that_stay, vae_that_stays
 from library.trainers.facts import RunRecord
 from library.trainers.feed import Feed, Steps, steps_of
 from library.trainers.forward import Forward
@@ -256,19 +257,8 @@ class Trainer(ABC):
             active=self.main_process, size=self.prepared.found.datasets[0].config.buckets.resolution,
             texts=caches.texts, conditioned=self.conditioned, stop=self.stop,
         )  # fmt: skip
-        encoders: dict[str, nn.Module] = {}
-        for name in family.encoders:
-            if not caches.caches_text(name):
-                encoders[name] = self.load_encoder(name)
-            elif caches.texts_missing(name):
-                self.fill_texts(caches, name, share)
-        vae = None
-        if caches.latents is None or prompts or caches.latents_missing():
-            vae = family.load_vae(self.dtype, self.device)
-        if caches.latents is not None:
-            if vae is not None:
-                caches.fill_latents(vae, share)
-            vae = vae.to("cpu") if vae is not None and prompts else None
+        encoders = encoders_that_stay(caches, self.load_encoder, share)
+        vae = vae_that_stays(caches, lambda: family.load_vae(self.dtype, self.device), share, previews=bool(prompts))
         self.accelerator.wait_for_everyone()
         free_memory()
         self.data = self.prepared.data.prepared(
@@ -289,15 +279,6 @@ class Trainer(ABC):
             self.check_of_plan = PeakCheck(plan.needs(self.choice), self.device)
         if budget is not None:
             limit_memory(self.device, budget - CUDA_CONTEXT)
-
-    def fill_texts(self, caches: Caches, name: str, share: Share) -> None:
-        """Encode the captions that are not cached yet; on the CPU where the encoder does not fit on the card."""
-        if fits(lambda: caches.fill_texts(name, self.load_encoder(name), share)):
-            free_memory()
-            return
-        log.warning(f"{name} does not fit on the card: it encodes the captions on the CPU, once")
-        caches.fill_texts(name, self.load_encoder(name, "cpu"), share)
-        free_memory()
 
     def load_encoder(self, name: str, device: str | None = None) -> nn.Module:
         storage = self.storage(name)
