@@ -90,7 +90,10 @@ def patterns(kind: type) -> Callable[[Any], tuple[tuple[re.Pattern[str], Any], .
 class BlockOptions:
     """Which layers get an adapter, how large it is and how fast it learns, by block."""
 
-    conv_dim: int | None = option(None, help="Rank for 3x3 convolutions, which get adapters then.", check=at_least(1))
+    conv_dim: int | None = option(
+        None, help="Rank for 3x3 convolutions, which get adapters then; 0: for the other layers beside them only.",
+        check=at_least(0),
+    )  # fmt: skip
     conv_alpha: float | None = option(None, help="Alpha for 3x3 convolutions (1 when only conv_dim is given).")
     block_dims: tuple[int, ...] | None = option(
         None, help="Rank per U-Net block, with commas; 0 leaves a block out.", parse=comma_list(int), check=at_least(0)

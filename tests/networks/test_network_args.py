@@ -45,7 +45,7 @@ def test_every_mistake_at_once() -> None:
         ({"wd_on_output": "False"}, "wd_on_output has no effect without dora_wd"),
         ({"down_lr_weight": "sinus"}, "down_lr_weight expects one value per block"),
         ({"up_lr_weight": "sine+much"}, "up_lr_weight expects a number, got 'much'"),
-        ({"conv_dim": "0"}, "conv_dim must be at least 1, got 0"),
+        ({"conv_dim": "-1"}, "conv_dim must be at least 0, got -1"),
         ({"loraplus_lr_ratio": "-1"}, "loraplus_lr_ratio must be greater than 0"),
         ({"neuron_dropout": 0.1, "dropout": "0.2"}, "dropout=0.2 is --network_dropout, which is 0.1"),
         ({"block_dims": ",".join("0" * 25), "conv_dim": "2", "conv_block_dims": ",".join("0" * 25)}, None),
@@ -61,6 +61,16 @@ def test_one_mistake(arguments: dict[str, Any], expected: str | None) -> None:
         return
     [line] = problems(**arguments)
     assert expected in line
+
+
+def test_a_conv_dim_of_zero_leaves_3x3_convolutions_out() -> None:
+    """As in sd-scripts: the residual blocks get adapters, without those of their 3x3 convolutions."""
+    plain, zero, four = (
+        {*create_network(1.0, 4, 1.0, None, tiny_clip(), tiny_unet(), **arguments).module_parameters()}
+        for arguments in ({}, {"conv_dim": "0", "conv_alpha": "1"}, {"conv_dim": "4"})
+    )
+    assert plain < zero < four
+    assert all(name.endswith(("time_emb_proj", "conv_shortcut")) for name in zero - plain)
 
 
 @pytest.mark.parametrize("number", ["nan", "inf", "-inf"])
