@@ -95,8 +95,8 @@ class StableDiffusion(ModelFamily):
         depth, vocabulary = self.parts.text_layers, self.parts.text_vocabulary
         if self.layer is not None and self.layer > depth:
             raise UserError(f"--clip_skip {self.layer}: the text encoder has {depth} layers")
-        trained = self.parts.scheduler.get("prediction_type", "epsilon")
-        if (trained == "v_prediction") != self.options.v_parameterization:
+        trained = self.parts.scheduler.get("prediction_type")
+        if trained is not None and (trained == "v_prediction") != self.options.v_parameterization:
             state = "without" if trained == "v_prediction" else "with"
             log.warning(f"{self.parts.path} is configured for {trained}, and this run is {state} --v_parameterization")
         tokens = len(self.tokenizer.tokenizer)

@@ -124,7 +124,8 @@ def _open_file(path: Path, version: int, vae: Path | None) -> SDParts:
         text_layers=text_config["num_hidden_layers"],
         text_vocabulary=text_config["vocab_size"],
         text_width=text_config["hidden_size"],
-        scheduler=defaults["scheduler"],
+        # the noise of all of them is the same; what a model predicts, a single file does not say
+        scheduler={key: value for key, value in defaults["scheduler"].items() if key != "prediction_type"},
     )
 
 

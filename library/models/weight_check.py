@@ -33,7 +33,11 @@ ANYWHERE = (
     r"(.+\.)?(scaled_fp8|scale_input|input_scale|comfy_quant|spiece_model)",
     r"model_ema\..+",
 )
-TEXT_EXTRAS = (r"lm_head\..+", r"(text_model\.)?text_projection(\.weight)?", r"(vision_model|visual_projection)\..+")
+TEXT_EXTRAS = (
+    r"lm_head\..+",
+    r"(text_model\.)?text_projection(\.weight)?",
+    r"(vision_model|visual_projection|visual)\..+",
+)
 EXTRAS: Mapping[str, Sequence[str]] = {
     "VAE": (r"(loss|discriminator)\..+", r"(.+\.)?logvar"),
     "text encoder": TEXT_EXTRAS,

@@ -205,6 +205,13 @@ def test_a_v_model_without_the_option_is_a_warning(tmp_path, caplog):
     assert not caplog.records
 
 
+@pytest.mark.parametrize("v_parameterization", [False, True])
+def test_a_single_file_does_not_say_what_its_model_predicts(single, v_parameterization, caplog):
+    with caplog.at_level(logging.WARNING, logger="trainyard"):
+        family(single, v_parameterization=v_parameterization).check()
+    assert not [r.message for r in caplog.records if r.name == "trainyard"]
+
+
 def test_unknown_noise_schedule(folder, tmp_path):
     from library.objectives.options import DDPMOptions, LossOptions
 
