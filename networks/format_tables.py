@@ -237,7 +237,7 @@ ARCHITECTURES = (
     ),
     Architecture(
         "sdxl", "Stable Diffusion XL", lambda blocks: unet_names(SDXL_UNET), (CLIP_L, CLIP_G), peft="unet",
-        inputs={READS_TEXT: frozenset({2048})},
+        inputs={READS_TEXT: frozenset({2048}), "te1_.+self_attn_[qkv]_proj$": frozenset({768})},
     ),
     Architecture(
         "sd3", "Stable Diffusion 3 or 3.5", sd3_denoiser, (CLIP_L, CLIP_G, T5_OF_SD3),

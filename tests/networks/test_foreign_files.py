@@ -268,6 +268,14 @@ def test_what_is_no_adapter_is_not_converted(
     assert not target.exists()
 
 
+def test_a_few_layers_of_sdxl_and_its_first_encoder_are_not_of_sd1() -> None:
+    """Their names are in both; the encoder's widths are too, and those of the text that the U-Net reads are not."""
+    unet, encoder = "unet.mid_block.attentions.0.transformer_blocks.0", "text_encoder.text_model.encoder.layers.0"
+    for width, name in ((2048, "sdxl"), (768, "sd1")):
+        layers = ((f"{unet}.attn2.to_k", 1280, width), (f"{encoder}.self_attn.q_proj", 768, 768))
+        assert architecture_of(plain(*layers)) == name
+
+
 # ---- damaged values -----------------------------------------------------------------------------------------------
 
 DAMAGED: dict[str, tuple[dict[str, Tensor], str]] = {
