@@ -9,15 +9,16 @@ from typing import ClassVar
 
 from library.options import at_least, option
 
-TOKEN_LENGTHS = (75, 150, 225)
+# A graphical program writes 255 unless told otherwise: three chunks of text, as 225
+TOKEN_LENGTHS = {"75": 75, "150": 150, "225": 225, "255": 225}
 
 
 def token_length(value: object) -> int:
     """75, 150 or 225, as a number or text. Raises ValueError with what is expected."""
-    text = str(value).strip()
-    if text not in {str(n) for n in TOKEN_LENGTHS}:
+    found = TOKEN_LENGTHS.get(str(value).strip())
+    if found is None:
         raise ValueError(f"expects 75, 150 or 225, got '{value}'")
-    return int(text)
+    return found
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class SDOptions(ModelOptions):
         zero_is_unset=True,
     )
     max_token_length: int | None = option(
-        None, help="Longest caption in tokens: 75, 150 or 225. Without it 75.", parse=token_length
+        None, help="Longest caption in tokens: 75, 150 or 225 (255 is taken as 225). Without it 75.", parse=token_length
     )
     weighted_captions: bool = option(False, help="Read (word:1.2), (word) and [word] in captions as weights.")
     no_half_vae: bool = option(False, help="Run the VAE in float32 also under mixed precision.")

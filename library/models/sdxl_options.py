@@ -33,7 +33,7 @@ class SDXLOptions(ModelOptions):
 
     v_parameterization: bool = option(False, help="The model predicts v instead of the noise, as some anime models do.")
     max_token_length: int | None = option(
-        None, help="Longest caption in tokens: 75, 150 or 225. Without it 75.", parse=token_length
+        None, help="Longest caption in tokens: 75, 150 or 225 (255 is taken as 225). Without it 75.", parse=token_length
     )
     weighted_captions: bool = option(False, help="Read (word:1.2), (word) and [word] in captions as weights.")
     no_half_vae: bool = option(

@@ -106,6 +106,13 @@ def test_option(name: str) -> None:
             assert ours.read(text) == value
 
 
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_the_token_length_that_a_graphical_program_writes(family: str) -> None:
+    """lora-scripts has 255 as its default, of which sd-scripts makes three chunks."""
+    spec = specs(option_groups("network", family))["max_token_length"]
+    assert [spec.read(value) for value in (255, "255", 225)] == [225, 225, 225]
+
+
 @pytest.mark.parametrize("name", DIFFERENT)
 def test_deliberate_differences(name: str) -> None:
     for value in DIFFERENT[name][0]:
