@@ -22,6 +22,7 @@ from library.names.sd import OLD_VAE_ATTENTION, VAE_PREFIX, vae_rules
 
 VAE_FILES = ("vae/config.json", "vae/*.safetensors", "config.json", "diffusion_pytorch_model*.safetensors")
 PREFIXES = (VAE_PREFIX, "vae.", "")  # of published names: Stable Diffusion's checkpoints, Lumina's, a VAE alone
+TAESD = ("encoder.0.", "decoder.1.", "decoder.layers.")  # in its own names and in those of diffusers
 CLASS = "AutoencoderKL"
 
 
@@ -86,7 +87,8 @@ def published_part(
     """A VAE under published names, with one of PREFIXES; `advice` is for a file that has none."""
     prefix = next((prefix for prefix in PREFIXES if has(file.shapes, f"{prefix}encoder.conv_in.")), None)
     if prefix is None:
-        raise UserError(f"{file.path} has no VAE inside; {advice}")
+        told = " (it is a TAESD, which only makes previews)" if has(file.shapes, *TAESD) else ""
+        raise UserError(f"{file.path} has no VAE inside{told}; {advice}")
     with reading_sizes(file.path, prefix, option):
         config = {**default_config, **layout(below(file.shapes, prefix), LDM_BLOCK)}
     return Part("VAE", file, prefix, partial(build_vae, config), vae_rules, _scale(config))

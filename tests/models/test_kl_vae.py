@@ -40,6 +40,9 @@ def test_messages_name_the_option(option: str, tmp_path: Path) -> None:
     save_file({"x": torch.zeros(1)}, path)
     with pytest.raises(UserError, match=f"{path} has no VAE inside; {option} needs one that has"):
         kl_vae.vae_part(path, CONFIG, **given)
+    save_file({"encoder.0.weight": torch.zeros(1), "decoder.1.weight": torch.zeros(1)}, path)
+    with pytest.raises(UserError, match=rf"{path} has no VAE inside \(it is a TAESD.*\); {option} needs one that has"):
+        kl_vae.vae_part(path, CONFIG, **given)
     tensors = {name: tensor.clone() for name, tensor in published().items() if name != "encoder.conv_out.weight"}
     save_file(tensors, path)
     with pytest.raises(UserError, match=f"{option}: {path} is incomplete: it lacks encoder.conv_out.weight"):
