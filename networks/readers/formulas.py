@@ -50,11 +50,15 @@ def lora(own: Tensors, x: Tensor | None, base: Base) -> Tensor:
 
 
 def loha(own: Tensors, x: Tensor | None, base: Base) -> Tensor:
+    scale = _scale(own, len(own["hada_w1_b"]))
+    if x is not None and "hada_t1" not in own:  # row by row a1 (b1 * x) b2ᵀ a2ᵀ, without a matrix as large as W
+        (a1, b1), (a2, b2) = ((own[f"hada_w{i}_a"], own[f"hada_w{i}_b"]) for i in ("1", "2"))
+        return scale * ((a1 @ ((b1 * x) @ b2.T)) * a2).sum(1)
     halves = []
     for i in ("1", "2"):
         a, b, core = own[f"hada_w{i}_a"], own[f"hada_w{i}_b"], own.get(f"hada_t{i}")
         halves.append(a @ b if core is None else torch.einsum("rs...,ro,si->oi...", core, a, b).flatten(1))
-    return _scale(own, len(own["hada_w1_b"])) * _times(halves[0] * halves[1], x)
+    return scale * _times(halves[0] * halves[1], x)
 
 
 def lokr(own: Tensors, x: Tensor | None, base: Base) -> Tensor:
