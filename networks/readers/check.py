@@ -28,7 +28,7 @@ from networks.readers.trained import TrainedLayer
 PROGRAMS = (COMFY, FORGE, DIFFUSERS)
 TOLERANCE = 1e-5  # of the norm of a change
 ROUNDING = 1e-6  # of the norm of W x, where the change is made of W: layers compute ratios of norms in float32
-LARGE = 1 << 22  # numbers in a weight, above which of layers that are alike only two are computed
+LARGE = 1 << 22  # numbers in a weight, above which of layers of one shape only one is computed
 FROM_W = tuple(KINDS[name] for name in ON_WEIGHT)
 CHEAP = (KINDS["LoRA"], KINDS["LoKr"], KINDS["norm"])
 
@@ -115,13 +115,15 @@ class Check:
         return slice(start, start + rows[slot.part])
 
     def _computed(self, found: Mapping[str, list[tuple[Entry, slice]]]) -> list[str]:
-        """All layers, but of large ones that are alike the first and the last where each costs a large product."""
-        keys = {}
+        """All layers, but of large ones of one shape only one where each costs products as large as the weight."""
+        chosen: dict[object, str] = {}
         for name, entries in found.items():
-            cheap = all(entry.kind in CHEAP and DORA not in entry.tensors for entry, _ in entries)
-            numbers = torch.Size(self.layers[name].shape).numel()
-            keys[name] = name if cheap or numbers < LARGE else re.sub(r"\d+", "#", name)
-        return _ends_of_alike(keys)
+            layer = self.layers[name]
+            cheap = layer.cheap and all(entry.kind in CHEAP and DORA not in entry.tensors for entry, _ in entries)
+            kinds = tuple(entry.kind for entry, _ in entries)
+            small = cheap or torch.Size(layer.shape).numel() < LARGE
+            chosen.setdefault(name if small else (layer.shape, kinds), name)
+        return list(chosen.values())
 
     def _difference(self, name: str, entries: Sequence[tuple[Entry, slice]], decompose: str) -> float:
         """0 where the program arrives at the trained change, else how far it is away."""

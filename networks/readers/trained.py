@@ -26,6 +26,7 @@ class TrainedLayer:
     shape: tuple[int, ...]  # of the whole weight
     change: Callable[[Probe], Tensor]
     weight: Callable[[], Tensor]
+    cheap: bool  # whether `change` needs no matrix as large as the weight
 
 
 def trained_layer(layer: AdapterLayer) -> TrainedLayer:
@@ -34,7 +35,7 @@ def trained_layer(layer: AdapterLayer) -> TrainedLayer:
     shape = (target.width, *target.modules[0].shape[1:])
     return TrainedLayer(
         target.name, probe_of(target.modules[0].module), shape, lambda probe: _own_change(layer, probe),
-        lambda: host(target.weight),
+        lambda: host(target.weight), not layer.reads_weights,
     )  # fmt: skip
 
 
@@ -79,7 +80,7 @@ def foreign_layer(
                 raise
             return change(probe, torch.float32)
 
-    return TrainedLayer(name, probe_of(module), tuple(weight.shape), change, lambda: host(weight))
+    return TrainedLayer(name, probe_of(module), tuple(weight.shape), change, lambda: host(weight), cheap=False)
 
 
 def _twin(layer: nn.Module, memo: dict[int, object], dtype: torch.dtype) -> nn.Module:
