@@ -12,6 +12,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -285,10 +286,10 @@ class PluginNetwork(AdapterNetwork):
             module = getattr(forward, "__self__", None)
             if isinstance(name, str) and callable(forward) and isinstance(module, nn.Module):
                 # LyCORIS' full matrices take the module's own away and keep them
-                weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-                weight = layer.org_weight if weight is None else weight
+                own: Callable[[], Tensor] = partial(_weight, module, layer)
+                bias = getattr(module, "bias", None)
                 bias = (getattr(layer, "org_bias", None) or [None])[0] if bias is None else bias
-                found.append(foreign_layer(name, layer, module, forward, weight, bias))
+                found.append(foreign_layer(name, layer, module, forward, own, bias))
         return found
 
     def epoch_started(self) -> None:
@@ -297,6 +298,12 @@ class PluginNetwork(AdapterNetwork):
 
     def enable_gradient_checkpointing(self) -> None:
         self._call("enable_gradient_checkpointing")
+
+
+def _weight(module: nn.Module, layer: Any) -> Tensor:
+    """Of a fused layer it is put together at each call."""
+    weight = getattr(module, "weight", None)
+    return layer.org_weight if weight is None else weight
 
 
 def _takes(function: Callable[..., Any], count: int) -> bool:

@@ -60,15 +60,16 @@ def _own_change(layer: AdapterLayer, probe: Probe) -> Tensor:
 
 
 def foreign_layer(
-    name: str, layer: nn.Module, module: nn.Module, forward: Callable[..., Tensor], weight: Tensor, bias: Tensor | None
-) -> TrainedLayer:
+    name: str, layer: nn.Module, module: nn.Module, forward: Callable[..., Tensor],
+    weight: Callable[[], Tensor], bias: Tensor | None,
+) -> TrainedLayer:  # fmt: skip
     """A layer of a third-party network: a module whose call stands for `module`, which has this weight and bias.
 
     forward: the module's own, as the layer holds it. Its class may compute otherwise than a plain copy does.
     """
 
     def change(probe: Probe, dtype: torch.dtype = torch.float64) -> Tensor:
-        plain = on_host(module, weight, bias, dtype)
+        plain = on_host(module, weight(), bias, dtype)
         twin = _twin(layer, {id(module): plain, id(forward): plain.forward}, dtype)
         if isinstance(twin.__dict__.get("multiplier"), (int, float)):
             twin.__dict__["multiplier"] = 1.0
@@ -80,7 +81,7 @@ def foreign_layer(
                 raise
             return change(probe, torch.float32)
 
-    return TrainedLayer(name, probe_of(module), tuple(weight.shape), change, lambda: host(weight), cheap=False)
+    return TrainedLayer(name, probe_of(module), tuple(weight().shape), change, lambda: host(weight()), cheap=False)
 
 
 def _twin(layer: nn.Module, memo: dict[int, object], dtype: torch.dtype) -> nn.Module:
