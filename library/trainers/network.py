@@ -357,10 +357,16 @@ class NetworkTrainer(Trainer):
         """The network's tensors under the names of a --lora_format, and what the file's header has to say of them."""
         if form == "kohya":
             return tensors, {}
-        targets = self.network.targets()
-        weight_of = lambda name: targets[name].weight if name in targets else None
-        norms = dora_norms(tensors, weight_of) if form == "comfy" else None
+        norms = dora_norms(tensors, self.weight_source()) if form == "comfy" else None
         return convert(tensors, form, norms=norms), header(tensors, form)
+
+    def weight_source(self) -> Callable[[str], Tensor | None]:
+        """From the name of an adapter to the weight that it is put on, as it is without it."""
+        targets = self.network.targets()
+        if targets:
+            return lambda name: targets[name].weight if name in targets else None
+        layers = {layer.name: layer for layer in self.network.trained()}  # of third-party modules
+        return lambda name: layers[name].weight() if name in layers else None
 
     def metadata(self) -> dict[str, Any]:
         options = self.options.network
