@@ -15,7 +15,7 @@ from library.log import get_logger
 from networks.base import AdapterLayer
 from networks.deltas import kohya_dora
 from networks.format_check import BROKEN
-from networks.format_keys import architectures_with
+from networks.format_keys import OFT_PREFIX, architectures_with
 from networks.formats import by_module, read_tensors, to_kohya
 from networks.network import LayerNetwork, RateRules
 from networks.norm_layer import NormLayer
@@ -109,6 +109,8 @@ def network_from_weights(
         raise UserError([f"{file}: {problem}" for problem in error.problems]) from None
     foreign = [f"{name}.{suffix}" for name in files if name not in known for suffix in files[name]]
     if foreign:
+        if all(key.startswith(OFT_PREFIX) for key in foreign) and not any(n.startswith(OFT_PREFIX) for n in known):
+            raise UserError(f"{file} holds rotations of OFT: they go with --network_module networks.oft or oft_flux")
         raise UserError(f"{file}: {len(foreign)} keys name no layer of this model: {first_names(foreign)}")
     problems: list[str] = []
     readers: dict[str, None] = {}

@@ -238,3 +238,12 @@ def test_settings_of_a_file_stand_above() -> None:
     read = OFTLayer.from_tensors(target, layer.tensors(), OftSettings(module_dropout=0.5))
     assert read.tensors().keys() == layer.tensors().keys() == {"alpha", "oft_blocks.0"}
     assert (read.alpha, read.rank, read.module_dropout) == (0.25, 5, 0.5)  # type: ignore[attr-defined]
+
+
+def test_another_module_says_which_one_reads_rotations() -> None:
+    made = load_network_module("networks.oft").create_network(1.0, 2, 0.1, None, tiny_clip(), tiny_unet(), None)
+    other = load_network_module("networks.lora")
+    with pytest.raises(UserError, match=r"networks\.oft or oft_flux"):
+        other.create_network_from_weights(
+            1.0, "x", None, tiny_clip(), tiny_unet(), made.state(None), for_inference=True
+        )
