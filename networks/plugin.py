@@ -129,7 +129,8 @@ def load_network_module(name: str) -> NetworkModule:
     try:
         module = importlib.import_module(name)
     except (Exception, SystemExit) as error:  # importing runs foreign code
-        raise UserError(f"--network_module {name} cannot be imported: {describe(error)}{_hint(name)}") from None
+        reason = str(error) if isinstance(error, ModuleNotFoundError) else describe(error)
+        raise UserError(f"--network_module {name} cannot be imported: {reason}{_hint(name)}") from None
     if not callable(module.__dict__.get("create_network")):
         raise UserError(f"--network_module {name} has no create_network(){_hint(name)}")
     return NetworkModule(name, module)

@@ -378,7 +378,7 @@ def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert ending(KeyboardInterrupt()) == 3
     assert "nothing was written" in capsys.readouterr().err
     assert ending(KeyboardInterrupt("what was encoded stays in the cache")) == 3
-    assert capsys.readouterr().err == "stopped before training began; what was encoded stays in the cache\n"
+    assert capsys.readouterr().err == "stopped before training began: what was encoded stays in the cache\n"
 
 
 def test_what_the_machine_refuses_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -82,11 +82,11 @@ class TextualInversionOptions(TrainerOptions):
     word: WordOptions
 
     def __post_init__(self) -> None:
-        """Programs that use the file take its name for the word."""
-        if self.save.output_name is None and self.word.token_string:
+        """Programs that use the file take its name for the word, which need not be a file name."""
+        if self.save.output_name is None and self.word.token_string and not any(name_problems(self.word.token_string)):
             object.__setattr__(self, "save", replace(self.save, output_name=self.word.token_string))
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
-        if self.save.output_name == self.word.token_string and any(name_problems(self.word.token_string)):
+        if self.save.output_name is None and self.word.token_string:
             yield f"--output_name is missing: '{self.word.token_string}', which it would be, is not a plain file name"

@@ -195,7 +195,7 @@ class Code:
 
 def test_no_code_of_a_file_is_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"string_to_param": {"*": VALUES}, "name": Code()}, tmp_path / "x.pt")
-    with pytest.raises(UserError, match="is refused: it is damaged, or holds more than tensors"):
+    with pytest.raises(UserError, match="is refused: it wants to run code"):
         read_rows(tmp_path / "x.pt", ONE)
     assert capsys.readouterr().out == ""
 
