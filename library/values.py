@@ -14,6 +14,7 @@ from typing import Any
 
 Check = Callable[[Any], "str | None"]  # returns what is wrong ("must be at least 1"), or None
 
+LARGEST_FLOAT = 3.4028235e38  # float32
 MOST = 10**9  # of a number whose option does not say another limit: no run needs more steps, pixels or strength
 SEEDS = (-(2**63), 2**64 - 1)
 LONGEST_SHOWN = 60
@@ -29,6 +30,11 @@ def positive(value: float) -> str | None:
 
 def at_least(low: float, most: float = MOST) -> Check:
     return lambda value: at_most(most)(value) if value >= low else f"must be at least {low}"
+
+
+def rate(value: float) -> str | None:
+    """Of a learning rate: a run that diverges is found by its loss, so any that float32 holds is taken."""
+    return at_least(0, LARGEST_FLOAT)(value)
 
 
 def at_most(most: float) -> Check:

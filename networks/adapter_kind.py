@@ -19,7 +19,7 @@ from library.log import get_logger
 from networks import lora_flux, lora_lumina, lora_sd3
 from networks.base import AdapterLayer, AdapterNetwork
 from networks.build import FileReader, Ranks, build_network, default_sizes, network_from_weights, rate_rules, weights_of
-from networks.formats import by_module, to_kohya
+from networks.formats import by_module
 from networks.kinds import READERS
 from networks.lora_family import LoraFamily
 from networks.lr_weights import block_lr_weights, plan_ranks
@@ -35,7 +35,7 @@ FILE_DECIDES = ("conv_dim", "conv_alpha", "block_dims", "block_alphas", "conv_bl
 
 def is_readable(weights: Mapping[str, Tensor]) -> bool:
     """Whether every layer of a file is of one of these kinds."""
-    layers = by_module(to_kohya(weights)).values()
+    layers = by_module(weights).values()
     return bool(layers) and all(any(reader.claims(set(own)) for reader in READERS) for own in layers)
 
 

@@ -125,7 +125,7 @@ def architectures_of(tensors: Mapping[str, Tensor], among: Sequence[str] | None 
 
 def require_one(tensors: Mapping[str, Tensor], among: Sequence[str] | None, advice: str) -> None:
     """Raises UserError when the layers' names mean other layers in several architectures. advice: what decides it."""
-    if format_of(tensors) == "kohya":
+    if format_of(tensors, among) == "kohya":
         return
     names = architectures_of(tensors, among)
     if len(names) > 1:
@@ -186,10 +186,13 @@ def architectures_with(names: Iterable[str]) -> list[str] | None:
     return [name for name, count in counts.items() if count == most] if most else None
 
 
-def format_of(tensors: Mapping[str, Tensor]) -> Format:
-    """Which of the three formats the layers that are understood are in; without any, what the keys begin with."""
+def format_of(tensors: Mapping[str, Tensor], among: Sequence[str] | None = None) -> Format:
+    """Which of the three formats the layers that are understood are in; without any, what the keys begin with.
+
+    among: the architectures that are possible, where a model is at hand: it need not have all layers of its kind.
+    """
     paths, _ = _sorted(tensors)
-    missing = _missing(paths, None)
+    missing = _missing(paths, among)
     nearest = BY_NAME[min(missing, key=lambda name: len(missing[name]))]
     known = set(paths).difference(missing[nearest.name])
     if known:

@@ -98,7 +98,7 @@ def to_kohya(
     Raises UserError, also for tensors that are damaged.
     """
     require_whole(tensors)
-    if format_of(tensors) == "kohya":
+    if format_of(tensors, among) == "kohya":
         return dict(tensors)
     if is_bounded(tensors):
         return convert_oft(tensors, "kohya", None, among)

@@ -24,6 +24,7 @@ from library.device import is_out_of_memory, on_device
 from library.errors import StopTraining, UserError, first_names
 from library.log import get_logger
 from networks.base import AdapterNetwork, NormReport, Rates, in_dtype
+from networks.format_keys import architectures_with
 from networks.format_layers import COMFY_DORA
 from networks.formats import read_tensors, to_kohya, write_tensors
 from networks.network import encoder_rate
@@ -192,7 +193,8 @@ class PluginNetwork(AdapterNetwork):
             return
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "network.safetensors"
-            own = {key: value.detach().cpu().contiguous() for key, value in to_kohya(tensors).items()}
+            known = to_kohya(tensors, among=architectures_with(self.module_parameters()))
+            own = {key: value.detach().cpu().contiguous() for key, value in known.items()}
             refuse_comfy_dora(own, self.module_name)
             write_tensors(path, own, None)
             try:

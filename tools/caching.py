@@ -15,7 +15,7 @@ from typing import Any
 from library.cli import load_attribute, option_groups
 from library.errors import UserError
 from library.io.options import SaveOptions
-from library.log import get_logger, setup_logging
+from library.log import get_logger, is_main_process, setup_logging
 from library.models.registry import FAMILIES, misfit
 from library.options import Resolved, build_parser, group_types, option, resolve, specs
 from library.trainers.options import TrainerOptions
@@ -151,6 +151,7 @@ class CacheRun:
 
     def __init__(self, family: Any, options: CachingOptions) -> None:
         """Reads and checks everything. Raises UserError with all mistakes at once, before a model is loaded."""
+        from library.data.lint import folder_lines
         from library.device import DistributedSettings, indexed, make_accelerator
         from library.models.quick_import import import_diffusers
         from library.sampling.prompts import load_prompts
@@ -168,6 +169,8 @@ class CacheRun:
         data = checks.run(lambda: training_data(found, options, run_seed(options, None))) if found else None
         checks.finish()
         assert found is not None and data is not None
+        for line in folder_lines(found) if is_main_process() else ():
+            log.info(line)
         warnings = data_warnings(family, found, data, cached=options.cache.texts)
         for line in (*warnings, *seed_warnings(options, data.stats())):
             log.warning(line)

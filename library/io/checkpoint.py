@@ -235,11 +235,11 @@ def _refuse(bad: list[str], total: int, what: str, path: str | Path) -> None:
 class Ready(Mapping[str, Tensor]):
     """Tensors as a file holds them, each brought to main memory when it is asked for: no model is there twice.
 
-    What has no place in `dtype` (a value too large, or all too small) is in float32.
+    What has no place in `dtype` is in float32: a value too large, or with `keep_small` values all too small.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
-        self.tensors, self.dtype = tensors, dtype
+    def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype | None, *, keep_small: bool = False) -> None:
+        self.tensors, self.dtype, self.keep_small = tensors, dtype, keep_small
         self.wide: frozenset[str] = frozenset()
 
     def __getitem__(self, name: str) -> Tensor:
@@ -261,7 +261,7 @@ class Ready(Mapping[str, Tensor]):
             ready = self[name]
             if not is_finite(ready):
                 (wide if is_finite(tensor) else broken).append(name)
-            elif ready.dtype != tensor.dtype and not ready.any() and tensor.any():
+            elif self.keep_small and ready.dtype != tensor.dtype and not ready.any() and tensor.any():
                 wide.append(name)
         _refuse(broken, len(self), "are not finite", path)
         self.wide = frozenset(wide)
@@ -279,7 +279,8 @@ def in_precision(tensors: Mapping[str, Tensor], dtype: torch.dtype | None, path:
     Alphas are never rounded. Raises StopTraining for weights that are inf or nan.
     """
     alphas = {name: without_rounding(tensor, dtype) for name, tensor in tensors.items() if name.endswith(".alpha")}
-    ready = Ready({name: tensor for name, tensor in tensors.items() if name not in alphas}, dtype)
+    weights = {name: tensor for name, tensor in tensors.items() if name not in alphas}
+    ready = Ready(weights, dtype, keep_small=True)  # an adapter of zeros would be no training at all
     ready.check(path)
     return {name: alphas[name] if name in alphas else ready[name] for name in tensors}
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from library.models.finetune_options import FineTuneOptions
 from library.models.options import ModelOptions, token_length
 from library.options import Idle, at_least, between, option, refused
+from library.values import rate
 
 T5_TOKENS = 256  # of SD3.5; SD3 medium saw 77 and takes as many
 
@@ -102,13 +103,13 @@ class SD3FineTuneOptions(FineTuneOptions):
     train_text_encoder: bool = option(False, help="Train CLIP-L and CLIP-G too.")
     train_t5xxl: bool = option(False, help="Train T5 too (it is larger than SD3 medium).")
     learning_rate_te1: float | None = option(
-        None, help="Learning rate of CLIP-L; 0 leaves it as it is. Without it, --learning_rate.", check=at_least(0)
+        None, help="Learning rate of CLIP-L; 0 leaves it as it is. Without it, --learning_rate.", check=rate
     )
     learning_rate_te2: float | None = option(
-        None, help="Learning rate of CLIP-G; 0 leaves it as it is. Without it, --learning_rate.", check=at_least(0)
+        None, help="Learning rate of CLIP-G; 0 leaves it as it is. Without it, --learning_rate.", check=rate
     )
     learning_rate_te3: float | None = option(
-        None, help="Learning rate of T5; 0 leaves it as it is. Without it, --learning_rate.", check=at_least(0)
+        None, help="Learning rate of T5; 0 leaves it as it is. Without it, --learning_rate.", check=rate
     )
     num_last_block_to_freeze: int | None = option(
         None, help="Leave so many blocks at the end of the model as they are.", check=at_least(0), zero_is_unset=True

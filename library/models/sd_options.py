@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from library.models.finetune_options import FineTuneOptions
 from library.options import at_least, option
+from library.values import rate
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class SDFineTuneOptions(FineTuneOptions):
     train_text_encoder: bool = option(False, help="Train the text encoder too.")
     learning_rate_te: float | None = option(
         None, help="Learning rate of the text encoder; 0 leaves it as it is. Without it, --learning_rate.",
-        check=at_least(0),
+        check=rate,
     )  # fmt: skip
     diffusers_xformers: bool = option(
         False, help="Attention of xformers.", answer="torch's own attention is used, which is as fast"

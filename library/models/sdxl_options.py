@@ -10,7 +10,7 @@ from library.models.finetune_options import FineTuneOptions
 from library.models.options import ModelOptions, token_length
 from library.names.sd import SDXL_BLOCKS
 from library.options import Idle, at_least, option, refused
-from library.values import number, shown
+from library.values import number, rate, shown
 
 
 def block_rates(value: object) -> tuple[float, ...]:
@@ -59,10 +59,10 @@ class SDXLFineTuneOptions(FineTuneOptions):
 
     train_text_encoder: bool = option(False, help="Train both text encoders too.")
     learning_rate_te1: float | None = option(
-        None, help="Learning rate of CLIP-L; 0 leaves it as it is. Without it, --learning_rate.", check=at_least(0)
+        None, help="Learning rate of CLIP-L; 0 leaves it as it is. Without it, --learning_rate.", check=rate
     )
     learning_rate_te2: float | None = option(
-        None, help="Learning rate of CLIP-G; 0 leaves it as it is. Without it, --learning_rate.", check=at_least(0)
+        None, help="Learning rate of CLIP-G; 0 leaves it as it is. Without it, --learning_rate.", check=rate
     )
     block_lr: tuple[float, ...] | None = option(
         None,

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from library.options import at_least, between, int_or_fraction, option
+from library.values import rate
 
 
 @dataclass(frozen=True)
@@ -18,9 +19,7 @@ class OptimizerOptions:
     )
     use_8bit_adam: bool = option(False, help="The same as --optimizer_type AdamW8bit.")
     use_lion_optimizer: bool = option(False, help="The same as --optimizer_type Lion.")
-    learning_rate: float = option(
-        2e-6, help="Learning rate of everything that has no rate of its own.", check=at_least(0)
-    )
+    learning_rate: float = option(2e-6, help="Learning rate of everything that has no rate of its own.", check=rate)
     max_grad_norm: float = option(
         1.0, help="Scale the gradient down to this norm where it is larger; 0 switches that off.", check=at_least(0)
     )

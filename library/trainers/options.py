@@ -15,7 +15,7 @@ from library.objectives.options import DDPMOptions, LossOptions
 from library.optim.options import EmaOptions, OptimizerOptions, SchedulerOptions
 from library.options import Choice, ConfigFileOptions, Idle, at_least, between, option, positive
 from library.sampling.options import SampleOptions
-from library.values import SEEDS
+from library.values import SEEDS, rate
 
 MOST_RANKS = 100_000  # more than any layer has; some programs write it to ask for the full matrices of LoKr
 
@@ -184,9 +184,9 @@ class NetworkOptions:
     dim_from_weights: bool = option(False, help="Take ranks and alphas from --network_weights.")
     network_train_unet_only: bool = option(False, help="Train the denoiser's part only.")
     network_train_text_encoder_only: bool = option(False, help="Train the text encoder's part only.")
-    unet_lr: float | None = option(None, help="Learning rate of the denoiser's part.", check=at_least(0))
+    unet_lr: float | None = option(None, help="Learning rate of the denoiser's part.", check=rate)
     text_encoder_lr: tuple[float, ...] | None = option(
-        None, help="Learning rate of the text encoder's part (one value, or one per encoder).", check=at_least(0)
+        None, help="Learning rate of the text encoder's part (one value, or one per encoder).", check=rate
     )
     scale_weight_norms: float | None = option(
         None, help="Scale weights down to this norm after each step.", check=positive, zero_is_unset=True

@@ -32,7 +32,7 @@ from library.io.checkpoint import check_output, last_name, state_name
 from library.io.hub import download_state
 from library.io.options import AUTO, LATEST
 from library.io.state import StateParts, compare, load_state, newest_state, read_facts
-from library.log import get_logger, is_main_process
+from library.log import get_logger
 from library.models.family import ModelFamily
 from library.optim.optimizers import OptimizerChoice, choose_optimizer
 from library.optim.options import OptimizerOptions
@@ -208,6 +208,7 @@ class Preparation:
 
     def describe(self, plan: RunPlan) -> Iterator[str]:
         """The plan of the run, as it is printed before the start."""
+        yield from folder_lines(self.found)
         for index, stats in enumerate(self.data.stats()):
             buckets = ", ".join(f"{w}x{h}: {count}" for (w, h), count in stats.buckets)
             reg = (
@@ -322,8 +323,6 @@ def scan_datasets(
     report = lint(wanted)
     checks.problems += report.problems
     checks.finish()
-    for line in folder_lines(found) if is_main_process() else ():
-        log.info(line)
     for line in report.warnings:
         log.warning(line)
     return wanted

@@ -237,7 +237,7 @@ class Trainer(ABC):
         )
         check_scheduler(self.options.scheduler, self.prepared.optimizer, total_steps=self.plan.total_steps)
         self.prepared.check_resume(self.plan)
-        for line in self.prepared.describe(self.plan):
+        for line in self.prepared.describe(self.plan) if self.main_process else ():
             log.info(line)
 
     def load_models(self) -> None:

@@ -19,6 +19,7 @@ from library.io.checkpoint import (
     check_output,
     epoch_name,
     epochs_between_saves,
+    in_precision,
     last_name,
     outdated_epoch,
     outdated_step,
@@ -219,16 +220,18 @@ def test_nonfinite_weights_are_never_written_over_a_good_file(tmp_path: Path) ->
 def test_what_has_no_place_in_the_precision_is_written_in_float32(
     dtype: torch.dtype, ending: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A training of days is not thrown away because of one number: too large, or all of a tensor too small."""
+    """A training of days is not thrown away because of one number. An adapter's values may be too small, too."""
     largest = {torch.float16: 1e5, torch.bfloat16: 3.4e38}[dtype]  # float32 has it
     given = {"large": torch.tensor([1.0, largest]), "ok": torch.ones(2), "zero": torch.zeros(2)}
-    given |= {"small": torch.tensor([1e-9, 0.0])} if dtype == torch.float16 else {}
     path = save_tensors(tmp_path / f"a.{ending}", given, {}, dtype=dtype)
     found = load_file(path) if ending == "safetensors" else torch.load(path)
-    wide = given.keys() - {"ok", "zero"}
+    wide = {"large"}
     assert {name: t.dtype for name, t in found.items()} == {n: torch.float32 if n in wide else dtype for n in given}
     assert all(torch.equal(found[name], given[name]) for name in wide)
     assert caplog.text.count("are written in float32, they have no place in") == 1
+    small = {"small": torch.tensor([1e-9, 0.0]), "some": torch.tensor([1e-9, 1.0])}
+    kept = in_precision(small, torch.float16, path)
+    assert {name: tensor.dtype for name, tensor in kept.items()} == {"small": torch.float32, "some": torch.float16}
 
 
 def test_another_content_on_disk_is_noticed(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from library.options import tomllib
+from library.text_files import tomllib
 from tests.setup.fakes import RealPip
 from tools.lock_requirements import LOCKS, OF_TORCH, PYTHONS, SYSTEMS
 from tools.setup.environment import ROOT, RUN, TEST, Record, install_locks
