@@ -186,17 +186,26 @@ def architectures_with(names: Iterable[str]) -> list[str] | None:
     return [name for name, count in counts.items() if count == most] if most else None
 
 
-def format_of(tensors: Mapping[str, Tensor], among: Sequence[str] | None = None) -> Format:
-    """Which of the three formats the layers that are understood are in; without any, what the keys begin with.
-
-    among: the architectures that are possible, where a model is at hand: it need not have all layers of its kind.
-    """
-    paths, _ = _sorted(tensors)
+def _nearest_format(paths: Paths, among: Sequence[str] | None) -> tuple[Format | None, bool]:
+    """The format of the layers that the nearest architecture has, None where none is; whether it has every layer."""
     missing = _missing(paths, among)
     nearest = BY_NAME[min(missing, key=lambda name: len(missing[name]))]
     known = set(paths).difference(missing[nearest.name])
-    if known:
-        return _format_of_places(index_of(nearest, blocks_in(paths)), known)
+    return _format_of_places(index_of(nearest, blocks_in(paths)), known) if known else None, not missing[nearest.name]
+
+
+def format_of(tensors: Mapping[str, Tensor], among: Sequence[str] | None = None) -> Format:
+    """Which of the three formats the layers that are understood are in; without any, what the keys begin with.
+
+    among: the architectures that are possible, where a model is at hand. A file may be for another one, and a small
+    model may have layers that the published ones of its architecture have not.
+    """
+    paths, _ = _sorted(tensors)
+    found, is_whole = _nearest_format(paths, None)
+    if among is not None and not (is_whole and found == "kohya"):
+        found, _ = _nearest_format(paths, among)
+    if found is not None:
+        return found
     starts: dict[Format, tuple[str, ...]] = {"comfy": COMFY_PREFIXES, "peft": PEFT_PREFIXES}
     return next((name for name, start in starts.items() if any(key.startswith(start) for key in tensors)), "kohya")
 

@@ -522,3 +522,13 @@ def test_unknown_kohya_keys_are_left_to_the_network() -> None:
     tensors = {"lora_unet_anything.lora_down.weight": torch.ones(1), "oft_unet_x.oft_blocks": torch.ones(1)}
     assert_same(to_kohya(tensors), tensors)
     assert_same(to_kohya({"foo.bar.lora_down.weight": torch.ones(1)}), {"foo.bar.lora_down.weight": torch.ones(1)})
+
+
+@pytest.mark.parametrize("encoder", [[], ["lora_te_text_model_encoder_layers_0_mlp_fc1"]])
+def test_a_small_model_has_layers_that_the_published_one_has_not(encoder: list[str]) -> None:
+    """Flat names of XL in diffusers, and of a U-Net of 1.x with attention in its first block upwards."""
+    layers = ["lora_unet_down_blocks_1_attentions_0_proj_in", "lora_unet_up_blocks_0_attentions_0_proj_in", *encoder]
+    file = {f"{name}.{end}.weight": torch.ones(2, 2) for name in layers for end in ("lora_down", "lora_up")}
+    assert to_kohya(file, among=["sd1", "sd2"]).keys() == file.keys()
+    if not encoder:
+        assert "lora_unet_input_blocks_4_1_proj_in.lora_up.weight" in to_kohya(file, among=["sdxl"])
