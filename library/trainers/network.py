@@ -189,9 +189,6 @@ class NetworkTrainer(Trainer):
         self.check_moved_weights()
         if self.network.is_sparse() and self.options.distributed.ddp_static_graph:
             raise UserError("--ddp_static_graph: DyLoRA uses other weights in each step: leave the option out")
-        if options.lora_format != "kohya" or self.network.layers_reached():
-            # what has no name there is refused now, not at the first save
-            self.formatted(self.network.state(None), options.lora_format)
         if self.choice.activation_budget < 1:
             self.network.enable_gradient_checkpointing()
         groups = self.network.param_groups(
@@ -326,6 +323,13 @@ class NetworkTrainer(Trainer):
                 storage = super().storage(part)
                 if storage != "plain" and storage != "half":
                     quantise(model, storage)
+
+    def build_outputs(self) -> None:
+        """What cannot be written, or has no name in the file's format, is refused now, not at the first save."""
+        form = self.options.network.lora_format
+        if form != "kohya" or self.network.layers_reached():
+            self.formatted(self.network.state(None), form)
+        super().build_outputs()
 
     def after_step(self) -> dict[str, float | Tensor]:
         self.network.step_taken()
