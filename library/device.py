@@ -130,7 +130,7 @@ def check_launch(*, deepspeed: bool) -> None:
 def overridden(mixed_precision: str) -> Iterator[tuple[int, str]]:
     """(level, line) of each setting of `accelerate launch` that is not used, because the script has an option for it.
 
-    Where nothing is asked for, accelerate says "no": that is no wish of the user.
+    accelerate reports "no" where nothing was asked for, which is not a choice of the user.
     """
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", mixed_precision).lower()
     if asked != mixed_precision:

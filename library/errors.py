@@ -55,7 +55,7 @@ class StopTraining(Exception):
 
 
 def how_many_shown(count: int) -> int:
-    """Of so many things of a kind: all, or one line less than there is room for, where a line counts the others."""
+    """Number of lines shown out of `count`: all, or one fewer than the limit when a last line counts the rest."""
     return count if count <= MOST_OF_A_KIND else MOST_OF_A_KIND - 1
 
 

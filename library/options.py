@@ -420,7 +420,7 @@ def _toml_line(name: str, value: Any) -> str:
         line.encode()
     except UnicodeEncodeError:
         line = line.encode(errors="backslashreplace").decode()
-        return f"# give this on the command line, it is no UTF-8 text: {line}"
+        return f"# give this on the command line, it is not UTF-8 text: {line}"
     return line
 
 

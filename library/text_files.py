@@ -51,7 +51,7 @@ class _Refused(ValueError):
 
 
 def _refuse_constant(word: str) -> float:
-    raise _Refused(f"holds {word}, which is no number of JSON")
+    raise _Refused(f"holds {word}, which is not a JSON number")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def at_least(low: float, most: float = MOST) -> Check:
 
 
 def rate(value: float) -> str | None:
-    """Of a learning rate: a run that diverges is found by its loss, so any that float32 holds is taken."""
+    """Check of a learning rate: any value that float32 holds, since a run that diverges is found by its loss."""
     return at_least(0, LARGEST_FLOAT)(value)
 
 
@@ -69,14 +69,14 @@ def usual_range(value: Any) -> str | None:
 def text_problem(text: str, *, path: bool = False) -> str | None:
     """What keeps a text from being written into a file or, with `path`, from naming one.
 
-    On Linux a path may hold bytes that are no UTF-8; Python has them as surrogates.
+    On Linux a path may hold bytes that are not UTF-8; Python has them as surrogates.
     """
     if "\0" in text:
         return "must not hold the character NUL"
     try:
         data = os.fsencode(text) if path else text.encode()
     except UnicodeEncodeError:
-        return "is no valid text: it holds half a character (a surrogate) or bytes that are not UTF-8"
+        return "is not valid text: it holds half a character (a surrogate) or bytes that are not UTF-8"
     if path and (len(data) > LONGEST_PATH or any(len(name) > LONGEST_NAME for name in data.split(b"/"))):
         return f"is too long for a path: {len(data)} bytes"
     return None

@@ -42,7 +42,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     bundled = [key for key in found if key.startswith(BUNDLED)]
     if bundled:
         names = first_names(bundled)
-        get_logger().warning("%s: %d embeddings are no adapters and are not read: %s", path, len(bundled), names)
+        get_logger().warning("%s: %d embeddings are not adapters and are not read: %s", path, len(bundled), names)
         found = {key: value for key, value in found.items() if not key.startswith(BUNDLED)}
     file = adapter_file(path)
     return with_alphas(found, read_metadata(path), file, file.with_name(CONFIG))

@@ -151,7 +151,7 @@ def boft(own: Tensors, weight: Tensor, strength: float) -> Tensor:
 
 
 def _turns(own: Tensors, rows: int, strength: float) -> Tensor:
-    """R = (1 + Q)(1 - Q)⁻¹ with Q = A - Aᵀ, bounded by alpha times the rows; alpha 0 is no bound."""
+    """R = (1 + Q)(1 - Q)⁻¹ with Q = A - Aᵀ, bounded by alpha times the rows; alpha 0 means no bound."""
     free = own["oft_blocks"].float()
     skew = free - free.transpose(-1, -2)
     bound = float(own.get(ALPHA, torch.zeros(()))) * rows

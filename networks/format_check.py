@@ -38,7 +38,7 @@ def _problem(key: str, value: Tensor) -> str | None:
     kind = key.rpartition(".")[2]
     dtype = str(value.dtype).removeprefix("torch.")
     if value.layout is not torch.strided or value.is_meta or value.is_quantized:
-        return "is no plain tensor"
+        return "is not a plain tensor"
     if value.is_complex() or not (value.is_floating_point() or kind in WHOLE_NUMBERS):
         return f"is {dtype}"
     if kind in WHOLE_NUMBERS:

@@ -15,16 +15,17 @@ from torch import Tensor
 
 from library.errors import UserError, first_names
 from networks.adapter_files import by_module
+from networks.format_keys import OFT_PREFIX
 from networks.format_tables import ARCHITECTURES, BY_NAME, Index, Layer, blocks_in, index_of
 
-KOHYA, LORA = "oft_unet_", "lora_unet_"
+LORA = "lora_unet_"
 BLOCKS, ALPHA = "oft_blocks", "alpha"
 NUMBERED = ("flux",)  # architectures whose kohya files number the parts, also where there is one
 
 
 def is_oft(tensors: Mapping[str, Tensor]) -> bool:
     """Whether these are rotations that this program can have written; LyCORIS has names of its own for its OFT."""
-    return any(key.startswith(KOHYA) for key in tensors) or any(
+    return any(key.startswith(OFT_PREFIX) for key in tensors) or any(
         key.endswith(f".{BLOCKS}") and "." in key.removesuffix(f".{BLOCKS}") for key in tensors
     )
 
@@ -42,11 +43,11 @@ def convert_oft(
 
     architecture: name in `format_tables.BY_NAME`; found from the keys, or `among` some, when None.
     """
-    is_kohya = any(key.startswith(KOHYA) for key in tensors)
+    is_kohya = any(key.startswith(OFT_PREFIX) for key in tensors)
     if to == "peft":
         raise UserError(f"OFT has no names in other formats than kohya and comfy: {first_names([*tensors])}")
     own = by_module(tensors) if is_kohya else _by_path(tensors)
-    index = _index([path.replace(KOHYA, LORA) for path in own], [architecture] if architecture else among)
+    index = _index([path.replace(OFT_PREFIX, LORA) for path in own], [architecture] if architecture else among)
     if is_kohya == (to == "kohya"):
         return dict(tensors)
     return _to_comfy(own, index) if is_kohya else _to_kohya(own, index)
@@ -75,7 +76,7 @@ def _index(paths: list[str], among: Sequence[str] | None) -> Index:
 def _to_comfy(own: Mapping[str, Mapping[str, Tensor]], index: Index) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for path, tensors in own.items():
-        place = index.find(path.replace(KOHYA, LORA))
+        place = index.find(path.replace(OFT_PREFIX, LORA))
         assert place is not None
         blocks = [value for name, value in tensors.items() if name.startswith(BLOCKS)]
         for name, value in zip(_comfy_names(place.layer, len(blocks)), blocks, strict=True):
@@ -101,7 +102,7 @@ def _to_kohya(own: Mapping[str, Mapping[str, Tensor]], index: Index) -> dict[str
         blocks, bound = tensors[BLOCKS], tensors.get(ALPHA)
         if bound is None or not float(bound):
             raise UserError(f"{path}: an OFT without a bound (alpha) has no name in the kohya format")
-        layer = found.setdefault(place.layer.kohya.replace(LORA, KOHYA), {ALPHA: _times(bound, 1 / _rows(blocks))})
+        layer = found.setdefault(place.layer.kohya.replace(LORA, OFT_PREFIX), {ALPHA: _times(bound, 1 / _rows(blocks))})
         numbered = index.architecture.name in NUMBERED
         layer[f"{BLOCKS}.{place.part or 0}" if numbered else BLOCKS] = blocks
     return {f"{name}.{suffix}": value for name, layer in found.items() for suffix, value in layer.items()}

@@ -42,7 +42,7 @@ class Layer:
     widths: tuple[float, ...] = (1.0,)  # rows of each part, in units of the inputs
 
     def apart(self, part: int) -> str:
-        """Flat name of a part that is no whole layer."""
+        """Flat name of a part that is not a whole layer."""
         return f"lora_unet_{flat(self.parts[part].partition('.')[2])}"
 
     def swaps(self, rows: int, inputs: int) -> bool:

@@ -126,7 +126,7 @@ def read_adapter(
 
 
 def _require_known(tensors: Mapping[str, Tensor], architecture: str | None) -> None:
-    """Raises UserError when tensors with kohya keys are no adapter of an architecture that is known."""
+    """Raises UserError when tensors with kohya keys do not belong to a known architecture."""
     _layers(tensors, _index(tensors, architecture))
 
 

@@ -337,7 +337,7 @@ def warn_dropout(module: str, *given: float | None) -> None:
 
 
 def finite(value: Any) -> Any:
-    """`value`, or ValueError when it is, or holds, a number that is none."""
+    """Return `value`. Raises ValueError when it is, or contains, NaN or an infinity."""
     for item in value if isinstance(value, tuple) else (value,):
         curve_base = item.partition("+")[2] if isinstance(item, str) and item.startswith(PRESETS) else None
         number = item[-1] if isinstance(item, tuple) and item else float(curve_base) if curve_base else item

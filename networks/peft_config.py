@@ -67,7 +67,7 @@ def _object(text: str, where: str) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{where} is not understood ({error})") from None
     if not isinstance(found, dict):
-        raise UserError(f"{where} is not understood (it is no object)")
+        raise UserError(f"{where} is not understood (it is not an object)")
     return found
 
 

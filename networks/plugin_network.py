@@ -96,7 +96,7 @@ class PluginNetwork(AdapterNetwork):
         super().__init__()
         missing = [method for method in REQUIRED if not callable(getattr(network, method, None))]
         if not isinstance(network, nn.Module) or missing:
-            lacks = ", ".join(missing) or "parameters (it is no nn.Module)"
+            lacks = ", ".join(missing) or "parameters (it is not an nn.Module)"
             raise UserError(f"--network_module {name}: its network lacks {lacks}")
         self.network = network
         self.models = (models,)  # in a tuple: the models' weights are not the adapter's
@@ -303,7 +303,7 @@ class PluginNetwork(AdapterNetwork):
 
 
 def _weight(module: nn.Module, layer: Any) -> Tensor:
-    """Of a fused layer it is put together at each call."""
+    """Weight of a layer before its adapter; that of a fused layer is concatenated at each call."""
     weight = getattr(module, "weight", None)
     return layer.org_weight if weight is None else weight
 

@@ -453,21 +453,21 @@ def test_config_files_of_other_kinds(tmp_path: Path) -> None:
 
 def test_what_is_no_text_and_paths_that_are_not_utf8() -> None:
     (line,) = problems("--name", "caf\udce9")
-    assert line.startswith("--name is no valid text")
+    assert line.startswith("--name is not valid text")
     where = specs(cli.option_groups("network", "sd"))
     assert where["output_dir"].read("/data/caf\udce9") == "/data/caf\udce9"
     for name, value in (("output_dir", "a\0b"), ("output_dir", "\ud800"), ("output_dir", "a" * 300)):
-        with pytest.raises(ValueError, match=r"NUL|no valid text|too long"):
+        with pytest.raises(ValueError, match=r"NUL|not valid text|too long"):
             where[name].read(value)
     for name in ("output_name", "training_comment", "caption_prefix", "metadata_title", "log_prefix"):
-        with pytest.raises(ValueError, match="no valid text"):
+        with pytest.raises(ValueError, match="not valid text"):
             where[name].read("caf\udce9")
 
 
 def test_a_path_that_toml_cannot_say_is_a_comment() -> None:
     words = ["--pretrained_model_name_or_path", "m", "--output_dir", "caf\udce9", "--train_data_dir", "d"]
     given = resolve(NetworkTrainerOptions, FAMILIES["sd"].option_groups, words, prog="t").options
-    assert "\n# give this on the command line, it is no UTF-8 text: output_dir = " in dump_toml(given)
+    assert "\n# give this on the command line, it is not UTF-8 text: output_dir = " in dump_toml(given)
 
 
 def test_lines_about_names() -> None:

@@ -158,7 +158,7 @@ class TrainingData:
         return tuple(part.stats for part in self._parts)
 
     def trained(self) -> list[list[tuple[Sample, Bucket]]]:
-        """Of each dataset the pictures that some epoch trains, once each."""
+        """Pictures that any epoch trains, once each, per dataset."""
         found: list[list[tuple[Sample, Bucket]]] = []
         for part in self._parts:
             samples = (part.samples[index] for index in np.unique(part.train.entries).tolist())

@@ -115,7 +115,7 @@ def _array(file: zipfile.ZipFile, name: str, shape: tuple[int, ...], kinds: str)
         text = member.read(min(size, MOST_HEADER)).decode("latin-1")
         header = NPY_HEADER.fullmatch(text)
         if start[:6] != NPY_MAGIC or header is None:
-            raise ValueError(f"{name} is no array of numbers")
+            raise ValueError(f"{name} is not an array of numbers")
         dtype = np.dtype(header[1])
         found = tuple(int(side) for side in header[3].replace(" ", "").split(",") if side)
         if found != shape:
@@ -211,7 +211,7 @@ class LegacyFiles:
         except OSError as error:
             raise NotUsable(error.strerror or str(error), damaged=True) from None
         if not stat.S_ISREG(now.st_mode):
-            raise NotUsable("is no file", damaged=True)
+            raise NotUsable("is not a file", damaged=True)
         if now.st_mtime_ns < job.sample.mtime_ns and not self.trust:
             raise NotUsable("older than the picture")
         name = _row_name(path, wanted)

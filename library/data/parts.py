@@ -102,7 +102,7 @@ def too_many_uses(samples: Sequence[Sample]) -> list[str]:
 
 
 def make_splits(datasets: Sequence[tuple[DatasetConfig, Sequence[Sample]]], seed: int) -> list[tuple[Split, Split]]:
-    """Of every dataset its own split, and the same without what another subset or dataset holds out."""
+    """Split of each dataset, as it is and without what another subset or dataset holds out."""
     seeds = [seed if config.validation_seed is None else config.validation_seed for config, _ in datasets]
     splits = [_split(samples, config.validation_split, own) for (config, samples), own in zip(datasets, seeds)]
     if not any(split.validation for split in splits):

@@ -267,7 +267,7 @@ def _entry(row: tuple) -> Entry:
 
 
 def _is_damage(error: sqlite3.DatabaseError) -> bool:
-    """Of the file itself. The subclasses are about locks, rights, space and mistakes."""
+    """Error of the file itself; the subclasses cover locks, permissions, disk space and programming mistakes."""
     return type(error) is sqlite3.DatabaseError
 
 

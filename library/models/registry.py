@@ -64,7 +64,7 @@ FAMILIES: dict[str, FamilyEntry] = {
 
 
 def misfit(family: str, module: str) -> str | None:
-    """Why one of our network modules is none for the models of a family, and which one is.
+    """Reason why a network module does not fit the models of a family, naming the one that does.
 
     None: it fits, or it is not ours, and then only the model itself can tell.
     """

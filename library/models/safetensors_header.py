@@ -57,7 +57,7 @@ class Header(NamedTuple):
 
 
 def read_header(path: Path) -> Header:
-    """Raises UserError when the file is none, or is damaged or cut short."""
+    """Raises UserError when the file is not a safetensors file, is damaged or is cut short."""
     with path.open("rb") as file:
         head = file.read(64)
         length = int.from_bytes(head[:8], "little")
@@ -74,10 +74,10 @@ def read_header(path: Path) -> Header:
         problem = f"its header is not readable ({error}); download or copy it again"
         raise UserError(f"{path} is damaged: {problem}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: its header is no table of tensors")
+        raise UserError(f"{path} is damaged: its header is not a table of tensors")
     metadata = content.pop(METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise UserError(f"{path} is damaged: {METADATA} of its header is no table of texts")
+        raise UserError(f"{path} is damaged: {METADATA} of its header is not a table of strings")
     header = Header(metadata, {name: _entry(path, name, value) for name, value in content.items()}, 8 + length)
     _check_places(path, header, size)
     return header
@@ -120,7 +120,7 @@ def _check_places(path: Path, header: Header, size: int) -> None:
 
 
 def _looks_like(head: bytes) -> str:
-    """What a file that is no safetensors file seems to be, from its first bytes."""
+    """Guess from the first bytes what a file that is not a safetensors file is."""
     kinds = {
         b"version https://git-lfs": "it is a git-lfs pointer; fetch the file itself (git lfs pull)",
         b"<": "it looks like a web page; download the file itself",

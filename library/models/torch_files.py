@@ -72,7 +72,7 @@ def named_tensors(path: Path, content: Any) -> dict[str, Tensor]:
 
 
 def plain_tensors(path: Path, table: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """The named tensors of a table. Raises UserError for those that are no plain ones."""
+    """Named tensors of a table. Raises UserError for tensors that are not plain ones."""
     tensors = {name: value for name, value in table.items() if isinstance(name, str) and isinstance(value, Tensor)}
     for problem in _problems(tensors):
         raise UserError(f"{path}: {problem}")

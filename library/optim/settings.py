@@ -39,7 +39,7 @@ def read_settings(items: Iterable[str], flag: str) -> dict[str, Any]:
 
 
 def _plain_value(text: str) -> Any:
-    """A Python literal. Raises ValueError for what is none, for infinity and for numbers beyond all use."""
+    """Parse a Python literal. Raises ValueError for anything else, for infinities and for absurdly large numbers."""
     wrong = ValueError(f"expects {PLAIN}")
     try:
         value = ast.literal_eval(text.strip())

@@ -64,7 +64,7 @@ class Entry:
 
     @property
     def eps(self) -> float:
-        """Of the precision in which the file has them."""
+        """Rounding unit of the precision in which the file stores them."""
         return max(torch.finfo(value.dtype).eps for value in self.tensors.values())
 
 

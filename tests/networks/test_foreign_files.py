@@ -123,7 +123,7 @@ def test_what_a_folder_of_peft_may_say(tmp_path: Path, caplog: pytest.LogCapture
         (json.dumps({**good, "alpha_pattern": {"(": 1}}), "is not understood"),
         (json.dumps({**good, "lora_alpha": [1]}), "is not understood"),
         ("[" * 100000, "is not understood"),
-        ("[]", "is not understood (it is no object)"),
+        ("[]", "is not understood (it is not an object)"),
     ):
         config.write_text(text)
         with pytest.raises(UserError) as error:

@@ -629,7 +629,7 @@ def test_names_that_are_not_utf8(single: Path, tmp_path: Path) -> None:
         path.unlink()  # now the name of the folder is the caption, and that must be text
     data = DataOptions(train_data_dir=str(folder.parent), resolution=(64, 64), caption_extension=".txt")
     (line,) = check(scan(load_dataset_config(data, bucket_step=64), cache_dir=str(root / "c"))).problems
-    assert "captions of 2 pictures: is no valid text" in line
+    assert "captions of 2 pictures: is not valid text" in line
 
 
 # ---- the machine ----------------------------------------------------------------------------------------------------
