@@ -222,7 +222,7 @@ def test_unknown_keys_are_named_and_the_others_are_what_they_are(
     path = tmp_path / "onetrainer.safetensors"
     save_file({**tensors, "bundle_emb.cat.clip_l": torch.ones(2, 8)}, path)
     assert len(read_adapter(path)) == 20
-    assert "1 embeddings are no adapters and are not read: bundle_emb.cat.clip_l" in caplog.text
+    assert "1 embeddings are not adapters and are not read: bundle_emb.cat.clip_l" in caplog.text
     path = "unet.down_blocks.2.attentions.1.transformer_blocks.0.attn2.to_k"
     twice = {**tensors, **plain((path, 8, 8))}
     with pytest.raises(UserError, match="1 layers are in the adapter file under two names: unet"):
