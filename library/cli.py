@@ -18,9 +18,9 @@ from typing import Any
 
 from library.data.options import NO_DATA
 from library.errors import EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_STOPPED, StopTraining, UserError, one_line
+from library.families.registry import FAMILIES
 from library.io.atomic import atomic_write
 from library.log import get_logger, is_main_process, process_count, setup_logging, to_stderr
-from library.models.registry import FAMILIES
 from library.options import dump_toml, group_types, resolve
 from library.trainers.control_net_lllite_options import LLLiteTrainerOptions
 from library.trainers.finetune_options import DreamBoothTrainerOptions, FineTuneTrainerOptions

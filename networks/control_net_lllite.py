@@ -25,16 +25,16 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from library.adapters.base import AdapterLayer, AdapterNetwork, add_scaled
+from library.adapters.build import network_from_weights, weights_of
+from library.adapters.formats.convert import by_module
+from library.adapters.network import LayerNetwork, RateRules
+from library.adapters.options import read_network_args
+from library.adapters.spec import TargetModule, TargetSpec
+from library.adapters.targets import TextEncoders
 from library.errors import UserError
-from library.names.sd import unet_module_names
+from library.families.sd.names import unet_module_names
 from library.options import at_least, between, option
-from networks.base import AdapterLayer, AdapterNetwork, add_scaled
-from networks.build import network_from_weights, weights_of
-from networks.formats import by_module
-from networks.network import LayerNetwork, RateRules
-from networks.options import read_network_args
-from networks.spec import TargetModule, TargetSpec
-from networks.targets import TextEncoders
 
 CONDITIONED = True  # the network looks at control images, and changes the denoiser only
 

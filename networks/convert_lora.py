@@ -20,16 +20,16 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # started as a script, from any folder
     sys.path.insert(0, str(ROOT))
 
+from library.adapters.formats.peft_folder import PEFT_FILES  # noqa: E402
 from library.byte_paths import plain_path  # noqa: E402
 from library.cli import guarded  # noqa: E402
 from library.errors import UserError  # noqa: E402
 from library.options import option, resolve  # noqa: E402
-from networks.peft_folder import PEFT_FILES  # noqa: E402
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from networks.format_tables import Layer
+    from library.adapters.formats.tables import Layer
 
 PRECISIONS = {"float": "float32", "fp16": "float16", "bf16": "bfloat16"}
 # Header entries that describe the scale of the tensors in the source's format
@@ -82,8 +82,7 @@ def convert_file(options: ConvertOptions) -> None:
     """Read, convert, write whole or not at all. Raises UserError for what cannot be converted."""
     import torch
 
-    from library.io.checkpoint import in_precision, save_tensors
-    from networks.formats import (
+    from library.adapters.formats.convert import (
         alphas_in,
         convert,
         dora_norms,
@@ -93,6 +92,7 @@ def convert_file(options: ConvertOptions) -> None:
         read_tensors,
         to_kohya,
     )
+    from library.io.checkpoint import in_precision, save_tensors
 
     assert options.src and options.dst and options.to
     if Path(options.dst).is_dir():
@@ -118,9 +118,9 @@ def convert_file(options: ConvertOptions) -> None:
 
 def architectures(tensors: Mapping[str, Tensor], base: BaseWeights) -> list[str] | None:
     """What the names of the layers mean where several architectures have them: what the base model has most of."""
-    from networks.format_keys import architectures_of, format_of, require_one
-    from networks.format_tables import BY_NAME
-    from networks.formats import layers_in
+    from library.adapters.formats.convert import layers_in
+    from library.adapters.formats.keys import architectures_of, format_of, require_one
+    from library.adapters.formats.tables import BY_NAME
 
     if format_of(tensors) == "kohya":
         return None

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from library.adapters.adapter_kind import AdapterKind
+from library.adapters.layers.dylora import DyLoRALayer, DyloraSettings
+from library.adapters.options import BlockOptions, DyloraOptions, LoraPlusOptions, NoDropoutOptions, warn_dropout
 from library.errors import UserError
 from library.log import get_logger
-from networks.adapter_kind import AdapterKind
-from networks.dylora_layer import DyLoRALayer, DyloraSettings
-from networks.options import BlockOptions, DyloraOptions, LoraPlusOptions, NoDropoutOptions, warn_dropout
 
 
 def settings(options: Mapping[str, Any], neuron_dropout: float | None) -> DyloraSettings:

@@ -16,8 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # started as a script, from any folder
     sys.path.insert(0, str(ROOT))
 
-from library.options import at_least, between, option  # noqa: E402
-from networks.tool_options import (  # noqa: E402
+from library.adapters.surgery.options import (  # noqa: E402
     DeviceOptions,
     SaveOptions,
     missing_files,
@@ -25,6 +24,7 @@ from networks.tool_options import (  # noqa: E402
     run_tool,
     target_problems,
 )
+from library.options import at_least, between, option  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class FluxExtractOptions:
 
 
 def act(options: FluxExtractOptions) -> None:
-    from networks.tool_extract import Extraction, extract
+    from library.adapters.surgery.extract import Extraction, extract
 
     asked, save = options.extract, options.save
     assert asked.model_org and asked.model_tuned and save.save_to

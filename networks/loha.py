@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from networks.adapter_kind import AdapterKind
-from networks.factor_layer import FactorSettings
-from networks.loha_layer import LoHaLayer
-from networks.norm_layer import NormLayer
-from networks.options import BlockOptions, DropoutOptions, FactorOptions, warn_dropout
+from library.adapters.adapter_kind import AdapterKind
+from library.adapters.layers.factor import FactorSettings
+from library.adapters.layers.loha import LoHaLayer
+from library.adapters.layers.norm import NormLayer
+from library.adapters.options import BlockOptions, DropoutOptions, FactorOptions, warn_dropout
 
 
 def settings(options: Mapping[str, Any], neuron_dropout: float | None) -> FactorSettings:

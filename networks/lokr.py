@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from networks.adapter_kind import AdapterKind
-from networks.lokr_layer import LoKrLayer, LokrSettings
-from networks.norm_layer import NormLayer
-from networks.options import BlockOptions, DropoutOptions, FactorOptions, LokrOptions, warn_dropout
+from library.adapters.adapter_kind import AdapterKind
+from library.adapters.layers.lokr import LoKrLayer, LokrSettings
+from library.adapters.layers.norm import NormLayer
+from library.adapters.options import BlockOptions, DropoutOptions, FactorOptions, LokrOptions, warn_dropout
 
 
 def settings(options: Mapping[str, Any], neuron_dropout: float | None) -> LokrSettings:

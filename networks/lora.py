@@ -12,13 +12,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from networks.base import AdapterNetwork
-from networks.build import default_sizes
-from networks.lora_build import LORA_ARGUMENTS, lora_from_weights, new_lora
-from networks.lr_weights import block_lr_weights, plan_ranks
-from networks.options import BlockOptions, read_network_args
-from networks.spec import TargetSpec
-from networks.targets import TextEncoders, block_layout, every_target, sd_targets
+from library.adapters.base import AdapterNetwork
+from library.adapters.build import default_sizes
+from library.adapters.lora_build import LORA_ARGUMENTS, lora_from_weights, new_lora
+from library.adapters.lr_weights import block_lr_weights, plan_ranks
+from library.adapters.options import BlockOptions, read_network_args
+from library.adapters.spec import TargetSpec
+from library.adapters.targets import TextEncoders, block_layout, every_target, sd_targets
 
 ARGUMENTS: dict[str, type] = {"blocks": BlockOptions, **LORA_ARGUMENTS}
 FILE_DECIDES = ("conv_dim", "conv_alpha", "block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas")

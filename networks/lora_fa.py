@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from networks.adapter_kind import AdapterKind
-from networks.lora_build import lora_settings
-from networks.lora_fa_layer import LoRAFALayer
-from networks.lora_layer import LoraSettings
-from networks.norm_layer import NormLayer
-from networks.options import BlockOptions, DropoutOptions, LoraLayerOptions
+from library.adapters.adapter_kind import AdapterKind
+from library.adapters.layers.lora import LoraSettings
+from library.adapters.layers.lora_fa import LoRAFALayer
+from library.adapters.layers.norm import NormLayer
+from library.adapters.lora_build import lora_settings
+from library.adapters.options import BlockOptions, DropoutOptions, LoraLayerOptions
 
 
 def settings(options: Mapping[str, Any], neuron_dropout: float | None) -> LoraSettings:

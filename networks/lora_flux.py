@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from library.names.flux import flux_names
+from library.adapters.lora_family import LoraFamily
+from library.adapters.options import T5Options, block_ranges, rank_list
+from library.adapters.spec import TargetSpec
+from library.adapters.table_targets import count, table_targets
+from library.adapters.type_dims import TypeDims, check_blocks, raise_problems
+from library.families.flux.names import flux_names
 from library.options import at_least, option
-from networks.lora_family import LoraFamily
-from networks.options import T5Options, block_ranges, rank_list
-from networks.spec import TargetSpec
-from networks.table_targets import count, table_targets
-from networks.type_dims import TypeDims, check_blocks, raise_problems
 
 MODELS = ("FluxTransformer2DModel", "ChromaTransformer2DModel")
 DOUBLE, SINGLE = "double_blocks_", "single_blocks_"

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from library.names.lumina import lumina_names
+from library.adapters.lora_family import LoraFamily
+from library.adapters.options import rank_list
+from library.adapters.spec import TargetSpec
+from library.adapters.table_targets import count, table_targets
+from library.adapters.type_dims import TypeDims, short_name
+from library.families.lumina.names import lumina_names
 from library.options import at_least, option
-from networks.lora_family import LoraFamily
-from networks.options import rank_list
-from networks.spec import TargetSpec
-from networks.table_targets import count, table_targets
-from networks.type_dims import TypeDims, short_name
 
 MODELS = ("Lumina2Transformer2DModel",)
 NOISE, CONTEXT, LAYERS, FINAL = "noise_refiner_", "context_refiner_", "layers_", "final_layer_"

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from library.names.sd3 import sd3_names
+from library.adapters.lora_family import LoraFamily
+from library.adapters.options import T5Options, block_ranges, rank_list
+from library.adapters.spec import TargetSpec
+from library.adapters.table_targets import count, table_targets
+from library.adapters.type_dims import TypeDims, check_blocks, raise_problems
+from library.families.sd3.names import sd3_names
 from library.options import at_least, option
-from networks.lora_family import LoraFamily
-from networks.options import T5Options, block_ranges, rank_list
-from networks.spec import TargetSpec
-from networks.table_targets import count, table_targets
-from networks.type_dims import TypeDims, check_blocks, raise_problems
 
 MODELS = ("SD3Transformer2DModel",)
 BLOCKS = "joint_blocks_"

@@ -19,14 +19,14 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # started as a script, from any folder
     sys.path.insert(0, str(ROOT))
 
-from library.options import option  # noqa: E402
-from networks.tool_options import (  # noqa: E402
+from library.adapters.surgery.options import (  # noqa: E402
     ModelsOptions,
     SaveOptions,
     missing_files,
     run_tool,
     target_problems,
 )
+from library.options import option  # noqa: E402
 
 ENCODERS = ("clip_l", "clip_g", "t5xxl", "gemma2")
 TABLE_NAMES = {"gemma2": "gemma2_2b"}  # where the table of layers has another name
@@ -121,8 +121,8 @@ def run_merge(
     architectures: tuple[str, ...] | None = None,
 ) -> None:
     """What all merge scripts do with their options."""
-    from networks.format_tables import BY_NAME
-    from networks.tool_merge import Merge, ModelPart, merge
+    from library.adapters.formats.tables import BY_NAME
+    from library.adapters.surgery.merge import Merge, ModelPart, merge
 
     found = tuple(
         ModelPart(name, read, write, None if name == model else TABLE_NAMES.get(name, name))

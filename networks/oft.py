@@ -14,12 +14,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from networks.base import AdapterNetwork
-from networks.oft_build import OFT_ARGUMENTS, new_oft, oft_from_weights, renamed
-from networks.options import OftConvOptions, read_network_args
-from networks.spec import TargetSpec
-from networks.table_targets import require_class
-from networks.targets import TextEncoders, every_target, sd_targets
+from library.adapters.base import AdapterNetwork
+from library.adapters.oft_build import OFT_ARGUMENTS, new_oft, oft_from_weights, renamed
+from library.adapters.options import OftConvOptions, read_network_args
+from library.adapters.spec import TargetSpec
+from library.adapters.table_targets import require_class
+from library.adapters.targets import TextEncoders, every_target, sd_targets
 
 ARGUMENTS: dict[str, type] = {**OFT_ARGUMENTS, "conv": OftConvOptions}
 MODELS = ("UNet2DConditionModel",)

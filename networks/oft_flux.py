@@ -14,14 +14,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from networks.base import AdapterNetwork
+from library.adapters.base import AdapterNetwork
+from library.adapters.oft_build import OFT_ARGUMENTS, new_oft, oft_from_weights, renamed
+from library.adapters.options import read_network_args
+from library.adapters.spec import TargetSpec
+from library.adapters.table_targets import require_class
+from library.adapters.targets import TextEncoders
+from library.adapters.type_dims import short_name
 from networks.lora_flux import DOUBLE, MODELS, SINGLE, denoiser_targets
-from networks.oft_build import OFT_ARGUMENTS, new_oft, oft_from_weights, renamed
-from networks.options import read_network_args
-from networks.spec import TargetSpec
-from networks.table_targets import require_class
-from networks.targets import TextEncoders
-from networks.type_dims import short_name
 
 ARGUMENTS: dict[str, type] = OFT_ARGUMENTS
 ATTENTION = re.compile(rf"{DOUBLE}\d+_(img|txt)_attn_")

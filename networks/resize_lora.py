@@ -21,21 +21,21 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # started as a script, from any folder
     sys.path.insert(0, str(ROOT))
 
-from library.options import at_least, option, positive  # noqa: E402
-from networks.tool_options import (  # noqa: E402
+from library.adapters.surgery.options import (  # noqa: E402
     DeviceOptions,
     missing_adapters,
     needed,
     run_tool,
     target_problems,
 )
-from networks.tool_options import SaveOptions as AnySaveOptions  # noqa: E402
+from library.adapters.surgery.options import SaveOptions as AnySaveOptions  # noqa: E402
+from library.options import at_least, option, positive  # noqa: E402
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from networks.lora_math import Kept, Tensors
+    from library.adapters.surgery.lora_math import Kept, Tensors
 
 METHODS = ("sv_ratio", "sv_fro", "sv_cumulative")
 
@@ -94,7 +94,7 @@ def resize(options: ResizeLoraOptions) -> None:
     """Reads, decomposes layer by layer, writes. Raises UserError for layers that are no plain LoRA."""
     import torch
 
-    from networks.tool_files import device_named, dims_in, dtype_named, read_lora, save_lora
+    from library.adapters.surgery.files import device_named, dims_in, dtype_named, read_lora, save_lora
 
     asked = options.resize
     assert asked.model is not None and options.save.save_to is not None
@@ -121,10 +121,8 @@ def resized(
 
     Raises UserError naming the layers that are no plain LoRA.
     """
-    from library.errors import UserError
-    from library.log import progress
-    from networks.format_layers import scale_of
-    from networks.lora_math import (
+    from library.adapters.formats.layers import scale_of
+    from library.adapters.surgery.lora_math import (
         ADDED,
         Change,
         Kept,
@@ -135,6 +133,8 @@ def resized(
         not_lora,
         spectrum_of_change,
     )
+    from library.errors import UserError
+    from library.log import progress
 
     wrong = [not_lora(name, own) for name, own in layers.items() if not is_lora(own) and not set(own) <= ADDED]
     if wrong:

@@ -18,15 +18,15 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # started as a script, from any folder
     sys.path.insert(0, str(ROOT))
 
+from library.adapters.surgery.options import DeviceOptions, ModelsOptions, SaveOptions, run_tool, target_problems  # noqa: E402
 from library.errors import UserError  # noqa: E402
 from library.options import at_least, option  # noqa: E402
-from networks.tool_options import DeviceOptions, ModelsOptions, SaveOptions, run_tool, target_problems  # noqa: E402
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from networks.lora_math import Tensors
+    from library.adapters.surgery.lora_math import Tensors
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ def merge(options: SvdMergeOptions) -> None:
     """Reads, sums, decomposes layer by layer, writes. Raises UserError for what is no plain LoRA."""
     import torch
 
+    from library.adapters.surgery.files import device_named, dtype_named, merged_metadata, save_lora
+    from library.adapters.surgery.merge import read_shares, same_layers
     from library.log import progress
-    from networks.tool_files import device_named, dtype_named, merged_metadata, save_lora
-    from networks.tool_merge import read_shares, same_layers
 
     device = device_named(options.device.device)
     shares = read_shares(options.models)
@@ -88,8 +88,8 @@ def nearest(
     name: str, layers: Sequence[tuple[Tensors, float]], ranks: RankOptions, device: torch.device
 ) -> dict[str, Tensor]:
     """One layer of all files: the matrices of the rank that are nearest to Σ ratio · ΔW. Raises UserError."""
-    from networks.lora_math import ADDED, as_tensors, change_of, choose_rank, joined, spectrum_of_change
-    from networks.tool_merge import added
+    from library.adapters.surgery.lora_math import ADDED, as_tensors, change_of, choose_rank, joined, spectrum_of_change
+    from library.adapters.surgery.merge import added
 
     if all(set(own) <= ADDED for own, _ in layers):
         return added(layers)

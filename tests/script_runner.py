@@ -77,9 +77,9 @@ def _server() -> subprocess.Popen[str]:
 
 def serve() -> None:
     """Answer each request on stdin with an exit code on stdout."""
-    from library.models.quick_import import import_diffusers
+    from library.weights.quick_import import import_diffusers
 
-    for name in ("library.models.sd", "library.trainers.network"):
+    for name in ("library.families.sd.model", "library.trainers.network"):
         importlib.import_module(name)
     import_diffusers()
     answers = os.fdopen(os.dup(1), "w")

@@ -17,7 +17,7 @@ from library.cli import option_groups
 from library.data.buckets import BucketManager
 from library.data.config import key_specs
 from library.data.records import BucketRules
-from library.models.registry import FAMILIES
+from library.families.registry import FAMILIES
 from library.optim.optimizers import OPTIMIZERS
 from library.optim.schedulers import OTHER_NAMES, SCHEDULES
 from library.options import read_toml, resolve, specs

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from library.cli import METHODS
-from library.models.registry import FAMILIES
+from library.families.registry import FAMILIES
 from library.options import resolve
 from tests.families import sdxl
 from tests.script_runner import ROOT, run_script

@@ -16,7 +16,7 @@ from library.data.lint import check
 from library.data.options import DataOptions
 from library.data.scan import scan
 from library.errors import UserError
-from library.models.registry import FAMILIES
+from library.families.registry import FAMILIES
 from library.options import resolve
 from library.sampling.prompts import load_prompts
 from library.trainers.options import LoggingOptions

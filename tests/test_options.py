@@ -18,9 +18,9 @@ import torch
 
 from library import cli
 from library.errors import StopTraining, UserError, first_names, unknown
+from library.families.registry import FAMILIES
 from library.io.atomic import SaveError
 from library.log import get_logger, progress, setup_logging
-from library.models.registry import FAMILIES
 from library.options import (
     ConfigFileOptions,
     Resolved,

@@ -66,7 +66,7 @@ def make_tiny_sd(
 def _write_single(path: Path, unet: nn.Module, vae: nn.Module, encoder: nn.Module, version: int) -> Path:
     from safetensors.torch import save_file
 
-    from library.models.sd import published_tensors, unused_open_clip
+    from library.families.sd.model import published_tensors, unused_open_clip
 
     tensors = published_tensors(unet, encoder, vae, version=version)
     if version == 2:

@@ -14,9 +14,9 @@ from typing import Any
 
 from library.cli import load_attribute, option_groups
 from library.errors import UserError
+from library.families.registry import FAMILIES, misfit
 from library.io.options import SaveOptions
 from library.log import get_logger, is_main_process, setup_logging
-from library.models.registry import FAMILIES, misfit
 from library.options import Resolved, build_parser, group_types, option, resolve, specs
 from library.trainers.options import TrainerOptions
 from tools.make_options_doc import SCRIPTS
@@ -153,11 +153,11 @@ class CacheRun:
         """Reads and checks everything. Raises UserError with all mistakes at once, before a model is loaded."""
         from library.data.lint import folder_lines
         from library.device import DistributedSettings, indexed, make_accelerator
-        from library.models.quick_import import import_diffusers
         from library.sampling.prompts import load_prompts
         from library.trainers.caching import Caches, Share
         from library.trainers.preparation import Checks, data_warnings, run_seed, scan_datasets, training_data
         from library.trainers.settings import compute_dtype
+        from library.weights.quick_import import import_diffusers
 
         checks = Checks()
         checks.run(family.check)
@@ -191,7 +191,7 @@ class CacheRun:
 
 def has_control_images(family: str, options: Any) -> bool:
     """Whether the training looks at control images. Raises UserError for a network module that does not fit."""
-    from networks.plugin import load_network_module
+    from library.adapters.foreign.plugin import load_network_module
 
     module = options.method.network_module
     problem = None if module is None else misfit(family, module)

@@ -27,8 +27,8 @@ if str(ROOT) not in sys.path:  # started as a script, from any folder
 
 from library.cli import guarded, load_attribute  # noqa: E402
 from library.errors import UserError  # noqa: E402
+from library.families.registry import FAMILIES  # noqa: E402
 from library.log import get_logger, setup_logging  # noqa: E402
-from library.models.registry import FAMILIES  # noqa: E402
 from library.options import at_least, option, resolve, specs  # noqa: E402
 
 FILE_ENDINGS = (".safetensors", ".ckpt")
@@ -137,11 +137,11 @@ class ConvertModelOptions:
 
 def kind_of(path: Path) -> str:
     """ "v1", "v2" or "sdxl", from names and shapes. Raises UserError for other architectures."""
-    from library.models.detect import architecture, context_dim
-    from library.models.loading import read_json
-    from library.models.sd_parts import CONTEXT_DIMS
-    from library.models.weight_files import open_weights
-    from library.names.sd import OPEN_CLIP_PREFIX
+    from library.families.detect import architecture, context_dim
+    from library.families.sd.names import OPEN_CLIP_PREFIX
+    from library.families.sd.parts import CONTEXT_DIMS
+    from library.weights.loading import read_json
+    from library.weights.weight_files import open_weights
 
     if path.is_dir():
         unet = read_json(path / "unet" / "config.json")
@@ -160,7 +160,7 @@ def kind_of(path: Path) -> str:
 
 def open_family(options: ConvertOptions, path: Path, reference: Path | None) -> Any:
     """The family of the model at `path`, its headers read, with the scheduler that a new folder gets."""
-    from library.models.loading import read_json
+    from library.weights.loading import read_json
 
     kind = next((name for name in ("v1", "v2", "sdxl") if vars(options)[name]), None) or kind_of(path)
     family = FAMILIES["sdxl" if kind == "sdxl" else "sd"]
@@ -181,9 +181,9 @@ def open_family(options: ConvertOptions, path: Path, reference: Path | None) -> 
 
 def predicts_v(path: Path) -> bool:
     """Whether the model says so: a folder in its scheduler's configuration, a file by an empty tensor (SDXL)."""
-    from library.models.loading import read_json
-    from library.models.sdxl_parts import V_MARK
-    from library.models.weight_files import open_weights
+    from library.families.sdxl.parts import V_MARK
+    from library.weights.loading import read_json
+    from library.weights.weight_files import open_weights
 
     if path.is_file():
         return V_MARK in open_weights(path).shapes
@@ -196,7 +196,7 @@ def located_source(options: ConvertOptions, reference: Path | None, temporary: P
 
     temporary: an empty folder for links, where one of these is given.
     """
-    from library.models.loading import PIPELINE_FILES, locate
+    from library.weights.loading import PIPELINE_FILES, locate
 
     weights = [f"{part}/*.safetensors" for part in ("unet", "vae", "text_encoder", "text_encoder_2")]
     path = locate(options.model_to_load or "", "--model_to_load", (*PIPELINE_FILES, *weights))
@@ -245,7 +245,7 @@ def link_variant(path: Path, variant: str, place: Path) -> None:
 
 def located_reference(name: str) -> Path:
     """The folder of --reference_model. Raises UserError when there is none, or no scheduler and tokenizer in it."""
-    from library.models.loading import HUB_ID
+    from library.weights.loading import HUB_ID
 
     path = Path(name).expanduser()
     if not path.exists() and HUB_ID.fullmatch(name):
@@ -277,7 +277,7 @@ def convert(options: ConvertOptions) -> None:
     """Read headers, check, then write the whole model or nothing. Raises UserError and SaveError."""
     from library.device import DTYPES
     from library.io.checkpoint import CheckpointForm
-    from library.models.quick_import import import_diffusers
+    from library.weights.quick_import import import_diffusers
 
     assert options.model_to_save is not None
     target = Path(options.model_to_save)
@@ -313,7 +313,7 @@ def check_target(target: Path, *, to_file: bool) -> None:
 
 def header(options: ConvertOptions) -> dict[str, str]:
     """Metadata of the new file: those of the source file, without what names its numbers, and --metadata."""
-    from library.models.weight_files import SafetensorsFile, open_weights
+    from library.weights.weight_files import SafetensorsFile, open_weights
 
     source = Path(options.model_to_load or "")
     file = open_weights(source) if source.suffix == ".safetensors" and source.is_file() else None

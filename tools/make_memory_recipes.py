@@ -28,16 +28,16 @@ from benchmarks.common import markdown  # noqa: E402
 from benchmarks.cpu.audit import MODELS  # noqa: E402
 from benchmarks.gpu.models import write_model  # noqa: E402
 from library.cli import METHODS, load_attribute  # noqa: E402
+from library.families.registry import FAMILIES  # noqa: E402
 from library.io.tensor_file import data_bytes, header_bytes  # noqa: E402
 from library.memory.choice import MemoryChoice  # noqa: E402
 from library.memory.estimate import Prediction, predict  # noqa: E402
 from library.memory.options import GIB  # noqa: E402
-from library.models.registry import FAMILIES  # noqa: E402
 from library.optim.optimizers import choose_optimizer  # noqa: E402
 from library.options import resolve  # noqa: E402
+from library.planner.planning import Option, Plan, plan_memory  # noqa: E402
 from library.trainers.finetune import FineTuneTrainer  # noqa: E402
 from library.trainers.network import NetworkTrainer  # noqa: E402
-from library.trainers.planning import Option, Plan, plan_memory  # noqa: E402
 
 CARDS = (24, 16, 12, 8)  # GB
 SPARE = 768 << 20  # bytes of a card that no recipe takes: a screen, gaps between tensors, what kernels need

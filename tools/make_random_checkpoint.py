@@ -25,18 +25,18 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from library.families.sd import names as sd_keys
+from library.families.sd.model import published_tensors, unused_open_clip
+from library.families.sd.parts import build_text_encoder, build_unet
 from library.io.tensor_file import header_bytes, ordered_names
-from library.models.kl_vae import build_vae
-from library.models.loading import build_empty, shipped_config
-from library.models.sd import published_tensors, unused_open_clip
-from library.models.sd_parts import build_text_encoder, build_unet
-from library.names import sd as sd_keys
-from library.names.keys import Rule, publish
+from library.key_tables import Rule, publish
 from library.rng import torch_generator
+from library.weights.kl_vae import build_vae
+from library.weights.loading import build_empty, shipped_config
 from tools.base_model.tokenizer import save_tokenizer
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-# sizes that a reader derives from the shapes (library.models.sd_parts): widths are multiples of 32
+# sizes that a reader derives from the shapes (library.families.sd.parts): widths are multiples of 32
 TINY: dict[str, dict[str, Any]] = {
     "unet": {
         "block_out_channels": [32, 64],

@@ -34,16 +34,16 @@ from benchmarks.gpu.jobs import Job
 from benchmarks.gpu.models import ARCHITECTURES, Architecture, write_model
 from benchmarks.gpu.plain import PREDICT, Inputs, learning_weights
 from library.cli import METHODS, load_attribute
+from library.families.flux.parts import build_chroma
+from library.families.registry import FAMILIES
 from library.memory.choice import MemoryChoice
 from library.memory.estimate import Case, Fixed, Weights, tops, total_work
-from library.models.flux_parts import build_chroma
-from library.models.loading import shipped_config
-from library.models.registry import FAMILIES
 from library.options import resolve
+from library.planner.planning import weights_of
+from library.planner.simulation import FakeMeter, Simulation, materialise, simulate
 from library.trainers.finetune import FineTuneTrainer
 from library.trainers.network import NetworkTrainer
-from library.trainers.planning import weights_of
-from library.trainers.simulation import FakeMeter, Simulation, materialise, simulate
+from library.weights.loading import shipped_config
 
 RANK = 16
 GB, TERA = 1e9, 1e12

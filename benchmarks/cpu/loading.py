@@ -90,7 +90,7 @@ def unet_loader(way: str, folder: Path) -> Callable[[], Any]:
     from diffusers import UNet2DConditionModel
     from safetensors.torch import load_file
 
-    from library.models.sd_parts import open_parts
+    from library.families.sd.parts import open_parts
 
     model: Any = UNet2DConditionModel
     unet, single = folder / "diffusers" / "unet", folder / "model.safetensors"
@@ -116,8 +116,8 @@ def flux_loader(way: str, folder: Path) -> Callable[[], Any]:
     from diffusers import FluxTransformer2DModel  # noqa: F401  # imports do not count
     from safetensors.torch import load_file
 
-    from library.models.flux_parts import open_denoiser
-    from library.names.keys import read
+    from library.families.flux.parts import open_denoiser
+    from library.key_tables import read
 
     part = open_denoiser(folder / "flux.safetensors", "flux")[0]
 

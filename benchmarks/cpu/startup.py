@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.common import host_line, make_pictures, markdown, measure
 
 IMPORTS = (
-    "import library.trainers.network; from library.models.quick_import import import_diffusers; import_diffusers()"
+    "import library.trainers.network; from library.weights.quick_import import import_diffusers; import_diffusers()"
 )
 # train_network.py, left as soon as its first optimizer step is done
 FIRST_STEP = """

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from library.cli import load_attribute
+from library.families.family import ModelFamily
+from library.families.sd3.parts import build_mmdit
 from library.io.tensor_file import data_bytes, header_bytes
-from library.models.family import ModelFamily
-from library.models.loading import build_empty, shipped_config
-from library.models.sd3_parts import build_mmdit
-from library.models.weight_files import WeightFile
+from library.weights.loading import build_empty, shipped_config
+from library.weights.weight_files import WeightFile
 from tests.tiny import vocabulary, write_tokenizer
 from tests.tiny_text import gemma2_tokens, t5_pieces, write_gemma2_tokenizer, write_t5_tokenizer
 
@@ -63,7 +63,7 @@ UNET, FLUX, LUMINA = (
 class Architecture:
     """A model as a pipeline's folder has it."""
 
-    family: str  # of library.models.registry
+    family: str  # of library.families.registry
     pipeline: str  # class
     denoiser: str  # folder
     part: str  # name of the denoiser in the family's `parts`

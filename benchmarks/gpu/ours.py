@@ -15,7 +15,7 @@ from benchmarks.gpu.models import ARCHITECTURES, with_random_weights, write_mode
 from benchmarks.gpu.timing import Clock, Figures
 from library.cli import METHODS, load_attribute
 from library.errors import UserError
-from library.models.registry import FAMILIES
+from library.families.registry import FAMILIES
 from library.options import resolve
 from library.trainers.finetune import FineTuneTrainer
 from library.trainers.network import NetworkTrainer

@@ -53,7 +53,7 @@ class SamplerSource(Protocol):
 
 
 class Defaults(Protocol):
-    """`library.models.family.PreviewDefaults`, seen from here."""
+    """`library.families.family.PreviewDefaults`, seen from here."""
 
     @property
     def steps(self) -> int: ...

@@ -15,7 +15,7 @@ from library.data.dataset import TrainingData
 from library.data.latent_cache import LatentCache, LatentFolders
 from library.data.text_cache import TextCache, TextCaches, text_store
 from library.device import on_device
-from library.models.family import ModelFamily
+from library.families.family import ModelFamily
 from library.trainers.options import TrainerOptions
 from library.trainers.shortage import encoded
 from library.types import Cond

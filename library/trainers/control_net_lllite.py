@@ -9,15 +9,15 @@ from typing import Any
 
 from torch import Tensor
 
+from library.adapters.base import AdapterNetwork
+from library.adapters.formats.convert import read_tensors
 from library.device import DTYPES
 from library.errors import UserError
 from library.io.checkpoint import save_tensors
 from library.trainers.control_net_lllite_options import LLLiteTrainerOptions
 from library.trainers.trainables import Trainables
 from library.trainers.trainer import Trainer
-from networks.base import AdapterNetwork
 from networks.control_net_lllite import create_network, create_network_from_weights, sizes_of
-from networks.formats import read_tensors
 
 
 class LLLiteTrainer(Trainer):

@@ -12,6 +12,7 @@ from typing import Any
 from library.data.dataset import TrainingData
 from library.data.parts import DatasetStats
 from library.data.records import DatasetConfig, Sample
+from library.families.family import ModelFacts
 from library.io.metadata import (
     DatasetFacts,
     RunFacts,
@@ -21,7 +22,6 @@ from library.io.metadata import (
     file_facts,
     modelspec,
 )
-from library.models.family import ModelFacts
 from library.options import changed_values
 from library.trainers.options import TrainerOptions
 from library.trainers.plan import RunPlan

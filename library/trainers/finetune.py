@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from library.data.config import load_dataset_config
 from library.device import DTYPES
 from library.errors import UserError, first_names
+from library.families.finetune_options import FineTuneOptions
 from library.io.checkpoint import CheckpointForm, extension_of, is_save_of
 from library.log import get_logger, process_count
-from library.models.finetune_options import FineTuneOptions
 from library.optim.in_backward import check_in_backward, units
 from library.optim.optimizers import find_optimizer
 from library.trainers.finetune_options import ONE_FORMAT, FineTuneTrainerOptions

@@ -6,9 +6,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from library.families.finetune_options import FineTuneOptions
+from library.families.sd.options import DreamBoothOptions
 from library.io.options import SaveOptions
-from library.models.finetune_options import FineTuneOptions
-from library.models.sd_options import DreamBoothOptions
 from library.optim.options import IN_BACKWARD, FullOptimizerOptions
 from library.options import Choice, option
 from library.trainers.options import TrainerOptions

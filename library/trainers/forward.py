@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from library.device import on_device
-from library.models.family import ModelFamily
+from library.families.family import ModelFamily
 from library.objectives.base import Objective
 from library.trainers.shortage import encoded
 from library.trainers.trainables import Models, Trainables

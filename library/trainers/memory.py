@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
+from library.families.family import ModelFamily
+from library.families.finetune_options import FineTuneOptions
 from library.log import get_logger
 from library.memory.block_swap import BlockSwap, moved_bytes
 from library.memory.checkpointing import Recomputation, recomputed_blocks
@@ -23,8 +25,6 @@ from library.memory.options import AUTO, MemoryOptions
 from library.memory.pinning import Pinning
 from library.memory.quantise import check_available
 from library.memory.slots import saved_bytes
-from library.models.family import ModelFamily
-from library.models.finetune_options import FineTuneOptions
 from library.optim.in_backward import InBackward
 
 log = get_logger()

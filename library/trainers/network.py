@@ -11,23 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.adapters.base import AdapterNetwork
+from library.adapters.foreign.network import foreign_error
+from library.adapters.foreign.plugin import load_network_module
+from library.adapters.formats.convert import convert, dora_norms, header, read_adapter
+from library.adapters.formats.keys import parse
+from library.adapters.formats.tables import of_family
+from library.adapters.network import encoder_rate
 from library.device import DTYPES
 from library.errors import UserError
+from library.families.registry import FAMILIES, misfit
 from library.io.checkpoint import in_precision, save_tensors
 from library.log import get_logger
 from library.memory.quantise import Storage, quantise
-from library.models.registry import FAMILIES, misfit
 from library.trainers.options import NetworkTrainerOptions
 from library.trainers.readers import say_who_takes
 from library.trainers.trainables import Trainables
 from library.trainers.trainer import Trainer
-from networks.base import AdapterNetwork
-from networks.format_keys import parse
-from networks.format_tables import of_family
-from networks.formats import convert, dora_norms, header, read_adapter
-from networks.network import encoder_rate
-from networks.plugin import load_network_module
-from networks.plugin_network import foreign_error
 
 log = get_logger()
 FEW_RANKS = 1024  # never refused

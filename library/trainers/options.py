@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from library.data.options import CacheOptions, DataOptions
+from library.families.options import ModelOptions
 from library.io.options import HubOptions, MetadataOptions, SaveOptions, StateOptions, cross_problems
 from library.memory.options import MemoryOptions
-from library.models.options import ModelOptions
 from library.objectives.options import DDPMOptions, LossOptions
 from library.optim.options import EmaOptions, OptimizerOptions, SchedulerOptions
 from library.options import Choice, ConfigFileOptions, Idle, at_least, between, option, positive

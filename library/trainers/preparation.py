@@ -28,12 +28,12 @@ from library.data.plan import EpochPlan
 from library.data.records import DatasetConfig, Sample
 from library.data.scan import Scan, scan
 from library.errors import UserError, first_names
+from library.families.family import ModelFamily
 from library.io.checkpoint import check_output, last_name, state_name
 from library.io.hub import download_state
 from library.io.options import AUTO, LATEST
 from library.io.state import StateParts, compare, load_state, newest_state, read_facts
 from library.log import get_logger
-from library.models.family import ModelFamily
 from library.optim.optimizers import OptimizerChoice, choose_optimizer
 from library.optim.options import OptimizerOptions
 from library.optim.schedulers import check_scheduler, rates_of

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from library.families.family import ModelFamily
 from library.io.atomic import atomic_write
 from library.log import get_logger
-from library.models.family import ModelFamily
 from library.objectives.base import Objective
 from library.sampling.preview import Picture, Previewer, PreviewModels, TextSource, contact_sheet, due
 from library.sampling.prompts import Prompt

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from library.adapters.base import AdapterNetwork
+from library.adapters.formats.convert import read_tensors
+from library.adapters.readers.check import Check, Report, report
 from library.log import get_logger
-from networks.base import AdapterNetwork
-from networks.formats import read_tensors
-from networks.readers.check import Check, Report, report
 
 log = get_logger()
 

@@ -16,11 +16,11 @@ from library.device import DTYPES
 from library.errors import UserError, first_names
 from library.io.checkpoint import save_tensors
 from library.log import get_logger
-from library.models.embedding_files import published_rows, read_rows
-from library.models.new_tokens import NewRows, NewWord, first_rows, table_of, word_pattern
 from library.trainers.textual_inversion_options import TextualInversionOptions
 from library.trainers.trainables import Trainables
 from library.trainers.trainer import Trainer
+from library.weights.embedding_files import published_rows, read_rows
+from library.weights.new_tokens import NewRows, NewWord, first_rows, table_of, word_pattern
 
 log = get_logger()
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.models.family import ModelFamily
+from library.families.family import ModelFamily
 from library.types import Batch, Tokens
 
 

@@ -30,6 +30,8 @@ from library.device import (
     unscale_half_gradients,
 )
 from library.errors import EXIT_STOPPED, UserError, first_names
+from library.families.family import ModelFamily
+from library.families.finetune_options import FineTuneOptions
 from library.io.checkpoint import extension_of, require_present
 from library.io.state import StateParts
 from library.log import get_logger, progress
@@ -38,11 +40,9 @@ from library.memory.choice import MemoryChoice
 from library.memory.compiling import warm
 from library.memory.estimate import CUDA_CONTEXT
 from library.memory.quantise import Storage
-from library.models.family import ModelFamily
-from library.models.finetune_options import FineTuneOptions
-from library.models.quick_import import import_diffusers
 from library.optim.schedulers import check_scheduler
 from library.options import dump_toml
+from library.planner.planning import PeakCheck, plan_memory
 from library.rng import derive_seed, torch_generator
 from library.stopping import StopRequest
 from library.trainers.caching import Caches, Share
@@ -56,7 +56,6 @@ from library.trainers.guards import MovingAverage, StepReader, StepReport
 from library.trainers.memory import Memory, check_choice, moves_weights
 from library.trainers.options import TrainerOptions
 from library.trainers.plan import Position, make_plan
-from library.trainers.planning import PeakCheck, plan_memory
 from library.trainers.preparation import SCHEDULE, Preparation
 from library.trainers.previews import Previews
 from library.trainers.saving import Saver
@@ -68,6 +67,7 @@ from library.trainers.trainables import GradientWatch, Models, StepModule, Train
 from library.trainers.updates import Updates
 from library.trainers.validation import Validation
 from library.types import Batch
+from library.weights.quick_import import import_diffusers
 
 log = get_logger()
 WARMED_SHAPES = 2  # compiled before the first step; later ones when they come

@@ -22,7 +22,7 @@ from library.optim.flat import FlatParameters
 from library.optim.in_backward import InBackward
 from library.optim.optimizers import OptimizerChoice
 from library.optim.schedulers import build_scheduler
-from library.trainers.optimizer_memory import appetite
+from library.planner.optimizer_memory import appetite
 from library.trainers.options import TrainerOptions
 from library.trainers.trainables import StepModule, Trainables
 

@@ -19,7 +19,7 @@ from benchmarks.gpu.jobs import CARDS, JOBS, Way, card_of, ways, zero_stall_shar
 from benchmarks.gpu.models import ARCHITECTURES, fill, with_random_weights, write_hole
 from benchmarks.gpu.timing import PROBES, Figures, idle_share
 from library.cli import load_attribute
-from library.models.registry import FAMILIES
+from library.families.registry import FAMILIES
 
 
 def measured(job: str, way: Way, folder: Path) -> dict[str, Any]:

@@ -10,19 +10,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from networks.base import AdapterLayer, in_dtype
-from networks.dylora_layer import DyLoRALayer, DyloraSettings
-from networks.factor_layer import FactorSettings
-from networks.loha_layer import LoHaLayer
-from networks.lokr_layer import LoKrLayer, LokrSettings
-from networks.lora_fa_layer import LoRAFALayer
-from networks.lora_layer import LoraSettings, lora_layer
-from networks.network import LayerNetwork, RateRules
-from networks.norm_layer import NormLayer
-from networks.oft_layer import OFTLayer, OftSettings
-from networks.spec import TargetModule, TargetSpec
-from networks.weight_layer import WeightLayer
-from tests.networks.models import distance, randomize
+from library.adapters.base import AdapterLayer, in_dtype
+from library.adapters.layers.dylora import DyLoRALayer, DyloraSettings
+from library.adapters.layers.factor import FactorSettings
+from library.adapters.layers.loha import LoHaLayer
+from library.adapters.layers.lokr import LoKrLayer, LokrSettings
+from library.adapters.layers.lora import LoraSettings, lora_layer
+from library.adapters.layers.lora_fa import LoRAFALayer
+from library.adapters.layers.norm import NormLayer
+from library.adapters.layers.oft import OFTLayer, OftSettings
+from library.adapters.layers.weight import WeightLayer
+from library.adapters.network import LayerNetwork, RateRules
+from library.adapters.spec import TargetModule, TargetSpec
+from tests.adapters.models import distance, randomize
 
 RANK = 4
 

@@ -14,7 +14,7 @@ import pytest
 from library.cli import METHODS, option_groups
 from library.data.config import key_specs
 from library.errors import UserError
-from library.models.registry import FAMILIES
+from library.families.registry import FAMILIES
 from library.options import Spec, resolve, specs
 from library.values import LARGEST_FLOAT, SEEDS, rate
 from tools.make_options_doc import SCRIPTS

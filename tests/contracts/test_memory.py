@@ -257,7 +257,7 @@ STORAGE: dict[str, dict[str, Any]] = {
 def test_learns_on_a_base_in_fewer_bits(subject: Subject, tmp_path: Path, kind: str) -> None:
     """One noise level, so that losses can be compared; bounds of the error are those that docs/memory.md states.
 
-    Each family and each kind, not every pair: tests/models has the error of a prediction for all of them.
+    Each family and each kind, not every pair: tests/weights has the error of a prediction for all of them.
     """
     values = {
         "network_dim": 16, "network_alpha": 16, **subject.case.overfit, "min_timestep": 700, "max_timestep": 700,

@@ -12,8 +12,8 @@ import pytest
 from safetensors.torch import load_file
 
 from library.cli import METHODS
+from library.families.registry import FAMILIES
 from library.memory.choice import MemoryChoice
-from library.models.registry import FAMILIES
 from library.options import Resolved, read_toml, resolve
 from tests.contracts.test_families import CASES
 from tests.script_runner import ROOT, run_script

@@ -29,9 +29,9 @@ from library.data.file_hashes import FileHashes, FileState, state_of
 from library.data.latent_cache import LatentCache, LatentFolders
 from library.data.records import BucketRules, DatasetConfig, ImageRules, Sample, SubsetConfig
 from library.errors import UserError
-from library.models import kl_vae
 from library.rng import derive_seed, torch_generator
 from library.types import LatentSpec
+from library.weights import kl_vae
 from tests.damage import damaged_copies
 from tests.data.test_store import small_disk  # noqa: F401 - a fixture
 

@@ -82,15 +82,15 @@ def denoiser_files(denoiser: nn.Module, layout: str) -> dict[str, dict[str, Tens
 
 def published_denoiser(denoiser: nn.Module) -> dict[str, Tensor]:
     """The tensors of a published file."""
-    from library.models.flux_parts import denoiser_rules
-    from library.names.keys import publish
+    from library.families.flux.parts import denoiser_rules
+    from library.key_tables import publish
 
     return publish(denoiser.state_dict(), denoiser_rules(denoiser))
 
 
 def published_vae(vae: nn.Module) -> dict[str, Tensor]:
-    from library.names.keys import publish
-    from library.names.sd import vae_rules
+    from library.families.sd.names import vae_rules
+    from library.key_tables import publish
 
     return publish(vae.state_dict(), vae_rules(vae))
 

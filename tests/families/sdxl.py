@@ -129,7 +129,7 @@ def write_pipeline(folder: Path, modules: dict[str, Any], *, v_prediction: bool 
 
 def single_file(modules: dict[str, Any]) -> dict[str, Tensor]:
     """The whole model in published names."""
-    from library.models.sdxl import published
+    from library.families.sdxl.model import published
 
     parts = published(modules["unet"], modules["vae"], modules)
     return {name: value for part in parts for name, value in part.items()} | {LOGIT_SCALE: torch.tensor(4.6)}

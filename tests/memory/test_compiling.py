@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
+from library.adapters.base import AdapterNetwork
+from library.families.sd.unet_blocks import unet_blocks
 from library.memory.compiling import CompiledBlocks, keep_compiled, missing_compiler, warm
-from library.models.unet_blocks import unet_blocks
-from networks.base import AdapterNetwork
 
 BLOCKS, HEAD = 2, 8
 

@@ -13,9 +13,9 @@ from library.memory.hoisting import Hoisting
 from library.memory.host_image import is_placeholder
 from library.memory.quantise import Kind, quantise
 from networks import lora_flux
+from tests.adapters.models import randomize
 from tests.memory.swap_models import MODELS, Sample, recompute
 from tests.memory.test_block_swap import CPU, PoisonedRing, PoisonedSwap, assert_equal, attach_lora, gradients
-from tests.networks.models import randomize
 
 
 class PoisonedHoisting(Hoisting):

@@ -16,13 +16,13 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
+from library.adapters.base import AdapterLayer
+from library.adapters.layers.lokr import LoKrLayer, LokrSettings
+from library.adapters.layers.lora import LoRALayer, LoraSettings
+from library.adapters.spec import TargetModule, TargetSpec
 from library.errors import UserError
 from library.memory.precision import never_in_float16
 from library.memory.quantise import QuantLinear, quantise, quantised, quantised_names, stored_bytes
-from networks.base import AdapterLayer
-from networks.lokr_layer import LoKrLayer, LokrSettings
-from networks.lora_layer import LoRALayer, LoraSettings
-from networks.spec import TargetModule, TargetSpec
 from tests.families.flux import tiny_denoiser
 from tests.families.sdxl import tiny_modules as sdxl_modules
 

@@ -16,12 +16,12 @@ from accelerate.state import AcceleratorState
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from library.cli import METHODS, guarded, load_attribute
+from library.families.registry import FAMILIES
 from library.memory.choice import MemoryChoice
 from library.memory.estimate import CUDA_CONTEXT, predict
 from library.memory.options import GIB
-from library.models.registry import FAMILIES
 from library.options import resolve
-from library.trainers.planning import case_of
+from library.planner.planning import case_of
 from library.trainers.trainer import Trainer
 from tests.families import flux, lumina, sd, sd3, sdxl
 from tests.trainers.helpers import argv, make_pictures, settle, subset, write_dataset

@@ -14,7 +14,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from library.cli import METHODS, load_attribute
-from library.models.registry import FAMILIES
+from library.families.registry import FAMILIES
 from library.options import resolve
 from tests.families import flux, lumina, sd, sd3, sdxl
 from tests.families.base import Case

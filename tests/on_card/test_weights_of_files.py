@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from networks.formats import dora_norms
-from networks.plugin import load_network_module
-from tests.networks.models import randomize, tiny_clip, tiny_unet
+from library.adapters.foreign.plugin import load_network_module
+from library.adapters.formats.convert import dora_norms
+from tests.adapters.models import randomize, tiny_clip, tiny_unet
 from tests.trainers.helpers import Run, train
 
 pytestmark = pytest.mark.gpu

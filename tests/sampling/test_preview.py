@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from library.models.family import PreviewDefaults
-from library.models.options import SDOptions
-from library.models.sd import StableDiffusion
+from library.families.family import PreviewDefaults
+from library.families.options import SDOptions
+from library.families.sd.model import StableDiffusion
 from library.objectives.ddpm import DDPMObjective
 from library.objectives.flow import FlowObjective, constant_shift
 from library.objectives.flow_options import FluxFlowOptions

@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from library.cli import option_groups
-from library.models.registry import FAMILIES
+from library.families.registry import FAMILIES
 from library.options import group_types, specs
 from library.trainers.caching import Share
 from tests.families import flux, lumina, sd, sd3, sdxl
@@ -96,7 +96,7 @@ def test_nothing_is_encoded_twice(
     assert cache_latents.main(again) == 0
     assert "10 latents are needed, 0 of them are there" in capsys.readouterr().err
     before = files(tmp_path / "latents")
-    monkeypatch.setattr("library.models.sd.StableDiffusion.load_vae", never)
+    monkeypatch.setattr("library.families.sd.model.StableDiffusion.load_vae", never)
     assert cache_latents.main([*again, "--skip_existing"]) == 0
     text = capsys.readouterr().err
     assert "10 latents are needed, 10 of them are there" in text and "always so" in text

@@ -13,8 +13,8 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from library.cli import EXIT_STOPPED, METHODS, load_attribute
+from library.families.registry import FAMILIES
 from library.io.state import newest_state
-from library.models.registry import FAMILIES
 from library.options import resolve
 from library.trainers.finetune import FineTuneTrainer
 from library.trainers.guards import StepReport

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from library.cli import EXIT_STOPPED, load_attribute
+from library.families.registry import FAMILIES
 from library.io.state import StateParts, load_state, newest_state
-from library.models.registry import FAMILIES
 from library.options import resolve
 from library.rng import derive_seed
 from library.trainers.guards import StepReport

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from library.cli import EXIT_STOPPED, load_attribute
 from library.errors import UserError
+from library.families.registry import FAMILIES
 from library.io.state import load_state, newest_state
-from library.models.registry import FAMILIES
 from library.options import resolve
 from library.trainers.control_net_lllite import LLLiteTrainer
 from library.trainers.control_net_lllite_options import LLLiteTrainerOptions

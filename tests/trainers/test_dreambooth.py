@@ -16,10 +16,10 @@ from torch import Tensor
 
 from library.cli import EXIT_STOPPED, METHODS, load_attribute
 from library.errors import UserError
+from library.families.options import SDOptions
+from library.families.registry import FAMILIES
+from library.families.sd.model import StableDiffusion
 from library.io.state import load_state, newest_state
-from library.models.options import SDOptions
-from library.models.registry import FAMILIES
-from library.models.sd import StableDiffusion
 from library.options import resolve
 from tests.families import sdxl
 from tests.script_runner import run_script

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from library.cli import EXIT_STOPPED
 from library.errors import UserError
-from library.models.registry import FAMILIES
+from library.families.registry import FAMILIES
 from library.optim.bf16 import Bf16Optimizer
 from library.optim.ema import warm_decay
 from library.options import Resolved, resolve

@@ -14,7 +14,7 @@ import pytest
 from library.cli import METHODS, load_attribute
 from library.data.config import bucket_problems, load_dataset_config
 from library.errors import UserError
-from library.models.registry import FAMILIES
+from library.families.registry import FAMILIES
 from library.optim.optimizers import choose_optimizer
 from library.options import Resolved, resolve, toml_value
 from library.trainers.preparation import check_schedule

@@ -13,8 +13,8 @@ import pytest
 
 from library.cli import METHODS, guarded
 from library.errors import UserError
+from library.families.registry import FAMILIES
 from library.memory.options import GIB
-from library.models.registry import FAMILIES
 from library.options import resolve
 from tests.families import flux, sd3
 from tests.trainers.finetune_runs import make_finetune

@@ -19,13 +19,13 @@ from torch import nn
 
 from library.cli import METHODS, guarded, load_attribute
 from library.errors import UserError
+from library.families.lumina.model import Lumina
+from library.families.registry import FAMILIES
 from library.io.state import load_state, newest_state
 from library.memory.compiling import missing_compiler
-from library.models.lumina import Lumina
-from library.models.registry import FAMILIES
 from library.options import resolve
+from library.planner.planning import plan_memory
 from library.trainers.guards import StepReport
-from library.trainers.planning import plan_memory
 from library.trainers.tracking import Trackers
 from library.trainers.trainer import Trainer
 from tests.families import flux, lumina, sd, sd3, sdxl

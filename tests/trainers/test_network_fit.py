@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from library.adapters.foreign.plugin import load_network_module, own_modules
 from library.errors import UserError
-from library.models.registry import FAMILIES, misfit
-from networks.plugin import load_network_module, own_modules
-from tests.networks.families import TINY
-from tests.networks.models import tiny_unet
+from library.families.registry import FAMILIES, misfit
+from tests.adapters.families import TINY
+from tests.adapters.models import tiny_unet
 from tests.trainers.helpers import train
 
 TINY_OF = {"flux": ("flux", "chroma"), "sd3": ("sd3", "sd35"), "lumina": ("lumina",)}
@@ -58,7 +58,7 @@ def test_unknown_models_are_never_left_without_adapters() -> None:
                 create(1.0, 2, 1.0, None, [encoder], right)
 
 
-OWN = {"network_module": "tests.networks.reaches_nothing"}
+OWN = {"network_module": "tests.adapters.reaches_nothing"}
 REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({**OWN}, ["reaches_nothing adapts 0 of 83 layers of the denoiser, in 0 of its", "nothing of it would learn"]),
     ({**OWN, "network_args": ["on=time_embedding"]}, ["adapts 2 of 83 layers of the denoiser, in 0 of its"]),
@@ -93,6 +93,6 @@ def test_errors_of_third_party_modules(
     with pytest.raises(UserError) as error:
         arguments = ["on=down_blocks", f"raises={raises}", f"where={where}"]
         train(sd1, dataset, tmp_path, max_train_steps=1, network_args=arguments, **OWN)
-    line = f"--network_module tests.networks.reaches_nothing {what}"
+    line = f"--network_module tests.adapters.reaches_nothing {what}"
     assert len(error.value.problems) == 1 and error.value.problems[0].startswith(line), error.value.problems
     assert error.value.problems[0].endswith(f"{raises}: two lines")

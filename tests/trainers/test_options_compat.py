@@ -11,8 +11,8 @@ import pytest
 from safetensors import safe_open
 
 from library.cli import option_groups
+from library.families.registry import FAMILIES
 from library.foreign_keys import FOREIGN_KEYS
-from library.models.registry import FAMILIES
 from library.options import Spec, resolve, specs, toml_value
 from library.trainers.options import NetworkTrainerOptions
 from tests.script_runner import run_script

@@ -15,16 +15,16 @@ from torch import Tensor, nn
 
 from library.cli import METHODS, load_attribute
 from library.errors import UserError
+from library.families.registry import FAMILIES
 from library.memory.choice import MemoryChoice
 from library.memory.estimate import predict
 from library.memory.meter import Meter
 from library.memory.options import GIB
-from library.models.registry import FAMILIES
 from library.options import resolve
+from library.planner.planning import Option, Plan, case_of, plan_memory
+from library.planner.simulation import tensors_of
 from library.trainers.finetune import FineTuneTrainer
 from library.trainers.network import NetworkTrainer
-from library.trainers.planning import Option, Plan, case_of, plan_memory
-from library.trainers.simulation import tensors_of
 from library.trainers.trainer import Trainer
 from library.types import Batch
 from tests.families import flux, lumina, sd, sd3, sdxl

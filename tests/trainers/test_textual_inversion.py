@@ -20,8 +20,8 @@ from library.cli import EXIT_STOPPED, load_attribute
 from library.data.records import BucketRules, CaptionRules, DatasetConfig, Sample, SubsetConfig
 from library.data.scan import DatasetScan, Scan, SubsetScan
 from library.errors import UserError
+from library.families.registry import FAMILIES
 from library.io.state import load_state, newest_state
-from library.models.registry import FAMILIES
 from library.options import Resolved, resolve
 from library.trainers.guards import StepReport
 from library.trainers.textual_inversion import (

@@ -11,7 +11,7 @@ from typing import Any
 from accelerate.state import AcceleratorState
 
 from library.cli import METHODS, load_attribute
-from library.models.registry import FAMILIES
+from library.families.registry import FAMILIES
 from library.options import resolve
 from library.trainers.trainer import Trainer
 from tests.contracts.test_families import CASES

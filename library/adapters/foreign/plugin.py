@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""--network_module: our own modules and third-party ones, behind one interface.
+
+A third-party module (LyCORIS, a user's own file) follows the contract of kohya-ss/sd-scripts: `create_network(...)`
+returns an nn.Module with apply_to, prepare_optimizer_params, ... `PluginNetwork` drives it as an AdapterNetwork. It is
+given the models as sd-scripts builds them (library/adapters/foreign/published_model.py).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import pkgutil
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+from library.adapters.adapter_kind import is_readable
+from library.adapters.base import AdapterNetwork
+from library.adapters.build import weights_of
+from library.adapters.foreign.network import PluginNetwork, describe, foreign_code, refuse_comfy_dora
+from library.adapters.foreign.published_model import PublishedModels, published_models
+from library.adapters.options import read_network_args
+from library.adapters.targets import TextEncoders
+from library.errors import UserError, nearest
+from networks.loha import create_network_from_weights as base_network  # for inference it takes every kind
+
+INSTALL = {"lycoris": "pip install lycoris-lora"}
+
+DEFINITION = re.compile(r"^(def create_network\(|create_network = )", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class NetworkModule:
+    """An imported --network_module. Both functions return AdapterNetworks, whatever the module returns."""
+
+    name: str
+    module: ModuleType
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is one of this package: those find their way in models and lists of encoders as they are."""
+        return self.module.__name__.startswith("networks.") and "ARGUMENTS" in self.module.__dict__
+
+    @property
+    def conditioned(self) -> bool:
+        """Whether its networks look at control images. Such a network changes the denoiser only."""
+        return bool(self.module.__dict__.get("CONDITIONED", False))
+
+    def check_arguments(self, arguments: Mapping[str, Any]) -> None:
+        """Raises UserError listing every mistake in --network_args; third-party modules check their own when built."""
+        groups = self.module.__dict__.get("ARGUMENTS")
+        if groups is not None:
+            read_network_args(groups, arguments)
+
+    def create_network(
+        self, multiplier: float, network_dim: int | None, network_alpha: float | None, vae: nn.Module | None,
+        text_encoder: TextEncoders, unet: nn.Module | None,
+        neuron_dropout: float | None = None, **kwargs: Any,
+    ) -> AdapterNetwork:  # fmt: skip
+        """A new network. Raises UserError for what the module refuses."""
+        sizes = (multiplier, network_dim, network_alpha, vae)
+        if self.is_own:
+            network: AdapterNetwork = self.module.create_network(
+                *sizes, text_encoder, unet, neuron_dropout=neuron_dropout, **kwargs
+            )
+            return network
+        if neuron_dropout is not None:
+            kwargs.setdefault("dropout", neuron_dropout)  # LyCORIS reads this name
+
+        def make(models: PublishedModels) -> Any:
+            return self.module.create_network(
+                *sizes, models.text_encoder, models.unet, neuron_dropout=neuron_dropout, **kwargs
+            )
+
+        with foreign_code(self.name, "refuses these --network_args"):
+            models = published_models(text_encoder, unet)
+            made = make(models)
+            missed = _without_layers(made, models)
+            if missed:  # it may know none of the classes of these models, but others like them
+                models = published_models(text_encoder, unet, missed)
+                made = make(models)
+        return made if isinstance(made, AdapterNetwork) else PluginNetwork(made, models, self.name, multiplier)
+
+    def create_network_from_weights(
+        self, multiplier: float, file: str | Path | None, vae: nn.Module | None,
+        text_encoder: TextEncoders, unet: nn.Module | None,
+        weights_sd: Mapping[str, Tensor] | None = None, for_inference: bool = False, **kwargs: Any,
+    ) -> tuple[AdapterNetwork, dict[str, Tensor]]:  # fmt: skip
+        """A network as a file has it, and the file's tensors."""
+        create = self.module.__dict__.get("create_network_from_weights")
+        if create is None:
+            raise UserError(f"--network_module {self.name} has no create_network_from_weights()")
+        given = {"weights_sd": weights_sd, "for_inference": for_inference, **kwargs}
+        path = None if file is None else str(file)
+        if self.is_own:
+            own: tuple[AdapterNetwork, dict[str, Tensor]] = create(multiplier, path, vae, text_encoder, unet, **given)
+            return own
+        if for_inference:  # what our classes know they merge exactly: LyCORIS 4.1 takes the alpha of LoHa twice
+            tensors = weights_of(file, weights_sd)
+            if is_readable(tensors):
+                return base_network(multiplier, file, vae, text_encoder, unet, tensors, True)
+        refuse_comfy_dora(weights_sd or {}, self.name)
+        with foreign_code(self.name, "refuses this file or these --network_args"):
+            models = published_models(text_encoder, unet)
+            made, weights = create(multiplier, path, vae, models.text_encoder, models.unet, **given)
+        if isinstance(made, AdapterNetwork):
+            return made, weights
+        return PluginNetwork(made, models, self.name, multiplier, weights), weights
+
+
+def _without_layers(network: Any, models: PublishedModels) -> list[int | None]:
+    """The models in which a network that lists its layers, as LyCORIS does, has found none."""
+    lists = [getattr(network, name, None) for name in ("unet_loras", "text_encoder_loras")]
+    if None in lists:
+        return []
+    names = [str(getattr(layer, "lora_name", "")) for layers in lists for layer in layers or ()]
+    known = {place: model.prefix for place, model in models.by_place.items() if model.prefix}
+    return [place for place, prefix in known.items() if not any(name.startswith(prefix) for name in names)]
+
+
+def load_network_module(name: str) -> NetworkModule:
+    """Import a --network_module by its dotted name. Raises UserError when it is not there or no network module."""
+    try:
+        module = importlib.import_module(name)
+    except (Exception, SystemExit) as error:  # importing runs foreign code
+        reason = str(error) if isinstance(error, ModuleNotFoundError) else describe(error)
+        raise UserError(f"--network_module {name} cannot be imported: {reason}{_hint(name)}") from None
+    if not callable(module.__dict__.get("create_network")):
+        raise UserError(f"--network_module {name} has no create_network(){_hint(name)}")
+    return NetworkModule(name, module)
+
+
+def own_modules() -> list[str]:
+    """The network modules of this package."""
+    package = importlib.import_module("networks")
+    names = [f"networks.{info.name}" for info in pkgutil.iter_modules(package.__path__)]
+    return [name for name in names if _defines_create_network(name)]
+
+
+def _defines_create_network(name: str) -> bool:
+    spec = importlib.util.find_spec(name)
+    origin = spec.origin if spec is not None else None
+    return origin is not None and DEFINITION.search(Path(origin).read_text("utf-8")) is not None
+
+
+def _hint(name: str) -> str:
+    root = name.partition(".")[0]
+    if root in INSTALL:
+        return f" (install it: {INSTALL[root]})"
+    names = own_modules()
+    return f". Did you mean {nearest(name, names) or ' or '.join(names)}?"

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every kind of adapter that a file may hold, for what reads files only to apply or merge them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from library.adapters.base import AdapterLayer
+from library.adapters.build import FileReader
+from library.adapters.formats.layers import BIAS_ADDED
+from library.adapters.layers.factor import FactorSettings
+from library.adapters.layers.loha import LoHaLayer
+from library.adapters.layers.lokr import LoKrLayer, LokrSettings
+from library.adapters.layers.lora import LoRALayer, LoraSettings
+from library.adapters.layers.norm import NormLayer
+from library.adapters.layers.oft import OFTLayer, OftSettings
+from library.adapters.layers.rewrite import RewriteLayer
+from library.adapters.spec import TargetSpec
+
+OFT = "oft_"  # what names in files of sd-scripts' rotations have in the place of lora_
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A layer class with settings of its own: a network that only works may hold layers of several kinds."""
+
+    kind: FileReader
+    settings: Any
+
+    def claims(self, names: set[str]) -> bool:
+        return self.kind.claims(names)
+
+    def from_tensors(self, target: TargetSpec, tensors: Mapping[str, Tensor], settings: Any) -> AdapterLayer:
+        return self.kind.from_tensors(target, tensors, self.settings)
+
+
+# DyLoRA and LoRA-FA files are LoRA files. Where alpha is 0, rotations of LyCORIS have no bound; those of sd-scripts do
+# not turn at all.
+READERS = (
+    Reader(LoRALayer, LoraSettings()),
+    Reader(LoHaLayer, FactorSettings()),
+    Reader(LoKrLayer, LokrSettings()),
+    Reader(NormLayer, LoraSettings()),
+    Reader(RewriteLayer, None),
+)
+OFT_READERS = (Reader(OFTLayer, OftSettings()),)
+
+
+def reader_of(name: str, own: Mapping[str, Tensor]) -> Reader | None:
+    """What reads a layer of a file; None for a kind that is not known."""
+    readers: Sequence[Reader] = OFT_READERS if name.startswith(OFT) else READERS
+    return next((reader for reader in readers if reader.claims(set(own))), None)
+
+
+def pieces(own: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """A layer's tensors by the adapters that they are: what is added to a bias may stand beside any kind."""
+    if BIAS_ADDED not in own or len(own) == 1 or "diff" in own:
+        return [dict(own)]
+    rest = {name: value for name, value in own.items() if name != BIAS_ADDED}
+    return [rest, {BIAS_ADDED: own[BIAS_ADDED]}]

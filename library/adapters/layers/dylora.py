@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DyLoRA (arXiv:2210.07558): a LoRA that is of use at every smaller rank too.
+
+The ranks are blocks of `unit`. Each training pass draws a block: it learns, those below it take part but are frozen
+(no gradient), those above it are left out. So block k is trained to improve on blocks 0 to k - 1, and a file cut
+behind any block is a LoRA. The output is scaled by alpha / rank * sqrt(rank / ranks in use), as sd-scripts does.
+
+At inference, and in the file, it is a plain LoRA of the full rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from library.adapters.base import AdapterLayer
+from library.adapters.layers.weight import WeightLayer, convolve
+from library.adapters.spec import TargetSpec
+from library.errors import UserError
+
+
+@dataclass(frozen=True)
+class DyloraSettings:
+    """How a DyLoRA layer is built."""
+
+    unit: int = 1  # ranks that learn together
+    module_dropout: float = 0.0
+
+
+class DyLoRALayer(WeightLayer):
+    """ΔW = up · down, times alpha / rank. Each block of ranks has parameters of its own.
+
+    A block without gradient has none (not one of 0), so that an optimizer leaves it and its moments alone.
+    """
+
+    saved: ClassVar[tuple[str, ...]] = ("alpha", "lora_down.weight", "lora_up.weight")
+    plus: ClassVar[tuple[str, ...]] = ("lora_up",)
+    sparse: ClassVar[bool] = True
+
+    def __init__(self, target: TargetSpec, *, rank: int, alpha: float, settings: DyloraSettings | None = None):
+        settings = settings or DyloraSettings()
+        super().__init__(target, module_dropout=settings.module_dropout)
+        if rank % settings.unit:
+            raise UserError(f"--network_args: unit={settings.unit} does not divide the rank {rank} of {target.name}")
+        self.rank, self.unit = rank, settings.unit
+        self.alpha = torch.tensor(float(alpha or rank)).item()  # as a file rounds it
+        self.scale = self.alpha / rank
+        _, inputs, *kernel = target.modules[0].shape
+        count, ones = rank // self.unit, [1] * len(kernel)
+        self.lora_down = nn.ParameterList(torch.empty(self.unit, inputs, *kernel) for _ in range(count))
+        self.lora_up = nn.ParameterList(torch.zeros(target.width, self.unit, *ones) for _ in range(count))
+        for down in self.lora_down:
+            nn.init.kaiming_uniform_(down, a=math.sqrt(5))
+
+    @staticmethod
+    def claims(names: set[str]) -> bool:
+        """Whether a module with these tensors in a file is a plain LoRA."""
+        return {"lora_down.weight", "lora_up.weight"} <= names
+
+    @classmethod
+    def from_tensors(cls, target: TargetSpec, tensors: Mapping[str, Tensor], settings: DyloraSettings) -> AdapterLayer:
+        """A layer of the file's rank. Raises UserError when that is no multiple of the unit."""
+        rank = len(tensors["lora_down.weight"])
+        return cls(target, rank=rank, alpha=rank, settings=settings)
+
+    # ---- forward ---------------------------------------------------------------------------------------------------
+
+    def change(self, x: Tensor, y: Tensor, index: int) -> Tensor:
+        if not self.training:
+            return super().change(x, y, index)
+        used = self.used_ranks()
+        delta = self.gate(self._product(x, index, used)).to(y.dtype)
+        scale = self.scale * math.sqrt(self.rank / used)
+        return torch.add(y, self.place(delta, index), alpha=scale * self.multiplier)
+
+    def used_ranks(self) -> int:
+        """How many ranks this pass uses, drawn from torch's generator; the same for all modules of the target."""
+        drawn = self.shared.value("ranks", lambda: torch.randint(len(self.lora_down), ()))
+        return (int(drawn) + 1) * self.unit
+
+    def delta(self, x: Tensor, index: int = 0) -> Tensor:
+        """up(down(x)) with all ranks."""
+        return self._product(x, index, self.rank)
+
+    def _product(self, x: Tensor, index: int, used: int) -> Tensor:
+        """up(down(x)) with the first `used` ranks."""
+        inner = self.shared.value(self, lambda: self._inner(x, used))
+        rows = self.target.own_rows(index)
+        up = torch.cat([block[rows] for block in self._blocks(self.lora_up, used)], 1).to(inner.dtype)
+        return F.conv2d(inner, up) if self.is_conv else F.linear(inner, up)
+
+    def _inner(self, x: Tensor, used: int) -> Tensor:
+        down = torch.cat(self._blocks(self.lora_down, used)).to(x.dtype)
+        module = self.target.modules[0].module
+        return convolve(x, down, module) if isinstance(module, nn.Conv2d) else F.linear(x, down)
+
+    def _blocks(self, blocks: nn.ParameterList, used: int) -> list[Tensor]:
+        """The blocks of the first `used` ranks; in training only the last one learns."""
+        last = used // self.unit - 1
+        found = [*blocks][: last + 1]
+        return [block.detach() if self.training and i < last else block for i, block in enumerate(found)]
+
+    # ---- weights ---------------------------------------------------------------------------------------------------
+
+    def _whole(self) -> tuple[Tensor, Tensor]:
+        """All ranks as two matrices in the file's shapes."""
+        return torch.cat([*self.lora_down]).detach(), torch.cat([*self.lora_up], 1).detach()
+
+    def delta_weight(self, index: int = 0) -> Tensor:
+        down, up = self._whole()
+        up = up[self.target.own_rows(index)]
+        return (up.float().flatten(1) @ down.float().flatten(1)).reshape(self.target.modules[index].shape)
+
+    @torch.no_grad()
+    def limit_norm(self, max_norm: float) -> tuple[Tensor, Tensor]:
+        """Both matrices times sqrt(max / norm) where the norm of the change at full rank is above max."""
+        down, up = (matrix.float().flatten(1) for matrix in self._whole())
+        norm = ((up.T @ up) * (down @ down.T)).sum().clamp_min(0).sqrt() * self.scale
+        ratio = max_norm / norm.clamp_min(max_norm)
+        for block in (*self.lora_down, *self.lora_up):
+            block.mul_(ratio.sqrt().to(block.dtype))
+        return norm * ratio, norm > max_norm
+
+    # ---- files -----------------------------------------------------------------------------------------------------
+
+    def named_tensors(self) -> dict[str, nn.Parameter]:
+        blocks = {f"lora_down.{i}": block for i, block in enumerate(self.lora_down)}
+        return blocks | {f"lora_up.{i}": block for i, block in enumerate(self.lora_up)}
+
+    def tensors(self) -> dict[str, Tensor]:
+        down, up = self._whole()
+        return {"alpha": torch.tensor(self.alpha), "lora_down.weight": down, "lora_up.weight": up}
+
+    def problem(self, tensors: Mapping[str, Tensor]) -> str | None:
+        for name, own in self.tensors().items():
+            if name == "alpha":
+                continue
+            if name not in tensors:
+                return f"has no {name}"
+            found = tensors[name]
+            if name == "lora_down.weight" and found.dim() == own.dim() and len(found) != self.rank:
+                advice = "set --network_dim, or use --dim_from_weights"
+                return f"has rank {len(found)}, this network has {self.rank} ({advice})"
+            if found.shape != own.shape:
+                return f"{name} has the shape {tuple(found.shape)}, here it is {tuple(own.shape)}"
+        foreign = [name for name in tensors if name not in self.saved]
+        return f"has an unknown tensor {foreign[0]}" if foreign else None
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            downs = tensors["lora_down.weight"].split(self.unit)
+            ups = tensors["lora_up.weight"].split(self.unit, 1)
+            for own, value in zip((*self.lora_down, *self.lora_up), (*downs, *ups), strict=True):
+                own.copy_(value)
+        self.alpha = float(tensors["alpha"]) if "alpha" in tensors else float(self.rank)
+        self.scale = self.alpha / self.rank

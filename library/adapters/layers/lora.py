@@ -1,0 +1,346 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA (arXiv:2106.09685): ΔW = up · down, for Linear and convolutions, also in Tucker form and with DoRA.
+
+A 3x3 convolution keeps its kernel in `lora_down` (rank, in, 3, 3), or with use_tucker in `lora_mid` (rank, rank, 3, 3)
+between two 1x1 matrices. rs_lora (arXiv:2312.03732) scales by alpha / sqrt(rank); since readers divide by the rank, the
+file holds alpha * sqrt(rank).
+
+GGPO (LoRA-GGPO, arXiv:2502.14538v1): in training the weight W' = W + ΔW is moved by Gaussian noise, so that training
+finds flat minima. Row i has the standard deviation (sigma ‖W'_i‖ + beta ‖∇W'_i‖²) / sqrt(rows), from the last step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from library.adapters.base import AdapterLayer
+from library.adapters.formats.layers import dora_axis
+from library.adapters.layers.weight import WeightLayer, convolve
+from library.adapters.spec import TargetSpec
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """How a LoRA layer is built and what it drops in training."""
+
+    tucker: bool = False
+    scalar: bool = False
+    dora: str | None = None
+    rs_lora: bool = False
+    neuron_dropout: float = 0.0
+    rank_dropout: float = 0.0
+    module_dropout: float = 0.0
+    noise: tuple[float, float] | None = None  # (sigma, beta) of GGPO
+
+
+class LoRALayer(WeightLayer):
+    """ΔW = scalar · up · (mid ·) down, times alpha / rank. The modules of a target share down and split up's rows."""
+
+    saved: ClassVar[tuple[str, ...]] = ("alpha", "lora_down.weight", "lora_up.weight", "lora_mid.weight", "dora_scale")
+    plus: ClassVar[tuple[str, ...]] = ("lora_up",)
+
+    def __init__(self, target: TargetSpec, *, rank: int, alpha: float, settings: LoraSettings | None = None):
+        settings = settings or LoraSettings()
+        super().__init__(target, module_dropout=settings.module_dropout, dora=settings.dora)
+        self.rank, self.settings = rank, settings
+        # rounded as the file rounds it: a network read back from its file has exactly the same scale
+        self.alpha = torch.tensor((alpha or rank) * (math.sqrt(rank) if settings.rs_lora else 1.0)).item()
+        self.scale = self.alpha / rank
+        _, inputs, *sizes = target.modules[0].shape
+        kernel = torch.Size(sizes)  # kernel: (kh, kw) of a convolution, () of Linear
+        point = torch.Size([1] * len(kernel))
+        tucker = settings.tucker and kernel != point
+        self.lora_down = nn.Parameter(_uniform(rank, inputs, *(point if tucker else kernel)))
+        self.lora_mid = nn.Parameter(_uniform(rank, rank, *kernel)) if tucker else None
+        up = _uniform if settings.scalar else torch.zeros
+        self.lora_up = nn.Parameter(up(target.width, rank, *point))
+        self.scalar = nn.Parameter(torch.zeros(())) if settings.scalar else None
+        self.noise: Tensor | None  # standard deviation per row; none before the first step
+        self.register_buffer("noise", None if settings.noise is None else torch.zeros(target.width))
+
+    @staticmethod
+    def claims(names: set[str]) -> bool:
+        """Whether a module with these tensors in a file is a LoRA."""
+        return {"lora_down.weight", "lora_up.weight"} <= names
+
+    @classmethod
+    def from_tensors(cls, target: TargetSpec, tensors: Mapping[str, Tensor], settings: LoraSettings) -> AdapterLayer:
+        """A layer of the form and rank that a file's tensors have, with their values."""
+        magnitude = tensors.get("dora_scale")
+        rank = tensors["lora_down.weight"].shape[0] // (len(target.modules) if target.split else 1)
+        dora = None if magnitude is None else dora_axis(magnitude)
+        settings = replace(settings, tucker="lora_mid.weight" in tensors, dora=dora, rs_lora=False)
+        return lora_layer(target, rank=rank, alpha=rank, settings=settings)
+
+    # ---- forward ---------------------------------------------------------------------------------------------------
+
+    def change(self, x: Tensor, y: Tensor, index: int) -> Tensor:
+        changed = super().change(x, y, index)
+        if self.noise is None or not self.training:
+            return changed
+        return changed + self.place(self._perturbation(x, index).to(y.dtype), index)
+
+    def delta(self, x: Tensor, index: int = 0) -> Tensor:
+        """up(dropout(down(x))): computed in x's dtype, or in autocast's."""
+        return self.shared.value(self, lambda: self._deltas(x))[index]
+
+    def _deltas(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What is added to each module's output: the up matrix meets the input once, as in one fused layer."""
+        inner = self._inner(x)
+        up = self._up().to(inner.dtype)
+        whole = F.conv2d(inner, up) if self.is_conv else F.linear(inner, up)
+        if len(self.target.modules) == 1:
+            return (whole,)
+        return whole.split([module.width for module in self.target.modules], 1 if self.is_conv else -1)
+
+    def _inner(self, x: Tensor) -> Tensor:
+        """dropout(down(x)): one draw for all modules of the target, as the rows of one fused layer would have."""
+        module = self.target.modules[0].module
+        down = self.lora_down.to(x.dtype)
+        if not isinstance(module, nn.Conv2d):
+            inner = F.linear(x, down)
+        elif self.lora_mid is None:
+            inner = convolve(x, down, module)
+        else:
+            inner = convolve(F.conv2d(x, down), self.lora_mid.to(x.dtype), module)
+        return self._drop(inner) if self.training else inner
+
+    def _up(self) -> Tensor:
+        """The up matrix, with the learned factor in it."""
+        return self.lora_up if self.scalar is None else self.lora_up * self.scalar
+
+    def _drop(self, inner: Tensor) -> Tensor:
+        """Dropout of elements, then of ranks (the same for all positions of a sample). `inner`: B ... r, or B r h w."""
+        if self.settings.neuron_dropout:
+            inner = F.dropout(inner, self.settings.neuron_dropout)
+        rate = self.settings.rank_dropout
+        if rate:
+            between = [1] * (inner.dim() - 2)
+            shape = (len(inner), self.rank, *between) if self.is_conv else (len(inner), *between, self.rank)
+            kept = (torch.rand(shape, device=inner.device) >= rate) / (1 - rate)
+            inner = inner * kept.to(inner.dtype)
+        return inner
+
+    # ---- GGPO ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _perturbation(self, x: Tensor, index: int) -> Tensor:
+        """Random weights times x. A constant: for a gradient the random matrix, as large as W, would be kept."""
+        assert self.noise is not None
+        module = self.target.modules[index].module
+        rows = self.noise[self.target.own_rows(index)].to(x.dtype)
+        draw = torch.randn(self.target.modules[index].shape, dtype=x.dtype, device=x.device)
+        draw *= rows.reshape(-1, *[1] * (draw.dim() - 1))
+        return convolve(x, draw, module) if isinstance(module, nn.Conv2d) else F.linear(x, draw)
+
+    @property
+    def reads_between_steps(self) -> bool:
+        return self.noise is not None
+
+    @torch.no_grad()
+    def step_taken(self) -> None:
+        """The next step's noise, from the weights as they are now and from this step's gradients.
+
+        ∇W' is approximated by s (∇B A + B ∇A), whose row norms need no matrix as large as W.
+        """
+        if self.noise is None or self.settings.noise is None:
+            return
+        sigma, beta = self.settings.noise
+        down, up = self.lora_down.float().flatten(1), self.lora_up.float().flatten(1)
+        down_gradient, up_gradient = _gradient(self.lora_down), _gradient(self.lora_up)
+        square = (up_gradient @ (down @ down.T) * up_gradient).sum(1)
+        square += 2 * (up_gradient @ (down @ down_gradient.T) * up).sum(1)
+        square += (up @ (down_gradient @ down_gradient.T) * up).sum(1)
+        norms = torch.cat([self.weight_norms(index) for index in range(len(self.target.modules))])
+        self.noise.copy_((sigma * norms + beta * self.scale**2 * square) / math.sqrt(len(norms)))
+
+    # ---- weights ---------------------------------------------------------------------------------------------------
+
+    def _factors(self, index: int) -> tuple[Tensor, Tensor]:
+        """ΔW of module `index` as up (out, r) times down (r, in * kh * kw), float32."""
+        down = self.lora_down.float()
+        if self.lora_mid is not None:
+            down = torch.einsum("rshw,si->rihw", self.lora_mid.float(), down.flatten(1))
+        return self._up()[self.target.own_rows(index)].float().flatten(1), down.flatten(1)
+
+    def delta_weight(self, index: int = 0) -> Tensor:
+        up, down = self._factors(index)
+        return (up @ down).reshape(self.target.modules[index].shape)
+
+    def weight_norms(self, index: int) -> Tensor:
+        """‖W + s·B·A‖ per row without forming the sum: ‖w‖² + 2s (W Aᵀ)·b + s² b (A Aᵀ) bᵀ."""
+        if self.dora == "input":
+            return super().weight_norms(index)
+        weight = self.base_weight(index).flatten(1)
+        up, down = self._factors(index)
+        up = up * self.scale
+        cross = (F.linear(weight, down.to(weight.dtype)).float() * up).sum(1)
+        square = ((up @ (down @ down.T)) * up).sum(1)
+        return (self._norms(weight).square() + 2 * cross + square).clamp_min(0).sqrt()
+
+    @torch.no_grad()
+    def limit_norm(self, max_norm: float) -> tuple[Tensor, Tensor]:
+        """Both matrices times sqrt(max / norm) where norm = ‖scale · up · down‖ (Frobenius) is above max."""
+        factors = [self._factors(index) for index in range(len(self.target.modules))]
+        up, down = torch.cat([f[0] for f in factors]), factors[0][1]
+        # ‖B A‖² = Σ (BᵀB) ∘ (AAᵀ): two small matrices instead of one as large as the weight
+        norm = ((up.T @ up) * (down @ down.T)).sum().clamp_min(0).sqrt() * self.scale
+        ratio = max_norm / norm.clamp_min(max_norm)
+        self.lora_up.mul_(ratio.sqrt().to(self.lora_up.dtype))
+        self.lora_down.mul_(ratio.sqrt().to(self.lora_down.dtype))
+        return norm * ratio, norm > max_norm
+
+    # ---- files -----------------------------------------------------------------------------------------------------
+
+    def named_tensors(self) -> dict[str, nn.Parameter]:
+        optional = {"lora_mid.weight": self.lora_mid, "dora_scale": self.dora_scale}
+        found = {name: parameter for name, parameter in optional.items() if parameter is not None}
+        return {"lora_down.weight": self.lora_down, "lora_up.weight": self.lora_up, **found}
+
+    def tensors(self) -> dict[str, Tensor]:
+        own = super().tensors()
+        if self.scalar is not None:
+            own["lora_up.weight"] = own["lora_up.weight"] * self.scalar.detach()
+        return {"alpha": torch.tensor(float(self.alpha)), **own}
+
+    def problem(self, tensors: Mapping[str, Tensor]) -> str | None:
+        down = tensors.get("lora_down.weight")
+        if down is not None and down.dim() == self.lora_down.dim() and len(down) != self.rank:
+            return f"has rank {len(down)}, this network has {self.rank} (set --network_dim, or use --dim_from_weights)"
+        if "dora_scale" in tensors and self.dora is None:
+            return "is a DoRA (dora_scale), this network is not (--network_args dora_wd=True)"
+        if "lora_mid.weight" in tensors and self.lora_mid is None:
+            return "is in Tucker form (lora_mid), this network is not (--network_args use_tucker=True)"
+        return super().problem(tensors)
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """The file's factor is inside its up matrix, so an own factor becomes 1. Without alpha the scale is 1."""
+        super().load_tensors(tensors)
+        self.alpha = float(tensors["alpha"]) if "alpha" in tensors else float(self.rank)
+        self.scale = self.alpha / self.rank
+        if self.scalar is not None:
+            with torch.no_grad():
+                self.scalar.fill_(1.0)
+
+
+class SplitLoRALayer(AdapterLayer):
+    """A LoRA of its own for each Linear of a target, written as one: downs stacked, ups on the diagonal of one matrix.
+
+    The file's rank is n times as large, so its alpha is too: alpha / rank stays what was trained (decision 0006).
+    """
+
+    saved: ClassVar[tuple[str, ...]] = LoRALayer.saved
+    plus: ClassVar[tuple[str, ...]] = LoRALayer.plus
+
+    def __init__(self, target: TargetSpec, *, rank: int, alpha: float, settings: LoraSettings | None = None):
+        super().__init__(target)
+        singles = [replace(target, modules=(module,), split=False) for module in target.modules]
+        self.parts = nn.ModuleList(LoRALayer(single, rank=rank, alpha=alpha, settings=settings) for single in singles)
+        self.rank = rank * len(self.parts)
+        for part in self._all():
+            part.shared = self.shared  # module dropout drops all of them or none
+
+    def _part(self, index: int) -> LoRALayer:
+        part = self.parts[index]
+        assert isinstance(part, LoRALayer)
+        return part
+
+    def _all(self) -> list[LoRALayer]:
+        return [self._part(index) for index in range(len(self.parts))]
+
+    @property
+    def reads_weights(self) -> bool:
+        return any(part.reads_weights for part in self._all())
+
+    @property
+    def reads_between_steps(self) -> bool:
+        return any(part.reads_between_steps for part in self._all())
+
+    def set_multiplier(self, multiplier: float) -> None:
+        super().set_multiplier(multiplier)
+        for part in self._all():
+            part.set_multiplier(multiplier)
+
+    def step_taken(self) -> None:
+        for part in self._all():
+            part.step_taken()
+
+    def delta(self, x: Tensor, index: int = 0) -> Tensor:
+        return self._part(index).delta(x)
+
+    def change(self, x: Tensor, y: Tensor, index: int) -> Tensor:
+        return self._part(index).change(x, y, 0)
+
+    def merged_weight(self, index: int = 0) -> Tensor:
+        return self._part(index).merged_weight()
+
+    def limit_norm(self, max_norm: float) -> tuple[Tensor, Tensor]:
+        """Each part has the limit; the norm is the largest one."""
+        limited = [part.limit_norm(max_norm) for part in self._all()]
+        return torch.stack([norm for norm, _ in limited]).max(), torch.stack([scaled for _, scaled in limited]).any()
+
+    def named_tensors(self) -> dict[str, nn.Parameter]:
+        return {f"{i}.{name}": p for i, part in enumerate(self._all()) for name, p in part.named_tensors().items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        parts = [part.tensors() for part in self._all()]
+        fused = {
+            "alpha": torch.stack([part["alpha"] for part in parts]).sum(),
+            "lora_down.weight": torch.cat([part["lora_down.weight"] for part in parts]),
+            "lora_up.weight": torch.block_diag(*[part["lora_up.weight"] for part in parts]),
+        }
+        if "dora_scale" in parts[0]:
+            fused["dora_scale"] = torch.cat([part["dora_scale"] for part in parts])
+        return fused
+
+    def problem(self, tensors: Mapping[str, Tensor]) -> str | None:
+        if len(tensors.get("lora_down.weight", ())) % len(self.parts):
+            return "was not trained with split_qkv"
+        expected = {name: value.shape for name, value in self.tensors().items() if name != "alpha"}
+        for name, shape in expected.items():
+            if name not in tensors:
+                return f"has no {name}"
+            if tensors[name].shape != shape:
+                return f"{name} has the shape {tuple(tensors[name].shape)}, here it is {tuple(shape)}"
+        up = tensors["lora_up.weight"]
+        diagonal = torch.block_diag(*[up[rows, ranks] for rows, ranks in self._blocks()])
+        return None if torch.equal(diagonal, up) else "was not trained with split_qkv"
+
+    def _blocks(self) -> list[tuple[slice, slice]]:
+        """Rows and ranks of each part in the fused up matrix."""
+        rank = self.rank // len(self.parts)
+        return [(self.target.own_rows(i), slice(i * rank, (i + 1) * rank)) for i in range(len(self.parts))]
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        for part, (rows, ranks) in zip(self._all(), self._blocks(), strict=True):
+            down, up = tensors["lora_down.weight"][ranks], tensors["lora_up.weight"][rows, ranks]
+            own = {"lora_down.weight": down, "lora_up.weight": up}
+            if "dora_scale" in tensors:
+                own["dora_scale"] = tensors["dora_scale"][rows]
+            if "alpha" in tensors:
+                own["alpha"] = tensors["alpha"] / len(self.parts)
+            part.load_tensors(own)
+
+
+def lora_layer(target: TargetSpec, *, rank: int, alpha: float, settings: LoraSettings) -> AdapterLayer:
+    """The LoRA for a target: one for all of its modules, or one for each."""
+    kind = SplitLoRALayer if target.split else LoRALayer
+    return kind(target, rank=rank, alpha=alpha, settings=settings)
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    """The parameter's gradient as a float32 matrix; zero when it has none."""
+    gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    return gradient.float().flatten(1)
+
+
+def _uniform(*shape: int) -> Tensor:
+    """The usual start of a down matrix: uniform, Kaiming with a = sqrt(5)."""
+    return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5))

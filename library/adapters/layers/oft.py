@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""OFT (arXiv:2306.07280): the outputs of a layer are rotated, in blocks, instead of changed by a sum.
+
+With a free matrix A per block: Q = A - Aᵀ, R = (I + Q)(I - Q)⁻¹ (Cayley), W' = Rᵀ W; the bias stays. COFT's constraint:
+‖Q‖ over all blocks is at most alpha times the rows of the layer. At multiplier m the rotation is I + m (R - I).
+Since W' x = Rᵀ (W x), no weight is ever copied: the output that is there already is turned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from library.adapters.base import AdapterLayer, add_scaled
+from library.adapters.layers.weight import WeightLayer, convolve
+from library.adapters.spec import TargetSpec
+from library.errors import UserError
+
+TINY = 1e-8  # keeps the ratio of norms defined at the start, where Q is 0; part of the formula that readers have
+
+
+@dataclass(frozen=True)
+class OftSettings:
+    """How an OFT layer is written: FLUX files number the blocks, since a fused layer has several sets of them."""
+
+    numbered: bool = False
+    module_dropout: float = 0.0
+
+
+class OFTLayer(WeightLayer):
+    """`count` rotations for the rows of each module. All modules of a target have rotations of their own."""
+
+    saved: ClassVar[tuple[str, ...]] = ("oft_blocks", *(f"oft_blocks.{i}" for i in range(4)), "alpha")
+
+    def __init__(self, target: TargetSpec, *, count: int, alpha: float, settings: OftSettings | None = None):
+        """Raises UserError when the rows cannot be divided into `count` blocks."""
+        settings = settings or OftSettings()
+        super().__init__(target, module_dropout=settings.module_dropout)
+        widths = [module.width for module in target.modules]
+        if any(width % count for width in widths):
+            rows = " + ".join(map(str, widths))
+            raise UserError(f"--network_dim {count}: {target.name} has {rows} rows, which make no {count} equal blocks")
+        self.rank, self.numbered = count, settings.numbered
+        self.alpha = torch.tensor(float(alpha), device="cpu").item()  # as a file rounds it
+        self.oft_blocks = nn.ParameterList(torch.zeros(count, w // count, w // count) for w in widths)
+
+    @staticmethod
+    def claims(names: set[str]) -> bool:
+        """Whether a module with these tensors in a file is an OFT."""
+        return bool(names & {"oft_blocks", "oft_blocks.0"})
+
+    @classmethod
+    def from_tensors(cls, target: TargetSpec, tensors: Mapping[str, Tensor], settings: OftSettings) -> AdapterLayer:
+        """A layer with the file's blocks and constraint."""
+        first = tensors["oft_blocks.0" if "oft_blocks.0" in tensors else "oft_blocks"]
+        settings = OftSettings("oft_blocks.0" in tensors, settings.module_dropout)
+        return cls(target, count=len(first), alpha=float(tensors.get("alpha", torch.zeros(()))), settings=settings)
+
+    # ---- the rotation ----------------------------------------------------------------------------------------------
+
+    def turn(self, index: int) -> Tensor:
+        """R - I of module `index`: (blocks, size, size), float32."""
+        with torch.autocast(self.oft_blocks[index].device.type, enabled=False):
+            free = self.oft_blocks[index].float()
+            skew = free - free.transpose(1, 2)
+            norm = torch.linalg.vector_norm(skew)
+            limit = self.alpha * self.target.modules[index].width
+            skew = skew * ((norm.clamp(max=limit) + TINY) / (norm + TINY))
+            unit = torch.eye(skew.shape[-1], device=skew.device)
+            # (I - Q)⁻¹ (I + Q) - I = 2 (I - Q)⁻¹ Q: small differences keep their digits
+            # I - Q is never singular; `solve` would read back from the device whether it is
+            return torch.linalg.solve_ex(unit - skew, 2 * skew).result
+
+    def _turned(self, plain: Tensor, index: int, axis: int) -> Tensor:
+        """(Rᵀ - I) applied to the rows of a target, which lie along `axis` of `plain`."""
+        turn = self.turn(index).to(plain.dtype)
+        blocks = plain.movedim(axis, -1).unflatten(-1, turn.shape[:2])
+        return torch.einsum("...kn,knm->...km", blocks, turn).flatten(-2).movedim(-1, axis)
+
+    # ---- what AdapterLayer asks for --------------------------------------------------------------------------------
+
+    @property
+    def reads_weights(self) -> bool:
+        return True  # the bias, which is not turned
+
+    def change(self, x: Tensor, y: Tensor, index: int) -> Tensor:
+        """The output without its bias, turned."""
+        module = self.target.modules[index]
+        rows = module.rows or slice(None)
+        plain, bias = (y[:, rows] if self.is_conv else y[..., rows]), module.module.bias
+        if isinstance(bias, Tensor):
+            plain = plain - bias.detach()[rows].reshape(-1, *[1] * (2 * self.is_conv)).to(y.dtype)
+        delta = self.gate(self._turned(plain, index, 1 if self.is_conv else -1)).to(y.dtype)
+        return add_scaled(y, self.place(delta, index), self.multiplier)
+
+    def delta(self, x: Tensor, index: int = 0) -> Tensor:
+        """The same from the input, without an output that is there already."""
+        weight, module = self.delta_weight(index).to(x.dtype), self.target.modules[index].module
+        return convolve(x, weight, module) if isinstance(module, nn.Conv2d) else F.linear(x, weight)
+
+    def delta_weight(self, index: int = 0) -> Tensor:
+        return self._turned(self.base_weight(index).float(), index, 0)
+
+    # ---- files -----------------------------------------------------------------------------------------------------
+
+    def named_tensors(self) -> dict[str, nn.Parameter]:
+        if not self.numbered:
+            return {"oft_blocks": self.oft_blocks[0]}
+        return {f"oft_blocks.{i}": blocks for i, blocks in enumerate(self.oft_blocks)}
+
+    def tensors(self) -> dict[str, Tensor]:
+        alpha = {"alpha": torch.tensor(self.alpha)}
+        return alpha | super().tensors() if self.numbered else super().tensors() | alpha
+
+    def problem(self, tensors: Mapping[str, Tensor]) -> str | None:
+        name, found = next(iter(self.named_tensors())), tensors.get("oft_blocks", tensors.get("oft_blocks.0"))
+        if found is None:
+            return "is no OFT (it has no oft_blocks)"
+        if found.dim() == 3 and len(found) != self.rank:
+            advice = "set --network_dim, or use --dim_from_weights"
+            return f"has {len(found)} blocks, this network has {self.rank} ({advice})"
+        if name not in tensors:
+            return f"has no {name} (one of networks.oft and networks.oft_flux wrote it, this is the other)"
+        return super().problem(tensors)
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        super().load_tensors(tensors)
+        if "alpha" in tensors:
+            self.alpha = float(tensors["alpha"])

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which keys of an adapter file each program knows: what can be said without the model that it was trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from library.adapters.formats.convert import architecture_of, convert
+from library.adapters.formats.oft import is_oft
+from library.adapters.readers.check import PROGRAMS
+from library.adapters.readers.reading import Model, Program
+from library.errors import UserError, first_names
+
+
+def key_lines(tensors: Mapping[str, Tensor]) -> list[str]:
+    """One line per program that has such a model; none where no architecture has all of the layers."""
+    try:
+        name = architecture_of(_as_lora(tensors))
+    except UserError:
+        return []
+    model = Model.of(name, tensors)
+    return [f"{program.name}: {_line(program, tensors, model)}" for program in PROGRAMS if name in program.models]
+
+
+def _as_lora(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Keys by which the architecture is found: rotations have the layers of kohya's names."""
+    if not is_oft(tensors):
+        return dict(tensors)
+    own = convert(tensors, "kohya")
+    names = (key.partition(".")[0].replace("oft_unet_", "lora_unet_") for key in own)
+    return {f"{name}.alpha": value for name, value in zip(names, own.values())}
+
+
+def _line(program: Program, tensors: Mapping[str, Tensor], model: Model) -> str:
+    reading = program.read(tensors, model)
+    if reading.refused:
+        return f"refuses the file: {reading.refused}"
+    if not reading.entries:
+        return "loads nothing of the file"
+    if reading.unread:
+        return f"leaves {len(reading.unread)} of {len(tensors)} keys: {first_names(reading.unread)}"
+    return "knows every key"

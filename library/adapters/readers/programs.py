@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ComfyUI 0.3.64 and Forge (of lllyasviel): which key names they know, and what they do with the others.
+
+Both map names to the weights of the model that is loaded. ComfyUI leaves unknown keys and logs them; Forge, with an
+older copy of the same tables, refuses a file with more than twelve of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor
+
+from library.adapters.formats.tables import Layer, flat
+from library.adapters.readers.reading import SUFFIXES, Model, Names, Program, Reading, Slot, take
+from library.errors import first_names
+
+UNETS = ("sd1", "sd2", "sdxl")
+FLUX = ("flux", "chroma")
+MOST_UNKNOWN = 12  # keys that Forge forgives
+CLIP = ("self_attn.k_proj", "self_attn.q_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
+# What ComfyUI's table from diffusers to FLUX has outside of the blocks
+FLUX_OUTSIDE = ("final_layer.", "img_in", "time_in.", "txt_in", "vector_in.", "guidance_in.")
+ENDINGS = frozenset(SUFFIXES) - {"lora_magnitude_vector", "lora_magnitude_vector.weight"}
+# T5's number among the text encoders -> the kohya prefixes under which each program finds it
+T5_COMFY = {"flux": ("lora_te2", "lora_te3"), "sd3": ("lora_te3",), "chroma": ("lora_te1",)}
+T5_FORGE = ("lora_te3",)
+
+
+def comfy_names(model: Model) -> Names:
+    names: dict[str, Slot] = {}
+    for layer in model.layers():
+        slot = Slot(layer)
+        names[layer.comfy] = slot
+        if layer.encoder:
+            names |= dict.fromkeys(_encoder_names(layer, T5_COMFY.get(model.name, ())), slot)
+            continue
+        names[f"lora_unet_{flat(layer.published)}"] = slot
+        names |= _unet_names(layer, model, "lycoris") | _part_names(layer, model)
+    return names
+
+
+def forge_names(model: Model) -> Names:
+    names: dict[str, Slot] = {}
+    for layer in model.layers():
+        slot = Slot(layer)
+        if layer.encoder:
+            names |= dict.fromkeys(_encoder_names(layer, T5_FORGE), slot)
+            continue
+        names |= {f"lora_unet_{flat(layer.published)}": slot, layer.comfy: slot} | _unet_names(layer, model)
+        if model.name == "flux":
+            names |= {name: slot for name, slot in _part_names(layer, model).items() if name.startswith("transformer.")}
+    return names
+
+
+def _encoder_names(layer: Layer, t5: tuple[str, ...]) -> Iterator[str]:
+    """The flat names, and those of diffusers, of an encoder's layer."""
+    path = layer.published
+    if layer.comfy.startswith("text_encoders.t5xxl."):
+        yield from (f"{prefix}_{flat(path)}" for prefix in t5)
+    elif ".clip_" in layer.comfy and (path.endswith(CLIP) or path == "text_projection"):
+        second = ".clip_g." in layer.comfy
+        yield from (f"{prefix}_{flat(path)}" for prefix in (("lora_te2",) if second else ("lora_te", "lora_te1")))
+        yield f"{'text_encoder_2' if second else 'text_encoder'}.{path}"
+
+
+def _unet_names(layer: Layer, model: Model, *flat_prefixes: str) -> dict[str, Slot]:
+    """The names of a U-Net's layer after its path in diffusers."""
+    if model.name not in UNETS:
+        return {}
+    path = layer.parts[0].removeprefix("unet.")
+    dotted = path.replace(".to_", ".processor.to_")
+    dotted = dotted[:-2] if dotted.endswith(".to_out.0") else dotted
+    found = [dotted, f"unet.{dotted}", *(f"{prefix}_{flat(path)}" for prefix in ("lora_unet", *flat_prefixes))]
+    return dict.fromkeys(found, Slot(layer))
+
+
+def _part_names(layer: Layer, model: Model) -> dict[str, Slot]:
+    """The names of a transformer's layer in diffusers: each part is some rows of it."""
+    inside = "_blocks." in layer.published or layer.published.startswith(FLUX_OUTSIDE)
+    if not (model.name == "sd3" or (model.name in FLUX and inside)):
+        return {}
+    found: dict[str, Slot] = {}
+    for i, name in enumerate(layer.parts):
+        path = name.removeprefix("transformer.")
+        names = [name, f"lycoris_{flat(path)}", f"lora_transformer_{flat(path)}"]
+        names += [f"base_model.model.{path}"] if model.name == "sd3" else []
+        found |= dict.fromkeys(names, Slot(layer, i))
+    return found
+
+
+def read_comfy(tensors: Mapping[str, Tensor], model: Model) -> Reading:
+    reading = Reading("comfy")
+    kinds = ("LoRA", "LoHa", "LoKr", "GLoRA", "OFT", "BOFT", "norm", "full")
+    take(reading, tensors, comfy_names(model), kinds, ENDINGS)
+    return reading
+
+
+def read_forge(tensors: Mapping[str, Tensor], model: Model) -> Reading:
+    reading = Reading("forge")
+    take(reading, tensors, forge_names(model), ("LoRA", "LoHa", "LoKr", "norm", "full"), ENDINGS)
+    count = len(reading.unread)
+    if count > MOST_UNKNOWN:
+        reading.refused = f"{count} of {len(tensors)} keys are unknown to it, {MOST_UNKNOWN} are forgiven: "
+        reading.refused += first_names(reading.unread)
+    return reading
+
+
+COMFY = Program("ComfyUI", frozenset({*UNETS, *FLUX, "sd3", "lumina"}), read_comfy)
+FORGE = Program("Forge", frozenset({*UNETS, *FLUX, "sd3"}), read_forge)

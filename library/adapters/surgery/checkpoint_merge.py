@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters merged into the weights of a checkpoint, tensor by tensor, by the classes that apply them in training.
+
+Each layer of an adapter file is put on a module that holds nothing but the checkpoint's own weight, so every kind of
+adapter that can be trained can be merged, and merging is what applying is.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from library.adapters.base import AdapterLayer
+from library.adapters.formats.check import BROKEN
+from library.adapters.formats.deltas import kohya_dora
+from library.adapters.formats.layers import BIAS_ADDED, COMFY_DORA, DORA, DOWN, UP
+from library.adapters.kinds import Reader, pieces, reader_of
+from library.adapters.spec import TargetModule, TargetSpec
+from library.adapters.surgery.checkpoint_layers import CheckpointLayers, Place, Weights
+from library.adapters.surgery.lora_math import Tensors
+from library.errors import UserError, first_names
+from library.key_tables import part_rows
+
+BIASED = {"b_norm", BIAS_ADDED}  # an adapter with one of these tensors changes the bias too
+NUMBERED = "oft_blocks."  # a fused layer has one set of rotations for each of its parts
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter file: its layers by kohya name, and how strongly each is merged."""
+
+    label: str  # for messages
+    layers: Mapping[str, Tensors]
+    strength: Callable[[str], float]  # layer -> ratio
+
+
+@dataclass(frozen=True)
+class Step:
+    """One layer of one adapter, waiting for the checkpoint's weight."""
+
+    layer: str
+    place: Place
+    own: Tensors
+    reader: Reader
+    strength: float
+
+    def on(self, weight: Tensor, bias: Tensor | None) -> AdapterLayer:
+        """The adapter on a module that has this weight and bias, with the values of the file."""
+        target = target_of(self.layer, weight, bias, sum(name.startswith(NUMBERED) for name in self.own))
+        own = kohya_dora(self.own, target)
+        layer = self.reader.from_tensors(target, own, None)
+        problem = layer.problem(own)
+        if problem is not None:
+            raise UserError(problem)
+        layer.load_tensors(own)
+        return layer
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Both with the adapter in them: new tensors, float32."""
+        layer = self.on(weight.float().clone(), None if bias is None else bias.float().clone())
+        layer.set_multiplier(self.strength)
+        layer.merge()
+        module = layer.target.modules[0].module
+        assert isinstance(module.weight, Tensor)
+        return module.weight, module.bias if isinstance(module.bias, Tensor) else None
+
+
+class MergedWeights:
+    """A checkpoint's tensors with adapters in them, each made when it is asked for. Raises UserError when unfit.
+
+    used: names of the adapters' layers that this file has; the others are of other parts of the model. moved: those of
+    them that changed a tensor that was asked for.
+    """
+
+    def __init__(self, file: Weights, layers: CheckpointLayers, adapters: Sequence[Adapter]) -> None:
+        self.file, self.layers = file, layers
+        self.used: list[str] = []
+        self.moved: set[str] = set()
+        self.left: list[str] = []
+        self._steps: dict[str, list[Step]] = {}  # name of a tensor -> what happens to it, in order
+        problems: list[str] = []
+        for adapter in adapters:
+            problems += self._plan(adapter)
+        if problems:
+            raise UserError(problems)
+
+    @property
+    def changed(self) -> set[str]:
+        """Names of the tensors that differ from the file's."""
+        return set(self._steps)
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor: merged in float32, or as the file has it."""
+        if name not in self._steps:
+            return self.file.tensor(name)
+        whole = self.file.tensor(name, torch.float32)  # may be mapped: nothing is written into it
+        for step in self._steps[name]:
+            before, whole = whole, self._after(step, name, whole)
+            if not torch.equal(before, whole):
+                self.moved.add(step.layer)
+        return whole
+
+    def _after(self, step: Step, name: str, whole: Tensor) -> Tensor:
+        """Tensor `name`, which is `whole` by now, after one more step: a weight, or a bias."""
+        place = step.place
+        beside = replace(place, transposed=False)
+        bias = beside.of(self.file.tensor(place.bias)) if place.bias in self.layers.shapes else None
+        if name == place.weight:
+            return place.put(whole, step.merged(place.of(whole), bias)[0])
+        found = step.merged(place.of(self.file.tensor(place.weight)), beside.of(whole))[1]
+        assert found is not None
+        return beside.put(whole, found)
+
+    def _plan(self, adapter: Adapter) -> Iterator[str]:
+        """Puts an adapter's layers on the list; what is wrong with them, a line each."""
+        unknown: list[str] = []
+        unfit: list[str] = []
+        for name, own in adapter.layers.items():
+            found = self.layers.placed(name)
+            if found is None:
+                unknown.append(name)
+                continue
+            layer, place = found
+            if place is None:
+                self.left.append(layer.kohya)
+                continue
+            steps = [self._step(name, layer.kohya, place, own, adapter) for own in pieces(own)]
+            problems = [f"{name} {step}" for step in steps if isinstance(step, str)]
+            unfit += problems[:1]
+            if problems:
+                continue
+            self.used.append(layer.kohya)
+            for step in steps:
+                assert isinstance(step, Step)
+                for tensor in (place.weight, *([place.bias] if BIASED & set(step.own) else [])):
+                    self._steps.setdefault(tensor, []).append(step)
+        title = self.layers.architecture.title
+        if unknown:
+            yield f"{adapter.label}: {len(unknown)} layers are not in {title}: {first_names(unknown)}"
+        elif unfit:
+            yield f"{adapter.label}: {len(unfit)} layers do not fit the model: {first_names(unfit)}"
+
+    def _step(self, name: str, layer: str, place: Place, own: Tensors, adapter: Adapter) -> Step | str:
+        """What is done with a layer, or why it cannot be."""
+        reader = reader_of(name, own)
+        if reader is None:
+            return f"is of no kind that can be merged ({', '.join(sorted(own))})"
+        axes = len(self.layers.shape_of(place))
+        step = Step(layer, place, fitted(own, axes), reader, adapter.strength(layer))
+        return self._problem(step) or step
+
+    def _problem(self, step: Step) -> str | None:
+        """Why a layer does not fit its weight, found without reading it."""
+        weight = torch.empty(self.layers.shape_of(step.place), device="meta")
+        bias = torch.empty(len(weight), device="meta") if step.place.bias in self.layers.shapes else None
+        if (weight.dim() == 1) != ("w_norm" in step.own):
+            return "is for another kind of layer"
+        own = {DORA if name == COMFY_DORA else name: value for name, value in step.own.items()}  # no weight is needed
+        try:
+            replace(step, own=own).on(weight, bias)
+        except UserError as error:
+            return error.problems[0]
+        except BROKEN as error:
+            return f"does not fit ({str(error).splitlines()[0]})"
+        return None
+
+
+def target_of(name: str, weight: Tensor, bias: Tensor | None, parts: int = 0) -> TargetSpec:
+    """A target on one module that holds `weight`: Linear, convolution or norm, by its axes.
+
+    parts: how many pieces of a fused layer an adapter tells apart; 0: none.
+    """
+    module = module_of(weight, bias)
+    if parts < 2:
+        return TargetSpec(name, (TargetModule(name, module),), "denoiser")
+    ends = [*itertools.accumulate(part_rows(len(weight), weight.shape[1], parts))]
+    pieces = (TargetModule(name, module, slice(start, end)) for start, end in zip([0, *ends], ends))
+    return TargetSpec(name, tuple(pieces), "denoiser")
+
+
+def module_of(weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """A module around a weight (and bias) that is there already."""
+    module: nn.Module
+    with torch.device("meta"):
+        if weight.dim() == 1:
+            module = nn.LayerNorm(len(weight), bias=bias is not None)
+        elif weight.dim() == 2:
+            module = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+        else:
+            kernel = (weight.shape[2], weight.shape[3])
+            module = nn.Conv2d(weight.shape[1], weight.shape[0], kernel, bias=bias is not None)
+    module.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+    if bias is not None:
+        module.register_parameter("bias", nn.Parameter(bias, requires_grad=False))
+    return module
+
+
+def fitted(own: Tensors, axes: int) -> dict[str, Tensor]:
+    """A LoRA's matrices with as many axes as the weight: a 1x1 convolution and a Linear are the same layer."""
+    found = dict(own)
+    for name in (DOWN, UP, DORA, COMFY_DORA):
+        value = found.get(name)
+        if value is None or value.dim() == axes:
+            continue
+        if value.dim() == 4 and axes == 2 and value.shape[2:] == (1, 1):
+            found[name] = value[:, :, 0, 0]
+        elif value.dim() == 2 and axes == 4:
+            found[name] = value[:, :, None, None]
+    return found

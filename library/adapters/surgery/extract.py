@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The difference of two checkpoints as a LoRA: which layers get one, and the nearest matrices of a rank."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from library.adapters.formats.tables import BY_NAME
+from library.adapters.surgery.checkpoint_layers import CheckpointLayers
+from library.adapters.surgery.files import (
+    WeightFile,
+    device_named,
+    dtype_named,
+    kind_of,
+    open_checkpoint,
+    save_lora,
+    spec_of,
+)
+from library.adapters.surgery.lora_math import as_tensors, clamped, has_kernel, spectrum
+from library.errors import UserError
+from library.log import get_logger, progress
+from networks import lora_flux, lora_lumina, lora_sd3
+
+TEXT = re.compile(r"lora_te[12]?_.*_(self_attn_[kvq]_proj|self_attn_o(ut)?_proj|mlp_(fc\d|\w+_proj))")  # no T5
+ATTENTION = re.compile(r"lora_unet_.*(_transformer_blocks_\d+_.*|_proj_(in|out))")
+CONVOLUTIONS = re.compile(
+    r"lora_unet_(.*_(resnets|downsamplers|upsamplers)_.*|(input_blocks_(?!0_)|middle_block_|output_blocks_)\d.*)"
+)
+
+
+def _beginning(kinds: Sequence[str]) -> re.Pattern[str]:
+    return re.compile(f"lora_unet_({'|'.join(kinds)}).*")
+
+
+# The layers that a new LoRA of the architecture has, by kohya name
+DEFAULTS = {
+    "sd1": ATTENTION,
+    "sd2": ATTENTION,
+    "sdxl": ATTENTION,
+    "flux": _beginning(lora_flux.KINDS["all"]),
+    "sd3": _beginning((lora_sd3.BLOCKS,)),
+    "lumina": _beginning(lora_lumina.KINDS["all"]),
+}
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What is asked for."""
+
+    original: str
+    tuned: str
+    save_to: str
+    dim: int
+    conv_dim: int | None = None
+    clamp_quantile: float = 0.99
+    min_diff: float = 0.0
+    load_precision: str | None = None
+    save_precision: str | None = None
+    device: str | None = None
+    no_metadata: bool = False
+    v_prediction: bool = False
+    architectures: tuple[str, ...] = tuple(BY_NAME)  # that the script or its options are for
+
+
+def extract(asked: Extraction) -> None:
+    """Reads both files layer by layer, decomposes, writes. Raises UserError for files that are not of one kind."""
+    device = device_named(asked.device)
+    original, layers = open_checkpoint("--model_org", asked.original)
+    tuned, tuned_layers = open_checkpoint("--model_tuned", asked.tuned)
+    architecture = layers.architecture.name
+    if tuned_layers.architecture.name != architecture:
+        first, second = layers.architecture.title, tuned_layers.architecture.title
+        raise UserError(f"--model_org is {first} and --model_tuned is {second}: they must be of one architecture")
+    if architecture not in asked.architectures:
+        wanted = " or ".join(BY_NAME[name].title for name in asked.architectures)
+        raise UserError(f"--model_org {asked.original} is {layers.architecture.title}, {wanted} was asked for")
+    has_conv = asked.conv_dim is not None
+    names = chosen_layers(layers, conv=has_conv)
+    _require_same_shapes(names, layers, tuned_layers, f"--model_tuned {asked.tuned}")
+    others = chosen_layers(tuned_layers, conv=has_conv)
+    _require_same_shapes(others, tuned_layers, layers, f"--model_org {asked.original}")
+    files = Pair(original, tuned, layers, tuned_layers, dtype_named(asked.load_precision), device)
+    names = files.without_same_encoders(names, asked.min_diff)
+    found: dict[str, dict[str, Tensor]] = {}
+    with progress(len(names), "layers") as bar:
+        for name in names:
+            found[name] = _nearest(files.difference(name), asked)
+            bar.advance()
+    metadata = _metadata(asked, layers, found)
+    save_lora(asked.save_to, found, metadata, dtype_named(asked.save_precision) or torch.float32)
+
+
+def chosen_layers(layers: CheckpointLayers, *, conv: bool) -> list[str]:
+    """The layers that get a LoRA: those of a new network of the architecture. conv: those of residual blocks too."""
+    default = DEFAULTS[layers.architecture.name]
+    patterns = [TEXT, default, *([CONVOLUTIONS] if conv and default is ATTENTION else [])]
+    return [
+        name
+        for name in layers.places
+        if len(layers.shape(name)) > 1 and any(pattern.fullmatch(name) for pattern in patterns)
+    ]
+
+
+def _require_same_shapes(names: Sequence[str], layers: CheckpointLayers, tuned: CheckpointLayers, file: str) -> None:
+    """Raises UserError when `tuned`, the layers of `file`, lacks one. A text encoder may be left out as a whole."""
+    there = {"unet", *(name.split("_")[1] for name in names if name in tuned.places)}
+    missing = [name for name in names if name not in tuned.places and name.split("_")[1] in there]
+    other = [name for name in names if name in tuned.places and tuned.shape(name) != layers.shape(name)]
+    for wrong, what in ((missing, "lacks"), (other, "has another shape of")):
+        if wrong:
+            raise UserError(f"{file} {what} {wrong[0]} ({len(wrong)} layers): it is another model, or incomplete")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Both checkpoints."""
+
+    original: WeightFile
+    tuned: WeightFile
+    layers: CheckpointLayers
+    tuned_layers: CheckpointLayers
+    dtype: torch.dtype | None  # that the weights are rounded to first
+    device: torch.device
+
+    def difference(self, name: str) -> Tensor:
+        """W of the tuned model minus W of the original, float32. Raises UserError when it is not finite."""
+        first = self.layers.weight(self.original, name, self.dtype).to(self.device, torch.float32)
+        change = self.tuned_layers.weight(self.tuned, name, self.dtype).to(self.device, torch.float32) - first
+        if not torch.isfinite(change).all():
+            raise UserError(f"{name}: the weights of one of the models are not finite")
+        return change
+
+    def without_same_encoders(self, names: Sequence[str], min_diff: float) -> list[str]:
+        """The layers without those of text encoders that one file lacks, or that differ by no more than `min_diff`."""
+        encoders: dict[str, list[str]] = {}
+        for name in names:
+            if not name.startswith("lora_unet_"):
+                encoders.setdefault(name.split("_")[1], []).append(name)
+        left: set[str] = set()
+        for encoder, own in encoders.items():
+            if any(name not in self.tuned_layers.places for name in own):
+                get_logger().warning("text encoder (%s): only one of the models has it; it gets no LoRA", encoder)
+                left.update(own)
+            elif all(float(self.difference(name).abs().max()) <= min_diff for name in own):
+                get_logger().info("text encoder (%s): no difference above %g; it gets no LoRA", encoder, min_diff)
+                left.update(own)
+        return [name for name in names if name not in left]
+
+
+def _nearest(difference: Tensor, asked: Extraction) -> dict[str, Tensor]:
+    """A LoRA of the rank for a difference, as a file has it."""
+    shape = tuple(difference.shape)
+    wanted = asked.conv_dim if has_kernel(shape) and asked.conv_dim is not None else asked.dim
+    rank = min(wanted, shape[0], shape[1])
+    up, down = clamped(*spectrum(difference.flatten(1)).cut(rank), asked.clamp_quantile)
+    return as_tensors(up, down, shape, rank)
+
+
+def _metadata(asked: Extraction, layers: CheckpointLayers, found: dict[str, dict[str, Tensor]]) -> dict[str, str]:
+    kind = kind_of(layers.architecture.name, layers.shapes, v_prediction=asked.v_prediction)
+    arguments = {} if asked.conv_dim is None else {"conv_dim": asked.conv_dim, "conv_alpha": float(asked.conv_dim)}
+    metadata = {
+        "ss_v2": str(kind.version.startswith("sd_v2")),
+        "ss_base_model_version": kind.version,
+        "ss_network_module": kind.network,
+        "ss_network_dim": str(asked.dim),
+        "ss_network_alpha": str(float(asked.dim)),
+        "ss_network_args": json.dumps({name: str(value) for name, value in arguments.items()}),
+    }
+    return metadata if asked.no_metadata else metadata | spec_of(kind, asked.save_to, lora=True)

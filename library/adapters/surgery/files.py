@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the LoRA tools read and write: adapter files, checkpoints tensor by tensor, and what a file says of itself."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from library.adapters.formats.convert import architecture_of, by_module, read_adapter, read_metadata
+from library.adapters.formats.layers import DOWN
+from library.adapters.formats.tables import BY_NAME
+from library.adapters.kinds import OFT
+from library.adapters.surgery.checkpoint_layers import CheckpointLayers
+from library.adapters.surgery.lora_math import Tensors, has_kernel
+from library.adapters.surgery.options import PRECISIONS
+from library.errors import StopTraining, UserError
+from library.families.detect import architecture as detect
+from library.families.detect import context_dim, foreign_file
+from library.io.atomic import atomic_write
+from library.io.checkpoint import save_tensors
+from library.io.metadata import SpecFacts, base_name, modelspec
+from library.io.options import MetadataOptions
+from library.io.tensor_file import check_safetensors, data_bytes, data_chunks, header_bytes, ordered_names
+from library.key_tables import Shapes
+from library.trainers.facts import PUBLISHED_LAYOUT, VERSION
+from library.weights.weight_files import SafetensorsFile, ScaledFile, WeightFile, open_weights
+
+LORA_KEYS = ("ss_v2", "ss_base_model_version")  # that a merged LoRA takes over from the files it is made of
+SD2_WIDTH = 1024
+ADVICE = "convert it with convert_lora.py --base_model first"  # where names of layers do not tell the architecture
+
+
+def dtype_named(precision: str | None) -> torch.dtype | None:
+    """--save_precision as a dtype."""
+    if precision is None:
+        return None
+    found = getattr(torch, PRECISIONS[precision])
+    assert isinstance(found, torch.dtype)
+    return found
+
+
+def device_named(name: str | None) -> torch.device:
+    """--device, proved to work. Raises UserError."""
+    try:
+        device = torch.device(name or "cpu")
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"--device {name}: not possible here ({reason})") from None
+    return device
+
+
+# ---- adapter files ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """An adapter file in kohya's names."""
+
+    path: str
+    layers: dict[str, dict[str, Tensor]]  # kohya name -> suffix -> tensor
+    metadata: dict[str, str]
+
+    @property
+    def architecture(self) -> str:
+        """Name in BY_NAME. Raises UserError when no architecture has these layers."""
+        names = {name: f"lora_{name.removeprefix(OFT)}" if name.startswith(OFT) else name for name in self.layers}
+        tensors = {f"{names[n]}.{suffix}": value for n, own in self.layers.items() for suffix, value in own.items()}
+        try:
+            return architecture_of(tensors)
+        except UserError as error:
+            raise UserError([f"{self.path}: {problem}" for problem in error.problems]) from None
+
+
+def read_lora(path: str, architecture: str | None = None) -> LoraFile:
+    """An adapter file of any of the three formats. Raises UserError naming it, also when it is damaged.
+
+    architecture: of the model at hand, into which parts of a layer can be merged each on its own.
+    """
+    among = None if architecture is None else (architecture,)
+    try:
+        tensors = read_adapter(path, among, advice=ADVICE, apart=architecture is not None)
+    except UserError as error:
+        raise UserError([p if path in p else f"{path}: {p}" for p in error.problems]) from None
+    return LoraFile(path, by_module(tensors), read_metadata(path))
+
+
+def common_architecture(files: Sequence[LoraFile]) -> str:
+    """The architecture that all files are for. Raises UserError when there are several."""
+    found = {file.path: file.architecture for file in files}
+    if len(set(found.values())) > 1:
+        which = ", ".join(f"{path} is for {BY_NAME[name].title}" for path, name in found.items())
+        raise UserError(f"--models are for different architectures: {which}")
+    return next(iter(found.values()))
+
+
+def save_lora(path: str, layers: Mapping[str, Tensors], metadata: Mapping[str, str], dtype: torch.dtype) -> None:
+    """Write a LoRA, weights and alphas in `dtype`. Raises UserError when a number is too large for it."""
+    tensors = {f"{name}.{suffix}": value for name, own in layers.items() for suffix, value in own.items()}
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        save_tensors(path, tensors, metadata, dtype=dtype)
+    except StopTraining as error:
+        raise UserError(f"{error}; give another --save_precision") from None
+
+
+# ---- checkpoints --------------------------------------------------------------------------------------------------
+
+
+def open_checkpoint(name: str, path: str) -> tuple[WeightFile, CheckpointLayers]:
+    """A checkpoint in published names, and where its layers are. `name`: the option. Raises UserError."""
+    file = open_weights(Path(path))
+    kind = detect(file.shapes)
+    found = kind.name.replace("chroma", "flux") if kind is not None else _sd_version(file.shapes)
+    if found not in BY_NAME:
+        known = ", ".join(architecture.title for architecture in BY_NAME.values())
+        what = foreign_file(file.shapes) or "a checkpoint of another architecture"
+        raise UserError(f"{name} {path} is {what.partition(':')[0]}; the tools know {known}")
+    layers = CheckpointLayers(BY_NAME[found], file.shapes)
+    if not any(name.startswith("lora_unet_") for name in layers.places):
+        raise UserError(f"{name} {path} has the names of diffusers: give the single file in published names")
+    return file, layers
+
+
+def _sd_version(shapes: Shapes) -> str:
+    if "model.diffusion_model.input_blocks.0.0.weight" not in shapes:
+        return ""
+    return "sd2" if context_dim(shapes) == SD2_WIDTH or any("cond_stage_model.model." in n for n in shapes) else "sd1"
+
+
+def open_encoder(path: str, encoder: str, architecture: str) -> tuple[WeightFile, CheckpointLayers]:
+    """The file of one text encoder ("clip_l", "t5xxl" ...) of an architecture. Raises UserError."""
+    file = open_weights(Path(path))
+    layers = CheckpointLayers(BY_NAME[architecture], file.shapes, encoder=encoder)
+    if not layers.places:
+        raise UserError(f"--{encoder} {path} has no layers of that text encoder in {BY_NAME[architecture].title}")
+    return file, layers
+
+
+def write_checkpoint(
+    path: str,
+    file: WeightFile,
+    tensor: Callable[[str], Tensor],
+    changed: Iterable[str],
+    metadata: Mapping[str, str],
+    dtype: torch.dtype | None,
+) -> None:
+    """All tensors of `file` as `tensor` gives them, one after the other, in `dtype` or in that of the file.
+
+    fp8 weights with scales beside them, which only their own format can say, become bfloat16 without a dtype.
+    Raises UserError when a weight is not finite.
+    """
+    changed = set(changed)
+    layout = {name: _empty_like(file, name, dtype) for name in file.shapes}
+
+    def ready(name: str) -> Tensor:
+        value = tensor(name).to(layout[name].dtype).contiguous()
+        if name in changed and not torch.isfinite(value.float()).all():
+            raise UserError(
+                f"{path} is not written: {name} is not finite in {str(value.dtype).removeprefix('torch.')}; "
+                "give another --save_precision or smaller --ratios"
+            )
+        return value
+
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.suffix != ".safetensors":
+        save_tensors(target, {name: ready(name) for name in layout}, {}, hashes=False)
+        return
+    digest = hashlib.sha256()
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as out:
+            out.write(header_bytes(layout, metadata))
+            for name in ordered_names(layout):
+                for chunk in data_chunks({name: ready(name)}):
+                    out.write(chunk)
+                    digest.update(chunk)
+
+    check = lambda temporary: check_safetensors(temporary, digest.hexdigest())
+    atomic_write(target, write, check, size=data_bytes(layout))
+
+
+def _empty_like(file: WeightFile, name: str, dtype: torch.dtype | None) -> Tensor:
+    """A tensor without memory that has shape and dtype of what is written."""
+    stored = file.tensor(name).dtype
+    if isinstance(file, ScaledFile) and stored == torch.float32 and len(file.shapes[name]) > 1:
+        stored = torch.bfloat16
+    wanted = dtype if dtype is not None and stored.is_floating_point else stored
+    return torch.empty(file.shapes[name], dtype=wanted, device="meta")
+
+
+# ---- what a file says of itself -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelKind:
+    """How files name an architecture."""
+
+    version: str  # ss_base_model_version
+    architecture: str  # modelspec.architecture without "/lora"
+    implementation: str = "diffusers"  # of adapters
+    prediction: str | None = "epsilon"
+    size: int = 1024
+    network: str = "networks.lora"
+    published: str = PUBLISHED_LAYOUT  # implementation of checkpoints
+
+
+FLUX_CODE, CHROMA_CODE = "https://github.com/black-forest-labs/flux", "https://huggingface.co/lodestones/Chroma"
+LUMINA_CODE = "https://github.com/Alpha-VLLM/Lumina-Image-2.0"
+KINDS = {
+    "sd1": ModelKind("sd_v1", "stable-diffusion-v1", size=512),
+    "sd2": ModelKind("sd_v2", "stable-diffusion-v2-512", size=512),
+    "sd2_v": ModelKind("sd_v2_v", "stable-diffusion-v2-768-v", prediction="v", size=768),
+    "sdxl": ModelKind("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
+    "flux": ModelKind("flux1", "flux-1-dev", FLUX_CODE, None, network="networks.lora_flux", published=FLUX_CODE),
+    "flux_schnell": ModelKind("flux1", "flux-1-schnell", FLUX_CODE, None, 1024, "networks.lora_flux", FLUX_CODE),
+    "chroma": ModelKind("chroma", "chroma", CHROMA_CODE, None, 1024, "networks.lora_flux", CHROMA_CODE),
+    "sd3": ModelKind("medium", "stable-diffusion-3-medium", network="networks.lora_sd3"),
+    "sd35_medium": ModelKind("5-medium", "stable-diffusion-3-5-medium", network="networks.lora_sd3"),
+    "sd35_large": ModelKind("5-large", "stable-diffusion-3-5-large", network="networks.lora_sd3"),
+    "lumina": ModelKind("lumina2", "lumina-2", LUMINA_CODE, network="networks.lora_lumina", published=LUMINA_CODE),
+}
+LARGE_BLOCKS = 38  # joint blocks of SD 3.5 Large
+
+
+def kind_of(architecture: str, shapes: Shapes | None = None, *, v_prediction: bool = False) -> ModelKind:
+    """The kind of a model, as exactly as the names in its file tell."""
+    names = set(shapes or ())
+    has = lambda mark: any(mark in name for name in names)
+    if architecture == "sd2" and v_prediction:
+        return KINDS["sd2_v"]
+    if architecture == "flux" and names:
+        variant = "chroma" if has("distilled_guidance_layer.") else "flux" if has("guidance_in.") else "flux_schnell"
+        return KINDS[variant]
+    if architecture == "sd3" and names:
+        large = "sd35_large" if has(f"joint_blocks.{LARGE_BLOCKS - 1}.") else "sd3"
+        return KINDS["sd35_medium" if has(".attn2.") else large]
+    return KINDS[architecture]
+
+
+def spec_of(kind: ModelKind, save_to: str, *, lora: bool, merged_from: str | None = None) -> dict[str, str]:
+    """modelspec.* of a new file."""
+    spec = SpecFacts(
+        architecture=kind.architecture + ("/lora" if lora else ""),
+        implementation=kind.implementation if lora else kind.published,
+        prediction_type=kind.prediction,
+        resolution=(kind.size, kind.size),
+        version=VERSION,
+    )
+    given = MetadataOptions(metadata_title=Path(save_to).stem, metadata_merged_from=merged_from)
+    return modelspec({}, spec, given, now=time.time())
+
+
+def titles(files: Iterable[tuple[str, Mapping[str, str]]]) -> str:
+    """modelspec.merged_from: the title of each file, or its base name where it has none."""
+    found = (meta.get("modelspec.title") or re.sub(r"\.\w+$", "", base_name(path)) for path, meta in files)
+    return ", ".join(found)
+
+
+def checkpoint_metadata(file: WeightFile) -> dict[str, str]:
+    """The header entries of a checkpoint."""
+    return dict(file.metadata) if isinstance(file, SafetensorsFile) else {}
+
+
+def merged_metadata(
+    files: Sequence[LoraFile],
+    layers: Mapping[str, Tensors],
+    save_to: str,
+    *,
+    arguments: str | None = None,
+    with_spec: bool = True,
+) -> dict[str, str]:
+    """What a LoRA that was made of others says: the minimum that readers need, and modelspec.* with merged_from."""
+    kind = kind_of(common_architecture(files))
+    found = {"ss_v2": str(kind.version.startswith("sd_v2")), "ss_base_model_version": kind.version}
+    for file in reversed(files):  # the first one that says so
+        found |= {key: file.metadata[key] for key in LORA_KEYS if key in file.metadata}
+    modules = [file.metadata["ss_network_module"] for file in files if "ss_network_module" in file.metadata]
+    found["ss_network_module"] = modules[0] if modules else kind.network
+    found |= dims_in(layers)
+    if arguments is not None:
+        found["ss_network_args"] = arguments
+    if not with_spec:
+        return found
+    spec = spec_of(kind, save_to, lora=True, merged_from=titles((file.path, file.metadata) for file in files))
+    kept = ("modelspec.architecture", "modelspec.prediction_type", "modelspec.resolution")
+    told = {key: files[0].metadata[key] for key in kept if key in files[0].metadata}
+    return {**found, **spec, **told}
+
+
+def dims_in(layers: Mapping[str, Tensors]) -> dict[str, str]:
+    """ss_network_dim and ss_network_alpha: the one value of all layers, or "Dynamic".
+
+    Convolutions with a kernel count only where there is nothing else: their ranks have entries of their own.
+    """
+    loras = [own for own in layers.values() if DOWN in own]
+    main = [own for own in loras if not has_kernel(own[DOWN].shape)] or loras
+    dims = {len(own[DOWN]) for own in main}
+    alphas = {float(own["alpha"]) for own in main if "alpha" in own}
+    return {
+        "ss_network_dim": str(dims.pop()) if len(dims) == 1 else "Dynamic",
+        "ss_network_alpha": str(alphas.pop()) if len(alphas) == 1 else "Dynamic",
+    }

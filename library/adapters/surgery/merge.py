@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Merging for the command line: adapters into the files of a model, or several LoRAs into one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from library.adapters.formats.layers import MID
+from library.adapters.formats.tables import BY_NAME
+from library.adapters.surgery.block_ratios import strengths
+from library.adapters.surgery.checkpoint_layers import CheckpointLayers
+from library.adapters.surgery.checkpoint_merge import Adapter, MergedWeights
+from library.adapters.surgery.files import (
+    LoraFile,
+    WeightFile,
+    checkpoint_metadata,
+    common_architecture,
+    dtype_named,
+    kind_of,
+    merged_metadata,
+    open_checkpoint,
+    open_encoder,
+    read_lora,
+    save_lora,
+    spec_of,
+    titles,
+    write_checkpoint,
+)
+from library.adapters.surgery.lora_math import ADDED, Tensors, as_tensors, change_of, is_lora, joined, not_lora, summed
+from library.adapters.surgery.options import ModelsOptions, SaveOptions
+from library.errors import UserError, first_names
+from library.log import get_logger
+from library.rng import torch_generator
+
+Share = tuple[LoraFile, Callable[[str], float]]  # a file, and how strongly each of its layers is merged
+
+
+@dataclass(frozen=True)
+class ModelPart:
+    """A file of a model that adapters are merged into, and the file to write."""
+
+    option: str  # "sd_model", or the name of a text encoder: "clip_l"
+    path: str
+    save_to: str
+    encoder: str | None = None  # for the file of one text encoder
+
+
+@dataclass(frozen=True)
+class Merge:
+    """What is asked for."""
+
+    models: ModelsOptions
+    save: SaveOptions
+    parts: tuple[ModelPart, ...] = ()  # none: the adapters become one file
+    concat: bool = False
+    shuffle: bool = False
+    architectures: tuple[str, ...] = field(default=tuple(BY_NAME))  # that the script is for
+
+
+def merge(asked: Merge) -> None:
+    """Reads, merges, writes. Raises UserError for what cannot be merged."""
+    if asked.parts:
+        merge_into_parts(asked)
+    else:
+        shares = read_shares(asked.models)
+        found = common_architecture([file for file, _ in shares])
+        require_architecture(found, asked.architectures, "--models are")
+        merge_into_one(asked, shares)
+
+
+def read_shares(models: ModelsOptions, architecture: str | None = None) -> list[Share]:
+    """The files of --models with their ratios. architecture: of the model at hand. Raises UserError."""
+    files = [read_lora(path, architecture) for path in models.models]
+    numbers: Sequence[Sequence[float] | None] = models.block_ratios() or [None] * len(files)
+    return [(file, strengths(ratio, own)) for file, ratio, own in zip(files, models.ratios, numbers)]
+
+
+def require_architecture(found: str, wanted: Sequence[str], what: str) -> None:
+    """Raises UserError when a file is for another architecture than the script."""
+    if found not in wanted:
+        titles_wanted = " and ".join(BY_NAME[name].title for name in wanted if name in BY_NAME)
+        raise UserError(f"{what} for {BY_NAME[found].title}; this script is for {titles_wanted}: use merge_lora.py")
+
+
+# ---- into a model -------------------------------------------------------------------------------------------------
+
+
+def merge_into_parts(asked: Merge) -> None:
+    """Every file of the model with the adapters in it. All files are checked before the first is written."""
+    denoiser = next((part for part in asked.parts if part.encoder is None), None)
+    known = None if denoiser is None else open_checkpoint(f"--{denoiser.option}", denoiser.path)[1].architecture.name
+    shares = read_shares(asked.models, known)
+    architecture = known or common_architecture([file for file, _ in shares])
+    opened = [(part, *open_part(part, architecture)) for part in asked.parts]
+    for part, _, layers in opened:
+        require_architecture(layers.architecture.name, asked.architectures, f"--{part.option} {part.path} is")
+    adapters = [Adapter(file.path, file.layers, strength) for file, strength in shares]
+    merged = [(part, file, MergedWeights(file, layers, adapters)) for part, file, layers in opened]
+    _report_left(asked.parts, [weights for _, _, weights in merged])
+    dtype = dtype_named(asked.save.save_precision)
+    for part, file, weights in merged:
+        metadata = _part_metadata(part, file, weights.layers, shares, asked.save.no_metadata)
+        write_checkpoint(part.save_to, file, weights.tensor, weights.changed, metadata, dtype)
+        report_merged(part.save_to, weights)
+
+
+def report_merged(path: str, weights: MergedWeights) -> None:
+    """How many layers have other weights now; those of the adapters that change nothing are named."""
+    get_logger().info("%s: %d layers merged", path, len(weights.moved))
+    same = [name for name in dict.fromkeys(weights.used) if name not in weights.moved]
+    if same:
+        get_logger().warning("%s: %d layers of the adapters change nothing: %s", path, len(same), first_names(same))
+
+
+def open_part(part: ModelPart, architecture: str) -> tuple[WeightFile, CheckpointLayers]:
+    """One file of the model. A text encoder does not tell its architecture: the denoiser does, else the adapters."""
+    if part.encoder is None:
+        return open_checkpoint(f"--{part.option}", part.path)
+    return open_encoder(part.path, part.encoder, architecture)
+
+
+def _report_left(parts: Sequence[ModelPart], merged: Sequence[MergedWeights]) -> None:
+    """About layers that none of the files has. Raises UserError when the denoiser lacks some, or nothing is merged."""
+    used = {name for weights in merged for name in weights.used}
+    left = [*dict.fromkeys(name for weights in merged for name in weights.left if name not in used)]
+    missing = [name for name in left if name.startswith("lora_unet_")]
+    if missing and any(part.encoder is None for part in parts):
+        raise UserError(f"the model lacks {len(missing)} layers of the adapters: {first_names(missing)}")
+    if not used:
+        raise UserError(f"none of the adapters' layers is in the given files: {first_names(left)}")
+    if left:
+        get_logger().warning(
+            "%d layers of the adapters are of models that are not given and are not merged: %s",
+            len(left), first_names(left),
+        )  # fmt: skip
+
+
+def _part_metadata(
+    part: ModelPart, file: WeightFile, layers: CheckpointLayers, shares: Sequence[Share], no_metadata: bool
+) -> dict[str, str]:
+    """The source's entries; modelspec.* anew, except for what only the source knows."""
+    found = checkpoint_metadata(file)
+    if no_metadata or part.encoder is not None:
+        return {key: value for key, value in found.items() if not key.startswith("modelspec.")}
+    sources = [(part.path, found), *((share.path, share.metadata) for share, _ in shares)]
+    kind = kind_of(layers.architecture.name, layers.shapes)
+    spec = spec_of(kind, part.save_to, lora=False, merged_from=titles(sources))
+    new = ("modelspec.title", "modelspec.date", "modelspec.merged_from", "modelspec.implementation_version")
+    stale = ("modelspec.hash_sha256", "modelspec.thumbnail")
+    kept = {key: value for key, value in found.items() if key not in (*new, *stale)}
+    return {**spec, **kept}
+
+
+# ---- several into one ---------------------------------------------------------------------------------------------
+
+
+def merge_into_one(asked: Merge, shares: Sequence[Share]) -> None:
+    """One LoRA of several: matrices summed, or with --concat put beside each other, which is exact."""
+    found: dict[str, dict[str, Tensor]] = {}
+    problems: list[str] = []
+    for name, layers in same_layers(shares).items():
+        try:
+            found[name] = concatenated(name, layers, asked.shuffle) if asked.concat else _summed(name, layers)
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(problems[:3] + [f"and {len(problems) - 3} layers more"] * (len(problems) > 3))
+    assert asked.save.save_to is not None
+    files = [file for file, _ in shares]
+    metadata = merged_metadata(files, found, asked.save.save_to, with_spec=not asked.save.no_metadata)
+    save_lora(asked.save.save_to, found, metadata, dtype_named(asked.save.save_precision) or torch.float32)
+
+
+def same_layers(shares: Sequence[Share]) -> dict[str, list[tuple[Tensors, float]]]:
+    """Layer -> its tensors in each file that has it, with the ratio there; under one name, in the order of files."""
+    architecture = BY_NAME[common_architecture([file for file, _ in shares])]
+    found: dict[str, list[tuple[Tensors, float]]] = {}
+    for file, strength in shares:
+        layers = CheckpointLayers(architecture, dict.fromkeys(file.layers, ()))
+        for name, own in file.layers.items():
+            layer = layers.canonical(name)
+            kohya = name if layer is None else layer.kohya
+            found.setdefault(kohya, []).append((own, strength(kohya)))
+    return found
+
+
+def concatenated(name: str, layers: Sequence[tuple[Tensors, float]], shuffle: bool = False) -> dict[str, Tensor]:
+    """Ranks of all files beside each other: exactly the sum of the changes. Raises UserError."""
+    if all(set(own) <= ADDED for own, _ in layers):
+        return added(layers)
+    try:
+        change = joined([(change_of(name, own), factor) for own, factor in layers])
+    except ValueError as error:
+        raise UserError(f"{name} is not the same layer in all files ({error})") from None
+    up, down = change.up, change.down
+    if shuffle:
+        order = torch.randperm(change.rank, generator=torch_generator("shuffle", name))
+        up, down = up[:, order], down[order]
+    return as_tensors(up, down, change.shape, change.rank)
+
+
+def _summed(name: str, layers: Sequence[tuple[Tensors, float]]) -> dict[str, Tensor]:
+    if all(set(own) <= ADDED for own, _ in layers):
+        return added(layers)
+    for own, _ in layers:
+        if not is_lora(own):
+            raise UserError(not_lora(name, own))
+        if MID in own:
+            raise UserError(f"{name} is in Tucker form and cannot be summed: use --concat or svd_merge_lora.py")
+    try:
+        return summed(layers)
+    except ValueError as error:
+        raise UserError(f"{name} cannot be summed ({error}): use --concat or svd_merge_lora.py") from None
+
+
+def added(layers: Sequence[tuple[Mapping[str, Tensor], float]]) -> dict[str, Tensor]:
+    """What is added to norms, summed: that is exact."""
+    names = [*dict.fromkeys(name for own, _ in layers for name in own)]
+    parts = {name: [own[name].float() * factor for own, factor in layers if name in own] for name in names}
+    return {name: torch.stack(values).sum(0) for name, values in parts.items()}

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the command lines of the LoRA tools share: options, checks of paths, an exit code. No torch."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from library.adapters.formats.peft_folder import PEFT_FILES
+from library.cli import guarded
+from library.log import get_logger, setup_logging
+from library.options import option, resolve
+from library.text_files import parse_json
+
+PRECISIONS = {
+    "float": "float32",
+    "float32": "float32",
+    "fp32": "float32",
+    "fp16": "float16",
+    "bf16": "bfloat16",
+    "fp8": "float8_e4m3fn",
+    "fp8_e4m3fn": "float8_e4m3fn",
+    "fp8_e5m2": "float8_e5m2",
+}
+WRITTEN = (".safetensors", ".ckpt", ".pt", ".pth")
+BLOCK_COUNTS = (12, 17, 20, 26)  # of --lbws: SDXL, SD 1/2, SDXL with every block, SD 1/2 with every block
+Options = TypeVar("Options")
+
+
+def run_tool(
+    options_type: type[Options], action: Callable[[Options], None], argv: Sequence[str] | None, name: str, about: str
+) -> int:
+    """Reads the options and does `action` with them. The exit code: 0, or 2 for bad input."""
+    if argv is None:  # started as a script
+        setup_logging(level="INFO", file=None, simple=True)
+
+    def act() -> int:
+        words = sys.argv[1:] if argv is None else argv
+        found = resolve(options_type, {}, words, prog=name, description=inspect.cleandoc(about))
+        for line in found.answers:
+            get_logger().info(line)
+        action(found.options)
+        return 0
+
+    return guarded(act)
+
+
+# ---- groups of options --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SaveOptions:
+    """The file that is written."""
+
+    save_to: str | None = option(
+        None, help="File to write (.safetensors; .ckpt, .pt and .pth without metadata).", path=True
+    )
+    save_precision: str | None = option(None, help="Precision of the weights in the new file.", choices=[*PRECISIONS])
+    no_metadata: bool = option(False, help="Leave out modelspec.*; what readers of a LoRA need is written anyway.")
+
+
+@dataclass(frozen=True)
+class DeviceOptions:
+    """Where it is computed."""
+
+    device: str | None = option(None, help="Device that computes, such as cuda. Not given: the CPU.")
+
+
+@dataclass(frozen=True)
+class ModelsOptions:
+    """The adapters that are merged."""
+
+    models: tuple[str, ...] = option((), help="Adapter files to merge, or folders of PEFT.", path=True)
+    ratios: tuple[float, ...] = option((), help="How strongly each of --models is merged, one number for each.")
+    lbws: tuple[str, ...] = option(
+        (),
+        help="For each of --models a list such as [1,0,0.5,...]: a ratio for the text encoder and for each U-Net block "
+        f"that has a LoRA ({', '.join(map(str, BLOCK_COUNTS))} numbers; SD 1/2 and SDXL).",
+    )
+    precision: str | None = option(
+        None, help="Precision of the arithmetic.", choices=[*PRECISIONS], answer="it is always float32"
+    )
+
+    def problems(self) -> Iterator[str]:
+        if not self.models:
+            yield "--models is needed: the adapter files to merge"
+        yield from (f"--ratios: must be finite numbers, got {r}" for r in self.ratios if not math.isfinite(r))
+        if len(self.ratios) != len(self.models):
+            yield f"--ratios: {len(self.ratios)} numbers for {len(self.models)} --models; give one for each"
+        yield from missing_adapters("--models", self.models)
+        if self.lbws and len(self.lbws) != len(self.models):
+            yield f"--lbws: {len(self.lbws)} lists for {len(self.models)} --models; give one for each"
+        yield from (line for text in self.lbws for line in block_list_problems(text))
+
+    def block_ratios(self) -> list[list[float]]:
+        """--lbws, read; checked by `problems`."""
+        return [parse_json(text) for text in self.lbws]
+
+
+def block_list_problems(text: str) -> Iterator[str]:
+    """What is wrong with one list of --lbws."""
+    try:
+        numbers = parse_json(text)
+    except ValueError:
+        numbers = None
+    if not isinstance(numbers, list) or not all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):
+        yield f"--lbws {text}: a list of numbers in brackets is needed, such as [1,0,0.5]"
+    elif len(numbers) not in BLOCK_COUNTS:
+        yield f"--lbws: {len(numbers)} numbers; {', '.join(map(str, BLOCK_COUNTS))} are possible"
+
+
+# ---- paths --------------------------------------------------------------------------------------------------------
+
+
+def missing_files(name: str, paths: Sequence[str | None]) -> Iterator[str]:
+    """A line for each path that is no file."""
+    for path in paths:
+        if path and Path(path).is_dir():
+            yield f"{name} {path} is a folder; give a file"
+        elif path and not Path(path).is_file():
+            yield f"{name} {path} does not exist"
+
+
+def missing_adapters(name: str, paths: Sequence[str | None]) -> Iterator[str]:
+    """A line for each path that is neither an adapter file nor a folder of PEFT."""
+    for path in paths:
+        if path and any((Path(path) / name).is_file() for name in PEFT_FILES):
+            continue
+        yield from missing_files(name, [path])
+
+
+def target_problems(name: str, path: str | None, sources: Sequence[str | None]) -> Iterator[str]:
+    """What is wrong with a file to write: not given, of another kind, a folder, or one that is read."""
+    if not path:
+        yield f"{name} is needed: the file to write"
+        return
+    target = Path(path)
+    if target.suffix not in WRITTEN:
+        yield f"{name} {path}: the file must end with {', '.join(WRITTEN)}"
+    elif target.is_dir():
+        yield f"{name} {path} is a folder; give a file"
+    for source in sources:
+        if source and target.resolve() in (Path(source).resolve(), *(Path(source).resolve() / n for n in PEFT_FILES)):
+            yield f"{name} {path} is an input of this very run: give another file"
+
+
+def needed(options: Any, *names: str) -> Iterator[str]:
+    """A line for each option that is not given."""
+    return (f"--{name} is needed" for name in names if getattr(options, name) is None)

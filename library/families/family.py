@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an architecture must be able to do. One subclass per architecture; class attributes are its data sheet."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from library.errors import UserError
+from library.families.options import ModelOptions
+from library.families.registry import FAMILIES
+from library.io.checkpoint import CheckpointForm
+from library.memory.block_swap import spread
+from library.memory.quantise import Storage
+from library.objectives.base import Objective
+from library.objectives.options import LossOptions
+from library.types import Batch, Cond, LatentSpec, Tokens
+from library.weights import kl_vae, weight_check
+from library.weights.loading import Part
+from library.weights.new_tokens import NewWord
+from library.weights.quick_import import import_diffusers
+
+STAYING_BLOCKS = 2  # that are never swapped, as in sd-scripts
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the metadata of a save say of the base model."""
+
+    base_model_version: str  # ss_base_model_version: "sd_v1"
+    architecture: str  # modelspec.architecture without "/lora": "stable-diffusion-v1"
+    implementation: str  # modelspec.implementation of adapter files
+    prediction_type: str | None  # modelspec.prediction_type: "epsilon", "v"
+    checkpoint_implementation: str | None = None  # the same of whole checkpoints, where it differs
+
+
+@dataclass(frozen=True)
+class PreviewDefaults:
+    """What a prompt of a preview means where it says nothing, and which of its fields the family makes use of."""
+
+    steps: int = 30
+    scale: float = 7.5  # classifier-free guidance; 1 is without
+    guidance: float | None = None  # embedded guidance, of distilled models
+    size: int = 512  # pixels of a side where the dataset has no size
+    cfg_trunc_ratio: float | None = None  # classifier-free guidance only at noise levels above 1 - this
+    renorm_cfg: float | None = None  # most that guidance may lengthen a prediction
+    honoured: tuple[str, ...] = ()  # of library.sampling.preview.SPECIAL_FIELDS
+
+
+class ModelFamily(ABC):
+    """Loads, encodes, predicts and names the weights of one architecture. Holds options and headers, no modules."""
+
+    name: ClassVar[str]
+    Options: ClassVar[type[ModelOptions]]
+    latent: ClassVar[LatentSpec]
+    adapter_prefixes: ClassVar[Mapping[str, str]]  # text encoder -> what names in adapter files begin with: "lora_te1"
+    bucket_step: ClassVar[int]  # picture sides are multiples of it
+    token_option: ClassVar[str] = "--max_token_length"  # the option that sets `token_limit`
+    side_endings: ClassVar[tuple[str, ...]] = ()  # of further files that `save` may write: "_clip_l"
+    formats: ClassVar[tuple[str, ...]] = ("safetensors",)  # of --save_model_as, in which checkpoints can be written
+    preview: ClassVar[PreviewDefaults] = PreviewDefaults()
+    # text encoders whose adapters are only trained when this --network_args key is True: too large to train unasked
+    asked_encoders: ClassVar[Mapping[str, str]] = {}
+
+    def __init__(self, options: Any) -> None:
+        self.options = options
+
+    @property
+    def network_module(self) -> str:
+        """The default of --network_module."""
+        return FAMILIES[self.name].networks["lora"]
+
+    # ---- loading
+
+    @abstractmethod
+    def check(self) -> None:
+        """Find the files and read their headers. Raises UserError for whatever a header can tell."""
+
+    def check_weights(self) -> None:
+        """Every weight of every part is in its file, and nothing is left over. Reads headers, builds empty modules.
+
+        Raises UserError naming the weights. After `check`, and before anything is loaded.
+        """
+        import_diffusers()
+        parts = {name: self.part(name) for name in ("denoiser", "vae", *self.encoders)}
+        weight_check.check_weights(parts, self.part("denoiser").file.path)
+
+    @property
+    @abstractmethod
+    def encoders(self) -> tuple[str, ...]:
+        """Names of the text encoders of this run, in the order of adapter files and learning rates.
+
+        Optional ones that were not given are left out. Known after `check`.
+        """
+
+    @abstractmethod
+    def load_text_encoder(
+        self, name: str, dtype: torch.dtype | None, device: torch.device | str, *, storage: Storage = "plain"
+    ) -> nn.Module:
+        """Frozen, in evaluation mode. dtype None: as the file has it. storage: as in `loading.Part.load`."""
+
+    @abstractmethod
+    def load_vae(self, dtype: torch.dtype | None, device: torch.device | str) -> nn.Module:
+        """Frozen, in evaluation mode. dtype None: as the file has it."""
+
+    @abstractmethod
+    def load_denoiser(
+        self, dtype: torch.dtype | None, device: torch.device | str, *, storage: Storage = "plain"
+    ) -> nn.Module:
+        """Frozen, in evaluation mode. dtype None: as the file has it. storage: as in `loading.Part.load`."""
+
+    @abstractmethod
+    def part(self, name: str) -> Part:
+        """Where "denoiser", "vae" or a text encoder comes from."""
+
+    def empty_denoiser(self, dtype: torch.dtype | None = None, storage: Storage = "plain") -> nn.Module:
+        """As `load_denoiser` makes it, but without memory for its weights, which are on the meta device."""
+        return self.part("denoiser").empty(dtype, storage)
+
+    # ---- text
+
+    @abstractmethod
+    def tokenize(self, captions: list[str]) -> Tokens:
+        """Token ids, and weights where captions are weighted. Truncated captions are named in the result."""
+
+    @property
+    @abstractmethod
+    def token_limit(self) -> int:
+        """Most tokens of a caption; longer ones are cut. Start, end and padding do not count."""
+
+    @abstractmethod
+    def count_tokens(self, captions: Sequence[str]) -> list[int]:
+        """Number of tokens of each caption, uncut, counted as `token_limit` counts."""
+
+    @property
+    def text_length_varies(self) -> bool:
+        """Whether batches come to the denoiser with texts of different lengths."""
+        return False
+
+    @abstractmethod
+    def encode_part(self, name: str, encoder: nn.Module, tokens: Tokens) -> Cond:
+        """What encoder `name` gives for the whole batch (every tensor B first): the part of a Cond that is its own.
+
+        Gradient flows where the encoder learns. Padding that nothing reads is cut to the longest caption, with a mask.
+        """
+
+    def encode_text(self, tokens: Tokens, encoders: Mapping[str, nn.Module]) -> Cond:
+        """The parts of these encoders together. A batch may have further parts from the cache."""
+        cond: Cond = {}
+        for name, encoder in encoders.items():
+            cond |= self.encode_part(name, encoder, tokens)
+        return cond
+
+    @abstractmethod
+    def blank_cond(self, count: int, dtype: torch.dtype = torch.float32) -> Cond:
+        """Zeros of the shapes that the text encoders of this run give for `count` captions, none of them padded."""
+
+    def drop_text(self, cond: Cond) -> Cond:
+        """In training only: leave out outputs of single encoders at random (torch's global generator)."""
+        return cond
+
+    def split_cond(self, cond: Cond) -> list[Cond]:
+        """One Cond per caption, without the batch axis: what the cache holds."""
+        count = len(next(iter(cond.values())))
+        return [{name: tensor[i] for name, tensor in cond.items()} for i in range(count)]
+
+    @classmethod
+    def join_conds(cls, conds: list[Cond]) -> Cond:
+        """The inverse: a batch, tensors of different length padded with zeros at the end."""
+        return {name: nn.utils.rnn.pad_sequence([cond[name] for cond in conds], batch_first=True) for name in conds[0]}
+
+    # ---- pictures
+
+    def encode_image(self, vae: nn.Module, pixels: Tensor, seeds: list[int]) -> Tensor:
+        """Pixels B 3 H W in [-1, 1] -> scaled latents B C h w float32; posterior noise from each sample's own seed."""
+        return kl_vae.encode(vae, pixels, seeds)
+
+    def decode_latent(self, vae: nn.Module, latents: Tensor) -> Tensor:
+        """Scaled latents B C h w -> pixels B 3 H W float32 in [-1, 1]."""
+        return kl_vae.decode(vae, latents)
+
+    @classmethod
+    @abstractmethod
+    def scale_legacy(cls, latents: Tensor) -> Tensor:
+        """Raw VAE latents, as the cache files of sd-scripts hold them, as the model wants them."""
+
+    # ---- training
+
+    @abstractmethod
+    def objective(self, options: Any, loss: LossOptions) -> Objective:
+        """What is trained. `options`: the option group of the objective that this family has."""
+
+    @abstractmethod
+    def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Cond, batch: Batch | None) -> Tensor:
+        """The denoiser's output B C h w for noised latents x_t at t (B). `batch` is None in previews."""
+
+    @abstractmethod
+    def blocks(self, denoiser: nn.Module) -> list[nn.Module]:
+        """The denoiser's blocks in the order in which they run."""
+
+    def swapped(self, denoiser: nn.Module, count: int, options: Any = None) -> list[int]:
+        """Indices into `blocks` of those that --blocks_to_swap `count` keeps in main memory, evenly spread.
+
+        options: the option group "finetune" of full training; a family may have options of its own there. The denoiser
+        may be `empty_denoiser`. Raises UserError when it has too few blocks.
+        """
+        require_blocks("--blocks_to_swap", count, self.most_swapped(denoiser))
+        return spread(len(self.blocks(denoiser)), count)
+
+    def most_swapped(self, denoiser: nn.Module) -> int:
+        """The largest number that --blocks_to_swap takes."""
+        return len(self.blocks(denoiser)) - STAYING_BLOCKS
+
+    def modulations(self, denoiser: nn.Module) -> tuple[nn.Module, list[nn.Linear]] | None:
+        """The module that gives the time embedding, and the Linears in blocks, in order, that are given its silu.
+
+        None: there are none, or they are no large part of the weights.
+        """
+        return None
+
+    # ---- textual inversion
+
+    def add_word(self, word: str, count: int, like: str | None) -> dict[str, NewWord]:
+        """From now on `word` in captions stands for `count` new tokens. Returns what they are to each text encoder.
+
+        like: text whose tokens they begin as. Reads headers only, so that it can come before any model is loaded.
+        Raises UserError when the vocabulary has the word, or when the model cannot be taught one.
+        """
+        raise UserError("textual inversion is not available for this model: train a LoRA instead")
+
+    # ---- full training
+
+    def learning_parts(self, options: Any) -> dict[str, float | None]:
+        """Which parts learn ("denoiser" or an encoder's name), each with its own learning rate or None.
+
+        options: the option group "finetune" that this family has.
+        """
+        return {"denoiser": None}
+
+    def denoiser_groups(self, denoiser: nn.Module, options: Any, rate: float) -> list[dict[str, Any]]:
+        """Optimizer groups {"params", "lr", "name"} of the denoiser. What is in none of them stays frozen."""
+        return [{"params": [*denoiser.parameters()], "lr": rate, "name": "denoiser"}]
+
+    # ---- files
+
+    @property
+    def adapter_names(self) -> str:
+        """Under which name the programs that read adapters know the model (library.adapters.readers.reading.Model)."""
+        return self.name
+
+    @abstractmethod
+    def save(
+        self,
+        denoiser: nn.Module,
+        encoders: Mapping[str, nn.Module],
+        path: Path,
+        dtype: torch.dtype | None,
+        metadata: Mapping[str, str] | None,
+    ) -> None:
+        """Write a checkpoint in published names (.safetensors), whole or not at all. dtype None: as it is.
+
+        encoders: those that learned. What else belongs into the file is taken from the source.
+        """
+
+    def save_as(
+        self,
+        form: CheckpointForm,
+        denoiser: nn.Module,
+        encoders: Mapping[str, nn.Module],
+        path: Path,
+        dtype: torch.dtype | None,
+        metadata: Mapping[str, str] | None,
+    ) -> None:
+        """`save` in one of `formats`; `path` is a folder where the form is one."""
+        self.save(denoiser, encoders, path, dtype, metadata)
+
+    @abstractmethod
+    def vae_fingerprint(self) -> str:
+        """A hash of all that cached latents depend on besides the pictures."""
+
+    @abstractmethod
+    def text_fingerprint(self, name: str) -> str:
+        """A hash of all that cached outputs of encoder `name` depend on besides the captions."""
+
+    @abstractmethod
+    def model_names(self) -> dict[str, str]:
+        """What was given for "sd_model" and "vae": `library.io.metadata.file_facts` makes names and hashes of it."""
+
+    @abstractmethod
+    def facts(self) -> ModelFacts:
+        """What the metadata say of the model."""
+
+
+def require_blocks(flag: str, count: int, limit: int) -> None:
+    """Raises UserError when `flag` asks for more than `limit` blocks."""
+    if count > max(0, limit):
+        raise UserError(f"{flag} {count}: at most {max(0, limit)} blocks of this model can be swapped")

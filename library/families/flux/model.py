@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FLUX.1 dev and schnell, and Chroma.
+
+Black Forest Labs 2024, https://github.com/black-forest-labs/flux; Chroma: https://huggingface.co/lodestones/Chroma.
+A rectified-flow transformer over latents and T5 states; FLUX.1 is also told CLIP-L's pooled output, dev a guidance.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from library.device import on_device
+from library.errors import UserError
+from library.families.family import STAYING_BLOCKS, ModelFacts, ModelFamily, PreviewDefaults, require_blocks
+from library.families.flux.options import FluxFineTuneOptions, FluxOptions
+from library.families.flux.parts import CLIP, T5, FluxParts, denoiser_rules, open_parts
+from library.io.checkpoint import save_tensors
+from library.key_tables import Published
+from library.memory.block_swap import spread
+from library.memory.quantise import Storage
+from library.objectives.flow import FlowObjective, constant_shift, resolution_shift
+from library.objectives.flow_options import FluxFlowOptions
+from library.objectives.options import LossOptions
+from library.types import Batch, Cond, LatentSpec, Tokens
+from library.weights.loading import Part
+from library.weights.text import CHUNK, ClipTokenizer
+from library.weights.text_encoders import t5_states
+from library.weights.tokenizers import TextTokenizer, clip_tokenizer, t5_tokenizer, tokenizer_folders
+
+POOLED, MASK = f"{CLIP}_pooled", f"{T5}_mask"  # (B, width), and (B, length) bool: True where the model may look
+TEXT_LENGTHS = {"dev": 512, "schnell": 256, "chroma": 512}  # tokens of T5 that each was trained with
+SCHNELL_SHIFT = 1.0  # none
+SCALE, SHIFT = 0.3611, 0.1159  # of every published autoencoder of FLUX.1
+
+PREVIEWS = {
+    "dev": PreviewDefaults(20, scale=1.0, guidance=3.5, size=1024, honoured=("guidance_scale", "flow_shift")),
+    "schnell": PreviewDefaults(4, scale=1.0, size=1024, honoured=("flow_shift",)),
+    "chroma": PreviewDefaults(26, scale=4.0, size=1024, honoured=("flow_shift",)),
+}
+FLUX_CODE, CHROMA_CODE = "https://github.com/black-forest-labs/flux", "https://huggingface.co/lodestones/Chroma"
+# variant -> ss_base_model_version, modelspec.architecture, modelspec.implementation
+FACTS = {
+    "dev": ("flux1", "flux-1-dev", FLUX_CODE),
+    "schnell": ("flux1", "flux-1-schnell", FLUX_CODE),
+    "chroma": ("chroma", "chroma", CHROMA_CODE),
+}
+
+
+class Flux(ModelFamily):
+    name = "flux"
+    Options = FluxOptions
+    latent = LatentSpec("flux", channels=16, factor=8, npz_suffix="_flux.npz", npz_sized_keys=True)
+    adapter_prefixes: ClassVar[Mapping[str, str]] = {CLIP: "lora_te1", T5: "lora_te3"}
+    bucket_step = 16
+    token_option = "--t5xxl_max_token_length"
+    asked_encoders: ClassVar[Mapping[str, str]] = {T5: "train_t5xxl"}
+
+    def __init__(self, options: FluxOptions) -> None:
+        super().__init__(options)
+        self.is_chroma = options.model_type == "chroma"
+        self.masks_text = options.apply_t5_attn_mask or self.is_chroma
+        self.extra_tokens = 1 if self.is_chroma else 0  # Chroma was trained to see one token of the padding
+
+    # ---- loading
+
+    @cached_property
+    def parts(self) -> FluxParts:
+        """Headers of the files. The first use downloads what is given as a hub id."""
+        given = self.options
+        return open_parts(
+            given.pretrained_model_name_or_path,
+            model_type=given.model_type,
+            clip_l=given.clip_l,
+            t5xxl=given.t5xxl,
+            ae=given.ae,
+        )
+
+    @cached_property
+    def tokenizers(self) -> dict[str, ClipTokenizer | TextTokenizer]:
+        """Encoder name -> its tokenizer."""
+        cache = self.options.tokenizer_cache_dir
+        places = {name: (self.parts.path, place) for name, place in self.parts.places.items()}
+        t5_names = ("tokenizer",) if self.is_chroma else ("tokenizer_2", "tokenizer_t5")
+        t5 = t5_tokenizer(tokenizer_folders(*places[T5], names=t5_names), cache=cache)
+        if self.is_chroma:
+            return {T5: t5}
+        return {CLIP: clip_tokenizer(tokenizer_folders(*places[CLIP], names=("tokenizer",)), cache=cache), T5: t5}
+
+    @property
+    def variant(self) -> str:
+        """ "dev", "schnell" or "chroma"."""
+        return self.parts.variant
+
+    @property
+    def preview(self) -> PreviewDefaults:  # type: ignore[override]
+        return PREVIEWS[self.variant]
+
+    @property
+    def adapter_names(self) -> str:
+        return "chroma" if self.is_chroma else self.name
+
+    def check(self) -> None:
+        for name, encoder in self.parts.encoders.items():
+            tokens = len(self.tokenizers[name].tokenizer)
+            if tokens > encoder.vocabulary:
+                raise UserError(
+                    f"the tokenizer of {name} has {tokens} tokens, {self.parts.places[name]} only "
+                    f"{encoder.vocabulary}; it belongs to another model"
+                )
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        return (T5,) if self.is_chroma else (CLIP, T5)
+
+    def load_text_encoder(
+        self, name: str, dtype: torch.dtype | None, device: torch.device | str, *, storage: Storage = "plain"
+    ) -> nn.Module:
+        return self.parts.encoders[name].part.load(dtype, device, storage=storage)
+
+    def load_vae(self, dtype: torch.dtype | None, device: torch.device | str) -> nn.Module:
+        return self.parts.ae.load(torch.float32 if self.options.no_half_vae else dtype, device)
+
+    def load_denoiser(
+        self, dtype: torch.dtype | None, device: torch.device | str, *, storage: Storage = "plain"
+    ) -> nn.Module:
+        return self.parts.denoiser.load(dtype, device, storage=storage)
+
+    def part(self, name: str) -> Part:
+        own = {"denoiser": self.parts.denoiser, "vae": self.parts.ae}
+        return own[name] if name in own else self.parts.encoders[name].part
+
+    # ---- text
+
+    @property
+    def text_length(self) -> int:
+        """Tokens of T5 for a caption, with end token and padding."""
+        return self.options.t5xxl_max_token_length or TEXT_LENGTHS[self.variant]
+
+    @property
+    def text_length_varies(self) -> bool:
+        return self.masks_text
+
+    def tokenize(self, captions: list[str]) -> Tokens:
+        tokens = self._t5_tokenizer(captions, length=self.text_length, name=T5)
+        if CLIP not in self.tokenizers:
+            return tokens
+        clip = self._clip_tokenizer(captions, max_tokens=CHUNK, weighted=False, name=CLIP)
+        # what CLIP cuts is no loss that a user could avoid: T5 reads the whole
+        return Tokens({**clip.ids, **tokens.ids}, {**clip.lengths, **tokens.lengths}, truncated=tokens.truncated)
+
+    @property
+    def token_limit(self) -> int:
+        return self._t5_tokenizer.limit(self.text_length)
+
+    def count_tokens(self, captions: Sequence[str]) -> list[int]:
+        return self._t5_tokenizer.count(captions)
+
+    def blank_cond(self, count: int, dtype: torch.dtype = torch.float32) -> Cond:
+        widths, length = {name: encoder.width for name, encoder in self.parts.encoders.items()}, self.text_length
+        cond = {T5: torch.zeros(count, length, widths[T5], dtype=dtype)}
+        if CLIP in widths:
+            cond[POOLED] = torch.zeros(count, widths[CLIP], dtype=dtype)
+        return cond | ({MASK: torch.ones(count, length, dtype=torch.bool)} if self.masks_text else {})
+
+    def encode_part(self, name: str, encoder: nn.Module, tokens: Tokens) -> Cond:
+        device = next(encoder.parameters()).device
+        if name == CLIP:
+            return {POOLED: encoder(on_device(tokens.ids[CLIP], device)[:, 0]).pooler_output}
+        ids = on_device(tokens.ids[T5], device)
+        if not self.masks_text:
+            return {T5: t5_states(encoder, ids, None)}
+        lengths = tokens.lengths[T5]
+        longest = min(max(lengths) + self.extra_tokens, ids.shape[1])
+        words = tokens.mask(T5, longest, device) if min(lengths) < longest else None
+        states = t5_states(encoder, ids[:, :longest], words)
+        seen = tokens.mask(T5, longest, device, more=self.extra_tokens)
+        return {T5: states.masked_fill(~seen.unsqueeze(-1), 0), MASK: seen}
+
+    def split_cond(self, cond: Cond) -> list[Cond]:
+        parts = super().split_cond(cond)
+        if MASK not in cond:
+            return parts
+        lengths = cond[MASK].sum(1).tolist()
+        return [
+            {name: tensor[:length] if name in (T5, MASK) else tensor for name, tensor in part.items()}
+            for part, length in zip(parts, lengths)
+        ]
+
+    # ---- pictures
+
+    @classmethod
+    def scale_legacy(cls, latents: Tensor) -> Tensor:
+        return latents  # sd-scripts writes FLUX latents as (z - SHIFT) * SCALE already
+
+    # ---- training
+
+    def objective(self, options: FluxFlowOptions, loss: LossOptions) -> FlowObjective:
+        shift = constant_shift(SCHNELL_SHIFT) if self.variant == "schnell" else resolution_shift
+        return FlowObjective(options, loss, preview_shift=shift)
+
+    def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Cond, batch: Batch | None) -> Tensor:
+        """Noise - latents, B 16 h w. A token is 2 x 2 latent pixels, placed by row and column; text has no place."""
+        text, (height, width) = cond[T5], x_t.shape[-2:]
+        inputs: dict[str, Any] = {
+            "hidden_states": pack(x_t),
+            "timestep": t,  # 0..1: the model multiplies by 1000
+            "encoder_hidden_states": text,
+            "txt_ids": text.new_zeros(text.shape[1], 3, dtype=torch.float32),
+            "img_ids": picture_ids(height // 2, width // 2, x_t.device),
+        }
+        # of one caption alone nothing is padding, and attention without a mask is faster
+        mask = _over_pictures(cond[MASK], inputs["hidden_states"]) if MASK in cond and len(text) > 1 else None
+        if self.is_chroma:
+            inputs["attention_mask"] = mask
+        else:
+            inputs["pooled_projections"] = cond[POOLED]
+            inputs["guidance"] = self._guidance(cond, t) if self.variant == "dev" else None
+            if mask is not None:
+                inputs["joint_attention_kwargs"] = {"attention_mask": mask[:, None, None]}
+        return unpack(denoiser(**inputs, return_dict=False)[0], height, width)
+
+    def _guidance(self, cond: Cond, t: Tensor) -> Tensor:
+        """(B) float32: of a preview's prompt, else the one that is trained with."""
+        told = cond.get("guidance")
+        return torch.full_like(t, self.options.guidance_scale, dtype=torch.float32) if told is None else told
+
+    def blocks(self, denoiser: nn.Module) -> list[nn.Module]:
+        return [block for blocks in _block_lists(denoiser) for block in blocks]
+
+    def swapped(self, denoiser: nn.Module, count: int, options: FluxFineTuneOptions | None = None) -> list[int]:
+        """Half of `count` are double blocks; for each other one, two single blocks go, which are about as large."""
+        doubles, singles = map(len, _block_lists(denoiser))
+        most = doubles - STAYING_BLOCKS, singles - STAYING_BLOCKS
+        given = (options.double_blocks_to_swap, options.single_blocks_to_swap) if options else (None, None)
+        if any(given):
+            if count:
+                raise UserError(
+                    "--blocks_to_swap says how many double and single blocks are swapped: "
+                    "leave out --double_blocks_to_swap and --single_blocks_to_swap"
+                )
+            double, single = (number or 0 for number in given)
+            require_blocks("--double_blocks_to_swap", double, most[0])
+            require_blocks("--single_blocks_to_swap", single, most[1])
+        else:
+            double, single = count // 2, 2 * (count - count // 2)
+            require_blocks("--blocks_to_swap", count, self.most_swapped(denoiser))
+        return [*spread(doubles, double), *(doubles + index for index in spread(singles, single))]
+
+    def most_swapped(self, denoiser: nn.Module) -> int:
+        doubles, singles = (len(blocks) - STAYING_BLOCKS for blocks in _block_lists(denoiser))
+        return max(0, min(2 * doubles + 1, singles // 2 * 2))
+
+    def modulations(self, denoiser: nn.Module) -> tuple[nn.Module, list[nn.Linear]] | None:
+        if self.is_chroma:
+            return None  # its blocks are given their modulations
+        doubles, singles = _block_lists(denoiser)
+        names = [(block, f"{norm}.linear") for block in doubles for norm in ("norm1", "norm1_context")]
+        names += [(block, "norm.linear") for block in singles]
+        linears = [block.get_submodule(name) for block, name in names]
+        return denoiser.get_submodule("time_text_embed"), linears  # type: ignore[return-value]
+
+    # ---- files
+
+    def save(
+        self,
+        denoiser: nn.Module,
+        encoders: Mapping[str, nn.Module],
+        path: Path,
+        dtype: torch.dtype | None,
+        metadata: Mapping[str, str] | None,
+    ) -> None:
+        tensors = Published(denoiser.state_dict(), denoiser_rules(denoiser))
+        save_tensors(path, tensors, metadata or {}, dtype=dtype, hashes=False)
+
+    def vae_fingerprint(self) -> str:
+        return self.parts.ae.fingerprint()
+
+    def text_fingerprint(self, name: str) -> str:
+        settings = (self.text_length, self.masks_text, self.extra_tokens) if name == T5 else ()
+        parts = f"{self.parts.encoders[name].part.fingerprint()} {self.tokenizers[name].fingerprint()} {settings}"
+        return hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
+
+    def model_names(self) -> dict[str, str]:
+        names = {"sd_model": self.options.pretrained_model_name_or_path, "vae": self.options.ae}
+        return {kind: name for kind, name in names.items() if name}
+
+    def facts(self) -> ModelFacts:
+        version, architecture, implementation = FACTS[self.variant]
+        return ModelFacts(version, architecture, implementation, prediction_type=None)
+
+    # ---- tokenizers by kind
+
+    @property
+    def _t5_tokenizer(self) -> TextTokenizer:
+        return self.tokenizers[T5]  # type: ignore[return-value]
+
+    @property
+    def _clip_tokenizer(self) -> ClipTokenizer:
+        return self.tokenizers[CLIP]  # type: ignore[return-value]
+
+
+def _block_lists(denoiser: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    """Double blocks and single blocks."""
+    double, single = (denoiser.get_submodule(name) for name in ("transformer_blocks", "single_transformer_blocks"))
+    return [*double.children()], [*single.children()]
+
+
+# ---- latents as tokens ----------------------------------------------------------------------------------------------
+
+
+def pack(latents: Tensor) -> Tensor:
+    """B C 2h 2w -> B (h w) (C 4): one token for 2 x 2 pixels, channel by channel."""
+    return rearrange(latents, "b c (rows i) (columns j) -> b (rows columns) (c i j)", i=2, j=2)
+
+
+def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of `pack`, for latents of height x width."""
+    places = {"rows": height // 2, "columns": width // 2}
+    return rearrange(tokens, "b (rows columns) (c i j) -> b c (rows i) (columns j)", i=2, j=2, **places)
+
+
+def picture_ids(rows: int, columns: int, device: torch.device) -> Tensor:
+    """(rows columns, 3) float32: 0, row, column of each token."""
+    places = (torch.arange(count, dtype=torch.float32, device=device) for count in (rows, columns))
+    row, column = torch.meshgrid(*places, indexing="ij")
+    return torch.stack([torch.zeros_like(row), row, column], -1).flatten(0, 1)
+
+
+def _over_pictures(mask: Tensor, tokens: Tensor) -> Tensor:
+    """The mask of the text with every token of the picture after it: (B, T) -> (B, T + N)."""
+    return torch.cat([mask, mask.new_ones(tokens.shape[:2])], 1)

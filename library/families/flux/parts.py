@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts of a FLUX.1 or Chroma model: denoiser, autoencoder and text encoders of files, folders or a pipeline.
+
+A single file holds no configuration: every width and count is read from its shapes, so that models of other sizes load
+too. Names are those of Black Forest Labs or of diffusers, with any prefix that programs put before them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from library.errors import UserError
+from library.families.detect import PREFIXES, architecture, foreign_file, foreign_pipeline
+from library.families.flux.names import flux_names
+from library.families.flux.patches import keep_time_exact, patch_chroma
+from library.key_tables import Rule, Shapes, expand
+from library.weights import kl_vae
+from library.weights.loading import PIPELINE_FILES, Part, locate, own_names, part_file, read_json, shipped_config
+from library.weights.sizes import below, depth, has, reading_sizes, shape_of
+from library.weights.text_encoders import EncoderPart, clip_encoder, t5_encoder
+from library.weights.weight_files import WeightFile, open_weights
+
+CLIP, T5 = "clip_l", "t5xxl"  # names of the text encoders
+LATENT_TOKEN = 64  # numbers of a token: 2 x 2 latent pixels of 16 channels
+WEIGHTS = "diffusion_pytorch_model*.safetensors"  # of a repository that is a transformer only
+
+
+@dataclass(frozen=True)
+class FluxParts:
+    """Where each module comes from."""
+
+    path: Path  # of the model: a file or a folder
+    variant: str  # "dev", "schnell" or "chroma"
+    denoiser: Part
+    ae: Part
+    encoders: Mapping[str, EncoderPart]
+    places: Mapping[str, Path]  # file or folder of each encoder
+
+
+@dataclass(frozen=True)
+class Source:
+    """A part that has an option of its own, or comes with the model."""
+
+    option: str
+    folder: str  # in a pipeline
+    prefix: str  # in an all-in-one file
+
+    def find(self, given: str | None, model: Path, names: Shapes) -> Path | None:
+        """Its file or folder, or None."""
+        if given:
+            patterns = (f"{self.folder}/*", "*.safetensors*", "config.json")
+            place = locate(given, self.option, patterns)
+            return place / self.folder if (place / self.folder).is_dir() else place
+        if model.is_dir():
+            return place if (place := model / self.folder).is_dir() else None
+        return model if any(name.startswith(self.prefix) for name in names) else None
+
+
+AE = Source("--ae", "vae", "vae.")
+CLIP_SOURCE = Source("--clip_l", "text_encoder", "text_encoders.clip_l.transformer.")
+T5_SOURCES = {
+    "flux": Source("--t5xxl", "text_encoder_2", "text_encoders.t5xxl.transformer."),
+    "chroma": Source("--t5xxl", "text_encoder", "text_encoders.t5xxl.transformer."),
+}
+
+
+def open_parts(model: str, *, model_type: str, clip_l: str | None, t5xxl: str | None, ae: str | None) -> FluxParts:
+    """Reads headers and configurations only; a hub id is downloaded, as far as nothing else is given for it.
+
+    Raises UserError for files of another architecture and for parts that are neither given nor in the model.
+    """
+    given = {CLIP: clip_l, T5: t5xxl, "ae": ae}
+    sources = {T5: T5_SOURCES[model_type], "ae": AE}
+    if model_type == "flux":
+        sources = {CLIP: CLIP_SOURCE, **sources}
+    wanted = [f"{source.folder}/*.safetensors" for name, source in sources.items() if not given[name]]
+    path = locate(
+        model, "--pretrained_model_name_or_path", (*PIPELINE_FILES, "transformer/*.safetensors", WEIGHTS, *wanted)
+    )
+    denoiser, variant = open_denoiser(path, model_type)
+    places = {name: source.find(given[name], path, denoiser.file.shapes) for name, source in sources.items()}
+    found = {name: place for name, place in places.items() if place}
+    if missing := [sources[name].option for name in places if name not in found]:
+        raise UserError([f"{option} is missing: {path} has none inside" for option in missing])
+    encoders = {T5: t5_encoder(found[T5], option="--t5xxl", prefixes=(sources[T5].prefix, ""))}
+    if CLIP in found:
+        clip = clip_encoder(found[CLIP], option="--clip_l", projection=False, prefixes=(CLIP_SOURCE.prefix, ""))
+        encoders = {CLIP: clip, **encoders}
+    vae = kl_vae.vae_part(found["ae"], shipped_config("flux_ae"), needed=kl_vae.FLUX, option="--ae")
+    return FluxParts(path, variant, denoiser, vae, encoders, found)
+
+
+# ---- denoiser -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to name the weights, as far as sizes are read from them: whole names, or starts of several."""
+
+    double: str
+    single: str
+    head: str
+    image: str
+    text: str
+    pooled: str
+    guidance: str
+
+
+PUBLISHED = Layout(
+    "double_blocks.{}.",
+    "single_blocks.{}.",
+    "double_blocks.0.img_attn.norm.query_norm.scale",
+    "img_in.",
+    "txt_in.weight",
+    "vector_in.in_layer.weight",
+    "guidance_in.",
+)
+DIFFUSERS = Layout(
+    "transformer_blocks.{}.",
+    "single_transformer_blocks.{}.",
+    "transformer_blocks.0.attn.norm_q.weight",
+    "x_embedder.",
+    "context_embedder.weight",
+    "time_text_embed.text_embedder.linear_1.weight",
+    "time_text_embed.guidance_embedder.",
+)
+GUIDANCE = "distilled_guidance_layer."  # Chroma's mark, the same in both layouts
+
+
+def open_denoiser(path: Path, model_type: str) -> tuple[Part, str]:
+    """The denoiser of a file or a folder, and which variant it is: "dev", "schnell" or "chroma"."""
+    folder = path / "transformer" if (path / "transformer").is_dir() else path
+    own: dict[str, Any] = {}
+    if path.is_dir():
+        _check_pipeline(path, model_type)
+        own = read_json(folder / "config.json")
+    file = part_file(folder) if path.is_dir() else open_weights(path)
+    _check_file(file, model_type)
+    prefix, names = _layout_of(file)
+    with reading_sizes(file.path, prefix):
+        config = {**shipped_config(model_type), **sizes(below(file.shapes, prefix), names), **own}
+    if config["in_channels"] != LATENT_TOKEN:
+        raise UserError(
+            f"{file.path} is a fill, control or edit model ({config['in_channels']} numbers per token, not "
+            f"{LATENT_TOKEN}): it cannot be trained here"
+        )
+    build, patch = (build_chroma, patch_chroma) if model_type == "chroma" else (build_flux, keep_time_exact)
+    rules = own_names if names is DIFFUSERS else denoiser_rules
+    part = Part(MODEL_NAMES[model_type], file, prefix, partial(build, config), rules, finish=patch)
+    return part, model_type if model_type == "chroma" else "dev" if config["guidance_embeds"] else "schnell"
+
+
+MODEL_NAMES = {"flux": "FLUX.1 transformer", "chroma": "Chroma transformer"}
+
+
+def _check_pipeline(path: Path, wanted: str) -> None:
+    index = path / "model_index.json"
+    name = str(read_json(index).get("_class_name", "")) if index.is_file() else ""
+    _refuse(path, foreign_pipeline(name, wanted), other="flux" if name.startswith("Flux") else "")
+
+
+def _check_file(file: WeightFile, wanted: str) -> None:
+    kind = architecture(file.shapes)
+    _refuse(file.path, foreign_file(file.shapes, wanted), other=kind.name if kind else "")
+
+
+def _refuse(path: Path, foreign: str | None, *, other: str) -> None:
+    """Raises UserError when there is something to say. other: what it is; FLUX.1 is only wrong for Chroma's option."""
+    if foreign:
+        here = {"flux": "a FLUX.1 model: leave out --model_type chroma"}
+        answer = here.get(other, foreign.replace("--vae", "--ae"))
+        raise UserError(f"{path} is {answer}")
+
+
+def _layout_of(file: WeightFile) -> tuple[str, Layout]:
+    """The prefix of the names, and which names they are."""
+    for prefix in ("", *PREFIXES):
+        for names in (PUBLISHED, DIFFUSERS):
+            if has(file.shapes, prefix + names.image):
+                return prefix, names
+    raise UserError(f"{file.path} is incomplete: it lacks {PUBLISHED.image}weight")
+
+
+def sizes(shapes: Shapes, names: Layout) -> dict[str, Any]:
+    """The part of the config that the shapes tell. Raises SizeError naming a weight that is not there."""
+    width, tokens = shape_of(shapes, f"{names.image}weight", 2)
+    (head,) = shape_of(shapes, names.head, 1)
+    common = {
+        "in_channels": tokens,
+        "num_layers": depth(shapes, names.double),
+        "num_single_layers": depth(shapes, names.single),
+        "attention_head_dim": head,
+        "num_attention_heads": width // head,
+        "joint_attention_dim": shape_of(shapes, names.text, 2)[1],
+        "axes_dims_rope": rotary_axes(head),
+    }
+    if has(shapes, GUIDANCE):
+        inner, channels = shape_of(shapes, f"{GUIDANCE}in_proj.weight", 2)
+        return common | {
+            "approximator_num_channels": channels,
+            "approximator_hidden_dim": inner,
+            "approximator_layers": depth(shapes, f"{GUIDANCE}layers.{{}}."),
+        }
+    return common | {
+        "pooled_projection_dim": shape_of(shapes, names.pooled, 2)[1],
+        "guidance_embeds": has(shapes, names.guidance),
+    }
+
+
+def rotary_axes(head: int) -> list[int]:
+    """Dimensions of a head for index, row and column: 16, 56, 56 of 128, and that proportion in small models."""
+    side = 2 * (7 * head // 32)
+    return [head - 2 * side, side, side]
+
+
+def build_flux(config: Mapping[str, Any]) -> nn.Module:
+    from diffusers import FluxTransformer2DModel
+
+    module: Any = FluxTransformer2DModel.from_config(dict(config))
+    return module
+
+
+def build_chroma(config: Mapping[str, Any]) -> nn.Module:
+    from diffusers import ChromaTransformer2DModel
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # diffusers about diffusers
+        module: Any = ChromaTransformer2DModel.from_config(dict(config))
+    return module
+
+
+def denoiser_rules(module: nn.Module) -> tuple[Rule, ...]:
+    """The published names of a FLUX.1 or Chroma transformer."""
+    config: Any = module.config
+    names = flux_names(config.num_layers, config.num_single_layers, config.get("approximator_layers", 0))
+    return expand(names, module.state_dict())

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options of Lumina-Image 2.0 that say which model is trained and what its text encoder reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from library.families.options import ModelOptions
+from library.options import at_least, option, refused
+
+TOKEN_LENGTH = 256  # what Lumina-Image 2.0 was trained with
+
+
+@dataclass(frozen=True)
+class LuminaOptions(ModelOptions):
+    """Lumina-Image 2.0."""
+
+    cached_texts_stay: ClassVar[bool] = True
+    vae: str | None = option(None, help="Not for this model.", check=refused("Lumina's autoencoder is given with --ae"))
+    gemma2: str | None = option(
+        None,
+        help="Gemma 2 2B: .safetensors file, transformers folder or hub id. Without it, that of the model.",
+        path=True,
+    )
+    ae: str | None = option(
+        None, help="FLUX.1's autoencoder: file, diffusers folder or hub id. Without it, that of the model.", path=True
+    )
+    gemma2_max_token_length: int = option(
+        TOKEN_LENGTH,
+        help="Longest text in tokens, start token and --system_prompt included; what is longer is cut.",
+        check=at_least(2, 8192),
+        zero_is_unset=True,
+    )
+    system_prompt: str = option(
+        "", help="Put before every caption and prompt, as '<system prompt> <Prompt Start> <caption>'."
+    )
+    no_half_vae: bool = option(False, help="Run the VAE in float32 also under mixed precision.")
+    use_flash_attn: bool = option(
+        False,
+        help="Compute attention with flash kernels.",
+        answer="attention goes through PyTorch, which takes its flash kernels wherever they fit; no package is needed",
+    )
+    use_sage_attn: bool = option(
+        False, help="Not for training.", check=refused("SageAttention has no backward pass, so nothing would learn")
+    )
+    sample_batch_size: int | None = option(
+        None,
+        help="Previews made at once.",
+        check=at_least(1),
+        zero_is_unset=True,
+        answer="previews are made one after the other: the pictures are the same and take less memory",
+    )
+    disable_mmap_load_safetensors: bool = option(
+        False,
+        help="Read the model without mapping its file.",
+        answer="a tensor is only mapped where it is used as it lies in the file, and no tensor is read twice",
+    )
+    v2: bool = option(False, help="Not for this model.", check=refused("Lumina is no Stable Diffusion 2.x"))
+    v_parameterization: bool = option(
+        False, help="Not for this model.", check=refused("Lumina is trained with flow matching")
+    )
+    weighted_captions: bool = option(
+        False, help="Not for this model.", check=refused("brackets are ordinary text for Gemma 2")
+    )
+    clip_skip: int | None = option(
+        None, help="Not for this model.", answer="there is no CLIP here; Gemma 2's last layer but one is always used"
+    )
+    max_token_length: int | None = option(
+        None, help="Not for this model.", answer="--gemma2_max_token_length is the limit here"
+    )

@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts of a Stable Diffusion 1.x / 2.x model: U-Net, VAE and text encoder of a single file or a diffusers folder.
+
+A single file holds no configuration: version 1 or 2 gives configs/models/sd1.json or sd2.json, and every width and
+count is read from the shapes, so that models of other sizes load too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from library.errors import UserError
+from library.families.detect import context_dim, foreign_file, foreign_pipeline
+from library.families.sd.names import (
+    CLIP_PREFIX,
+    OPEN_CLIP_PREFIX,
+    UNET_PREFIX,
+    clip_rules,
+    open_clip_rules,
+    unet_rules,
+)
+from library.key_tables import Shapes
+from library.weights import kl_vae
+from library.weights.loading import Part, own_names, part_file, read_json, shipped_config
+from library.weights.sizes import SizeError, below, depth, has, reading_sizes, shape_of
+from library.weights.weight_files import WeightFile, open_weights
+
+CONTEXT_DIMS = {768: 1, 1024: 2}
+OPEN_CLIP_BLOCKS = "transformer.resblocks.{}."
+CUT_OPEN_CLIP_BLOCKS = 23  # files that left out the last block already; whole ones have 24
+HEAD_DIM = 64  # of the attention heads of SD 2.x's U-Net and of both text encoders
+
+
+@dataclass(frozen=True)
+class SDParts:
+    """Where each module comes from. `scheduler` is the noise schedule's configuration."""
+
+    path: Path
+    version: int
+    unet: Part
+    vae: Part
+    text_encoder: Part
+    text_layers: int
+    text_vocabulary: int  # rows of the token embedding
+    text_width: int  # of the states
+    scheduler: Mapping[str, Any]
+
+
+def open_parts(path: Path, *, version: int, vae: Path | None) -> SDParts:
+    """Reads headers and configurations only. Raises UserError for files of another architecture or version."""
+    with reading_sizes(path):
+        return _open_folder(path, version, vae) if path.is_dir() else _open_file(path, version, vae)
+
+
+# ---- diffusers folder -----------------------------------------------------------------------------------------------
+
+
+def _open_folder(path: Path, version: int, vae: Path | None) -> SDParts:
+    _check_folder(path)
+    defaults = shipped_config(f"sd{version}")
+    unet_config = read_json(path / "unet" / "config.json")
+    _check_version(str(path), CONTEXT_DIMS.get(unet_config.get("cross_attention_dim", 0)), version)
+    _check_channels(str(path), unet_config.get("in_channels", 4))
+    text_file = part_file(path / "text_encoder")
+    text_config = read_json(path / "text_encoder" / "config.json")
+    prefix = "text_model." if any(name.startswith("text_model.") for name in text_file.shapes) else ""
+    scheduler_file = path / "scheduler" / "scheduler_config.json"
+    return SDParts(
+        path,
+        version,
+        unet=Part("U-Net", part_file(path / "unet"), "", partial(build_unet, unet_config), own_names),
+        vae=kl_vae.vae_part(vae or path, defaults["vae"], needed=kl_vae.SD),
+        text_encoder=Part("text encoder", text_file, prefix, partial(build_text_encoder, text_config), clip_rules),
+        text_layers=text_config["num_hidden_layers"],
+        text_vocabulary=text_config["vocab_size"],
+        text_width=text_config["hidden_size"],
+        scheduler=read_json(scheduler_file) if scheduler_file.is_file() else defaults["scheduler"],
+    )
+
+
+def _check_folder(path: Path) -> None:
+    index = path / "model_index.json"
+    pipeline = str(read_json(index).get("_class_name", "")) if index.is_file() else ""
+    foreign = foreign_pipeline(pipeline)
+    if foreign:
+        raise UserError(f"{path} is {foreign}")
+    missing = [part for part in ("unet", "text_encoder") if not (path / part).is_dir()]
+    if missing:
+        raise UserError(f"{path} is no Stable Diffusion folder: {' and '.join(missing)} missing there")
+
+
+# ---- single file ----------------------------------------------------------------------------------------------------
+
+
+def _open_file(path: Path, version: int, vae: Path | None) -> SDParts:
+    file = open_weights(path)
+    foreign = foreign_file(file.shapes)
+    if foreign:
+        raise UserError(f"{path} is {foreign}")
+    unet_shapes = below(file.shapes, UNET_PREFIX)
+    if not has(unet_shapes, "input_blocks."):
+        raise UserError(f"{path} has no weights below {UNET_PREFIX}; a whole Stable Diffusion checkpoint is needed")
+    _check_version(str(path), _file_version(file.shapes), version)
+    defaults = shipped_config(f"sd{version}")
+    with reading_sizes(path, UNET_PREFIX):
+        _check_channels(str(path), shape_of(unet_shapes, "input_blocks.0.0.weight", 4)[1])
+        unet_config = {**defaults["unet"], **unet_layout(unet_shapes, version)}
+    text_encoder, text_config = _text_part(file, version, defaults["text_encoder"])
+    return SDParts(
+        path,
+        version,
+        unet=Part("U-Net", file, UNET_PREFIX, partial(build_unet, unet_config), unet_rules),
+        vae=kl_vae.vae_part(vae, defaults["vae"], needed=kl_vae.SD)
+        if vae
+        else kl_vae.inner_part(file, defaults["vae"], kl_vae.SD),
+        text_encoder=text_encoder,
+        text_layers=text_config["num_hidden_layers"],
+        text_vocabulary=text_config["vocab_size"],
+        text_width=text_config["hidden_size"],
+        # the noise of all of them is the same; what a model predicts, a single file does not say
+        scheduler={key: value for key, value in defaults["scheduler"].items() if key != "prediction_type"},
+    )
+
+
+def _text_part(file: WeightFile, version: int, defaults: Mapping[str, Any]) -> tuple[Part, dict[str, Any]]:
+    if version == 2:
+        prefix, rules, layout = OPEN_CLIP_PREFIX, open_clip_rules, open_clip_layout
+    else:
+        prefix, rules, layout = _clip_prefix(file.shapes), clip_rules, clip_layout
+    shapes = below(file.shapes, prefix)
+    if not shapes:
+        raise UserError(f"{file.path} has no text encoder inside (no weights below {prefix})")
+    with reading_sizes(file.path, prefix):
+        config = {**defaults, **layout(shapes)}
+        spare = spare_block(shapes, config["num_hidden_layers"]) if version == 2 else ""
+    return Part("text encoder", file, prefix, partial(build_text_encoder, config), rules, spare=spare), config
+
+
+def spare_block(shapes: Shapes, used: int) -> str:
+    """The start of the names of OpenCLIP's last block, which no picture depends on. Raises SizeError for a part of it.
+
+    used: how many blocks are read. Empty when the file has no more than these.
+    """
+    last, first = f"{OPEN_CLIP_BLOCKS.format(used)}", OPEN_CLIP_BLOCKS.format(0)
+    if not has(shapes, last):
+        return ""
+    lost = [name for own in below(shapes, first) if (name := last + own) not in shapes]
+    if lost:
+        raise SizeError("is incomplete: it lacks", lost[0])
+    return last
+
+
+def _clip_prefix(shapes: Shapes) -> str:
+    """Some old files leave out the `text_model.` level."""
+    with_level = any(name.startswith(CLIP_PREFIX) for name in shapes)
+    return CLIP_PREFIX if with_level else CLIP_PREFIX.removesuffix("text_model.")
+
+
+def _file_version(shapes: Shapes) -> int | None:
+    """1 or 2, by the layout of the text encoder, else by the width that the U-Net attends to."""
+    if any(name.startswith(OPEN_CLIP_PREFIX) for name in shapes):
+        return 2
+    if any(name.startswith(CLIP_PREFIX.removesuffix("text_model.")) for name in shapes):
+        return 1
+    return CONTEXT_DIMS.get(context_dim(shapes) or 0)
+
+
+def _check_version(path: str, found: int | None, asked: int) -> None:
+    if found == 2 and asked == 1:
+        raise UserError(
+            f"{path} is a Stable Diffusion 2.x model: add --v2 (and --v_parameterization if it is a 768-v one)"
+        )
+    if found == 1 and asked == 2:
+        raise UserError(f"{path} is a Stable Diffusion 1.x model: leave out --v2")
+
+
+def _check_channels(path: str, channels: int) -> None:
+    if channels != 4:
+        raise UserError(
+            f"{path} is an inpainting or edit model ({channels} input channels, not 4): it cannot be trained here"
+        )
+
+
+# ---- configurations from shapes -------------------------------------------------------------------------------------
+
+
+def unet_layout(shapes: Shapes, version: int) -> dict[str, Any]:
+    """The part of the U-Net's config that the shapes tell. Published names, without prefix."""
+    levels = input_levels(shapes)
+    widths = [shape_of(shapes, f"input_blocks.{own[-1]}.0.in_layers.2.weight", 4)[0] for own in levels]
+    layers = [len(own) for own in levels]
+    attends = [any(has(shapes, f"input_blocks.{index}.1.") for index in own) for own in levels]
+    result: dict[str, Any] = {
+        "block_out_channels": widths,
+        "layers_per_block": max(layers, default=0),
+        "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends],
+        "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
+        "cross_attention_dim": context_dim(shapes),
+        "use_linear_projection": _projects_linearly(shapes),
+    }
+    if version == 2:
+        result["attention_head_dim"] = [max(1, width // HEAD_DIM) for width in widths]  # diffusers: heads per level
+    return result
+
+
+def input_levels(shapes: Shapes) -> list[list[int]]:
+    """The numbers of the input blocks with residual blocks, level by level. Raises SizeError where one is missing."""
+    levels: list[list[int]] = [[]]
+    # blocks are unlike each other, so any tensor of one counts; the first of them is a convolution
+    kinds: dict[int, str] = {}
+    for found in filter(None, map(re.compile(r"input_blocks\.(\d{1,6})\.(0\.op\.|0\.)").match, shapes)):
+        kinds[int(found[1])] = found[2]
+    for index in range(1, max(kinds, default=0) + 1):
+        if index not in kinds:
+            start = f"input_blocks.{min(number for number in kinds if number > index)}."
+            later = next(name for name in shapes if name.startswith(start))
+            raise SizeError("is incomplete: it has", later, f", and lacks input_blocks.{index}.0.*")
+        if kinds[index] == "0.op.":
+            levels.append([])
+        else:
+            levels[-1].append(index)
+    return [own for own in levels if own]
+
+
+def _projects_linearly(shapes: Shapes) -> bool:
+    return any(len(shape) == 2 for name, shape in shapes.items() if name.endswith(".proj_in.weight"))
+
+
+def clip_layout(shapes: Shapes) -> dict[str, Any]:
+    """The part of the config of SD 1.x's text encoder that the shapes tell."""
+    vocabulary, width = shape_of(shapes, "embeddings.token_embedding.weight", 2)
+    return {
+        **_text_layout(vocabulary, width, shape_of(shapes, "encoder.layers.0.mlp.fc1.weight", 2)[0]),
+        "num_hidden_layers": depth(shapes, "encoder.layers.{}."),
+        "pad_token_id": vocabulary - 1,
+    }
+
+
+def open_clip_layout(shapes: Shapes) -> dict[str, Any]:
+    """The same for SD 2.x. The last block of the file is left out: the model was trained on the output before it."""
+    vocabulary, width = shape_of(shapes, "token_embedding.weight", 2)
+    blocks = depth(shapes, OPEN_CLIP_BLOCKS)
+    return {
+        **_text_layout(vocabulary, width, shape_of(shapes, "transformer.resblocks.0.mlp.c_fc.weight", 2)[0]),
+        "num_hidden_layers": blocks if blocks == CUT_OPEN_CLIP_BLOCKS else blocks - 1,
+    }
+
+
+def _text_layout(vocabulary: int, width: int, inner: int) -> dict[str, Any]:
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_attention_heads": max(1, width // HEAD_DIM),
+        "bos_token_id": vocabulary - 2,
+        "eos_token_id": vocabulary - 1,
+    }
+
+
+# ---- modules --------------------------------------------------------------------------------------------------------
+
+
+def build_unet(config: Mapping[str, Any]) -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    module: Any = UNet2DConditionModel.from_config(dict(config))
+    return module
+
+
+def build_text_encoder(config: Mapping[str, Any]) -> nn.Module:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    return CLIPTextModel(CLIPTextConfig.from_dict(dict(config)))

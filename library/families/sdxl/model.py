@@ -1,0 +1,337 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stable Diffusion XL.
+
+Podell et al. 2023, "SDXL: Improving Latent Diffusion Models for High-Resolution Image Synthesis",
+https://arxiv.org/abs/2307.01952. A U-Net in the latent space of a KL autoencoder. It attends to the states of CLIP-L
+and CLIP-G side by side, and is told the pooled state of CLIP-G, the size of the picture's file, where it was cropped,
+and the size that it was given.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import ChainMap
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from library.device import on_device
+from library.errors import UserError
+from library.families.family import ModelFacts, ModelFamily, PreviewDefaults
+from library.families.sd.model import betas
+from library.families.sd.names import (
+    SDXL_BLOCKS,
+    SDXL_CLIP_G_PREFIX,
+    SDXL_CLIP_L_PREFIX,
+    UNET_PREFIX,
+    VAE_PREFIX,
+    clip_g_rules,
+    clip_rules,
+    sdxl_block,
+    unet_rules,
+    vae_rules,
+)
+from library.families.sd.save import (
+    FORMATS,
+    NOTHING,
+    Pipeline,
+    names_read,
+    save_pipeline,
+    save_single,
+    scheduler_config,
+)
+from library.families.sd.unet_blocks import unet_blocks
+from library.families.sdxl.options import SDXLFineTuneOptions, SDXLOptions
+from library.families.sdxl.parts import (
+    ADDED_NUMBERS,
+    CLIP_G,
+    CLIP_L,
+    ENCODERS,
+    SDXLParts,
+    is_left_out,
+    marks,
+    open_parts,
+)
+from library.io.checkpoint import CheckpointForm
+from library.key_tables import Published
+from library.log import get_logger
+from library.memory.quantise import Storage
+from library.objectives.ddpm import DDPMObjective
+from library.objectives.options import DDPMOptions, LossOptions
+from library.types import Batch, Cond, LatentSpec, Tokens
+from library.weights import kl_vae
+from library.weights.loading import Part
+from library.weights.new_tokens import NewWord, add_word
+from library.weights.text import CHUNK, ClipTokenizer, join_chunks, read_tokenizer
+from library.weights.tokenizers import CLIP_G_PADDING, clip_tokenizer, tokenizer_folders
+
+log = get_logger()
+
+POOLED = f"{CLIP_G}_pooled"  # (B, width), beside the states (B, 77, width) under the encoders' own names
+# further entries of a folder's model_index.json
+EXTRAS = {"feature_extractor": NOTHING, "force_zeros_for_empty_prompt": True, "image_encoder": NOTHING}
+ADVICE = "give --no_half_vae, or a VAE made for fp16 with --vae"
+
+
+class StableDiffusionXL(ModelFamily):
+    name = "sdxl"
+    Options = SDXLOptions
+    latent = LatentSpec("sdxl", channels=4, factor=8, npz_suffix="_sdxl.npz")
+    adapter_prefixes: ClassVar[Mapping[str, str]] = {CLIP_L: "lora_te1", CLIP_G: "lora_te2"}
+    bucket_step = 32
+    preview = PreviewDefaults(size=1024)
+    formats = FORMATS
+
+    def __init__(self, options: SDXLOptions) -> None:
+        super().__init__(options)
+        self.max_tokens = options.max_token_length or CHUNK
+
+    # ---- loading
+
+    @cached_property
+    def parts(self) -> SDXLParts:
+        """Headers of the files. The first use downloads what is given as a hub id."""
+        return open_parts(self.options)
+
+    @cached_property
+    def tokenizers(self) -> dict[str, ClipTokenizer]:
+        """Of both encoders. Their vocabularies are equal, so that one folder is enough: only the padding differs."""
+        path = self.parts.path
+        first = clip_tokenizer(tokenizer_folders(path, names=("tokenizer",)), cache=self.options.tokenizer_cache_dir)
+        own = (path if path.is_dir() else path.parent) / "tokenizer_2"
+        return {CLIP_L: first, CLIP_G: read_tokenizer(own if own.is_dir() else first.folder, padding=CLIP_G_PADDING)}
+
+    def check(self) -> None:
+        parts, config = self.parts, self.parts.unet_config
+        problems = []
+        widths = sum(encoder.width for encoder in parts.encoders.values())
+        if widths != config["cross_attention_dim"]:
+            problems.append(
+                f"{parts.path} reads text states {config['cross_attention_dim']} wide, and its text encoders make "
+                f"{widths}: its parts belong to different models"
+            )
+        for name, tokenizer in self.tokenizers.items():
+            tokens, vocabulary = len(tokenizer.tokenizer), parts.encoders[name].vocabulary
+            if tokens > vocabulary:
+                problems.append(
+                    f"{tokenizer.folder}: this tokenizer has {tokens} tokens, {name} of {parts.path} only "
+                    f"{vocabulary}; it belongs to another model"
+                )
+        if problems:
+            raise UserError(problems)
+        if parts.is_v and not self.options.v_parameterization:
+            log.warning(f"{parts.path} says that it predicts v, and this run is without --v_parameterization")
+        if parts.path.is_dir() and self.options.v_parameterization and not parts.is_v:  # a single file need not say it
+            log.warning(f"{parts.path} says that it predicts the noise, and this run is with --v_parameterization")
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        return tuple(ENCODERS)
+
+    def load_text_encoder(
+        self, name: str, dtype: torch.dtype | None, device: torch.device | str, *, storage: Storage = "plain"
+    ) -> nn.Module:
+        return self.parts.encoders[name].part.load(dtype, device, storage=storage)
+
+    def load_vae(self, dtype: torch.dtype | None, device: torch.device | str) -> nn.Module:
+        return self.parts.vae.load(torch.float32 if self.options.no_half_vae else dtype, device)
+
+    def load_denoiser(
+        self, dtype: torch.dtype | None, device: torch.device | str, *, storage: Storage = "plain"
+    ) -> nn.Module:
+        return self.parts.unet.load(dtype, device, storage=storage)
+
+    def part(self, name: str) -> Part:
+        own = {"denoiser": self.parts.unet, "vae": self.parts.vae}
+        return own[name] if name in own else self.parts.encoders[name].part
+
+    # ---- text
+
+    def tokenize(self, captions: list[str]) -> Tokens:
+        weighted = self.options.weighted_captions
+        found = [
+            tokenizer(captions, max_tokens=self.max_tokens, weighted=weighted, name=name)
+            for name, tokenizer in self.tokenizers.items()
+        ]
+        weights = {name: own for tokens in found for name, own in (tokens.weights or {}).items()}
+        return Tokens(
+            {name: ids for tokens in found for name, ids in tokens.ids.items()},
+            {name: lengths for tokens in found for name, lengths in tokens.lengths.items()},
+            weights or None,
+            found[0].truncated,
+        )
+
+    @property
+    def token_limit(self) -> int:
+        return self.max_tokens
+
+    def count_tokens(self, captions: Sequence[str]) -> list[int]:
+        return self.tokenizers[CLIP_L].count(captions, weighted=self.options.weighted_captions)
+
+    def blank_cond(self, count: int, dtype: torch.dtype = torch.float32) -> Cond:
+        length, config = self.max_tokens // CHUNK * CHUNK + 2, self.parts.unet_config
+        pooled = config["projection_class_embeddings_input_dim"] - ADDED_NUMBERS * config["addition_time_embed_dim"]
+        widths = {name: encoder.width for name, encoder in self.parts.encoders.items()}
+        states = {name: torch.zeros(count, length, width, dtype=dtype) for name, width in widths.items()}
+        return {**states, POOLED: torch.zeros(count, pooled, dtype=dtype)}
+
+    def encode_part(self, name: str, encoder: nn.Module, tokens: Tokens) -> Cond:
+        """The states that go into the last layer; of CLIP-G also the projected pooled state of the first chunk."""
+        ids = on_device(tokens.ids[name], next(encoder.parameters()).device)  # B chunks 77
+        output = encoder(ids.flatten(0, 1), output_hidden_states=True)
+        states = join_chunks(output.hidden_states[-2].unflatten(0, ids.shape[:2]))
+        if tokens.weights is not None:
+            states = states * join_chunks(tokens.weights[name]).to(states).unsqueeze(-1)
+        if name != CLIP_G:
+            return {name: states}
+        return {name: states, POOLED: output.text_embeds.unflatten(0, ids.shape[:2])[:, 0]}
+
+    def add_word(self, word: str, count: int, like: str | None) -> dict[str, NewWord]:
+        found = {}
+        for name, tokenizer in self.tokenizers.items():
+            self.tokenizers[name], found[name] = add_word(tokenizer, self.parts.encoders[name].part, word, count, like)
+        return found
+
+    # ---- pictures
+
+    def decode_latent(self, vae: nn.Module, latents: Tensor) -> Tensor:
+        pixels = kl_vae.decode(vae, latents)
+        if overflows(vae, pixels):
+            log.warning(f"a preview is not right, the VAE overflows in fp16: {ADVICE}")
+        return pixels.nan_to_num()
+
+    @classmethod
+    def scale_legacy(cls, latents: Tensor) -> Tensor:
+        return latents * 0.13025  # of every published VAE of SDXL
+
+    # ---- training
+
+    def objective(self, options: DDPMOptions, loss: LossOptions) -> DDPMObjective:
+        if self.parts.is_zero_snr and not options.zero_terminal_snr:
+            log.warning(f"{self.parts.path} says that it was trained with zero terminal SNR: give --zero_terminal_snr")
+        prediction = "v_prediction" if self.options.v_parameterization else "epsilon"
+        return DDPMObjective(options, loss, prediction_type=prediction, betas=betas(self.parts.scheduler))
+
+    def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Cond, batch: Batch | None) -> Tensor:
+        context = torch.cat([cond[CLIP_L], cond[CLIP_G]], -1)
+        added = {"text_embeds": cond[POOLED], "time_ids": self.time_ids(x_t, batch)}
+        return denoiser(x_t, t, encoder_hidden_states=context, added_cond_kwargs=added, return_dict=False)[0]
+
+    def time_ids(self, x_t: Tensor, batch: Batch | None) -> Tensor:
+        """(B, 6) float32: height and width of the picture file, top and left of the crop, height and width given.
+
+        float32 as the U-Net makes sinusoids of them. Without a batch, in previews, nothing was resized or cropped.
+        """
+        if batch is None:
+            height, width = (side * self.latent.factor for side in x_t.shape[-2:])
+            sizes = on_device(torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32), x_t.device)
+            return sizes.expand(len(x_t), 6)
+        given = (batch.original_sizes, batch.crop_top_lefts, batch.target_sizes)
+        return torch.cat([size for size in given if size is not None], 1).to(x_t.device, torch.float32)
+
+    def blocks(self, denoiser: nn.Module) -> list[nn.Module]:
+        return unet_blocks(denoiser)
+
+    # ---- full training
+
+    def learning_parts(self, options: SDXLFineTuneOptions) -> dict[str, float | None]:
+        unet = {"denoiser": max(options.block_lr) if options.block_lr else None}
+        if not options.train_text_encoder:
+            return unet
+        rates = {CLIP_L: options.learning_rate_te1, CLIP_G: options.learning_rate_te2}
+        return {**unet, **{name: rate for name, rate in rates.items() if rate != 0}}
+
+    def denoiser_groups(self, denoiser: nn.Module, options: SDXLFineTuneOptions, rate: float) -> list[dict[str, Any]]:
+        """One group, or with --block_lr one for each block that learns."""
+        if options.block_lr is None:
+            return super().denoiser_groups(denoiser, options, rate)
+        parameters = dict(denoiser.named_parameters())
+        blocks: list[list[nn.Parameter]] = [[] for _ in range(SDXL_BLOCKS)]
+        for rule in unet_rules(denoiser):
+            blocks[sdxl_block(rule.published)].append(parameters[rule.ours[0]])
+        return [
+            {"params": own, "lr": own_rate, "name": f"unet_block{index}"}
+            for index, (own, own_rate) in enumerate(zip(blocks, options.block_lr, strict=True))
+            if own and own_rate != 0
+        ]
+
+    # ---- files
+
+    def save(
+        self,
+        denoiser: nn.Module,
+        encoders: Mapping[str, nn.Module],
+        path: Path,
+        dtype: torch.dtype | None,
+        metadata: Mapping[str, str] | None,
+    ) -> None:
+        self.save_as(CheckpointForm(), denoiser, encoders, path, dtype, metadata)
+
+    def save_as(
+        self,
+        form: CheckpointForm,
+        denoiser: nn.Module,
+        encoders: Mapping[str, nn.Module],
+        path: Path,
+        dtype: torch.dtype | None,
+        metadata: Mapping[str, str] | None,
+    ) -> None:
+        """The whole model. Of a single file survives what nobody here reads, such as the marks of v-prediction."""
+        parts, vae = self.parts, self.parts.vae.load(None, "cpu")
+        clips = {name: encoders.get(name) or self.load_text_encoder(name, None, "cpu") for name in self.encoders}
+        if form.is_folder:
+            folders = {folder: clips[name] for name, folder in ENCODERS.items()}
+            tokenizers = {"tokenizer": self.tokenizers[CLIP_L], "tokenizer_2": self.tokenizers[CLIP_G]}
+            scheduler = scheduler_config(parts.scheduler, v_prediction=self.options.v_parameterization)
+            scheduler |= {"rescale_betas_zero_snr": True} if parts.is_zero_snr else {}
+            modules = {"unet": denoiser, "vae": vae, **folders}
+            pipeline = Pipeline("StableDiffusionXLPipeline", modules, tokenizers, scheduler, EXTRAS)
+            save_pipeline(path, pipeline, form, dtype=dtype)
+            return
+        tensors: Any = ChainMap(*published(denoiser, vae, clips), marks(parts))
+        source = None if parts.path.is_dir() else parts.unet.file
+        pairs = [(parts.unet, denoiser), (parts.vae, vae), *((parts.encoders[n].part, clips[n]) for n in clips)]
+        known = {name for part, module in pairs if part.file is source for name in names_read(part, module)}
+        if source is not None:
+            known |= {name for name in source.shapes if is_left_out(name)}
+        save_single(path, tensors, form, dtype=dtype, metadata=metadata, source=source, known=known)
+
+    def vae_fingerprint(self) -> str:
+        return self.parts.vae.fingerprint()
+
+    def text_fingerprint(self, name: str) -> str:
+        settings = (self.max_tokens, self.options.weighted_captions)
+        parts = f"{self.parts.encoders[name].part.fingerprint()} {self.tokenizers[name].fingerprint()} {settings}"
+        return hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
+
+    def model_names(self) -> dict[str, str]:
+        names = {"sd_model": self.options.pretrained_model_name_or_path, "vae": self.options.vae}
+        return {kind: name for kind, name in names.items() if name}
+
+    def facts(self) -> ModelFacts:
+        return ModelFacts(
+            base_model_version="sdxl_base_v1-0",
+            architecture="stable-diffusion-xl-v1-base",
+            implementation="https://github.com/Stability-AI/generative-models",
+            prediction_type="v" if self.options.v_parameterization else "epsilon",
+        )
+
+
+def overflows(vae: nn.Module, result: Tensor) -> bool:
+    """Whether a VAE in fp16 gave infinities or NaN. Waits for the device, in fp16 only."""
+    return next(vae.parameters()).dtype == torch.float16 and not bool(torch.isfinite(result).all())
+
+
+def published(denoiser: nn.Module, vae: nn.Module, clips: Mapping[str, nn.Module]) -> list[Any]:
+    """The tensors of a single-file checkpoint, part by part, as far as the modules have them."""
+    clip_l, clip_g = clips[CLIP_L], clips[CLIP_G]
+    return [
+        Published(denoiser.state_dict(), unet_rules(denoiser), UNET_PREFIX),
+        Published(vae.state_dict(), vae_rules(vae), VAE_PREFIX),
+        Published(clip_l.state_dict(), clip_rules(clip_l), SDXL_CLIP_L_PREFIX),
+        Published(clip_g.state_dict(), clip_g_rules(clip_g), SDXL_CLIP_G_PREFIX),
+    ]

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokenizers of CLIP-L, CLIP-G, T5 and Gemma 2: where they are found, and captions -> ids of one length."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from library.errors import UserError
+from library.types import Tokens
+from library.weights.text import (
+    CLIP_ID,
+    CLIP_KIND,
+    ClipTokenizer,
+    TokenizerKind,
+    find_folder,
+    load_tokenizer,
+    read_tokenizer,
+)
+from library.weights.weight_files import open_weights
+
+CLIP_G_ID = "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k"
+CLIP_G_PADDING = "!"  # token 0
+T5_HUB = (("google/t5-v1_1-xxl", ""), ("black-forest-labs/FLUX.1-schnell", "tokenizer_2"))
+GEMMA2_HUB = (("google/gemma-2-2b", ""), ("Alpha-VLLM/Lumina-Image-2.0", "tokenizer"))
+T5_MODEL, GEMMA2_MODEL = "spiece.model", "tokenizer.model"  # SentencePiece models
+EMBEDDED = "spiece_model"  # tensor with the bytes of a SentencePiece model in ComfyUI's Gemma files
+
+
+@dataclass(frozen=True)
+class TextTokenizer:
+    """A tokenizer whose captions are padded on the right to one length: T5's and Gemma's."""
+
+    folder: Path  # where it came from
+    tokenizer: Any  # of transformers
+
+    def __call__(self, captions: Sequence[str], *, length: int, name: str) -> Tokens:
+        """Ids (B, length) of the encoder `name`, padded.
+
+        Start and end tokens belong to a caption. Longer captions are cut; their indices are in `truncated`.
+        """
+        encoded = self.tokenizer(list(captions), padding="max_length", truncation=True, max_length=length)
+        ids = torch.tensor(encoded["input_ids"], dtype=torch.int64)
+        lengths = tuple(map(sum, encoded["attention_mask"]))
+        most = self.limit(length)
+        truncated = tuple(i for i, count in enumerate(self.count(captions)) if count > most)
+        return Tokens({name: ids}, {name: lengths}, truncated=truncated)
+
+    def limit(self, length: int) -> int:
+        """Most tokens of a caption among `length` of them: start and end do not count."""
+        return length - self.tokenizer.num_special_tokens_to_add()
+
+    def count(self, captions: Sequence[str]) -> list[int]:
+        """Number of tokens of each caption without start and end, before anything is cut."""
+        encoded = self.tokenizer(list(captions), add_special_tokens=False, truncation=False, verbose=False)
+        return [len(ids) for ids in encoded["input_ids"]]
+
+    def fingerprint(self) -> str:
+        """Hash of all that ids depend on: vocabulary, normalization, special tokens, padding."""
+        settings = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        kept = {
+            key: value for key, value in settings.items() if key not in ("truncation", "padding")
+        }  # of the last call
+        text = json.dumps([kept, self.tokenizer.pad_token_id], sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+# ---- where they come from -------------------------------------------------------------------------------------------
+
+
+def tokenizer_folders(*sources: Path | None, names: Sequence[str]) -> list[Path]:
+    """Where a tokenizer of one of these folder names may lie: inside each source, or beside it when that is a file.
+
+    A folder of its own (a transformers folder) may also hold the tokenizer directly, or have it as a neighbour.
+    """
+    found = []
+    for source in sources:
+        if source is not None and source.is_dir():
+            found += [source / name for name in names] + [source] + [source.parent / name for name in names]
+        elif source is not None:
+            found += [source.parent / name for name in names]
+    return found
+
+
+def clip_tokenizer(
+    folders: Sequence[Path],
+    *,
+    cache: str | None,
+    hub_id: str = CLIP_ID,
+    subfolder: str = "",
+    padding: str | None = None,
+) -> ClipTokenizer:
+    """CLIP's, from `folders`, --tokenizer_cache_dir or the hub. padding: another padding token than its own.
+
+    The vocabularies of CLIP-L and CLIP-G are equal; CLIP-G is padded with token 0 (CLIP_G_PADDING).
+    Raises UserError saying which files to put where.
+    """
+    return read_tokenizer(find_folder(CLIP_KIND, folders, cache=cache, hub=((hub_id, subfolder),)), padding=padding)
+
+
+def t5_tokenizer(folders: Sequence[Path], *, cache: str | None) -> TextTokenizer:
+    """T5's, which ends every caption with </s>. Raises UserError saying which files to put where."""
+    kind = _sentencepiece_kind("a T5", "T5TokenizerFast", T5_MODEL)
+    advice = _advice([folder / T5_MODEL for folder in folders])
+    return _text_tokenizer(find_folder(kind, folders, cache=cache, hub=T5_HUB, advice=advice), kind)
+
+
+def gemma2_tokenizer(folders: Sequence[Path], *, cache: str | None, file: Path | None = None) -> TextTokenizer:
+    """Gemma's, which begins every caption with <bos>. file: weights that may hold it as ComfyUI's do.
+
+    Raises UserError saying which files to put where.
+    """
+    kind = _sentencepiece_kind("a Gemma", "GemmaTokenizerFast", GEMMA2_MODEL)
+    inside = _embedded(file) if file is not None else None
+    if file is not None and inside is not None and _has_sentencepiece():
+        return _begin_with_bos(_unpack(file, inside, kind))
+    advice = _advice([folder / GEMMA2_MODEL for folder in folders] + ([file] if file is not None and inside else []))
+    found = find_folder(kind, folders, cache=cache, hub=GEMMA2_HUB, advice=advice)
+    return _begin_with_bos(_text_tokenizer(found, kind))
+
+
+def _begin_with_bos(tokenizer: TextTokenizer) -> TextTokenizer:
+    """Gemma was trained with <bos> before every text, and a SentencePiece model alone does not say so."""
+    from tokenizers.processors import TemplateProcessing
+
+    own: Any = tokenizer.tokenizer
+    if own("").input_ids != [own.bos_token_id]:
+        bos = (own.bos_token, own.bos_token_id)
+        own.backend_tokenizer.post_processor = TemplateProcessing(f"{own.bos_token} $A", special_tokens=[bos])
+    return tokenizer
+
+
+def _sentencepiece_kind(name: str, reader: str, model: str) -> TokenizerKind:
+    """Both kinds are published as a SentencePiece model too, which only the library of that name reads."""
+    files = ("tokenizer.json", model) if _has_sentencepiece() else ("tokenizer.json",)
+    return TokenizerKind(name, reader, files, "tokenizer.json and tokenizer_config.json")
+
+
+def _advice(models: Sequence[Path]) -> str:
+    """What makes one of these files readable."""
+    found = next((model for model in models if model.is_file()), None)
+    return (
+        "" if found is None or _has_sentencepiece() else f", or install sentencepiece, which reads the one in {found}"
+    )
+
+
+def _has_sentencepiece() -> bool:
+    return importlib.util.find_spec("sentencepiece") is not None
+
+
+def _text_tokenizer(folder: Path, kind: TokenizerKind) -> TextTokenizer:
+    tokenizer = load_tokenizer(folder, kind)
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token_id is None:
+        raise UserError(f"{folder} is not usable as {kind.name} tokenizer: it has no padding token")
+    return TextTokenizer(folder, tokenizer)
+
+
+def _embedded(file: Path) -> str | None:
+    """The name of the tensor that is a SentencePiece model."""
+    if not file.is_file():
+        return None
+    return next((name for name in open_weights(file).shapes if name.split(".")[-1] == EMBEDDED), None)
+
+
+def _unpack(file: Path, name: str, kind: TokenizerKind) -> TextTokenizer:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / GEMMA2_MODEL).write_bytes(open_weights(file).tensor(name).numpy().tobytes())
+        return TextTokenizer(file, _text_tokenizer(Path(folder), kind).tokenizer)

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a model's files hold its weights: each of them, in its shape, and nothing that should have been one.
+
+Headers only, so that it comes before anything is loaded. A tensor that is gone, has another shape or is no
+floating-point number is named. What is left over below a part's prefix is one of EXTRAS, which published files have and
+no picture depends on, or it is named too: most often it belongs to a block of which the rest is gone. What lies outside
+of every part is of other programs: it is carried over into saved checkpoints, and said once.
+"""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from library.errors import UserError, first_names
+from library.log import get_logger
+from library.weights.loading import Part
+from library.weights.text_encoders import CLIP, GEMMA2, T5
+
+log = get_logger()
+
+# Starts of the names of whole parts in a file of several
+PLACES = (
+    "model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.", "text_encoders.", "vae.",
+)  # fmt: skip
+# What any part may have below its prefix: constants, scales of computing in 8 bits, numbers of a training
+ANYWHERE = (
+    r"(.+\.)?(position_ids|logit_scale|logit_bias|attn_mask|inv_freq|original_inv_freq|num_batches_tracked)",
+    r"(.+\.)?(scaled_fp8|scale_input|input_scale|comfy_quant|spiece_model)",
+    r"model_ema\..+",
+)
+TEXT_EXTRAS = (
+    r"lm_head\..+",
+    r"(text_model\.)?text_projection(\.weight)?",
+    r"(vision_model|visual_projection|visual)\..+",
+)
+EXTRAS: Mapping[str, Sequence[str]] = {
+    "VAE": (r"(loss|discriminator)\..+", r"(.+\.)?logvar"),
+    "text encoder": TEXT_EXTRAS,
+    CLIP: TEXT_EXTRAS,
+    T5: (*TEXT_EXTRAS, r"decoder\..+", r"shared\.weight", r"encoder\.embed_tokens\.weight"),
+    GEMMA2: TEXT_EXTRAS,
+    # early files kept what its guidance layer took the place of
+    "Chroma transformer": (
+        r"(vector_in|time_in|guidance_in)\..+",
+        r".+\.(img_mod|txt_mod|modulation)\..+",
+        r"final_layer\.adaLN_modulation\..+",
+        r"time_text_embed\..+",
+    ),
+    "denoiser": (r"norm_final\.weight",),  # Lumina's: in published files, and never run
+}
+# What lies outside of the parts of a published checkpoint: the noise schedule, marks, numbers of a training
+OUTSIDE = (
+    *ANYWHERE,
+    *TEXT_EXTRAS,
+    r"betas|(sqrt_|log_)?((one_minus|recip|recipm1)_)?alphas_cumprod(_prev)?",
+    r"logvar|posterior_\w+|lvlb_weights|scale_factor|denoiser\..+|v_pred|ztsnr",
+)
+# Layers of the published text encoders by width: one of that width with fewer has lost some
+ENCODER_LAYERS = {
+    "text encoder": {768: 12, 1024: 23},
+    CLIP: {768: 12, 1280: 32},
+    T5: {4096: 24},
+    GEMMA2: {2304: 26},
+}
+# Blocks of the published denoisers by width, with the name that configurations have for their number. Others exist too
+DENOISER_LAYERS = {
+    "FLUX.1 transformer": {3072: {"num_layers": 19, "num_single_layers": 38}},
+    "Chroma transformer": {3072: {"num_layers": 19, "num_single_layers": 38}},
+    "MMDiT": {1536: {"num_layers": 24}, 2432: {"num_layers": 38}},
+    "denoiser": {2304: {"num_layers": 26}},
+}
+LARGEST = 10_000_000  # of the whole numbers in a model's configuration
+INCOMPLETE = "the file is incomplete, damaged or of another architecture"
+BITSANDBYTES = (".absmax", ".quant_map")
+
+
+def check_weights(parts: Mapping[str, Part], main: Path) -> None:
+    """Raises UserError with all that is wrong. main: the model's file, of whose further content a line is logged."""
+    problems = [problem for part in parts.values() for problem in part_problems(part)]
+    if problems:
+        raise UserError(dict.fromkeys(problems))
+    lines = [line for part in parts.values() for line in _unusual_depth(part)]
+    for line in (*lines, *_outside([part for part in parts.values() if part.file.path == main])):
+        log.warning(line)
+
+
+def part_problems(part: Part) -> Iterator[str]:
+    """What is wrong with the weights of one part."""
+    path, shapes = part.file.path, part.file.shapes
+    if any(name.startswith(part.prefix) and name.endswith(BITSANDBYTES) for name in shapes):
+        yield f"{path}: the {part.what} is quantised with bitsandbytes: give the file in half precision or fp8"
+        return
+    senseless = [*_senseless(part)]
+    if senseless:
+        yield from senseless
+        return
+    try:
+        expected = part.expected()
+    except Exception as error:  # what diffusers or transformers say of sizes that make no model is of any class
+        yield f"{path}: its sizes make no {part.what}: {[*str(error).splitlines(), ''][0]}"
+        return
+    missing = [name for name in expected if name not in shapes]
+    if missing:
+        yield f"{path}: {len(missing)} weights of the {part.what} are missing ({first_names(missing)}): {INCOMPLETE}"
+    wrong = [name for name, fitting in expected.items() if name in shapes and shapes[name] not in fitting]
+    if wrong:
+        first = f"{wrong[0]} is {shapes[wrong[0]]}, not {expected[wrong[0]][0]}"
+        more = f"; also {first_names(wrong[1:])}" if len(wrong) > 1 else ""
+        yield f"{path}: {len(wrong)} weights of the {part.what} have another shape ({first}{more}): {INCOMPLETE}"
+    yield from _number_problems(part, [name for name in expected if name in shapes])
+    extra = [*_left_over(part, expected)]
+    if extra:
+        yield f"{path}: {len(extra)} tensors have no place in the {part.what} ({first_names(extra)}): {INCOMPLETE}"
+    yield from _lost_layers(part)
+
+
+def _left_over(part: Part, weights: Collection[str]) -> Iterator[str]:
+    """Names that are the part's by their prefix, without its weights and what published files have besides them."""
+    known = re.compile("|".join((*ANYWHERE, *EXTRAS.get(part.what, ()))))
+    for name in part.file.shapes:
+        own = name[len(part.prefix) :]
+        if name in weights or not name.startswith(part.prefix) or (not part.prefix and name.startswith(PLACES)):
+            continue
+        if not known.fullmatch(own) and not (part.spare and own.startswith(part.spare)):
+            yield name
+
+
+def _number_problems(part: Part, names: Sequence[str]) -> Iterator[str]:
+    wrong = {name: dtype for name in names if not (dtype := part.file.dtype(name)).is_floating_point}
+    if wrong:
+        first, dtype = next(iter(wrong.items()))
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        kind = str(dtype).removeprefix("torch.")
+        yield f"{part.file.path}: {first} is stored as {kind}{more}: weights are floating-point numbers"
+
+
+def _config(part: Part) -> Mapping[str, Any]:
+    """What the module is built of."""
+    return part.build.args[0] if isinstance(part.build, partial) else {}
+
+
+def _senseless(part: Part) -> Iterator[str]:
+    """Numbers of a config.json that this file does not go with: building such a model would not end."""
+    for key, value in _config(part).items():
+        most = len(part.file.shapes) if key.endswith("layers") else LARGEST
+        if isinstance(value, int) and value > most:
+            yield f"{part.file.path}: its {part.what} is said to have {key} = {reprlib.repr(value)}, more than {most}"
+
+
+def _width(config: Mapping[str, Any]) -> int:
+    found = [config.get(key) for key in ("hidden_size", "d_model", "num_attention_heads", "attention_head_dim")]
+    hidden, model, heads, head = (value if isinstance(value, int) else 0 for value in found)
+    return hidden or model or heads * head
+
+
+def _lost_layers(part: Part) -> Iterator[str]:
+    config = _config(part)
+    usual = ENCODER_LAYERS.get(part.what, {}).get(_width(config), 0)
+    found = config.get("num_hidden_layers", config.get("num_layers"))
+    if isinstance(found, int) and found < usual:
+        yield f"{part.file.path}: the {part.what} has {found} layers, the published one of its width has {usual}"
+
+
+def _unusual_depth(part: Part) -> Iterator[str]:
+    config = _config(part)
+    usual = DENOISER_LAYERS.get(part.what, {}).get(_width(config), {})
+    other = [f"{key} {config.get(key)}, not {count}" for key, count in usual.items() if config.get(key) != count]
+    if other:
+        told = " and ".join(other)
+        yield f"{part.file.path}: its {part.what} is not as deep as the published one ({told}): was it made so?"
+
+
+def _outside(parts: Sequence[Part]) -> Iterator[str]:
+    """What a file has outside of its parts. parts: those that are in it."""
+    starts = tuple(part.prefix for part in parts) + PLACES
+    known = re.compile("|".join(OUTSIDE))
+    names = [n for n in (parts[0].file.shapes if parts else ()) if not n.startswith(starts) and not known.fullmatch(n)]
+    if names:
+        yield f"{parts[0].file.path}: {len(names)} tensors belong to no part of the model: {first_names(names)}"
