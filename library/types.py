@@ -134,6 +134,15 @@ class Noised:
         return replace(self, **{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
 
+@dataclass(frozen=True)
+class Position:
+    """How far a run is. `step` counts optimizer steps; `batch` is the next micro-batch of `epoch` (0-based)."""
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+
+
 def _rows(value: Any, rows: slice) -> Any:
     """`value[rows]` of what has an entry per sample; numbers and None as they are."""
     if isinstance(value, dict):

@@ -24,7 +24,7 @@ from library.io.metadata import (
 )
 from library.options import changed_values
 from library.trainers.options import TrainerOptions
-from library.trainers.plan import RunPlan
+from library.trainers.run_plan import RunPlan
 
 VERSION = "0.1.0"
 # kind of file -> what modelspec.architecture ends with

@@ -7,8 +7,8 @@ from collections import deque
 from collections.abc import Generator, Iterator
 
 from library.data.dataset import BatchLoader, TrainingData
-from library.trainers.plan import Position, RunPlan, share_of
-from library.types import Batch
+from library.trainers.run_plan import RunPlan, share_of
+from library.types import Batch, Position
 
 Steps = Generator[list[Batch], None, None]
 STEPS_AHEAD = 2  # with several processes: until all know that one of them has no more batches

@@ -12,15 +12,15 @@ import torch
 
 from library.families.family import ModelFamily
 from library.io.atomic import atomic_write
+from library.learning import Models, Trainables
 from library.log import get_logger
 from library.objectives.base import Objective
 from library.sampling.preview import Picture, Previewer, PreviewModels, TextSource, contact_sheet, due
 from library.sampling.prompts import Prompt
 from library.stopping import StopRequest
 from library.trainers.options import TrainerOptions
-from library.trainers.plan import Position
 from library.trainers.tracking import Trackers
-from library.trainers.trainables import Models, Trainables
+from library.types import Position
 
 log = get_logger()
 

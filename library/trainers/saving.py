@@ -13,7 +13,8 @@ from library.io.state import StateParts, save_state
 from library.log import get_logger
 from library.options import dump_toml
 from library.trainers.options import TrainerOptions
-from library.trainers.plan import Position, RunPlan
+from library.trainers.run_plan import RunPlan
+from library.types import Position
 
 log = get_logger()
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from library.device import seed_everything
 from library.families.family import ModelFamily
+from library.learning import Models, Trainables
 from library.objectives.base import Objective, Predict
 from library.rng import derive_seed, torch_generator
 from library.trainers.memory import Memory
 from library.trainers.out_of_memory import Retry, changing_weights, encoded
-from library.trainers.trainables import Models, Trainables
 from library.trainers.updates import Updates
 from library.types import Batch, Cond, Noised
 

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from library.errors import UserError, first_names
 from library.io.state import StateParts, unlike
+from library.learning import StepModule, Trainables
 from library.optim.bf16 import build_bf16
 from library.optim.ema import Ema
 from library.optim.flat import FlatParameters
@@ -24,7 +25,6 @@ from library.optim.optimizers import OptimizerChoice
 from library.optim.schedulers import build_scheduler
 from library.planner.optimizer_memory import appetite
 from library.trainers.options import TrainerOptions
-from library.trainers.trainables import StepModule, Trainables
 
 LIKE_WEIGHT = ("exp_avg", "exp_avg_sq", "momentum_buffer", "z")  # of an optimizer's state: as large as the weight
 

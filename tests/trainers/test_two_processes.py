@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from library.errors import UserError
+from library.trainers.stages import Running, Start
 from library.trainers.step import Step
-from library.trainers.trainables import Trainables
+from library.trainers.trainer import Trainer
 from library.types import Batch
 from tests.trainers import child, finetune_runs, helpers
-from tests.trainers.finetune_runs import RecordedFineTune, make_finetune
-from tests.trainers.helpers import Recorded, differing, make_pictures, make_trainer, subset, write_dataset
+from tests.trainers.helpers import differing, make_pictures, make_trainer, subset, write_dataset
 
 STEPS = 2
 MINUTES = 7
@@ -59,33 +59,19 @@ class StepInTurn(Step):
     def gradients(self, batches: Sequence[Batch], first_micro_step: int, step: int) -> Tensor:
         total = torch.zeros(())
         for index, batch in enumerate(batches):
-            own, share = Step(**{**vars(self), "rank": index % 2}), 1 / len(batches)
+            own, share = replace(self, rank=index % 2), 1 / len(batches)
             micro_step = (first_micro_step + index) // 2
             total += own.learn(batch, micro_step, share=share, is_last=index == len(batches) - 1)
         return total
 
 
-class InTurn:
-    """Mixed into a trainer that takes its steps so."""
+class InTurn(Trainer):
+    """A loop that takes its steps so, and keeps the weights that it starts from."""
 
-    trainables: Trainables
-    first: dict[str, Tensor]
-
-    def restore(self) -> None:
-        super().restore()  # type: ignore[misc]
-        self.first = {name: value.clone() for name, value in self.trainables.state().items()}
-
-    def build_optimizer(self) -> None:
-        super().build_optimizer()  # type: ignore[misc]
-        self.step: Step = StepInTurn(**vars(self.step))
-
-
-class NetworkInTurn(InTurn, Recorded):
-    pass
-
-
-class FullInTurn(InTurn, RecordedFineTune):
-    pass
+    def __init__(self, running: Running, start: Start) -> None:
+        step = StepInTurn(**{field.name: getattr(running.step, field.name) for field in fields(Step)})
+        super().__init__(replace(running, step=step), start)
+        self.first = {name: value.clone() for name, value in running.trainables.state().items()}
 
 
 @pytest.fixture(scope="module")
@@ -144,14 +130,11 @@ def alone(sd1: Path, data: Path, ground: Path) -> Alone:
     def run(method: str, accumulation: int) -> tuple[dict[str, Tensor], Result]:
         folder = ground / f"alone {method} {accumulation}"
         values = options(method, sd1, data, folder, gradient_accumulation_steps=2 * accumulation)
-        trainer: NetworkInTurn | FullInTurn
-        if method == "full":
-            trainer = make_finetune(values, family="sd", cls=FullInTurn)
-        else:
-            trainer = make_trainer(values, cls=NetworkInTurn)
+        name = "finetune" if method == "full" else "network"
+        trainer = make_trainer(values, method=name, loop=InTurn)
         assert trainer.run() == 0
         losses, norms = (torch.tensor([vars(r)[name] for r in trainer.reports]) for name in ("loss", "grad_norm"))
-        return trainer.first, Result(trainer.trainables.state(), losses, norms, {})
+        return trainer.loop.first, Result(trainer.trainables.state(), losses, norms, {})
 
     return run
 
@@ -186,4 +169,4 @@ def test_a_graph_that_changes_is_not_static(sd1: Path, data: Path, tmp_path: Pat
         make_trainer(options("joined", sd1, data, tmp_path, **given)).run()
     values = options("full", sd1, data, tmp_path, **STATIC, stop_text_encoder_training=1)
     with pytest.raises(UserError, match=r"^--ddp_static_graph .* and --stop_text_encoder_training changes them"):
-        make_finetune(values, family="sd", method="dreambooth").run()
+        make_trainer(values, method="dreambooth").run()
