@@ -27,7 +27,7 @@ log = get_logger()
 
 @dataclass(frozen=True)
 class Share:
-    """Which part of the work one process does."""
+    """The part of the work that one process does."""
 
     rank: int = 0
     world: int = 1
@@ -133,7 +133,7 @@ class Caches:
 
     @contextmanager
     def _saying_what_stays(self, on_disk: bool) -> Iterator[None]:
-        """What Ctrl-C leaves: an entry of the cache is whole or not there."""
+        """Say what Ctrl-C leaves behind: an entry of the cache is whole or not there."""
         try:
             yield
         except KeyboardInterrupt:

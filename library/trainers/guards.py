@@ -100,7 +100,7 @@ class MovingAverage:
 
 
 class GradientWatch:
-    """Remembers which modules ever received a gradient, until the first save."""
+    """Notes until the first save which modules have received a gradient."""
 
     def __init__(self, modules: Mapping[str, Sequence[nn.Parameter]]) -> None:
         learning = {name: [p for p in parameters if p.requires_grad] for name, parameters in modules.items()}
@@ -116,7 +116,7 @@ class GradientWatch:
             handle.remove()
 
     def stop(self) -> list[str]:
-        """End watching; the names of the modules none of whose parameters ever received a gradient."""
+        """Stop watching. Names of the modules none of whose parameters ever received a gradient."""
         for handles in self._hooks.values():
             for handle in handles:
                 handle.remove()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When the run saves, under which names, what is removed then, and what goes to the hub."""
+"""Saves: when they are written, under which names, which older ones are removed, and what goes to the hub."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Saver:
         self.written: list[Path] = []
 
     def make_folder(self) -> None:
-        """The output folder is made again where somebody removed it while the run went on."""
+        """Make the output folder again where it was removed during the run."""
         if self.active and not self.folder.is_dir():
             with saving(self.folder, 0):
                 self.folder.mkdir(parents=True)

@@ -293,16 +293,16 @@ def build(loaded: Loaded) -> Running:
     shapes_of = {(batch.bucket, len(batch.samples)): batch for batch in shapes}
     memory.prepare(shapes=len(shapes_of))
     accelerator = checked.processes.accelerator
+    module = StepModule(family, models, trainables)
     updates = Updates(
-        options, checked.optimizer, trainables, accelerator, total_steps=plan.total_steps, seed=plan.seed
-    )  # fmt: skip
+        options, checked.optimizer, trainables, module, accelerator, total_steps=plan.total_steps, seed=plan.seed
+    )
     memory.move_activations(trainables.parameters())
-    model = updates.prepare(StepModule(family, models, trainables))
     if (stepped := checked.learning.in_backward) is not None:
         together = units(trainables.groups, memory.blocks, stepped)
         memory.steps_in_backward(updates.step_in_backward(together, memory.changed))
     forward = Pass(
-        family, loaded.objective, models, trainables, model, planned.device, planned.dtype, memory.around
+        family, loaded.objective, models, trainables, updates.model, planned.device, planned.dtype, memory.around
     )  # fmt: skip
     retry = Retry(updates, memory, allowed=checked.processes.world == 1 and not planned.deepspeed)
     step = Step(forward, updates, memory, retry, accelerator, plan.seed, checked.processes.rank)
