@@ -172,7 +172,7 @@ def plan_of(recipe: Recipe, text: str, models: Path) -> MemoryPlan:
     size = max(options.data.resolution) if isinstance(options.data.resolution, tuple) else options.data.resolution
     batch: Any = SimpleNamespace(bucket=(size, size), samples=range(options.data.train_batch_size))
     optimizer = choose_optimizer(options.optimizer)
-    planned = as_planned(method, method.learning(), optimizer, [batch], device=torch.device("cpu"))
+    planned = as_planned(method, method.learning(), optimizer, batch, device=torch.device("cpu"))
     return plan_memory(replace(planned, dtype=torch.bfloat16, choice=MemoryChoice()))
 
 

@@ -103,7 +103,7 @@ def planned_of(name: str, size: int, folder: Path, *, full: bool) -> Planned:
     method = load_attribute(path)(load_attribute(entry.path)(options.model), options)
     batch: Any = SimpleNamespace(bucket=(size, size), samples=(0,))
     optimizer: Any = SimpleNamespace(row=SimpleNamespace(elementwise=True))
-    return as_planned(method, method.learning(), optimizer, [batch], device=torch.device("cpu"))
+    return as_planned(method, method.learning(), optimizer, batch, device=torch.device("cpu"))
 
 
 def ours(name: str, size: int, folder: Path) -> Iterator[tuple[str, Found]]:

@@ -21,6 +21,11 @@ from library.types import Batch
 Loss = Callable[[Batch], Tensor]  # a batch -> its mean loss, 0-dim
 
 
+def largest(epoch: Sequence[BatchPlan]) -> BatchPlan:
+    """The batch with most pixels. epoch: not empty."""
+    return max(each_shape(epoch), key=lambda plan: plan.bucket[0] * plan.bucket[1] * len(plan.samples))
+
+
 @dataclass(frozen=True)
 class Planned:
     """A run that is checked and whose models are not loaded yet: all that decides how much memory a step takes."""
@@ -30,7 +35,7 @@ class Planned:
     choice: MemoryChoice  # as the options say, until the planner has chosen
     memory: MemoryOptions
     optimizer: OptimizerChoice
-    epoch: Sequence[BatchPlan]  # its batches
+    batch: BatchPlan  # the largest of an epoch
     device: torch.device
     dtype: torch.dtype  # of the computation, and of frozen models
     trained_dtype: torch.dtype  # of the weights that learn
@@ -43,11 +48,6 @@ class Planned:
     caches_latents: bool = False
     caches_texts: bool = False
     masked_loss: bool = False
-
-    @property
-    def largest_batch(self) -> BatchPlan:
-        """The batch with most pixels."""
-        return max(each_shape(self.epoch), key=lambda plan: plan.bucket[0] * plan.bucket[1] * len(plan.samples))
 
     def storage(self, part: str) -> Storage:
         """How a model's matrices are kept."""

@@ -130,8 +130,7 @@ def encoder_layers(encoder: nn.Module) -> list[nn.Module]:
 
 def _batch(planned: Planned) -> Batch:
     """A batch of the largest size, with all that batches of this run have."""
-    plan = planned.largest_batch
-    (width, height), count = plan.bucket, len(plan.samples)
+    (width, height), count = planned.batch.bucket, len(planned.batch.samples)
     latent, cached, family = planned.family.latent, planned.caches_latents, planned.family
     small = (height // latent.factor, width // latent.factor)
     return Batch(

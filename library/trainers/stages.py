@@ -39,7 +39,7 @@ from library.optim.in_backward import units
 from library.optim.optimizers import OptimizerChoice
 from library.optim.schedulers import check_scheduler
 from library.planner.memory_plan import PeakCheck, plan_memory
-from library.planner.planned import Loss, Planned
+from library.planner.planned import Loss, Planned, largest
 from library.rng import derive_seed, torch_generator
 from library.sampling.prompts import Prompt
 from library.stopping import StopRequest
@@ -165,9 +165,9 @@ class Start:
 
 def schedule(checked: Checked) -> Scheduled:
     """The length of the run, checked against its schedule and its state, and logged. Raises UserError."""
-    options, processes = checked.options, checked.processes
+    options, processes, epoch = checked.options, checked.processes, checked.data.plan_epoch(1)
     plan = make_plan(
-        total_batches=len(checked.data.plan_epoch(1)),
+        total_batches=len(epoch),
         num_processes=processes.world,
         accumulation=options.train.gradient_accumulation_steps,
         max_steps=options.train.max_train_steps,
@@ -179,17 +179,15 @@ def schedule(checked: Checked) -> Scheduled:
     identity.check(checked.resumption)
     for line in describe(checked.found, checked.data, plan) if processes.is_main else ():
         log.info(line)
-    planned = as_planned(
-        checked.method, checked.learning, checked.optimizer, checked.data.plan_epoch(1), device=processes.device
-    )
+    planned = as_planned(checked.method, checked.learning, checked.optimizer, largest(epoch), device=processes.device)
     return Scheduled(checked, plan, identity, planned)
 
 
 def as_planned(
-    method: Method[TrainerOptions], learning: Learning, optimizer: OptimizerChoice, epoch: Sequence[BatchPlan], *,
+    method: Method[TrainerOptions], learning: Learning, optimizer: OptimizerChoice, batch: BatchPlan, *,
     device: torch.device,
 ) -> Planned:  # fmt: skip
-    """The run as the planner sees it. epoch: the batches of one epoch."""
+    """The run as the planner sees it. batch: the largest of an epoch."""
     family, options = method.family, method.options
     choice, dtype = MemoryChoice.of(options.memory), compute_dtype(options.precision)
 
@@ -204,7 +202,7 @@ def as_planned(
         choice,
         options.memory,
         optimizer,
-        epoch,
+        batch,
         device,
         dtype,
         trained_dtype(options.precision),

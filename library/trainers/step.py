@@ -96,10 +96,12 @@ class Step:
     seed: int
     rank: int
 
-    def take(self, batches: Sequence[Batch], first_micro_step: int, step: int, average_loss: float) -> StepResult:
+    def take(
+        self, batches: Sequence[Batch], first_micro_step: int, step: int, average_loss: float | None
+    ) -> StepResult:
         """Take optimizer step `step`, counted from 0, over its micro-batches.
 
-        average_loss: of the steps before, for schedules that follow it. Raises DoesNotFit and HalfDone.
+        average_loss: of the steps before, where the schedule follows it. Raises DoesNotFit and HalfDone.
         """
         trainables = self.forward.trainables
         trainables.before_step(step)
@@ -107,7 +109,7 @@ class Step:
         with changing_weights(step):
             grad_norm = self.updates.step()
             rates = self.updates.rates()
-            self.updates.scheduler.step(average_loss if self.updates.scheduler.needs_loss else None)
+            self.updates.scheduler.step(average_loss)
             more = trainables.after_step()
             self.updates.finish_step(step)
         return StepResult(loss, grad_norm, {**rates, **more})

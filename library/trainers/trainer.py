@@ -50,7 +50,8 @@ class Trainer:
     def train_step(self, batches: Sequence[Batch], first_micro_step: int) -> None:
         """One optimizer step over its micro-batches."""
         step = self.position.step
-        found = self.running.step.take(batches, first_micro_step, step, self.losses.mean)
+        average = self.losses.mean if self.running.updates.scheduler.needs_loss else None
+        found = self.running.step.take(batches, first_micro_step, step, average)
         names = [name for batch in batches for name in batch.names]
         self.reader.push(
             step + 1, found.loss, found.grad_norm, names,

@@ -124,9 +124,9 @@ def test_the_plan_is_that_of_the_cpu(
 def of_device(trainer: Recorded, memory: MemoryOptions, device: torch.device) -> Planned:
     """The run as the planner sees it, on a device."""
     method = trainer.method
-    epoch = planned_of(trainer).epoch
+    batch = planned_of(trainer).batch
     optimizer = choose_optimizer(method.options.optimizer)
-    return replace(as_planned(method, method.learning(), optimizer, epoch, device=device), memory=memory)
+    return replace(as_planned(method, method.learning(), optimizer, batch, device=device), memory=memory)
 
 
 WAYS: tuple[dict[str, Any], ...] = ({"vram_budget": "8GB"}, {"blocks_to_swap": "auto", "activation_budget": "auto"})
