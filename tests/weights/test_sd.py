@@ -170,7 +170,7 @@ def old_names(tensors):
 
 @pytest.mark.parametrize("kind", ["folder", "model", "file", "old_file", "published", "published_alone", "flat"])
 def test_vae_option(models, tmp_path, kind):
-    from library.families.sd.names import VAE_PREFIX
+    from library.weights.vae_names import VAE_PREFIX
 
     model = make_tiny_sd(tmp_path / "other", seed=5)
     single = load_file(make_tiny_sd(tmp_path / "other1", seed=5, layout="single"))

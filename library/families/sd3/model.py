@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from library.device import on_device
 from library.errors import UserError
 from library.families.family import ModelFacts, ModelFamily, PreviewDefaults
-from library.families.sd.names import VAE_PREFIX, vae_rules
 from library.families.sd3.options import SD3FineTuneOptions, SD3Options
 from library.families.sd3.parts import CLIP_G, CLIP_L, ENCODERS, MMDIT_PREFIX, T5, SD3Parts, mmdit_rules, open_parts
 from library.families.sd3.positions import use_random_crop, use_scaled_positions
@@ -46,6 +45,7 @@ from library.weights.tokenizers import (
     t5_tokenizer,
     tokenizer_folders,
 )
+from library.weights.vae_names import VAE_PREFIX, vae_rules
 
 log = get_logger()
 
