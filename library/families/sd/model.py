@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from library.device import on_device
 from library.errors import UserError
 from library.families.family import ModelFacts, ModelFamily
-from library.families.options import SDOptions
 from library.families.sd.names import CLIP_PREFIX, OPEN_CLIP_PREFIX, UNET_PREFIX, unet_rules
-from library.families.sd.options import SDFineTuneOptions
+from library.families.sd.options import SDFineTuneOptions, SDOptions
 from library.families.sd.parts import SDParts, open_parts
 from library.families.sd.save import (
     FORMATS,
