@@ -17,7 +17,8 @@ from torch import nn
 from library.adapters.lr_weights import BlockLayout
 from library.adapters.spec import Part, TargetModule, TargetSpec
 from library.errors import UserError
-from library.families.sd.names import sdxl_block, unet_module_names
+from library.families.sd.names import unet_module_names
+from library.families.sdxl.names import sdxl_block
 
 TextEncoders = nn.Module | Sequence[nn.Module | None] | None  # None in its place: gets no adapters
 

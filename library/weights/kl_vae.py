@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from library.device import on_device
 from library.errors import UserError
-from library.families.sd.names import OLD_VAE_ATTENTION, VAE_PREFIX, vae_rules
 from library.key_tables import CONV_1X1, Rule, Shapes
 from library.weights.loading import Part, own_names, part_file, read_json
 from library.weights.sizes import below, depth, has, reading_sizes, shape_of
+from library.weights.vae_names import OLD_VAE_ATTENTION, VAE_PREFIX, vae_rules
 from library.weights.weight_files import WeightFile, open_weights
 
 VAE_FILES = ("vae/config.json", "vae/*.safetensors", "config.json", "diffusion_pytorch_model*.safetensors")

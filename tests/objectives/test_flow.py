@@ -16,6 +16,9 @@ from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from library.errors import UserError
+from library.families.flux.options import FluxFlowOptions
+from library.families.lumina.options import LuminaFlowOptions
+from library.families.sd3.options import SD3FlowOptions
 from library.objectives.flow import (
     PREDICTIONS,
     FlowObjective,
@@ -25,7 +28,7 @@ from library.objectives.flow import (
     resolution_shift,
     shifted,
 )
-from library.objectives.flow_options import READS, FluxFlowOptions, LuminaFlowOptions, SD3FlowOptions
+from library.objectives.flow_options import READS
 from library.objectives.options import DDPMOptions, LossOptions
 from library.options import specs
 from library.types import Batch

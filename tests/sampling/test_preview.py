@@ -17,11 +17,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from library.families.family import PreviewDefaults
-from library.families.options import SDOptions
+from library.families.flux.options import FluxFlowOptions
 from library.families.sd.model import StableDiffusion
+from library.families.sd.options import SDOptions
 from library.objectives.ddpm import DDPMObjective
 from library.objectives.flow import FlowObjective, constant_shift
-from library.objectives.flow_options import FluxFlowOptions
 from library.objectives.options import DDPMOptions, LossOptions
 from library.rng import derive_seed
 from library.sampling.options import SAMPLER_NAMES, SampleOptions

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from library.adapters.formats.tables import TEXT_PROJECTION, Architecture, Index, Layer, blocks_in, index_of
 from library.adapters.kinds import OFT
-from library.families.sd.names import OPEN_CLIP_BLOCK
 from library.key_tables import Shapes, part_rows
+from library.weights.clip_names import OPEN_CLIP_BLOCK
 
 DENOISER_PREFIXES = ("model.diffusion_model.", "", "diffusion_model.")
 TEXT_LEVEL = "text_model."  # of CLIP; some old files leave it out
