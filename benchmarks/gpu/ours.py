@@ -110,7 +110,7 @@ class Timed(Trainer):
 
     def build_optimizer(self) -> None:
         super().build_optimizer()
-        self.passes.may_retry = False  # a row that goes on with less is not that row any more
+        self.step.retry.allowed = False  # a row that goes on with less is not that row any more
 
     def save_model(self, path: Path, metadata: dict[str, str]) -> None:
         """Nothing is kept."""

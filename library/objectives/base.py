@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every objective and every sampler offers. B batch, C channels, h w latent height and width."""
+"""The interfaces of objectives and samplers. B batch, C channels, h w latent height and width."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -12,13 +14,13 @@ from library.types import Batch, Noised
 
 
 class Sampler(Protocol):
-    """The way back from noise to a latent: `x = randn * init_noise_sigma`, then one `step` per entry of `timesteps`."""
+    """Denoises a latent: `x = randn * init_noise_sigma`, then one `step` per entry of `timesteps`."""
 
     timesteps: Tensor  # in the order of use; some samplers visit a time twice
     init_noise_sigma: float
 
     def scale_input(self, x: Tensor, t: Tensor) -> Tensor:
-        """What the model is shown for the state `x` at `t`."""
+        """The model's input for the state `x` at `t`."""
         ...
 
     def step(self, pred: Tensor, t: Tensor, x: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -26,8 +28,24 @@ class Sampler(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Predict:
+    """The model's predictions for one batch, B C h w float32: `predict(noised)` is that of the model in training."""
+
+    trained: Callable[[Noised], Tensor]
+    untrained: Callable[[Noised], Tensor]  # of the model as it was before the training; carries no gradient
+
+    def __call__(self, noised: Noised) -> Tensor:
+        return self.trained(noised)
+
+    @classmethod
+    def of(cls, pred: Tensor) -> Predict:
+        """A prediction that was made already, whatever is asked."""
+        return cls(lambda noised: pred, lambda noised: pred)
+
+
 class Objective(Protocol):
-    """What is added to clean latents and what the model has to say about it. Pure, with explicit generators."""
+    """How latents are noised and what the model must predict from them. Pure, with explicit generators."""
 
     def sample_t(
         self, count: int, size: tuple[int, int], generator: torch.Generator, device: torch.device | str
@@ -42,8 +60,11 @@ class Objective(Protocol):
         """Noise the clean latents (B C h w) to time `t` (B)."""
         ...
 
-    def loss(self, pred: Tensor, noised: Noised, batch: Batch) -> Tensor:
-        """Weighted loss per sample, (B,) float32; the mean over the batch is the trainer's."""
+    def loss(self, predict: Predict, noised: Noised, batch: Batch) -> Tensor:
+        """Weighted loss per sample, (B,) float32. The trainer takes the mean over the batch.
+
+        predict: asked for as many predictions as the objective needs, in an order that is always the same.
+        """
         ...
 
     def validation_t(self) -> list[int | float]:

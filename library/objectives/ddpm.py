@@ -14,7 +14,7 @@ from torch import Tensor
 from library.device import on_device
 from library.errors import UserError
 from library.log import get_logger
-from library.objectives.base import Sampler
+from library.objectives.base import Predict, Sampler
 from library.objectives.loss import MEASURES, huber_thresholds, per_sample
 from library.objectives.noise import make_noise, perturb
 from library.objectives.options import DDPMOptions, LossOptions
@@ -158,10 +158,11 @@ class DDPMObjective:
         target = signal * noise - sigma * latents if self.prediction_type == "v_prediction" else noise
         return Noised(x_t=x_t, t=t, noise=noise, target=target, weight=tables.weight[t])
 
-    def loss(self, pred: Tensor, noised: Noised, batch: Batch) -> Tensor:
+    def loss(self, predict: Predict, noised: Noised, batch: Batch) -> Tensor:
         """Weighted loss of each sample, (B,) float32: mask, mean over C h w, prior weight, SNR weight."""
+        pred = predict(noised).float()
         c = _at(self.tables(noised.t.device).huber_c, noised.t)
-        elements = MEASURES[self.loss_options.loss_type](pred.float(), noised.target, c)
+        elements = MEASURES[self.loss_options.loss_type](pred, noised.target, c)
         return per_sample(elements, batch.masks) * batch.loss_weights.to(elements.device) * noised.weight
 
     def validation_t(self) -> list[int | float]:

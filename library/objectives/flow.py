@@ -16,7 +16,7 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.log import get_logger
-from library.objectives.base import Sampler
+from library.objectives.base import Predict, Sampler
 from library.objectives.flow_options import FlowOptions, huber_problems
 from library.objectives.loss import MEASURES, per_sample, scheduled_threshold
 from library.objectives.noise import draw, perturb
@@ -162,16 +162,17 @@ class FlowObjective:
             weight=loss_weights(t, scheme),
         )
 
-    def loss(self, pred: Tensor, noised: Noised, batch: Batch) -> Tensor:
+    def loss(self, predict: Predict, noised: Noised, batch: Batch) -> Tensor:
         """Weighted loss of each sample, (B,) float32: mask, mean over C h w, prior weight, weight of the noise level.
 
         Prediction and target are transformed alike, so that a perfect prediction has loss 0 (decision 0005).
         """
+        pred = predict(noised).float()
         s = noised.t.view(-1, 1, 1, 1)
         form = PREDICTIONS[self.options.prediction]
         measure = MEASURES[self.loss_options.loss_type]
         elements = measure(
-            form(pred.float(), noised.x_t, s),
+            form(pred, noised.x_t, s),
             form(noised.target, noised.x_t, s),
             scheduled_threshold(self.loss_options, s),
         )

@@ -23,10 +23,10 @@ from library.memory.estimate import StepFigures
 from library.memory.meter import Meter, watched
 from library.memory.quantise import Storage
 from library.optim.in_backward import units
-from library.trainers.forward import Forward
 from library.trainers.options import TrainerOptions
 from library.trainers.preparation import Preparation
 from library.trainers.settings import trained_dtype
+from library.trainers.step import Pass
 from library.trainers.trainables import Models, StepModule, Trainables
 from library.types import Batch, Tokens
 from library.weights.text import CHUNK
@@ -228,9 +228,7 @@ def _step(trainer: Any, trainables: Trainables, batch: Batch, *, flat: bool) -> 
             _step_in_backward(unit)
     model = _Autocast(StepModule(family, models, trainables), trainer)
     objective = family.objective(options.objective, options.loss)
-    forward = Forward(
-        family, objective, models, trainables, model, trainer.device, trainer.dtype, around=nullcontext
-    )  # fmt: skip
+    forward = Pass(family, objective, models, trainables, model, trainer.device, trainer.dtype)
     held = {
         "encoders": [t for encoder in models.encoders.values() for t in _all(encoder)],
         "vae": [*_all(models.vae)] if models.vae is not None else [],
@@ -244,7 +242,7 @@ def _step(trainer: Any, trainables: Trainables, batch: Batch, *, flat: bool) -> 
     sizes = {name: meter.hold(tensors, name) for name, tensors in held.items()}
     with meter, watched(meter, [*layers, *blocks]) as watch:
         noised = forward.noised(batch, generator)
-        loss = forward.losses(batch, noised).sum() / batch.size
+        loss = objective.loss(forward.predict(batch), noised, batch).sum() / batch.size
         del noised
         watch.forward_done()
         loss.backward()

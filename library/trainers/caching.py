@@ -17,7 +17,7 @@ from library.data.text_cache import TextCache, TextCaches, text_store
 from library.device import on_device
 from library.families.family import ModelFamily
 from library.trainers.options import TrainerOptions
-from library.trainers.shortage import encoded
+from library.trainers.out_of_memory import encoded
 from library.types import Cond
 
 

@@ -27,7 +27,7 @@ class Models:
         return [self.denoiser, *self.encoders.values(), *([self.vae] if self.vae is not None else [])]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Trainables:
     """What a method trains. `state` and `load` speak of exactly the tensors that learn."""
 
@@ -40,6 +40,8 @@ class Trainables:
     flat: bool = True  # many small parameters: clip and step them as one buffer per group
     set_multiplier: Callable[[float], None] = lambda value: None
     set_condition: Callable[[Tensor | None], None] = lambda control: None  # control images, B 3 H W in [-1, 1]
+    before_step: Callable[[int], None] = lambda step: None  # called before each optimizer step, counted from 0
+    after_step: Callable[[], dict[str, float | Tensor]] = dict  # ... and after it, gradients still there; to be logged
     epoch_started: Callable[[], None] = lambda: None  # called before the first batch of each epoch
     base_model: Callable[[], AbstractContextManager[Any]] = (
         nullcontext  # inside it the model is what it was at the start

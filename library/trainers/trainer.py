@@ -7,6 +7,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -40,6 +41,7 @@ from library.memory.choice import MemoryChoice
 from library.memory.compiling import warm
 from library.memory.estimate import CUDA_CONTEXT
 from library.memory.quantise import Storage
+from library.objectives.prior_preservation import PriorPreservation
 from library.optim.schedulers import check_scheduler
 from library.options import dump_toml
 from library.planner.planning import PeakCheck, plan_memory
@@ -50,18 +52,17 @@ from library.trainers.debug_dataset import write_dataset_sheets
 from library.trainers.encoding import encoders_that_stay, vae_that_stays
 from library.trainers.facts import RunRecord
 from library.trainers.feed import Feed, Steps, steps_of
-from library.trainers.forward import Forward
-from library.trainers.gradients import Gradients
 from library.trainers.guards import MovingAverage, StepReader, StepReport
 from library.trainers.memory import Memory, check_choice, moves_weights
 from library.trainers.options import TrainerOptions
+from library.trainers.out_of_memory import DoesNotFit, Retry
 from library.trainers.plan import Position, make_plan
 from library.trainers.preparation import SCHEDULE, Preparation
 from library.trainers.previews import Previews
 from library.trainers.saving import Saver
 from library.trainers.settings import compute_dtype, distributed_settings, loading_processes, trained_dtype
-from library.trainers.shortage import DoesNotFit, changing_weights
 from library.trainers.signals import OtherProcessDied, StopVote, exchanging
+from library.trainers.step import Pass, Step
 from library.trainers.tracking import Trackers, open_trackers
 from library.trainers.trainables import GradientWatch, Models, StepModule, Trainables
 from library.trainers.updates import Updates
@@ -246,7 +247,7 @@ class Trainer(ABC):
         if self.options.memory.asks_planner:
             self.choose_memory()
         family, share, prompts = self.family, Share(self.rank, self.world), self.prepared.prompts
-        self.objective = family.objective(self.options.objective, self.options.loss)
+        self.objective = PriorPreservation(family.objective(self.options.objective, self.options.loss))
         texts = [text for prompt in prompts for text in (prompt.negative_prompt, prompt.prompt)]
         caches = Caches(
             family, self.options, self.prepared.data, self.dtype, learning=self.learning, more_texts=texts,
@@ -286,7 +287,9 @@ class Trainer(ABC):
 
     def build_optimizer(self) -> None:
         """Precision, memory and speed of what learns, then the optimizer and what belongs to it."""
-        trainables = self.trainables
+        trainables = self.trainables = replace(
+            self.trainables, before_step=lambda step: self.before_step(), after_step=lambda: self.after_step()
+        )
         trainables.module.to(self.device, trained_dtype(self.options.precision))
         if self.choice.activation_budget < 1:
             recompute_encoders([e for name, e in self.models.encoders.items() if name in trainables.encoders])
@@ -303,13 +306,12 @@ class Trainer(ABC):
         model = self.updates.prepare(StepModule(self.family, self.models, trainables))
         if self.steps_in_backward:
             self.memory.steps_in_backward(self.updates.step_in_backward(self.units(), self.memory.changed))
-        self.forward = Forward(
-            self.family, self.objective, self.models, trainables, model, self.device, self.dtype,
-            around=self.memory.around,
-        )  # fmt: skip
-        self.passes = Gradients(
-            self.forward, self.updates, self.memory, self.accelerator, self.plan.seed, self.rank,
-            may_retry=self.world == 1 and not self.options.distributed.deepspeed,
+        self.forward = Pass(
+            self.family, self.objective, self.models, trainables, model, self.device, self.dtype, self.memory.around
+        )
+        retry = Retry(self.updates, self.memory, self.world == 1 and not self.options.distributed.deepspeed)
+        self.step = Step(
+            self.forward, self.updates, self.memory, retry, self.accelerator, self.plan.seed, self.rank
         )  # fmt: skip
         self.validation = Validation(
             self.options.train, self.prepared.validation_plans, self.data, self.forward, self.plan.seed,
@@ -400,23 +402,12 @@ class Trainer(ABC):
 
     def train_step(self, batches: Sequence[Batch], first_micro_step: int) -> None:
         """One optimizer step over its micro-batches."""
-        self.before_step()
-        total = self.gradients_of(batches, first_micro_step)
-        with changing_weights(self.position.step):
-            grad_norm = self.updates.step()
-            rates = self.updates.rates()
-            self.updates.scheduler.step(self.losses.mean if self.updates.scheduler.needs_loss else None)
-            more = self.after_step()
-            self.updates.finish_step(self.position.step)
+        found = self.step.take(batches, first_micro_step, self.position.step, self.losses.mean)
         names = [name for batch in batches for name in batch.names]
         self.reader.push(
-            self.position.step + 1, total, grad_norm, names,
-            scaler_skips=self.accelerator.scaler is not None, others={**rates, **more},
+            self.position.step + 1, found.loss, found.grad_norm, names,
+            scaler_skips=self.accelerator.scaler is not None, others=found.others,
         )  # fmt: skip
-
-    def gradients_of(self, batches: Sequence[Batch], first_micro_step: int) -> Tensor:
-        """The mean loss of the step's micro-batches, with all gradients in place."""
-        return self.passes.of(batches, first_micro_step, self.position.step)
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
 

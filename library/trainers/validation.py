@@ -12,8 +12,8 @@ from library.data.dataset import TrainingData
 from library.data.plan import BatchPlan
 from library.rng import torch_generator
 from library.stopping import StopRequest
-from library.trainers.forward import Forward
 from library.trainers.options import TrainOptions
+from library.trainers.step import Pass
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Validation:
     options: TrainOptions
     plans: Sequence[BatchPlan]
     data: TrainingData
-    forward: Forward
+    forward: Pass
     seed: int
     total_steps: int
     stop: StopRequest

@@ -11,6 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from library.errors import UserError
+from library.objectives.base import Predict
 from library.objectives.ddpm import (
     DDPMObjective,
     cumulated_alphas,
@@ -145,7 +146,7 @@ def test_loss_of_a_batch_written_out(loss_type):
     pred = torch.randn(LATENTS.shape, generator=seeded(5))
     masks = torch.rand(3, 1, 64, 96, generator=seeded(6))
     weights = torch.tensor([1.0, 0.5, 2.0])
-    got = objective.loss(pred, noised, batch_of(3, loss_weights=weights, masks=masks))
+    got = objective.loss(Predict.of(pred), noised, batch_of(3, loss_weights=weights, masks=masks))
     for i in range(3):
         c = 0.3 ** (int(t[i]) / 1000)
         difference = pred[i] - noised.noise[i]
@@ -172,7 +173,7 @@ def test_nothing_waits_for_the_device():
     with FakeTensorMode(allow_non_fake_inputs=True):
         t = objective.sample_t(2, (8, 8), seeded(), "cpu")
         noised = objective.noise(torch.empty(2, 4, 8, 8), t, seeded())
-        loss = objective.loss(torch.empty(2, 4, 8, 8), noised, batch_of(2, masks=torch.empty(2, 1, 64, 64)))
+        loss = objective.loss(Predict.of(torch.empty(2, 4, 8, 8)), noised, batch_of(2, masks=torch.empty(2, 1, 64, 64)))
         with pytest.raises(DataDependentOutputException):
             loss.sum().item()
     assert loss.shape == (2,)
@@ -181,7 +182,7 @@ def test_nothing_waits_for_the_device():
 def test_loss_reads_half_precision_predictions_in_float32():
     objective = DDPMObjective(DDPMOptions(), LossOptions())
     noised = objective.noise(LATENTS, torch.tensor([10, 20, 30]), seeded())
-    loss = objective.loss(torch.zeros_like(LATENTS, dtype=torch.bfloat16), noised, batch_of(3))
+    loss = objective.loss(Predict.of(torch.zeros_like(LATENTS, dtype=torch.bfloat16)), noised, batch_of(3))
     torch.testing.assert_close(loss, (noised.noise**2).mean(dim=(1, 2, 3)))
 
 

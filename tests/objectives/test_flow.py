@@ -19,6 +19,7 @@ from library.errors import UserError
 from library.families.flux.options import FluxFlowOptions
 from library.families.lumina.options import LuminaFlowOptions
 from library.families.sd3.options import SD3FlowOptions
+from library.objectives.base import Predict
 from library.objectives.flow import (
     PREDICTIONS,
     FlowObjective,
@@ -188,7 +189,7 @@ def test_input_perturbation_is_not_in_the_target(random):
     # and a model that says the target has loss 0 in every form
     for form in PREDICTIONS:
         objective = flow(dataclasses.replace(options, model_prediction_type=form))
-        assert torch.equal(objective.loss(noised.target, noised, batch_of(3)), torch.zeros(3))
+        assert torch.equal(objective.loss(Predict.of(noised.target), noised, batch_of(3)), torch.zeros(3))
 
 
 # ---- loss ---------------------------------------------------------------------------------------------------------
@@ -239,7 +240,7 @@ def test_loss_of_a_batch_written_out(form, schedule, loss_type):
     pred = torch.randn(LATENTS.shape, generator=seeded(5))
     masks = torch.rand(3, 1, 64, 96, generator=seeded(6))
     prior = torch.tensor([1.0, 0.5, 2.0])
-    got = objective.loss(pred, noised, batch_of(3, loss_weights=prior, masks=masks))
+    got = objective.loss(Predict.of(pred), noised, batch_of(3, loss_weights=prior, masks=masks))
     for i, s in enumerate(T.tolist()):
         c = 0.5 * (0.3 if schedule == "constant" else 0.3**s)
         difference, weight = pred[i] - (noised.noise[i] - LATENTS[i]), 1.0
@@ -258,7 +259,7 @@ def test_forms_of_the_prediction_differ_by_a_weight():
 
     def loss(options):
         objective = flow(options)
-        return objective.loss(pred.bfloat16(), objective.noise(LATENTS, T, seeded()), batch_of(3))
+        return objective.loss(Predict.of(pred.bfloat16()), objective.noise(LATENTS, T, seeded()), batch_of(3))
 
     raw = loss(FluxFlowOptions(model_prediction_type="raw"))
     torch.testing.assert_close(loss(FluxFlowOptions(model_prediction_type="additive")), raw)
@@ -273,18 +274,18 @@ def test_a_replaced_target_is_what_is_learned(form):
     objective = flow(FluxFlowOptions(model_prediction_type=form))
     prior = torch.randn(LATENTS.shape, generator=seeded(7))
     noised = dataclasses.replace(objective.noise(LATENTS, T, seeded()), target=prior)
-    assert torch.equal(objective.loss(prior, noised, batch_of(3)), torch.zeros(3))
+    assert torch.equal(objective.loss(Predict.of(prior), noised, batch_of(3)), torch.zeros(3))
     pred = torch.randn(LATENTS.shape, generator=seeded(8))
     factor = T**2 if form == "sigma_scaled" else 1
     want = ((pred - prior) ** 2).mean(dim=(1, 2, 3)) * factor
-    torch.testing.assert_close(objective.loss(pred, noised, batch_of(3)), want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(objective.loss(Predict.of(pred), noised, batch_of(3)), want, rtol=1e-5, atol=1e-6)
 
 
 def test_noise_level_zero_teaches_nothing_and_stays_finite():
     objective = flow(SD3FlowOptions(weighting_scheme="sigma_sqrt"))
     noised = objective.noise(LATENTS, torch.zeros(3), seeded())
     pred = torch.randn(LATENTS.shape, generator=seeded(5)).requires_grad_()
-    loss = objective.loss(pred, noised, batch_of(3))
+    loss = objective.loss(Predict.of(pred), noised, batch_of(3))
     loss.sum().backward()
     assert torch.equal(loss, torch.zeros(3)) and torch.equal(pred.grad, torch.zeros_like(pred))
 
@@ -301,7 +302,7 @@ def test_nothing_waits_for_the_device(sampling):
     with FakeTensorMode(allow_non_fake_inputs=True):
         t = objective.sample_t(2, (8, 8), seeded(), "cpu")
         noised = objective.noise(torch.empty(2, 4, 8, 8), t, seeded())
-        loss = objective.loss(torch.empty(2, 4, 8, 8), noised, batch_of(2, masks=torch.empty(2, 1, 64, 64)))
+        loss = objective.loss(Predict.of(torch.empty(2, 4, 8, 8)), noised, batch_of(2, masks=torch.empty(2, 1, 64, 64)))
         with pytest.raises(DataDependentOutputException):
             loss.sum().item()
     assert loss.shape == (2,)

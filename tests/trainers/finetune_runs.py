@@ -20,7 +20,7 @@ from library.trainers.finetune import FineTuneTrainer
 from library.trainers.guards import StepReport
 from library.trainers.tracking import Trackers
 from library.types import Batch
-from tests.trainers.helpers import Adapters, Run, argv, settle
+from tests.trainers.helpers import Adapters, Run, WatchedStep, argv, settle
 
 DEFAULTS: dict[str, Any] = {
     "output_name": "x",
@@ -50,12 +50,17 @@ class RecordedFineTune(FineTuneTrainer):
         if self.before is not None:
             self.before(self)
 
+    def build_optimizer(self) -> None:
+        super().build_optimizer()
+        self.step = WatchedStep(**vars(self.step), seen=self.look_at_gradients)
+
     def gradients_of(self, batches: Sequence[Batch], first_micro_step: int) -> Tensor:
-        total = super().gradients_of(batches, first_micro_step)
+        return self.step.gradients(batches, first_micro_step, self.position.step)
+
+    def look_at_gradients(self, batches: Sequence[Batch]) -> None:
         if self.keep_gradients:
             own = self.learned.learning_parameters()
             self.gradients.append({name: p.grad.clone() for name, p in own.items() if p.grad is not None})
-        return total
 
     def report(self, reports: Sequence[StepReport], trackers: Trackers) -> None:
         self.reports += reports

@@ -27,6 +27,7 @@ from library.rng import derive_seed
 from library.trainers.guards import StepReport
 from library.trainers.network import NetworkTrainer
 from library.trainers.options import NetworkTrainerOptions
+from library.trainers.step import Step
 from library.trainers.tracking import Trackers
 from library.types import Batch
 
@@ -97,6 +98,18 @@ def write_datasets(path: Path, *datasets: Mapping[str, Any]) -> Path:
 # ---- runs -----------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class WatchedStep(Step):
+    """The step of a run, which shows its gradients before they are clipped."""
+
+    seen: Callable[[Sequence[Batch]], None] = lambda batches: None
+
+    def gradients(self, batches: Sequence[Batch], first_micro_step: int, step: int) -> Tensor:
+        total = super().gradients(batches, first_micro_step, step)
+        self.seen(batches)
+        return total
+
+
 class Recorded(NetworkTrainer):
     """The trainer of the script, with its step reports kept, and a Ctrl-C of its own in a chosen step."""
 
@@ -109,13 +122,18 @@ class Recorded(NetworkTrainer):
         self.gradients: list[dict[str, Tensor]] = []  # of each optimizer step before clipping, by the keys of the file
         return super().run()
 
+    def build_optimizer(self) -> None:
+        super().build_optimizer()
+        self.step = WatchedStep(**vars(self.step), seen=self.look_at_gradients)
+
     def gradients_of(self, batches: Sequence[Batch], first_micro_step: int) -> Tensor:
-        total = super().gradients_of(batches, first_micro_step)
+        return self.step.gradients(batches, first_micro_step, self.position.step)
+
+    def look_at_gradients(self, batches: Sequence[Batch]) -> None:
         if self.keep_gradients:
             layers = self.network.named_layers().items()  # type: ignore[attr-defined]
             own = {f"{name}.{part}": p for name, layer in layers for part, p in layer.named_tensors().items()}
             self.gradients.append({key: p.grad.clone() for key, p in own.items() if p.grad is not None})
-        return total
 
     def report(self, reports: Sequence[StepReport], trackers: Trackers) -> None:
         self.reports += reports

@@ -35,6 +35,7 @@ from tests.families import sdxl
 from tests.trainers import child
 from tests.trainers.helpers import (
     Adapters,
+    WatchedStep,
     argv,
     assert_same_run,
     differing,
@@ -74,11 +75,13 @@ class Recorded(LLLiteTrainer):
         self.gradients: list[dict[str, Tensor]] = []  # of each optimizer step before clipping, by the keys of the file
         return super().run()
 
-    def gradients_of(self, batches: Sequence[Batch], first_micro_step: int) -> Tensor:
-        total = super().gradients_of(batches, first_micro_step)
+    def build_optimizer(self) -> None:
+        super().build_optimizer()
+        self.step = WatchedStep(**vars(self.step), seen=self.look_at_gradients)
+
+    def look_at_gradients(self, batches: Sequence[Batch]) -> None:
         named = self.network.named_parameters()
         self.gradients.append({k.removeprefix("layers."): p.grad.clone() for k, p in named if p.grad is not None})
-        return total
 
     def report(self, reports: Any, trackers: Any) -> None:
         self.reports += reports

@@ -37,6 +37,7 @@ from tests.tiny import make_tiny_sd
 from tests.trainers import child
 from tests.trainers.helpers import (
     Run,
+    WatchedStep,
     argv,
     assert_same_run,
     make_pictures,
@@ -78,11 +79,13 @@ class Recorded(TextualInversionTrainer):
         super().restore()
         self.before(self)
 
-    def gradients_of(self, batches: Sequence[Batch], first_micro_step: int) -> Tensor:
+    def build_optimizer(self) -> None:
+        super().build_optimizer()
+        self.step = WatchedStep(**vars(self.step), seen=self.look_at_gradients)
+
+    def look_at_gradients(self, batches: Sequence[Batch]) -> None:
         self.captions += [caption for batch in batches for caption in batch.captions]
-        total = super().gradients_of(batches, first_micro_step)
         self.gradients.append({n: r.weight.grad.clone() for n, r in self.rows.items() if r.weight.grad is not None})
-        return total
 
     def report(self, reports: Any, trackers: Any) -> None:
         self.reports += reports

@@ -155,10 +155,10 @@ def test_preserved_pictures_learn_the_base_model(sd1: Path, lora: Path, tmp_path
         batch = trainer.data.load(trainer.data.plan_epoch(1)[0], step=0)
         generator = micro_generator(run, 0)
         t = trainer.objective.sample_t(2, (8, 8), generator, "cpu")
-        noised = trainer.objective.noise(trainer.forward.latents_of(batch), t, generator)
-        ours = trainer.forward.predict(noised, batch)
+        noised = trainer.objective.noise(trainer.forward.latents(batch), t, generator)
+        ours = trainer.forward.predict(batch)(noised)
         trainer.network.detach()
-        base = trainer.forward.predict(noised, batch)
+        base = trainer.forward.predict(batch)(noised)
     assert run.losses[0] == pytest.approx(float(((ours - base) ** 2).mean()), rel=1e-5)
 
 
@@ -347,7 +347,7 @@ def test_several_datasets_at_several_sizes(sd1: Path, tmp_path: Path) -> None:
         == [((64, 64), 1), ((64, 64), 2)] + [((128, 64), 1)] * 6
     )
     assert len(run.losses) == 8 and run.metadata["ss_num_train_images"] == "9"
-    assert len({run.trainer.forward.latents_of(run.trainer.data.load(p, step=0)).shape[-2:] for p in plans}) == 2
+    assert len({run.trainer.forward.latents(run.trainer.data.load(p, step=0)).shape[-2:] for p in plans}) == 2
 
 
 def test_folder_form(sd1: Path, tmp_path: Path) -> None:
@@ -434,10 +434,10 @@ def test_validation_loss_is_the_mean_over_fixed_timesteps(sd1: Path, tmp_path: P
             for t in (200, 400, 600, 800):
                 generator = torch.Generator().manual_seed(seed_of(run, index))
                 noise = torch.randn(1, 4, 8, 8, generator=generator)
-                noised = trainer.objective.noised(
-                    trainer.forward.latents_of(batch), torch.tensor([t]), noise, seen=noise
+                noised = trainer.objective.inner.noised(
+                    trainer.forward.latents(batch), torch.tensor([t]), noise, seen=noise
                 )
-                losses.append(float(((trainer.forward.predict(noised, batch) - noise) ** 2).mean()))
+                losses.append(float(((trainer.forward.predict(batch)(noised) - noise) ** 2).mean()))
         assert trainer.validation.loss() == pytest.approx(sum(losses) / 8, rel=1e-5)
 
 

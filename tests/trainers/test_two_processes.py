@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from library.errors import UserError
-from library.trainers.gradients import Gradients
+from library.trainers.step import Step
 from library.trainers.trainables import Trainables
 from library.types import Batch
 from tests.trainers import child, finetune_runs, helpers
@@ -52,10 +52,22 @@ RUNS = [
 ]
 
 
-class InTurn:
-    """Mixed into a trainer: one process, which does in turn what two do at the same time."""
+@dataclass(frozen=True)
+class StepInTurn(Step):
+    """The step of one process, which does in turn what two do at the same time."""
 
-    passes: Gradients
+    def gradients(self, batches: Sequence[Batch], first_micro_step: int, step: int) -> Tensor:
+        total = torch.zeros(())
+        for index, batch in enumerate(batches):
+            own, share = Step(**{**vars(self), "rank": index % 2}), 1 / len(batches)
+            micro_step = (first_micro_step + index) // 2
+            total += own.learn(batch, micro_step, share=share, is_last=index == len(batches) - 1)
+        return total
+
+
+class InTurn:
+    """Mixed into a trainer that takes its steps so."""
+
     trainables: Trainables
     first: dict[str, Tensor]
 
@@ -63,13 +75,9 @@ class InTurn:
         super().restore()  # type: ignore[misc]
         self.first = {name: value.clone() for name, value in self.trainables.state().items()}
 
-    def gradients_of(self, batches: Sequence[Batch], first_micro_step: int) -> Tensor:
-        total = torch.zeros(())
-        for index, batch in enumerate(batches):
-            self.passes.rank, share = index % 2, 1 / len(batches)
-            micro_step = (first_micro_step + index) // 2
-            total += self.passes._learn(batch, micro_step, share=share, is_last=index == len(batches) - 1)
-        return total
+    def build_optimizer(self) -> None:
+        super().build_optimizer()  # type: ignore[misc]
+        self.step: Step = StepInTurn(**vars(self.step))
 
 
 class NetworkInTurn(InTurn, Recorded):

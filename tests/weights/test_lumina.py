@@ -17,6 +17,7 @@ from library.families.lumina.parts import build_denoiser, denoiser_rules, layout
 from library.families.registry import FAMILIES
 from library.key_tables import publish
 from library.memory.checkpointing import Recomputation, recompute_encoders
+from library.objectives.base import Predict
 from library.objectives.options import LossOptions
 from library.options import Spec, specs
 from library.rng import torch_generator
@@ -468,7 +469,7 @@ def test_one_step_loss_equals_the_literal_reference(models, system):
     with torch.no_grad():
         pred = lumina.predict(denoiser, noised.x_t, noised.t, encode(lumina, encoder=encoder), batch)
         expected = loss(options, batch, {}, torch_generator("test"))
-    torch.testing.assert_close(objective.loss(pred, noised, batch).mean(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(objective.loss(Predict.of(pred), noised, batch).mean(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_objective_and_the_noise_levels_of_previews(models):

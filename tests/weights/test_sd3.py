@@ -17,6 +17,7 @@ from library.families.sd3.model import StableDiffusion3
 from library.families.sd3.options import SD3FineTuneOptions, SD3FlowOptions, SD3Options
 from library.families.sd3.parts import PUBLISHED, build_mmdit, kind, layout, mmdit_rules
 from library.key_tables import publish
+from library.objectives.base import Predict
 from library.objectives.options import LossOptions
 from library.options import resolve
 from library.trainers.options import NetworkTrainerOptions
@@ -273,7 +274,7 @@ def test_loss_of_a_batch_equals_the_literal_reference(models, kind):
     latents = sd3.encode_image(sd3.load_vae(None, "cpu"), pixels, batch.latent_seeds)
     noised = objective.noise(latents, objective.sample_t(2, (8, 8), generator, "cpu"), generator)
     pred = sd3.predict(sd3.load_denoiser(None, "cpu"), noised.x_t, noised.t, encode(sd3), batch)
-    found = objective.loss(pred, noised, batch).mean()
+    found = objective.loss(Predict.of(pred), noised, batch).mean()
     assert found.item() == pytest.approx(expected.item(), rel=1e-6)
 
 

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training step, in reading order: latents, timesteps, noise, text, prediction, target and loss, backward pass,
+optimizer step. `Pass` is the part up to the loss, which validation shares; `Step` is all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from library.device import seed_everything
+from library.families.family import ModelFamily
+from library.objectives.base import Objective, Predict
+from library.rng import derive_seed, torch_generator
+from library.trainers.memory import Memory
+from library.trainers.out_of_memory import Retry, changing_weights, encoded
+from library.trainers.trainables import Models, Trainables
+from library.trainers.updates import Updates
+from library.types import Batch, Cond, Noised
+
+
+@dataclass(frozen=True)
+class Pass:
+    """The forward pass of a batch, from its pictures to the predictions that the objective asks for."""
+
+    family: ModelFamily
+    objective: Objective
+    models: Models
+    trainables: Trainables
+    model: nn.Module  # the StepModule, as accelerate prepared it
+    device: torch.device
+    dtype: torch.dtype  # of the computation
+    around: Callable[[], AbstractContextManager[None]] = nullcontext  # surrounds each prediction
+
+    def noised(self, batch: Batch, generator: torch.Generator, t: Tensor | None = None) -> Noised:
+        """The batch's latents with noise. t: (B), fixed in validation, drawn otherwise."""
+        latents = self.latents(batch)
+        if t is None:
+            height, width = latents.shape[-2:]
+            t = self.objective.sample_t(batch.size, (height, width), generator, self.device)
+        return self.objective.noise(latents, t, generator)
+
+    def latents(self, batch: Batch) -> Tensor:
+        """Scaled latents (B C h w, float32), from the cache or from the VAE."""
+        if batch.latents is not None:
+            return batch.latents.float()
+        assert batch.pixels is not None and self.models.vae is not None
+        with torch.no_grad():
+            encode = partial(self.family.encode_image, self.models.vae)
+            return encoded(encode, batch.pixels, batch.latent_seeds).float()
+
+    def predict(self, batch: Batch) -> Predict:
+        """The model's predictions for this batch, for its objective to ask for."""
+        self.trainables.set_multiplier(batch.network_multiplier)
+
+        def trained(noised: Noised) -> Tensor:
+            tokens = self.family.tokenize(batch.captions).to(self.device) if self.models.encoders else None
+            with self.around():
+                return self.model(noised.x_t.to(self.dtype), noised.t, batch, tokens).float()
+
+        def untrained(noised: Noised) -> Tensor:
+            with torch.no_grad(), self.trainables.base_model():
+                return trained(noised)
+
+        return Predict(trained, untrained)
+
+    def mean_loss(self, batch: Batch, generator: torch.Generator, t: Tensor | None = None) -> Tensor:
+        """The mean loss of a batch that nothing is learned from."""
+        noised = self.noised(batch, generator, t)
+        return self.objective.loss(self.predict(batch), noised, batch).mean()
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """The numbers of an optimizer step, 0-dim and still on the device where they are tensors."""
+
+    loss: Tensor
+    grad_norm: Tensor  # before clipping
+    others: dict[str, float | Tensor]  # learning rates, and what the method logs
+
+
+@dataclass(frozen=True)
+class Step:
+    """The optimizer step of a run. Noise and dropout depend on the seed, the micro-step and the rank only."""
+
+    forward: Pass
+    updates: Updates
+    memory: Memory
+    retry: Retry
+    accelerator: Accelerator
+    seed: int
+    rank: int
+
+    def take(self, batches: Sequence[Batch], first_micro_step: int, step: int, average_loss: float) -> StepResult:
+        """Take optimizer step `step`, counted from 0, over its micro-batches.
+
+        average_loss: of the steps before, for schedules that follow it. Raises DoesNotFit and HalfDone.
+        """
+        trainables = self.forward.trainables
+        trainables.before_step(step)
+        loss = self.gradients(batches, first_micro_step, step)
+        with changing_weights(step):
+            grad_norm = self.updates.step()
+            rates = self.updates.rates()
+            self.updates.scheduler.step(average_loss if self.updates.scheduler.needs_loss else None)
+            more = trainables.after_step()
+            self.updates.finish_step(step)
+        return StepResult(loss, grad_norm, {**rates, **more})
+
+    def gradients(self, batches: Sequence[Batch], first_micro_step: int, step: int) -> Tensor:
+        """The mean loss of the micro-batches, 0-dim, with their gradients summed up in the weights that learn."""
+
+        def accumulated() -> Tensor:
+            total = torch.zeros((), device=self.forward.device)
+            for index, batch in enumerate(batches):
+                last = index == len(batches) - 1
+                total += self.learn(batch, first_micro_step + index, share=1 / len(batches), is_last=last)
+            return total
+
+        return self.retry(accumulated, largest_batch=max(batch.size for batch in batches), step=step)
+
+    def learn(self, batch: Batch, micro_step: int, *, share: float, is_last: bool) -> Tensor:
+        """Backward pass of the mean loss of one micro-batch times `share`, which is returned."""
+        forward, total = self.forward, torch.zeros((), device=self.forward.device)
+        generator = torch_generator(self.seed, "noise", micro_step, self.rank, device=forward.device)
+        seed_everything(derive_seed(self.seed, "dropout", micro_step, self.rank))
+        there = batch.to(forward.device)
+        noised = forward.noised(there, generator)
+        parts = list(self.parts(there, noised, batch.cond))
+        for index, (part, noised) in enumerate(parts):
+            with self.updates.backward(is_last=is_last and index == len(parts) - 1):
+                losses = forward.objective.loss(forward.predict(part), noised, part)  # per sample
+                loss = losses.sum() * (share / batch.size)
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        return total
+
+    def parts(self, batch: Batch, noised: Noised, cond: Cond | None) -> Iterator[tuple[Batch, Noised]]:
+        """The batch in parts of as many samples as fit: the same samples, noise and timesteps.
+
+        cond: the batch's on the host, where the length of each text can be read without waiting for the device.
+        """
+        most, family = self.memory.most_samples, self.forward.family
+        if most is None or batch.size <= most:
+            yield batch, noised
+            return
+        conds = family.split_cond(cond) if cond is not None else None
+        for start in range(0, batch.size, most):
+            rows = slice(start, start + most)
+            joined = family.join_conds(conds[rows]) if conds is not None else None  # padded to its own longest
+            yield replace(batch.part(rows), cond=joined).to(self.forward.device), noised.part(rows)
