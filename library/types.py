@@ -134,6 +134,11 @@ class Noised:
         return replace(self, **{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
 
+def like(values: Tensor, x: Tensor) -> Tensor:
+    """`values` (B) with as many axes as `x` (B ...), so that they broadcast over each sample: (B 1 1 1) for B C h w."""
+    return values.view(-1, *(1,) * (x.dim() - 1))
+
+
 def _rows(value: Any, rows: slice) -> Any:
     """`value[rows]` of what has an entry per sample; numbers and None as they are."""
     if isinstance(value, dict):

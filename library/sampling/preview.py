@@ -28,7 +28,7 @@ from library.log import get_logger
 from library.rng import derive_seed
 from library.sampling.options import SampleOptions
 from library.sampling.prompts import INLINE, Prompt, given_fields
-from library.types import Batch, Cond, LatentSpec, Tokens
+from library.types import Batch, Cond, LatentSpec, Tokens, like
 
 log = get_logger()
 
@@ -251,7 +251,7 @@ class Previewer:
             if self.stopped():
                 raise Stopped
             count = 2 if guided else 1
-            shown = sampler.scale_input(x, t).repeat(count, 1, 1, 1)
+            shown = torch.cat([sampler.scale_input(x, t)] * count)
             times = on_device(t, device).expand(count)
             pred = self.family.predict(models.denoiser, shown, times, conds[guided], None).float()
             if guided:
@@ -294,7 +294,7 @@ class Previewer:
         limit = self.family.preview.renorm_cfg if prompt.renorm_cfg is None else prompt.renorm_cfg
         if not limit:
             return guided
-        lengths = [torch.linalg.vector_norm(x, dim=(1, 2, 3), keepdim=True) for x in (plain, guided)]
+        lengths = [like(torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim()))), x) for x in (plain, guided)]
         return guided * (limit * lengths[0] / lengths[1].clamp_min(1e-8)).clamp(max=1)
 
     def _cond(self, models: PreviewModels, prompt: Prompt, guided: bool, device: torch.device) -> Cond:

@@ -16,7 +16,7 @@ from library.families.family import ModelFamily
 from library.objectives.base import Objective
 from library.trainers.shortage import encoded
 from library.trainers.trainables import Models, Trainables
-from library.types import Batch, Cond, Noised
+from library.types import Batch, Cond, Noised, like
 
 
 @dataclass(frozen=True)
@@ -85,5 +85,5 @@ class Forward:
         """custom_attributes.diff_output_preservation: these samples learn what the untrained model says."""
         with torch.no_grad(), self.trainables.base_model():
             prior = self.predict(noised, batch)
-        keep = on_device(torch.tensor(batch.keep_prior), self.device).view(-1, 1, 1, 1)
+        keep = like(on_device(torch.tensor(batch.keep_prior), self.device), prior)
         return replace(noised, target=torch.where(keep, prior, noised.target))
