@@ -74,6 +74,7 @@ class Batch:
     control: Tensor | None = None  # B 3 H W float32 in [-1, 1], the control image
     network_multiplier: float = 1.0
     keep_prior: list[bool] = field(default_factory=list)  # custom_attributes.diff_output_preservation
+    position: int = 0  # of the micro-batch in the run, over all processes: what its draws are keyed by
 
     @property
     def size(self) -> int:

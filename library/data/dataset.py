@@ -149,6 +149,11 @@ class TrainingData:
             raise ValueError("epochs count from 1")
         return plan_epoch([part.train for part in self._parts], seed=self.seed, epoch=epoch)
 
+    @property
+    def batches_per_epoch(self) -> int:
+        """Micro-batches of an epoch, of all processes."""
+        return sum(part.stats.batches for part in self._parts)
+
     def validation_plans(self) -> EpochPlan:
         """The batches of one validation: always the same, without augmentation, shuffle or dropout."""
         return plan_in_order([part.validation for part in self._parts])
@@ -242,6 +247,7 @@ class TrainingData:
             control=_stack([item.control for item in items]),
             network_multiplier=part.config.network_multiplier,
             keep_prior=[bool(s.subset.custom_attributes.get("diff_output_preservation", False)) for s in samples],
+            position=plan.position if plan.validation else self.batches_per_epoch * (plan.epoch - 1) + plan.position,
         )
 
     def _item(self, part: Part, sample: Sample, plan: BatchPlan, place: int, step: int) -> _Item:

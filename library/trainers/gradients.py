@@ -24,18 +24,21 @@ log = get_logger()
 
 @dataclass
 class Gradients:
-    """Forward and backward passes of a step. Noise and dropout depend on the micro-step and the rank only."""
+    """Forward and backward passes of a step.
+
+    Noise, timesteps and dropout are keyed by the seed and `Batch.position` only: however many processes share the
+    batches of a step, the same are drawn.
+    """
 
     forward: Forward
     updates: Updates
     memory: Memory
     accelerator: Accelerator
     seed: int
-    rank: int
     may_retry: bool  # not where other processes are in the middle of the same step
     tried: list[str] = field(default_factory=list)  # what the run was made smaller by, as it was said
 
-    def of(self, batches: Sequence[Batch], first_micro_step: int, step: int) -> Tensor:
+    def of(self, batches: Sequence[Batch], step: int) -> Tensor:
         """The mean loss of the micro-batches of `step` (0-dim), with all gradients in place.
 
         When memory runs out on the way, the same batches with the same noise are taken again with a smaller footprint.
@@ -43,26 +46,26 @@ class Gradients:
         """
         while True:
             try:
-                return self._learn_all(batches, first_micro_step)
+                return self._learn_all(batches)
             except Exception as error:
                 if not self.may_retry or not is_out_of_memory(error):
                     raise
                 reason = reason_of(error)
             self._shrink(batches, step, reason)  # outside of the except clause: the error's frames hold tensors
 
-    def _learn_all(self, batches: Sequence[Batch], first_micro_step: int) -> Tensor:
+    def _learn_all(self, batches: Sequence[Batch]) -> Tensor:
         if self.may_retry:
             self.updates.hold_room()
         total = torch.zeros((), device=self.forward.device)
         for index, batch in enumerate(batches):
             last, share = index == len(batches) - 1, 1 / len(batches)
-            total += self._learn(batch, first_micro_step + index, share=share, is_last=last)
+            total += self._learn(batch, share=share, is_last=last)
         return total
 
-    def _learn(self, batch: Batch, micro_step: int, *, share: float, is_last: bool) -> Tensor:
+    def _learn(self, batch: Batch, *, share: float, is_last: bool) -> Tensor:
         """Backward pass of one micro-batch's mean loss times `share`, which is returned."""
-        generator = torch_generator(self.seed, "noise", micro_step, self.rank, device=self.forward.device)
-        seed_everything(derive_seed(self.seed, "dropout", micro_step, self.rank))
+        generator = torch_generator(self.seed, "noise", batch.position, 0, device=self.forward.device)
+        seed_everything(derive_seed(self.seed, "dropout", batch.position, 0))
         total = torch.zeros((), device=self.forward.device)
         there = batch.to(self.forward.device)
         noised = self.forward.noised(there, generator)

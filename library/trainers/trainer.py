@@ -308,7 +308,7 @@ class Trainer(ABC):
             around=self.memory.around,
         )  # fmt: skip
         self.passes = Gradients(
-            self.forward, self.updates, self.memory, self.accelerator, self.plan.seed, self.rank,
+            self.forward, self.updates, self.memory, self.accelerator, self.plan.seed,
             may_retry=self.world == 1 and not self.options.distributed.deepspeed,
         )  # fmt: skip
         self.validation = Validation(
@@ -416,7 +416,7 @@ class Trainer(ABC):
 
     def gradients_of(self, batches: Sequence[Batch], first_micro_step: int) -> Tensor:
         """The mean loss of the step's micro-batches, with all gradients in place."""
-        return self.passes.of(batches, first_micro_step, self.position.step)
+        return self.passes.of(batches, self.position.step)
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
