@@ -16,7 +16,7 @@ from library.families.family import ModelFamily
 from library.objectives.base import Objective
 from library.trainers.shortage import encoded
 from library.trainers.trainables import Models, Trainables
-from library.types import Batch, Cond, Noised, like
+from library.types import Batch, Cond, Noised, Tokens, like
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,23 @@ class Forward:
             encode = partial(self.family.encode_image, self.models.vae)
             return encoded(encode, batch.pixels, batch.latent_seeds).float()
 
+    def with_references(self, batch: Batch) -> Batch:
+        """The batch with the latents of its reference pictures, from the cache or encoded here."""
+        found, vae = batch.references, self.models.vae
+        if batch.reference_pixels and not found:
+            assert vae is not None
+            with torch.no_grad():
+                encode = partial(encoded, lambda pixels, seeds: self.family.encode_reference(vae, pixels))
+                found = tuple(encode(pixels, batch.latent_seeds) for pixels in batch.reference_pixels)
+        return replace(batch, references=tuple(latents.float() for latents in found))
+
+    def tokens(self, batch: Batch) -> Tokens:
+        """What the text encoders get, on the device."""
+        return self.family.tokenize_with(batch.captions, [*zip(*batch.reference_pixels)]).to(self.device)
+
     def predict(self, noised: Noised, batch: Batch) -> Tensor:
-        tokens = self.family.tokenize(batch.captions).to(self.device) if self.models.encoders else None
+        batch = self.with_references(batch)
+        tokens = self.tokens(batch) if self.models.encoders else None
         with self.around():
             return self.model(noised.x_t.to(self.dtype), noised.t, batch, tokens).float()
 

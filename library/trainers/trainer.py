@@ -44,6 +44,7 @@ from library.optim.schedulers import check_scheduler
 from library.options import dump_toml
 from library.planner.planning import PeakCheck, plan_memory
 from library.rng import derive_seed, torch_generator
+from library.sampling.references import texts_of
 from library.stopping import StopRequest
 from library.trainers.caching import Caches, Share
 from library.trainers.debug_dataset import write_dataset_sheets
@@ -247,14 +248,14 @@ class Trainer(ABC):
             self.choose_memory()
         family, share, prompts = self.family, Share(self.rank, self.world), self.prepared.prompts
         self.objective = family.objective(self.options.objective, self.options.loss)
-        texts = [text for prompt in prompts for text in (prompt.negative_prompt, prompt.prompt)]
+        size = self.prepared.found.datasets[0].config.buckets.resolution
         caches = Caches(
-            family, self.options, self.prepared.data, self.dtype, learning=self.learning, more_texts=texts,
-            check=self.stop.check,
+            family, self.options, self.prepared.data, self.dtype, learning=self.learning,
+            more_texts=texts_of(prompts, family.references, size, family.latent.factor), check=self.stop.check,
         )  # fmt: skip
         self.previews = Previews(
             family, self.objective, self.options, prompts, device=self.device, dtype=self.dtype, seed=self.plan.seed,
-            active=self.main_process, size=self.prepared.found.datasets[0].config.buckets.resolution,
+            active=self.main_process, size=size,
             texts=caches.texts, conditioned=self.conditioned, stop=self.stop,
         )  # fmt: skip
         encoders = encoders_that_stay(caches, self.load_encoder, share)
@@ -262,8 +263,9 @@ class Trainer(ABC):
         self.accelerator.wait_for_everyone()
         free_memory()
         self.data = self.prepared.data.prepared(
-            total_steps=self.plan.total_steps, latents=caches.latents, texts=caches.texts, join=family.join_conds
-        )
+            total_steps=self.plan.total_steps, latents=caches.latents, texts=caches.texts, join=family.join_conds,
+            shown=family.references is not None and not family.references.seen_by.isdisjoint(encoders),
+        )  # fmt: skip
         # what is moved to and fro is loaded where it stays: as a whole it may not fit on the card
         device = torch.device("cpu") if moves_weights(self.choice, self.swap_options) else self.device
         denoiser = family.load_denoiser(self.load_dtype("denoiser"), device, storage=self.storage("denoiser"))
