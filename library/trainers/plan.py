@@ -57,10 +57,6 @@ class RunPlan:
         for start in range(first_batch, self.batches_per_epoch, self.accumulation):
             yield range(start, min(start + self.accumulation, self.batches_per_epoch))
 
-    def micro_step(self, epoch: int, batch: int) -> int:
-        """A number that no other micro-batch of the run has: the counter of its random draws."""
-        return epoch * self.batches_per_epoch + batch
-
 
 def make_plan(
     *, total_batches: int, num_processes: int, accumulation: int, max_steps: int, max_epochs: int | None, seed: int

@@ -44,6 +44,7 @@ from library.trainers.options import TrainerOptions
 from library.trainers.plan import RunPlan
 from library.trainers.settings import trained_dtype
 from library.trainers.tracking import check_trackers
+from library.types import ReferenceSpec
 
 T = TypeVar("T")
 UNKNOWN_LENGTH = 10**9  # steps; longer than any run
@@ -132,7 +133,7 @@ class Preparation:
         seed = run_seed(options, facts)
         if found is not None and not checks.problems:
             seed = agreed(seed, found)  # before the pictures are shuffled and held out by it
-        data = checks.run(lambda: training_data(found, options, seed)) if found else None
+        data = checks.run(lambda: training_data(found, options, seed, family.references)) if found else None
         dark = checks.run(lambda: check_masks(data.trained(), masked_loss=data.masked_loss)) if data else None
         checks.finish()
         assert found is not None and data is not None and optimizer is not None and prompts is not None
@@ -204,6 +205,9 @@ class Preparation:
             if dataset.validation_split:  # apart: states of runs without it are those of before
                 chosen = "the run's seed" if dataset.validation_seed is None else f"seed {dataset.validation_seed}"
                 result[f"subset {index}"]["held out"] = f"{dataset.validation_split} by {chosen}"
+            references = [(Path(r.path).name, r.file_size) for sample in subset.samples for r in sample.references]
+            if references:
+                result[f"subset {index}"]["references"] = f"{len(references)} ({_digest(references)})"
         return result
 
     def describe(self, plan: RunPlan) -> Iterator[str]:
@@ -310,7 +314,10 @@ def scan_datasets(
     control: bool = False,
 ) -> Scan:  # fmt: skip
     """Configuration, folders, captions and pictures. Raises UserError with all that is wrong with them."""
-    configs = load_dataset_config(options.data, bucket_step=family.bucket_step, cache=options.cache, control=control)
+    configs = load_dataset_config(
+        options.data, bucket_step=family.bucket_step, cache=options.cache, control=control,
+        references=family.references is not None,
+    )  # fmt: skip
     found = scan(
         configs,
         cache_dir=options.cache.cache_dir,
@@ -360,14 +367,18 @@ def idle_options(options: TrainerOptions, found: Scan, data: TrainingData) -> It
         yield f"--sample_prompts: no previews are made without {ways}"
 
 
-def training_data(found: Scan, options: TrainerOptions, seed: int) -> TrainingData:
-    """The epochs of the run. Raises UserError where a cache cannot serve the datasets' options."""
+def training_data(found: Scan, options: TrainerOptions, seed: int, references: ReferenceSpec | None) -> TrainingData:
+    """The epochs of the run. references: how the model takes reference pictures.
+
+    Raises UserError where a cache cannot serve the datasets' options.
+    """
     data = TrainingData(
         [(dataset.config, dataset.samples) for dataset in found.datasets],
         seed=seed,
         prior_loss_weight=options.data.prior_loss_weight,
         masked_loss=options.data.masked_loss,
         text_variants=options.cache.caption_variants,
+        references=references,
     )
     problems = data.cache_problems(latents=options.cache.latents, texts=options.cache.texts)
     if problems:

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
+from library.data.encoding import TextSource
 from library.families.family import ModelFamily
 from library.io.atomic import atomic_write
 from library.log import get_logger
 from library.objectives.base import Objective
-from library.sampling.preview import Picture, Previewer, PreviewModels, TextSource, contact_sheet, due
+from library.sampling.preview import Picture, Previewer, PreviewModels, contact_sheet, due
 from library.sampling.prompts import Prompt
 from library.stopping import StopRequest
 from library.trainers.options import TrainerOptions

@@ -46,6 +46,7 @@ from library.optim.schedulers import check_scheduler
 from library.options import dump_toml
 from library.planner.planning import PeakCheck, plan_memory
 from library.rng import derive_seed, torch_generator
+from library.sampling.references import texts_of
 from library.stopping import StopRequest
 from library.trainers.caching import Caches, Share
 from library.trainers.debug_dataset import write_dataset_sheets
@@ -248,14 +249,14 @@ class Trainer(ABC):
             self.choose_memory()
         family, share, prompts = self.family, Share(self.rank, self.world), self.prepared.prompts
         self.objective = PriorPreservation(family.objective(self.options.objective, self.options.loss))
-        texts = [text for prompt in prompts for text in (prompt.negative_prompt, prompt.prompt)]
+        size = self.prepared.found.datasets[0].config.buckets.resolution
         caches = Caches(
-            family, self.options, self.prepared.data, self.dtype, learning=self.learning, more_texts=texts,
-            check=self.stop.check,
+            family, self.options, self.prepared.data, self.dtype, learning=self.learning,
+            more_texts=texts_of(prompts, family.references, size, family.latent.factor), check=self.stop.check,
         )  # fmt: skip
         self.previews = Previews(
             family, self.objective, self.options, prompts, device=self.device, dtype=self.dtype, seed=self.plan.seed,
-            active=self.main_process, size=self.prepared.found.datasets[0].config.buckets.resolution,
+            active=self.main_process, size=size,
             texts=caches.texts, conditioned=self.conditioned, stop=self.stop,
         )  # fmt: skip
         encoders = encoders_that_stay(caches, self.load_encoder, share)
@@ -263,8 +264,9 @@ class Trainer(ABC):
         self.accelerator.wait_for_everyone()
         free_memory()
         self.data = self.prepared.data.prepared(
-            total_steps=self.plan.total_steps, latents=caches.latents, texts=caches.texts, join=family.join_conds
-        )
+            total_steps=self.plan.total_steps, latents=caches.latents, texts=caches.texts, join=family.join_conds,
+            shown=family.references is not None and not family.references.seen_by.isdisjoint(encoders),
+        )  # fmt: skip
         # what is moved to and fro is loaded where it stays: as a whole it may not fit on the card
         device = torch.device("cpu") if moves_weights(self.choice, self.swap_options) else self.device
         denoiser = family.load_denoiser(self.load_dtype("denoiser"), device, storage=self.storage("denoiser"))
@@ -311,7 +313,7 @@ class Trainer(ABC):
         )
         retry = Retry(self.updates, self.memory, self.world == 1 and not self.options.distributed.deepspeed)
         self.step = Step(
-            self.forward, self.updates, self.memory, retry, self.accelerator, self.plan.seed, self.rank
+            self.forward, self.updates, self.memory, retry, self.accelerator, self.plan.seed
         )  # fmt: skip
         self.validation = Validation(
             self.options.train, self.prepared.validation_plans, self.data, self.forward, self.plan.seed,
@@ -400,9 +402,9 @@ class Trainer(ABC):
 
     # ---- one step ---------------------------------------------------------------------------------------------------
 
-    def train_step(self, batches: Sequence[Batch], first_micro_step: int) -> None:
+    def train_step(self, batches: Sequence[Batch]) -> None:
         """One optimizer step over its micro-batches."""
-        found = self.step.take(batches, first_micro_step, self.position.step, self.losses.mean)
+        found = self.step.take(batches, self.position.step, self.losses.mean)
         names = [name for batch in batches for name in batch.names]
         self.reader.push(
             self.position.step + 1, found.loss, found.grad_norm, names,
@@ -451,7 +453,7 @@ class Trainer(ABC):
                     self.trainables.epoch_started()
                 try:
                     with exchanging(self.world):
-                        self.train_step(batches, self.plan.micro_step(self.position.epoch, self.position.batch))
+                        self.train_step(batches)
                         failure = self.after_training_step(len(batches), bar, trackers) or feed.failure
                         if vote.decided(self.stop.requested or failure is not None):
                             return failure

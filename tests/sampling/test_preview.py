@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from library.data.encoding import Text
 from library.families.family import PreviewDefaults
 from library.families.flux.options import FluxFlowOptions
 from library.families.sd.model import StableDiffusion
@@ -171,8 +172,8 @@ def test_cached_texts_need_no_encoder(family: StableDiffusion, models: PreviewMo
 class Stored(dict[str, Cond]):
     """Outputs of text encoders by caption."""
 
-    def get(self, caption: str) -> Cond:  # type: ignore[override]
-        return self[caption]
+    def get(self, text: Text) -> Cond:  # type: ignore[override]
+        return self[text.caption]
 
 
 def test_bfloat16_computation(family: StableDiffusion, models: PreviewModels, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two processes learn what one learns from the same batches and noise, with every --ddp_* option.
+"""Two processes learn what one learns with twice the accumulation, with every --ddp_* option: noise, timesteps and
+dropout are keyed by the position of a batch in the plan of all processes.
 
 The two processes are started once and do all runs one after the other: starting them is what takes long.
 """
@@ -7,7 +8,7 @@ The two processes are started once and do all runs one after the other: starting
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -20,9 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from library.errors import UserError
-from library.trainers.step import Step
 from library.trainers.trainables import Trainables
-from library.types import Batch
 from tests.trainers import child, finetune_runs, helpers
 from tests.trainers.finetune_runs import RecordedFineTune, make_finetune
 from tests.trainers.helpers import Recorded, differing, make_pictures, make_trainer, subset, write_dataset
@@ -32,7 +31,7 @@ MINUTES = 7
 # With --clip_skip 2 the last layer of the text encoder gets no gradient.
 COMMON: dict[str, Any] = {"clip_skip": 2, "max_train_steps": STEPS}
 METHODS: dict[str, dict[str, Any]] = {
-    "joined": {},  # a LoRA whose weights lie in one buffer
+    "joined": {"network_dropout": 0.2},  # a LoRA whose weights lie in one buffer
     "single": {"optimizer_type": "Adafactor", "optimizer_args": ["relative_step=False"]},  # one whose weights do not
     "full": {"train_text_encoder": True, "optimizer_type": "SGDNesterov", "learning_rate": 1e-2},
 }
@@ -52,21 +51,8 @@ RUNS = [
 ]
 
 
-@dataclass(frozen=True)
-class StepInTurn(Step):
-    """The step of one process, which does in turn what two do at the same time."""
-
-    def gradients(self, batches: Sequence[Batch], first_micro_step: int, step: int) -> Tensor:
-        total = torch.zeros(())
-        for index, batch in enumerate(batches):
-            own, share = Step(**{**vars(self), "rank": index % 2}), 1 / len(batches)
-            micro_step = (first_micro_step + index) // 2
-            total += own.learn(batch, micro_step, share=share, is_last=index == len(batches) - 1)
-        return total
-
-
-class InTurn:
-    """Mixed into a trainer that takes its steps so."""
+class KeepsFirst:
+    """Mixed into a trainer: it keeps the weights from before the first step."""
 
     trainables: Trainables
     first: dict[str, Tensor]
@@ -75,16 +61,12 @@ class InTurn:
         super().restore()  # type: ignore[misc]
         self.first = {name: value.clone() for name, value in self.trainables.state().items()}
 
-    def build_optimizer(self) -> None:
-        super().build_optimizer()  # type: ignore[misc]
-        self.step: Step = StepInTurn(**vars(self.step))
 
-
-class NetworkInTurn(InTurn, Recorded):
+class NetworkAlone(KeepsFirst, Recorded):
     pass
 
 
-class FullInTurn(InTurn, RecordedFineTune):
+class FullAlone(KeepsFirst, RecordedFineTune):
     pass
 
 
@@ -138,17 +120,17 @@ Alone = Callable[[str, int], tuple[dict[str, Tensor], Result]]
 
 @pytest.fixture(scope="module")
 def alone(sd1: Path, data: Path, ground: Path) -> Alone:
-    """The same runs by one process: the weights before, and the result."""
+    """The same runs by one process with twice the accumulation: the weights before, and the result."""
 
     @functools.cache
     def run(method: str, accumulation: int) -> tuple[dict[str, Tensor], Result]:
         folder = ground / f"alone {method} {accumulation}"
         values = options(method, sd1, data, folder, gradient_accumulation_steps=2 * accumulation)
-        trainer: NetworkInTurn | FullInTurn
+        trainer: NetworkAlone | FullAlone
         if method == "full":
-            trainer = make_finetune(values, family="sd", cls=FullInTurn)
+            trainer = make_finetune(values, family="sd", cls=FullAlone)
         else:
-            trainer = make_trainer(values, cls=NetworkInTurn)
+            trainer = make_trainer(values, cls=NetworkAlone)
         assert trainer.run() == 0
         losses, norms = (torch.tensor([vars(r)[name] for r in trainer.reports]) for name in ("loss", "grad_norm"))
         return trainer.first, Result(trainer.trainables.state(), losses, norms, {})
