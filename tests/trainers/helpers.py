@@ -88,10 +88,10 @@ def write_dataset(path: Path, *subsets: Mapping[str, Any], **values: Any) -> Pat
 
 def write_datasets(path: Path, *datasets: Mapping[str, Any]) -> Path:
     """A dataset configuration of several datasets."""
-    import toml
+    import tomli_w
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(toml.dumps({"datasets": list(datasets)}), encoding="utf-8")
+    path.write_text(tomli_w.dumps({"datasets": list(datasets)}), encoding="utf-8")
     return path
 
 
