@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
+ChildCount = Callable[[str], int]
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -85,6 +86,17 @@ def repeated(count: int, names: Iterable[ModuleName]) -> list[ModuleName]:
         for i in range(count)
         for name in table
     ]
+
+
+def inside(published: str, ours: str, table: Iterable[tuple[str, str]]) -> Iterator[ModuleName]:
+    """The rows (published, own) of a table, below a module."""
+    return (named(f"{published}.{a}", f"{ours}.{b}") for a, b in table)
+
+
+def children_of(root: nn.Module) -> ChildCount:
+    """A function from the path of a module list to its length: 0 where a block does not have that list."""
+    tree = dict(root.named_modules())
+    return lambda name: len(list(tree[name].children())) if name in tree else 0
 
 
 def part_rows(total: int, inputs: int, parts: int) -> tuple[int, ...]:

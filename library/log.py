@@ -6,9 +6,10 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import time
-from types import TracebackType
+import threading
 from typing import TextIO
+
+from tqdm import tqdm
 
 from library.errors import UserError, escaped
 
@@ -35,6 +36,7 @@ def setup_logging(*, level: str | None, file: str | None, simple: bool) -> None:
 
     Raises UserError when `file` cannot be written.
     """
+    tqdm.set_lock(threading.RLock())  # its own is shared with worker processes, which may be killed while they hold it
     logger = get_logger()
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
@@ -51,7 +53,11 @@ def setup_logging(*, level: str | None, file: str | None, simple: bool) -> None:
 
 
 class ConsoleHandler(logging.StreamHandler):
-    """Messages on stderr; a terminal that is gone ends no training."""
+    """Messages on stderr, above the progress bars. A run goes on when the terminal is gone."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with tqdm.external_write_mode(file=self.stream):
+            super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:
         if isinstance(sys.exc_info()[1], OSError):
@@ -119,49 +125,51 @@ def silenced_stderr() -> TextIO:
     return sys.stderr
 
 
-class progress:
-    """A progress bar on stderr with rate and ETA: redrawn in place on a terminal, a line now and then elsewhere."""
+class BarStream:
+    """stderr as progress bars write to it: redrawn in place on a terminal, a plain line for each state elsewhere."""
 
-    def __init__(self, total: int, what: str, unit: str = "it", *, start: int = 0, note: str = "") -> None:
-        self.total, self.what, self.unit, self.done, self.first, self.note = total, what, unit, start, start, note
-        self.terminal = sys.stderr.isatty()
-        self.started = self.shown = time.monotonic()
+    def __init__(self) -> None:
+        self.is_terminal = sys.stderr.isatty()
 
-    def __enter__(self) -> progress:
-        return self
+    def __eq__(self, other: object) -> bool:
+        """tqdm asks this to find the bars that a message has to make room for: those on the same terminal."""
+        return self.is_terminal and other is sys.stderr
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._show(end="\n")
+    __hash__ = None  # type: ignore[assignment]
+
+    def write(self, text: str) -> None:
+        line = text.strip()
+        if self.is_terminal:
+            to_stderr(text)
+        elif line:  # not the blanks that clear a bar
+            to_stderr(f"{line}\n")
+
+    def flush(self) -> None:
+        """Nothing is buffered."""
+
+    def fileno(self) -> int:
+        """Where tqdm reads the width of the terminal."""
+        return sys.stderr.fileno()
+
+
+class progress(tqdm):
+    """A progress bar on stderr with rate and remaining time; only the main process shows one.
+
+    On a terminal it fits the width and messages appear above it. Elsewhere (a file, a pipe) it is a line every ten
+    seconds, without control characters.
+    """
+
+    monitor_interval = 0  # no thread of tqdm's: `miniters` is fixed
+
+    def __init__(self, total: int, what: str, unit: str = "it", *, start: int = 0) -> None:
+        stream = BarStream()
+        super().__init__(
+            total=total, initial=start, desc=what, unit=unit, file=stream, disable=not is_main_process(), miniters=1,
+            mininterval=0.1 if stream.is_terminal else 10.0, dynamic_ncols=stream.is_terminal, ascii=True, smoothing=0,
+        )  # fmt: skip
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
-        """Count `count` items as done; `note` is shown at the end of the bar."""
-        self.done += count
-        self.note = self.note if note is None else note
-        if time.monotonic() - self.shown >= (0.1 if self.terminal else 10.0):
-            self._show(end="" if self.terminal else "\n")
-
-    def text(self) -> str:
-        """`caching latents  30/100 [00:12<00:28, 2.50 it/s]`"""
-        elapsed = time.monotonic() - self.started
-        rate = (self.done - self.first) / elapsed if elapsed > 0 else 0.0
-        left = clock((self.total - self.done) / rate) if rate > 0 else "?"
-        speed = f"{rate:.2f} {self.unit}/s" if rate >= 1 or rate == 0 else f"{1 / rate:.2f} s/{self.unit}"
-        return f"{self.what} {self.done}/{self.total} [{clock(elapsed)}<{left}, {speed}] {self.note}".rstrip()
-
-    def _show(self, end: str) -> None:
-        self.shown = time.monotonic()
-        if not is_main_process():
-            return
-        width = 24
-        filled = width * self.done // max(self.total, 1)
-        start = "\r\x1b[K" if self.terminal else ""
-        to_stderr(f"{start}|{'#' * filled}{'.' * (width - filled)}| {self.text()}{end}")
-
-
-def clock(seconds: float) -> str:
-    """Seconds as `m:ss` or `h:mm:ss`."""
-    whole = int(seconds)
-    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes:02}:{rest:02}"
+        """Count `count` more items as done; `note` is shown at the end of the bar."""
+        if note is not None:
+            self.set_postfix_str(note, refresh=False)
+        self.update(count)

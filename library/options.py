@@ -21,11 +21,14 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from textwrap import indent
 from typing import Any, NamedTuple
+
+import tomli_w
 
 from library.errors import UserError, how_many_shown, nearest, unknown_names
 from library.foreign_keys import FOREIGN_KEYS, NOT_OURS, PRESET
-from library.text_files import read_toml, toml_value
+from library.text_files import read_toml
 from library.values import (
     Check,
     Refused,
@@ -414,14 +417,14 @@ def dump_toml(options: Any) -> str:
 
 
 def _toml_line(name: str, value: Any) -> str:
-    """`name = value`; a path that is not UTF-8, which TOML cannot say, is a comment."""
-    line = f"{name} = {toml_value(value)}\n"
+    """`name = value`; a path that is not UTF-8, which TOML cannot hold, becomes a comment."""
+    text = tomli_w.dumps({name: value})
     try:
-        line.encode()
+        text.encode()
     except UnicodeEncodeError:
-        line = line.encode(errors="backslashreplace").decode()
-        return f"# give this on the command line, it is not UTF-8 text: {line}"
-    return line
+        escaped = text.encode(errors="backslashreplace").decode()
+        return indent(f"give this on the command line, it is not UTF-8 text: {escaped}", "# ")
+    return text
 
 
 def markdown_rows(groups: Mapping[str, type]) -> Iterator[str]:

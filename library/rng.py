@@ -2,7 +2,8 @@
 """Seeds that depend on what they are for, never on how often a generator was called before.
 
 Every draw of a run (batch order, caption choice, augmentation, timestep, noise, dropout) gets a seed derived from
-(run seed, purpose, counters such as epoch, step, rank and sample). A resumed run therefore draws the same values.
+(run seed, purpose, counters such as epoch, position in the plan of all processes, sample). A resumed run therefore
+draws the same values, whatever the number of processes.
 """
 
 from __future__ import annotations

@@ -110,10 +110,10 @@ def ignore_signals() -> None:
 
 
 def end_process(code: int) -> NoReturn:
-    """The end of one of several processes: as sys.exit, but the interpreter is not taken apart.
+    """Exit one of several processes: like sys.exit, but without taking the interpreter apart.
 
-    By then the processes have parted, yet threads of torch and gloo are still there: one that wakes up while what it
-    uses is destroyed aborts the process, and a finished run would end with -6.
+    Threads of gloo may still be at work. One that asks for the interpreter's lock while the interpreter is finalized is
+    ended by Python in the middle of C++ code, which calls std::terminate: a finished run would end with SIGABRT.
     """
     logging.shutdown()
     atexit._run_exitfuncs()

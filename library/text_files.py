@@ -21,6 +21,7 @@ else:
     import tomli as tomllib
 
 MOST_NESTED = 64  # levels; nothing that people write has more than a handful
+QUOTED = re.compile(r'"(?:\\.|[^"\\])*"|\'[^\']*\'')
 TOO_DEEP = "is nested too deeply"
 TOO_LONG = "holds a whole number with too many digits"
 
@@ -117,7 +118,7 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
 
 def _long_key(line: str) -> bool:
     """Whether a line of TOML begins with a key of more parts than anything may be nested: `a.b.c...`."""
-    parts = line.partition("=")[0].split(".")
+    parts = QUOTED.sub("_", line).partition("=")[0].split(".")
     return len(parts) > MOST_NESTED and all(part.strip() for part in parts)
 
 
@@ -125,14 +126,3 @@ def file_and(path: str | Path, error: ValueError) -> str:
     """`file, line 3 is ...` or `file is ...`."""
     reason = str(error)
     return f"{path}, {reason}" if reason.startswith("line ") else f"{path} {reason}"
-
-
-def toml_value(value: Any) -> str:
-    """A text, number, truth value or list of them as TOML."""
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON's escapes are TOML's
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(toml_value(item) for item in value)}]"
-    return repr(value)

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+Size = tuple[int, int]  # (width, height) in pixels
+
 # What a text encoder produced for one caption or a batch of them: exactly what is cached and what `predict` reads.
 Cond = dict[str, "Tensor"]
 
@@ -27,6 +29,16 @@ class LatentSpec:
 
 
 @dataclass(frozen=True)
+class ReferenceSpec:
+    """How a family takes reference pictures: those that a prompt edits, or takes subjects and styles from."""
+
+    most: int  # of a sample
+    # ((width, height) of the file, that of the training picture) -> (width, height) at which it is encoded
+    size: Callable[[Size, Size], Size]
+    seen_by: frozenset[str] = frozenset()  # text encoders that look at the pictures, too
+
+
+@dataclass(frozen=True)
 class Tokens:
     """Token ids of a batch of captions: encoder name -> (B, chunks, 77) int64 for CLIP, (B, length) for others.
 
@@ -38,13 +50,15 @@ class Tokens:
     lengths: dict[str, tuple[int, ...]]
     weights: dict[str, Tensor] | None = None
     truncated: tuple[int, ...] = ()  # indices of captions that were longer than the limit
+    pictures: dict[str, Tensor] = field(default_factory=dict)  # what encoders that look at pictures read of them
 
     def to(self, device: torch.device | str) -> Tokens:
         """The same tokens with every tensor on `device`; the host does not wait."""
         from library.device import on_device
 
         move = lambda tensors: {name: on_device(tensor, device) for name, tensor in tensors.items()}
-        return replace(self, ids=move(self.ids), weights=None if self.weights is None else move(self.weights))
+        weights = None if self.weights is None else move(self.weights)
+        return replace(self, ids=move(self.ids), weights=weights, pictures=move(self.pictures))
 
     def mask(self, name: str, length: int, device: torch.device | str, *, more: int = 0) -> Tensor:
         """(B, length) bool on `device`: True at the tokens of a caption and `more` tokens of its padding."""
@@ -66,6 +80,9 @@ class Batch:
     pixels: Tensor | None = None  # B 3 H W float32 in [-1, 1]; None when latents are cached
     latents: Tensor | None = None  # B C h w, scaled as the model wants them
     latent_seeds: list[int] = field(default_factory=list)  # seed of the VAE posterior sample, per sample
+    # Reference pictures: the first ones of all samples, the second ones ... Those of a batch agree in number and sizes.
+    references: tuple[Tensor, ...] = ()  # B C h w each, scaled as the model wants them; what `predict` reads
+    reference_pixels: tuple[Tensor, ...] = ()  # B 3 H W each, in [-1, 1]; empty when nothing has to encode them
     cond: Cond | None = None  # cached text-encoder outputs, padded to one length
     masks: Tensor | None = None  # B 1 H' W' float32 in [0, 1], where the loss counts (pixel or latent resolution)
     original_sizes: Tensor | None = None  # B 2 float32 (height, width) of the file
@@ -74,6 +91,7 @@ class Batch:
     control: Tensor | None = None  # B 3 H W float32 in [-1, 1], the control image
     network_multiplier: float = 1.0
     keep_prior: list[bool] = field(default_factory=list)  # custom_attributes.diff_output_preservation
+    position: int = 0  # of the micro-batch in the run, over all processes: what its draws are keyed by
 
     @property
     def size(self) -> int:
@@ -81,18 +99,9 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with every tensor on `device`; the host does not wait."""
-        import torch
-
         from library.device import on_device
 
-        def move(value: Any) -> Any:
-            if isinstance(value, torch.Tensor):
-                return on_device(value, device)
-            if isinstance(value, dict):
-                return {k: move(v) for k, v in value.items()}
-            return value
-
-        return replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)})
+        return self._mapped(lambda tensor: on_device(tensor, device))
 
     def part(self, rows: slice) -> Batch:
         """Some of its samples, with everything that belongs to them; `cond` keeps the padding of the whole."""
@@ -104,19 +113,27 @@ class Batch:
 
         Where the system refuses it, a tensor stays as it is, and its copy to the device waits.
         """
+
+        def pin(tensor: Tensor) -> Tensor:
+            try:
+                return tensor.pin_memory()
+            except RuntimeError:
+                return tensor
+
+        return self._mapped(pin)
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The same batch with `change` applied to every tensor."""
         import torch
 
-        def pin(value: Any) -> Any:
+        def mapped(value: Any) -> Any:
             if isinstance(value, torch.Tensor):
-                try:
-                    return value.pin_memory()
-                except RuntimeError:
-                    return value
+                return change(value)
             if isinstance(value, dict):
-                return {k: pin(v) for k, v in value.items()}
-            return value
+                return {name: mapped(entry) for name, entry in value.items()}
+            return tuple(map(mapped, value)) if isinstance(value, tuple) else value
 
-        return replace(self, **{f.name: pin(getattr(self, f.name)) for f in fields(self)})
+        return replace(self, **{f.name: mapped(getattr(self, f.name)) for f in fields(self)})
 
 
 @dataclass(frozen=True)
@@ -143,14 +160,19 @@ class Position:
     batch: int = 0
 
 
+def like(values: Tensor, x: Tensor) -> Tensor:
+    """`values` (B) with as many axes as `x` (B ...), so that they broadcast over each sample: (B 1 1 1) for B C h w."""
+    return values.view(-1, *(1,) * (x.dim() - 1))
+
+
 def _rows(value: Any, rows: slice) -> Any:
     """`value[rows]` of what has an entry per sample; numbers and None as they are."""
     if isinstance(value, dict):
         return {key: entry[rows] for key, entry in value.items()}
+    if isinstance(value, tuple):
+        return tuple(entry[rows] for entry in value)
     return value if value is None or isinstance(value, (int, float)) else value[rows]
 
 
 # pixels (B 3 H W, [-1, 1]) and one seed per sample -> scaled latents (B C h w)
 EncodeImages = Callable[["Tensor", "list[int]"], "Tensor"]
-# captions -> one unpadded Cond per caption
-EncodeTexts = Callable[["list[str]"], "list[Cond]"]

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # started as a script, from any folder
     sys.path.insert(0, str(ROOT))
 
-from library.adapters.surgery.options import missing_adapters, needed, run_tool  # noqa: E402
+from library.adapters.surgery.tool_options import missing_adapters, needed, run_tool  # noqa: E402
 from library.options import option  # noqa: E402
 
 if TYPE_CHECKING:
@@ -63,8 +63,8 @@ def lines(tensors: Mapping[str, Tensor]) -> Iterator[str]:
 
 def check(options: CheckLoraOptions) -> list[str]:
     """Prints the lines. Returns the names of the tensors that are not finite."""
-    from library.adapters.formats.files import load_tensors
-    from library.adapters.readers.files import key_lines
+    from library.adapters.formats.adapter_files import load_tensors
+    from library.adapters.readers.known_keys import key_lines
     from library.io.checkpoint import nonfinite_names
 
     assert options.check.file

@@ -25,12 +25,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from library.adapters.base import AdapterLayer, AdapterNetwork, add_scaled
+from library.adapters.adapter_layer import AdapterLayer, add_scaled
+from library.adapters.adapter_network import AdapterNetwork
 from library.adapters.build import network_from_weights, weights_of
-from library.adapters.formats.convert import by_module
-from library.adapters.network import LayerNetwork, RateRules
+from library.adapters.formats.conversion import by_module
+from library.adapters.layer_network import LayerNetwork, RateRules
 from library.adapters.options import read_network_args
-from library.adapters.spec import TargetModule, TargetSpec
+from library.adapters.target_spec import TargetModule, TargetSpec
 from library.adapters.targets import TextEncoders
 from library.errors import UserError
 from library.families.sd.names import unet_module_names

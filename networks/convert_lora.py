@@ -29,7 +29,7 @@ from library.options import option, resolve  # noqa: E402
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from library.adapters.formats.tables import Layer
+    from library.adapters.formats.architecture import PublishedLayer
 
 PRECISIONS = {"float": "float32", "fp16": "float16", "bf16": "bfloat16"}
 # Header entries that describe the scale of the tensors in the source's format
@@ -82,7 +82,7 @@ def convert_file(options: ConvertOptions) -> None:
     """Read, convert, write whole or not at all. Raises UserError for what cannot be converted."""
     import torch
 
-    from library.adapters.formats.convert import (
+    from library.adapters.formats.conversion import (
         alphas_in,
         convert,
         dora_norms,
@@ -118,9 +118,9 @@ def convert_file(options: ConvertOptions) -> None:
 
 def architectures(tensors: Mapping[str, Tensor], base: BaseWeights) -> list[str] | None:
     """What the names of the layers mean where several architectures have them: what the base model has most of."""
-    from library.adapters.formats.convert import layers_in
-    from library.adapters.formats.keys import architectures_of, format_of, require_one
-    from library.adapters.formats.tables import BY_NAME
+    from library.adapters.formats.architecture import BY_NAME
+    from library.adapters.formats.conversion import layers_in
+    from library.adapters.formats.recognition import architectures_of, format_of, require_one
 
     if format_of(tensors) == "kohya":
         return None
@@ -146,18 +146,18 @@ class BaseWeights:
                 raise UserError(f"--base_model {path}: not a readable .safetensors file ({error})") from None
             self.sources |= dict.fromkeys(file.keys(), file)
 
-    def has(self, layer: Layer) -> bool:
+    def has(self, layer: PublishedLayer) -> bool:
         """Whether the files have the layer under its published name."""
         return any(f"{path}.weight" in self.sources for path in self._paths(layer))
 
-    def _paths(self, layer: Layer) -> list[str]:
+    def _paths(self, layer: PublishedLayer) -> list[str]:
         prefixes = (
             (*ENCODER_PREFIXES, layer.comfy.removesuffix(layer.published)) if layer.encoder else DENOISER_PREFIXES
         )
         return [prefix + layer.published for prefix in prefixes]
 
-    def weight(self, layer: Layer) -> Tensor | None:
-        """The weight of a `Layer`, rows as published; None when no file has it."""
+    def weight(self, layer: PublishedLayer) -> Tensor | None:
+        """The weight of a `PublishedLayer`, rows as published; None when no file has it."""
         import torch
 
         for path in self._paths(layer):

@@ -19,13 +19,13 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # started as a script, from any folder
     sys.path.insert(0, str(ROOT))
 
-from library.adapters.surgery.options import missing_adapters, needed, run_tool, target_problems  # noqa: E402
+from library.adapters.surgery.tool_options import missing_adapters, needed, run_tool, target_problems  # noqa: E402
 from library.options import at_least, option  # noqa: E402
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from library.adapters.surgery.lora_math import Tensors
+    from library.adapters.formats.layer_tensors import Tensors
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class ExtractDyloraOptions:
 
 def extract(options: ExtractDyloraOptions) -> None:
     """Writes one file per rank. Raises UserError for files that are no LoRA of a larger rank."""
-    from library.adapters.surgery.files import read_lora
     from library.adapters.surgery.lora_math import is_lora, not_lora
+    from library.adapters.surgery.tool_files import read_lora
     from library.errors import UserError
     from library.io.checkpoint import save_tensors
     from library.log import get_logger

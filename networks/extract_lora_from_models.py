@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # started as a script, from any folder
     sys.path.insert(0, str(ROOT))
 
-from library.adapters.surgery.options import (  # noqa: E402
+from library.adapters.surgery.tool_options import (  # noqa: E402
     PRECISIONS,
     DeviceOptions,
     SaveOptions,
@@ -77,7 +77,7 @@ class ExtractLoraOptions:
 
 
 def act(options: ExtractLoraOptions) -> None:
-    from library.adapters.formats.tables import BY_NAME
+    from library.adapters.formats.architecture import BY_NAME
     from library.adapters.surgery.extract import Extraction, extract
 
     asked, save = options.extract, options.save

@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from library.adapters.base import AdapterNetwork
+from library.adapters.adapter_network import AdapterNetwork
+from library.adapters.block_ranks import block_lr_weights, plan_ranks
 from library.adapters.build import default_sizes
 from library.adapters.lora_build import LORA_ARGUMENTS, lora_from_weights, new_lora
-from library.adapters.lr_weights import block_lr_weights, plan_ranks
 from library.adapters.options import BlockOptions, read_network_args
-from library.adapters.spec import TargetSpec
+from library.adapters.target_spec import TargetSpec
 from library.adapters.targets import TextEncoders, block_layout, every_target, sd_targets
 
 ARGUMENTS: dict[str, type] = {"blocks": BlockOptions, **LORA_ARGUMENTS}

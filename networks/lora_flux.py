@@ -12,8 +12,8 @@ from torch import nn
 
 from library.adapters.lora_family import LoraFamily
 from library.adapters.options import T5Options, block_ranges, rank_list
-from library.adapters.spec import TargetSpec
 from library.adapters.table_targets import count, table_targets
+from library.adapters.target_spec import TargetSpec
 from library.adapters.type_dims import TypeDims, check_blocks, raise_problems
 from library.families.flux.names import flux_names
 from library.options import at_least, option

@@ -12,8 +12,8 @@ from torch import nn
 
 from library.adapters.lora_family import LoraFamily
 from library.adapters.options import rank_list
-from library.adapters.spec import TargetSpec
 from library.adapters.table_targets import count, table_targets
+from library.adapters.target_spec import TargetSpec
 from library.adapters.type_dims import TypeDims, short_name
 from library.families.lumina.names import lumina_names
 from library.options import at_least, option

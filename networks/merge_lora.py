@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # started as a script, from any folder
     sys.path.insert(0, str(ROOT))
 
-from library.adapters.surgery.options import (  # noqa: E402
+from library.adapters.surgery.tool_options import (  # noqa: E402
     ModelsOptions,
     SaveOptions,
     missing_files,
@@ -121,7 +121,7 @@ def run_merge(
     architectures: tuple[str, ...] | None = None,
 ) -> None:
     """What all merge scripts do with their options."""
-    from library.adapters.formats.tables import BY_NAME
+    from library.adapters.formats.architecture import BY_NAME
     from library.adapters.surgery.merge import Merge, ModelPart, merge
 
     found = tuple(

@@ -14,11 +14,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from library.adapters.base import AdapterNetwork
+from library.adapters.adapter_network import AdapterNetwork
 from library.adapters.oft_build import OFT_ARGUMENTS, new_oft, oft_from_weights, renamed
 from library.adapters.options import read_network_args
-from library.adapters.spec import TargetSpec
 from library.adapters.table_targets import require_class
+from library.adapters.target_spec import TargetSpec
 from library.adapters.targets import TextEncoders
 from library.adapters.type_dims import short_name
 from networks.lora_flux import DOUBLE, MODELS, SINGLE, denoiser_targets

@@ -21,21 +21,22 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # started as a script, from any folder
     sys.path.insert(0, str(ROOT))
 
-from library.adapters.surgery.options import (  # noqa: E402
+from library.adapters.surgery.tool_options import (  # noqa: E402
     DeviceOptions,
     missing_adapters,
     needed,
     run_tool,
     target_problems,
 )
-from library.adapters.surgery.options import SaveOptions as AnySaveOptions  # noqa: E402
+from library.adapters.surgery.tool_options import SaveOptions as AnySaveOptions  # noqa: E402
 from library.options import at_least, option, positive  # noqa: E402
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from library.adapters.surgery.lora_math import Kept, Tensors
+    from library.adapters.formats.layer_tensors import Tensors
+    from library.adapters.surgery.lora_math import RankStatistics
 
 METHODS = ("sv_ratio", "sv_fro", "sv_cumulative")
 
@@ -94,7 +95,7 @@ def resize(options: ResizeLoraOptions) -> None:
     """Reads, decomposes layer by layer, writes. Raises UserError for layers that are no plain LoRA."""
     import torch
 
-    from library.adapters.surgery.files import device_named, dims_in, dtype_named, read_lora, save_lora
+    from library.adapters.surgery.tool_files import device_named, dims_in, dtype_named, read_lora, save_lora
 
     asked = options.resize
     assert asked.model is not None and options.save.save_to is not None
@@ -116,16 +117,16 @@ def resize(options: ResizeLoraOptions) -> None:
 
 def resized(
     layers: Mapping[str, Tensors], options: ResizeOptions, device: torch.device
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Kept]]:
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, RankStatistics]]:
     """The layers at their new ranks, and what is left of each. alpha / rank stays what it was; norms stay whole.
 
     Raises UserError naming the layers that are no plain LoRA.
     """
-    from library.adapters.formats.layers import scale_of
+    from library.adapters.formats.layer_tensors import scale_of
     from library.adapters.surgery.lora_math import (
         ADDED,
         Change,
-        Kept,
+        RankStatistics,
         as_tensors,
         change_of,
         choose_rank,
@@ -140,7 +141,7 @@ def resized(
     if wrong:
         raise UserError(wrong[:1] + [f"and {len(wrong) - 1} layers more"] * (len(wrong) > 1))
     found: dict[str, dict[str, Tensor]] = {}
-    kept: dict[str, Kept] = {}
+    kept: dict[str, RankStatistics] = {}
     with progress(len(layers), "layers") as bar:
         for name, own in layers.items():
             bar.advance()
@@ -153,14 +154,14 @@ def resized(
             values = spectrum_of_change(change)
             largest = (options.new_conv_rank or options.new_rank) if change.is_3x3 else options.new_rank
             rank = choose_rank(values.s, largest, options.dynamic_method, options.dynamic_param or 0)
-            kept[name] = Kept.of(values.s, rank)
+            kept[name] = RankStatistics.of(values.s, rank)
             found[name] = as_tensors(*values.cut(rank), change.shape, scale * rank)
     if not kept:
         raise UserError(f"{options.model} has no LoRA layers")
     return found, kept
 
 
-def table(kept: Mapping[str, Kept]) -> Iterator[str]:
+def table(kept: Mapping[str, RankStatistics]) -> Iterator[str]:
     """What --verbose prints: a line per layer, and the mean."""
     width = max(len(name) for name in kept)
     for name, own in kept.items():

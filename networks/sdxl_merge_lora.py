@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # started as a script, from any folder
     sys.path.insert(0, str(ROOT))
 
-from library.adapters.surgery.options import ModelsOptions, SaveOptions, run_tool  # noqa: E402
+from library.adapters.surgery.tool_options import ModelsOptions, SaveOptions, run_tool  # noqa: E402
 from library.options import option  # noqa: E402
 from networks.merge_lora import merge_problems, run_merge  # noqa: E402
 

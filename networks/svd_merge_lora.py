@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # started as a script, from any folder
     sys.path.insert(0, str(ROOT))
 
-from library.adapters.surgery.options import DeviceOptions, ModelsOptions, SaveOptions, run_tool, target_problems  # noqa: E402
+from library.adapters.surgery.tool_options import DeviceOptions, ModelsOptions, SaveOptions, run_tool, target_problems  # noqa: E402
 from library.errors import UserError  # noqa: E402
 from library.options import at_least, option  # noqa: E402
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from library.adapters.surgery.lora_math import Tensors
+    from library.adapters.formats.layer_tensors import Tensors
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ def merge(options: SvdMergeOptions) -> None:
     """Reads, sums, decomposes layer by layer, writes. Raises UserError for what is no plain LoRA."""
     import torch
 
-    from library.adapters.surgery.files import device_named, dtype_named, merged_metadata, save_lora
     from library.adapters.surgery.merge import read_shares, same_layers
+    from library.adapters.surgery.tool_files import device_named, dtype_named, merged_metadata, save_lora
     from library.log import progress
 
     device = device_named(options.device.device)

@@ -175,3 +175,24 @@ def test_a_terminal_that_is_gone(tmp_path: Path) -> None:
         "sys.exit(guarded(action))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == EXIT_STOPPED
+
+
+# A gloo thread that asks for the interpreter's lock while the interpreter is taken apart ends in std::terminate: with
+# sys.exit in place of end_process, a rank of these two ends with -6 ("terminate called without an active exception").
+TWO_WITH_WORK_UNDER_WAY = """
+import sys, time
+import torch, torch.distributed as dist
+from library.stopping import end_process
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+dist.all_reduce(torch.ones(8))
+time.sleep(rank)
+dist.all_reduce(torch.ones(8), async_op=True).get_future().then(lambda future: future.value())
+end_process(0)
+"""
+
+
+def test_a_process_ends_with_its_code_while_an_exchange_is_under_way(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", TWO_WITH_WORK_UNDER_WAY]
+    both = [subprocess.Popen([*words, str(rank), str(tmp_path / "meeting")], cwd=ROOT) for rank in (0, 1)]
+    assert [process.wait(timeout=120) for process in both] == [0, 0]

@@ -30,7 +30,7 @@ def fill(run: caching.CacheRun) -> None:
     """Encode the latents that are missing; the VAE is only loaded when there are any."""
     latents = run.caches.latents
     assert latents is not None
-    jobs = run.data.encoding_jobs()
+    jobs = run.data.encoding_jobs() + run.data.reference_jobs()
     missing = len(latents.missing(jobs))
     log.info(f"{len(jobs)} latents are needed, {len(jobs) - missing} of them are there")
     if missing:

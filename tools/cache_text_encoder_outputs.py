@@ -35,8 +35,8 @@ def fill(run: caching.CacheRun) -> None:
     caches = run.caches
     assert caches.texts is not None
     for name, part in caches.texts.parts.items():
-        missing = len(part.missing(caches.captions))
-        log.info(f"{name}: {len(caches.captions)} texts are needed, {len(caches.captions) - missing} of them are there")
+        missing = len(part.missing(caches.wanted))
+        log.info(f"{name}: {len(caches.wanted)} texts are needed, {len(caches.wanted) - missing} of them are there")
         if missing:
             encoder = run.family.load_text_encoder(name, run.dtype, run.device, storage="half")
             caches.fill_texts(name, encoder, run.share)

@@ -154,6 +154,7 @@ class CacheRun:
         from library.data.lint import folder_lines
         from library.device import DistributedSettings, indexed, make_accelerator
         from library.sampling.prompts import load_prompts
+        from library.sampling.references import texts_of
         from library.trainers.caching import Caches, Share
         from library.trainers.checks import Checks, data_warnings, scan_datasets, training_data
         from library.trainers.resume import run_seed
@@ -167,7 +168,11 @@ class CacheRun:
         prompts = (checks.run(lambda: load_prompts(file)) if file else None) or ()
         control = checks.run(lambda: has_control_images(family.name, options)) or False
         found = checks.run(lambda: scan_datasets(family, options, control=control))
-        data = checks.run(lambda: training_data(found, options, run_seed(options, None))) if found else None
+        data = (
+            checks.run(lambda: training_data(found, options, run_seed(options, None), family.references))
+            if found
+            else None
+        )
         checks.finish()
         assert found is not None and data is not None
         for line in folder_lines(found) if is_main_process() else ():
@@ -180,7 +185,8 @@ class CacheRun:
         self.family, self.data, self.device = family, data, indexed(self.accelerator.device)
         self.share = Share(self.accelerator.process_index, self.accelerator.num_processes)
         self.dtype = compute_dtype(options.precision)
-        texts = [text for prompt in prompts for text in (prompt.negative_prompt, prompt.prompt)]
+        size = found.datasets[0].config.buckets.resolution
+        texts = texts_of(prompts, family.references, size, family.latent.factor)
         import_diffusers()
         self.caches = Caches(family, options, data, self.dtype, learning=(), more_texts=texts)
 
@@ -192,7 +198,7 @@ class CacheRun:
 
 def has_control_images(family: str, options: Any) -> bool:
     """Whether the training looks at control images. Raises UserError for a network module that does not fit."""
-    from library.adapters.foreign.plugin import load_network_module
+    from library.adapters.foreign.network_module import load_network_module
 
     module = options.method.network_module
     problem = None if module is None else misfit(family, module)

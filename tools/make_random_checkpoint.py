@@ -25,14 +25,16 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.families.sd import names as sd_keys
 from library.families.sd.model import published_tensors, unused_open_clip
+from library.families.sd.names import CLIP_PREFIX, OPEN_CLIP_PREFIX, UNET_PREFIX, unet_rules
 from library.families.sd.parts import build_text_encoder, build_unet
 from library.io.tensor_file import header_bytes, ordered_names
 from library.key_tables import Rule, publish
 from library.rng import torch_generator
+from library.weights.clip_names import clip_rules, open_clip_rules
 from library.weights.kl_vae import build_vae
 from library.weights.loading import build_empty, shipped_config
+from library.weights.vae_names import VAE_PREFIX, vae_rules
 from tools.base_model.tokenizer import save_tokenizer
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -119,11 +121,11 @@ def write_tensors(path: Path, shapes: Mapping[str, Tensor], make: Callable[[str]
 
 def write_single(model: RandomModel, path: Path) -> None:
     """The file in published names."""
-    text = (sd_keys.OPEN_CLIP_PREFIX, sd_keys.open_clip_rules)
+    text = (OPEN_CLIP_PREFIX, open_clip_rules)
     layout: dict[str, tuple[str, Callable[[nn.Module], tuple[Rule, ...]]]] = {
-        "unet": (sd_keys.UNET_PREFIX, sd_keys.unet_rules),
-        "vae": (sd_keys.VAE_PREFIX, sd_keys.vae_rules),
-        "text_encoder": text if model.version == 2 else (sd_keys.CLIP_PREFIX, sd_keys.clip_rules),
+        "unet": (UNET_PREFIX, unet_rules),
+        "vae": (VAE_PREFIX, vae_rules),
+        "text_encoder": text if model.version == 2 else (CLIP_PREFIX, clip_rules),
     }
     places = {
         prefix + rule.published: (part, rule)

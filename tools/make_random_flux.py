@@ -23,10 +23,10 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.families.flux.parts import build_flux, denoiser_rules
-from library.families.sd.names import vae_rules
 from library.key_tables import Rule, publish
 from library.weights.kl_vae import build_vae
 from library.weights.loading import build_empty, shipped_config
+from library.weights.vae_names import vae_rules
 from tools.base_model.tokenizer import save_tokenizer
 from tools.make_random_checkpoint import DTYPES, random_values, write_tensors
 

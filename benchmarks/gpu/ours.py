@@ -112,11 +112,11 @@ class Timed(Trainer):
         self.clock = clock
         self.stall: float | None = None  # seconds of a timed step
 
-    def train_step(self, batches: Sequence[Batch], first_micro_step: int) -> None:
+    def train_step(self, batches: Sequence[Batch]) -> None:
         swap, clock = self.running.memory.swap, self.clock
         if swap is not None and clock.count == clock.warmup:
             swap.measure()
         if swap is not None and clock.count == clock.warmup + clock.timed:
             self.stall = swap.stalled() / clock.timed
         with clock.step():
-            super().train_step(batches, first_micro_step)
+            super().train_step(batches)

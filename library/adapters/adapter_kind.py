@@ -14,7 +14,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from library.adapters.base import AdapterLayer, AdapterNetwork
+from library.adapters.adapter_layer import AdapterLayer
+from library.adapters.adapter_network import AdapterNetwork
+from library.adapters.block_ranks import block_lr_weights, plan_ranks
 from library.adapters.build import (
     FileReader,
     Ranks,
@@ -24,12 +26,11 @@ from library.adapters.build import (
     rate_rules,
     weights_of,
 )
-from library.adapters.formats.convert import by_module
-from library.adapters.kinds import READERS
+from library.adapters.file_readers import READERS
+from library.adapters.formats.conversion import by_module
 from library.adapters.lora_family import LoraFamily
-from library.adapters.lr_weights import block_lr_weights, plan_ranks
 from library.adapters.options import BlockOptions, LoraPlusOptions, PatternOptions, T5Options, read_network_args
-from library.adapters.spec import TargetSpec
+from library.adapters.target_spec import TargetSpec
 from library.adapters.targets import TextEncoders, block_layout, every_target, sd_targets
 from library.errors import UserError
 from library.log import get_logger

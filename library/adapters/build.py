@@ -10,15 +10,15 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from library.adapters.base import AdapterLayer
-from library.adapters.formats.check import BROKEN
-from library.adapters.formats.convert import by_module, read_tensors, to_kohya
+from library.adapters.adapter_layer import AdapterLayer
+from library.adapters.formats.conversion import by_module, read_tensors, to_kohya
+from library.adapters.formats.damage import BROKEN
 from library.adapters.formats.deltas import kohya_dora
-from library.adapters.formats.keys import OFT_PREFIX, architectures_with
+from library.adapters.formats.recognition import OFT_PREFIX, architectures_with
+from library.adapters.layer_network import LayerNetwork, RateRules
 from library.adapters.layers.norm import NormLayer
-from library.adapters.network import LayerNetwork, RateRules
 from library.adapters.options import LoraPlusOptions, PatternOptions
-from library.adapters.spec import TargetSpec
+from library.adapters.target_spec import TargetSpec
 from library.errors import UserError, first_names
 from library.log import get_logger
 

@@ -10,13 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
-from library.adapters.base import AdapterNetwork
+from library.adapters.adapter_network import AdapterNetwork
 from library.adapters.build import Ranks, build_network, network_from_weights, rate_rules, weights_of
-from library.adapters.kinds import READERS
+from library.adapters.file_readers import READERS
 from library.adapters.layers.lora import LoRALayer, LoraSettings, lora_layer
 from library.adapters.layers.norm import NormLayer
 from library.adapters.options import DropoutOptions, LoraLayerOptions, LoraPlusOptions, PatternOptions
-from library.adapters.spec import TargetSpec
+from library.adapters.target_spec import TargetSpec
 from library.errors import UserError
 from library.log import get_logger
 

@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from library.adapters.base import AdapterNetwork
+from library.adapters.adapter_network import AdapterNetwork
 from library.adapters.build import default_sizes
 from library.adapters.lora_build import LORA_ARGUMENTS, given, lora_from_weights, new_lora
 from library.adapters.options import FusedLayerOptions, NoConvOptions, SplitOptions, read_network_args
-from library.adapters.spec import TargetSpec
 from library.adapters.table_targets import require_class, split_targets, text_targets
+from library.adapters.target_spec import TargetSpec
 from library.adapters.targets import TextEncoders, as_list
 from library.adapters.type_dims import TypeDims
 

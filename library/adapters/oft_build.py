@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from library.adapters.base import AdapterNetwork
+from library.adapters.adapter_network import AdapterNetwork
 from library.adapters.build import build_network, default_sizes, network_from_weights, rate_rules, weights_of
 from library.adapters.layers.oft import OFTLayer, OftSettings
 from library.adapters.options import LoraPlusOptions, NoDropoutOptions, OftOptions, PatternOptions, warn_dropout
-from library.adapters.spec import TargetSpec
+from library.adapters.target_spec import TargetSpec
 from library.adapters.targets import DENOISER_PREFIX
 from library.errors import UserError
 from library.log import get_logger

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from library.adapters.spec import TargetModule, TargetSpec
+from library.adapters.target_spec import TargetModule, TargetSpec
 from library.adapters.targets import CLIP_BLOCKS, DENOISER_PREFIX, ENCODER_PREFIX, encoder_targets
 from library.errors import UserError
 from library.key_tables import SWAP_HALVES, ModuleName

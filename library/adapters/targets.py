@@ -14,10 +14,11 @@ from typing import Any
 
 from torch import nn
 
-from library.adapters.lr_weights import BlockLayout
-from library.adapters.spec import Part, TargetModule, TargetSpec
+from library.adapters.block_ranks import BlockLayout
+from library.adapters.target_spec import Component, TargetModule, TargetSpec
 from library.errors import UserError
-from library.families.sd.names import sdxl_block, unet_module_names
+from library.families.sd.names import unet_module_names
+from library.families.sdxl.names import sdxl_block
 
 TextEncoders = nn.Module | Sequence[nn.Module | None] | None  # None in its place: gets no adapters
 
@@ -166,7 +167,7 @@ def _sdxl_denoiser(
 
 
 def _target(
-    prefix: str, path: str, module: nn.Module, part: Part, *, block: int | None = None, encoder: int = 0
+    prefix: str, path: str, module: nn.Module, part: Component, *, block: int | None = None, encoder: int = 0
 ) -> TargetSpec:
     name = f"{prefix}_{path.replace('.', '_')}"
     return TargetSpec(name, (TargetModule(path, module),), part, block=block, encoder=encoder, path=path)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from library.adapters.spec import TargetSpec
+from library.adapters.target_spec import TargetSpec
 from library.adapters.targets import DENOISER_PREFIX
 from library.errors import UserError
 

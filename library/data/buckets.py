@@ -15,8 +15,8 @@ import numpy as np
 
 from library.data.records import BucketRules
 from library.errors import UserError
+from library.types import Size
 
-Size = tuple[int, int]
 LONGEST = 16  # times the side of the square: no picture is as long as that
 
 
@@ -90,8 +90,7 @@ class BucketManager:
             reso = size
         else:  # the first of equals
             reso = self.predefined[int(np.abs(self._ratios - ratio).argmin())]
-        scale = reso[1] / size[1] if ratio > reso[0] / reso[1] else reso[0] / size[0]
-        return Bucket(reso, (_round(size[0] * scale), _round(size[1] * scale)))
+        return covering(size, reso)
 
     def _fit_without_upscale(self, size: Size) -> Bucket:
         """Shrink to the area of the resolution where the picture is larger, then cut both sides down to whole steps."""
@@ -115,6 +114,12 @@ class BucketManager:
         if error_by_width < error_by_height:
             return (by_width, _round(by_width / ratio))
         return (_round(by_height * ratio), by_height)
+
+
+def covering(size: Size, reso: Size) -> Bucket:
+    """The bucket `reso` of a picture of `size`, which is resized so that it just covers it."""
+    scale = reso[1] / size[1] if size[0] / size[1] > reso[0] / reso[1] else reso[0] / size[0]
+    return Bucket(reso, (_round(size[0] * scale), _round(size[1] * scale)))
 
 
 def predefined_resolutions(resolution: Size, low: int, high: int, step: int) -> list[Size]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from library.data.options import MOST_REPEATS, NO_DATA, CacheOptions, DataOptions
 from library.data.records import BucketRules, CaptionRules, DatasetConfig, ImageRules, SubsetConfig
+from library.data.references import reference_problems
 from library.errors import UserError, first_names, how_many_shown, nearest, unknown
 from library.log import get_logger
 from library.options import Spec, at_least, option, specs
@@ -46,6 +47,9 @@ class FileKeys:
     conditioning_data_dir: str | None = option(
         None, help="Folder of masks (or control images) with the pictures' names.", path=True
     )
+    reference_data_dir: str | None = option(
+        None, help="Folder of reference pictures: name.png, or name_0.png, name_1.png, ... for name.png.", path=True
+    )
     is_reg: bool = option(False, help="Regularisation pictures: weighted by --prior_loss_weight.")
     class_tokens: str | None = option(None, help="Caption of pictures that have none.")
     custom_attributes: Mapping[str, Any] | None = option(
@@ -59,7 +63,7 @@ class FileKeys:
 
 _RENAMED = {"batch_size": "train_batch_size"}  # key of the file -> option of the command line
 
-_SUBSET_ONLY = frozenset({"image_dir", "metadata_file", "conditioning_data_dir", "is_reg"})
+_SUBSET_ONLY = frozenset({"image_dir", "metadata_file", "conditioning_data_dir", "reference_data_dir", "is_reg"})
 _DATASET_KEYS = frozenset(
     {f.name for f in fields(BucketRules)} | {"batch_size", "network_multiplier", "validation_seed", "validation_split"}
 )
@@ -130,7 +134,7 @@ class _Reader:
                 continue
             spec = self.known[key]
             if isinstance(value, bool) and spec.hint is int:
-                value = int(value)  # today's files may say so
+                value = int(value)  # sd-scripts' files may say so
             try:
                 values[key] = spec.read(value)
             except ValueError as error:
@@ -309,10 +313,10 @@ def _read_subset(reader: _Reader, raw: Any, place: str, dataset: _Table, levels:
 
 def missing_paths(subset: SubsetConfig) -> Iterator[str]:
     """One line for each folder or file of a subset that is not there, with the nearest one that is."""
-    if subset.image_dir and not Path(subset.image_dir).is_dir():
-        yield f"image_dir {_missing(subset.image_dir)}"
-    if subset.conditioning_data_dir and not Path(subset.conditioning_data_dir).is_dir():
-        yield f"conditioning_data_dir {_missing(subset.conditioning_data_dir)}"
+    for key in ("image_dir", "conditioning_data_dir", "reference_data_dir"):
+        folder = vars(subset)[key]
+        if folder and not Path(folder).is_dir():
+            yield f"{key} {_missing(folder)}"
     if subset.metadata_file and not Path(subset.metadata_file).is_file():
         yield f"metadata_file {_missing(subset.metadata_file)}"
 
@@ -421,12 +425,14 @@ def dataset_problems(
 
 
 def load_dataset_config(
-    options: DataOptions, *, bucket_step: int, cache: CacheOptions | None = None, control: bool = False
-) -> tuple[DatasetConfig, ...]:
+    options: DataOptions, *, bucket_step: int, cache: CacheOptions | None = None, control: bool = False,
+    references: bool = False,
+) -> tuple[DatasetConfig, ...]:  # fmt: skip
     """The datasets that the options describe. Raises UserError listing every mistake.
 
     bucket_step: pixels that bucket sides must be multiples of (the model family's). cache: checked together, if given.
-    control: each subset must have a conditioning_data_dir, which holds control images and never masks.
+    control: each subset must have a conditioning_data_dir, which holds control images and never masks. references:
+    whether the model takes reference pictures.
     """
     problems: list[str] = []
     if options.dataset_config:
@@ -438,6 +444,7 @@ def load_dataset_config(
     kept = tuple(dataset for dataset in datasets if dataset.subsets)
     if not problems:
         problems.extend(dataset_problems(kept, options, cache, control))
+        problems.extend(reference_problems((s for dataset in kept for s in dataset.subsets), taken=references))
     if not problems and not kept:
         problems.append(f"{options.dataset_config}: every subset has num_repeats = 0, so there is nothing to train on")
     if problems:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,62 +18,24 @@ from torch import Tensor
 
 from library.data import captions, images
 from library.data.buckets import Bucket
+from library.data.encoding import (
+    LatentJob,
+    LatentSource,
+    Text,
+    TextSource,
+    latent_seed,
+    mask_of,
+    pixels_of,
+    reference_pixels,
+    without_draws,
+)
 from library.data.loader import BatchLoader
 from library.data.parts import DatasetStats, Part, make_parts
 from library.data.plan import BatchPlan, EpochPlan, plan_epoch, plan_in_order
-from library.data.records import DatasetConfig, ImageRules, Sample
+from library.data.records import DatasetConfig, Sample
 from library.errors import UserError
-from library.rng import derive_seed, python_rng
-from library.types import Batch, Cond
-
-# ---- what a cache gives and needs ---------------------------------------------------------------------------------
-
-
-class LatentSource(Protocol):
-    """Cached latents."""
-
-    def get(self, sample: Sample, bucket: Bucket, flipped: bool) -> tuple[Tensor, Tensor | None]:
-        """(latents C h w, mask 1 h w float32 in [0, 1] or None)."""
-
-
-class TextSource(Protocol):
-    """Cached text-encoder outputs."""
-
-    def get(self, caption: str) -> Cond:
-        """The outputs for one final caption, unpadded."""
-
-
-class LatentJob(NamedTuple):
-    """One picture that a cache of latents must hold."""
-
-    sample: Sample
-    bucket: Bucket
-    flipped: bool
-
-
-class EncodingInput(NamedTuple):
-    """What an image encoder gets for a LatentJob."""
-
-    pixels: Tensor  # 3 H W float32 in [-1, 1]
-    seed: int  # of the VAE posterior sample
-    mask: Tensor | None  # 1 H W float32 in [0, 1]
-
-
-def encoding_input(job: LatentJob, *, masked_loss: bool) -> EncodingInput:
-    """Reads the picture of a LatentJob: the very pixels, seed and mask that training without a cache would use.
-
-    Raises UserError naming the file.
-    """
-    rules = _still(job.sample.subset.images)
-    rng = python_rng("encoding")  # nothing is drawn: a subset that draws cannot be cached
-    prepared = images.prepare(job.sample, job.bucket, rng, flipped=job.flipped, masked_loss=masked_loss, rules=rules)
-    return EncodingInput(_pixels(prepared.rgb), latent_seed(job.sample, job.flipped), _mask(prepared.mask))
-
-
-def latent_seed(sample: Sample, flipped: bool) -> int:
-    """The seed of a sample's VAE posterior: from its file name, so that it survives a move of the folder."""
-    return derive_seed("vae", os.path.basename(sample.path), int(flipped))
-
+from library.rng import python_rng
+from library.types import Batch, Cond, ReferenceSpec
 
 # ---- the data -----------------------------------------------------------------------------------------------------
 
@@ -82,7 +44,8 @@ class TrainingData:
     """All datasets of a run.
 
     seed: the run's seed. masked_loss: masks come from mask pictures (alpha_mask subsets have masks with or without it).
-    text_variants: texts per caption that are cached where captions vary. What is known later comes with `prepared`.
+    text_variants: texts per caption that are cached where captions vary. references: how the model takes reference
+    pictures. What is known later comes with `prepared`.
 
     Raises UserError with all pictures that fit no bucket, and when no training picture is left.
     """
@@ -95,6 +58,7 @@ class TrainingData:
         prior_loss_weight: float = 1.0,
         masked_loss: bool = False,
         text_variants: int = 8,
+        references: ReferenceSpec | None = None,
     ):
         self.seed = seed
         self.prior_loss_weight = prior_loss_weight
@@ -104,7 +68,9 @@ class TrainingData:
         self.latents: LatentSource | None = None
         self.texts: TextSource | None = None
         self.join: Callable[[list[Cond]], Cond] | None = None
-        self._parts = make_parts(datasets, seed)
+        self.seen = references is not None and bool(references.seen_by)  # text encoders look at the references
+        self.shown = self.seen  # and do so in the steps, so that each batch needs the pictures
+        self._parts = make_parts(datasets, seed, references)
 
     def prepared(
         self,
@@ -113,10 +79,12 @@ class TrainingData:
         latents: LatentSource | None = None,
         texts: TextSource | None = None,
         join: Callable[[list[Cond]], Cond] | None = None,
+        shown: bool | None = None,
     ) -> TrainingData:
         """The same data with the length of the run (optimizer steps, for token warm-up in fractions) and filled caches.
 
-        join: pads the outputs of several captions into those of a batch; needed with `texts`.
+        join: pads the outputs of several captions into those of a batch; needed with `texts`. shown: whether batches
+        come with the pixels of reference pictures although their latents are cached, for text encoders to look at.
         Raises UserError where a cache cannot serve the datasets' options.
         """
         problems = self.cache_problems(latents=latents is not None, texts=texts is not None)
@@ -129,6 +97,7 @@ class TrainingData:
         new.latents = self.latents if latents is None else latents
         new.texts = self.texts if texts is None else texts
         new.join = self.join if join is None else join
+        new.shown = self.shown if shown is None else shown
         return new
 
     def cache_problems(self, *, latents: bool, texts: bool) -> list[str]:
@@ -148,6 +117,11 @@ class TrainingData:
         if epoch < 1:
             raise ValueError("epochs count from 1")
         return plan_epoch([part.train for part in self._parts], seed=self.seed, epoch=epoch)
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Micro-batches of an epoch, of all processes."""
+        return sum(part.stats.batches for part in self._parts)
 
     def validation_plans(self) -> EpochPlan:
         """The batches of one validation: always the same, without augmentation, shuffle or dropout."""
@@ -187,19 +161,33 @@ class TrainingData:
                 found.setdefault((sample.path, job.bucket, flipped, how), job)
         return list(found.values())
 
-    def all_captions(self) -> list[str]:
-        """Every final text that training and validation use when text outputs are cached, once each."""
-        found: dict[str, None] = {}
-        for _, sample, validation in self._used_samples():
-            rules = sample.subset.captions
-            if validation:
-                found[_validation_caption(sample)] = None
-                continue
-            texts = captions.caption_variants(sample.caption, rules, self.text_variants, _variant_seed(sample))
-            found |= dict.fromkeys(texts)
-            if rules.caption_dropout_rate > 0 or rules.caption_dropout_every_n_epochs > 0:
-                found[""] = None
+    def reference_jobs(self) -> list[LatentJob]:
+        """Every reference picture at every size that training and validation use, once each."""
+        found: dict[LatentJob, None] = {}
+        for part, sample, _ in self._used_samples():
+            found |= dict.fromkeys(part.references(sample))
         return list(found)
+
+    def all_texts(self) -> list[Text]:
+        """Every final text that training and validation use when text outputs are cached, once each."""
+        found: dict[Text, None] = {}
+        for part, sample, validation in self._used_samples():
+            shown = self._shown(part, sample)
+            found |= {Text(caption, shown): None for caption in self._captions_of(sample, validation)}
+        return list(found)
+
+    def _captions_of(self, sample: Sample, validation: bool) -> list[str]:
+        """The final captions of a sample."""
+        rules = sample.subset.captions
+        if validation:
+            return [_validation_caption(sample)]
+        texts = captions.caption_variants(sample.caption, rules, self.text_variants, _variant_seed(sample))
+        drops = rules.caption_dropout_rate > 0 or rules.caption_dropout_every_n_epochs > 0
+        return [*texts, ""] if drops else [*texts]
+
+    def _shown(self, part: Part, sample: Sample) -> tuple[LatentJob, ...]:
+        """The reference pictures of a sample that text encoders see."""
+        return part.references(sample) if self.seen else ()
 
     def _used_samples(self) -> Iterator[tuple[Part, Sample, bool]]:
         """(dataset, sample, for validation) of every sample that some epoch or validation uses."""
@@ -225,7 +213,8 @@ class TrainingData:
         texts = [item.caption for item in items]
         cond = None
         if self.texts is not None and self.join is not None:
-            cond = self.join([self.texts.get(text) for text in texts])
+            shown = [self._shown(part, sample) for sample in samples]
+            cond = self.join([self.texts.get(Text(text, pictures)) for text, pictures in zip(texts, shown)])
         weights = [self.prior_loss_weight if sample.subset.is_reg else 1.0 for sample in samples]
         return Batch(
             names=[sample.path for sample in samples],
@@ -234,6 +223,8 @@ class TrainingData:
             pixels=_stack([item.pixels for item in items]),
             latents=_stack([item.latents for item in items]),
             latent_seeds=[latent_seed(item.sample, item.flipped) for item in items],
+            references=_columns([item.references for item in items]),
+            reference_pixels=_columns([item.reference_pixels for item in items]),
             cond=cond,
             masks=_stack_masks([item.mask for item in items]),
             original_sizes=_sizes([(sample.size[1], sample.size[0]) for sample in samples]),
@@ -242,27 +233,35 @@ class TrainingData:
             control=_stack([item.control for item in items]),
             network_multiplier=part.config.network_multiplier,
             keep_prior=[bool(s.subset.custom_attributes.get("diff_output_preservation", False)) for s in samples],
+            position=plan.position if plan.validation else self.batches_per_epoch * (plan.epoch - 1) + plan.position,
         )
 
     def _item(self, part: Part, sample: Sample, plan: BatchPlan, place: int, step: int) -> _Item:
         """One sample of a batch."""
         rng = python_rng(self.seed, "augment", plan.epoch, plan.position, place)
         bucket = part.bucket(sample)
-        rules = _still(sample.subset.images) if plan.validation else sample.subset.images
+        rules = without_draws(sample.subset.images) if plan.validation else sample.subset.images
         flipped = images.draw_flip(rules, rng)
         caption = _validation_caption(sample) if plan.validation else self._caption(sample, plan, place, step)
         if self.latents is not None:
-            latents, mask = self.latents.get(sample, bucket, flipped)
+            latents, mask = self.latents.get(LatentJob(sample, bucket, flipped))
             if not images.wants_mask(sample, masked_loss=self.masked_loss):
                 mask = None
             told = images.fixed_conditioning(bucket, sample.size, flipped=flipped)
             control = _control(images.prepare_control(sample, bucket, flipped=flipped))
-            return _Item(sample, caption, flipped, None, latents, mask, told, control)
+            return _Item(sample, caption, flipped, None, latents, mask, told, control, *self._references(part, sample))
         prepared = images.prepare(
             sample, bucket, rng, flipped=flipped, masked_loss=self.masked_loss, rules=rules, with_control=True
         )
-        pixels, mask, control = _pixels(prepared.rgb), _mask(prepared.mask), _control(prepared.control)
-        return _Item(sample, caption, flipped, pixels, None, mask, prepared.crop_top_left, control)
+        pixels, mask, control = pixels_of(prepared.rgb), mask_of(prepared.mask), _control(prepared.control)
+        told = prepared.crop_top_left
+        return _Item(sample, caption, flipped, pixels, None, mask, told, control, *self._references(part, sample))
+
+    def _references(self, part: Part, sample: Sample) -> tuple[list[Tensor], list[Tensor]]:
+        """(latents, pixels) of a sample's reference pictures; an empty list of what the steps do not need."""
+        jobs, cache = part.references(sample), self.latents
+        latents = [cache.get(job)[0] for job in jobs] if cache is not None else []
+        return latents, [reference_pixels(job) for job in jobs] if cache is None or self.shown else []
 
     def _caption(self, sample: Sample, plan: BatchPlan, place: int, step: int) -> str:
         rng = python_rng(self.seed, "caption", plan.epoch, plan.position, place)
@@ -286,14 +285,11 @@ class _Item(NamedTuple):
     mask: Tensor | None
     crop_top_left: tuple[float, float]
     control: Tensor | None
+    references: list[Tensor]
+    reference_pixels: list[Tensor]
 
 
 # ---- small helpers ------------------------------------------------------------------------------------------------
-
-
-def _still(rules: ImageRules) -> ImageRules:
-    """The image rules of validation samples: nothing is drawn."""
-    return ImageRules(resize_interpolation=rules.resize_interpolation, alpha_mask=rules.alpha_mask)
 
 
 def _variant_seed(sample: Sample) -> tuple[str, str, str]:
@@ -307,23 +303,18 @@ def _validation_caption(sample: Sample) -> str:
     return captions.compose(sample.caption, rules, rng, step=0, total_steps=0)
 
 
-def _pixels(rgb: np.ndarray) -> Tensor:
-    """H W 3 uint8 as 3 H W float32 in [-1, 1]."""
-    return torch.from_numpy(rgb.transpose(2, 0, 1).astype(np.float32)) / 127.5 - 1.0
+def _sizes(pairs: Sequence[tuple[float, float]]) -> Tensor:
+    return torch.tensor(pairs, dtype=torch.float32)
 
 
 def _control(control: np.ndarray | None) -> Tensor | None:
     """H W 3 uint8 as 3 H W float32 in [-1, 1]."""
-    return None if control is None else _pixels(control)
+    return None if control is None else pixels_of(control)
 
 
-def _mask(mask: np.ndarray | None) -> Tensor | None:
-    """H W uint8 as 1 H W float32 in [0, 1]."""
-    return None if mask is None else torch.from_numpy(mask[None].astype(np.float32)) / 255.0
-
-
-def _sizes(pairs: Sequence[tuple[float, float]]) -> Tensor:
-    return torch.tensor(pairs, dtype=torch.float32)
+def _columns(rows: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
+    """The first tensors of all samples as one, the second ones as one ...: their shapes agree."""
+    return tuple(torch.stack(column) for column in zip(*rows, strict=True))
 
 
 def _stack(tensors: Sequence[Tensor | None]) -> Tensor | None:
@@ -338,18 +329,3 @@ def _stack_masks(masks: Sequence[Tensor | None]) -> Tensor | None:
     if like is None:
         return None
     return torch.stack([torch.ones_like(like) if mask is None else mask for mask in masks])
-
-
-__all__ = [
-    "BatchLoader",
-    "BatchPlan",
-    "DatasetStats",
-    "EncodingInput",
-    "EpochPlan",
-    "LatentJob",
-    "LatentSource",
-    "TextSource",
-    "TrainingData",
-    "encoding_input",
-    "latent_seed",
-]

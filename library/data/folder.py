@@ -206,4 +206,6 @@ def read_all(read: Callable[[str], Any], paths: list[str], what: str) -> list[An
     finally:
         if pool is not None:
             pool.shutdown()
+        if bar is not None:
+            bar.close()
     return found

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from library.data.buckets import Bucket, center_crop
-from library.data.dataset import EncodingInput, LatentJob, encoding_input, latent_seed
+from library.data.encoding import EncodingInput, LatentJob, encoding_input, latent_seed
 from library.data.file_hashes import FileHashes, FileState, state_of
 from library.data.images import wants_mask
 from library.data.legacy_npz import LegacyFiles
@@ -103,17 +103,16 @@ class LatentCache:
 
     # ---- read -------------------------------------------------------------------------------------------------------
 
-    def get(self, sample: Sample, bucket: Bucket, flipped: bool) -> tuple[Tensor, Tensor | None]:
+    def get(self, job: LatentJob) -> tuple[Tensor, Tensor | None]:
         """(latents C h w in the cache's dtype, mask 1 h w float32 in [0, 1] or None).
 
         Raises UserError when the record is not there: it was damaged after the start, or `fill` was not called. What is
         damaged has then been dropped: the next run encodes it.
         """
-        job = LatentJob(sample, bucket, flipped)
-        place = self._place(sample)
+        sample, place = job.sample, self._place(job.sample)
         if (found := place.from_legacy(job)) is not None:
             return found
-        identity = (*sample_state(sample), bucket, flipped, sample.subset.images)
+        identity = (*sample_state(sample), *job[1:], sample.subset.images)
         if identity not in self._keys:
             self._keys[identity] = self._key(job, place.hashes)
         key = self._keys[identity]
@@ -269,11 +268,11 @@ class LatentCache:
         return files
 
     def _key(self, job: LatentJob, hashes: FileHashes) -> bytes:
-        sample, bucket, flipped = job
-        rules = sample.subset.images
+        sample, bucket, flipped, is_reference = job
+        rules, seed = sample.subset.images, "reference" if is_reference else latent_seed(sample, flipped)
         parts = (
             FORMAT, self.spec.name, self.vae_fingerprint, self.dtype, bucket.reso, bucket.resized, center_crop(bucket),
-            flipped, rules.resize_interpolation, rules.alpha_mask, latent_seed(sample, flipped),
+            flipped, rules.resize_interpolation, rules.alpha_mask, seed,
             *(hashes.digest(file).hex() for file in self._files(job)),
         )  # fmt: skip
         return hashlib.blake2b("\x1f".join(map(str, parts)).encode(errors="surrogatepass"), digest_size=20).digest()

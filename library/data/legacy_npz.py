@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from library.data.dataset import LatentJob
+from library.data.encoding import LatentJob
 from library.data.store import CHECKED_BYTES, TensorStore
 from library.data.store_index import FileRow
 from library.errors import UserError, first_names

@@ -11,12 +11,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from library.data.buckets import Bucket, BucketManager, Size, crop_share, uncapped
+from library.data.buckets import Bucket, BucketManager, crop_share, uncapped
 from library.data.captions import split_validation
+from library.data.encoding import LatentJob, reference_jobs
 from library.data.images import moves_crop
-from library.data.plan import Pool, make_pool, regularisation_repeats
+from library.data.plan import Pool, Shape, make_pool, regularisation_repeats
 from library.data.records import DatasetConfig, Sample
-from library.errors import UserError
+from library.errors import UserError, first_names
+from library.types import ReferenceSpec, Size
 
 MOST_USES = 10**15  # in an epoch of a dataset: numbers of batches and steps then fit into 64 bits
 MUCH_CAPPED = 0.1  # of the area
@@ -53,9 +55,15 @@ class Part(NamedTuple):
     train: Pool
     validation: Pool
     stats: DatasetStats
+    spec: ReferenceSpec | None  # how the model takes reference pictures
 
     def bucket(self, sample: Sample) -> Bucket:
+        """The bucket of one of the samples."""
         return self.manager.select(sample.size, sample.path)
+
+    def references(self, sample: Sample) -> tuple[LatentJob, ...]:
+        """The reference pictures of one of the samples, as they are encoded."""
+        return reference_jobs(sample.references, self.bucket(sample).reso, self.spec)
 
 
 class Split(NamedTuple):
@@ -71,17 +79,19 @@ class Split(NamedTuple):
         return Split(train, self.validation, reg)
 
 
-def make_parts(datasets: Sequence[tuple[DatasetConfig, Sequence[Sample]]], seed: int) -> list[Part]:
-    """Buckets, split, repeats and regularisation of every dataset. All problems are raised at once."""
+def make_parts(
+    datasets: Sequence[tuple[DatasetConfig, Sequence[Sample]]], seed: int, spec: ReferenceSpec | None
+) -> list[Part]:
+    """Buckets, split, repeats and regularisation of every dataset. Raises UserError with all problems at once."""
     parts, problems = [], []
     splits = make_splits(datasets, seed)
     for (config, samples), (whole, split) in zip(datasets, splits):
         manager = BucketManager(config.buckets)
         buckets, wrong = manager.assign((sample.path, sample.size) for sample in samples)
-        wrong += too_many_uses(samples)
+        wrong += [*too_many_uses(samples), *too_many_references(samples, spec)]
         problems += wrong
         if not wrong:
-            parts.append(_make_part(config, samples, manager, buckets, whole, split))
+            parts.append(_make_part(config, samples, manager, buckets, whole, split, spec))
     if not problems and not any(part.stats.uses for part in parts):
         problems.append(
             "no training picture is left: every picture is for regularisation or validation, or has num_repeats = 0"
@@ -99,6 +109,13 @@ def too_many_uses(samples: Sequence[Sample]) -> list[str]:
     most = max((sample.subset for sample in samples), key=lambda subset: subset.num_repeats)
     line = f"{most.name}: num_repeats is too large: an epoch would use more than {MOST_USES:,} pictures"
     return [f"{line}; give fewer repeats, and more epochs"]
+
+
+def too_many_references(samples: Sequence[Sample], spec: ReferenceSpec | None) -> list[str]:
+    """One line where pictures have more references than the model takes."""
+    most = 0 if spec is None else spec.most
+    names = [sample.path for sample in samples if len(sample.references) > most]
+    return [f"this model takes at most {most} reference pictures of a picture: {first_names(names)}"] if names else []
 
 
 def make_splits(datasets: Sequence[tuple[DatasetConfig, Sequence[Sample]]], seed: int) -> list[tuple[Split, Split]]:
@@ -131,6 +148,7 @@ def _make_part(
     buckets: list[Bucket],
     whole: Split,
     split: Split,
+    spec: ReferenceSpec | None,
 ) -> Part:
     train, validation, reg = split
     repeats = np.array([samples[i].subset.num_repeats for i in train], dtype=np.int64)
@@ -139,11 +157,11 @@ def _make_part(
     reg_repeats = regularisation_repeats(reg_own, uses)
     unsplit, untrained = _one_sided(config, samples, whole)
 
-    resos = [bucket.reso for bucket in buckets]
+    shapes = _shapes(samples, buckets, spec)
     used = np.array(train + reg, dtype=np.int64)
-    pool = make_pool(used, np.concatenate([repeats, reg_repeats]), resos, config.batch_size)
+    pool = make_pool(used, np.concatenate([repeats, reg_repeats]), shapes, config.batch_size)
     held_out = np.array(validation, dtype=np.int64)
-    validation_pool = make_pool(held_out, np.ones_like(held_out), resos, config.batch_size)
+    validation_pool = make_pool(held_out, np.ones_like(held_out), shapes, config.batch_size)
     stats = DatasetStats(
         images=len(train),
         uses=uses,
@@ -154,7 +172,7 @@ def _make_part(
         unsplit=unsplit,
         untrained=untrained,
         held_elsewhere=tuple(samples[i].path for i in sorted({*whole.train, *whole.reg} - {*train, *reg})),
-        buckets=tuple(zip(pool.resos, pool.bucket_counts.tolist())),
+        buckets=_uses_of_buckets(pool),
         batch_size=config.batch_size,
         batches=int(pool.batch_counts.sum()),
         upscaled=tuple(
@@ -169,7 +187,26 @@ def _make_part(
             if crop_share(b) > MUCH_CROPPED and not moves_crop(s.subset.images)
         ),
     )
-    return Part(config, samples, manager, pool, validation_pool, stats)
+    return Part(config, samples, manager, pool, validation_pool, stats, spec)
+
+
+def _shapes(samples: Sequence[Sample], buckets: Sequence[Bucket], spec: ReferenceSpec | None) -> list[Shape]:
+    """What decides which samples can be in one batch."""
+    bare = {reso: Shape(reso) for reso in {bucket.reso for bucket in buckets}}  # one object for millions of pictures
+    return [
+        Shape(reso, tuple(job.bucket.reso for job in reference_jobs(sample.references, reso, spec)))
+        if sample.references
+        else bare[reso]
+        for sample, (reso, _) in zip(samples, buckets)
+    ]
+
+
+def _uses_of_buckets(pool: Pool) -> tuple[tuple[Size, int], ...]:
+    """((width, height), uses in an epoch) of each bucket, whatever references its pictures have."""
+    uses: dict[Size, int] = {}
+    for shape, count in zip(pool.shapes, pool.bucket_counts.tolist()):
+        uses[shape.bucket] = uses.get(shape.bucket, 0) + count
+    return tuple(uses.items())
 
 
 def _capped(config: DatasetConfig, samples: Sequence[Sample], buckets: Sequence[Bucket]) -> tuple[str, ...]:

@@ -17,10 +17,17 @@ from typing import NamedTuple, Protocol, overload
 
 import numpy as np
 
-from library.data.buckets import Size
 from library.rng import derive_seed
+from library.types import Size
 
 LISTED = 1 << 20  # uses in an epoch
+
+
+class Shape(NamedTuple):
+    """What the pictures of a batch have in common. Sizes are (width, height) in pixels."""
+
+    bucket: Size
+    references: tuple[Size, ...] = ()  # of each reference picture as it is encoded
 
 
 class BatchPlan(NamedTuple):
@@ -32,16 +39,17 @@ class BatchPlan(NamedTuple):
     epoch: int  # counts from 1; 0 for validation
     position: int  # of the batch in the whole epoch, over all processes
     validation: bool = False
+    references: tuple[Size, ...] = ()  # sizes of each sample's reference pictures, as they are encoded
 
 
 @dataclass(frozen=True)
 class Pool:
-    """The samples of one dataset as an epoch uses them: repeated, and grouped by bucket."""
+    """The samples of one dataset as an epoch uses them: repeated, and grouped by shape."""
 
-    samples: np.ndarray  # indices of the samples that are used, those of a bucket next to each other
+    samples: np.ndarray  # indices of the samples that are used, those of a shape next to each other
     repeats: np.ndarray  # how often each of them is used in an epoch, once at least
-    starts: np.ndarray  # first use of each bucket, and at the end the number of uses
-    resos: tuple[Size, ...]  # sorted
+    starts: np.ndarray  # first use of each shape, and at the end the number of uses
+    shapes: tuple[Shape, ...]  # sorted
     batch_size: int
 
     @property
@@ -64,26 +72,26 @@ class Pool:
 
     @property
     def bucket_counts(self) -> np.ndarray:
-        """Uses of each bucket."""
+        """Uses of each shape."""
         return np.diff(self.starts)
 
     @property
     def batch_counts(self) -> np.ndarray:
-        """Batches of each bucket; the last one of a bucket may be smaller than batch_size."""
+        """Batches of each shape; the last one of a shape may be smaller than batch_size."""
         return -(-self.bucket_counts // self.batch_size)
 
 
-def make_pool(indices: np.ndarray, repeats: np.ndarray, reso_of: Sequence[Size], batch_size: int) -> Pool:
-    """A pool of the samples `indices`, each used `repeats` times; `reso_of[i]` is the bucket of sample i."""
+def make_pool(indices: np.ndarray, repeats: np.ndarray, shape_of: Sequence[Shape], batch_size: int) -> Pool:
+    """A pool of the samples `indices`, each used `repeats` times; `shape_of[i]` is the shape of sample i."""
     indices, repeats = indices[repeats > 0], repeats[repeats > 0]
-    resos = sorted({reso_of[i] for i in indices.tolist()})
-    number = {reso: k for k, reso in enumerate(resos)}
-    buckets = np.fromiter((number[reso_of[i]] for i in indices.tolist()), dtype=np.int64, count=len(indices))
+    shapes = sorted({shape_of[i] for i in indices.tolist()})
+    number = {shape: k for k, shape in enumerate(shapes)}
+    buckets = np.fromiter((number[shape_of[i]] for i in indices.tolist()), dtype=np.int64, count=len(indices))
     order = np.argsort(buckets, kind="stable")
     samples, repeats = indices[order], repeats[order]
     ends = np.concatenate([[0], np.cumsum(repeats)]).astype(np.int64)
-    starts = ends[np.searchsorted(buckets[order], np.arange(len(resos) + 1))]
-    return Pool(samples, repeats, starts, tuple(resos), batch_size)
+    starts = ends[np.searchsorted(buckets[order], np.arange(len(shapes) + 1))]
+    return Pool(samples, repeats, starts, tuple(shapes), batch_size)
 
 
 def regularisation_repeats(repeats: np.ndarray, wanted: int) -> np.ndarray:
@@ -107,7 +115,7 @@ class Order(Protocol):
     def __len__(self) -> int: ...
     def batch(self, position: int) -> BatchPlan: ...
     def each_shape(self) -> list[BatchPlan]:
-        """A batch for each (bucket, number of samples) that there is."""
+        """A batch for each (shape, number of samples) that there is."""
 
 
 class EpochPlan(Sequence[BatchPlan]):
@@ -134,14 +142,14 @@ class EpochPlan(Sequence[BatchPlan]):
 
 
 def each_shape(plans: Sequence[BatchPlan]) -> list[BatchPlan]:
-    """A batch for each (bucket, number of samples); of a whole epoch without going through it."""
+    """A batch for each (shape, number of samples); of a whole epoch without going through it."""
     return plans.order.each_shape() if isinstance(plans, EpochPlan) else _first_of_each(plans)
 
 
 def _first_of_each(plans: Sequence[BatchPlan]) -> list[BatchPlan]:
-    found: dict[tuple[Size, int], BatchPlan] = {}
+    found: dict[tuple[Size, tuple[Size, ...], int], BatchPlan] = {}
     for plan in plans:
-        found.setdefault((plan.bucket, len(plan.samples)), plan)
+        found.setdefault((plan.bucket, plan.references, len(plan.samples)), plan)
     return list(found.values())
 
 
@@ -152,13 +160,13 @@ def plan_epoch(pools: Sequence[Pool], *, seed: int, epoch: int) -> EpochPlan:
     orders = [_shuffled_in_buckets(pool, derive_seed(seed, "order", epoch, d)) for d, pool in enumerate(pools)]
     table = _batch_table(pools)
     table = table[np.argsort(_keys(len(table), derive_seed(seed, "batches", epoch)), kind="stable")]
-    return EpochPlan(_Listed(orders, [pool.resos for pool in pools], table, epoch, validation=False))
+    return EpochPlan(_Listed(orders, [pool.shapes for pool in pools], table, epoch, validation=False))
 
 
 def plan_in_order(pools: Sequence[Pool]) -> EpochPlan:
     """The batches of a validation: nothing is shuffled."""
     entries = [pool.entries for pool in pools]
-    return EpochPlan(_Listed(entries, [pool.resos for pool in pools], _batch_table(pools), 0, validation=True))
+    return EpochPlan(_Listed(entries, [pool.shapes for pool in pools], _batch_table(pools), 0, validation=True))
 
 
 # ---- an order that is listed ----------------------------------------------------------------------------------------
@@ -166,10 +174,10 @@ def plan_in_order(pools: Sequence[Pool]) -> EpochPlan:
 
 @dataclass(frozen=True)
 class _Listed:
-    """orders: sample indices per dataset; table: rows of (dataset, bucket, start, stop), one for each position."""
+    """orders: sample indices per dataset; table: rows of (dataset, shape, start, stop), one for each position."""
 
     orders: Sequence[np.ndarray]
-    resos: Sequence[Sequence[Size]]
+    shapes: Sequence[Sequence[Shape]]
     table: np.ndarray
     epoch: int
     validation: bool
@@ -178,9 +186,10 @@ class _Listed:
         return len(self.table)
 
     def batch(self, position: int) -> BatchPlan:
-        dataset, bucket, start, stop = self.table[position].tolist()
+        dataset, number, start, stop = self.table[position].tolist()
         samples = tuple(self.orders[dataset][start:stop].tolist())
-        return BatchPlan(dataset, self.resos[dataset][bucket], samples, self.epoch, position, self.validation)
+        bucket, references = self.shapes[dataset][number]
+        return BatchPlan(dataset, bucket, samples, self.epoch, position, self.validation, references)
 
     def each_shape(self) -> list[BatchPlan]:
         kinds = np.concatenate([self.table[:, :2], self.table[:, 3:] - self.table[:, 2:3]], axis=1)
@@ -189,7 +198,7 @@ class _Listed:
 
 
 def _shuffled_in_buckets(pool: Pool, seed: int) -> np.ndarray:
-    buckets = np.repeat(np.arange(len(pool.resos)), pool.bucket_counts)
+    buckets = np.repeat(np.arange(len(pool.shapes)), pool.bucket_counts)
     return pool.entries[np.lexsort((_keys(len(pool.entries), seed), buckets))]
 
 
@@ -199,7 +208,7 @@ def _keys(count: int, seed: int) -> np.ndarray:
 
 
 def _batch_table(pools: Sequence[Pool]) -> np.ndarray:
-    """Rows of (dataset, bucket, start, stop), in the order of datasets and buckets."""
+    """Rows of (dataset, shape, start, stop), in the order of datasets and shapes."""
     parts = []
     for d, pool in enumerate(pools):
         counts = pool.batch_counts
@@ -248,10 +257,10 @@ def _mixed(value: int) -> int:
 
 
 class _Bucket(NamedTuple):
-    """One bucket of one dataset, and the order of its uses."""
+    """The pictures of one shape in a dataset, and the order of their uses."""
 
     dataset: int
-    reso: Size
+    shape: Shape
     first: int  # use
     order: Shuffle
 
@@ -265,9 +274,9 @@ class _Computed:
         self.ends: list[int] = []  # the batch after the last one of each bucket, before batches are shuffled
         total = 0
         for d, pool in enumerate(pools):
-            counts = zip(pool.resos, pool.starts.tolist(), pool.bucket_counts.tolist(), pool.batch_counts.tolist())
-            for b, (reso, first, uses, batches) in enumerate(counts):
-                self.buckets.append(_Bucket(d, reso, first, Shuffle(uses, derive_seed(seed, "order", epoch, d, b))))
+            counts = zip(pool.shapes, pool.starts.tolist(), pool.bucket_counts.tolist(), pool.batch_counts.tolist())
+            for b, (shape, first, uses, batches) in enumerate(counts):
+                self.buckets.append(_Bucket(d, shape, first, Shuffle(uses, derive_seed(seed, "order", epoch, d, b))))
                 total += batches
                 self.ends.append(total)
         self.order = Shuffle(total, derive_seed(seed, "batches", epoch))
@@ -286,9 +295,9 @@ class _Computed:
 
     def _numbered(self, number: int, position: int) -> BatchPlan:
         k = bisect_right(self.ends, number)
-        dataset, reso, first, order = self.buckets[k]
+        dataset, shape, first, order = self.buckets[k]
         pool = self.pools[dataset]
         start = (number - (self.ends[k - 1] if k else 0)) * pool.batch_size
         places = range(start, min(start + pool.batch_size, order.count))
         samples = tuple(pool.sample_of(first + order[place]) for place in places)
-        return BatchPlan(dataset, reso, samples, self.epoch, position)
+        return BatchPlan(dataset, shape.bucket, samples, self.epoch, position, references=shape.references)

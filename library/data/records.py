@@ -45,12 +45,13 @@ class SubsetConfig:
     image_dir: str | None
     metadata_file: str | None = None
     conditioning_data_dir: str | None = None
+    reference_data_dir: str | None = None
     num_repeats: int = 1
     is_reg: bool = False
     class_tokens: str | None = None
     caption_extension: str = ".caption"
     cache_info: bool = False
-    custom_attributes: dict[str, Any] = field(default_factory=dict)
+    custom_attributes: dict[str, Any] = field(default_factory=dict, hash=False)
     captions: CaptionRules = CaptionRules()
     images: ImageRules = ImageRules()
 
@@ -96,4 +97,5 @@ class Sample:
     has_alpha: bool = False
     mask_path: str | None = None  # conditioning image with the same stem (masked_loss)
     control_path: str | None = None  # the same where the conditioning images are control images
-    legacy_latents: str | None = None  # today's npz beside the picture, if one is there
+    legacy_latents: str | None = None  # sd-scripts' npz beside the picture, if one is there
+    references: tuple[Sample, ...] = ()  # reference pictures in their order; they have no captions

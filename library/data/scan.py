@@ -21,6 +21,7 @@ from library.data.headers import ALPHA, TURNED
 from library.data.inventory import Captions, Inventory, LeftOut, left_out
 from library.data.manifest import ImageRow
 from library.data.records import DatasetConfig, Sample, SubsetConfig
+from library.data.references import NO_REFERENCES, References, find_references
 from library.errors import first_names
 from library.text_files import file_and, parse_json
 from library.values import shown, text_problem
@@ -76,8 +77,8 @@ def scan(
 ) -> Scan:
     """Looks at the folders of the datasets.
 
-    cache_dir: folder of the manifests; None: `.trainyard` in each picture folder. npz_suffix: also look for today's
-    latent files beside the pictures, such as "_sd.npz"; plain_npz: `<stem>.npz` counts as one too (SD and SDXL).
+    cache_dir: folder of the manifests; None: `.trainyard` in each picture folder. npz_suffix: also look for the latent
+    files of sd-scripts beside the pictures, such as "_sd.npz"; plain_npz: `<stem>.npz` counts as one too (SD, SDXL).
     control: the pictures of conditioning_data_dir are control images, not masks.
     """
     with _paused_gc():
@@ -168,10 +169,11 @@ class _Scanner:
                 (empty if file else missing).append(name)
         wrong = [f"{folder.prefix}{name}: {folder.problems[name]}" for name in _with_problems(folder, pictures, files)]
         masks, mask_problems, unused = self._masks(config, pictures, folder.images)
+        references = self._references(config, pictures)
         return SubsetScan(
             config=config,
-            samples=tuple(self._samples(folder, config, zip(pictures, captions), masks)),
-            problems=(*wrong, *mask_problems),
+            samples=tuple(self._samples(folder, config, zip(pictures, captions), masks, references.of)),
+            problems=(*wrong, *mask_problems, *references.problems),
             without_caption=tuple(missing),
             empty_caption=tuple(empty),
             shared_stems=_shared_stems(pictures),
@@ -189,9 +191,16 @@ class _Scanner:
         found = left_out(folder, (file for file in files if file), config)
         return Inventory(len(files), captions, found)
 
+    def _references(self, config: SubsetConfig, pictures: Mapping[str, str]) -> References:
+        """The reference pictures of a subset. pictures: name -> stem."""
+        if not config.reference_data_dir:
+            return NO_REFERENCES
+        return find_references(self.folder(config.reference_data_dir), pictures, config)
+
     def _samples(
-        self, folder: Folder, config: SubsetConfig, captions: Iterable[tuple[str, str]], masks: dict[str, str]
-    ) -> list[Sample]:
+        self, folder: Folder, config: SubsetConfig, captions: Iterable[tuple[str, str]], masks: dict[str, str],
+        references: Mapping[str, tuple[Sample, ...]],
+    ) -> list[Sample]:  # fmt: skip
         """A sample for each picture of `captions` (picture name, caption) that is good; `masks` or control images."""
         found = []
         legacy = self.npz_suffix is not None and folder.has_npz
@@ -215,11 +224,12 @@ class _Scanner:
             values["mask_path"] = masks.get(name) if masks else None
             values["control_path"] = controls.get(name) if controls else None
             values["legacy_latents"] = self._legacy(folder, name, row) if legacy else None
+            values["references"] = references.get(name, ())
             found.append(sample)
         return found
 
     def _legacy(self, folder: Folder, name: str, row: ImageRow) -> str | None:
-        """Today's latent file of exactly this stem and size; not of a turned picture, nor older than the picture."""
+        """sd-scripts' latent file of exactly this stem and size; not of a turned picture, nor older than that."""
         _, mtime_ns, width, height, flags = row
         if flags & TURNED:
             return None
@@ -281,8 +291,9 @@ class _Scanner:
             ]
             stems = {name: name.rpartition(".")[0] for name in captions}
             masks, mask_problems, _ = self._masks(config, stems, folder.images)
-            problems += mask_problems
-            samples += self._samples(folder, config, captions.items(), masks)
+            references = self._references(config, stems)
+            problems += [*mask_problems, *references.problems]
+            samples += self._samples(folder, config, captions.items(), masks, references.of)
         samples.sort(key=lambda sample: sample.path)
         return SubsetScan(
             config=config,

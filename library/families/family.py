@@ -20,7 +20,7 @@ from library.memory.block_swap import spread
 from library.memory.quantise import Storage
 from library.objectives.base import Objective
 from library.objectives.options import LossOptions
-from library.types import Batch, Cond, LatentSpec, Tokens
+from library.types import Batch, Cond, LatentSpec, ReferenceSpec, Tokens
 from library.weights import kl_vae, weight_check
 from library.weights.loading import Part
 from library.weights.new_tokens import NewWord
@@ -65,6 +65,7 @@ class ModelFamily(ABC):
     side_endings: ClassVar[tuple[str, ...]] = ()  # of further files that `save` may write: "_clip_l"
     formats: ClassVar[tuple[str, ...]] = ("safetensors",)  # of --save_model_as, in which checkpoints can be written
     preview: ClassVar[PreviewDefaults] = PreviewDefaults()
+    references: ClassVar[ReferenceSpec | None] = None  # how reference pictures are taken; None: there are none
     # text encoders whose adapters are only trained when this --network_args key is True: too large to train unasked
     asked_encoders: ClassVar[Mapping[str, str]] = {}
 
@@ -129,6 +130,14 @@ class ModelFamily(ABC):
     def tokenize(self, captions: list[str]) -> Tokens:
         """Token ids, and weights where captions are weighted. Truncated captions are named in the result."""
 
+    def tokenize_with(self, captions: list[str], pictures: Sequence[Sequence[Tensor]]) -> Tokens:
+        """`tokenize` of captions with the reference pictures that the encoders of `references.seen_by` look at.
+
+        pictures: those of each caption, 3 H W float32 in [-1, 1]; empty where no picture is shown. Where no encoder
+        looks at pictures, they change nothing.
+        """
+        return self.tokenize(captions)
+
     @property
     @abstractmethod
     def token_limit(self) -> int:
@@ -181,6 +190,10 @@ class ModelFamily(ABC):
         """Pixels B 3 H W in [-1, 1] -> scaled latents B C h w float32; posterior noise from each sample's own seed."""
         return kl_vae.encode(vae, pixels, seeds)
 
+    def encode_reference(self, vae: nn.Module, pixels: Tensor) -> Tensor:
+        """Reference pictures B 3 H W in [-1, 1] -> scaled latents B C h w float32. Nothing is drawn."""
+        return kl_vae.encode(vae, pixels, None)
+
     def decode_latent(self, vae: nn.Module, latents: Tensor) -> Tensor:
         """Scaled latents B C h w -> pixels B 3 H W float32 in [-1, 1]."""
         return kl_vae.decode(vae, latents)
@@ -198,7 +211,10 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Cond, batch: Batch | None) -> Tensor:
-        """The denoiser's output B C h w for noised latents x_t at t (B). `batch` is None in previews."""
+        """The denoiser's output B C h w for noised latents x_t at t (B).
+
+        `batch` is None in previews, except where the prompt has reference pictures: they are `batch.references`.
+        """
 
     @abstractmethod
     def blocks(self, denoiser: nn.Module) -> list[nn.Module]:

@@ -6,13 +6,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from library.families.flux.options import FluxFineTuneOptions, FluxOptions
-from library.families.lumina.options import LuminaOptions
-from library.families.options import SDOptions
-from library.families.sd.options import SDFineTuneOptions
-from library.families.sd3.options import SD3FineTuneOptions, SD3Options
+from library.families.flux.options import FluxFineTuneOptions, FluxFlowOptions, FluxOptions
+from library.families.lumina.options import LuminaFlowOptions, LuminaOptions
+from library.families.sd.options import SDFineTuneOptions, SDOptions
+from library.families.sd3.options import SD3FineTuneOptions, SD3FlowOptions, SD3Options
 from library.families.sdxl.options import SDXLFineTuneOptions, SDXLOptions
-from library.objectives.flow_options import FluxFlowOptions, LuminaFlowOptions, SD3FlowOptions
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from library.objectives.loss import MEASURES, huber_thresholds, per_sample
 from library.objectives.noise import make_noise, perturb
 from library.objectives.options import DDPMOptions, LossOptions
 from library.objectives.samplers import build_sampler
-from library.types import Batch, Noised
+from library.types import Batch, Noised, like
 
 NUM_TIMESTEPS = 1000
 SNR_CAP = 1000.0  # weights that divide by the SNR take it as at most this: t = 0 is nearly noise-free
@@ -82,11 +82,6 @@ class Tables:
 
     def to(self, device: torch.device) -> Tables:
         return Tables(*(on_device(table, device) for table in (self.signal, self.sigma, self.weight, self.huber_c)))
-
-
-def _at(table: Tensor, t: Tensor) -> Tensor:
-    """Entries of a table as B 1 1 1."""
-    return table[t].view(-1, 1, 1, 1)
 
 
 # ---- the objective ------------------------------------------------------------------------------------------------
@@ -153,7 +148,7 @@ class DDPMObjective:
     def noised(self, latents: Tensor, t: Tensor, noise: Tensor, *, seen: Tensor) -> Noised:
         """The pure part of `noise`: `seen` is the noise in the input, `noise` the one in the target."""
         tables = self.tables(latents.device)
-        signal, sigma = _at(tables.signal, t), _at(tables.sigma, t)
+        signal, sigma = like(tables.signal[t], latents), like(tables.sigma[t], latents)
         x_t = signal * latents + sigma * seen  # Ho et al. 2020, eq. 4
         target = signal * noise - sigma * latents if self.prediction_type == "v_prediction" else noise
         return Noised(x_t=x_t, t=t, noise=noise, target=target, weight=tables.weight[t])
@@ -161,7 +156,7 @@ class DDPMObjective:
     def loss(self, predict: Predict, noised: Noised, batch: Batch) -> Tensor:
         """Weighted loss of each sample, (B,) float32: mask, mean over C h w, prior weight, SNR weight."""
         pred = predict(noised).float()
-        c = _at(self.tables(noised.t.device).huber_c, noised.t)
+        c = like(self.tables(noised.t.device).huber_c[noised.t], pred)
         elements = MEASURES[self.loss_options.loss_type](pred, noised.target, c)
         return per_sample(elements, batch.masks) * batch.loss_weights.to(elements.device) * noised.weight
 

@@ -22,7 +22,7 @@ from library.objectives.loss import MEASURES, per_sample, scheduled_threshold
 from library.objectives.noise import draw, perturb
 from library.objectives.options import LossOptions
 from library.objectives.samplers import FLOW_SAMPLERS, SAMPLERS, build_flow_sampler
-from library.types import Batch, Noised
+from library.types import Batch, Noised, like
 
 NUM_TIMESTEPS = 1000  # noise levels are given to users, and drawn by "sigma" and SD3, in thousandths
 SMALLEST_SIGMA = 1e-6  # of the weights that divide by it: SD3 draws 0, where the loss is 0
@@ -152,7 +152,7 @@ class FlowObjective:
 
     def noised(self, latents: Tensor, t: Tensor, noise: Tensor, *, seen: Tensor) -> Noised:
         """The pure part of `noise`: `seen` is the noise in the input, `noise` the one in the target."""
-        s = t.view(-1, 1, 1, 1)
+        s = like(t, latents)
         scheme = self.options.weighting_scheme if self.options.weights_loss else "none"
         return Noised(
             x_t=(1 - s) * latents + s * seen,
@@ -168,7 +168,7 @@ class FlowObjective:
         Prediction and target are transformed alike, so that a perfect prediction has loss 0 (decision 0005).
         """
         pred = predict(noised).float()
-        s = noised.t.view(-1, 1, 1, 1)
+        s = like(noised.t, pred)
         form = PREDICTIONS[self.options.prediction]
         measure = MEASURES[self.loss_options.loss_type]
         elements = measure(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options of the models trained by flow matching: FLUX.1 and Chroma, SD3, Lumina-Image 2.0."""
+"""Options of models that are trained by flow matching. A family has a subclass of its own in its options.py."""
 
 from __future__ import annotations
 
@@ -114,8 +114,8 @@ class FlowOptions(NoisingOptions, ABC):
 
 
 @dataclass(frozen=True)
-class FluxFlowOptions(FlowOptions):
-    """How FLUX.1 and Chroma are trained: which noise levels are drawn, what the loss compares, how it is weighted."""
+class SampledFlowOptions(FlowOptions):
+    """Options of flow models whose users choose how noise levels are drawn: --timestep_sampling."""
 
     timestep_sampling: str = option(
         "sigma",
@@ -160,46 +160,6 @@ class FluxFlowOptions(FlowOptions):
                     f"--{name} has no effect with --timestep_sampling {self.sampling}: "
                     f"leave it out, or give one of {others}"
                 )
-
-
-@dataclass(frozen=True)
-class LuminaFlowOptions(FluxFlowOptions):
-    """How Lumina-Image 2.0 is trained: which noise levels are drawn, what the loss compares, how it is weighted."""
-
-    timestep_sampling: str = option(
-        "shift",
-        help="How noise levels are drawn; shift and nextdit_shift are usual.",
-        choices=("sigma", "uniform", "sigmoid", "shift", "nextdit_shift", "flux_shift"),
-    )
-    discrete_flow_shift: float = option(
-        6.0, help="Shift of the sigma and shift samplings; above 1 draws more noise.", check=positive
-    )
-    model_prediction_type: str = option(
-        "raw",
-        help="What the loss compares: raw counts all noise levels alike, sigma_scaled counts noisy ones more.",
-        choices=("raw", "additive", "sigma_scaled"),
-    )
-
-
-@dataclass(frozen=True)
-class SD3FlowOptions(FlowOptions):
-    """How SD3 and SD3.5 are trained: which noise levels are drawn and how the loss is weighted."""
-
-    training_shift: float = option(
-        1.0, help="Shift of the drawn noise levels; above 1 draws more noise (3 in previews).", check=positive
-    )
-
-    @property
-    def sampling(self) -> str:
-        return "sd3"
-
-    @property
-    def shift(self) -> float:
-        return self.training_shift
-
-    @property
-    def prediction(self) -> str:
-        return "sigma_scaled"
 
 
 def huber_problems(loss: LossOptions) -> Iterator[str]:

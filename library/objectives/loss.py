@@ -17,7 +17,7 @@ def _pseudo_huber(pred: Tensor, target: Tensor, c: Tensor) -> Tensor:
     return torch.sqrt((pred - target) ** 2 + c**2) - c
 
 
-# name -> (prediction, target, threshold) -> loss of each element; the thresholds broadcast as B 1 1 1
+# name -> (prediction, target, threshold) -> loss of each element; the thresholds broadcast over each sample
 MEASURES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "l2": lambda p, t, c: (p - t) ** 2,
     "l1": lambda p, t, c: (p - t).abs(),

@@ -30,7 +30,7 @@ def offset_strength(strength: float | Tensor, latents: Tensor, adaptive_scale: f
     """Strength of the offset: with an adaptive scale it grows with |mean| of each channel and never falls below 0."""
     if not adaptive_scale:
         return strength
-    channel_mean = latents.mean(dim=(2, 3), keepdim=True).abs()  # B C 1 1
+    channel_mean = latents.mean(dim=tuple(range(2, latents.dim())), keepdim=True).abs()  # B C 1 1
     return (strength + adaptive_scale * channel_mean).clamp(min=0)
 
 
@@ -69,7 +69,7 @@ def make_noise(latents: Tensor, options: DDPMOptions, generator: torch.Generator
     noise = draw(tuple(latents.shape), generator)
     if options.noise_offset:
         strength = draw_strength(options.noise_offset, options.noise_offset_random_strength, generator)
-        offset = draw((*latents.shape[:2], 1, 1), generator)
+        offset = draw((*latents.shape[:2], *(1,) * (latents.dim() - 2)), generator)
         noise = add_offset(noise, offset, offset_strength(strength, latents, options.adaptive_noise_scale))
     if options.multires_noise_iterations:
         height, width = latents.shape[-2:]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from library.device import on_device
 from library.objectives.base import Objective, Predict, Sampler
-from library.types import Batch, Noised
+from library.types import Batch, Noised, like
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class PriorPreservation:
         if not any(batch.keep_prior):
             return self.inner.loss(predict, noised, batch)
         pred, prior = predict(noised), predict.untrained(noised)
-        keep = on_device(torch.tensor(batch.keep_prior), prior.device).view(-1, *[1] * (prior.ndim - 1))
+        keep = like(on_device(torch.tensor(batch.keep_prior), prior.device), prior)
         kept = replace(noised, target=torch.where(keep, prior, noised.target))
         return self.inner.loss(replace(predict, trained=lambda _: pred), kept, batch)
 

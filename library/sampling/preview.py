@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
-from library.data.dataset import TextSource
+from library.data.encoding import Text, TextSource, pixels_of, reference_pixels
 from library.data.images import load_control, resize
 from library.device import empty_cache, kept_random_state, on_device
 from library.errors import first_names
@@ -30,12 +30,13 @@ from library.objectives.base import Sampler
 from library.rng import derive_seed
 from library.sampling.options import SampleOptions
 from library.sampling.prompts import INLINE, Prompt, given_fields
-from library.types import Batch, Cond, LatentSpec, Tokens
+from library.sampling.references import references_of, shown_of, size_of
+from library.types import Batch, Cond, LatentSpec, ReferenceSpec, Size, Tokens, like
 
 log = get_logger()
 
 # Fields that only some architectures can honour.
-SPECIAL_FIELDS = ("guidance_scale", "controlnet_image", "cfg_trunc_ratio", "renorm_cfg", "flow_shift")
+SPECIAL_FIELDS = ("guidance_scale", "controlnet_image", "cfg_trunc_ratio", "renorm_cfg", "flow_shift", "references")
 
 
 class SamplerSource(Protocol):
@@ -70,10 +71,13 @@ class Family(Protocol):
     def latent(self) -> LatentSpec: ...
     @property
     def preview(self) -> Defaults: ...
-    def tokenize(self, captions: list[str]) -> Tokens: ...
+    @property
+    def references(self) -> ReferenceSpec | None: ...
+    def tokenize_with(self, captions: list[str], pictures: Sequence[Sequence[Tensor]]) -> Tokens: ...
     def encode_text(self, tokens: Tokens, encoders: Mapping[str, nn.Module]) -> Cond: ...
     def join_conds(self, conds: list[Cond]) -> Cond: ...
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Cond, batch: Batch | None) -> Tensor: ...
+    def encode_reference(self, vae: nn.Module, pixels: Tensor) -> Tensor: ...
     def decode_latent(self, vae: nn.Module, latents: Tensor) -> Tensor: ...
 
 
@@ -124,27 +128,26 @@ class Previewer:
         output_name: str | None,
         sampler: str = "ddim",
         seed: int = 0,
-        default_size: tuple[int, int] = (512, 512),
-        size_multiple: int | None = None,
+        default_size: Size = (512, 512),
         texts: TextSource | None = None,
         conditioned: bool = False,
         stopped: Callable[[], bool] = lambda: False,
     ) -> None:
         """seed: of the run, for prompts without one. default_size: (width, height) of prompts without one.
 
-        size_multiple: sizes are rounded down to it; not given: pixels per latent pixel. texts: the cached outputs of
-        text encoders for all prompts. conditioned: what learns looks at control images (--cn of a prompt). stopped:
-        whether the run should stop, so that no further picture is made. Raises UserError for a sampler that the
-        objective does not have, and for control images that cannot be read.
+        texts: the cached outputs of text encoders for all prompts. conditioned: what learns looks at control images
+        (--cn of a prompt). stopped: whether the run should stop, so that no further picture is made. Raises UserError
+        for a sampler that the objective does not have, and for control images and references that cannot be read.
         """
         self.family, self.objective, self.prompts = family, objective, tuple(prompts)
         self.folder, self.output_name = Path(output_dir) / "sample", output_name
         self.sampler, self.seed, self.default_size = sampler, seed, default_size
-        self.multiple = size_multiple or family.latent.factor
         self.texts, self.stopped = texts, stopped
-        honoured = (*family.preview.honoured, *(("controlnet_image",) if conditioned else ()))
+        honoured = [*family.preview.honoured, *(["controlnet_image"] if conditioned else [])]
+        honoured += ["references"] if family.references is not None else []
         ignored = given_fields(prompts, [name for name in SPECIAL_FIELDS if name not in honoured])
         self.controls = [self._control(prompt) if conditioned else None for prompt in self.prompts]
+        self.references = [references_of(prompt, family.references, self.size_of(prompt)) for prompt in self.prompts]
         if conditioned and None in self.controls:
             log.warning(f"--sample_prompts: {self.controls.count(None)} prompts have no control image (--cn)")
         if ignored:
@@ -193,11 +196,9 @@ class Previewer:
         seed = "" if prompt.seed is None else f"_{prompt.seed}"
         return f"{name}{when}_{index:02d}_{now:%Y%m%d%H%M%S}{seed}.png"
 
-    def size_of(self, prompt: Prompt) -> tuple[int, int]:
+    def size_of(self, prompt: Prompt) -> Size:
         """(width, height) in pixels, rounded down to what the model can make."""
-        wanted = (prompt.width or self.default_size[0], prompt.height or self.default_size[1])
-        width, height = (max(self.multiple, size - size % self.multiple) for size in wanted)
-        return width, height
+        return size_of(prompt, self.default_size, self.family.latent.factor)
 
     def seed_of(self, prompt: Prompt, index: int) -> int:
         """The prompt's seed, or one that stays the same through the run, so that its pictures can be compared."""
@@ -214,32 +215,40 @@ class Previewer:
         autocast = torch.autocast(device.type, dtype, enabled=dtype in (torch.float16, torch.bfloat16))
         control = self.controls[index]
         models.set_condition(None if control is None else on_device(control, device))
+        pictures = [on_device(reference_pixels(job)[None], device) for job in self.references[index]]
+        references = [self.family.encode_reference(models.vae, picture) for picture in pictures]
         with autocast:
-            latents = self._denoise(models, prompt, seed, device)
+            latents = self._denoise(models, prompt, index, device, references)
         models.set_condition(None)
         pixels = self.family.decode_latent(models.vae, latents)  # in the VAE's own precision
         if not bool(torch.isfinite(pixels).all()):
             raise ArithmeticError("the decoded picture is not finite")
         return to_image(pixels[0])
 
-    def _denoise(self, models: PreviewModels, prompt: Prompt, seed: int, device: torch.device) -> Tensor:
-        """Noise to latents (1 C h w). Guidance: Ho and Salimans 2022, equation 6, both terms in one batch."""
+    def _denoise(
+        self, models: PreviewModels, prompt: Prompt, index: int, device: torch.device, references: Sequence[Tensor]
+    ) -> Tensor:
+        """Noise to latents (1 C h w). Guidance: Ho and Salimans 2022, equation 6, both terms in one batch.
+
+        references: latents of the reference pictures, 1 C h w each.
+        """
         scale = self.scale_of(prompt)
         sampler = self._sampler(prompt)
         # On the CPU, so that a seed gives the same picture on every device.
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(self.seed_of(prompt, index))
         shape = (1, self.family.latent.channels, *self._latent_size(prompt))
         x = on_device(torch.randn(shape, generator=generator) * sampler.init_noise_sigma, device)
         guided_above = self._guided_above(prompt) if scale != 1.0 else float("inf")
         guided_ones = [float(t) > guided_above for t in sampler.timesteps]
-        conds = {guided: self._cond(models, prompt, guided, device) for guided in set(guided_ones)}
+        conds = {guided: self._cond(models, prompt, index, guided, device) for guided in set(guided_ones)}
+        batches = {guided: _batch_of(references, prompt, guided) for guided in set(guided_ones)}
         for t, guided in zip(sampler.timesteps, guided_ones, strict=True):
             if self.stopped():
                 raise Stopped
             count = 2 if guided else 1
-            shown = sampler.scale_input(x, t).repeat(count, 1, 1, 1)
+            shown = torch.cat([sampler.scale_input(x, t)] * count)
             times = on_device(t, device).expand(count)
-            pred = self.family.predict(models.denoiser, shown, times, conds[guided], None).float()
+            pred = self.family.predict(models.denoiser, shown, times, conds[guided], batches[guided]).float()
             if guided:
                 without, with_prompt = pred.chunk(2)
                 pred = self._renormed(without + scale * (with_prompt - without), with_prompt, prompt)
@@ -250,8 +259,7 @@ class Previewer:
         """The control image of a prompt at the size of its picture, 1 3 H W in [-1, 1]. Raises UserError."""
         if prompt.controlnet_image is None:
             return None
-        pixels = resize(load_control(prompt.controlnet_image), self.size_of(prompt))
-        return torch.from_numpy(pixels.transpose(2, 0, 1).astype("float32"))[None] / 127.5 - 1.0
+        return pixels_of(resize(load_control(prompt.controlnet_image), self.size_of(prompt)))[None]
 
     def scale_of(self, prompt: Prompt) -> float:
         """Classifier-free guidance; 1: the prompt alone."""
@@ -280,17 +288,18 @@ class Previewer:
         limit = self.family.preview.renorm_cfg if prompt.renorm_cfg is None else prompt.renorm_cfg
         if not limit:
             return guided
-        lengths = [torch.linalg.vector_norm(x, dim=(1, 2, 3), keepdim=True) for x in (plain, guided)]
+        lengths = [like(torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim()))), x) for x in (plain, guided)]
         return guided * (limit * lengths[0] / lengths[1].clamp_min(1e-8)).clamp(max=1)
 
-    def _cond(self, models: PreviewModels, prompt: Prompt, guided: bool, device: torch.device) -> Cond:
+    def _cond(self, models: PreviewModels, prompt: Prompt, index: int, guided: bool, device: torch.device) -> Cond:
         """What `predict` reads: of the negative prompt and the prompt, or of the prompt alone."""
-        texts = [prompt.negative_prompt, prompt.prompt] if guided else [prompt.prompt]
-        cond: Cond = {}
+        texts, spec, cond = _texts(prompt, guided), self.family.references, Cond()
+        shown = shown_of(self.references[index], spec)
         if self.texts is not None:
-            cond = self.family.join_conds([self.texts.get(text) for text in texts])
+            cond = self.family.join_conds([self.texts.get(Text(text, shown)) for text in texts])
         if models.encoders:
-            cond |= self.family.encode_text(self.family.tokenize(texts), models.encoders)
+            pictures = [[reference_pixels(job) for job in shown]] * len(texts)
+            cond |= self.family.encode_text(self.family.tokenize_with(texts, pictures), models.encoders)
         guidance = self.family.preview.guidance if prompt.guidance_scale is None else prompt.guidance_scale
         if guidance is not None:
             cond["guidance"] = torch.full((len(texts),), guidance)
@@ -314,6 +323,19 @@ class Previewer:
         }
         negative = f"\nNegative prompt: {prompt.negative_prompt}" if prompt.negative_prompt else ""
         return f"{prompt.prompt}{negative}\n{', '.join(f'{k}: {v}' for k, v in settings.items())}"
+
+
+def _texts(prompt: Prompt, guided: bool) -> list[str]:
+    return [prompt.negative_prompt, prompt.prompt] if guided else [prompt.prompt]
+
+
+def _batch_of(references: Sequence[Tensor], prompt: Prompt, guided: bool) -> Batch | None:
+    """What `predict` reads of a batch: the reference pictures, also for the negative prompt. None without any."""
+    if not references:
+        return None
+    texts = _texts(prompt, guided)
+    shared = tuple(torch.cat([latents] * len(texts)) for latents in references)
+    return Batch(names=texts, captions=texts, loss_weights=torch.ones(len(texts)), references=shared)
 
 
 # ---- leaving no trace ---------------------------------------------------------------------------------------------

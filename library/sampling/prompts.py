@@ -39,6 +39,7 @@ class Prompt:
     cfg_trunc_ratio: float | None = None
     renorm_cfg: float | None = None
     flow_shift: float | None = None
+    references: tuple[str, ...] | None = None  # files of reference pictures
 
 
 # Inline option -> field
@@ -55,9 +56,11 @@ INLINE = {
     "ctr": "cfg_trunc_ratio",
     "rcfg": "renorm_cfg",
     "fs": "flow_shift",
+    "ref": "references",
 }
 INTEGERS = ("width", "height", "seed", "sample_steps")
 TEXTS = ("prompt", "negative_prompt", "sample_sampler", "controlnet_image")
+LISTS = ("references",)  # inline options that may stand several times
 FIELDS = tuple(f.name for f in fields(Prompt))
 LIMITS: dict[str, tuple[float, float]] = {
     "width": (8, 16384),
@@ -169,6 +172,8 @@ def _split_line(line: str, where: str, problems: list[str]) -> dict[str, Any]:
             problems.append(unknown_inline(name, where))
         elif not value.strip():
             problems.append(f"{where}: --{name} needs a value")
+        elif key in LISTS:
+            table.setdefault(key, []).append(value.strip())
         elif key in table:
             problems.append(f"{where}: --{name} is given twice")
         else:
@@ -203,8 +208,10 @@ def _read_table(table: Mapping[str, Any], where: str, problems: list[str]) -> Pr
 
 def _read_value(key: str, raw: Any) -> Any:
     """The value of a field. Raises ValueError with what it expects."""
+    if key in LISTS:
+        return tuple(_picture(convert(path, str)) for path in (raw if isinstance(raw, list) else [raw]))
     value = convert(raw, str if key in TEXTS else int if key in INTEGERS else float)
-    wrong = text_problem(value, path=key == "controlnet_image") if key in TEXTS else None
+    wrong = text_problem(value) if key in TEXTS and key != "controlnet_image" else None
     if wrong:
         raise ValueError(wrong)
     if key in LIMITS:
@@ -215,9 +222,16 @@ def _read_value(key: str, raw: Any) -> Any:
         hint = nearest(value, SAMPLER_NAMES)
         extra = f"Did you mean '{hint}'?" if hint else f"Known: {', '.join(SAMPLER_NAMES)}"
         raise ValueError(f"'{value}' is not a sampler. {extra}")
-    if key == "controlnet_image" and not Path(value).is_file():
-        raise ValueError(f"{value} does not exist")
-    return value
+    return _picture(value) if key == "controlnet_image" else value
+
+
+def _picture(path: str) -> str:
+    """The path of a picture. Raises ValueError where there is none."""
+    if wrong := text_problem(path, path=True):
+        raise ValueError(wrong)
+    if not Path(path).is_file():
+        raise ValueError(f"{path} does not exist")
+    return path
 
 
 def given_fields(prompts: Iterable[Prompt], names: Iterable[str]) -> list[str]:

@@ -7,12 +7,14 @@ import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from library.data.dataset import TrainingData
+from library.data.encoding import Text, reference_pixels
 from library.data.latent_cache import LatentCache, LatentFolders
 from library.data.text_cache import TextCache, TextCaches, text_store
 from library.device import fits, free_memory, on_device
@@ -42,14 +44,14 @@ class Caches:
 
     def __init__(
         self, family: ModelFamily, options: TrainerOptions, data: TrainingData, dtype: torch.dtype, *,
-        learning: Collection[str], more_texts: Sequence[str], check: Callable[[], None] = lambda: None,
+        learning: Collection[str], more_texts: Sequence[Text], check: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         self.check = check
         self.family, self.options, self.data, self.dtype = family, options.cache, data, dtype
         self.latents = self._latent_cache(options) if options.cache.latents else None
         cached = [name for name in family.encoders if name not in learning] if options.cache.texts else []
         self.texts = TextCaches({name: self._text_cache(name, options) for name in cached}) if cached else None
-        self.captions = list(dict.fromkeys([*data.all_captions(), *more_texts])) if cached else []
+        self.wanted = list(dict.fromkeys([*data.all_texts(), *more_texts])) if cached else []
 
     def _latent_cache(self, options: TrainerOptions) -> LatentCache:
         cache = options.cache
@@ -64,6 +66,7 @@ class Caches:
         )
 
     def _text_cache(self, name: str, options: TrainerOptions) -> TextCache:
+        spec = self.family.references
         folder = self._text_folder() if options.cache.cache_text_encoder_outputs_to_disk else None
         return TextCache(
             text_store(folder),
@@ -71,6 +74,7 @@ class Caches:
             settings=name,
             dtype=self.dtype,
             skip_check=options.cache.skip_cache_check,
+            sees_references=spec is not None and name in spec.seen_by,
         )
 
     def _text_folder(self) -> str:
@@ -81,7 +85,8 @@ class Caches:
 
     def latents_missing(self) -> bool:
         """True when the VAE has pictures to encode."""
-        return self.latents is not None and bool(self.latents.missing(self.data.encoding_jobs()))
+        jobs = self.data.encoding_jobs() + self.data.reference_jobs()
+        return self.latents is not None and bool(self.latents.missing(jobs))
 
     def caches_text(self, name: str) -> bool:
         """True when the outputs of text encoder `name` are cached."""
@@ -90,7 +95,7 @@ class Caches:
     def texts_missing(self, name: str) -> bool:
         """True when text encoder `name`, whose outputs are cached, has captions to encode."""
         assert self.texts is not None
-        return bool(self.texts.parts[name].missing(self.captions))
+        return bool(self.texts.parts[name].missing(self.wanted))
 
     @torch.no_grad()
     def fill_latents(self, vae: nn.Module, share: Share) -> None:
@@ -103,28 +108,36 @@ class Caches:
             with torch.no_grad():
                 return self.family.encode_image(vae, on_device(pixels, device), seeds)
 
+        def encode_reference(pixels: Tensor, seeds: list[int]) -> Tensor:
+            self.check()
+            with torch.no_grad():
+                return self.family.encode_reference(vae, on_device(pixels, device))
+
         with self._saying_what_stays(self.options.cache_latents_to_disk):
-            self.latents.fill(
-                self.data.encoding_jobs(),
-                lambda pixels, seeds: encoded(encode, pixels, seeds),
-                batch_size=self.options.vae_batch_size,
-                workers=max(1, (os.cpu_count() or 1) // 2),
-                rank=share.rank,
-                world=share.world,
-            )
+            for jobs, way in ((self.data.encoding_jobs(), encode), (self.data.reference_jobs(), encode_reference)):
+                self.latents.fill(
+                    jobs,
+                    partial(encoded, way),
+                    batch_size=self.options.vae_batch_size,
+                    workers=max(1, (os.cpu_count() or 1) // 2),
+                    rank=share.rank,
+                    world=share.world,
+                )
 
     @torch.no_grad()
     def fill_texts(self, name: str, encoder: nn.Module, share: Share) -> None:
         """Encode the captions that are missing with text encoder `name`."""
         assert self.texts is not None
 
-        def encode(captions: list[str]) -> list[Cond]:
+        def encode(texts: list[Text]) -> list[Cond]:
             self.check()
-            return self.family.split_cond(self.family.encode_part(name, encoder, self.family.tokenize(captions)))
+            pictures = [[reference_pixels(job) for job in text.references] for text in texts]
+            tokens = self.family.tokenize_with([text.caption for text in texts], pictures)
+            return self.family.split_cond(self.family.encode_part(name, encoder, tokens))
 
         with self._saying_what_stays(self.options.cache_text_encoder_outputs_to_disk):
             self.texts.parts[name].fill(
-                self.captions,
+                self.wanted,
                 encode,
                 batch_size=self.options.text_encoder_batch_size or 16,
                 rank=share.rank,

@@ -43,6 +43,7 @@ from library.trainers.resume import Resumption, resume_folder, run_seed
 from library.trainers.settings import distributed_settings, trained_dtype
 from library.trainers.stages import Checked, Processes
 from library.trainers.tracking import check_trackers
+from library.types import ReferenceSpec
 
 T = TypeVar("T")
 UNKNOWN_LENGTH = 10**9  # steps; longer than any run
@@ -118,7 +119,10 @@ def scan_datasets(
     control: bool = False,
 ) -> Scan:  # fmt: skip
     """Configuration, folders, captions and pictures. Raises UserError with all that is wrong with them."""
-    configs = load_dataset_config(options.data, bucket_step=family.bucket_step, cache=options.cache, control=control)
+    configs = load_dataset_config(
+        options.data, bucket_step=family.bucket_step, cache=options.cache, control=control,
+        references=family.references is not None,
+    )  # fmt: skip
     found = scan(
         configs,
         cache_dir=options.cache.cache_dir,
@@ -168,14 +172,18 @@ def idle_options(options: TrainerOptions, found: Scan, data: TrainingData) -> It
         yield f"--sample_prompts: no previews are made without {ways}"
 
 
-def training_data(found: Scan, options: TrainerOptions, seed: int) -> TrainingData:
-    """The epochs of the run. Raises UserError where a cache cannot serve the datasets' options."""
+def training_data(found: Scan, options: TrainerOptions, seed: int, references: ReferenceSpec | None) -> TrainingData:
+    """The epochs of the run. references: how the model takes reference pictures.
+
+    Raises UserError where a cache cannot serve the datasets' options.
+    """
     data = TrainingData(
         [(dataset.config, dataset.samples) for dataset in found.datasets],
         seed=seed,
         prior_loss_weight=options.data.prior_loss_weight,
         masked_loss=options.data.masked_loss,
         text_variants=options.cache.caption_variants,
+        references=references,
     )
     problems = data.cache_problems(latents=options.cache.latents, texts=options.cache.texts)
     if problems:
@@ -210,7 +218,7 @@ def check(method: Method[TrainerOptions], stop: StopRequest) -> Checked:
     if found is not None and not checks.problems:
         processes = start_processes(options, found)
         seed = agreed_seed(seed)  # before the pictures are shuffled and held out by it
-    data = checks.run(lambda: training_data(found, options, seed)) if found else None
+    data = checks.run(lambda: training_data(found, options, seed, family.references)) if found else None
     dark = checks.run(lambda: check_masks(data.trained(), masked_loss=data.masked_loss)) if data else None
     checks.finish()
     assert found is not None and data is not None and optimizer is not None and prompts is not None

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from library.data.dataset import TextSource
+from library.data.encoding import TextSource
 from library.families.family import ModelFamily
 from library.io.atomic import atomic_write
 from library.learning import Models, Trainables

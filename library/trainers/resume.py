@@ -132,6 +132,9 @@ class RunIdentity:
             if dataset.validation_split:  # apart: states of runs without it are those of before
                 chosen = "the run's seed" if dataset.validation_seed is None else f"seed {dataset.validation_seed}"
                 result[f"subset {index}"]["held out"] = f"{dataset.validation_split} by {chosen}"
+            references = [(Path(r.path).name, r.file_size) for sample in subset.samples for r in sample.references]
+            if references:
+                result[f"subset {index}"]["references"] = f"{len(references)} ({_digest(references)})"
         return result
 
 

@@ -52,10 +52,6 @@ class RunPlan:
         for start in range(first_batch, self.batches_per_epoch, self.accumulation):
             yield range(start, min(start + self.accumulation, self.batches_per_epoch))
 
-    def micro_step(self, epoch: int, batch: int) -> int:
-        """The number of a micro-batch in the run, from which its random draws are seeded."""
-        return epoch * self.batches_per_epoch + batch
-
 
 def make_plan(
     *, total_batches: int, num_processes: int, accumulation: int, max_steps: int, max_epochs: int | None, seed: int

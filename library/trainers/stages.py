@@ -42,6 +42,7 @@ from library.planner.memory_plan import PeakCheck, plan_memory
 from library.planner.planned import Loss, Planned, largest
 from library.rng import derive_seed, torch_generator
 from library.sampling.prompts import Prompt
+from library.sampling.references import texts_of
 from library.stopping import StopRequest
 from library.trainers.caching import Caches, Share, encoders_that_stay, vae_that_stays
 from library.trainers.facts import RunRecord
@@ -240,14 +241,14 @@ def load(scheduled: Scheduled) -> Loaded:
     family, options, processes, stop = checked.family, checked.options, checked.processes, checked.stop
     share, prompts, learning = Share(processes.rank, processes.world), checked.prompts, checked.learning
     objective = PriorPreservation(family.objective(options.objective, options.loss))
-    texts = [text for prompt in prompts for text in (prompt.negative_prompt, prompt.prompt)]
+    size = checked.found.datasets[0].config.buckets.resolution
     caches = Caches(
-        family, options, checked.data, planned.dtype, learning=learning.parts, more_texts=texts, check=stop.check
-    )
+        family, options, checked.data, planned.dtype, learning=learning.parts,
+        more_texts=texts_of(prompts, family.references, size, family.latent.factor), check=stop.check,
+    )  # fmt: skip
     previews = Previews(
         family, objective, options, prompts, device=planned.device, dtype=planned.dtype, seed=plan.seed,
-        active=processes.is_main, size=checked.found.datasets[0].config.buckets.resolution,
-        texts=caches.texts, conditioned=learning.conditioned, stop=stop,
+        active=processes.is_main, size=size, texts=caches.texts, conditioned=learning.conditioned, stop=stop,
     )  # fmt: skip
 
     def load_encoder(name: str, device: str | None = None) -> nn.Module:
@@ -261,8 +262,9 @@ def load(scheduled: Scheduled) -> Loaded:
     processes.accelerator.wait_for_everyone()
     free_memory()
     data = checked.data.prepared(
-        total_steps=plan.total_steps, latents=caches.latents, texts=caches.texts, join=family.join_conds
-    )
+        total_steps=plan.total_steps, latents=caches.latents, texts=caches.texts, join=family.join_conds,
+        shown=family.references is not None and not family.references.seen_by.isdisjoint(encoders),
+    )  # fmt: skip
     # what is moved to and fro is loaded where it stays: as a whole it may not fit on the card
     device = torch.device("cpu") if moves_weights(planned.choice, learning.swap_options) else planned.device
     denoiser = family.load_denoiser(planned.load_dtype(DENOISER), device, storage=planned.storage(DENOISER))
@@ -303,7 +305,7 @@ def build(loaded: Loaded) -> Running:
         family, loaded.objective, models, trainables, updates.model, planned.device, planned.dtype, memory.around
     )  # fmt: skip
     retry = Retry(updates, memory, allowed=checked.processes.world == 1 and not planned.deepspeed)
-    step = Step(forward, updates, memory, retry, accelerator, plan.seed, checked.processes.rank)
+    step = Step(forward, updates, memory, retry, accelerator, plan.seed)
     validation = Validation(
         options.train, checked.validation_plans, loaded.data, forward, plan.seed, plan.total_steps, checked.stop
     )  # fmt: skip

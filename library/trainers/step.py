@@ -21,7 +21,7 @@ from library.rng import derive_seed, torch_generator
 from library.trainers.memory import Memory
 from library.trainers.out_of_memory import Retry, changing_weights, encoded
 from library.trainers.updates import Updates
-from library.types import Batch, Cond, Noised
+from library.types import Batch, Cond, Noised, Tokens
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,29 @@ class Pass:
             encode = partial(self.family.encode_image, self.models.vae)
             return encoded(encode, batch.pixels, batch.latent_seeds).float()
 
+    def with_references(self, batch: Batch) -> Batch:
+        """The batch with the latents of its reference pictures, from the cache or from the VAE."""
+        found, vae = batch.references, self.models.vae
+        if batch.reference_pixels and not found:
+            assert vae is not None
+            with torch.no_grad():
+                encode = partial(encoded, lambda pixels, seeds: self.family.encode_reference(vae, pixels))
+                found = tuple(encode(pixels, batch.latent_seeds) for pixels in batch.reference_pixels)
+        return replace(batch, references=tuple(latents.float() for latents in found))
+
+    def tokens(self, batch: Batch) -> Tokens:
+        """What the text encoders read, on the device."""
+        return self.family.tokenize_with(batch.captions, [*zip(*batch.reference_pixels)]).to(self.device)
+
     def predict(self, batch: Batch) -> Predict:
         """The model's predictions for this batch, for its objective to ask for."""
         self.trainables.set_multiplier(batch.network_multiplier)
 
         def trained(noised: Noised) -> Tensor:
-            tokens = self.family.tokenize(batch.captions).to(self.device) if self.models.encoders else None
+            complete = self.with_references(batch)
+            tokens = self.tokens(batch) if self.models.encoders else None
             with self.around():
-                return self.model(noised.x_t.to(self.dtype), noised.t, batch, tokens).float()
+                return self.model(noised.x_t.to(self.dtype), noised.t, complete, tokens).float()
 
         def untrained(noised: Noised) -> Tensor:
             with torch.no_grad(), self.trainables.base_model():
@@ -86,7 +101,11 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Step:
-    """The optimizer step of a run. Noise and dropout depend on the seed, the micro-step and the rank only."""
+    """The optimizer step of a run.
+
+    Noise, timesteps and dropout are keyed by the seed and `Batch.position` only: however many processes share the
+    batches of a step, the same are drawn.
+    """
 
     forward: Pass
     updates: Updates
@@ -94,18 +113,15 @@ class Step:
     retry: Retry
     accelerator: Accelerator
     seed: int
-    rank: int
 
-    def take(
-        self, batches: Sequence[Batch], first_micro_step: int, step: int, average_loss: float | None
-    ) -> StepResult:
+    def take(self, batches: Sequence[Batch], step: int, average_loss: float | None) -> StepResult:
         """Take optimizer step `step`, counted from 0, over its micro-batches.
 
         average_loss: of the steps before, where the schedule follows it. Raises DoesNotFit and HalfDone.
         """
         trainables = self.forward.trainables
         trainables.before_step(step)
-        loss = self.gradients(batches, first_micro_step, step)
+        loss = self.gradients(batches, step)
         with changing_weights(step):
             grad_norm = self.updates.step()
             rates = self.updates.rates()
@@ -114,23 +130,23 @@ class Step:
             self.updates.finish_step(step)
         return StepResult(loss, grad_norm, {**rates, **more})
 
-    def gradients(self, batches: Sequence[Batch], first_micro_step: int, step: int) -> Tensor:
+    def gradients(self, batches: Sequence[Batch], step: int) -> Tensor:
         """The mean loss of the micro-batches, 0-dim, with their gradients summed up in the weights that learn."""
 
         def accumulated() -> Tensor:
             total = torch.zeros((), device=self.forward.device)
             for index, batch in enumerate(batches):
                 last = index == len(batches) - 1
-                total += self.learn(batch, first_micro_step + index, share=1 / len(batches), is_last=last)
+                total += self.learn(batch, share=1 / len(batches), is_last=last)
             return total
 
         return self.retry(accumulated, largest_batch=max(batch.size for batch in batches), step=step)
 
-    def learn(self, batch: Batch, micro_step: int, *, share: float, is_last: bool) -> Tensor:
+    def learn(self, batch: Batch, *, share: float, is_last: bool) -> Tensor:
         """Backward pass of the mean loss of one micro-batch times `share`, which is returned."""
         forward, total = self.forward, torch.zeros((), device=self.forward.device)
-        generator = torch_generator(self.seed, "noise", micro_step, self.rank, device=forward.device)
-        seed_everything(derive_seed(self.seed, "dropout", micro_step, self.rank))
+        generator = torch_generator(self.seed, "noise", batch.position, 0, device=forward.device)
+        seed_everything(derive_seed(self.seed, "dropout", batch.position, 0))
         there = batch.to(forward.device)
         noised = forward.noised(there, generator)
         parts = list(self.parts(there, noised, batch.cond))

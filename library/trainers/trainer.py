@@ -47,11 +47,11 @@ class Trainer:
 
     # ---- one step ---------------------------------------------------------------------------------------------------
 
-    def train_step(self, batches: Sequence[Batch], first_micro_step: int) -> None:
+    def train_step(self, batches: Sequence[Batch]) -> None:
         """One optimizer step over its micro-batches."""
         step = self.position.step
         average = self.losses.mean if self.running.updates.scheduler.needs_loss else None
-        found = self.running.step.take(batches, first_micro_step, step, average)
+        found = self.running.step.take(batches, step, average)
         names = [name for batch in batches for name in batch.names]
         self.reader.push(
             step + 1, found.loss, found.grad_norm, names,
@@ -128,7 +128,7 @@ class Trainer:
                     self.running.trainables.epoch_started()
                 try:
                     with exchanging(self.processes.world):
-                        self.train_step(batches, self.plan.micro_step(self.position.epoch, self.position.batch))
+                        self.train_step(batches)
                         failure = self.after_training_step(len(batches), bar, trackers) or feed.failure
                         if vote.decided(self.stop.requested or failure is not None):
                             return failure

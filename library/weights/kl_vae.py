@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from library.device import on_device
 from library.errors import UserError
-from library.families.sd.names import OLD_VAE_ATTENTION, VAE_PREFIX, vae_rules
 from library.key_tables import CONV_1X1, Rule, Shapes
 from library.weights.loading import Part, own_names, part_file, read_json
 from library.weights.sizes import below, depth, has, reading_sizes, shape_of
+from library.weights.vae_names import OLD_VAE_ATTENTION, VAE_PREFIX, vae_rules
 from library.weights.weight_files import WeightFile, open_weights
 
 VAE_FILES = ("vae/config.json", "vae/*.safetensors", "config.json", "diffusion_pytorch_model*.safetensors")
@@ -150,15 +150,18 @@ def layout(shapes: Shapes, names: tuple[str, str, str]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def encode(vae: Any, pixels: Tensor, seeds: Sequence[int]) -> Tensor:
+def encode(vae: Any, pixels: Tensor, seeds: Sequence[int] | None) -> Tensor:
     """Pixels B 3 H W in [-1, 1] -> latents B C h w float32 as the denoiser sees them: (sample - shift) * scale.
 
     sample = mean + std * noise (Kingma & Welling 2014, https://arxiv.org/abs/1312.6114, section 2.4). The noise of each
-    picture comes from its own seed on the CPU, so that a latent depends neither on its batch nor on the device.
+    picture comes from its own seed on the CPU, so that a latent depends neither on its batch nor on the device. Without
+    seeds there is no noise: the mean alone.
     """
     parameter = next(vae.parameters())
     with torch.autocast(parameter.device.type, enabled=False):  # the VAE's own dtype decides: see --no_half_vae
         posterior = vae.encode(pixels.to(parameter.device, parameter.dtype), return_dict=False)[0]
+    if seeds is None:
+        return (posterior.mean.float() - _shift(vae)) * vae.config.scaling_factor
     shape = tuple(posterior.mean.shape[1:])
     noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
     sample = posterior.mean.float() + posterior.std.float() * on_device(noise, parameter.device)

@@ -14,21 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from library.families.sd.model import unused_open_clip
-from library.families.sd.names import (
-    CLIP_PREFIX,
-    OPEN_CLIP_PREFIX,
-    SDXL_CLIP_G_PREFIX,
-    SDXL_CLIP_L_PREFIX,
-    UNET_PREFIX,
-    VAE_PREFIX,
-    clip_g_rules,
-    clip_rules,
-    open_clip_rules,
-    unet_rules,
-    vae_rules,
-)
+from library.families.sd.names import CLIP_PREFIX, OPEN_CLIP_PREFIX, UNET_PREFIX, unet_rules
+from library.families.sdxl.names import CLIP_G_PREFIX, CLIP_L_PREFIX
 from library.io.checkpoint import save_tensors
 from library.key_tables import Rule, expand, publish, read
+from library.weights.clip_names import clip_g_rules, clip_rules, open_clip_rules
+from library.weights.vae_names import VAE_PREFIX, vae_rules
 from networks import lora, lora_flux, lora_lumina, lora_sd3
 from tests.adapters import lora_samples
 from tests.adapters.models import randomize
@@ -170,8 +161,8 @@ def sdxl() -> Model:
         return [noise, run_clip(modules[1]), run_clip(modules[2])]
 
     encoders = (
-        Part(clip_l, clip_rules(clip_l), SDXL_CLIP_L_PREFIX),
-        Part(clip_g, clip_g_rules(clip_g), SDXL_CLIP_G_PREFIX),
+        Part(clip_l, clip_rules(clip_l), CLIP_L_PREFIX),
+        Part(clip_g, clip_g_rules(clip_g), CLIP_G_PREFIX),
     )
     more = {**UNTOUCHED, **publish(vae.state_dict(), vae_rules(vae), VAE_PREFIX)}
     return Model((Part(unet, unet_rules(unet), UNET_PREFIX), *encoders), lora, run, more)

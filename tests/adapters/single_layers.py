@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from library.adapters.formats.convert import by_module
-from library.adapters.formats.tables import BY_NAME
+from library.adapters.formats.architecture import BY_NAME
+from library.adapters.formats.conversion import by_module
 from library.adapters.surgery.checkpoint_layers import CheckpointLayers
 from library.adapters.surgery.checkpoint_merge import Adapter, MergedWeights
 

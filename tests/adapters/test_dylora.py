@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from library.adapters.foreign.plugin import load_network_module
+from library.adapters.foreign.network_module import load_network_module
 from library.adapters.layers.dylora import DyLoRALayer, DyloraSettings
-from library.adapters.spec import TargetModule, TargetSpec
+from library.adapters.target_spec import TargetModule, TargetSpec
 from library.errors import UserError
 from networks import dylora, lora
 from tests.adapters.families import TINY

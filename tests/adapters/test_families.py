@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from library.adapters.base import AdapterLayer
+from library.adapters.adapter_layer import AdapterLayer
 from library.adapters.layers.lora import LoRALayer, LoraSettings
-from library.adapters.spec import TargetModule, TargetSpec
+from library.adapters.target_spec import TargetModule, TargetSpec
 from library.families.flux.names import flux_names
 from library.families.lumina.names import lumina_names
 from library.families.sd3.names import sd3_names

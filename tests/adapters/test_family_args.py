@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from library.adapters.foreign.plugin import load_network_module
+from library.adapters.foreign.network_module import load_network_module
 from library.errors import UserError
 from tests.adapters.families import TINY
 from tests.adapters.models import tiny_unet

@@ -12,8 +12,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from library.adapters.formats.convert import convert, read_tensors, to_kohya
-from library.adapters.network import LayerNetwork
+from library.adapters.formats.conversion import convert, read_tensors, to_kohya
+from library.adapters.layer_network import LayerNetwork
 from library.errors import UserError
 from networks.lora import create_network, create_network_from_weights
 from tests.adapters.models import randomize, tiny_clip, tiny_unet

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from library.adapters.formats.convert import architecture_of, format_of, read_adapter, to_kohya
-from library.adapters.formats.tables import BY_NAME
+from library.adapters.formats.architecture import BY_NAME
+from library.adapters.formats.conversion import architecture_of, format_of, read_adapter, to_kohya
 from library.adapters.surgery.checkpoint_layers import CheckpointLayers
 from library.adapters.surgery.checkpoint_merge import Adapter, MergedWeights
 from library.adapters.table_targets import text_targets

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from library.adapters.formats.convert import (
+from library.adapters.formats.architecture import BY_NAME
+from library.adapters.formats.conversion import (
     alphas_in,
     architecture_of,
     convert,
@@ -23,7 +24,6 @@ from library.adapters.formats.convert import (
     to_kohya,
     write_tensors,
 )
-from library.adapters.formats.tables import BY_NAME
 from library.errors import UserError
 from tests.adapters.lora_samples import (
     SAMPLES,

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from library.adapters.layers.lora import SplitLoRALayer
-from library.adapters.spec import TargetModule, TargetSpec
+from library.adapters.target_spec import TargetModule, TargetSpec
 from networks.lora import create_network, create_network_from_weights
 from tests.adapters.models import DATA, read_json
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from library.adapters.foreign.plugin import load_network_module
-from library.adapters.formats.convert import convert, format_of
+from library.adapters.foreign.network_module import load_network_module
+from library.adapters.formats.conversion import convert, format_of
 from library.adapters.layers.factor import FactorSettings
 from library.adapters.layers.loha import LoHaLayer
 from library.adapters.layers.lokr import LoKrLayer, LokrSettings, parts_of
 from library.adapters.options import read_network_args
-from library.adapters.spec import TargetModule, TargetSpec
+from library.adapters.target_spec import TargetModule, TargetSpec
 from library.errors import UserError
 from networks import loha, lokr, lora
 from tests.adapters.families import TINY

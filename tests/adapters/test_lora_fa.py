@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from library.adapters.foreign.plugin import load_network_module
+from library.adapters.foreign.network_module import load_network_module
 from library.adapters.layers.lora_fa import LoRAFALayer
-from library.adapters.spec import TargetModule, TargetSpec
+from library.adapters.target_spec import TargetModule, TargetSpec
 from library.errors import UserError
 from networks import lora, lora_fa
 from tests.adapters.families import TINY

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.adapters.layers.lora import LoRALayer, LoraSettings, SplitLoRALayer
-from library.adapters.spec import TargetModule, TargetSpec
+from library.adapters.target_spec import TargetModule, TargetSpec
 from networks.lora import create_network, create_network_from_weights
 from tests.adapters.models import distance, randomize, run_unet, tiny_clip, tiny_unet
 

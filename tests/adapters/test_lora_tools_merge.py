@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from library.adapters.formats.tables import BY_NAME
+from library.adapters.formats.architecture import BY_NAME
 from library.adapters.surgery.block_ratios import place_of, strengths
 from library.adapters.surgery.checkpoint_layers import CheckpointLayers
 from library.adapters.surgery.lora_math import as_tensors

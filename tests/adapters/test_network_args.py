@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from library.adapters.foreign.plugin import load_network_module, own_modules
-from library.adapters.lr_weights import BlockLayout, block_lr_weights
+from library.adapters.block_ranks import BlockLayout, block_lr_weights
+from library.adapters.foreign.network_module import load_network_module, own_modules
 from library.adapters.options import BlockOptions, read_network_args
 from library.adapters.targets import SD_BLOCKS, sd_block
 from library.errors import UserError

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from library.adapters.foreign.plugin import load_network_module
+from library.adapters.foreign.network_module import load_network_module
 from library.adapters.layers.oft import OFTLayer, OftSettings
-from library.adapters.spec import TargetModule, TargetSpec
+from library.adapters.target_spec import TargetModule, TargetSpec
 from library.errors import UserError
 from networks import oft, oft_flux
 from tests.adapters.families import TINY, full_models

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from library.adapters.base import AdapterNetwork
-from library.adapters.foreign.plugin import PluginNetwork, load_network_module, own_modules
-from library.adapters.network import LayerNetwork
+from library.adapters.adapter_network import AdapterNetwork
+from library.adapters.foreign.network_module import PluginNetwork, load_network_module, own_modules
+from library.adapters.layer_network import LayerNetwork
 from library.errors import UserError
 from tests.adapters.models import distance, randomize, run_unet, tiny_clip, tiny_unet
 

@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from library.adapters.base import AdapterNetwork
-from library.adapters.formats.convert import alphas_in, architecture_of, convert, format_of, header, to_kohya
-from library.adapters.formats.tables import BY_NAME
-from library.adapters.network import LayerNetwork
+from library.adapters.adapter_network import AdapterNetwork
+from library.adapters.formats.architecture import BY_NAME
+from library.adapters.formats.conversion import alphas_in, architecture_of, convert, format_of, header, to_kohya
+from library.adapters.layer_network import LayerNetwork
 from library.adapters.targets import SDXL_BLOCKS, block_layout, every_target
 from library.errors import UserError
 from library.weights.loading import shipped_config

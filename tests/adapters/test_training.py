@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from library.adapters.base import AdapterNetwork
+from library.adapters.adapter_network import AdapterNetwork
 from networks.lora import create_network
 from tests.adapters.models import distance, randomize, run_unet, tiny_clip, tiny_unet
 

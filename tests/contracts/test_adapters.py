@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from library.adapters.base import AdapterLayer, in_dtype
+from library.adapters.adapter_layer import AdapterLayer
+from library.adapters.adapter_network import in_dtype
+from library.adapters.layer_network import LayerNetwork, RateRules
 from library.adapters.layers.dylora import DyLoRALayer, DyloraSettings
 from library.adapters.layers.factor import FactorSettings
 from library.adapters.layers.loha import LoHaLayer
@@ -20,8 +22,7 @@ from library.adapters.layers.lora_fa import LoRAFALayer
 from library.adapters.layers.norm import NormLayer
 from library.adapters.layers.oft import OFTLayer, OftSettings
 from library.adapters.layers.weight import WeightLayer
-from library.adapters.network import LayerNetwork, RateRules
-from library.adapters.spec import TargetModule, TargetSpec
+from library.adapters.target_spec import TargetModule, TargetSpec
 from tests.adapters.models import distance, randomize
 
 RANK = 4

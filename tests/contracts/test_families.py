@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from library.adapters.formats.convert import format_of, read_adapter
+from library.adapters.formats.conversion import format_of, read_adapter
 from library.cli import load_attribute
 from library.families.registry import FAMILIES
 from library.options import specs

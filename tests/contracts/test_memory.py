@@ -110,7 +110,7 @@ def one_step(run: Run, *, micro_batches: int = 1) -> tuple[float, list[Tensor | 
     trainer.updates.zero_gradients()
     plans = trainer.data.plan_epoch(1)[:micro_batches]
     batches = [trainer.data.load(plan, step=0) for plan in plans]
-    total = trainer.step.gradients(batches, 0, trainer.position.step)
+    total = trainer.step.gradients(batches, trainer.position.step)
     return float(total), [None if p.grad is None else p.grad.clone() for p in trainer.trainables.parameters()]
 
 

@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from library.data.buckets import Bucket
 from library.data.config import load_dataset_config
-from library.data.dataset import LatentJob, TrainingData, encoding_input
+from library.data.dataset import TrainingData
+from library.data.encoding import LatentJob, encoding_input
 from library.data.lint import check
 from library.data.options import DataOptions
-from library.data.records import BucketRules, DatasetConfig, ImageRules, Sample, SubsetConfig
+from library.data.records import BucketRules, DatasetConfig, ImageRules, SubsetConfig
 from library.data.scan import Scan, scan
 from library.errors import UserError
 from library.rng import derive_seed
@@ -78,8 +78,8 @@ def test_control_is_cut_out_like_its_picture(twins: Path, rules: dict[str, Any])
 class Pixels:
     """A cache whose "latents" are the very pixels that an encoder would get."""
 
-    def get(self, sample: Sample, bucket: Bucket, flipped: bool) -> tuple[Tensor, None]:
-        return encoding_input(LatentJob(sample, bucket, flipped), masked_loss=False).pixels, None
+    def get(self, job: LatentJob) -> tuple[Tensor, None]:
+        return encoding_input(job, masked_loss=False).pixels, None
 
 
 def test_control_comes_with_cached_latents_too(twins: Path) -> None:

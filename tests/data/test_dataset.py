@@ -24,9 +24,9 @@ from PIL import Image
 
 from library.data import captions, images
 from library.data import plan as plan_module
-from library.data.buckets import Bucket
-from library.data.dataset import BatchPlan, LatentJob, TrainingData, _variant_seed, encoding_input
-from library.data.plan import Shuffle, each_shape, regularisation_repeats
+from library.data.dataset import TrainingData, _variant_seed
+from library.data.encoding import LatentJob, Text, encoding_input
+from library.data.plan import BatchPlan, Shuffle, each_shape, regularisation_repeats
 from library.data.records import BucketRules, CaptionRules, DatasetConfig, ImageRules, Sample, SubsetConfig
 from library.errors import EXIT_PROCESS_DIED, ProcessDied, UserError
 from library.rng import derive_seed, python_rng
@@ -515,18 +515,18 @@ class Pooled:
             latent = torch.nn.functional.avg_pool2d(encoded.pixels, 8)
             self.items[job.sample.path, job.bucket, job.flipped] = (latent, mask, encoded.seed)
 
-    def get(self, sample: Sample, bucket: Bucket, flipped: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return self.items[sample.path, bucket, flipped][:2]
+    def get(self, job: LatentJob) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self.items[job.sample.path, job.bucket, job.flipped][:2]
 
 
 class Lengths:
     """A cache of "text outputs": as many ones as the caption has characters."""
 
-    def __init__(self, texts: list[str]) -> None:
-        self.items = {text: {"hidden": torch.ones(len(text))} for text in texts}
+    def __init__(self, texts: list[Text]) -> None:
+        self.items = {text: {"hidden": torch.ones(len(text.caption))} for text in texts}
 
-    def get(self, caption: str) -> Cond:
-        return self.items[caption]
+    def get(self, text: Text) -> Cond:
+        return self.items[text]
 
 
 def pad(conds: list[Cond]) -> Cond:
@@ -566,10 +566,10 @@ def test_cached_texts_cover_every_epoch(tmp_path: Path) -> None:
     varying = make_samples(subset_of(tmp_path, "a", captions=rules), 6)
     fixed = make_samples(subset_of(tmp_path, "b", captions=CaptionRules(caption_prefix="P")), 2)
     data = TrainingData([dataset_of(varying, fixed, validation_split=0.5)], seed=1, text_variants=4)
-    texts = data.all_captions()
+    texts = [text.caption for text in data.all_texts()]
     assert len(texts) == len(set(texts)) <= 3 * 4 + 3
     assert {"", TAGS, f"P {TAGS}"} <= set(texts)  # dropped; of the validation; without variants
-    cached = data.prepared(texts=Lengths(texts), join=pad)
+    cached = data.prepared(texts=Lengths(data.all_texts()), join=pad)
     seen = set()
     for epoch in range(1, 30):
         for plan in cached.plan_epoch(epoch):
@@ -589,7 +589,7 @@ def test_cached_texts_come_as_often_as_uncached_ones(tmp_path: Path) -> None:
     samples = make_samples(subset_of(tmp_path, "a", captions=rules, num_repeats=8), 25)
     samples = [dataclasses.replace(sample, caption=text) for sample in samples]
     data = TrainingData([dataset_of(samples, batch_size=25)], seed=1, text_variants=8)
-    cached = data.prepared(texts=Lengths(data.all_captions()), join=pad)
+    cached = data.prepared(texts=Lengths(data.all_texts()), join=pad)
     for source in (data, cached):
         lines: Counter[str] = Counter()
         for epoch in range(1, 6):

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from library.data import legacy_npz, store
 from library.data.buckets import Bucket
-from library.data.dataset import LatentJob, TrainingData, encoding_input, latent_seed
+from library.data.dataset import TrainingData
+from library.data.encoding import LatentJob, encoding_input, latent_seed
 from library.data.file_hashes import FileHashes, FileState, state_of
 from library.data.latent_cache import LatentCache, LatentFolders
 from library.data.records import BucketRules, DatasetConfig, ImageRules, Sample, SubsetConfig
@@ -117,7 +118,7 @@ def expected(job: LatentJob, masked_loss: bool = False) -> Tensor:
 
 def assert_cached(cache: LatentCache, jobs: list[LatentJob]) -> None:
     for job in jobs:
-        assert torch.equal(cache.get(*job)[0], expected(job).to(cache.dtype)), job.sample.path
+        assert torch.equal(cache.get(job)[0], expected(job).to(cache.dtype)), job.sample.path
 
 
 # ---- what is encoded -------------------------------------------------------------------------------------------------
@@ -144,7 +145,7 @@ def test_cache_dir_and_dtype(tmp_path: Path) -> None:
     jobs = jobs_of(make_samples(tmp_path / "pictures", 3))
     cache = make_cache(folders=LatentFolders(str(tmp_path / "cache")), dtype=torch.bfloat16)
     cache.fill(jobs, Encoder(), batch_size=2)
-    assert cache.get(*jobs[0])[0].dtype == torch.bfloat16
+    assert cache.get(jobs[0])[0].dtype == torch.bfloat16
     assert_cached(cache, jobs)
     assert not (tmp_path / "pictures" / ".trainyard").exists()
 
@@ -253,7 +254,7 @@ def test_an_edited_mask_is_noticed(tmp_path: Path) -> None:
     item = encoding_input(job, masked_loss=True)
     assert item.mask is not None
     blocks = item.mask[0].reshape(8, 8, 6, 8).mean((1, 3))
-    found = cache.get(*job)[1]
+    found = cache.get(job)[1]
     assert found is not None and found.dtype == torch.float32 and found.shape == (1, 8, 6)
     assert torch.allclose(found[0], blocks, atol=2**-11)
     make_picture(mask, 6, (48, 64))
@@ -269,7 +270,7 @@ def test_a_restart_reads_no_picture(tmp_path: Path) -> None:
         os.rename(job.sample.path, job.sample.path + ".away")
     cache = make_cache()
     assert cache.missing(jobs) == []
-    assert cache.get(*jobs[0])[0].shape == (4, 8, 6)
+    assert cache.get(jobs[0])[0].shape == (4, 8, 6)
 
 
 def test_skip_check_trusts_paths(tmp_path: Path) -> None:
@@ -279,7 +280,7 @@ def test_skip_check_trusts_paths(tmp_path: Path) -> None:
     os.utime(samples[0].path)
     edited = [sample_of(Path(s.path), s.subset) for s in samples]
     assert make_cache(skip_check=True).missing(jobs_of(edited)) == []
-    assert make_cache(skip_check=True).get(*jobs_of(edited)[0])[0].shape == (4, 8, 6)
+    assert make_cache(skip_check=True).get(jobs_of(edited)[0])[0].shape == (4, 8, 6)
     assert len(make_cache().missing(jobs_of(edited))) == 1
 
 
@@ -306,7 +307,7 @@ def test_damage_after_the_start_is_named(tmp_path: Path) -> None:
     (shard,) = (tmp_path / ".trainyard" / "latents").glob("*.bin")
     os.truncate(shard, 10)
     with pytest.raises(UserError, match=r"1\.png: its cached latents are missing or damaged"):
-        cache.get(*jobs[1])
+        cache.get(jobs[1])
 
 
 def test_latents_that_are_not_finite_are_refused(tmp_path: Path) -> None:
@@ -469,8 +470,8 @@ def test_valid_files_of_sd_scripts_are_read(tmp_path: Path, spec: LatentSpec, na
     for dtype in (torch.float32, torch.bfloat16):
         cache = make_cache(spec, scale_legacy=scale, dtype=dtype)
         assert cache.missing(jobs) == []
-        plain, mask = cache.get(*jobs[0])
-        mirrored, mirrored_mask = cache.get(*jobs[1])
+        plain, mask = cache.get(jobs[0])
+        mirrored, mirrored_mask = cache.get(jobs[1])
         assert torch.equal(plain, (torch.from_numpy(arrays["latents"]) * 0.18215).to(dtype))
         assert torch.equal(mirrored, (torch.from_numpy(arrays["latents_flipped"]) * 0.18215).to(dtype))
         assert mask is not None and mirrored_mask is not None
@@ -503,7 +504,7 @@ def test_other_files_of_sd_scripts_are_not(tmp_path: Path, reason: str, caplog: 
     cache, encoder = make_cache(scale_legacy=scale), Encoder()
     missing = cache.fill(jobs, encoder, batch_size=1)
     assert missing >= 1 and jobs[1] not in cache.missing(jobs)
-    assert torch.equal(cache.get(*jobs[1])[0], expected(jobs[1]))
+    assert torch.equal(cache.get(jobs[1])[0], expected(jobs[1]))
     assert len(caplog.records) == 1
     assert caplog.records[0].levelname == ("WARNING" if "damaged" in reason else "INFO")
     assert re.search(reason, caplog.text) and str(path) in caplog.text
@@ -513,10 +514,10 @@ def test_a_rank_reads_what_another_rank_has_checked(tmp_path: Path) -> None:
     jobs, path, arrays = legacy_jobs(tmp_path, SPEC, PLAIN, "0_0048x0064_sd.npz")
     cache = make_cache(scale_legacy=scale)
     assert cache.fill(jobs, Encoder(), batch_size=1, rank=1, world=2) == 0  # the only picture is rank 0's
-    assert torch.equal(cache.get(*jobs[0])[0], torch.from_numpy(arrays["latents"]) * 0.18215)
+    assert torch.equal(cache.get(jobs[0])[0], torch.from_numpy(arrays["latents"]) * 0.18215)
     path.unlink()
     with pytest.raises(UserError, match="start again"):
-        cache.get(*jobs[0])
+        cache.get(jobs[0])
 
 
 def flip_a_byte(path: Path) -> None:
@@ -538,7 +539,7 @@ def test_a_file_that_was_good_is_damaged(tmp_path: Path, limit: int, monkeypatch
     if limit == 0:
         assert cache.missing(jobs) == []
         with pytest.raises(UserError, match=r"damaged .* start again and the picture is encoded"):
-            cache.get(*jobs[0])
+            cache.get(jobs[0])
     assert make_cache(scale_legacy=scale).fill(jobs, Encoder(), batch_size=1) == 1
     assert_cached(make_cache(scale_legacy=scale), jobs)
 

@@ -9,28 +9,29 @@ from pathlib import Path
 import pytest
 import torch
 
+from library.data.encoding import Text
 from library.data.text_cache import TextCache, text_store
 from library.errors import UserError
 from library.rng import torch_generator
 from library.types import Cond
 
-CAPTIONS = ["a cat", "", "出力 Straße 😀", "a very long caption " * 30, "a dog", "a cat"]
+CAPTIONS = [*map(Text, ["a cat", "", "出力 Straße 😀", "a very long caption " * 30, "a dog", "a cat"])]
 
 
 class Encoder:
     """Stands for a text encoder: as many tokens as words, values from the text. Keeps the batches that it saw."""
 
     def __init__(self) -> None:
-        self.batches: list[list[str]] = []
+        self.batches: list[list[Text]] = []
 
-    def __call__(self, captions: list[str]) -> list[Cond]:
-        self.batches.append(captions)
-        return [self.one(caption) for caption in captions]
+    def __call__(self, texts: list[Text]) -> list[Cond]:
+        self.batches.append(texts)
+        return [self.one(text) for text in texts]
 
     @staticmethod
-    def one(caption: str) -> Cond:
-        length = len(caption.split()) + 2
-        hidden = torch.randn(length, 8, generator=torch_generator("text", caption))
+    def one(text: Text) -> Cond:
+        length = len(text.caption.split()) + 2
+        hidden = torch.randn(length, 8, generator=torch_generator("text", text.caption))
         return {"hidden": hidden, "pooled": hidden.mean(0), "mask": torch.ones(length, dtype=torch.int64)}
 
 
@@ -39,7 +40,7 @@ def make_cache(folder: Path | None, **values: object) -> TextCache:
     return TextCache(text_store(folder and str(folder)), **settings)  # type: ignore[arg-type]
 
 
-def assert_cached(cache: TextCache, caption: str) -> None:
+def assert_cached(cache: TextCache, caption: Text) -> None:
     found, wanted = cache.get(caption), Encoder.one(caption)
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
@@ -54,25 +55,25 @@ def test_fill_and_get(tmp_path: Path, disk: bool, dtype: torch.dtype) -> None:
     assert set(cache.missing(CAPTIONS)) == set(CAPTIONS) and len(cache.missing(CAPTIONS)) == 5
     assert cache.fill(CAPTIONS, encoder, batch_size=2) == 5
     assert [len(batch) for batch in encoder.batches] == [2, 2, 1]
-    lengths = [len(caption) for batch in encoder.batches for caption in batch]
+    lengths = [len(text.caption) for batch in encoder.batches for text in batch]
     assert lengths == sorted(lengths)  # like lengths together: little padding
     for caption in CAPTIONS:
         assert_cached(cache, caption)
     assert cache.missing(CAPTIONS) == [] and cache.fill(CAPTIONS, encoder, batch_size=2) == 0
     with pytest.raises(UserError, match="caption 'a bird': its cached outputs are missing"):
-        cache.get("a bird")
+        cache.get(Text("a bird"))
     if disk:
         again = make_cache(tmp_path, dtype=dtype)
         assert again.missing(CAPTIONS) == []
-        assert_cached(again, "a cat")
+        assert_cached(again, Text("a cat"))
 
 
 def test_an_edited_caption_is_encoded_alone(tmp_path: Path) -> None:
     make_cache(tmp_path).fill(CAPTIONS, Encoder(), batch_size=2)
-    edited = ["a black cat", *CAPTIONS[1:5]]
+    edited = [Text("a black cat"), *CAPTIONS[1:5]]
     encoder = Encoder()
     assert make_cache(tmp_path).fill(edited, encoder, batch_size=2) == 1
-    assert encoder.batches == [["a black cat"]]
+    assert encoder.batches == [[Text("a black cat")]]
 
 
 def test_another_encoder_setting_or_dtype_is_another_text(tmp_path: Path) -> None:
@@ -82,7 +83,7 @@ def test_another_encoder_setting_or_dtype_is_another_text(tmp_path: Path) -> Non
 
 
 def test_outputs_are_kept_without_padding_and_once(tmp_path: Path) -> None:
-    captions = [f"a picture of {number}" for number in range(100)]
+    captions = [Text(f"a picture of {number}") for number in range(100)]
     cache = make_cache(tmp_path, dtype=torch.bfloat16)
     cache.fill(captions * 50, Encoder(), batch_size=10)
     cache.close()
@@ -103,13 +104,13 @@ def test_damaged_texts_are_said_once_and_encoded_again(tmp_path: Path, caplog: p
 
 
 def test_outputs_that_are_not_finite_are_refused(tmp_path: Path) -> None:
-    def encode(captions: list[str]) -> list[Cond]:
-        return [{"hidden": torch.full((2, 2), float("inf") if "dog" in caption else 1.0)} for caption in captions]
+    def encode(texts: list[Text]) -> list[Cond]:
+        return [{"hidden": torch.full((2, 2), float("inf") if "dog" in text.caption else 1.0)} for text in texts]
 
     cache = make_cache(tmp_path)
     with pytest.raises(UserError, match=r"caption 'a dog': .*not finite \(hidden\)"):
         cache.fill(CAPTIONS, encode, batch_size=1)
-    assert "" not in cache.missing(CAPTIONS) and "a dog" in cache.missing(CAPTIONS)
+    assert Text("") not in cache.missing(CAPTIONS) and Text("a dog") in cache.missing(CAPTIONS)
 
 
 def test_ranks_share_the_work(tmp_path: Path) -> None:

@@ -89,8 +89,8 @@ def published_denoiser(denoiser: nn.Module) -> dict[str, Tensor]:
 
 
 def published_vae(vae: nn.Module) -> dict[str, Tensor]:
-    from library.families.sd.names import vae_rules
     from library.key_tables import publish
+    from library.weights.vae_names import vae_rules
 
     return publish(vae.state_dict(), vae_rules(vae))
 

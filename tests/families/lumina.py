@@ -121,8 +121,8 @@ def tiny_modules(seed: int = 0) -> tuple[Any, Any, Any]:
 def published(denoiser: nn.Module, encoder: nn.Module, vae: nn.Module) -> tuple[dict[str, Tensor], ...]:
     """The tensors of the three under the names of their published files."""
     from library.families.lumina.parts import denoiser_rules
-    from library.families.sd.names import vae_rules
     from library.key_tables import publish
+    from library.weights.vae_names import vae_rules
 
     return (
         publish(denoiser.state_dict(), denoiser_rules(denoiser)),

@@ -185,9 +185,9 @@ def write_files(folder: Path, modules: dict[str, Any], layout: str) -> dict[str,
 
 def published(name: str, module: Any) -> dict[str, Tensor]:
     """The tensors of a part under the names that files of it have."""
-    from library.families.sd.names import vae_rules
     from library.families.sd3.parts import mmdit_rules
     from library.key_tables import publish
+    from library.weights.vae_names import vae_rules
 
     state = module.state_dict()
     if name == "denoiser":

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from library.families.sd import names as sd_names
 from library.families.sd.model import published_tensors, unused_open_clip
+from library.families.sd.names import CLIP_PREFIX, OPEN_CLIP_PREFIX, UNET_PREFIX, unet_rules
 from library.families.sd.parts import build_text_encoder, build_unet, clip_layout, open_clip_layout, unet_layout
 from library.key_tables import CONV_1X1, COPY, SWAP_HALVES, TRANSPOSE, Rule, expand, named, publish, read
+from library.weights.clip_names import clip_rules, open_clip_rules
 from library.weights.kl_vae import LDM_BLOCK, build_vae, layout
 from library.weights.loading import build_empty, shipped_config
+from library.weights.vae_names import VAE_PREFIX, vae_rules
 from tests.tiny import tiny_modules
 
 DATA = Path(__file__).parents[1] / "data_files" / "weights"
@@ -74,8 +76,8 @@ def test_expand_takes_the_longest_name_and_refuses_gaps():
 @pytest.mark.parametrize("version", [1, 2])
 def test_tiny_models_come_back_bit_equal(version):
     unet, vae, encoder = tiny_modules(version=version)
-    text_rules = sd_names.open_clip_rules if version == 2 else sd_names.clip_rules
-    for module, rules in ((unet, sd_names.unet_rules), (vae, sd_names.vae_rules), (encoder, text_rules)):
+    text_rules = open_clip_rules if version == 2 else clip_rules
+    for module, rules in ((unet, unet_rules), (vae, vae_rules), (encoder, text_rules)):
         state = module.state_dict()
         published, back, wrong = round_trip(state, rules(module), {n: tuple(t.shape) for n, t in state.items()})
         assert not wrong and back.keys() == state.keys()
@@ -106,12 +108,12 @@ def test_configurations_read_from_shapes_equal_the_shipped_ones(version, name):
         return {n[len(prefix) :]: s for n, s in shapes.items() if n.startswith(prefix)}
 
     text_prefix, text_layout = {
-        1: (sd_names.CLIP_PREFIX, clip_layout),
-        2: (sd_names.OPEN_CLIP_PREFIX, open_clip_layout),
+        1: (CLIP_PREFIX, clip_layout),
+        2: (OPEN_CLIP_PREFIX, open_clip_layout),
     }[version]
     found = {
-        "unet": unet_layout(below(sd_names.UNET_PREFIX), version),
-        "vae": layout(below(sd_names.VAE_PREFIX), LDM_BLOCK),
+        "unet": unet_layout(below(UNET_PREFIX), version),
+        "vae": layout(below(VAE_PREFIX), LDM_BLOCK),
         "text_encoder": text_layout(below(text_prefix)),
     }
     found["vae"] = {k: v for k, v in found["vae"].items() if k not in ("use_quant_conv", "use_post_quant_conv")}

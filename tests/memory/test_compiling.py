@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from library.adapters.base import AdapterNetwork
+from library.adapters.adapter_network import AdapterNetwork
 from library.families.sd.unet_blocks import unet_blocks
 from library.memory.compiling import CompiledBlocks, keep_compiled, missing_compiler, warm
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from library.families.options import SDOptions
 from library.families.sd.model import StableDiffusion
+from library.families.sd.options import SDOptions
 from library.memory.precision import HALF, cast_when_used, castable_weights, never_in_float16
 from tests.tiny import make_tiny_sd
 

@@ -16,10 +16,10 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
-from library.adapters.base import AdapterLayer
+from library.adapters.adapter_layer import AdapterLayer
 from library.adapters.layers.lokr import LoKrLayer, LokrSettings
 from library.adapters.layers.lora import LoRALayer, LoraSettings
-from library.adapters.spec import TargetModule, TargetSpec
+from library.adapters.target_spec import TargetModule, TargetSpec
 from library.errors import UserError
 from library.memory.precision import never_in_float16
 from library.memory.quantise import QuantLinear, quantise, quantised, quantised_names, stored_bytes

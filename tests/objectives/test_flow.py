@@ -16,6 +16,9 @@ from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from library.errors import UserError
+from library.families.flux.options import FluxFlowOptions
+from library.families.lumina.options import LuminaFlowOptions
+from library.families.sd3.options import SD3FlowOptions
 from library.objectives.base import Predict
 from library.objectives.flow import (
     PREDICTIONS,
@@ -26,7 +29,7 @@ from library.objectives.flow import (
     resolution_shift,
     shifted,
 )
-from library.objectives.flow_options import READS, FluxFlowOptions, LuminaFlowOptions, SD3FlowOptions
+from library.objectives.flow_options import READS
 from library.objectives.options import DDPMOptions, LossOptions
 from library.options import specs
 from library.types import Batch
@@ -412,3 +415,13 @@ def test_every_option_of_ddpm_has_a_line():
 def test_shift_of_levels():
     assert shifted(torch.tensor([0.0, 0.25, 1.0]), 3.0).tolist() == [0.0, 0.5, 1.0]
     assert constant_shift(3.0)((1, 1)) == constant_shift(3.0)((128, 128)) == 3.0
+
+
+def test_latents_of_any_number_of_axes():
+    """Noise, target and loss of what an architecture keeps as tokens (B N C) or frames (B C f h w)."""
+    for shape in ((3, 6, 4), (3, 4, 2, 6, 8)):
+        latents = torch.randn(shape, generator=seeded())
+        noised = flow().noise(latents, T, seeded())
+        for i, s in enumerate(T):
+            torch.testing.assert_close(noised.x_t[i], (1 - s) * latents[i] + s * noised.noise[i])
+        assert torch.count_nonzero(flow().loss(noised.target, noised, batch_of(3))) == 0

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from library.errors import UserError
+from library.families.flux.options import FluxFlowOptions
 from library.objectives.flow import FlowObjective, constant_shift, resolution_shift
-from library.objectives.flow_options import FluxFlowOptions
 from library.objectives.options import LossOptions
 from library.objectives.samplers import FLOW_SAMPLERS, SAMPLERS
 

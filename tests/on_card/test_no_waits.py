@@ -29,10 +29,10 @@ FP16 = {"mixed_precision": "fp16"}
 class Forbidding(Trainer):
     """A loop in which the host must not wait from the first step on, nor between steps."""
 
-    def train_step(self, batches: Sequence[Batch], first_micro_step: int) -> None:
+    def train_step(self, batches: Sequence[Batch]) -> None:
         assert all(batch.loss_weights.is_pinned() for batch in batches)  # by the loader
         torch.cuda.set_sync_debug_mode("error")
-        super().train_step(batches, first_micro_step)
+        super().train_step(batches)
 
     def save(self, trackers: Trackers, write: Callable[[], None]) -> None:
         torch.cuda.set_sync_debug_mode("default")

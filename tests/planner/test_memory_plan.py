@@ -35,11 +35,11 @@ class Measured(Trainer):
 
     measured = 0
 
-    def train_step(self, batches: list[Batch], first_micro_step: int) -> None:  # type: ignore[override]
+    def train_step(self, batches: list[Batch]) -> None:  # type: ignore[override]
         meter = Meter()
         meter.hold(self.there(batches))
         with meter:
-            super().train_step(batches, first_micro_step)
+            super().train_step(batches)
         self.measured = meter.peak
 
     def there(self, batches: list[Batch]) -> Iterator[Tensor]:

@@ -16,12 +16,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from library.data.encoding import Text
 from library.families.family import PreviewDefaults
-from library.families.options import SDOptions
+from library.families.flux.options import FluxFlowOptions
 from library.families.sd.model import StableDiffusion
+from library.families.sd.options import SDOptions
 from library.objectives.ddpm import DDPMObjective
 from library.objectives.flow import FlowObjective, constant_shift
-from library.objectives.flow_options import FluxFlowOptions
 from library.objectives.options import DDPMOptions, LossOptions
 from library.rng import derive_seed
 from library.sampling.options import SAMPLER_NAMES, SampleOptions
@@ -171,8 +172,8 @@ def test_cached_texts_need_no_encoder(family: StableDiffusion, models: PreviewMo
 class Stored(dict[str, Cond]):
     """Outputs of text encoders by caption."""
 
-    def get(self, caption: str) -> Cond:  # type: ignore[override]
-        return self[caption]
+    def get(self, text: Text) -> Cond:  # type: ignore[override]
+        return self[text.caption]
 
 
 def test_bfloat16_computation(family: StableDiffusion, models: PreviewModels, tmp_path: Path) -> None:

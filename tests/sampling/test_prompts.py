@@ -75,7 +75,7 @@ def test_all_mistakes_of_a_txt_file_come_at_once(tmp_path: Path) -> None:
     path = write(tmp_path / "p.txt", "\n".join(lines))
     assert problems_of(path) == [
         f"{path}, line 2: width expects a whole number, got 'many'",
-        f"{path}, line 3: unknown option --x. Known: --w --h --d --s --l --g --n --ss --cn --ctr --rcfg --fs",
+        f"{path}, line 3: unknown option --x. Known: --w --h --d --s --l --g --n --ss --cn --ctr --rcfg --fs --ref",
         f"{path}, line 4: sample_steps must be between 1 and 1000, got 0",
         f"{path}, line 5: sample_steps must be between 1 and 1000, got 1001",
         f"{path}, line 5: sample_sampler 'eulr_a' is not a sampler. Did you mean 'euler_a'?",
@@ -104,7 +104,7 @@ def test_mistakes_in_tables(tmp_path: Path) -> None:
         f"{path}, prompt 1: the key prompt is missing",
         f"{path}, prompt 2: expects a text or a table, got 5",
         f"{path}, prompt 3: prompt expects a text, got ['x']",
-        f"{path}, prompt 4: unknown option --q. Known: --w --h --d --s --l --g --n --ss --cn --ctr --rcfg --fs",
+        f"{path}, prompt 4: unknown option --q. Known: --w --h --d --s --l --g --n --ss --cn --ctr --rcfg --fs --ref",
     ]
 
 
@@ -152,3 +152,17 @@ def test_options() -> None:
     for name in ("sample_every_n_steps", "sample_at_first", "sample_every_n_epochs"):
         found = list(SampleOptions(**{name: 1}).problems())
         assert len(found) == 1 and found[0].startswith(f"--{name} needs --sample_prompts")
+
+
+def test_references_may_be_several(tmp_path: Path) -> None:
+    files = [tmp_path / "a.png", tmp_path / "b c.png"]
+    for file in files:
+        file.touch()
+    text, table = tmp_path / "p.txt", tmp_path / "p.json"
+    text.write_text(f"a cat --ref {files[0]} --w 64 --ref {files[1]}", encoding="utf-8")
+    table.write_text(json.dumps([{"prompt": "a cat", "width": 64, "references": [str(f) for f in files]}]))
+    expected = (str(files[0]), str(files[1]))
+    assert [load_prompts(file)[0].references for file in (text, table)] == [expected, expected]
+    text.write_text(f"a cat --ref {tmp_path / 'none.png'}", encoding="utf-8")
+    with pytest.raises(UserError, match=r"references .*none\.png does not exist"):
+        load_prompts(text)

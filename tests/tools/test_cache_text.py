@@ -73,7 +73,7 @@ def test_processes_share_the_work(model: dict[str, Any], tmp_path: Path) -> None
         run.share = Share(len(left), 2)
         cache_text_encoder_outputs.fill(run)
         assert run.caches.texts is not None
-        left.append([len(part.missing(run.caches.captions)) for part in run.caches.texts.parts.values()])
+        left.append([len(part.missing(run.caches.wanted)) for part in run.caches.texts.parts.values()])
 
     words = ["--flux", *argv({**model, "cache_dir": tmp_path})]
     for _ in range(2):

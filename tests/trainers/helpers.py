@@ -102,10 +102,10 @@ def write_dataset(path: Path, *subsets: Mapping[str, Any], **values: Any) -> Pat
 
 def write_datasets(path: Path, *datasets: Mapping[str, Any]) -> Path:
     """A dataset configuration of several datasets."""
-    import toml
+    import tomli_w
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(toml.dumps({"datasets": list(datasets)}), encoding="utf-8")
+    path.write_text(tomli_w.dumps({"datasets": list(datasets)}), encoding="utf-8")
     return path
 
 
@@ -118,8 +118,8 @@ class WatchedStep(Step):
 
     seen: Callable[[Sequence[Batch]], None] = lambda batches: None
 
-    def gradients(self, batches: Sequence[Batch], first_micro_step: int, step: int) -> Tensor:
-        total = super().gradients(batches, first_micro_step, step)
+    def gradients(self, batches: Sequence[Batch], step: int) -> Tensor:
+        total = super().gradients(batches, step)
         self.seen(batches)
         return total
 

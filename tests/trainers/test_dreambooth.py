@@ -16,9 +16,9 @@ from torch import Tensor
 
 from library.cli import EXIT_STOPPED, METHODS, load_attribute
 from library.errors import UserError
-from library.families.options import SDOptions
 from library.families.registry import FAMILIES
 from library.families.sd.model import StableDiffusion
+from library.families.sd.options import SDOptions
 from library.io.state import load_state, newest_state
 from library.options import resolve
 from tests.families import sdxl

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 
 from library.cli import METHODS, load_attribute
 from library.data.config import bucket_problems, load_dataset_config
 from library.errors import UserError
 from library.families.registry import FAMILIES
 from library.optim.optimizers import choose_optimizer
-from library.options import Resolved, resolve, toml_value
+from library.options import Resolved, resolve
 from library.trainers.checks import check_schedule
 from tests.trainers.helpers import make_pictures
 from tools.make_options_doc import SCRIPTS
@@ -48,7 +49,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def read(script: str, path: Path, values: dict[str, Any], *words: str) -> Resolved:
     method, family = SCRIPTS[script]
-    path.write_text("".join(f"{key} = {toml_value(value)}\n" for key, value in values.items()), encoding="utf-8")
+    path.write_text(tomli_w.dumps(values), encoding="utf-8")
     return resolve(METHODS[method][1], FAMILIES[family].option_groups, ["--config_file", str(path), *words], prog="t")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from library.adapters.foreign.plugin import load_network_module, own_modules
+from library.adapters.foreign.network_module import load_network_module, own_modules
 from library.errors import UserError
 from library.families.registry import FAMILIES, misfit
 from tests.adapters.families import TINY

@@ -103,9 +103,9 @@ class Watching(Trainer):
     patch: pytest.MonkeyPatch
     counted: list[list[str]]
 
-    def train_step(self, batches: Sequence[Batch], first_micro_step: int) -> None:
+    def train_step(self, batches: Sequence[Batch]) -> None:
         with watched(self.patch) as found:
-            super().train_step(batches, first_micro_step)
+            super().train_step(batches)
         self.counted.append(list(found))
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 from safetensors import safe_open
 
 from library.cli import option_groups
 from library.families.registry import FAMILIES
 from library.foreign_keys import FOREIGN_KEYS
-from library.options import Spec, resolve, specs, toml_value
+from library.options import Spec, resolve, specs
 from library.trainers.options import NetworkTrainerOptions
 from tests.script_runner import run_script
 from tests.trainers.helpers import make_pictures
@@ -157,9 +158,7 @@ EMPTY: dict[str, Any] = {
 
 
 def write_config(path: Path, values: dict[str, Any]) -> Path:
-    path.write_text(
-        "".join(f"{key} = {toml_value(value)}\n" for key, value in sorted(values.items())), encoding="utf-8"
-    )
+    path.write_text(tomli_w.dumps(dict(sorted(values.items()))), encoding="utf-8")
     return path
 
 

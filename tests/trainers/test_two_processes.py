@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two processes learn what one learns from the same batches and noise, with every --ddp_* option.
+"""Two processes learn what one learns with twice the accumulation, with every --ddp_* option: noise, timesteps and
+dropout are keyed by the position of a batch in the plan of all processes.
 
 The two processes are started once and do all runs one after the other: starting them is what takes long.
 """
@@ -7,8 +8,8 @@ The two processes are started once and do all runs one after the other: starting
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,19 +21,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from library.errors import UserError
-from library.trainers.stages import Running, Start
-from library.trainers.step import Step
-from library.trainers.trainer import Trainer
-from library.types import Batch
 from tests.trainers import child, finetune_runs, helpers
-from tests.trainers.helpers import differing, make_pictures, make_trainer, subset, write_dataset
+from tests.trainers.helpers import Recorded, differing, make_pictures, make_trainer, subset, write_dataset
 
 STEPS = 2
 MINUTES = 7
 # With --clip_skip 2 the last layer of the text encoder gets no gradient.
 COMMON: dict[str, Any] = {"clip_skip": 2, "max_train_steps": STEPS}
 METHODS: dict[str, dict[str, Any]] = {
-    "joined": {},  # a LoRA whose weights lie in one buffer
+    "joined": {"network_dropout": 0.2},  # a LoRA whose weights lie in one buffer
     "single": {"optimizer_type": "Adafactor", "optimizer_args": ["relative_step=False"]},  # one whose weights do not
     "full": {"train_text_encoder": True, "optimizer_type": "SGDNesterov", "learning_rate": 1e-2},
 }
@@ -50,28 +47,6 @@ RUNS = [
     ("single", "all, accumulation 2"),
     *(("full", way) for way in WAYS),
 ]
-
-
-@dataclass(frozen=True)
-class StepInTurn(Step):
-    """The step of one process, which does in turn what two do at the same time."""
-
-    def gradients(self, batches: Sequence[Batch], first_micro_step: int, step: int) -> Tensor:
-        total = torch.zeros(())
-        for index, batch in enumerate(batches):
-            own, share = replace(self, rank=index % 2), 1 / len(batches)
-            micro_step = (first_micro_step + index) // 2
-            total += own.learn(batch, micro_step, share=share, is_last=index == len(batches) - 1)
-        return total
-
-
-class InTurn(Trainer):
-    """A loop that takes its steps so, and keeps the weights that it starts from."""
-
-    def __init__(self, running: Running, start: Start) -> None:
-        step = StepInTurn(**{field.name: getattr(running.step, field.name) for field in fields(Step)})
-        super().__init__(replace(running, step=step), start)
-        self.first = {name: value.clone() for name, value in running.trainables.state().items()}
 
 
 @pytest.fixture(scope="module")
@@ -124,17 +99,22 @@ Alone = Callable[[str, int], tuple[dict[str, Tensor], Result]]
 
 @pytest.fixture(scope="module")
 def alone(sd1: Path, data: Path, ground: Path) -> Alone:
-    """The same runs by one process: the weights before, and the result."""
+    """The same runs by one process with twice the accumulation: the weights before, and the result."""
 
     @functools.cache
     def run(method: str, accumulation: int) -> tuple[dict[str, Tensor], Result]:
         folder = ground / f"alone {method} {accumulation}"
         values = options(method, sd1, data, folder, gradient_accumulation_steps=2 * accumulation)
-        name = "finetune" if method == "full" else "network"
-        trainer = make_trainer(values, method=name, loop=InTurn)
+        trainer = make_trainer(values, method="finetune" if method == "full" else "network")
+        first: dict[str, Tensor] = {}
+
+        def before(trainer: Recorded) -> None:
+            first.update({name: value.clone() for name, value in trainer.trainables.state().items()})
+
+        trainer.before = before
         assert trainer.run() == 0
         losses, norms = (torch.tensor([vars(r)[name] for r in trainer.reports]) for name in ("loss", "grad_norm"))
-        return trainer.loop.first, Result(trainer.trainables.state(), losses, norms, {})
+        return first, Result(trainer.trainables.state(), losses, norms, {})
 
     return run
 

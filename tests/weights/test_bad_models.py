@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
-from library.families.options import SDOptions
 from library.families.sd.model import StableDiffusion
+from library.families.sd.options import SDOptions
 from tests.tiny import make_tiny_sd, write_tokenizer
 
 DATA = Path(__file__).parents[1] / "data_files" / "weights"

@@ -11,17 +11,16 @@ from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
 from library.families.flux.model import Flux, pack, picture_ids, unpack
-from library.families.flux.options import FluxOptions
+from library.families.flux.options import FluxFlowOptions, FluxOptions
 from library.families.flux.parts import PUBLISHED, build_chroma, build_flux, denoiser_rules, rotary_axes, sizes
-from library.families.sd.names import vae_rules
 from library.key_tables import publish
 from library.memory.checkpointing import Recomputation
 from library.objectives.flow import resolution_shift
-from library.objectives.flow_options import FluxFlowOptions
 from library.objectives.options import LossOptions
 from library.options import resolve
 from library.weights.kl_vae import build_vae
 from library.weights.loading import build_empty, shipped_config
+from library.weights.vae_names import vae_rules
 from tests.families import flux as tiny
 from tests.tiny import make_tiny_sd
 

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from library.errors import UserError
-from library.families.sd.names import vae_rules
 from library.key_tables import publish
 from library.weights import kl_vae
+from library.weights.vae_names import vae_rules
 from tests.tiny import tiny_modules
 
 CONFIG = {"scaling_factor": 0.3611, "shift_factor": 0.1159}

@@ -12,13 +12,12 @@ from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
 from library.families.lumina.model import ENCODER, MASK, Lumina
-from library.families.lumina.options import LuminaOptions
+from library.families.lumina.options import LuminaFlowOptions, LuminaOptions
 from library.families.lumina.parts import build_denoiser, denoiser_rules, layout, rope_axes
 from library.families.registry import FAMILIES
 from library.key_tables import publish
 from library.memory.checkpointing import Recomputation, recompute_encoders
 from library.objectives.base import Predict
-from library.objectives.flow_options import LuminaFlowOptions
 from library.objectives.options import LossOptions
 from library.options import Spec, specs
 from library.rng import torch_generator

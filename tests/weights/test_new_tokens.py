@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from library.errors import UserError
-from library.families.options import SDOptions
 from library.families.sd.model import StableDiffusion
+from library.families.sd.options import SDOptions
 from library.weights.embedding_files import published_rows, read_rows
 from library.weights.new_tokens import NewRows, NewWord, WordTokenizer, add_word, first_rows, word_pattern
 from library.weights.text import ClipTokenizer, read_tokenizer

@@ -4,8 +4,8 @@
 import pytest
 import torch
 
-from library.families.options import SDOptions
 from library.families.sd.model import StableDiffusion
+from library.families.sd.options import SDOptions
 from tools.make_random_checkpoint import main
 
 

@@ -15,9 +15,10 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from safetensors.torch import load_file, save_file
 
-from library.families.options import ModelOptions, SDOptions
+from library.families.options import ModelOptions
 from library.families.registry import FAMILIES
 from library.families.sd.model import StableDiffusion, betas
+from library.families.sd.options import SDOptions
 from library.memory.checkpointing import Recomputation, recompute_encoders
 from library.objectives.options import DDPMOptions, LossOptions
 from tests.tiny import LAYERS, WIDTH, make_tiny_sd, tiny_modules, vocabulary
@@ -170,7 +171,7 @@ def old_names(tensors):
 
 @pytest.mark.parametrize("kind", ["folder", "model", "file", "old_file", "published", "published_alone", "flat"])
 def test_vae_option(models, tmp_path, kind):
-    from library.families.sd.names import VAE_PREFIX
+    from library.weights.vae_names import VAE_PREFIX
 
     model = make_tiny_sd(tmp_path / "other", seed=5)
     single = load_file(make_tiny_sd(tmp_path / "other1", seed=5, layout="single"))

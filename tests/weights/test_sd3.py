@@ -13,17 +13,16 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
-from library.families.sd.names import vae_rules
 from library.families.sd3.model import StableDiffusion3
-from library.families.sd3.options import SD3FineTuneOptions, SD3Options
+from library.families.sd3.options import SD3FineTuneOptions, SD3FlowOptions, SD3Options
 from library.families.sd3.parts import PUBLISHED, build_mmdit, kind, layout, mmdit_rules
 from library.key_tables import publish
 from library.objectives.base import Predict
-from library.objectives.flow_options import SD3FlowOptions
 from library.objectives.options import LossOptions
 from library.options import resolve
 from library.trainers.options import NetworkTrainerOptions
 from library.types import Batch
+from library.weights.vae_names import vae_rules
 from tests.families.sd3 import CLIP_WIDTHS, CONTEXT, FOLDERS, T5_LENGTH, loss, make, pipeline_of, tiny_modules
 
 DATA = Path(__file__).parents[1] / "data_files" / "weights" / "sd3_outputs.json.gz"

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from library.errors import UserError
-from library.families.options import SDOptions
 from library.families.sd.model import StableDiffusion
+from library.families.sd.options import SDOptions
 from library.io.atomic import clean_leftovers
 from library.io.checkpoint import CheckpointForm, check_output, is_save_of, remove_save
 from tests.tiny import make_tiny_sd, vocabulary, write_tokenizer

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from library.adapters.adapter_kind import family_of
 from library.adapters.foreign.published_classes import CLASS_NAMES, SDXL_UNET, ClassNames
-from library.adapters.shared import SharedCall
-from library.adapters.spec import Layer, TargetSpec
+from library.adapters.shared_call import SharedCall
+from library.adapters.target_spec import ReachedLayer, TargetSpec
 from library.adapters.targets import TextEncoders, as_list, every_target, has_published_names
 from library.errors import UserError, first_names
 
@@ -150,12 +150,12 @@ class GivenModel:
         self.tree = model
         self._before = _marks(model)
 
-    def changed(self) -> list[Layer]:
+    def changed(self) -> list[ReachedLayer]:
         """Every Linear and convolution: a network may have changed a part that it is in."""
         now = _marks(self.tree)
         touched = {name for name in now if now[name] != self._before.get(name)}
         return [
-            Layer((module,), any(".".join(steps[:n]) in touched for n in range(len(steps) + 1)))
+            ReachedLayer((module,), any(".".join(steps[:n]) in touched for n in range(len(steps) + 1)))
             for name, module in self.tree.named_modules()
             for steps in [name.split(".")]
             if isinstance(module, LAYERS)
@@ -180,7 +180,7 @@ class PublishedModel(GivenModel):
         self.tree = _tree(leaves, names.root, names.parts(leaves, stand_ins=stand_ins))
         self._before = _marks(self.tree)
 
-    def changed(self) -> list[Layer]:
+    def changed(self) -> list[ReachedLayer]:
         """Every Linear and convolution. Raises UserError where a network changed what is never called."""
         now = _marks(self.tree)
         touched = {name for name in self._before if now.get(name) != self._before[name]}
@@ -190,7 +190,11 @@ class PublishedModel(GivenModel):
         if lost:
             names = first_names([name or "the model itself" for name in lost])
             raise UserError(f"it replaces or hooks other parts than layers, which is not possible here: {names}")
-        return [Layer(modules, paths[id(leaf)] in touched) for leaf, modules in self.leaves if isinstance(leaf, LAYERS)]
+        return [
+            ReachedLayer(modules, paths[id(leaf)] in touched)
+            for leaf, modules in self.leaves
+            if isinstance(leaf, LAYERS)
+        ]
 
     def join(self) -> None:
         """Put the changed layers to work that are several modules of ours."""

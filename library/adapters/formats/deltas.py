@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from library.adapters.formats.layers import ALPHA, COMFY_DORA, DORA, DOWN, MID, UP, Tensors, scale_of
+from library.adapters.formats.layer_tensors import ALPHA, COMFY_DORA, DORA, DOWN, MID, UP, Tensors, scale_of
 
 LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 GLORA = ("a1.weight", "a2.weight", "b1.weight", "b2.weight")

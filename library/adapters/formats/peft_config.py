@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.adapters.formats.keys import parse
-from library.adapters.formats.layers import DOWN
+from library.adapters.formats.architecture import PEFT_WRAPPER, unwrapped
+from library.adapters.formats.layer_tensors import DOWN
 from library.adapters.formats.peft_folder import CONFIG
-from library.adapters.formats.tables import PEFT_WRAPPER, unwrapped
+from library.adapters.formats.recognition import parse
 from library.errors import UserError
 from library.log import get_logger
 from library.text_files import parse_json

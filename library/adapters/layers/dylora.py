@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from library.adapters.base import AdapterLayer
+from library.adapters.adapter_layer import AdapterLayer
 from library.adapters.layers.weight import WeightLayer, convolve
-from library.adapters.spec import TargetSpec
+from library.adapters.target_spec import TargetSpec
 from library.errors import UserError
 
 

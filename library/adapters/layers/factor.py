@@ -17,9 +17,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from library.adapters.formats.layers import dora_axis
+from library.adapters.formats.layer_tensors import dora_axis
 from library.adapters.layers.weight import WeightLayer
-from library.adapters.spec import TargetSpec
+from library.adapters.target_spec import TargetSpec
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from library.adapters.base import AdapterLayer
+from library.adapters.adapter_layer import AdapterLayer
 from library.adapters.layers.factor import FactorLayer, FactorSettings, axis_in
 from library.adapters.layers.weight import convolve
-from library.adapters.spec import TargetSpec
+from library.adapters.target_spec import TargetSpec
 
 PAIRS = (("hada_w1_a", "hada_w1_b", "hada_t1"), ("hada_w2_a", "hada_w2_b", "hada_t2"))
 

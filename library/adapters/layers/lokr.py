@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from library.adapters.base import AdapterLayer
+from library.adapters.adapter_layer import AdapterLayer
 from library.adapters.layers.factor import FactorLayer, FactorSettings, axis_in
 from library.adapters.layers.weight import convolve
-from library.adapters.spec import TargetSpec
+from library.adapters.target_spec import TargetSpec
 
 
 @dataclass(frozen=True)

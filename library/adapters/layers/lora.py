@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from library.adapters.base import AdapterLayer
-from library.adapters.formats.layers import dora_axis
+from library.adapters.adapter_layer import AdapterLayer
+from library.adapters.formats.layer_tensors import dora_axis
 from library.adapters.layers.weight import WeightLayer, convolve
-from library.adapters.spec import TargetSpec
+from library.adapters.target_spec import TargetSpec
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from library.adapters.base import AdapterLayer
+from library.adapters.adapter_layer import AdapterLayer
 from library.adapters.layers.lora import LoRALayer, LoraSettings
-from library.adapters.spec import TargetSpec
+from library.adapters.target_spec import TargetSpec
 
 
 class LoRAFALayer(LoRALayer):

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from library.adapters.base import AdapterLayer
-from library.adapters.spec import TargetSpec
+from library.adapters.adapter_layer import AdapterLayer
+from library.adapters.target_spec import TargetSpec
 
 
 class NormLayer(AdapterLayer):

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from library.adapters.base import AdapterLayer, add_scaled
+from library.adapters.adapter_layer import AdapterLayer, add_scaled
 from library.adapters.layers.weight import WeightLayer, convolve
-from library.adapters.spec import TargetSpec
+from library.adapters.target_spec import TargetSpec
 from library.errors import UserError
 
 TINY = 1e-8  # keeps the ratio of norms defined at the start, where Q is 0; part of the formula that readers have

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from library.adapters.base import add_scaled
+from library.adapters.adapter_layer import add_scaled
 from library.adapters.formats.deltas import GLORA, Rewrite, boft, diag_oft, full, glora, ia3, rewrite_of
-from library.adapters.formats.layers import ALPHA, BIAS_ADDED
+from library.adapters.formats.layer_tensors import ALPHA, BIAS_ADDED
 from library.adapters.layers.weight import WeightLayer, convolve
-from library.adapters.spec import TargetSpec
+from library.adapters.target_spec import TargetSpec
 
 SUFFIXES: dict[Rewrite, set[str]] = {
     full: {"diff"},

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from library.adapters.base import AdapterLayer, add_scaled
-from library.adapters.spec import TargetSpec
+from library.adapters.adapter_layer import AdapterLayer, add_scaled
+from library.adapters.target_spec import TargetSpec
 from library.errors import UserError
 
 

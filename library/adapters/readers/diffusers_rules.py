@@ -14,8 +14,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from library.adapters.formats.layers import ALPHA
-from library.adapters.readers.reading import Entry, Model, Names, Program, Reading, Slot, grouped, split_key, take
+from library.adapters.formats.architecture import LayerPart
+from library.adapters.formats.layer_tensors import ALPHA
+from library.adapters.readers.reading import NamedModel, Names, Program, Reading, ReadLayer, grouped, split_key, take
 from library.errors import first_names
 
 FLAT = ("lora_te_", "lora_te1_", "lora_te2_", "lora_unet_")
@@ -31,7 +32,7 @@ OUTSIDE = re.compile(r"lora_unet_(guidance_in|img_in|txt_in|time_in|vector_in|fi
 NOT_LORA = "all keys must have 'lora' in them, and {} have not: {}"
 
 
-def read_diffusers(tensors: Mapping[str, Tensor], model: Model) -> Reading:
+def read_diffusers(tensors: Mapping[str, Tensor], model: NamedModel) -> Reading:
     reading = Reading("peft")
     dropped = [key for key in tensors if "dora_scale" in key]  # with a warning
     kept = {key: value for key, value in tensors.items() if key not in dropped}
@@ -43,7 +44,7 @@ def read_diffusers(tensors: Mapping[str, Tensor], model: Model) -> Reading:
 # ---- Stable Diffusion ---------------------------------------------------------------------------------------------
 
 
-def _of_unet(reading: Reading, tensors: Mapping[str, Tensor], model: Model) -> None:
+def _of_unet(reading: Reading, tensors: Mapping[str, Tensor], model: NamedModel) -> None:
     if not all(key.startswith(FLAT) for key in tensors):
         _of_peft(reading, tensors, model)
         return
@@ -63,38 +64,40 @@ def _not_plain(tensors: Mapping[str, Tensor]) -> list[str]:
     return [key for name, own in found.items() if name not in plain for key in own.values()]
 
 
-def _flat_names(model: Model) -> Names:
+def _flat_names(model: NamedModel) -> Names:
     """kohya's names, and in a U-Net those after the path in diffusers."""
-    names: dict[str, Slot] = {}
+    names: dict[str, LayerPart] = {}
     for layer in model.layers():
-        names[layer.kohya] = Slot(layer)
+        names[layer.kohya] = LayerPart(layer)
         if not layer.encoder:
             path = layer.parts[0].removeprefix("unet.").replace(".", "_")
-            names[f"lora_unet_{path}"] = Slot(layer)
+            names[f"lora_unet_{path}"] = LayerPart(layer)
         elif layer.kohya.startswith(("lora_te_", "lora_te1_")):
             own = layer.kohya.partition("_text_model_")[2]
-            names |= dict.fromkeys((f"{prefix}_text_model_{own}" for prefix in ("lora_te", "lora_te1")), Slot(layer))
+            names |= dict.fromkeys(
+                (f"{prefix}_text_model_{own}" for prefix in ("lora_te", "lora_te1")), LayerPart(layer)
+            )
     return names
 
 
 def _one_alpha(reading: Reading) -> None:
     """Text encoders, and the attention of a U-Net, get the alpha that most layers of that model have."""
-    models: dict[str, list[Entry]] = {}
+    models: dict[str, list[ReadLayer]] = {}
     for entries in reading.entries.values():
         for entry in entries:
             if ALPHA in entry.tensors:
-                models.setdefault(entry.slot.layer.parts[0].partition(".")[0], []).append(entry)
+                models.setdefault(entry.place.layer.parts[0].partition(".")[0], []).append(entry)
     for own in models.values():
         [(alpha, _)] = Counter(float(entry.tensors[ALPHA]) for entry in own).most_common(1)
         for entry in own:
-            if entry.slot.layer.encoder or ATTENTION.search(entry.slot.layer.parts[0]):
+            if entry.place.layer.encoder or ATTENTION.search(entry.place.layer.parts[0]):
                 entry.tensors[ALPHA] = torch.tensor(alpha, dtype=torch.float64)
 
 
 # ---- names of diffusers -------------------------------------------------------------------------------------------
 
 
-def _of_peft(reading: Reading, tensors: Mapping[str, Tensor], model: Model) -> None:
+def _of_peft(reading: Reading, tensors: Mapping[str, Tensor], model: NamedModel) -> None:
     foreign = [key for key in tensors if "lora" not in key]
     if foreign:
         reading.refused = NOT_LORA.format(len(foreign), first_names(foreign))
@@ -102,13 +105,13 @@ def _of_peft(reading: Reading, tensors: Mapping[str, Tensor], model: Model) -> N
         _take_parts(reading, tensors, model)
 
 
-def _take_parts(reading: Reading, tensors: Mapping[str, Tensor], model: Model) -> None:
+def _take_parts(reading: Reading, tensors: Mapping[str, Tensor], model: NamedModel) -> None:
     """Layers under their names in diffusers. Only the CLIPs are loaded as text encoders."""
-    names: dict[str, Slot] = {}
+    names: dict[str, LayerPart] = {}
     for layer in model.layers():
         if layer.encoder and (".clip_" not in layer.comfy):
             continue
-        names |= {part: Slot(layer, None if len(layer.parts) == 1 and not layer.swap else i)
+        names |= {part: LayerPart(layer, None if len(layer.parts) == 1 and not layer.swap else i)
                   for i, part in enumerate(layer.parts)}  # fmt: skip
     magnitudes = [key for key in tensors if key.startswith("text_encoder") and "lora_magnitude_vector" in key]
     reading.unread += magnitudes  # transformers, which loads them, has other names
@@ -118,7 +121,7 @@ def _take_parts(reading: Reading, tensors: Mapping[str, Tensor], model: Model) -
 # ---- FLUX.1 and Chroma --------------------------------------------------------------------------------------------
 
 
-def _of_flux(reading: Reading, tensors: Mapping[str, Tensor], model: Model) -> None:
+def _of_flux(reading: Reading, tensors: Mapping[str, Tensor], model: NamedModel) -> None:
     if not any(".lora_down.weight" in key for key in tensors):
         if not any("lora" in key for key in tensors):
             reading.refused = NOT_LORA.format(len(tensors), first_names([*tensors]))
@@ -127,13 +130,13 @@ def _of_flux(reading: Reading, tensors: Mapping[str, Tensor], model: Model) -> N
         return
     reading.refused = _flux_trouble(tensors, model)
     if reading.refused is None:
-        names = {layer.kohya: Slot(layer) for layer in model.layers() if not layer.kohya.startswith(T5)}
+        names = {layer.kohya: LayerPart(layer) for layer in model.layers() if not layer.kohya.startswith(T5)}
         inside = {key: value for key, value in tensors.items() if not OUTSIDE.fullmatch(split_key(key)[0])}
         reading.unread += [key for key in tensors if key not in inside]
         take(reading, inside, names, ("LoRA",), KOHYA)
 
 
-def _flux_trouble(tensors: Mapping[str, Tensor], model: Model) -> str | None:
+def _flux_trouble(tensors: Mapping[str, Tensor], model: NamedModel) -> str | None:
     """Why its converter ends with an error."""
     known = {layer.kohya for layer in model.layers()}
     strays: list[str] = []
@@ -158,13 +161,13 @@ def _is_block(name: str) -> bool:
 # ---- SD3, Lumina --------------------------------------------------------------------------------------------------
 
 
-def _of_lumina(reading: Reading, tensors: Mapping[str, Tensor], model: Model) -> None:
+def _of_lumina(reading: Reading, tensors: Mapping[str, Tensor], model: NamedModel) -> None:
     if not any(key.startswith("diffusion_model.") for key in tensors):
         _of_peft(reading, tensors, model)
         return
     reading.refused = _lumina_trouble(tensors)
     if reading.refused is None:
-        names = {layer.comfy: Slot(layer) for layer in model.layers() if not layer.encoder}
+        names = {layer.comfy: LayerPart(layer) for layer in model.layers() if not layer.encoder}
         take(reading, tensors, names, ("LoRA",), PEFT)
 
 
@@ -186,7 +189,7 @@ def _lumina_trouble(tensors: Mapping[str, Tensor]) -> str | None:
     return f"it knows a qkv of {LUMINA_QKV} rows only: {first_names(wrong)}" if wrong else None
 
 
-PIPELINES: Mapping[str, Callable[[Reading, Mapping[str, Tensor], Model], None]] = {
+PIPELINES: Mapping[str, Callable[[Reading, Mapping[str, Tensor], NamedModel], None]] = {
     "sd1": _of_unet, "sd2": _of_unet, "sdxl": _of_unet, "flux": _of_flux, "chroma": _of_flux, "sd3": _of_peft,
     "lumina": _of_lumina,
 }  # fmt: skip

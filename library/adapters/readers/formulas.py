@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from library.adapters.formats.layers import ALPHA, DORA, DOWN, MID, UP
+from library.adapters.formats.layer_tensors import ALPHA, DORA, DOWN, MID, UP
 
 Tensors = Mapping[str, Tensor]
 EPS = torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
-class Base:
+class BaseWeight:
     """The layer that is changed, as a matrix (rows, columns), when a formula needs it."""
 
     shape: tuple[int, ...]
@@ -42,14 +42,14 @@ def _scale(own: Tensors, rank: int) -> float:
     return float(own[ALPHA]) / rank if ALPHA in own else 1.0
 
 
-def lora(own: Tensors, x: Tensor | None, base: Base) -> Tensor:
+def lora(own: Tensors, x: Tensor | None, base: BaseWeight) -> Tensor:
     down = own[DOWN]
     if MID in own:
         down = torch.einsum("rs...,si->ri...", own[MID], down.flatten(1))
     return _scale(own, len(own[DOWN])) * (own[UP].flatten(1) @ _times(down.flatten(1), x))
 
 
-def loha(own: Tensors, x: Tensor | None, base: Base) -> Tensor:
+def loha(own: Tensors, x: Tensor | None, base: BaseWeight) -> Tensor:
     scale = _scale(own, len(own["hada_w1_b"]))
     if x is not None and "hada_t1" not in own:  # row by row a1 (b1 * x) b2ᵀ a2ᵀ, without a matrix as large as W
         (a1, b1), (a2, b2) = ((own[f"hada_w{i}_a"], own[f"hada_w{i}_b"]) for i in ("1", "2"))
@@ -61,7 +61,7 @@ def loha(own: Tensors, x: Tensor | None, base: Base) -> Tensor:
     return scale * _times(halves[0] * halves[1], x)
 
 
-def lokr(own: Tensors, x: Tensor | None, base: Base) -> Tensor:
+def lokr(own: Tensors, x: Tensor | None, base: BaseWeight) -> Tensor:
     small, large, rank = own.get("lokr_w1"), own.get("lokr_w2"), 0
     if small is None:
         small, rank = own["lokr_w1_a"] @ own["lokr_w1_b"], len(own["lokr_w1_b"])
@@ -75,7 +75,7 @@ def lokr(own: Tensors, x: Tensor | None, base: Base) -> Tensor:
     return scale * (small @ (x.reshape(small.shape[1], -1) @ large.T)).flatten()
 
 
-def glora(own: Tensors, x: Tensor | None, base: Base) -> Tensor:
+def glora(own: Tensors, x: Tensor | None, base: BaseWeight) -> Tensor:
     a1, a2, b1, b2 = (own[f"{name}.weight"].flatten(1) for name in ("a1", "a2", "b1", "b2"))
     inner = a1 @ a2  # W A1 A2: over the inputs, at each place of the kernel alike
     if x is None:
@@ -85,7 +85,7 @@ def glora(own: Tensors, x: Tensor | None, base: Base) -> Tensor:
     return _scale(own, len(a2)) * (moved + b1 @ _times(b2, x))
 
 
-def full(own: Tensors, x: Tensor | None, base: Base) -> Tensor:
+def full(own: Tensors, x: Tensor | None, base: BaseWeight) -> Tensor:
     change = _times(own["diff"].flatten(1), x)
     return change if x is None or "diff_b" not in own else change + own["diff_b"]
 
@@ -101,14 +101,14 @@ def _rotations(own: Tensors) -> Tensor:
     return (unit + skew) @ torch.linalg.inv(unit - skew)
 
 
-def oft(own: Tensors, x: Tensor | None, base: Base) -> Tensor:
+def oft(own: Tensors, x: Tensor | None, base: BaseWeight) -> Tensor:
     """ComfyUI reads `rescale` and does not use it here."""
     plain, turn = base.times(x), _rotations(own)
     blocks = plain.unflatten(0, turn.shape[:2])
     return torch.einsum("knm,kn...->km...", turn, blocks).flatten(0, 1) - plain
 
 
-def boft(own: Tensors, x: Tensor | None, base: Base) -> Tensor:
+def boft(own: Tensors, x: Tensor | None, base: BaseWeight) -> Tensor:
     """Rotations of pairs of halves, further apart from factor to factor."""
     plain, turns = base.times(x), _rotations(own)
     size, found = turns.shape[-1], plain
@@ -122,7 +122,7 @@ def boft(own: Tensors, x: Tensor | None, base: Base) -> Tensor:
     return found - plain
 
 
-def norm(own: Tensors, x: Tensor | None, base: Base) -> Tensor:
+def norm(own: Tensors, x: Tensor | None, base: BaseWeight) -> Tensor:
     """Scale and shift of a norm, for its normalised input (rows, positions)."""
     assert x is not None
     change = own["w_norm"][:, None] * x
@@ -130,12 +130,12 @@ def norm(own: Tensors, x: Tensor | None, base: Base) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Kind:
+class Formula:
     """A kind of adapters: which suffixes make it one, which others belong to it, and its formula."""
 
     needs: tuple[frozenset[str], ...]  # one of these sets
     may: frozenset[str]
-    product: Callable[[Tensors, Tensor | None, Base], Tensor]
+    product: Callable[[Tensors, Tensor | None, BaseWeight], Tensor]
     axes: int | None = None  # of oft_blocks
 
     def claims(self, own: Tensors) -> bool:
@@ -152,15 +152,15 @@ SMALL = (frozenset({"lokr_w1"}), frozenset({"lokr_w1_a", "lokr_w1_b"}))
 LARGE = (frozenset({"lokr_w2"}), frozenset({"lokr_w2_a", "lokr_w2_b"}))
 ROTATED = (frozenset({"oft_blocks"}),)
 WITH_ALPHA = frozenset({ALPHA, DORA})
-KINDS = {
-    "LoRA": Kind((frozenset({DOWN, UP}),), WITH_ALPHA | {MID}, lora),
-    "LoHa": Kind((HADA,), WITH_ALPHA | {"hada_t1", "hada_t2"}, loha),
-    "LoKr": Kind(tuple(one | two for one in SMALL for two in LARGE), WITH_ALPHA | {"lokr_t2"}, lokr),
-    "GLoRA": Kind((frozenset({"a1.weight", "a2.weight", "b1.weight", "b2.weight"}),), WITH_ALPHA, glora),
-    "OFT": Kind(ROTATED, WITH_ALPHA | {"rescale"}, oft, axes=3),
-    "BOFT": Kind(ROTATED, WITH_ALPHA | {"rescale"}, boft, axes=4),
-    "norm": Kind((frozenset({"w_norm"}),), frozenset({"b_norm"}), norm),
-    "full": Kind((frozenset({"diff"}),), frozenset({"diff_b"}), full),
+FORMULAS = {
+    "LoRA": Formula((frozenset({DOWN, UP}),), WITH_ALPHA | {MID}, lora),
+    "LoHa": Formula((HADA,), WITH_ALPHA | {"hada_t1", "hada_t2"}, loha),
+    "LoKr": Formula(tuple(one | two for one in SMALL for two in LARGE), WITH_ALPHA | {"lokr_t2"}, lokr),
+    "GLoRA": Formula((frozenset({"a1.weight", "a2.weight", "b1.weight", "b2.weight"}),), WITH_ALPHA, glora),
+    "OFT": Formula(ROTATED, WITH_ALPHA | {"rescale"}, oft, axes=3),
+    "BOFT": Formula(ROTATED, WITH_ALPHA | {"rescale"}, boft, axes=4),
+    "norm": Formula((frozenset({"w_norm"}),), frozenset({"b_norm"}), norm),
+    "full": Formula((frozenset({"diff"}),), frozenset({"diff_b"}), full),
 }
 ON_WEIGHT = ("GLoRA", "OFT", "BOFT")  # kinds whose change is made of W
 
@@ -168,7 +168,7 @@ ON_WEIGHT = ("GLoRA", "OFT", "BOFT")  # kinds whose change is made of W
 # ---- DoRA ---------------------------------------------------------------------------------------------------------
 
 
-def change_of(kind: Kind, own: Tensors, x: Tensor, base: Base, decompose: str) -> Tensor:
+def change_of(kind: Formula, own: Tensors, x: Tensor, base: BaseWeight, decompose: str) -> Tensor:
     """What is added to W x. decompose: how DoRA magnitudes are used: "comfy", "peft" or "forge"."""
     change = kind.product(own, x, base)
     if DORA not in own:

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
-from library.adapters.formats.tables import Layer, flat
-from library.adapters.readers.reading import SUFFIXES, Model, Names, Program, Reading, Slot, take
+from library.adapters.formats.architecture import LayerPart, PublishedLayer, flat
+from library.adapters.readers.reading import SUFFIXES, NamedModel, Names, Program, Reading, take
 from library.errors import first_names
 
 UNETS = ("sd1", "sd2", "sdxl")
@@ -27,33 +27,35 @@ T5_COMFY = {"flux": ("lora_te2", "lora_te3"), "sd3": ("lora_te3",), "chroma": ("
 T5_FORGE = ("lora_te3",)
 
 
-def comfy_names(model: Model) -> Names:
-    names: dict[str, Slot] = {}
+def comfy_names(model: NamedModel) -> Names:
+    names: dict[str, LayerPart] = {}
     for layer in model.layers():
-        slot = Slot(layer)
-        names[layer.comfy] = slot
+        place = LayerPart(layer)
+        names[layer.comfy] = place
         if layer.encoder:
-            names |= dict.fromkeys(_encoder_names(layer, T5_COMFY.get(model.name, ())), slot)
+            names |= dict.fromkeys(_encoder_names(layer, T5_COMFY.get(model.name, ())), place)
             continue
-        names[f"lora_unet_{flat(layer.published)}"] = slot
+        names[f"lora_unet_{flat(layer.published)}"] = place
         names |= _unet_names(layer, model, "lycoris") | _part_names(layer, model)
     return names
 
 
-def forge_names(model: Model) -> Names:
-    names: dict[str, Slot] = {}
+def forge_names(model: NamedModel) -> Names:
+    names: dict[str, LayerPart] = {}
     for layer in model.layers():
-        slot = Slot(layer)
+        place = LayerPart(layer)
         if layer.encoder:
-            names |= dict.fromkeys(_encoder_names(layer, T5_FORGE), slot)
+            names |= dict.fromkeys(_encoder_names(layer, T5_FORGE), place)
             continue
-        names |= {f"lora_unet_{flat(layer.published)}": slot, layer.comfy: slot} | _unet_names(layer, model)
+        names |= {f"lora_unet_{flat(layer.published)}": place, layer.comfy: place} | _unet_names(layer, model)
         if model.name == "flux":
-            names |= {name: slot for name, slot in _part_names(layer, model).items() if name.startswith("transformer.")}
+            names |= {
+                name: place for name, place in _part_names(layer, model).items() if name.startswith("transformer.")
+            }
     return names
 
 
-def _encoder_names(layer: Layer, t5: tuple[str, ...]) -> Iterator[str]:
+def _encoder_names(layer: PublishedLayer, t5: tuple[str, ...]) -> Iterator[str]:
     """The flat names, and those of diffusers, of an encoder's layer."""
     path = layer.published
     if layer.comfy.startswith("text_encoders.t5xxl."):
@@ -64,7 +66,7 @@ def _encoder_names(layer: Layer, t5: tuple[str, ...]) -> Iterator[str]:
         yield f"{'text_encoder_2' if second else 'text_encoder'}.{path}"
 
 
-def _unet_names(layer: Layer, model: Model, *flat_prefixes: str) -> dict[str, Slot]:
+def _unet_names(layer: PublishedLayer, model: NamedModel, *flat_prefixes: str) -> dict[str, LayerPart]:
     """The names of a U-Net's layer after its path in diffusers."""
     if model.name not in UNETS:
         return {}
@@ -72,31 +74,31 @@ def _unet_names(layer: Layer, model: Model, *flat_prefixes: str) -> dict[str, Sl
     dotted = path.replace(".to_", ".processor.to_")
     dotted = dotted[:-2] if dotted.endswith(".to_out.0") else dotted
     found = [dotted, f"unet.{dotted}", *(f"{prefix}_{flat(path)}" for prefix in ("lora_unet", *flat_prefixes))]
-    return dict.fromkeys(found, Slot(layer))
+    return dict.fromkeys(found, LayerPart(layer))
 
 
-def _part_names(layer: Layer, model: Model) -> dict[str, Slot]:
+def _part_names(layer: PublishedLayer, model: NamedModel) -> dict[str, LayerPart]:
     """The names of a transformer's layer in diffusers: each part is some rows of it."""
     inside = "_blocks." in layer.published or layer.published.startswith(FLUX_OUTSIDE)
     if not (model.name == "sd3" or (model.name in FLUX and inside)):
         return {}
-    found: dict[str, Slot] = {}
+    found: dict[str, LayerPart] = {}
     for i, name in enumerate(layer.parts):
         path = name.removeprefix("transformer.")
         names = [name, f"lycoris_{flat(path)}", f"lora_transformer_{flat(path)}"]
         names += [f"base_model.model.{path}"] if model.name == "sd3" else []
-        found |= dict.fromkeys(names, Slot(layer, i))
+        found |= dict.fromkeys(names, LayerPart(layer, i))
     return found
 
 
-def read_comfy(tensors: Mapping[str, Tensor], model: Model) -> Reading:
+def read_comfy(tensors: Mapping[str, Tensor], model: NamedModel) -> Reading:
     reading = Reading("comfy")
     kinds = ("LoRA", "LoHa", "LoKr", "GLoRA", "OFT", "BOFT", "norm", "full")
     take(reading, tensors, comfy_names(model), kinds, ENDINGS)
     return reading
 
 
-def read_forge(tensors: Mapping[str, Tensor], model: Model) -> Reading:
+def read_forge(tensors: Mapping[str, Tensor], model: NamedModel) -> Reading:
     reading = Reading("forge")
     take(reading, tensors, forge_names(model), ("LoRA", "LoHa", "LoKr", "norm", "full"), ENDINGS)
     count = len(reading.unread)

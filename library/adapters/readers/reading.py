@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from library.adapters.formats.layers import ALPHA, DORA, DOWN, MID, UP
-from library.adapters.formats.tables import BY_NAME, Index, Layer, blocks_in, index_of
-from library.adapters.readers.formulas import KINDS, Kind
+from library.adapters.formats.architecture import BY_NAME, LayerPart, NameIndex, PublishedLayer, blocks_in, index_of
+from library.adapters.formats.layer_tensors import ALPHA, DORA, DOWN, MID, UP
+from library.adapters.readers.formulas import FORMULAS, Formula
 
 # Ending of a key -> what it is, in kohya's words
 SUFFIXES = {
@@ -19,7 +19,7 @@ SUFFIXES = {
     "lora_A.weight": DOWN, "lora_B.weight": UP, "lora.down.weight": DOWN, "lora.up.weight": UP,
     "lora_linear_layer.down.weight": DOWN, "lora_linear_layer.up.weight": UP, "lora_magnitude_vector": DORA,
     "lora_magnitude_vector.weight": DORA,
-    **{name: name for kind in KINDS.values() for name in kind.suffixes()},
+    **{name: name for kind in FORMULAS.values() for name in kind.suffixes()},
 }  # fmt: skip
 BY_LENGTH = sorted(SUFFIXES, key=len, reverse=True)
 
@@ -28,38 +28,30 @@ ARCHITECTURES = {"chroma": "flux"}
 
 
 @dataclass(frozen=True)
-class Model:
+class NamedModel:
     """The model that a file is for: a name in `format_tables.BY_NAME`, or "chroma"; with so many blocks."""
 
     name: str
-    index: Index
+    index: NameIndex
 
     @classmethod
-    def of(cls, name: str, keys: Iterable[str]) -> Model:
+    def of(cls, name: str, keys: Iterable[str]) -> NamedModel:
         return cls(name, index_of(BY_NAME[ARCHITECTURES.get(name, name)], blocks_in(keys)))
 
-    def layers(self) -> Iterable[Layer]:
+    def layers(self) -> Iterable[PublishedLayer]:
         places = (place.layer for place in self.index.places.values())
         return {layer.kohya: layer for layer in places}.values()
 
 
-@dataclass(frozen=True)
-class Slot:
-    """A published layer, or one of the parts that it has in diffusers."""
-
-    layer: Layer
-    part: int | None = None
-
-
-Names = Mapping[str, Slot]  # what stands before the ending of a key
+Names = Mapping[str, LayerPart]  # what stands before the ending of a key
 
 
 @dataclass(frozen=True)
-class Entry:
+class ReadLayer:
     """The tensors of one layer, as a program takes them."""
 
-    slot: Slot
-    kind: Kind
+    place: LayerPart
+    formula: Formula
     tensors: dict[str, Tensor]
 
     @property
@@ -73,12 +65,12 @@ class Reading:
     """entries: kohya name -> what changes that layer. unread: keys. refused: why nothing of the file is used."""
 
     decompose: str
-    entries: dict[str, list[Entry]] = field(default_factory=dict)
+    entries: dict[str, list[ReadLayer]] = field(default_factory=dict)
     unread: list[str] = field(default_factory=list)
     refused: str | None = None
 
-    def add(self, entry: Entry) -> None:
-        self.entries.setdefault(entry.slot.layer.kohya, []).append(entry)
+    def add(self, entry: ReadLayer) -> None:
+        self.entries.setdefault(entry.place.layer.kohya, []).append(entry)
 
 
 @dataclass(frozen=True)
@@ -87,7 +79,7 @@ class Program:
 
     name: str
     models: frozenset[str]
-    read: Callable[[Mapping[str, Tensor], Model], Reading]
+    read: Callable[[Mapping[str, Tensor], NamedModel], Reading]
 
 
 def split_key(key: str) -> tuple[str, str]:
@@ -113,12 +105,12 @@ def take(
     """Every layer whose prefix is a name, and whose tensors are of one of these kinds; other keys are unread."""
     known = set(endings)
     for prefix, keys in grouped(tensors).items():
-        slot = names.get(prefix)
+        place = names.get(prefix)
         own = {SUFFIXES[e]: tensors[key] for e, key in keys.items() if e in known}
-        kind = next((KINDS[name] for name in kinds if KINDS[name].claims(own)), None)
-        if slot is None or kind is None:
+        formula = next((FORMULAS[name] for name in kinds if FORMULAS[name].claims(own)), None)
+        if place is None or formula is None:
             reading.unread += keys.values()
             continue
-        used = {name: value for name, value in own.items() if name in kind.suffixes()}
+        used = {name: value for name, value in own.items() if name in formula.suffixes()}
         reading.unread += [key for e, key in keys.items() if e not in known or SUFFIXES[e] not in used]
-        reading.add(Entry(slot, kind, used))
+        reading.add(ReadLayer(place, formula, used))

@@ -15,10 +15,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from library.adapters.formats.tables import TEXT_PROJECTION, Architecture, Index, Layer, blocks_in, index_of
-from library.adapters.kinds import OFT
-from library.families.sd.names import OPEN_CLIP_BLOCK
+from library.adapters.file_readers import OFT
+from library.adapters.formats.architecture import (
+    TEXT_PROJECTION,
+    Architecture,
+    NameIndex,
+    PublishedLayer,
+    blocks_in,
+    index_of,
+)
 from library.key_tables import Shapes, part_rows
+from library.weights.clip_names import OPEN_CLIP_BLOCK
 
 DENOISER_PREFIXES = ("model.diffusion_model.", "", "diffusion_model.")
 TEXT_LEVEL = "text_model."  # of CLIP; some old files leave it out
@@ -40,7 +47,7 @@ OPEN_CLIP_NAMES = {ours: theirs for theirs, ours in OPEN_CLIP_BLOCK}
 IN_PROJECTION = ("q", "k", "v")
 
 
-class Weights(Protocol):
+class WeightSource(Protocol):
     """What is needed of a file of weights (library.weights.weight_files)."""
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -49,7 +56,7 @@ class Weights(Protocol):
 
 
 @dataclass(frozen=True)
-class Place:
+class WeightLocation:
     """Where a layer lies: its tensors, and which rows of them (None: all)."""
 
     weight: str
@@ -83,16 +90,16 @@ class CheckpointLayers:
 
     def __init__(self, architecture: Architecture, shapes: Shapes, *, encoder: str | None = None):
         self.architecture, self.shapes = architecture, shapes
-        self.index: Index = index_of(architecture, max(blocks_in(shapes), MOST_ENCODER_BLOCKS))
+        self.index: NameIndex = index_of(architecture, max(blocks_in(shapes), MOST_ENCODER_BLOCKS))
         found = ((layer, self._place(layer, encoder)) for layer in architecture.layers(blocks_in(shapes)))
         self.places = {layer.kohya: place for layer, place in found if place is not None}
 
-    def canonical(self, name: str) -> Layer | None:
+    def canonical(self, name: str) -> PublishedLayer | None:
         """The layer that an adapter file means by `name`, whether this file has it or not."""
         place = self.index.find(f"lora_{name.removeprefix(OFT)}" if name.startswith(OFT) else name)
         return None if place is None or place.part is not None else place.layer
 
-    def placed(self, name: str) -> tuple[Layer, Place | None] | None:
+    def placed(self, name: str) -> tuple[PublishedLayer, WeightLocation | None] | None:
         """As `canonical`, and where the layer lies in this file; also for a part of a layer, as diffusers has it."""
         layer = self.canonical(name)
         if layer is not None:
@@ -112,18 +119,18 @@ class CheckpointLayers:
         """Shape of the weight of layer `name`."""
         return self.shape_of(self.places[name])
 
-    def shape_of(self, place: Place) -> tuple[int, ...]:
+    def shape_of(self, place: WeightLocation) -> tuple[int, ...]:
         """Shape of the weight at a place."""
         shape = tuple(self.shapes[place.weight])
         shape = shape[::-1] if place.transposed else shape
         return shape if place.rows is None else (place.rows.stop - place.rows.start, *shape[1:])
 
-    def weight(self, file: Weights, name: str, dtype: torch.dtype | None = torch.float32) -> Tensor:
+    def weight(self, file: WeightSource, name: str, dtype: torch.dtype | None = torch.float32) -> Tensor:
         """The weight of layer `name`."""
         place = self.places[name]
         return place.of(file.tensor(place.weight, dtype))
 
-    def _place(self, layer: Layer, encoder: str | None) -> Place | None:
+    def _place(self, layer: PublishedLayer, encoder: str | None) -> WeightLocation | None:
         prefixes: tuple[str, ...]
         if not layer.encoder:
             prefixes = () if encoder else DENOISER_PREFIXES
@@ -137,16 +144,16 @@ class CheckpointLayers:
         found = self._first(f"{prefix}{path}" for prefix in prefixes for path in (layer.published, short))
         return found or self._open_clip(layer, name, encoder)
 
-    def _first(self, paths: Iterator[str]) -> Place | None:
-        return next((Place(f"{p}.weight", f"{p}.bias") for p in paths if f"{p}.weight" in self.shapes), None)
+    def _first(self, paths: Iterator[str]) -> WeightLocation | None:
+        return next((WeightLocation(f"{p}.weight", f"{p}.bias") for p in paths if f"{p}.weight" in self.shapes), None)
 
-    def _open_clip(self, layer: Layer, encoder_name: str, encoder: str | None) -> Place | None:
+    def _open_clip(self, layer: PublishedLayer, encoder_name: str, encoder: str | None) -> WeightLocation | None:
         """The same layer in OpenCLIP's names."""
         prefixes = () if encoder else OPEN_CLIP_PREFIXES.get(encoder_name, ())
         for prefix in prefixes:
             if layer.published == TEXT_PROJECTION:  # a matrix of its own, not a layer
                 if prefix + TEXT_PROJECTION in self.shapes:
-                    return Place(prefix + TEXT_PROJECTION, "", transposed=True)
+                    return WeightLocation(prefix + TEXT_PROJECTION, "", transposed=True)
                 continue
             path, third = open_clip_path(layer.published)
             if encoder_name == CUT_ENCODER and path.startswith(f"{unused_block(self.shapes, prefix)}."):
@@ -159,11 +166,11 @@ class CheckpointLayers:
                 return place
         return None
 
-    def _third(self, weight: str, bias: str, third: int) -> Place | None:
+    def _third(self, weight: str, bias: str, third: int) -> WeightLocation | None:
         if weight not in self.shapes:
             return None
         rows = self.shapes[weight][0] // len(IN_PROJECTION)
-        return Place(weight, bias, slice(third * rows, (third + 1) * rows))
+        return WeightLocation(weight, bias, slice(third * rows, (third + 1) * rows))
 
 
 def unused_block(shapes: Shapes, prefix: str) -> str | None:

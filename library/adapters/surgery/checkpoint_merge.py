@@ -14,14 +14,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from library.adapters.base import AdapterLayer
-from library.adapters.formats.check import BROKEN
+from library.adapters.adapter_layer import AdapterLayer
+from library.adapters.file_readers import LayerReader, pieces, reader_of
+from library.adapters.formats.damage import BROKEN
 from library.adapters.formats.deltas import kohya_dora
-from library.adapters.formats.layers import BIAS_ADDED, COMFY_DORA, DORA, DOWN, UP
-from library.adapters.kinds import Reader, pieces, reader_of
-from library.adapters.spec import TargetModule, TargetSpec
-from library.adapters.surgery.checkpoint_layers import CheckpointLayers, Place, Weights
-from library.adapters.surgery.lora_math import Tensors
+from library.adapters.formats.layer_tensors import BIAS_ADDED, COMFY_DORA, DORA, DOWN, UP, Tensors
+from library.adapters.surgery.checkpoint_layers import CheckpointLayers, WeightLocation, WeightSource
+from library.adapters.target_spec import TargetModule, TargetSpec
 from library.errors import UserError, first_names
 from library.key_tables import part_rows
 
@@ -43,9 +42,9 @@ class Step:
     """One layer of one adapter, waiting for the checkpoint's weight."""
 
     layer: str
-    place: Place
+    place: WeightLocation
     own: Tensors
-    reader: Reader
+    reader: LayerReader
     strength: float
 
     def on(self, weight: Tensor, bias: Tensor | None) -> AdapterLayer:
@@ -76,7 +75,7 @@ class MergedWeights:
     them that changed a tensor that was asked for.
     """
 
-    def __init__(self, file: Weights, layers: CheckpointLayers, adapters: Sequence[Adapter]) -> None:
+    def __init__(self, file: WeightSource, layers: CheckpointLayers, adapters: Sequence[Adapter]) -> None:
         self.file, self.layers = file, layers
         self.used: list[str] = []
         self.moved: set[str] = set()
@@ -144,7 +143,7 @@ class MergedWeights:
         elif unfit:
             yield f"{adapter.label}: {len(unfit)} layers do not fit the model: {first_names(unfit)}"
 
-    def _step(self, name: str, layer: str, place: Place, own: Tensors, adapter: Adapter) -> Step | str:
+    def _step(self, name: str, layer: str, place: WeightLocation, own: Tensors, adapter: Adapter) -> Step | str:
         """What is done with a layer, or why it cannot be."""
         reader = reader_of(name, own)
         if reader is None:

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from library.adapters.formats.tables import BY_NAME
+from library.adapters.formats.architecture import BY_NAME
 from library.adapters.surgery.checkpoint_layers import CheckpointLayers
-from library.adapters.surgery.files import (
+from library.adapters.surgery.lora_math import as_tensors, clamped, has_kernel, spectrum
+from library.adapters.surgery.tool_files import (
     WeightFile,
     device_named,
     dtype_named,
@@ -22,7 +23,6 @@ from library.adapters.surgery.files import (
     save_lora,
     spec_of,
 )
-from library.adapters.surgery.lora_math import as_tensors, clamped, has_kernel, spectrum
 from library.errors import UserError
 from library.log import get_logger, progress
 from networks import lora_flux, lora_lumina, lora_sd3

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from library.adapters.formats.check import damaged_if_broken
-from library.adapters.formats.layers import ALPHA, COMFY_DORA, DORA, DOWN, MID, UP, scale_of
+from library.adapters.formats.damage import damaged_if_broken
+from library.adapters.formats.layer_tensors import ALPHA, COMFY_DORA, DORA, DOWN, MID, UP, scale_of
 from library.errors import UserError
 
 Tensors = Mapping[str, Tensor]  # of one layer: kohya's suffix -> value
@@ -159,7 +159,7 @@ def choose_rank(s: Tensor, largest: int, method: str | None, target: float) -> i
 
 
 @dataclass(frozen=True)
-class Kept:
+class RankStatistics:
     """What is left of a layer when `rank` of its singular values stay."""
 
     rank: int
@@ -168,7 +168,7 @@ class Kept:
     ratio: float  # largest / smallest of those that are kept
 
     @classmethod
-    def of(cls, s: Tensor, rank: int) -> Kept:
+    def of(cls, s: Tensor, rank: int) -> RankStatistics:
         if not len(s) or float(s[0]) == 0:
             return cls(rank, 1.0, 1.0, 1.0)
         kept = s[:rank]

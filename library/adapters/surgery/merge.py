@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from library.adapters.formats.layers import MID
-from library.adapters.formats.tables import BY_NAME
+from library.adapters.formats.architecture import BY_NAME
+from library.adapters.formats.layer_tensors import MID, Tensors
 from library.adapters.surgery.block_ratios import strengths
 from library.adapters.surgery.checkpoint_layers import CheckpointLayers
 from library.adapters.surgery.checkpoint_merge import Adapter, MergedWeights
-from library.adapters.surgery.files import (
+from library.adapters.surgery.lora_math import ADDED, as_tensors, change_of, is_lora, joined, not_lora, summed
+from library.adapters.surgery.tool_files import (
     LoraFile,
     WeightFile,
     checkpoint_metadata,
@@ -30,13 +31,12 @@ from library.adapters.surgery.files import (
     titles,
     write_checkpoint,
 )
-from library.adapters.surgery.lora_math import ADDED, Tensors, as_tensors, change_of, is_lora, joined, not_lora, summed
-from library.adapters.surgery.options import ModelsOptions, SaveOptions
+from library.adapters.surgery.tool_options import ModelsOptions, SaveOptions
 from library.errors import UserError, first_names
 from library.log import get_logger
 from library.rng import torch_generator
 
-Share = tuple[LoraFile, Callable[[str], float]]  # a file, and how strongly each of its layers is merged
+WeightedLora = tuple[LoraFile, Callable[[str], float]]  # a file, and how strongly each of its layers is merged
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def merge(asked: Merge) -> None:
         merge_into_one(asked, shares)
 
 
-def read_shares(models: ModelsOptions, architecture: str | None = None) -> list[Share]:
+def read_shares(models: ModelsOptions, architecture: str | None = None) -> list[WeightedLora]:
     """The files of --models with their ratios. architecture: of the model at hand. Raises UserError."""
     files = [read_lora(path, architecture) for path in models.models]
     numbers: Sequence[Sequence[float] | None] = models.block_ratios() or [None] * len(files)
@@ -140,7 +140,7 @@ def _report_left(parts: Sequence[ModelPart], merged: Sequence[MergedWeights]) ->
 
 
 def _part_metadata(
-    part: ModelPart, file: WeightFile, layers: CheckpointLayers, shares: Sequence[Share], no_metadata: bool
+    part: ModelPart, file: WeightFile, layers: CheckpointLayers, shares: Sequence[WeightedLora], no_metadata: bool
 ) -> dict[str, str]:
     """The source's entries; modelspec.* anew, except for what only the source knows."""
     found = checkpoint_metadata(file)
@@ -158,7 +158,7 @@ def _part_metadata(
 # ---- several into one ---------------------------------------------------------------------------------------------
 
 
-def merge_into_one(asked: Merge, shares: Sequence[Share]) -> None:
+def merge_into_one(asked: Merge, shares: Sequence[WeightedLora]) -> None:
     """One LoRA of several: matrices summed, or with --concat put beside each other, which is exact."""
     found: dict[str, dict[str, Tensor]] = {}
     problems: list[str] = []
@@ -175,7 +175,7 @@ def merge_into_one(asked: Merge, shares: Sequence[Share]) -> None:
     save_lora(asked.save.save_to, found, metadata, dtype_named(asked.save.save_precision) or torch.float32)
 
 
-def same_layers(shares: Sequence[Share]) -> dict[str, list[tuple[Tensors, float]]]:
+def same_layers(shares: Sequence[WeightedLora]) -> dict[str, list[tuple[Tensors, float]]]:
     """Layer -> its tensors in each file that has it, with the ratio there; under one name, in the order of files."""
     architecture = BY_NAME[common_architecture([file for file, _ in shares])]
     found: dict[str, list[tuple[Tensors, float]]] = {}

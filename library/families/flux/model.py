@@ -20,14 +20,13 @@ from torch import Tensor, nn
 from library.device import on_device
 from library.errors import UserError
 from library.families.family import STAYING_BLOCKS, ModelFacts, ModelFamily, PreviewDefaults, require_blocks
-from library.families.flux.options import FluxFineTuneOptions, FluxOptions
+from library.families.flux.options import FluxFineTuneOptions, FluxFlowOptions, FluxOptions
 from library.families.flux.parts import CLIP, T5, FluxParts, denoiser_rules, open_parts
 from library.io.checkpoint import save_tensors
 from library.key_tables import Published
 from library.memory.block_swap import spread
 from library.memory.quantise import Storage
 from library.objectives.flow import FlowObjective, constant_shift, resolution_shift
-from library.objectives.flow_options import FluxFlowOptions
 from library.objectives.options import LossOptions
 from library.types import Batch, Cond, LatentSpec, Tokens
 from library.weights.loading import Part

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from library.families.finetune_options import FineTuneOptions
 from library.families.options import ModelOptions
+from library.objectives.flow_options import SampledFlowOptions
 from library.options import at_least, option, refused
 
 GUIDANCE_SCALE = 3.5  # as sd-scripts has it
@@ -96,3 +97,8 @@ class FluxFineTuneOptions(FineTuneOptions):
     @property
     def swaps_blocks(self) -> bool:
         return bool(self.double_blocks_to_swap or self.single_blocks_to_swap)
+
+
+@dataclass(frozen=True)
+class FluxFlowOptions(SampledFlowOptions):
+    """How FLUX.1 and Chroma are trained: which noise levels are drawn, what the loss compares, how it is weighted."""

@@ -21,13 +21,12 @@ from torch import Tensor, nn
 from library.device import on_device
 from library.errors import UserError
 from library.families.family import ModelFacts, ModelFamily, PreviewDefaults
-from library.families.lumina.options import LuminaOptions
+from library.families.lumina.options import LuminaFlowOptions, LuminaOptions
 from library.families.lumina.parts import LATENT_CHANNELS, UNUSED, LuminaParts, denoiser_rules, open_parts
 from library.io.checkpoint import save_tensors
 from library.key_tables import Published
 from library.memory.quantise import Storage
 from library.objectives.flow import FlowObjective, constant_shift
-from library.objectives.flow_options import LuminaFlowOptions
 from library.objectives.options import LossOptions
 from library.types import Batch, Cond, LatentSpec, Tokens
 from library.weights.loading import Part

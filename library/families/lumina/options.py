@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from library.families.options import ModelOptions
-from library.options import at_least, option, refused
+from library.objectives.flow_options import SampledFlowOptions
+from library.options import at_least, option, positive, refused
 
 TOKEN_LENGTH = 256  # what Lumina-Image 2.0 was trained with
 
@@ -68,4 +69,23 @@ class LuminaOptions(ModelOptions):
     )
     max_token_length: int | None = option(
         None, help="Not for this model.", answer="--gemma2_max_token_length is the limit here"
+    )
+
+
+@dataclass(frozen=True)
+class LuminaFlowOptions(SampledFlowOptions):
+    """How Lumina-Image 2.0 is trained: which noise levels are drawn, what the loss compares, how it is weighted."""
+
+    timestep_sampling: str = option(
+        "shift",
+        help="How noise levels are drawn; shift and nextdit_shift are usual.",
+        choices=("sigma", "uniform", "sigmoid", "shift", "nextdit_shift", "flux_shift"),
+    )
+    discrete_flow_shift: float = option(
+        6.0, help="Shift of the sigma and shift samplings; above 1 draws more noise.", check=positive
+    )
+    model_prediction_type: str = option(
+        "raw",
+        help="What the loss compares: raw counts all noise levels alike, sigma_scaled counts noisy ones more.",
+        choices=("raw", "additive", "sigma_scaled"),
     )

@@ -19,19 +19,8 @@ from torch import Tensor, nn
 from library.device import on_device
 from library.errors import UserError
 from library.families.family import ModelFacts, ModelFamily
-from library.families.options import SDOptions
-from library.families.sd.names import (
-    CLIP_PREFIX,
-    OPEN_CLIP_PREFIX,
-    UNET_PREFIX,
-    VAE_PREFIX,
-    clip_level,
-    clip_rules,
-    open_clip_rules,
-    unet_rules,
-    vae_rules,
-)
-from library.families.sd.options import SDFineTuneOptions
+from library.families.sd.names import CLIP_PREFIX, OPEN_CLIP_PREFIX, UNET_PREFIX, unet_rules
+from library.families.sd.options import SDFineTuneOptions, SDOptions
 from library.families.sd.parts import SDParts, open_parts
 from library.families.sd.save import (
     FORMATS,
@@ -51,9 +40,11 @@ from library.objectives.ddpm import DDPMObjective, scaled_linear_betas
 from library.objectives.options import DDPMOptions, LossOptions
 from library.types import Batch, Cond, LatentSpec, Tokens
 from library.weights import kl_vae
+from library.weights.clip_names import clip_level, clip_rules, open_clip_rules
 from library.weights.loading import PIPELINE_FILES, Part, locate
 from library.weights.new_tokens import NewWord, add_word
 from library.weights.text import CHUNK, ClipTokenizer, find_tokenizer, join_chunks
+from library.weights.vae_names import VAE_PREFIX, vae_rules
 
 log = get_logger()
 

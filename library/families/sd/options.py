@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What learns in full training of Stable Diffusion 1.x and 2.x: options of fine_tune.py and of train_db.py."""
+"""Options of Stable Diffusion 1.x and 2.x that say which model is trained, and what learns in full training."""
 
 from __future__ import annotations
 
@@ -7,8 +7,31 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from library.families.finetune_options import FineTuneOptions
+from library.families.options import ModelOptions, token_length
 from library.options import at_least, option
 from library.values import rate
+
+
+@dataclass(frozen=True)
+class SDOptions(ModelOptions):
+    """Stable Diffusion 1.x and 2.x."""
+
+    v2: bool = option(False, help="The model is Stable Diffusion 2.x.")
+    v_parameterization: bool = option(False, help="The model predicts v instead of the noise (2.x 768-v, for example).")
+    clip_skip: int | None = option(
+        None,
+        help="Use the n-th layer from the end of the text encoder, 1 being the last.",
+        check=at_least(1),
+        zero_is_unset=True,
+    )
+    max_token_length: int | None = option(
+        None, help="Longest caption in tokens: 75, 150 or 225 (255 is taken as 225). Without it 75.", parse=token_length
+    )
+    weighted_captions: bool = option(False, help="Read (word:1.2), (word) and [word] in captions as weights.")
+    no_half_vae: bool = option(False, help="Run the VAE in float32 also under mixed precision.")
+    no_token_padding: bool = option(
+        False, help="Train without the padding of captions: those of a batch are as long as its longest."
+    )
 
 
 @dataclass(frozen=True)

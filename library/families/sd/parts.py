@@ -18,16 +18,10 @@ from torch import nn
 
 from library.errors import UserError
 from library.families.detect import context_dim, foreign_file, foreign_pipeline
-from library.families.sd.names import (
-    CLIP_PREFIX,
-    OPEN_CLIP_PREFIX,
-    UNET_PREFIX,
-    clip_rules,
-    open_clip_rules,
-    unet_rules,
-)
+from library.families.sd.names import CLIP_PREFIX, OPEN_CLIP_PREFIX, UNET_PREFIX, unet_rules
 from library.key_tables import Shapes
 from library.weights import kl_vae
+from library.weights.clip_names import clip_rules, open_clip_rules
 from library.weights.loading import Part, own_names, part_file, read_json, shipped_config
 from library.weights.sizes import SizeError, below, depth, has, reading_sizes, shape_of
 from library.weights.weight_files import WeightFile, open_weights

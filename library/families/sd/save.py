@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.families.sd.names import clip_level
 from library.io.atomic import atomic_folder
 from library.io.checkpoint import MODEL_INDEX, CheckpointForm, save_tensors
+from library.weights.clip_names import clip_level
 from library.weights.loading import Part
 from library.weights.text import TOKENIZER_FILES, ClipTokenizer
 from library.weights.weight_files import COUNTS, WeightFile

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from library.device import on_device
 from library.errors import UserError
 from library.families.family import ModelFacts, ModelFamily, PreviewDefaults
-from library.families.sd.names import VAE_PREFIX, vae_rules
-from library.families.sd3.options import SD3FineTuneOptions, SD3Options
+from library.families.sd3.options import SD3FineTuneOptions, SD3FlowOptions, SD3Options
 from library.families.sd3.parts import CLIP_G, CLIP_L, ENCODERS, MMDIT_PREFIX, T5, SD3Parts, mmdit_rules, open_parts
 from library.families.sd3.positions import use_random_crop, use_scaled_positions
 from library.io.checkpoint import save_tensors
@@ -32,7 +31,6 @@ from library.key_tables import Published
 from library.log import get_logger
 from library.memory.quantise import Storage
 from library.objectives.flow import FlowObjective, constant_shift
-from library.objectives.flow_options import SD3FlowOptions
 from library.objectives.options import LossOptions
 from library.types import Batch, Cond, LatentSpec, Tokens
 from library.weights.loading import Part
@@ -46,6 +44,7 @@ from library.weights.tokenizers import (
     t5_tokenizer,
     tokenizer_folders,
 )
+from library.weights.vae_names import VAE_PREFIX, vae_rules
 
 log = get_logger()
 

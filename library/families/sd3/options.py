@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from library.families.finetune_options import FineTuneOptions
 from library.families.options import ModelOptions, token_length
-from library.options import Idle, at_least, between, option, refused
+from library.objectives.flow_options import FlowOptions
+from library.options import Idle, at_least, between, option, positive, refused
 from library.values import rate
 
 T5_TOKENS = 256  # of SD3.5; SD3 medium saw 77 and takes as many
@@ -125,3 +126,24 @@ class SD3FineTuneOptions(FineTuneOptions):
             yield Idle("--learning_rate_te1 and --learning_rate_te2 need --train_text_encoder")
         if not self.train_t5xxl and self.learning_rate_te3:
             yield Idle("--learning_rate_te3 needs --train_t5xxl")
+
+
+@dataclass(frozen=True)
+class SD3FlowOptions(FlowOptions):
+    """How SD3 and SD3.5 are trained: which noise levels are drawn and how the loss is weighted."""
+
+    training_shift: float = option(
+        1.0, help="Shift of the drawn noise levels; above 1 draws more noise (3 in previews).", check=positive
+    )
+
+    @property
+    def sampling(self) -> str:
+        return "sd3"
+
+    @property
+    def shift(self) -> float:
+        return self.training_shift
+
+    @property
+    def prediction(self) -> str:
+        return "sigma_scaled"

@@ -20,7 +20,6 @@ from torch import nn
 
 from library.errors import UserError
 from library.families.detect import PREFIXES, foreign_file, foreign_pipeline
-from library.families.sd.names import VAE_PREFIX
 from library.families.sd3.names import sd3_names
 from library.families.sd3.options import SD3Options
 from library.key_tables import Rule, Shapes, expand
@@ -28,6 +27,7 @@ from library.weights import kl_vae
 from library.weights.loading import PIPELINE_FILES, Part, locate, own_names, part_file, read_json, shipped_config
 from library.weights.sizes import SizeError, below, depth, has, reading_sizes, shape_of
 from library.weights.text_encoders import EncoderPart, clip_encoder, t5_encoder
+from library.weights.vae_names import VAE_PREFIX
 from library.weights.weight_files import WeightFile, open_weights
 
 MMDIT_PREFIX = "model.diffusion_model."

@@ -23,18 +23,7 @@ from library.device import on_device
 from library.errors import UserError
 from library.families.family import ModelFacts, ModelFamily, PreviewDefaults
 from library.families.sd.model import betas
-from library.families.sd.names import (
-    SDXL_BLOCKS,
-    SDXL_CLIP_G_PREFIX,
-    SDXL_CLIP_L_PREFIX,
-    UNET_PREFIX,
-    VAE_PREFIX,
-    clip_g_rules,
-    clip_rules,
-    sdxl_block,
-    unet_rules,
-    vae_rules,
-)
+from library.families.sd.names import UNET_PREFIX, unet_rules
 from library.families.sd.save import (
     FORMATS,
     NOTHING,
@@ -45,6 +34,7 @@ from library.families.sd.save import (
     scheduler_config,
 )
 from library.families.sd.unet_blocks import unet_blocks
+from library.families.sdxl.names import BLOCK_COUNT, CLIP_G_PREFIX, CLIP_L_PREFIX, sdxl_block
 from library.families.sdxl.options import SDXLFineTuneOptions, SDXLOptions
 from library.families.sdxl.parts import (
     ADDED_NUMBERS,
@@ -64,10 +54,12 @@ from library.objectives.ddpm import DDPMObjective
 from library.objectives.options import DDPMOptions, LossOptions
 from library.types import Batch, Cond, LatentSpec, Tokens
 from library.weights import kl_vae
+from library.weights.clip_names import clip_g_rules, clip_rules
 from library.weights.loading import Part
 from library.weights.new_tokens import NewWord, add_word
 from library.weights.text import CHUNK, ClipTokenizer, join_chunks, read_tokenizer
 from library.weights.tokenizers import CLIP_G_PADDING, clip_tokenizer, tokenizer_folders
+from library.weights.vae_names import VAE_PREFIX, vae_rules
 
 log = get_logger()
 
@@ -250,7 +242,7 @@ class StableDiffusionXL(ModelFamily):
         if options.block_lr is None:
             return super().denoiser_groups(denoiser, options, rate)
         parameters = dict(denoiser.named_parameters())
-        blocks: list[list[nn.Parameter]] = [[] for _ in range(SDXL_BLOCKS)]
+        blocks: list[list[nn.Parameter]] = [[] for _ in range(BLOCK_COUNT)]
         for rule in unet_rules(denoiser):
             blocks[sdxl_block(rule.published)].append(parameters[rule.ours[0]])
         return [
@@ -332,6 +324,6 @@ def published(denoiser: nn.Module, vae: nn.Module, clips: Mapping[str, nn.Module
     return [
         Published(denoiser.state_dict(), unet_rules(denoiser), UNET_PREFIX),
         Published(vae.state_dict(), vae_rules(vae), VAE_PREFIX),
-        Published(clip_l.state_dict(), clip_rules(clip_l), SDXL_CLIP_L_PREFIX),
-        Published(clip_g.state_dict(), clip_g_rules(clip_g), SDXL_CLIP_G_PREFIX),
+        Published(clip_l.state_dict(), clip_rules(clip_l), CLIP_L_PREFIX),
+        Published(clip_g.state_dict(), clip_g_rules(clip_g), CLIP_G_PREFIX),
     ]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from library.families.finetune_options import FineTuneOptions
 from library.families.options import ModelOptions, token_length
-from library.families.sd.names import SDXL_BLOCKS
+from library.families.sdxl.names import BLOCK_COUNT
 from library.options import Idle, at_least, option, refused
 from library.values import number, rate, shown
 
@@ -16,8 +16,8 @@ from library.values import number, rate, shown
 def block_rates(value: object) -> tuple[float, ...]:
     """`1e-5,0,...` as 23 rates, none below 0. Raises ValueError with what is expected."""
     items = value if isinstance(value, (list, tuple)) else str(value).split(",")
-    if len(items) != SDXL_BLOCKS:
-        raise ValueError(f"needs {SDXL_BLOCKS} values with commas, got {len(items)}")
+    if len(items) != BLOCK_COUNT:
+        raise ValueError(f"needs {BLOCK_COUNT} values with commas, got {len(items)}")
     try:
         rates = tuple(number(item) for item in items)
     except ValueError:

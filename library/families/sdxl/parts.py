@@ -18,19 +18,13 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 from library.families.detect import foreign_file, foreign_pipeline
-from library.families.sd.names import (
-    OPEN_CLIP_PROJECTION,
-    PLAYGROUND_PROJECTION,
-    SDXL_CLIP_G_PREFIX,
-    SDXL_CLIP_L_PREFIX,
-    UNET_PREFIX,
-    clip_g_rules,
-    unet_rules,
-)
+from library.families.sd.names import UNET_PREFIX, unet_rules
 from library.families.sd.parts import OPEN_CLIP_BLOCKS, build_unet, input_levels, unet_layout
+from library.families.sdxl.names import CLIP_G_PREFIX, CLIP_L_PREFIX
 from library.families.sdxl.options import SDXLOptions
 from library.key_tables import Shapes
 from library.weights import kl_vae
+from library.weights.clip_names import OPEN_CLIP_PROJECTION, PLAYGROUND_PROJECTION, clip_g_rules
 from library.weights.loading import PIPELINE_FILES, Part, locate, own_names, part_file, read_json, shipped_config
 from library.weights.sizes import below, depth, has, reading_sizes, shape_of
 from library.weights.text_encoders import CLIP, CLIP_HEAD, EncoderPart, clip_encoder
@@ -41,7 +35,7 @@ CLIP_L, CLIP_G = "clip_l", "clip_g"
 ENCODERS = {CLIP_L: "text_encoder", CLIP_G: "text_encoder_2"}  # folders of a pipeline
 FOLDERS = ("unet", *ENCODERS.values())
 MODEL_FILES = (*PIPELINE_FILES, *(f"{folder}/*.safetensors" for folder in (*FOLDERS, "vae")))
-CLIP_L_FILE_PREFIX = SDXL_CLIP_L_PREFIX.removesuffix("text_model.")
+CLIP_L_FILE_PREFIX = CLIP_L_PREFIX.removesuffix("text_model.")
 V_MARK, ZERO_SNR_MARK = "v_pred", "ztsnr"  # empty tensors by which some v-prediction models say what they are
 TRANSFORMERS = "{}.1.transformer_blocks.{{}}."  # of an attention of the U-Net, by its block
 ADDED_NUMBERS = 6  # of the size and crop that the U-Net is told
@@ -171,16 +165,16 @@ class OpenClip:
 
 def open_clip_part(file: WeightFile) -> OpenClip:
     """The second text encoder of a single file, a CLIPTextModelWithProjection."""
-    shapes = below(file.shapes, SDXL_CLIP_G_PREFIX)
+    shapes = below(file.shapes, CLIP_G_PREFIX)
     if not shapes:
-        raise UserError(f"{file.path} has no second text encoder inside (no weights below {SDXL_CLIP_G_PREFIX})")
+        raise UserError(f"{file.path} has no second text encoder inside (no weights below {CLIP_G_PREFIX})")
     projection = next((n for n in (OPEN_CLIP_PROJECTION, PLAYGROUND_PROJECTION) if n in shapes), OPEN_CLIP_PROJECTION)
-    with reading_sizes(file.path, SDXL_CLIP_G_PREFIX):
+    with reading_sizes(file.path, CLIP_G_PREFIX):
         config = {**shipped_config(CLIP_G), **open_clip_layout(shapes, projection)}
     part = Part(
         CLIP,
         file,
-        SDXL_CLIP_G_PREFIX,
+        CLIP_G_PREFIX,
         partial(_build_clip_g, config),
         partial(clip_g_rules, projection=projection),
         f"{config['hidden_act']} {config['num_attention_heads']} {config['eos_token_id']}",

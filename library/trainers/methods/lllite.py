@@ -9,8 +9,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from library.adapters.base import AdapterNetwork
-from library.adapters.formats.convert import read_tensors
+from library.adapters.adapter_network import AdapterNetwork
+from library.adapters.formats.conversion import read_tensors
 from library.device import DTYPES
 from library.errors import UserError
 from library.io.checkpoint import save_tensors

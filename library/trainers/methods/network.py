@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.adapters.base import AdapterNetwork
-from library.adapters.foreign.network import foreign_error
-from library.adapters.foreign.plugin import load_network_module
-from library.adapters.formats.convert import read_adapter
-from library.adapters.formats.keys import parse
-from library.adapters.formats.tables import of_family
-from library.adapters.network import encoder_rate
+from library.adapters.adapter_network import AdapterNetwork
+from library.adapters.foreign.network_module import load_network_module
+from library.adapters.foreign.plugin_network import foreign_error
+from library.adapters.formats.architecture import of_family
+from library.adapters.formats.conversion import read_adapter
+from library.adapters.formats.recognition import parse
+from library.adapters.layer_network import encoder_rate
 from library.errors import UserError
 from library.families.registry import FAMILIES, misfit
 from library.learning import DENOISER, Learning, Models, Trainables

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from library.adapters.base import AdapterNetwork
-from library.adapters.formats.convert import convert, dora_norms, header, read_tensors
-from library.adapters.readers.check import Check, Report, report
+from library.adapters.adapter_network import AdapterNetwork
+from library.adapters.formats.conversion import convert, dora_norms, header, read_tensors
+from library.adapters.readers.comparison import NetworkComparison, ProgramReport, report
 from library.device import DTYPES
 from library.io.checkpoint import in_precision, save_tensors
 from library.log import get_logger
@@ -90,12 +90,12 @@ def say_who_takes(
 def read_back(
     path: Path, network: AdapterNetwork, model: str, form: str,
     rewritten: Callable[[str, Collection[str]], Mapping[str, Tensor]],
-) -> Report:  # fmt: skip
+) -> ProgramReport:  # fmt: skip
     """The report, made in main memory. The run's generators are as before: third-party layers may draw."""
     state = random.getstate()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
-            return report(Check(network.trained(), model), read_tensors(path), form, rewritten)
+            return report(NetworkComparison(network.trained(), model), read_tensors(path), form, rewritten)
     finally:
         random.setstate(state)
 

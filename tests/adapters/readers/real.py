@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.adapters.readers.check import Check
-from library.adapters.readers.reading import Model
+from library.adapters.readers.comparison import NetworkComparison
+from library.adapters.readers.reading import NamedModel
 
 
 def load(name: str, tensors: Mapping[str, Tensor], denoiser: nn.Module, encoders: Sequence[nn.Module]) -> None:
@@ -40,7 +40,13 @@ def load(name: str, tensors: Mapping[str, Tensor], denoiser: nn.Module, encoders
 class Outcome:
     """refused, or which layers of the live network stay as they were, and which are changed otherwise."""
 
-    def __init__(self, check: Check, tensors: Mapping[str, Tensor], denoiser: nn.Module, encoders: Sequence[nn.Module]):
+    def __init__(
+        self,
+        check: NetworkComparison,
+        tensors: Mapping[str, Tensor],
+        denoiser: nn.Module,
+        encoders: Sequence[nn.Module],
+    ):
         self.refused, self.missing, self.wrong = False, [], []
         self.error: Exception | None = None
         denoiser, encoders = copy.deepcopy(denoiser), [copy.deepcopy(encoder) for encoder in encoders]
@@ -49,7 +55,7 @@ class Outcome:
         except Exception as error:
             self.refused, self.error = True, error
             return
-        index = Model.of(check.model, [*tensors, *check.layers]).index
+        index = NamedModel.of(check.model, [*tensors, *check.layers]).index
         models = {"unet": denoiser, "transformer": denoiser}
         models |= dict(zip(("text_encoder", "text_encoder_2", "text_encoder_3"), encoders))
         for name, layer in check.layers.items():

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from library.adapters.foreign.plugin import load_network_module
-from library.adapters.formats.convert import FORMATS, convert, dora_norms
-from library.adapters.readers.check import DIFFUSERS, Check
+from library.adapters.foreign.network_module import load_network_module
+from library.adapters.formats.conversion import FORMATS, convert, dora_norms
+from library.adapters.readers.comparison import DIFFUSERS, NetworkComparison
 from library.errors import UserError
 from tests.adapters.families import TINY
 from tests.adapters.models import randomize, tiny_clip, tiny_unet
@@ -24,7 +24,7 @@ pytest.importorskip("peft")
 def compare(model: str, network: Any, denoiser: nn.Module, encoders: Sequence[nn.Module]) -> dict[str, str]:
     """The outcome of each format, after it was found to be the same by the rules and by the loader."""
     randomize(network)
-    check = Check(network.trained(), model)
+    check = NetworkComparison(network.trained(), model)
     state, targets = network.state(None), network.targets()
     found = {}
     for form in FORMATS:

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from library.adapters.foreign.plugin import load_network_module
-from library.adapters.formats.convert import convert, to_kohya
-from library.adapters.readers.check import COMFY, DIFFUSERS, FORGE, Check, Program, report
-from library.adapters.readers.files import key_lines
+from library.adapters.foreign.network_module import load_network_module
+from library.adapters.formats.conversion import convert, to_kohya
+from library.adapters.readers.comparison import COMFY, DIFFUSERS, FORGE, NetworkComparison, Program, report
+from library.adapters.readers.known_keys import key_lines
 from tests.adapters.families import TINY
 from tests.adapters.lora_samples import comfy_apply, comfy_keys, flux, published_weights
 from tests.adapters.models import distance, randomize, tiny_clip, tiny_unet
@@ -33,7 +33,7 @@ def network(module: str = "lora", alpha: float = 2.7, **arguments: str) -> Any:
 
 def taken(made: Any, tensors: dict[str, Tensor], *programs: Program) -> dict[str, str]:
     """Program -> "yes" or what it does."""
-    check = Check(made.trained(), "sd1")
+    check = NetworkComparison(made.trained(), "sd1")
     verdicts = {program.name: check.verdict(program, tensors) for program in programs or (COMFY, FORGE)}
     return {name: "yes" if found.takes else found.text() for name, found in verdicts.items()}
 
@@ -81,7 +81,7 @@ def test_oft_in_comfy_format(family: str, bound: float) -> None:
         randomize(made)
     state = made.state(None)
     tensors = convert(state, "comfy")
-    verdict = Check(made.trained(), family).verdict(COMFY, tensors)
+    verdict = NetworkComparison(made.trained(), family).verdict(COMFY, tensors)
     assert verdict.takes, verdict.text()
     assert key_lines(tensors)[0] == "ComfyUI: knows every key"
     again = to_kohya(tensors)
@@ -110,7 +110,7 @@ def test_formulas_equal_the_literal_comfyui() -> None:
     sample, tiny = flux(), TINY["flux"]
     made: Any = tiny.module.create_network(1.0, 4, 2.7, None, None, sample.model, in_dims="2,2,2,2,2")
     randomize(made)
-    check = Check(made.trained(), "flux")
+    check = NetworkComparison(made.trained(), "flux")
     for form in ("kohya", "comfy", "peft"):
         tensors = convert(made.state(None), form)
         assert check.verdict(COMFY, tensors).takes
@@ -171,7 +171,7 @@ def test_lines_say_what_is_for_a_program() -> None:
     made = network()
     state = made.state(None)
     rewritten = lambda form, names: convert({k: v for k, v in state.items() if k.partition(".")[0] in names}, form)
-    found = report(Check(made.trained(), "sd1"), convert(state, "comfy"), "comfy", rewritten)
+    found = report(NetworkComparison(made.trained(), "sd1"), convert(state, "comfy"), "comfy", rewritten)
     assert found.taken_by == ["ComfyUI"]
     forge, diffusers = found.warnings
     assert forge.startswith("Forge refuses the file: 36 of 273 keys are unknown to it, 12 are forgiven: text_encoders.")
@@ -208,9 +208,9 @@ T5 = "encoder_block_0_layer_0_SelfAttention_q"
 )
 def test_names(model: str, prefix: str, comfy: bool, forge: bool | None) -> None:
     from library.adapters.readers.programs import comfy_names, forge_names
-    from library.adapters.readers.reading import Model
+    from library.adapters.readers.reading import NamedModel
 
-    found = Model.of(model, [prefix])
+    found = NamedModel.of(model, [prefix])
     assert (prefix in comfy_names(found)) == comfy
     assert (model in FORGE.models) == (forge is not None)
     assert forge is None or (prefix in forge_names(found)) == forge
@@ -261,16 +261,16 @@ def test_lycoris_on_fused_layers(family: str, algo: str) -> None:
     state = made.state(None)
     layers = made.trained()
     assert {layer.name for layer in layers} == {key.partition(".")[0] for key in state}
-    verdict = Check(layers, family).verdict(COMFY, state)
+    verdict = NetworkComparison(layers, family).verdict(COMFY, state)
     assert verdict.takes, verdict.text()
     fused = next(key for key in state if "qkv" in key and key.endswith(("lora_up.weight", "lokr_w1")))
     state[fused] *= 1.05
-    assert fused.partition(".")[0] in Check(layers, family).verdict(COMFY, state).text()
+    assert fused.partition(".")[0] in NetworkComparison(layers, family).verdict(COMFY, state).text()
 
 
 def test_a_network_whose_layers_have_no_names() -> None:
     """Nothing was compared, so nothing is said to be as it was trained."""
-    found = report(Check([], "sd1"), {"shift": torch.ones(4)}, "kohya", lambda form, names: {})
+    found = report(NetworkComparison([], "sd1"), {"shift": torch.ones(4)}, "kohya", lambda form, names: {})
     assert not found.taken_by
     assert [line.partition(":")[0] for line in found.warnings] == ["what other programs make of it is not known"]
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from library.adapters.base import AdapterLayer
+from library.adapters.adapter_layer import AdapterLayer
 from library.adapters.build import FileReader
-from library.adapters.formats.layers import BIAS_ADDED
+from library.adapters.formats.layer_tensors import BIAS_ADDED
 from library.adapters.layers.factor import FactorSettings
 from library.adapters.layers.loha import LoHaLayer
 from library.adapters.layers.lokr import LoKrLayer, LokrSettings
@@ -19,13 +19,13 @@ from library.adapters.layers.lora import LoRALayer, LoraSettings
 from library.adapters.layers.norm import NormLayer
 from library.adapters.layers.oft import OFTLayer, OftSettings
 from library.adapters.layers.rewrite import RewriteLayer
-from library.adapters.spec import TargetSpec
+from library.adapters.target_spec import TargetSpec
 
 OFT = "oft_"  # what names in files of sd-scripts' rotations have in the place of lora_
 
 
 @dataclass(frozen=True)
-class Reader:
+class LayerReader:
     """A layer class with settings of its own: a network that only works may hold layers of several kinds."""
 
     kind: FileReader
@@ -41,18 +41,18 @@ class Reader:
 # DyLoRA and LoRA-FA files are LoRA files. Where alpha is 0, rotations of LyCORIS have no bound; those of sd-scripts do
 # not turn at all.
 READERS = (
-    Reader(LoRALayer, LoraSettings()),
-    Reader(LoHaLayer, FactorSettings()),
-    Reader(LoKrLayer, LokrSettings()),
-    Reader(NormLayer, LoraSettings()),
-    Reader(RewriteLayer, None),
+    LayerReader(LoRALayer, LoraSettings()),
+    LayerReader(LoHaLayer, FactorSettings()),
+    LayerReader(LoKrLayer, LokrSettings()),
+    LayerReader(NormLayer, LoraSettings()),
+    LayerReader(RewriteLayer, None),
 )
-OFT_READERS = (Reader(OFTLayer, OftSettings()),)
+OFT_READERS = (LayerReader(OFTLayer, OftSettings()),)
 
 
-def reader_of(name: str, own: Mapping[str, Tensor]) -> Reader | None:
+def reader_of(name: str, own: Mapping[str, Tensor]) -> LayerReader | None:
     """What reads a layer of a file; None for a kind that is not known."""
-    readers: Sequence[Reader] = OFT_READERS if name.startswith(OFT) else READERS
+    readers: Sequence[LayerReader] = OFT_READERS if name.startswith(OFT) else READERS
     return next((reader for reader in readers if reader.claims(set(own))), None)
 
 

@@ -21,9 +21,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from library.adapters.adapter_kind import is_readable
-from library.adapters.base import AdapterNetwork
+from library.adapters.adapter_network import AdapterNetwork
 from library.adapters.build import weights_of
-from library.adapters.foreign.network import PluginNetwork, describe, foreign_code, refuse_comfy_dora
+from library.adapters.foreign.plugin_network import PluginNetwork, describe, foreign_code, refuse_comfy_dora
 from library.adapters.foreign.published_model import PublishedModels, published_models
 from library.adapters.options import read_network_args
 from library.adapters.targets import TextEncoders

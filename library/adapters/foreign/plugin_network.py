@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.adapters.base import AdapterNetwork, NormReport, Rates, in_dtype
+from library.adapters.adapter_network import AdapterNetwork, NormReport, Rates, in_dtype
 from library.adapters.foreign.published_model import PublishedModels
-from library.adapters.formats.convert import read_tensors, to_kohya, write_tensors
-from library.adapters.formats.keys import architectures_with
-from library.adapters.formats.layers import COMFY_DORA
-from library.adapters.network import encoder_rate
-from library.adapters.readers.trained import TrainedLayer, foreign_layer
-from library.adapters.spec import Layer
+from library.adapters.formats.conversion import read_tensors, to_kohya, write_tensors
+from library.adapters.formats.layer_tensors import COMFY_DORA
+from library.adapters.formats.recognition import architectures_with
+from library.adapters.layer_network import encoder_rate
+from library.adapters.readers.trained_layer import TrainedLayer, foreign_layer
+from library.adapters.target_spec import ReachedLayer
 from library.device import is_out_of_memory, on_device
 from library.errors import StopTraining, UserError, first_names
 from library.log import get_logger
@@ -101,7 +101,7 @@ class PluginNetwork(AdapterNetwork):
         self.network = network
         self.models = (models,)  # in a tuple: the models' weights are not the adapter's
         self.module_name, self.multiplier, self.weights, self.attached = name, multiplier, weights, False
-        self.reached: dict[int | None, list[Layer]] = {}
+        self.reached: dict[int | None, list[ReachedLayer]] = {}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PluginNetwork:
         """In another dtype (--full_fp16) an alpha would be rounded, or be no number at all: it keeps its own."""
@@ -150,7 +150,7 @@ class PluginNetwork(AdapterNetwork):
             for layer in restorable:
                 layer.restore()
 
-    def layers_reached(self) -> dict[int | None, list[Layer]]:
+    def layers_reached(self) -> dict[int | None, list[ReachedLayer]]:
         return self.reached
 
     def param_groups(

@@ -30,7 +30,7 @@ MOST_BLOCKS = 200  # what numbers in foreign keys may blow a table up to
 
 
 @dataclass(frozen=True)
-class Layer:
+class PublishedLayer:
     """A published layer and its names. Rows of the parts, one after the other, are the rows of the layer."""
 
     kohya: str
@@ -78,17 +78,17 @@ class Architecture:
     family: str = ""  # the model family that it is of, where that has another name
     not_in_last_block: str = ""  # a layer of joint blocks that the last one has not
 
-    def layers(self, blocks: int) -> Iterator[Layer]:
+    def layers(self, blocks: int) -> Iterator[PublishedLayer]:
         """Every layer that an adapter may be on: encoders first, as in files."""
         for encoder in self.encoders:
             for path in encoder.paths(blocks):
-                yield Layer(
+                yield PublishedLayer(
                     f"{encoder.kohya}_{flat(path)}", f"{encoder.comfy}.{path}", (f"{encoder.peft}.{path}",), path,
                     encoder=True,
                 )  # fmt: skip
         for name in self.denoiser(blocks):
             path = name.ours[0] if self.kohya_is_diffusers else name.published
-            yield Layer(
+            yield PublishedLayer(
                 f"lora_unet_{flat(path)}",
                 f"diffusion_model.{name.published}",
                 tuple(f"{self.peft}.{own}" for own in name.ours),
@@ -200,7 +200,7 @@ def flux_denoiser(blocks: int) -> list[ModuleName]:
 
 
 def sd3_denoiser(blocks: int) -> list[ModuleName]:
-    """A file does not say how many blocks the model has, so `Layer.swaps` finds the last one by its shape."""
+    """A file does not say how many blocks the model has, so `PublishedLayer.swaps` finds the last one by its shape."""
     last = ".context_block.adaLN_modulation.1"
     return [replace(n, op=SWAP_HALVES) if n.published.endswith(last) else n for n in sd3_names(blocks)]
 
@@ -260,11 +260,11 @@ def of_family(family: str) -> tuple[str, ...] | None:
 
 
 @dataclass(frozen=True)
-class Place:
+class LayerPart:
     """What a path of a file stands for: a layer, or one part of it (as peft has it)."""
 
-    layer: Layer
-    part: int | None
+    layer: PublishedLayer
+    part: int | None = None
 
     def is_comfy(self, path: str) -> bool:
         """Whether the place was found by a name of the comfy format: a whole layer by a path with dots."""
@@ -272,13 +272,13 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Index:
+class NameIndex:
     """Every spelling of every layer of an architecture."""
 
     architecture: Architecture
-    places: Mapping[str, Place]
+    places: Mapping[str, LayerPart]
 
-    def find(self, path: str) -> Place | None:
+    def find(self, path: str) -> LayerPart | None:
         """The layer for a path, with whatever other programs write before it."""
         path = unwrapped(path).removeprefix("model.diffusion_model.")
         for prefix in ("", "diffusion_model.", f"{self.architecture.peft}."):
@@ -301,15 +301,15 @@ def blocks_in(paths: Iterable[str]) -> int:
 
 
 @functools.lru_cache(maxsize=48)
-def index_of(architecture: Architecture, blocks: int) -> Index:
+def index_of(architecture: Architecture, blocks: int) -> NameIndex:
     """The index for so many blocks. Own spellings win over aliases."""
-    places: dict[str, Place] = {}
-    aliases: dict[str, Place] = {}
+    places: dict[str, LayerPart] = {}
+    aliases: dict[str, LayerPart] = {}
     for layer in architecture.layers(blocks):
-        whole = Place(layer, None)
+        whole = LayerPart(layer, None)
         places |= {layer.kohya: whole, layer.comfy: whole}
         for i, path in enumerate(layer.parts):
-            place = Place(layer, i)
+            place = LayerPart(layer, i)
             places[path] = place
             if layer.encoder:
                 aliases[path.replace(".text_model.", ".")] = place  # as transformers 5 has it
@@ -320,4 +320,4 @@ def index_of(architecture: Architecture, blocks: int) -> Index:
         for path in encoder.paths(blocks):
             whole = places[f"{encoder.kohya}_{flat(path)}"]
             aliases |= {f"{prefix}_{flat(path)}": whole for prefix in encoder.aliases}
-    return Index(architecture, aliases | places)
+    return NameIndex(architecture, aliases | places)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from library.adapters.options import BlockOptions
-from library.adapters.spec import TargetSpec
+from library.adapters.target_spec import TargetSpec
 from library.errors import UserError
 from library.log import get_logger
 

@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from library.adapters.formats.convert import architecture_of, by_module, read_adapter, read_metadata
-from library.adapters.formats.layers import DOWN
-from library.adapters.formats.tables import BY_NAME
-from library.adapters.kinds import OFT
+from library.adapters.file_readers import OFT
+from library.adapters.formats.architecture import BY_NAME
+from library.adapters.formats.conversion import architecture_of, by_module, read_adapter, read_metadata
+from library.adapters.formats.layer_tensors import DOWN, Tensors
 from library.adapters.surgery.checkpoint_layers import CheckpointLayers
-from library.adapters.surgery.lora_math import Tensors, has_kernel
-from library.adapters.surgery.options import PRECISIONS
+from library.adapters.surgery.lora_math import has_kernel
+from library.adapters.surgery.tool_options import PRECISIONS
 from library.errors import StopTraining, UserError
 from library.families.detect import architecture as detect
 from library.families.detect import context_dim, foreign_file

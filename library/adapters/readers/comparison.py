@@ -15,13 +15,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from library.adapters.formats.convert import FORMATS
-from library.adapters.formats.layers import DORA
+from library.adapters.formats.architecture import LayerPart
+from library.adapters.formats.conversion import FORMATS
+from library.adapters.formats.layer_tensors import DORA
 from library.adapters.readers.diffusers_rules import DIFFUSERS
-from library.adapters.readers.formulas import KINDS, ON_WEIGHT, Base, change_of
+from library.adapters.readers.formulas import FORMULAS, ON_WEIGHT, BaseWeight, change_of
 from library.adapters.readers.programs import COMFY, FORGE
-from library.adapters.readers.reading import Entry, Model, Program, Reading, Slot
-from library.adapters.readers.trained import TrainedLayer
+from library.adapters.readers.reading import NamedModel, Program, Reading, ReadLayer
+from library.adapters.readers.trained_layer import TrainedLayer
 from library.errors import first_names
 from library.key_tables import part_rows
 
@@ -29,8 +30,8 @@ PROGRAMS = (COMFY, FORGE, DIFFUSERS)
 TOLERANCE = 1e-5  # of the norm of a change
 ROUNDING = 1e-6  # of the norm of W x, where the change is made of W: layers compute ratios of norms in float32
 LARGE = 1 << 22  # numbers in a weight, above which of layers of one shape only one is computed
-FROM_W = tuple(KINDS[name] for name in ON_WEIGHT)
-CHEAP = (KINDS["LoRA"], KINDS["LoKr"], KINDS["norm"])
+FROM_W = tuple(FORMULAS[name] for name in ON_WEIGHT)
+CHEAP = (FORMULAS["LoRA"], FORMULAS["LoKr"], FORMULAS["norm"])
 
 
 @dataclass
@@ -62,7 +63,7 @@ class Verdict:
         return "; it ".join(said)
 
 
-class Check:
+class NetworkComparison:
     """The live layers, whose changes are computed once, and the programs' answers to files."""
 
     def __init__(self, layers: Iterable[TrainedLayer], model: str):
@@ -71,16 +72,16 @@ class Check:
         self._changes: dict[str, Tensor] = {}
         self._plain: dict[str, Tensor] = {}
 
-    def sample(self) -> Check:
+    def sample(self) -> NetworkComparison:
         """Of layers that are alike the first and the last: a check of those."""
         names = _ends_of_alike({name: re.sub(r"\d+", "#", name) for name in self.layers})
-        return Check([self.layers[name] for name in names], self.model)
+        return NetworkComparison([self.layers[name] for name in names], self.model)
 
     def programs(self) -> list[Program]:
         return [program for program in PROGRAMS if self.model in program.models]
 
     def verdict(self, program: Program, tensors: Mapping[str, Tensor]) -> Verdict:
-        model = Model.of(self.model, [*tensors, *self.layers])
+        model = NamedModel.of(self.model, [*tensors, *self.layers])
         reading = program.read(tensors, model)
         verdict = Verdict(program.name, reading.refused, layers=len(self.layers))
         if reading.refused:
@@ -93,7 +94,7 @@ class Check:
                 verdict.wrong.append((name, difference))
         return verdict
 
-    def _entries(self, name: str, reading: Reading, model: Model) -> list[tuple[Entry, slice]]:
+    def _entries(self, name: str, reading: Reading, model: NamedModel) -> list[tuple[ReadLayer, slice]]:
         """What the program applies to a live layer, and to which of its rows."""
         place = model.index.find(_lora_name(name))
         if place is None:
@@ -101,31 +102,31 @@ class Check:
         found = []
         for entry in reading.entries.get(place.layer.kohya, ()):
             if place.part is not None:  # the live layer is a part itself
-                if entry.slot.part == place.part:
+                if entry.place.part == place.part:
                     found.append((entry, slice(None)))
             else:
-                found.append((entry, self._rows(entry.slot, self.layers[name].shape)))
+                found.append((entry, self._rows(entry.place, self.layers[name].shape)))
         return found
 
-    def _rows(self, slot: Slot, shape: Sequence[int]) -> slice:
-        if slot.part is None or len(slot.layer.parts) == 1:
+    def _rows(self, place: LayerPart, shape: Sequence[int]) -> slice:
+        if place.part is None or len(place.layer.parts) == 1:
             return slice(None)
-        rows = part_rows(shape[0], shape[1], len(slot.layer.parts))
-        start = sum(rows[: slot.part])
-        return slice(start, start + rows[slot.part])
+        rows = part_rows(shape[0], shape[1], len(place.layer.parts))
+        start = sum(rows[: place.part])
+        return slice(start, start + rows[place.part])
 
-    def _computed(self, found: Mapping[str, list[tuple[Entry, slice]]]) -> list[str]:
+    def _computed(self, found: Mapping[str, list[tuple[ReadLayer, slice]]]) -> list[str]:
         """All layers, but of large ones of one shape only one where each costs products as large as the weight."""
         chosen: dict[object, str] = {}
         for name, entries in found.items():
             layer = self.layers[name]
-            cheap = layer.cheap and all(entry.kind in CHEAP and DORA not in entry.tensors for entry, _ in entries)
-            kinds = tuple(entry.kind for entry, _ in entries)
+            cheap = layer.cheap and all(entry.formula in CHEAP and DORA not in entry.tensors for entry, _ in entries)
+            kinds = tuple(entry.formula for entry, _ in entries)
             small = cheap or torch.Size(layer.shape).numel() < LARGE
             chosen.setdefault(name if small else (layer.shape, kinds), name)
         return list(chosen.values())
 
-    def _difference(self, name: str, entries: Sequence[tuple[Entry, slice]], decompose: str) -> float:
+    def _difference(self, name: str, entries: Sequence[tuple[ReadLayer, slice]], decompose: str) -> float:
         """0 where the program arrives at the trained change, else how far it is away."""
         layer = self.layers[name]
         if layer.probe is None:
@@ -140,7 +141,7 @@ class Check:
         off, size = float((found - expected).norm()), float(expected.norm())
         limit = max(TOLERANCE, 4 * max(entry.eps for entry, _ in entries)) * size
         for entry, _ in entries:
-            if entry.kind in FROM_W or DORA in entry.tensors:
+            if entry.formula in FROM_W or DORA in entry.tensors:
                 limit += (ROUNDING + entry.eps) * float(self._without(layer).norm())
         return 0.0 if off <= limit else off / max(size, torch.finfo(torch.float32).tiny)
 
@@ -157,15 +158,15 @@ class Check:
             self._plain[layer.name] = layer.weight().flatten(1) @ layer.probe.flat
         return self._plain[layer.name]
 
-    def _effect(self, layer: TrainedLayer, entry: Entry, rows: slice, decompose: str) -> Tensor:
+    def _effect(self, layer: TrainedLayer, entry: ReadLayer, rows: slice, decompose: str) -> Tensor:
         """The change that a program makes of some rows, in the published order."""
         assert layer.probe is not None
-        slot, columns = entry.slot, layer.shape[1:]
-        swaps = slot.part is not None and bool(columns) and slot.layer.swaps(layer.shape[0], columns[0])
+        place, columns = entry.place, layer.shape[1:]
+        swaps = place.part is not None and bool(columns) and place.layer.swaps(layer.shape[0], columns[0])
         order: Callable[[Tensor], Tensor] = lambda t: torch.cat(t.chunk(2)[::-1]) if swaps else t
-        base = Base((len(range(layer.shape[0])[rows]), *columns), lambda: order(layer.weight()[rows]))
+        base = BaseWeight((len(range(layer.shape[0])[rows]), *columns), lambda: order(layer.weight()[rows]))
         own = {name: value.double() for name, value in entry.tensors.items()}
-        return order(change_of(entry.kind, own, layer.probe.flat, base, decompose))
+        return order(change_of(entry.formula, own, layer.probe.flat, base, decompose))
 
 
 def _ends_of_alike(keys: Mapping[str, str]) -> list[str]:
@@ -184,7 +185,7 @@ def _lora_name(name: str) -> str:
 
 
 @dataclass(frozen=True)
-class Report:
+class ProgramReport:
     """What to say of a file: who takes it as it was trained, and one line for each program that does not."""
 
     taken_by: list[str]
@@ -194,13 +195,13 @@ class Report:
 Rewritten = Callable[[str, Collection[str]], Mapping[str, Tensor]]
 
 
-def report(check: Check, tensors: Mapping[str, Tensor], form: str, rewritten: Rewritten) -> Report:
+def report(check: NetworkComparison, tensors: Mapping[str, Tensor], form: str, rewritten: Rewritten) -> ProgramReport:
     """What the programs make of a file in the --lora_format `form`.
 
     rewritten: these layers of the same network in another format; raises where that has no names for them.
     """
     if not check.layers:
-        return Report([], ["what other programs make of it is not known: no layer of the network says its name"])
+        return ProgramReport([], ["what other programs make of it is not known: no layer of the network says its name"])
     verdicts = {program: check.verdict(program, tensors) for program in check.programs()}
     taken = [program.name for program, verdict in verdicts.items() if verdict.takes]
     formats = _Formats(check.sample(), rewritten, [other for other in FORMATS if other != form])
@@ -210,13 +211,13 @@ def report(check: Check, tensors: Mapping[str, Tensor], form: str, rewritten: Re
             better = formats.taken_by(program)
             advice = f"--lora_format {better} is for it" if better else "no --lora_format of this network is for it"
             warnings.append(f"{program.name} {verdict.text()}; {advice}")
-    return Report(taken, warnings)
+    return ProgramReport(taken, warnings)
 
 
 class _Formats:
     """The same network in other formats, written when a program asks for them: of layers that are alike only two."""
 
-    def __init__(self, check: Check, rewritten: Rewritten, others: Sequence[str]):
+    def __init__(self, check: NetworkComparison, rewritten: Rewritten, others: Sequence[str]):
         self.check, self.rewritten, self.others = check, rewritten, others
 
     def taken_by(self, program: Program) -> str | None:

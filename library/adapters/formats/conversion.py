@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from library.adapters.formats.check import damaged_if_broken, require_whole
+from library.adapters.formats.adapter_files import by_module, read_metadata, read_tensors, write_tensors
+from library.adapters.formats.architecture import BY_NAME, NameIndex, PublishedLayer, blocks_in, index_of
+from library.adapters.formats.damage import damaged_if_broken, require_whole
 from library.adapters.formats.deltas import adapted_weight, row_norms, scaled_rows
-from library.adapters.formats.files import by_module, read_metadata, read_tensors, write_tensors
-from library.adapters.formats.keys import FORMATS, Format, architecture_of, format_of, paths_in, require_one
-from library.adapters.formats.layers import (
+from library.adapters.formats.layer_tensors import (
     ALPHA,
     COMFY_DORA,
     DORA,
@@ -38,9 +38,9 @@ from library.adapters.formats.layers import (
     split,
     unfold_alpha,
 )
-from library.adapters.formats.oft import convert_oft, is_bounded, is_oft
+from library.adapters.formats.oft_files import convert_oft, is_bounded, is_oft
 from library.adapters.formats.peft_config import ALPHAS
-from library.adapters.formats.tables import BY_NAME, Index, Layer, blocks_in, index_of
+from library.adapters.formats.recognition import FORMATS, Format, architecture_of, format_of, paths_in, require_one
 from library.errors import UserError, first_names
 from library.text_files import parse_json
 
@@ -193,23 +193,23 @@ def dora_norms(tensors: Mapping[str, Tensor], weight_of: Callable[[str], Tensor 
     return found
 
 
-def layers_in(tensors: Mapping[str, Tensor], architecture: str | None = None) -> dict[str, Layer]:
+def layers_in(tensors: Mapping[str, Tensor], architecture: str | None = None) -> dict[str, PublishedLayer]:
     """kohya name -> layer of an adapter in any format."""
     return {name: layer for name, (layer, _) in _layers(tensors, _index(tensors, architecture)).items()}
 
 
-def _index(tensors: Mapping[str, Tensor], architecture: str | None, among: Sequence[str] | None = None) -> Index:
+def _index(tensors: Mapping[str, Tensor], architecture: str | None, among: Sequence[str] | None = None) -> NameIndex:
     return index_of(BY_NAME[architecture or architecture_of(tensors, among)], blocks_in(paths_in(tensors)))
 
 
-Layers = Mapping[str, tuple[Layer, Mapping[str, Tensor]]]  # kohya name -> (layer, kohya's suffix -> tensor)
+Layers = Mapping[str, tuple[PublishedLayer, Mapping[str, Tensor]]]  # kohya name -> (layer, kohya's suffix -> tensor)
 
 
 def _layers(
-    tensors: Mapping[str, Tensor], index: Index, apart: bool = False
-) -> dict[str, tuple[Layer, dict[str, Tensor]]]:
+    tensors: Mapping[str, Tensor], index: NameIndex, apart: bool = False
+) -> dict[str, tuple[PublishedLayer, dict[str, Tensor]]]:
     """Whole published layers, or parts of them. Raises UserError for paths that the architecture has not."""
-    whole: dict[str, tuple[Layer, dict[str, Tensor]]] = {}
+    whole: dict[str, tuple[PublishedLayer, dict[str, Tensor]]] = {}
     parts: dict[str, dict[int, dict[str, Tensor]]] = {}
     unknown: list[str] = []
     twice: list[str] = []
@@ -233,7 +233,7 @@ def _layers(
         raise UserError(f"{len(unknown)} layers of the adapter file are not in {title}: {first_names(unknown)}")
     if twice:
         raise UserError(f"{len(twice)} layers are in the adapter file under two names: {first_names(twice)}")
-    found: dict[str, tuple[Layer, dict[str, Tensor]]] = {}
+    found: dict[str, tuple[PublishedLayer, dict[str, Tensor]]] = {}
     for name, (layer, own) in whole.items():
         try:
             with damaged_if_broken(name):
@@ -245,7 +245,9 @@ def _layers(
     return found
 
 
-def _restored_layers(tensors: Mapping[str, Tensor], index: Index, alphas: Alphas | None, apart: bool = False) -> Layers:
+def _restored_layers(
+    tensors: Mapping[str, Tensor], index: NameIndex, alphas: Alphas | None, apart: bool = False
+) -> Layers:
     """The layers, with the alphas that a header tells."""
     layers = _layers(tensors, index, apart)
     if alphas is None:
@@ -288,11 +290,11 @@ def _kohya_keys(layers: Layers) -> dict[str, Tensor]:
     return {f"{name}.{suffix}": value for name, (_, own) in layers.items() for suffix, value in own.items()}
 
 
-def _write_kohya(layers: Layers, index: Index) -> dict[str, Tensor]:
+def _write_kohya(layers: Layers, index: NameIndex) -> dict[str, Tensor]:
     return _kohya_keys(layers)
 
 
-def _write_comfy(layers: Layers, index: Index) -> dict[str, Tensor]:
+def _write_comfy(layers: Layers, index: NameIndex) -> dict[str, Tensor]:
     """ComfyUI knows nearly every suffix of kohya below a dotted path too; Tucker form only with kohya's suffixes."""
     foreign = [f"{name} ({', '.join(sorted(own))})" for name, (_, own) in layers.items() if NOT_OF_COMFY & set(own)]
     if foreign:
@@ -305,7 +307,7 @@ def _write_comfy(layers: Layers, index: Index) -> dict[str, Tensor]:
     return found
 
 
-def _write_peft(layers: Layers, index: Index) -> dict[str, Tensor]:
+def _write_peft(layers: Layers, index: NameIndex) -> dict[str, Tensor]:
     foreign = [
         f"{name} ({', '.join(sorted(own))})"
         for name, (_, own) in layers.items()
@@ -324,7 +326,7 @@ def _write_peft(layers: Layers, index: Index) -> dict[str, Tensor]:
     return found
 
 
-WRITERS: dict[str, Callable[[Layers, Index], dict[str, Tensor]]] = {
+WRITERS: dict[str, Callable[[Layers, NameIndex], dict[str, Tensor]]] = {
     "kohya": _write_kohya,
     "comfy": _write_comfy,
     "peft": _write_peft,

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.adapters.base import AdapterLayer, AdapterNetwork, NormReport, Rates, in_dtype
-from library.adapters.formats.check import BROKEN
-from library.adapters.formats.convert import by_module, to_kohya
+from library.adapters.adapter_layer import AdapterLayer
+from library.adapters.adapter_network import AdapterNetwork, NormReport, Rates, in_dtype
+from library.adapters.formats.conversion import by_module, to_kohya
+from library.adapters.formats.damage import BROKEN
 from library.adapters.formats.deltas import kohya_dora
-from library.adapters.formats.keys import architectures_with
-from library.adapters.readers.trained import TrainedLayer, trained_layer
-from library.adapters.spec import Part, TargetSpec
+from library.adapters.formats.recognition import architectures_with
+from library.adapters.readers.trained_layer import TrainedLayer, trained_layer
+from library.adapters.target_spec import Component, TargetSpec
 from library.errors import UserError, first_names
 from library.log import get_logger
 
@@ -43,10 +44,10 @@ class LayerNetwork(AdapterNetwork):
         super().__init__()
         self.layers = nn.ModuleDict({layer.target.name: layer for layer in layers})
         self.rates = rates or RateRules()
-        self.left_out: dict[str, Part] = {}  # layers of models that are not trained
+        self.left_out: dict[str, Component] = {}  # layers of models that are not trained
         self.set_multiplier(multiplier)
 
-    def named_layers(self, part: Part | None = None) -> dict[str, AdapterLayer]:
+    def named_layers(self, part: Component | None = None) -> dict[str, AdapterLayer]:
         """Published name -> layer, of one part or of both."""
         found: dict[str, AdapterLayer] = {}
         for name, layer in self.layers.items():

@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from library.adapters.formats.files import by_module
-from library.adapters.formats.keys import OFT_PREFIX
-from library.adapters.formats.tables import ARCHITECTURES, BY_NAME, Index, Layer, blocks_in, index_of
+from library.adapters.formats.adapter_files import by_module
+from library.adapters.formats.architecture import ARCHITECTURES, BY_NAME, NameIndex, PublishedLayer, blocks_in, index_of
+from library.adapters.formats.recognition import OFT_PREFIX
 from library.errors import UserError, first_names
 
 LORA = "lora_unet_"
@@ -62,7 +62,7 @@ def _by_path(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return own
 
 
-def _index(paths: list[str], among: Sequence[str] | None) -> Index:
+def _index(paths: list[str], among: Sequence[str] | None) -> NameIndex:
     known = [BY_NAME[name] for name in among] if among else ARCHITECTURES
     indices = [index_of(found, blocks_in(paths)) for found in known]
     unknown = {id(index): [path for path in paths if index.find(path) is None] for index in indices}
@@ -73,7 +73,7 @@ def _index(paths: list[str], among: Sequence[str] | None) -> Index:
     return index
 
 
-def _to_comfy(own: Mapping[str, Mapping[str, Tensor]], index: Index) -> dict[str, Tensor]:
+def _to_comfy(own: Mapping[str, Mapping[str, Tensor]], index: NameIndex) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for path, tensors in own.items():
         place = index.find(path.replace(OFT_PREFIX, LORA))
@@ -86,7 +86,7 @@ def _to_comfy(own: Mapping[str, Mapping[str, Tensor]], index: Index) -> dict[str
     return found
 
 
-def _comfy_names(layer: Layer, count: int) -> tuple[str, ...]:
+def _comfy_names(layer: PublishedLayer, count: int) -> tuple[str, ...]:
     if count == 1:
         return (layer.comfy,)
     if count != len(layer.parts):
@@ -94,7 +94,7 @@ def _comfy_names(layer: Layer, count: int) -> tuple[str, ...]:
     return layer.parts
 
 
-def _to_kohya(own: Mapping[str, Mapping[str, Tensor]], index: Index) -> dict[str, Tensor]:
+def _to_kohya(own: Mapping[str, Mapping[str, Tensor]], index: NameIndex) -> dict[str, Tensor]:
     found: dict[str, dict[str, Tensor]] = {}
     for path, tensors in own.items():
         place = index.find(path)

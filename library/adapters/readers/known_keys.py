@@ -7,10 +7,10 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from library.adapters.formats.convert import architecture_of, convert
-from library.adapters.formats.oft import is_oft
-from library.adapters.readers.check import PROGRAMS
-from library.adapters.readers.reading import Model, Program
+from library.adapters.formats.conversion import architecture_of, convert
+from library.adapters.formats.oft_files import is_oft
+from library.adapters.readers.comparison import PROGRAMS
+from library.adapters.readers.reading import NamedModel, Program
 from library.errors import UserError, first_names
 
 
@@ -20,7 +20,7 @@ def key_lines(tensors: Mapping[str, Tensor]) -> list[str]:
         name = architecture_of(_as_lora(tensors))
     except UserError:
         return []
-    model = Model.of(name, tensors)
+    model = NamedModel.of(name, tensors)
     return [f"{program.name}: {_line(program, tensors, model)}" for program in PROGRAMS if name in program.models]
 
 
@@ -33,7 +33,7 @@ def _as_lora(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"{name}.alpha": value for name, value in zip(names, own.values())}
 
 
-def _line(program: Program, tensors: Mapping[str, Tensor], model: Model) -> str:
+def _line(program: Program, tensors: Mapping[str, Tensor], model: NamedModel) -> str:
     reading = program.read(tensors, model)
     if reading.refused:
         return f"refuses the file: {reading.refused}"

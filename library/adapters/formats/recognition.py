@@ -13,17 +13,17 @@ from typing import Literal
 
 from torch import Tensor
 
-from library.adapters.formats.layers import BIAS, DOWN, MAGNITUDE, UP, inputs_of
-from library.adapters.formats.tables import (
+from library.adapters.formats.architecture import (
     ARCHITECTURES,
     BY_NAME,
     PEFT_WRAPPER,
     Architecture,
-    Index,
-    Layer,
+    NameIndex,
+    PublishedLayer,
     blocks_in,
     index_of,
 )
+from library.adapters.formats.layer_tensors import BIAS, DOWN, MAGNITUDE, UP, inputs_of
 from library.errors import UserError, first_names
 
 Format = Literal["kohya", "comfy", "peft"]
@@ -155,13 +155,13 @@ def _told_apart(fitting: Sequence[Architecture], paths: Paths) -> Sequence[Archi
     return best[:1] if all(names == meant[0] for names in meant) else best
 
 
-def _layers(architecture: Architecture, paths: Collection[str]) -> dict[str, Layer]:
+def _layers(architecture: Architecture, paths: Collection[str]) -> dict[str, PublishedLayer]:
     """Path -> layer."""
     index = index_of(architecture, blocks_in(paths))
     return {path: place.layer for path in paths if (place := index.find(path)) is not None}
 
 
-def _signs(architecture: Architecture, layers: Mapping[str, Layer], paths: Paths) -> int:
+def _signs(architecture: Architecture, layers: Mapping[str, PublishedLayer], paths: Paths) -> int:
     """How many layers tell that a file is for this architecture: by the width of the states or the text they read.
 
     One more where the file has a layer in all blocks but the last one, as the architecture does.
@@ -210,7 +210,7 @@ def format_of(tensors: Mapping[str, Tensor], among: Sequence[str] | None = None)
     return next((name for name, start in starts.items() if any(key.startswith(start) for key in tensors)), "kohya")
 
 
-def _format_of_places(index: Index, paths: Iterable[str]) -> Format:
+def _format_of_places(index: NameIndex, paths: Iterable[str]) -> Format:
     """One layer in diffusers' parts makes a file one of diffusers; kohya's names are in all formats of encoders."""
     found: Format = "kohya"
     for path in paths:

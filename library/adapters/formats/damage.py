@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from library.adapters.formats.layers import ALPHA, DOWN, MID, UP
+from library.adapters.formats.layer_tensors import ALPHA, DOWN, MID, UP
 from library.errors import UserError, first_names
 
 # what torch raises where tensors are damaged

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from library.adapters.formats.tables import Layer
+from library.adapters.formats.architecture import PublishedLayer
 from library.errors import UserError
 from library.key_tables import part_rows
 
@@ -60,7 +60,7 @@ def unfold_alpha(own: Tensors, alpha: Tensor) -> dict[str, Tensor]:
 # ---- whole -> parts -----------------------------------------------------------------------------------------------
 
 
-def split(layer: Layer, own: Tensors) -> dict[int, dict[str, Tensor]]:
+def split(layer: PublishedLayer, own: Tensors) -> dict[int, dict[str, Tensor]]:
     """Part -> its tensors. Parts that were not trained are left out.
 
     Raises UserError for tensors that cannot be split: Tucker form, norms, other kinds of adapters.
@@ -104,7 +104,7 @@ def _outside(used: Tensor, block: slice) -> bool:
 # ---- parts -> whole -----------------------------------------------------------------------------------------------
 
 
-def fuse(layer: Layer, parts: Mapping[int, Tensors]) -> dict[str, Tensor]:
+def fuse(layer: PublishedLayer, parts: Mapping[int, Tensors]) -> dict[str, Tensor]:
     """The inverse of `split`. Raises UserError for what cannot be one layer."""
     if not layer.swap and len(layer.parts) == 1:
         return dict(parts[0])
@@ -133,7 +133,7 @@ def _share_down(parts: Mapping[int, Tensors]) -> bool:
     return same and all(torch.equal(own[DOWN], first[DOWN]) for own in parts.values())
 
 
-def _blocks(layer: Layer, parts: Mapping[int, Tensors]) -> dict[str, Tensor]:
+def _blocks(layer: PublishedLayer, parts: Mapping[int, Tensors]) -> dict[str, Tensor]:
     """Downs one below the other, ups as blocks; rows of parts that are not there are zero."""
     scales = {scale_of(own) for own in parts.values()}
     if len(scales) > 1:  # no alpha can say that
@@ -151,21 +151,21 @@ def _blocks(layer: Layer, parts: Mapping[int, Tensors]) -> dict[str, Tensor]:
     return whole
 
 
-def _rows(layer: Layer, missing: int, parts: Mapping[int, Tensors]) -> int:
+def _rows(layer: PublishedLayer, missing: int, parts: Mapping[int, Tensors]) -> int:
     """Rows of a part that the file lacks, from a part that it has, the most similar one."""
     width = layer.widths[missing]
     like = min(parts, key=lambda i: abs(layer.widths[i] - width))
     return round(len(parts[like][UP]) * width / layer.widths[like])
 
 
-def _swapped(layer: Layer, own: Tensors) -> dict[str, Tensor]:
+def _swapped(layer: PublishedLayer, own: Tensors) -> dict[str, Tensor]:
     if not layer.swaps(len(own[UP]), own[DOWN].shape[1]):
         return dict(own)
     turned = {UP, *([DORA] if DORA in own and dora_axis(own[DORA]) == "output" else [])}
     return {name: torch.cat(value.chunk(2)[::-1]) if name in turned else value for name, value in own.items()}
 
 
-def _require_lora(layer: Layer, own: Tensors) -> None:
+def _require_lora(layer: PublishedLayer, own: Tensors) -> None:
     foreign = sorted(set(own) - LORA)
     if foreign or DOWN not in own or UP not in own:
         raise UserError(

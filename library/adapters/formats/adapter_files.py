@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from library.adapters.formats.keys import BUNDLED
 from library.adapters.formats.peft_config import with_alphas
 from library.adapters.formats.peft_folder import CONFIG, PEFT_FILES
+from library.adapters.formats.recognition import BUNDLED
 from library.byte_paths import plain_path
 from library.errors import UserError, first_names
 from library.log import get_logger

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-Part = Literal["denoiser", "text_encoder"]
+Component = Literal["denoiser", "text_encoder"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +45,7 @@ class TargetModule:
 
 
 @dataclass(frozen=True)
-class Layer:
+class ReachedLayer:
     """A published layer, and whether a network changes it."""
 
     modules: tuple[nn.Module, ...]  # ours
@@ -58,7 +58,7 @@ class TargetSpec:
 
     name: str  # e.g. lora_unet_down_blocks_0_attentions_0_proj_in
     modules: tuple[TargetModule, ...]
-    part: Part
+    part: Component
     block: int | None = None  # index among the architecture's blocks, for ranks and learning rates per block
     encoder: int = 0  # which text encoder
     split: bool = False  # an adapter of its own for each module, fused on save
