@@ -22,18 +22,18 @@ from library.families.registry import FAMILIES
 from library.io.atomic import atomic_write
 from library.log import get_logger, is_main_process, process_count, setup_logging, to_stderr
 from library.options import dump_toml, group_types, resolve
-from library.trainers.control_net_lllite_options import LLLiteTrainerOptions
-from library.trainers.finetune_options import DreamBoothTrainerOptions, FineTuneTrainerOptions
+from library.trainers.methods.finetune_options import DreamBoothTrainerOptions, FineTuneTrainerOptions
+from library.trainers.methods.lllite_options import LLLiteTrainerOptions
+from library.trainers.methods.textual_inversion_options import TextualInversionOptions
 from library.trainers.options import NetworkTrainerOptions
-from library.trainers.textual_inversion_options import TextualInversionOptions
 
-# method -> (trainer class, its options)
+# method -> (its class, its options)
 METHODS: dict[str, tuple[str, type]] = {
-    "network": ("library.trainers.network:NetworkTrainer", NetworkTrainerOptions),
-    "finetune": ("library.trainers.finetune:FineTuneTrainer", FineTuneTrainerOptions),
-    "dreambooth": ("library.trainers.finetune:DreamBoothTrainer", DreamBoothTrainerOptions),
-    "lllite": ("library.trainers.control_net_lllite:LLLiteTrainer", LLLiteTrainerOptions),
-    "textual_inversion": ("library.trainers.textual_inversion:TextualInversionTrainer", TextualInversionOptions),
+    "network": ("library.trainers.methods.network:NetworkMethod", NetworkTrainerOptions),
+    "finetune": ("library.trainers.methods.finetune:FineTuneMethod", FineTuneTrainerOptions),
+    "dreambooth": ("library.trainers.methods.finetune:DreamBoothMethod", DreamBoothTrainerOptions),
+    "lllite": ("library.trainers.methods.lllite:LLLiteMethod", LLLiteTrainerOptions),
+    "textual_inversion": ("library.trainers.methods.textual_inversion:TextualInversionMethod", TextualInversionOptions),
 }
 
 
@@ -128,7 +128,7 @@ def _missing_data(options: Any) -> Iterator[str]:
 
 
 def _train(method: str, family: str, argv: Sequence[str], description: str, stop: StopRequest) -> int:
-    trainer_path, options_type = METHODS[method]
+    method_path, options_type = METHODS[method]
     entry = FAMILIES[family]
     prog = Path(sys.argv[0]).name or "trainyard"
     resolved = resolve(
@@ -146,5 +146,5 @@ def _train(method: str, family: str, argv: Sequence[str], description: str, stop
     )
     for line in resolved.answers:
         get_logger().info(line)
-    trainer = load_attribute(trainer_path)(load_attribute(entry.path)(options.model), options, stop)
-    return trainer.run()
+    start = load_attribute("library.trainers.run:run")
+    return start(load_attribute(method_path)(load_attribute(entry.path)(options.model), options), stop)

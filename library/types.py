@@ -151,6 +151,15 @@ class Noised:
         return replace(self, **{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
 
+@dataclass(frozen=True)
+class Position:
+    """How far a run is. `step` counts optimizer steps; `batch` is the next micro-batch of `epoch` (0-based)."""
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+
+
 def like(values: Tensor, x: Tensor) -> Tensor:
     """`values` (B) with as many axes as `x` (B ...), so that they broadcast over each sample: (B 1 1 1) for B C h w."""
     return values.view(-1, *(1,) * (x.dim() - 1))

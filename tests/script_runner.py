@@ -79,7 +79,7 @@ def serve() -> None:
     """Answer each request on stdin with an exit code on stdout."""
     from library.weights.quick_import import import_diffusers
 
-    for name in ("library.families.sd.model", "library.trainers.network"):
+    for name in ("library.families.sd.model", "library.trainers.methods.network"):
         importlib.import_module(name)
     import_diffusers()
     answers = os.fdopen(os.dup(1), "w")

@@ -156,7 +156,8 @@ class CacheRun:
         from library.sampling.prompts import load_prompts
         from library.sampling.references import texts_of
         from library.trainers.caching import Caches, Share
-        from library.trainers.preparation import Checks, data_warnings, run_seed, scan_datasets, training_data
+        from library.trainers.checks import Checks, data_warnings, scan_datasets, training_data
+        from library.trainers.resume import run_seed
         from library.trainers.settings import compute_dtype
         from library.weights.quick_import import import_diffusers
 

@@ -14,7 +14,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,9 +35,8 @@ from library.memory.estimate import Prediction, predict  # noqa: E402
 from library.memory.options import GIB  # noqa: E402
 from library.optim.optimizers import choose_optimizer  # noqa: E402
 from library.options import resolve  # noqa: E402
-from library.planner.planning import Option, Plan, plan_memory  # noqa: E402
-from library.trainers.finetune import FineTuneTrainer  # noqa: E402
-from library.trainers.network import NetworkTrainer  # noqa: E402
+from library.planner.memory_plan import MemoryPlan, Option, plan_memory  # noqa: E402
+from library.trainers.stages import as_planned  # noqa: E402
 
 CARDS = (24, 16, 12, 8)  # GB
 SPARE = 768 << 20  # bytes of a card that no recipe takes: a screen, gaps between tensors, what kernels need
@@ -159,26 +158,22 @@ def parts(needs: Prediction) -> dict[str, int]:
 # ---- the planner ----------------------------------------------------------------------------------------------------
 
 
-def plan_of(recipe: Recipe, text: str, models: Path) -> Plan:
+def plan_of(recipe: Recipe, text: str, models: Path) -> MemoryPlan:
     """The plan of a run of the recipe, as for a card."""
     architecture = MODELS[recipe.model]
-    entry, method = FAMILIES[architecture.family], "finetune" if recipe.full else "network"
+    entry, (path, options_type) = FAMILIES[architecture.family], METHODS["finetune" if recipe.full else "network"]
     file = models / "recipe.toml"
     file.write_text(text, encoding="utf-8")
     folder = model_folder(recipe.model, models)
     words = ["--config_file", file, "--pretrained_model_name_or_path", folder, "--output_dir", models / "out",
              "--train_data_dir", folder, "--plan"]  # fmt: skip
-    options = resolve(METHODS[method][1], entry.option_groups, [str(word) for word in words], prog="recipes").options
-    trainer: Any = (FineTuneTrainer if recipe.full else NetworkTrainer)(
-        load_attribute(entry.path)(options.model), options
-    )
+    options = resolve(options_type, entry.option_groups, [str(word) for word in words], prog="recipes").options
+    method = load_attribute(path)(load_attribute(entry.path)(options.model), options)
     size = max(options.data.resolution) if isinstance(options.data.resolution, tuple) else options.data.resolution
-    batch = SimpleNamespace(bucket=(size, size), samples=range(options.data.train_batch_size))
-    trainer.prepared = SimpleNamespace(
-        data=SimpleNamespace(plan_epoch=lambda epoch: [batch]), optimizer=choose_optimizer(options.optimizer)
-    )
-    trainer.device, trainer.dtype, trainer.choice = torch.device("cpu"), torch.bfloat16, MemoryChoice()
-    return plan_memory(trainer)
+    batch: Any = SimpleNamespace(bucket=(size, size), samples=range(options.data.train_batch_size))
+    optimizer = choose_optimizer(options.optimizer)
+    planned = as_planned(method, method.learning(), optimizer, batch, device=torch.device("cpu"))
+    return plan_memory(replace(planned, dtype=torch.bfloat16, choice=MemoryChoice()))
 
 
 def model_folder(name: str, models: Path) -> Path:
@@ -220,7 +215,7 @@ class Chosen:
     fits: bool
 
 
-def choose(recipe: Recipe, plans: Mapping[int, Plan], card: int) -> Chosen:
+def choose(recipe: Recipe, plans: Mapping[int, MemoryPlan], card: int) -> Chosen:
     """plans: one for each of the recipe's ways."""
     for number, plan in plans.items():
         option = plan.within(card * GIB - SPARE)
@@ -243,12 +238,12 @@ SAVINGS_HEAD = ("", *COLUMNS)
 CHOICES_HEAD = ("", *(f"{card} GB" for card in CARDS))
 
 
-def savings_row(recipe: Recipe, plan: Plan) -> tuple[str, ...]:
+def savings_row(recipe: Recipe, plan: MemoryPlan) -> tuple[str, ...]:
     """Peaks in GB with each way of saving memory."""
     return (recipe.title, *(_cell(plan, dict(values)) for values in COLUMNS.values()))
 
 
-def _cell(plan: Plan, values: dict[str, Any]) -> str:
+def _cell(plan: MemoryPlan, values: dict[str, Any]) -> str:
     """Empty where the model or the method cannot do it."""
     weights, most = plan.case.weights, plan.case.most_swapped
     may_swap = any(option.choice.blocks_to_swap for option in plan.options)

@@ -39,10 +39,10 @@ from library.families.registry import FAMILIES
 from library.memory.choice import MemoryChoice
 from library.memory.estimate import Case, Fixed, Weights, tops, total_work
 from library.options import resolve
-from library.planner.planning import weights_of
+from library.planner.case import weights_of
+from library.planner.planned import Planned
 from library.planner.simulation import FakeMeter, Simulation, materialise, simulate
-from library.trainers.finetune import FineTuneTrainer
-from library.trainers.network import NetworkTrainer
+from library.trainers.stages import as_planned
 from library.weights.loading import shipped_config
 
 RANK = 16
@@ -90,29 +90,25 @@ class Found:
 # ---- ours -----------------------------------------------------------------------------------------------------------
 
 
-def trainer_of(name: str, size: int, folder: Path, *, full: bool) -> Any:
-    """The trainer as its script builds it, as far as its plan; one batch of one square picture."""
+def planned_of(name: str, size: int, folder: Path, *, full: bool) -> Planned:
+    """The run of a script as the planner sees it; one batch of one square picture."""
     architecture = MODELS[name]
     entry = FAMILIES[architecture.family]
     words = ["--pretrained_model_name_or_path", folder, "--output_dir", folder / "out", "--output_name", "x",
              "--train_data_dir", folder, "--cache_latents", "--mixed_precision", "bf16"]  # fmt: skip
     words += ["--full_bf16"] if full else ["--network_dim", RANK, "--network_train_unet_only"]
     words += ["--model_type", "chroma"] if name == "chroma" else []
-    method = "finetune" if full else "network"
-    options = resolve(METHODS[method][1], entry.option_groups, [str(word) for word in words], prog="audit").options
-    trainer: Any = (FineTuneTrainer if full else NetworkTrainer)(load_attribute(entry.path)(options.model), options)
-    plan = SimpleNamespace(bucket=(size, size), samples=(0,))
-    trainer.prepared = SimpleNamespace(
-        data=SimpleNamespace(plan_epoch=lambda epoch: [plan]),
-        optimizer=SimpleNamespace(row=SimpleNamespace(elementwise=True)),
-    )
-    trainer.device, trainer.dtype, trainer.choice = torch.device("cpu"), torch.bfloat16, MemoryChoice()
-    return trainer
+    path, options_type = METHODS["finetune" if full else "network"]
+    options = resolve(options_type, entry.option_groups, [str(word) for word in words], prog="audit").options
+    method = load_attribute(path)(load_attribute(entry.path)(options.model), options)
+    batch: Any = SimpleNamespace(bucket=(size, size), samples=(0,))
+    optimizer: Any = SimpleNamespace(row=SimpleNamespace(elementwise=True))
+    return as_planned(method, method.learning(), optimizer, batch, device=torch.device("cpu"))
 
 
 def ours(name: str, size: int, folder: Path) -> Iterator[tuple[str, Found]]:
     for way, full in {"LoRA": False, "full": True}.items():
-        found = simulate(trainer_of(name, size, folder, full=full))
+        found = simulate(planned_of(name, size, folder, full=full))
         for ending, budget in {"": 1.0, ", recomputed": 0.0}.items():
             yield way + ending, figures(found, budget)
 
@@ -129,9 +125,8 @@ def figures(found: Simulation, budget: float) -> Found:
 
 
 def weights(name: str, folder: Path) -> tuple[str, ...]:
-    trainer = trainer_of(name, 512, folder, full=False)
-    denoiser = trainer.family.empty_denoiser(torch.bfloat16)
-    found = weights_of(trainer.family, denoiser, trainer, SimpleNamespace(samples=1, hoists=True))  # type: ignore[arg-type]
+    planned = planned_of(name, 512, folder, full=False)
+    found = weights_of(planned, planned.family.empty_denoiser(torch.bfloat16), samples=1, hoists=True)
     sizes = [f"{found.total(storage) / GB:.2f}" for storage in ("plain", "fp8", "int8", "nf4")]
     return (name, *sizes, f"{sum(found.modulations.get('plain', ())) / GB:.2f}")
 

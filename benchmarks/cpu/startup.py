@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.common import host_line, make_pictures, markdown, measure
 
 IMPORTS = (
-    "import library.trainers.network; from library.weights.quick_import import import_diffusers; import_diffusers()"
+    "import library.trainers.methods.network, library.trainers.run; "
+    "from library.weights.quick_import import import_diffusers; import_diffusers()"
 )
 # train_network.py, left as soon as its first optimizer step is done
 FIRST_STEP = """
@@ -31,7 +32,7 @@ load = cli.load_attribute
 
 def load_leaving(path):
     found = load(path)
-    if path.endswith(":NetworkTrainer"):
+    if path.endswith(":NetworkMethod"):
         step = found.train_step
         found.train_step = lambda trainer, *words: (step(trainer, *words), os._exit(0))
     return found

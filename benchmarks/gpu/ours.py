@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from library.cli import METHODS, load_attribute
 from library.errors import UserError
 from library.families.registry import FAMILIES
 from library.options import resolve
-from library.trainers.finetune import FineTuneTrainer
-from library.trainers.network import NetworkTrainer
+from library.stopping import StopRequest
+from library.trainers.run import run as run_method
+from library.trainers.stages import Running, Start
 from library.trainers.trainer import Trainer
 from library.types import Batch
 from tests.tiny import WORDS
@@ -49,12 +51,19 @@ def run(job: Job, way: Way, folder: Path, clock: Clock, *, tiny: bool) -> Figure
     """Train as many steps as the clock wants. Raises what the trainer raises."""
     entry = FAMILIES[ARCHITECTURES[job.architecture].family]
     words = command_line(job, way, folder, clock.total, tiny=tiny)
-    options = resolve(METHODS[job.method][1], entry.option_groups, words, prog="benchmark").options
+    path, options_type = METHODS[job.method]
+    options = resolve(options_type, entry.option_groups, words, prog="benchmark").options
     family = with_random_weights(load_attribute(entry.path)(options.model), ARCHITECTURES[job.architecture])
-    trainer: Any = TRAINERS[job.method](family, options)
-    trainer.clock = clock
-    trainer.run()
-    return clock.figures(trained=sum(p.numel() for p in trainer.trainables.parameters()), stall=trainer.stall)
+    method = load_attribute(path)(family, options)
+    loops: list[Timed] = []
+
+    def timed(running: Running, start: Start) -> Timed:
+        loops.append(Timed(running, start, clock))
+        return loops[0]
+
+    run_method(method, StopRequest(), timed)
+    trained = sum(p.numel() for p in loops[0].running.trainables.parameters())
+    return clock.figures(trained=trained, stall=loops[0].stall)
 
 
 def command_line(job: Job, way: Way, folder: Path, steps: int, *, tiny: bool) -> list[str]:
@@ -94,34 +103,20 @@ def swappable(family: Any, denoiser: nn.Module, count: int) -> bool:
 
 
 class Timed(Trainer):
-    """A trainer whose steps are timed and whose results are thrown away."""
+    """A loop whose steps are timed and whose results are thrown away."""
 
-    clock: Clock
-    stall: float | None = None  # seconds of a timed step
+    def __init__(self, running: Running, start: Start, clock: Clock) -> None:
+        trainables = replace(running.trainables, write=lambda path, metadata, position: None)  # nothing is kept
+        super().__init__(replace(running, trainables=trainables), start)
+        running.step.retry.allowed = False  # a row that goes on with less is not that row any more
+        self.clock = clock
+        self.stall: float | None = None  # seconds of a timed step
 
-    def train_step(self, batches: Sequence[Batch], first_micro_step: int) -> None:
-        swap, clock = self.memory.swap, self.clock
+    def train_step(self, batches: Sequence[Batch]) -> None:
+        swap, clock = self.running.memory.swap, self.clock
         if swap is not None and clock.count == clock.warmup:
             swap.measure()
         if swap is not None and clock.count == clock.warmup + clock.timed:
             self.stall = swap.stalled() / clock.timed
         with clock.step():
-            super().train_step(batches, first_micro_step)
-
-    def build_optimizer(self) -> None:
-        super().build_optimizer()
-        self.step.retry.allowed = False  # a row that goes on with less is not that row any more
-
-    def save_model(self, path: Path, metadata: dict[str, str]) -> None:
-        """Nothing is kept."""
-
-
-class TimedNetwork(Timed, NetworkTrainer):
-    """LoRA."""
-
-
-class TimedFineTune(Timed, FineTuneTrainer):
-    """Full training."""
-
-
-TRAINERS: dict[str, type[Trainer]] = {"network": TimedNetwork, "finetune": TimedFineTune}
+            super().train_step(batches)

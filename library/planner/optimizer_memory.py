@@ -25,17 +25,17 @@ ADAM = 8.0  # bytes a number: where an optimizer cannot be stepped on this machi
 
 @dataclass(frozen=True)
 class Appetite:
-    """Bytes per number."""
+    """The memory of an optimizer, in bytes per number of a weight."""
 
     small: float  # states of small weights
     vector: float  # of others with one axis
     matrix: float
     factored: bool  # a matrix has states for its rows and columns only
-    taken: float  # besides, at the peak of a step
+    taken: float  # on top of the states, at the peak of a step
     guessed: bool = False  # the optimizer cannot be stepped on this machine
 
     def states(self, shapes: Sequence[Sequence[int]]) -> int:
-        """Of the states of weights of these shapes."""
+        """Bytes of the optimizer states of weights of these shapes."""
         return int(sum(map(self._states, shapes)))
 
     def _states(self, shape: Sequence[int]) -> float:
@@ -47,19 +47,19 @@ class Appetite:
         return count * (self.matrix if len(shape) > 1 else self.vector)
 
     def update(self, shapes: Sequence[Sequence[int]]) -> int:
-        """What a step takes besides: it works on one weight at a time."""
+        """Bytes that a step takes on top of them: it works on one weight at a time."""
         return int(self.taken * max(map(math.prod, shapes), default=0))
 
 
 def float32_copies(choice: OptimizerChoice, shapes: Sequence[Sequence[int]]) -> int:
-    """Of weights and gradients that library.optim.bf16 shows to the optimizer together."""
+    """Bytes of the float32 weights and gradients that library.optim.bf16 shows to the optimizer together."""
     counts = [math.prod(shape) for shape in shapes]
     together = min(sum(counts), max(CHUNK, *counts)) if choice.row.by_weight else sum(counts)
     return 8 * together
 
 
 def appetite(choice: OptimizerChoice, dtype: torch.dtype) -> Appetite:
-    """Of the optimizer with weights of this dtype."""
+    """The memory that the optimizer takes for weights of this dtype, measured on three small ones."""
     try:
         tiny, vector, matrix = (_stepped(choice, shape, dtype) for shape in (TINY, VECTOR, MATRIX))
     except Exception:  # foreign code, perhaps only for a GPU

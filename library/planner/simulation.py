@@ -7,58 +7,29 @@ bucket goes forward and backward, all under torch's FakeTensorMode: only shapes,
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from library.data.plan import BatchPlan, each_shape
-from library.families.family import ModelFamily
+from library.learning import DENOISER, Models, StepModule, Trainables
 from library.memory.estimate import StepFigures
 from library.memory.meter import Meter, watched
-from library.memory.quantise import Storage
 from library.optim.in_backward import units
-from library.trainers.options import TrainerOptions
-from library.trainers.preparation import Preparation
-from library.trainers.settings import trained_dtype
-from library.trainers.step import Pass
-from library.trainers.trainables import Models, StepModule, Trainables
+from library.planner.planned import Planned
 from library.types import Batch, Tokens
 from library.weights.text import CHUNK
 
 ENDLESS = 1 << 30  # longer than any text
-FILES_OF_WEIGHTS = ("base_weights", "network_weights")
-
-
-class Simulated(Protocol):
-    """What is used of a Trainer: after its plan is made, before its models are loaded."""
-
-    family: ModelFamily
-    options: TrainerOptions
-    prepared: Preparation
-    device: torch.device
-    dtype: torch.dtype
-    models: Models
-
-    @property
-    def learning(self) -> frozenset[str]: ...
-    @property
-    def conditioned(self) -> bool: ...
-    @property
-    def steps_in_backward(self) -> bool: ...
-    def storage(self, part: str) -> Storage: ...
-    def load_dtype(self, part: str) -> torch.dtype: ...
-    def build_trainables(self) -> Trainables: ...
 
 
 @dataclass(frozen=True)
 class Simulation:
-    """What a step was found to take, in bytes."""
+    """The memory of a simulated step, in bytes."""
 
     step: StepFigures
     encoder_blocks: int  # the first blocks of `step` are layers of text encoders that learn, the others the denoiser's
@@ -77,7 +48,7 @@ class Simulation:
 class FakeMeter(Meter):
     """A meter of fake tensors.
 
-    Whoever reads a number from one gets what no length exceeds: texts are cut to the longest of a batch.
+    A number read from a fake tensor is larger than any length: texts are cut to the longest of a batch.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -86,56 +57,31 @@ class FakeMeter(Meter):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
-def simulate(trainer: Simulated) -> Simulation:
+def simulate(planned: Planned) -> Simulation:
     """One micro-batch of the largest bucket, forward and backward."""
-    own: Any = copy.copy(trainer)
-    own.options = _without_files(trainer.options)
-    plan = largest(trainer.prepared.data.plan_epoch(1))
     with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True):
-        own.models = _models(own)
-        trainables = moved(own.build_trainables(), own.device, trained_dtype(own.options.precision))
-        flat = trainables.flat and own.prepared.optimizer.row.elementwise and not own.options.distributed.deepspeed
+        models = _models(planned)
+        trainables = moved(planned.build(models), planned.device, planned.trained_dtype)
+        flat = trainables.flat and planned.optimizer.row.elementwise and not planned.deepspeed
         for parameter in trainables.parameters() if flat else ():
             parameter.grad = torch.zeros_like(parameter)
-        return _step(own, trainables, _batch(own, plan), flat=flat)
-
-
-def largest(plans: Sequence[BatchPlan]) -> BatchPlan:
-    """The batch with most pixels."""
-    return max(each_shape(plans), key=lambda plan: plan.bucket[0] * plan.bucket[1] * len(plan.samples))
-
-
-def _without_files(options: TrainerOptions) -> TrainerOptions:
-    """Options of a run that neither reads nor writes files of adapters.
-
-    Adapters are built new: those of a file would be as large. With --dim_from_weights only the file says how large.
-    """
-    changed = {}
-    for name, group in vars(options).items():
-        values = vars(group)
-        if "network_weights" not in values:
-            continue
-        files = () if values.get("dim_from_weights") else FILES_OF_WEIGHTS
-        own: dict[str, Any] = {file: None for file in files if file in values}
-        if "lora_format" in values:
-            own["lora_format"] = "kohya"  # as adapters have it: nothing has to be named in another way
-        changed[name] = replace(group, **own)
-    return replace(options, **changed)
+        return _step(planned, models, trainables, _batch(planned), flat=flat)
 
 
 # ---- models ---------------------------------------------------------------------------------------------------------
 
 
-def _models(trainer: Any) -> Models:
+def _models(planned: Planned) -> Models:
     """The denoiser, the text encoders that learn, and the VAE where latents are not cached."""
-    family, device = trainer.family, trainer.device
-    denoiser = family.empty_denoiser(trainer.load_dtype("denoiser"), trainer.storage("denoiser"))
-    names = [name for name in family.encoders if name in trainer.learning]
-    encoders = {name: family.part(name).empty(trainer.load_dtype(name), trainer.storage(name)) for name in names}
+    family, device = planned.family, planned.device
+    merged = replace(planned.learning, merges=False)  # nothing is merged here: models are as they will be afterwards
+    empty = lambda name: family.part(name).empty(planned.load_dtype(name), merged.storage(name, planned.choice))
+    denoiser = family.empty_denoiser(planned.load_dtype(DENOISER), merged.storage(DENOISER, planned.choice))
+    encoders = {name: empty(name) for name in family.encoders if name in planned.learning.parts}
     vae = None
-    if not trainer.options.cache.latents:
+    if not planned.caches_latents:
         half = not vars(family.options).get("no_half_vae", False)
-        vae = family.part("vae").empty(trainer.dtype if half else torch.float32)
+        vae = family.part("vae").empty(planned.dtype if half else torch.float32)
     models = Models(denoiser, encoders, vae)
     for module in models.all():
         materialise(module, device)
@@ -182,27 +128,26 @@ def encoder_layers(encoder: nn.Module) -> list[nn.Module]:
 # ---- the batch ------------------------------------------------------------------------------------------------------
 
 
-def _batch(trainer: Any, plan: BatchPlan) -> Batch:
-    """A batch of the plan's size, with all that batches of this run have."""
-    (width, height), count, options = plan.bucket, len(plan.samples), trainer.options
-    latent, device = trainer.family.latent, trainer.device
+def _batch(planned: Planned) -> Batch:
+    """A batch of the largest size, with all that batches of this run have."""
+    (width, height), count = planned.batch.bucket, len(planned.batch.samples)
+    latent, cached, family = planned.family.latent, planned.caches_latents, planned.family
     small = (height // latent.factor, width // latent.factor)
-    cached = options.cache.latents
     return Batch(
         names=[""] * count,
         captions=[""] * count,
         loss_weights=torch.ones(count),
         pixels=None if cached else torch.zeros(count, 3, height, width),
-        latents=torch.zeros(count, latent.channels, *small, dtype=trainer.dtype) if cached else None,
+        latents=torch.zeros(count, latent.channels, *small, dtype=planned.dtype) if cached else None,
         latent_seeds=[0] * count,
-        cond=trainer.family.blank_cond(count, trainer.dtype),
-        masks=torch.ones(count, 1, *(small if cached else (height, width))) if options.data.masked_loss else None,
+        cond=family.blank_cond(count, planned.dtype),
+        masks=torch.ones(count, 1, *(small if cached else (height, width))) if planned.masked_loss else None,
         original_sizes=torch.zeros(count, 2),
         crop_top_lefts=torch.zeros(count, 2),
         target_sizes=torch.zeros(count, 2),
-        control=torch.zeros(count, 3, height, width) if trainer.conditioned else None,
+        control=torch.zeros(count, 3, height, width) if planned.learning.conditioned else None,
         keep_prior=[False] * count,
-    ).to(device)
+    ).to(planned.device)
 
 
 def tensors_of(batch: Batch) -> Iterator[Tensor]:
@@ -217,18 +162,15 @@ def tensors_of(batch: Batch) -> Iterator[Tensor]:
 # ---- the step -------------------------------------------------------------------------------------------------------
 
 
-def _step(trainer: Any, trainables: Trainables, batch: Batch, *, flat: bool) -> Simulation:
-    family, models, options = trainer.family, trainer.models, trainer.options
+def _step(planned: Planned, models: Models, trainables: Trainables, batch: Batch, *, flat: bool) -> Simulation:
+    family, parameters = planned.family, trainables.parameters()
     layers = [layer for encoder in models.encoders.values() for layer in encoder_layers(encoder)]
     blocks = family.blocks(models.denoiser)
     modulated = family.modulations(models.denoiser)
-    parameters = trainables.parameters()
-    if trainer.steps_in_backward:
-        for unit in units(trainables.groups, blocks, options.optimizer):
+    if planned.learning.in_backward is not None:
+        for unit in units(trainables.groups, blocks, planned.learning.in_backward):
             _step_in_backward(unit)
-    model = _Autocast(StepModule(family, models, trainables), trainer)
-    objective = family.objective(options.objective, options.loss)
-    forward = Pass(family, objective, models, trainables, model, trainer.device, trainer.dtype)
+    loss_of = planned.loss_of(models, trainables, _Autocast(StepModule(family, models, trainables), planned))
     held = {
         "encoders": [t for encoder in models.encoders.values() for t in _all(encoder)],
         "vae": [*_all(models.vae)] if models.vae is not None else [],
@@ -237,13 +179,10 @@ def _step(trainer: Any, trainables: Trainables, batch: Batch, *, flat: bool) -> 
         "gradients": [p.grad for p in parameters if p.grad is not None],
         "batch": [*tensors_of(batch)],
     }
-    generator = torch.Generator(device=trainer.device)
-    meter = FakeMeter(counts_work=True, device=trainer.device)
+    meter = FakeMeter(counts_work=True, device=planned.device)
     sizes = {name: meter.hold(tensors, name) for name, tensors in held.items()}
     with meter, watched(meter, [*layers, *blocks]) as watch:
-        noised = forward.noised(batch, generator)
-        loss = objective.loss(forward.predict(batch), noised, batch).sum() / batch.size
-        del noised
+        loss = loss_of(batch)
         watch.forward_done()
         loss.backward()
     return Simulation(
@@ -263,12 +202,12 @@ def _step(trainer: Any, trainables: Trainables, batch: Batch, *, flat: bool) -> 
 
 
 class _Autocast(nn.Module):
-    """As accelerate wraps a model."""
+    """A model in autocast, as accelerate wraps it."""
 
-    def __init__(self, module: nn.Module, trainer: Any) -> None:
+    def __init__(self, module: nn.Module, planned: Planned) -> None:
         super().__init__()
-        self.module, self.device, self.dtype = module, trainer.device.type, trainer.dtype
-        self.mixes = trainer.options.precision.mixed_precision != "no"
+        self.module, self.device, self.dtype = module, planned.device.type, planned.dtype
+        self.mixes = planned.autocast
 
     def forward(self, x_t: Tensor, t: Tensor, batch: Batch, tokens: Tokens | None) -> Tensor:
         tokens = None if tokens is None else _longest(tokens)
@@ -277,7 +216,7 @@ class _Autocast(nn.Module):
 
 
 def _longest(tokens: Tokens) -> Tokens:
-    """The same tokens as those of captions that leave no room for padding."""
+    """Tokens as long as those of captions that leave no room for padding."""
     full = {name: ids.shape[1] if ids.ndim == 2 else ids.shape[1] * CHUNK + 2 for name, ids in tokens.ids.items()}
     return replace(tokens, lengths={name: (full[name],) * len(ids) for name, ids in tokens.ids.items()})
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How long a step takes with each way of saving memory, for comparing them: operations and bytes over stated rates.
 
-The card is a plain one of today; another one is faster in everything by about as much. What is copied beside the
-computation costs what the computation does not cover.
+The rates are those of one common card; another one is faster in everything by about the same factor. What is copied
+beside the computation costs what the computation does not hide.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ BACKWARD = 2 / 3  # of a step without recomputation, roughly
 
 
 def seconds(case: Case, choice: MemoryChoice) -> float:
-    """Of one micro-batch."""
+    """Estimated seconds per micro-batch."""
     plain, work = case.step.work, total_work(case, choice)
     moves = work.moved * (COMPILED_MOVES if choice.compiled else 1)
     passes = 2 + (work.flops - plain.flops) / max(1, plain.flops / 3)  # how often each weight is used, about
@@ -30,7 +30,7 @@ def seconds(case: Case, choice: MemoryChoice) -> float:
 
 
 def _small(case: Case, storage: str) -> int:
-    """Bytes of the weights that are cast, as if of one byte each: what they take less than in the plain way."""
+    """Number of the weights that are cast to the computation's dtype: the bytes that storing them small saves."""
     weights = case.weights
     return weights.total("plain") - weights.total(storage)
 
@@ -38,7 +38,7 @@ def _small(case: Case, storage: str) -> int:
 def _stall(case: Case, choice: MemoryChoice, forward: float, backward: float) -> float:
     """Waiting for weights from main memory, swapped blocks in each pass, hoisted ones once; and writing them down.
 
-    So of two ways that wait for nothing, the one that moves less is the faster.
+    Of two ways that wait for nothing, the one that moves less is therefore the faster.
     """
     swapped = moved(case, choice)
     hoisted = sum(case.weights.modulations.get(choice.storage, ())) if choice.hoist else 0
@@ -47,7 +47,7 @@ def _stall(case: Case, choice: MemoryChoice, forward: float, backward: float) ->
 
 
 def _offload(case: Case, choice: MemoryChoice, compute: float) -> float:
-    """What recomputation starts from goes out and comes back, beside the computation; each copy has its overhead."""
+    """Offloaded activations are copied out and back beside the computation; each copy has its overhead."""
     if not choice.offload:
         return 0.0
     outputs = [case.step.stored[i].size for block in case.step.blocks for i in block.outputs]

@@ -26,6 +26,7 @@ from library.device import empty_cache, kept_random_state, on_device
 from library.errors import first_names
 from library.io.atomic import atomic_write
 from library.log import get_logger
+from library.objectives.base import Sampler
 from library.rng import derive_seed
 from library.sampling.options import SampleOptions
 from library.sampling.prompts import INLINE, Prompt, given_fields
@@ -38,24 +39,14 @@ log = get_logger()
 SPECIAL_FIELDS = ("guidance_scale", "controlnet_image", "cfg_trunc_ratio", "renorm_cfg", "flow_shift", "references")
 
 
-class Sampler(Protocol):
-    """The part of `library.objectives.base.Sampler` that the loop uses."""
-
-    timesteps: Tensor
-    init_noise_sigma: float
-
-    def scale_input(self, x: Tensor, t: Tensor) -> Tensor: ...
-    def step(self, pred: Tensor, t: Tensor, x: Tensor, generator: torch.Generator | None) -> Tensor: ...
-
-
 class SamplerSource(Protocol):
-    """An objective, seen from here."""
+    """The part of an objective that previews need."""
 
     def sampler(self, name: str, steps: int, *, size: tuple[int, int], shift: float | None = None) -> Sampler: ...
 
 
 class Defaults(Protocol):
-    """`library.families.family.PreviewDefaults`, seen from here."""
+    """The part of `library.families.family.PreviewDefaults` that previews need."""
 
     @property
     def steps(self) -> int: ...
@@ -72,7 +63,7 @@ class Defaults(Protocol):
 
 
 class Family(Protocol):
-    """A model family, seen from here."""
+    """The part of a model family that previews need."""
 
     @property
     def name(self) -> str: ...
@@ -102,7 +93,7 @@ class PreviewModels:
     set_condition: Callable[[Tensor | None], None] = lambda control: None  # shows them a control image, 1 3 H W
 
 
-class Picture(NamedTuple):
+class Preview(NamedTuple):
     """A finished preview."""
 
     path: Path
@@ -169,13 +160,13 @@ class Previewer:
 
     def render(
         self, models: PreviewModels, *, step: int, epoch: int | None, device: torch.device | str, dtype: torch.dtype
-    ) -> list[Picture]:
+    ) -> list[Preview]:
         """Make, write and return the pictures of all prompts.
 
         epoch: the one that just ended (0 before the first step), None inside one. dtype: of the computation (autocast).
         Never raises but for Ctrl-C: what fails is one warning.
         """
-        pictures: list[Picture] = []
+        pictures: list[Preview] = []
         failed: list[str] = []
         device = torch.device(device)
         with undisturbed([models.denoiser, models.vae, *models.encoders.values(), *models.others], device):
@@ -186,7 +177,7 @@ class Previewer:
                     image = self._picture(models, prompt, index, device, dtype)
                     path = self.folder / self.file_name(index, prompt, step=step, epoch=epoch, now=datetime.now())
                     self._write(path, image, prompt, self.seed_of(prompt, index))
-                    pictures.append(Picture(path, image, prompt))
+                    pictures.append(Preview(path, image, prompt))
                 except Stopped:
                     break
                 except Exception as error:  # whatever it is, it must not end a training

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The caches of a run: what they are keyed by, and filling them with the family's encoders."""
+"""The caches of a run: what they are keyed by, and the encoders that fill them and are freed afterwards."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +17,19 @@ from library.data.dataset import TrainingData
 from library.data.encoding import Text, reference_pixels
 from library.data.latent_cache import LatentCache, LatentFolders
 from library.data.text_cache import TextCache, TextCaches, text_store
-from library.device import on_device
+from library.device import fits, free_memory, on_device
 from library.families.family import ModelFamily
+from library.log import get_logger
 from library.trainers.options import TrainerOptions
 from library.trainers.out_of_memory import encoded
 from library.types import Cond
 
+log = get_logger()
+
 
 @dataclass(frozen=True)
 class Share:
-    """Which part of the work one process does."""
+    """The part of the work that one process does."""
 
     rank: int = 0
     world: int = 1
@@ -142,9 +146,49 @@ class Caches:
 
     @contextmanager
     def _saying_what_stays(self, on_disk: bool) -> Iterator[None]:
-        """What Ctrl-C leaves: an entry of the cache is whole or not there."""
+        """Say what Ctrl-C leaves behind: an entry of the cache is whole or not there."""
         try:
             yield
         except KeyboardInterrupt:
             stays = "what was encoded stays in the cache, and the next run goes on from there"
             raise KeyboardInterrupt(stays if on_disk else "nothing was written") from None
+
+
+# ---- the encoders of a run -------------------------------------------------------------------------------------------
+
+
+class LoadsEncoder(Protocol):
+    """Loads a text encoder; without `device`, where the training is."""
+
+    def __call__(self, name: str, device: str | None = None) -> nn.Module: ...
+
+
+def encoders_that_stay(caches: Caches, load: LoadsEncoder, share: Share) -> dict[str, nn.Module]:
+    """Fill the text caches. Returns the text encoders that the steps need: those whose outputs are not cached."""
+    encoders: dict[str, nn.Module] = {}
+    for name in caches.family.encoders:
+        if not caches.caches_text(name):
+            encoders[name] = load(name)
+        elif caches.texts_missing(name):
+            fill_texts(caches, name, load, share)
+    return encoders
+
+
+def fill_texts(caches: Caches, name: str, load: LoadsEncoder, share: Share) -> None:
+    """Encode the captions that are not cached yet; on the CPU where the encoder does not fit on the card."""
+    if fits(lambda: caches.fill_texts(name, load(name), share)):
+        free_memory()
+        return
+    log.warning(f"{name} does not fit on the card: it encodes the captions on the CPU, once")
+    caches.fill_texts(name, load(name, "cpu"), share)
+    free_memory()
+
+
+def vae_that_stays(caches: Caches, load: Callable[[], nn.Module], share: Share, *, previews: bool) -> nn.Module | None:
+    """Fill the latent cache. Returns the VAE where the steps need it, and in main memory where only previews do."""
+    vae = load() if caches.latents is None or previews or caches.latents_missing() else None
+    if caches.latents is None:
+        return vae
+    if vae is not None:
+        caches.fill_latents(vae, share)
+    return vae.to("cpu") if vae is not None and previews else None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""--debug_dataset: what the training would see, as picture sheets and captions, instead of a training."""
+"""--debug_dataset: writes what the training would see, as picture sheets and captions, instead of training."""
 
 from __future__ import annotations
 
@@ -53,5 +53,5 @@ def batch_pictures(batch: Batch) -> list[Image.Image]:
 
 
 def _darkened(pixels: Tensor, mask: Tensor | None) -> Tensor:
-    """pixels 3 H W in [-1, 1], mask 1 H W in [0, 1]."""
+    """Darken pixels (3 H W in [-1, 1]) where the mask (1 H W in [0, 1]) is low."""
     return pixels if mask is None else (pixels + 1) * (0.25 + 0.75 * mask) - 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a saved file will say of its run: the facts of trainer, data and model as library.io.metadata wants them."""
+"""The metadata of saved files: facts about run, data and model, as library.io.metadata takes them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from library.io.metadata import (
 )
 from library.options import changed_values
 from library.trainers.options import TrainerOptions
-from library.trainers.plan import RunPlan
+from library.trainers.run_plan import RunPlan
 
 VERSION = "0.1.0"
 # kind of file -> what modelspec.architecture ends with
@@ -57,7 +57,7 @@ class FileHashes:
 
 
 def subset_facts(config: DatasetConfig, samples: Sequence[Sample]) -> tuple[SubsetFacts, ...]:
-    """One row per subset."""
+    """The facts of each subset of a dataset."""
     counts = Counter(id(sample.subset) for sample in samples)
     return tuple(
         SubsetFacts(
@@ -99,7 +99,7 @@ def tag_frequency(trained: Sequence[Sample], texts: Callable[[Sample], Sequence[
 def dataset_facts(
     config: DatasetConfig, samples: Sequence[Sample], stats: DatasetStats, tags: Mapping[str, Mapping[str, int]]
 ) -> DatasetFacts:
-    """One dataset."""
+    """The facts of a dataset."""
     rules = config.buckets
     return DatasetFacts(
         is_dreambooth=not any(subset.metadata_file for subset in config.subsets),
@@ -118,7 +118,7 @@ def dataset_facts(
 
 
 class RunRecord:
-    """Everything of a run that its saves tell; asked for once per save."""
+    """Everything that the saves of a run say about it. `metadata` is called once per save."""
 
     def __init__(
         self,
@@ -140,10 +140,10 @@ class RunRecord:
     def metadata(
         self, kind: str, method: Mapping[str, Any] | None, optimizer: str, *, step: int, epoch: int
     ) -> dict[str, str]:
-        """Of a file of `kind` (one of ENDINGS).
+        """The metadata of a file of `kind` (one of ENDINGS).
 
-        method: what the trainer's override says (network_module, network_dim, network_alpha, network_args); None:
-        only modelspec.* entries.
+        method: `Trainables.fields` (network_module, network_dim, network_alpha, network_args); None: only modelspec.*
+        entries.
         """
         options, model, now = changed_values(self.options, all_values=True), self.model, time.time()
         whole = kind in ("Checkpoint", "TextualInversion") and model.checkpoint_implementation is not None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hands out the batches of a run, step by step, and keeps what went wrong on the way until the state is saved."""
+"""Hands out the batches of a run, step by step, and keeps an error in loading them until the state is saved."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections import deque
 from collections.abc import Generator, Iterator
 
 from library.data.dataset import BatchLoader, TrainingData
-from library.trainers.plan import Position, RunPlan, share_of
-from library.types import Batch
+from library.trainers.run_plan import RunPlan, share_of
+from library.types import Batch, Position
 
 Steps = Generator[list[Batch], None, None]
 STEPS_AHEAD = 2  # with several processes: until all know that one of them has no more batches
@@ -46,7 +46,7 @@ class Feed:
                 self.failure, self._ended = error, True
 
     def close(self) -> None:
-        """End the processes that load pictures."""
+        """Stop the processes that load pictures."""
         self._waiting.clear()
         self.steps.close()
 

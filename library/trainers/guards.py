@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Watching over a run: numbers are read from the device late and asynchronously, but never after a save."""
+"""Watching over a run: numbers are read from the device late and asynchronously, but always before a save."""
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from library.device import HostCopy, on_device
 from library.errors import StopTraining, first_names
@@ -97,3 +97,28 @@ class MovingAverage:
     @property
     def mean(self) -> float:
         return sum(self.values) / len(self.values) if self.values else math.nan
+
+
+class GradientWatch:
+    """Notes until the first save which modules have received a gradient."""
+
+    def __init__(self, modules: Mapping[str, Sequence[nn.Parameter]]) -> None:
+        learning = {name: [p for p in parameters if p.requires_grad] for name, parameters in modules.items()}
+        self.silent = {name for name, parameters in learning.items() if parameters}
+        self._hooks = {
+            name: [p.register_post_accumulate_grad_hook(lambda _, n=name: self._heard(n)) for p in parameters]
+            for name, parameters in learning.items()
+        }
+
+    def _heard(self, name: str) -> None:
+        self.silent.discard(name)
+        for handle in self._hooks.pop(name, ()):
+            handle.remove()
+
+    def stop(self) -> list[str]:
+        """Stop watching. Names of the modules none of whose parameters ever received a gradient."""
+        for handles in self._hooks.values():
+            for handle in handles:
+                handle.remove()
+        self._hooks.clear()
+        return sorted(self.silent)

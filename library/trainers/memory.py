@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of `library.memory` a run uses: it prepares the denoiser, surrounds the passes, and can do with less."""
+"""The ways of saving memory that a run uses: they prepare the denoiser, surround its passes, and can be extended."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MOST_STATIC_SHAPES = 3  # more are compiled as one graph of any shape: a graph f
 
 
 class Memory:
-    """The denoiser's blocks and what is done with them. Made when the denoiser is loaded and has its adapters."""
+    """The denoiser's blocks and what is done to them. Made when the denoiser is loaded and has its adapters."""
 
     def __init__(
         self, family: ModelFamily, denoiser: nn.Module, choice: MemoryChoice, options: MemoryOptions,
@@ -51,7 +51,7 @@ class Memory:
         self.most_samples: int | None = None  # of a micro-batch that go through the model together
 
     def prepare(self, *, shapes: int) -> None:
-        """Hoist, compile or recompute, and swap. shapes: how many sizes of pictures and batches there are."""
+        """Hoist, compile or recompute, and swap. shapes: the number of different sizes of pictures and batches."""
         choice = self.choice
         if choice.hoist:
             modulations = self.family.modulations(self.denoiser)
@@ -80,8 +80,10 @@ class Memory:
         return lacking is None
 
     def exchange(self, count: int) -> None:
-        """From now on so many blocks (as --blocks_to_swap counts them) wait in main memory. Where this runs out of
-        memory halfway, it can be done again with another number."""
+        """Let `count` blocks, as --blocks_to_swap counts them, wait in main memory from now on.
+
+        Where this runs out of memory halfway, it can be called again with another number.
+        """
         self.choice = replace(self.choice, blocks_to_swap=count)
         waiting = self.family.swapped(self.denoiser, count, self.swap_options)
         if self.swap is not None:
@@ -103,7 +105,7 @@ class Memory:
             self._join_offload()
 
     def _join_offload(self) -> None:
-        """Tell the offloading of activations where the weights are now, and the swapping of blocks of it."""
+        """Tell the offloading of activations where the weights are, and the swapping of blocks about the offloading."""
         if self.offload is None:
             return
         self.offload.keep([*self.denoiser.parameters(), *self.denoiser.buffers(), *self._trained])
@@ -111,21 +113,21 @@ class Memory:
             self.swap.rest = self.offload.pack, self.offload.unpack
 
     def changed(self, parameters: Sequence[Tensor]) -> None:
-        """These weights have just been stepped."""
+        """Note that these weights have just been updated."""
         if self.swap is not None:
             self.swap.changed(parameters)
 
     def steps_in_backward(self, optimizer: InBackward) -> None:
-        """Whatever of a block has a gradient is stepped before the block leaves the card."""
+        """Let whatever has a gradient in a block be updated before the block leaves the card."""
         if self.swap is not None:
             self.swap.before_leaving = optimizer.step_now
 
     def around(self) -> AbstractContextManager[None]:
-        """Of each prediction."""
+        """Context manager that surrounds each prediction."""
         return self.offload.forward() if self.offload is not None else nullcontext()
 
     def home(self) -> None:
-        """All weights are there to be read, until the next pass."""
+        """Bring all weights to where they can be read, until the next pass."""
         for keeper in (self.swap, self.hoisting):
             if keeper is not None:
                 keeper.home()
@@ -133,7 +135,7 @@ class Memory:
     # ---- with less --------------------------------------------------------------------------------------------------
 
     def ways_to_shrink(self, batch_size: int) -> Iterator[tuple[str, Callable[[], None]]]:
-        """What would make the next try smaller, the cheapest way first: what is said of it, and what does it.
+        """The ways to make the next try smaller, the cheapest first: a description, and the function that does it.
 
         Each saves something, and is gone once it was tried, also where it failed.
         """
@@ -151,7 +153,7 @@ class Memory:
             )
 
     def _keeps_activations(self) -> bool:
-        """Whether some block could be recomputed and is not. Compiled blocks decide for themselves."""
+        """Whether some block could be recomputed and is not yet. Compiled blocks decide for themselves."""
         if self.recomputation is None:
             return False
         weights = self.recomputation.weights
@@ -166,7 +168,7 @@ class Memory:
         self.most_samples = samples
 
     def _more_blocks(self) -> int | None:
-        """A quarter of the blocks more than now, or the next number that saves more; None where there is none."""
+        """The next number of swapped blocks: a quarter of all more, or the first that saves more; None without one."""
         if self.device.type == "cpu" or self.learns or (self.swap_options and self.swap_options.swaps_blocks):
             return None
         now, most = self.choice.blocks_to_swap, self.family.most_swapped(self.denoiser)
@@ -185,7 +187,7 @@ class Memory:
         return any(parameter.requires_grad for parameter in self.denoiser.parameters())
 
     def recover(self) -> None:
-        """After a pass that ended half done."""
+        """Reset what a pass that ended halfway has left behind."""
         if self.swap is not None:
             self.swap.reset()
 

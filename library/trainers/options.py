@@ -226,7 +226,7 @@ class NetworkOptions:
 
 @dataclass(frozen=True)
 class TrainerOptions:
-    """What every method has."""
+    """The options of every method."""
 
     config: ConfigFileOptions
     model: ModelOptions
@@ -256,7 +256,7 @@ class TrainerOptions:
         return self.precision.bf16_update or "stochastic"
 
     def problems(self) -> Iterator[str]:
-        """Combinations across groups that make no sense."""
+        """Combinations of options of several groups that make no sense."""
         yield from cross_problems(self.save, self.state, self.hub)
         if self.memory.plan and self.state.resume:
             yield "--plan looks at a run from its start: leave out --resume, what a step takes is the same"
@@ -279,7 +279,7 @@ class NetworkTrainerOptions(TrainerOptions):
             yield f"--lora_format {names} needs --save_model_as safetensors: {written} has no place for alpha"
 
     def choices(self) -> Iterator[Choice]:
-        """Cached captions and adapters of the text encoder exclude each other: where other programs cache, we do."""
+        """Cached captions and adapters of the text encoder exclude each other. As in other programs, caching wins."""
         network = self.network
         if self.cache.texts and self.model.cached_texts_stay and network.text_encoder_lr is None and not (
             network.network_train_unet_only or network.network_train_text_encoder_only

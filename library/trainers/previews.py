@@ -13,15 +13,15 @@ import torch
 from library.data.encoding import TextSource
 from library.families.family import ModelFamily
 from library.io.atomic import atomic_write
+from library.learning import Models, Trainables
 from library.log import get_logger
 from library.objectives.base import Objective
-from library.sampling.preview import Picture, Previewer, PreviewModels, contact_sheet, due
+from library.sampling.preview import Preview, Previewer, PreviewModels, contact_sheet, due
 from library.sampling.prompts import Prompt
 from library.stopping import StopRequest
 from library.trainers.options import TrainerOptions
-from library.trainers.plan import Position
 from library.trainers.tracking import Trackers
-from library.trainers.trainables import Models, Trainables
+from library.types import Position
 
 log = get_logger()
 
@@ -37,8 +37,8 @@ class Previews:
         self.stop = stop
         self.options, self.device, self.dtype = options.sample, device, dtype
         self.name, self.folder = options.save.output_name or "last", Path(options.save.output_dir or ".") / "sample"
-        self.first: list[Picture] = []
-        self.latest: list[Picture] = []
+        self.first: list[Preview] = []
+        self.latest: list[Preview] = []
         self.previewer = (
             Previewer(
                 family, objective, prompts, output_dir=options.save.output_dir or ".", seed=seed,
@@ -53,13 +53,16 @@ class Previews:
         self, models: Models, trainables: Trainables, trackers: Trackers, position: Position, *,
         epoch_ended: bool, weights: AbstractContextManager[Any],
     ) -> None:  # fmt: skip
-        """Make previews when they are due after `position.step` steps. Inside `weights` the model is what is shown."""
+        """Make previews when they are due after `position.step` steps.
+
+        weights: inside it the model is as it is to be shown.
+        """
         epoch_end = position.epoch if epoch_ended and self.options.every_n_epochs else None
         if self.previewer is None or not due(self.options, position.step, epoch_end) or self.stop.requested:
             return
         assert models.vae is not None
         home = next(models.vae.parameters()).device  # main memory, where latents are cached
-        pictures: list[Picture] = []
+        pictures: list[Preview] = []
         with weights, harmless("preview"):
             models.vae.to(self.device)
             shown = PreviewModels(
@@ -93,7 +96,7 @@ class Previews:
 
 @contextmanager
 def harmless(what: str) -> Iterator[None]:
-    """What fails inside is one warning: nothing about pictures may end a training."""
+    """Turn what fails inside into one warning: nothing about previews may end a training."""
     try:
         yield
     except Exception as error:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When the run saves, under which names, what is removed then, and what goes to the hub."""
+"""Saves: when they are written, under which names, which older ones are removed, and what goes to the hub."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from library.io.state import StateParts, save_state
 from library.log import get_logger
 from library.options import dump_toml
 from library.trainers.options import TrainerOptions
-from library.trainers.plan import Position, RunPlan
+from library.trainers.run_plan import RunPlan
+from library.types import Position
 
 log = get_logger()
 
@@ -40,7 +41,7 @@ class Saver:
         self.written: list[Path] = []
 
     def make_folder(self) -> None:
-        """The output folder is made again where somebody removed it while the run went on."""
+        """Make the output folder again where it was removed during the run."""
         if self.active and not self.folder.is_dir():
             with saving(self.folder, 0):
                 self.folder.mkdir(parents=True)

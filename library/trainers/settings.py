@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Option values as the objects that libraries want."""
+"""Options as the objects that torch and accelerate take."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def trained_dtype(options: PrecisionOptions) -> torch.dtype:
 
 
 def loading_processes(options: DataOptions) -> int:
-    """Processes that load pictures: more than the machine has cores would only wait for each other."""
+    """Processes that load pictures: more of them than the machine has cores would only wait for each other."""
     return min(options.max_data_loader_n_workers, os.cpu_count() or 1)
 
 

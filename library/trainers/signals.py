@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several processes stop after the same step, also where one of them is gone."""
+"""Stopping several processes after the same step, also where one of them has died."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", 
 
 
 class OtherProcessDied(ProcessDied):
-    """Another process of the training is gone: nothing can be exchanged any more, the weights are those before."""
+    """Another process of the training is gone: nothing can be exchanged. The weights are those before the step."""
 
 
 @contextmanager
 def exchanging(processes: int) -> Iterator[None]:
-    """Around what several processes do together. Raises OtherProcessDied where one of them is gone."""
+    """Surrounds what several processes do together. Raises OtherProcessDied where one of them has died."""
     try:
         yield
     except RuntimeError as error:

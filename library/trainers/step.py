@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from library.device import seed_everything
 from library.families.family import ModelFamily
+from library.learning import Models, Trainables
 from library.objectives.base import Objective, Predict
 from library.rng import derive_seed, torch_generator
 from library.trainers.memory import Memory
 from library.trainers.out_of_memory import Retry, changing_weights, encoded
-from library.trainers.trainables import Models, Trainables
 from library.trainers.updates import Updates
 from library.types import Batch, Cond, Noised, Tokens
 
@@ -114,10 +114,10 @@ class Step:
     accelerator: Accelerator
     seed: int
 
-    def take(self, batches: Sequence[Batch], step: int, average_loss: float) -> StepResult:
+    def take(self, batches: Sequence[Batch], step: int, average_loss: float | None) -> StepResult:
         """Take optimizer step `step`, counted from 0, over its micro-batches.
 
-        average_loss: of the steps before, for schedules that follow it. Raises DoesNotFit and HalfDone.
+        average_loss: of the steps before, where the schedule follows it. Raises DoesNotFit and HalfDone.
         """
         trainables = self.forward.trainables
         trainables.before_step(step)
@@ -125,7 +125,7 @@ class Step:
         with changing_weights(step):
             grad_norm = self.updates.step()
             rates = self.updates.rates()
-            self.updates.scheduler.step(average_loss if self.updates.scheduler.needs_loss else None)
+            self.updates.scheduler.step(average_loss)
             more = trainables.after_step()
             self.updates.finish_step(step)
         return StepResult(loss, grad_norm, {**rates, **more})

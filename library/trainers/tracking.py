@@ -134,13 +134,13 @@ class Trackers:
 
 
 def no_more_curves(where: str, error: Exception) -> str:
-    """One line about a log that cannot be written."""
+    """The warning about a log that cannot be written."""
     reason = (str(error).splitlines() or [""])[0] or type(error).__name__
     return f"{where}: {reason}: no more curves are written, the training goes on"
 
 
 def _without_tensorboard(previous: ExceptHook) -> ExceptHook:
-    """Its thread's errors come again at the next call, and are told then."""
+    """An exception hook that leaves out errors of TensorBoard's threads: its next call raises them again."""
 
     def hook(args: Any) -> None:
         if not type(args.thread).__module__.startswith("tensorboard."):
@@ -169,7 +169,7 @@ def check_trackers(options: LoggingOptions) -> None:
 
 
 def needs_log(options: LoggingOptions) -> tuple[str, ...]:
-    """The options that say something to a log program that this run does not have.
+    """Names of the options of a log program that this run does not use.
 
     The name of the wandb run is not among them: graphical programs always give it.
     """
@@ -197,7 +197,7 @@ def tracker_settings(options: LoggingOptions) -> dict[str, Any]:
 
 
 def _tensorboard_problems(settings: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with the arguments under [tensorboard]. Those of wandb only wandb knows."""
+    """Problems of the arguments under [tensorboard]. Those of wandb only wandb knows."""
     given = settings.get("tensorboard", {})
     yield from unknown_names("arguments", [key for key in given if key not in OF_TENSORBOARD], OF_TENSORBOARD)
     for key, kind in OF_TENSORBOARD.items():
@@ -214,7 +214,7 @@ def _tensorboard_problems(settings: Mapping[str, Any]) -> Iterator[str]:
 
 
 def open_trackers(options: LoggingOptions, *, main_process: bool, project: str) -> Trackers:
-    """The log folder is `<logging_dir>/<log_prefix><time>`, as users have it today."""
+    """Open the trackers of the run. The log folder is `<logging_dir>/<log_prefix><time>`, as in sd-scripts."""
     if not main_process or (options.logging_dir is None and options.log_with is None):
         return Trackers([])
     kind = options.log_with or "tensorboard"

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from library.errors import UserError, first_names
 from library.io.state import StateParts, unlike
+from library.learning import StepModule, Trainables
 from library.optim.bf16 import build_bf16
 from library.optim.ema import Ema
 from library.optim.flat import FlatParameters
@@ -24,18 +25,18 @@ from library.optim.optimizers import OptimizerChoice
 from library.optim.schedulers import build_scheduler
 from library.planner.optimizer_memory import appetite
 from library.trainers.options import TrainerOptions
-from library.trainers.trainables import StepModule, Trainables
 
 LIKE_WEIGHT = ("exp_avg", "exp_avg_sq", "momentum_buffer", "z")  # of an optimizer's state: as large as the weight
 
 
 class Updates:
-    """The optimizer of a run and what belongs to it. Made when the weights are where they stay."""
+    """The optimizer of a run and what belongs to it. Made when the weights are where they stay for the run."""
 
     def __init__(
-        self, options: TrainerOptions, choice: OptimizerChoice, trainables: Trainables, accelerator: Accelerator,
-        *, total_steps: int, seed: int,
+        self, options: TrainerOptions, choice: OptimizerChoice, trainables: Trainables, module: StepModule,
+        accelerator: Accelerator, *, total_steps: int, seed: int,
     ) -> None:  # fmt: skip
+        """module: of the run; `model` is how accelerate wraps it, and what a pass has to call from now on."""
         self.options, self.choice, self.trainables, self.accelerator = options, choice, trainables, accelerator
         joined = choice.row.elementwise and trainables.flat and not options.distributed.deepspeed
         self.flat = FlatParameters(trainables.groups) if joined else None
@@ -44,7 +45,6 @@ class Updates:
             self.exchanged.broadcast_weights()
         groups = self.flat.param_groups if self.flat else trainables.groups
         self.optim = build_bf16(choice, groups, options.bf16_update, seed=seed)
-        self.total_steps = total_steps
         self.in_backward: InBackward | None = None
         # from the first pass DDP learns a static graph. Who exchanges in each pass gets the same mean, only slower
         self._first_exchanges = options.distributed.ddp_static_graph
@@ -52,13 +52,9 @@ class Updates:
         self._has_states = False
         decay = options.ema.ema_decay
         self.ema = Ema(trainables.parameters(), decay, self.flat) if decay is not None else None
-
-    def prepare(self, module: StepModule) -> nn.Module:
-        """The module as accelerate wraps it; from now on its optimizer is used."""
         self.model, self.optimizer = self._wrapped(module)
-        self.scheduler = build_scheduler(self.options.scheduler, self.optim, total_steps=self.total_steps)
+        self.scheduler = build_scheduler(options.scheduler, self.optim, total_steps=total_steps)
         self.optim.train_mode()
-        return self.model
 
     def _wrapped(self, module: StepModule) -> tuple[nn.Module, AcceleratedOptimizer]:
         if self.flat is not None:  # "evaluation": not for DDP, which would put its own gradients in place of the views
@@ -72,7 +68,9 @@ class Updates:
         places = {} if self.options.distributed.deepspeed else {"device_placement": [False, True]}
         return self.accelerator.prepare(module, self.optim.optimizer, **places)
 
-    def step_in_backward(self, units: Sequence[Sequence[nn.Parameter]], changed: Any) -> InBackward:
+    def step_in_backward(
+        self, units: Sequence[Sequence[nn.Parameter]], changed: Callable[[Sequence[Tensor]], None]
+    ) -> InBackward:
         """Step each of `units` as soon as its gradients are there. changed: is told which weights were stepped."""
         limit = self.options.optimizer.max_grad_norm
         self.in_backward = InBackward(self.optim.optimizer, units, limit, changed)
@@ -81,12 +79,16 @@ class Updates:
     # ---- room for the optimizer's states: its first step makes them, and half a step cannot be taken again ----------
 
     def hold_room(self) -> None:
-        """Take the memory of the states until they are made, so that a first step which does not fit with them runs out
-        of memory in a pass, as the later ones would, and not when some weights have been stepped."""
+        """Hold the memory of the optimizer's states until they are made.
+
+        A first step that does not fit beside them then runs out of memory in a pass, where it can be taken again, and
+        not when some weights have been stepped.
+        """
         if self._room is None and not self._has_states:
             self._room = torch.empty(self._bytes_of_states(), dtype=torch.uint8, device=self.accelerator.device)
 
     def release_room(self) -> None:
+        """Free what `hold_room` holds."""
         self._room = None
 
     def _bytes_of_states(self) -> int:
@@ -102,7 +104,7 @@ class Updates:
 
     @contextmanager
     def backward(self, *, is_last: bool) -> Iterator[None]:
-        """Around a backward pass: in the last of a step processes exchange gradients, and weights may be stepped."""
+        """Surround a backward pass: in the last of a step processes exchange gradients, and weights may be stepped."""
         self.accelerator.gradient_state._set_sync_gradients(is_last)
         if self.in_backward is not None:
             self.in_backward.last_micro_batch(is_last)
@@ -127,6 +129,7 @@ class Updates:
         return norm
 
     def clip_gradients(self) -> Tensor:
+        """Clip to --max_grad_norm. The norm before clipping, on the device."""
         limit = self.options.optimizer.max_grad_norm or float("inf")
         if self.flat is not None:
             self.flat.require_joined()
@@ -152,6 +155,7 @@ class Updates:
             self.ema.update(step)
 
     def zero_gradients(self) -> None:
+        """Clear all gradients."""
         if self.flat is not None:
             self.flat.zero_grad()
         else:
@@ -161,7 +165,7 @@ class Updates:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Inside it the trained weights are what is shown and saved; afterwards they are what they were, to the bit."""
+        """Put the averaged weights in place; afterwards the weights are what they were, to the bit."""
         parameters = self.trainables.parameters() if self.optim.schedule_free else []
         kept = [p.detach().to("cpu", copy=True) for p in parameters]  # the card may have no room for it
         try:
@@ -176,7 +180,7 @@ class Updates:
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """Inside it the model is what a user of the saved file sees: averaged weights, no dropout, full strength."""
+        """Make the model what a user of the saved file sees: averaged weights, no dropout, full strength."""
         self.trainables.set_multiplier(1.0)
         was_training = self.trainables.module.training
         self.trainables.module.eval()
@@ -189,7 +193,7 @@ class Updates:
     # ---- states -----------------------------------------------------------------------------------------------------
 
     def states(self) -> dict[str, Any]:
-        """The fields of StateParts that are its own."""
+        """The fields of StateParts that belong to the optimizer and the weights that learn."""
         scaler = self.accelerator.scaler
         return {
             "weights": self.trainables.state(),
@@ -233,7 +237,7 @@ class Updates:
             self.ema.load_state_dict(parts.ema)
 
     def skip_schedule(self, steps: int) -> None:
-        """As if so many steps had been taken; a schedule that follows the loss cannot be moved so."""
+        """Fast-forward the schedule by `steps`, unless it follows the loss."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's: a schedule before the first optimizer step. Here it is meant
             for _ in range(0 if self.scheduler.needs_loss else steps):

@@ -18,7 +18,7 @@ from library.trainers.step import Pass
 
 @dataclass(frozen=True)
 class Validation:
-    """plans: batches of the pictures that are held out; none: nothing is ever due."""
+    """The validation of a run. plans: batches of the pictures that are held out; without any it is never due."""
 
     options: TrainOptions
     plans: Sequence[BatchPlan]
@@ -29,7 +29,7 @@ class Validation:
     stop: StopRequest
 
     def is_due(self, step: int, epoch: int, *, epoch_ended: bool) -> bool:
-        """After `step` steps and `epoch` whole epochs; always at the end of the run."""
+        """Whether to validate after `step` steps and `epoch` whole epochs. It is always due at the end of the run."""
         options = self.options
         by_step = options.validate_every_n_steps is not None and step % options.validate_every_n_steps == 0
         every_epochs = options.validate_every_n_epochs or (1 if options.validate_every_n_steps is None else None)
@@ -38,7 +38,7 @@ class Validation:
 
     @torch.no_grad()
     def loss(self) -> float | None:
-        """Mean over batches and timesteps; None where the run should stop before it is there."""
+        """Mean loss over batches and timesteps; None where the run is asked to stop before it is computed."""
         device, losses = self.forward.device, []
         for index, plan in enumerate(self.plans[: self.options.max_validation_steps]):
             batch = self.data.load(plan, step=0).to(device)

@@ -16,7 +16,7 @@ from torch import Tensor
 from library.errors import UserError
 from tests.families import flux, lumina, sd, sd3, sdxl
 from tests.families.base import Case
-from tests.trainers.finetune_runs import RecordedFineTune, finetune, finetune_with_stop, open_adapters
+from tests.trainers.finetune_runs import Recorded, finetune, finetune_with_stop, open_adapters
 from tests.trainers.helpers import (
     Run,
     assert_same_run,
@@ -147,8 +147,8 @@ def test_text_encoders_that_learn_are_saved_and_resumed(subject: Subject, tmp_pa
     assert_same_run(stopped, whole)
     begun: list[dict[str, Tensor]] = []
 
-    def look(trainer: RecordedFineTune) -> None:
-        begun.append({name: value.clone() for name, value in trainer.learned.state().items()})
+    def look(trainer: Recorded) -> None:
+        begun.append({name: value.clone() for name, value in trainer.trainables.state().items()})
 
     subject.finetune(tmp_path / "again", **{**values, **subject.after(whole.file), "max_train_steps": 1}, before=look)
     ended = whole.trainer.trainables.state()
@@ -164,8 +164,8 @@ def test_other_formats_hold_the_same(subject: Subject, tmp_path: Path) -> None:
     for kind in ("ckpt", "diffusers", "diffusers_safetensors"):
         begun: list[dict[str, Tensor]] = []
 
-        def look(trainer: RecordedFineTune, begun: list[dict[str, Tensor]] = begun) -> None:
-            begun.append({name: value.clone() for name, value in trainer.learned.state().items()})
+        def look(trainer: Recorded, begun: list[dict[str, Tensor]] = begun) -> None:
+            begun.append({name: value.clone() for name, value in trainer.trainables.state().items()})
 
         folder = tmp_path / kind
         subject.finetune(folder, max_train_steps=1, save_model_as=kind)
@@ -215,8 +215,8 @@ def test_saved_model_is_what_was_trained(subject: Subject, tmp_path: Path) -> No
     first = subject.finetune(tmp_path / "first", max_train_steps=2)
     begun: list[dict[str, Tensor]] = []
 
-    def look(trainer: RecordedFineTune) -> None:
-        begun.append({name: value.clone() for name, value in trainer.learned.state().items()})
+    def look(trainer: Recorded) -> None:
+        begun.append({name: value.clone() for name, value in trainer.trainables.state().items()})
 
     again = subject.finetune(tmp_path / "again", **subject.after(first.file), max_train_steps=1, before=look)
     ended = first.trainer.trainables.state()
@@ -246,11 +246,11 @@ def test_file_says_what_it_is(subject: Subject, tmp_path: Path) -> None:
 def test_what_does_not_learn_stays(subject: Subject, tmp_path: Path) -> None:
     frozen: dict[str, Tensor] = {}
 
-    def others(trainer: RecordedFineTune) -> dict[str, Tensor]:
+    def others(trainer: Recorded) -> dict[str, Tensor]:
         models = {"vae": trainer.models.vae, **trainer.models.encoders}
         return {f"{n}.{k}": v for n, m in models.items() if m is not None for k, v in m.state_dict().items()}
 
-    def look(trainer: RecordedFineTune) -> None:
+    def look(trainer: Recorded) -> None:
         frozen.update({name: value.clone() for name, value in others(trainer).items()})
 
     run = subject.finetune(tmp_path, max_train_steps=2, before=look)

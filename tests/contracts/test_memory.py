@@ -109,7 +109,8 @@ def one_step(run: Run, *, micro_batches: int = 1) -> tuple[float, list[Tensor | 
     trainer = run.trainer
     trainer.updates.zero_gradients()
     plans = trainer.data.plan_epoch(1)[:micro_batches]
-    total = trainer.gradients_of([trainer.data.load(plan, step=0) for plan in plans], 0)
+    batches = [trainer.data.load(plan, step=0) for plan in plans]
+    total = trainer.step.gradients(batches, trainer.position.step)
     return float(total), [None if p.grad is None else p.grad.clone() for p in trainer.trainables.parameters()]
 
 

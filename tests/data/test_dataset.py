@@ -30,7 +30,7 @@ from library.data.plan import BatchPlan, Shuffle, each_shape, regularisation_rep
 from library.data.records import BucketRules, CaptionRules, DatasetConfig, ImageRules, Sample, SubsetConfig
 from library.errors import EXIT_PROCESS_DIED, ProcessDied, UserError
 from library.rng import derive_seed, python_rng
-from library.trainers.plan import share_of
+from library.trainers.run_plan import share_of
 from library.types import Batch, Cond
 
 BUCKETS = BucketRules((64, 64), enable_bucket=True, min_bucket_reso=32, max_bucket_reso=128, bucket_reso_steps=16)

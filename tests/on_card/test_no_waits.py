@@ -19,6 +19,7 @@ from library.trainers.tracking import Trackers
 from library.trainers.trainer import Trainer
 from library.types import Batch
 from tests.contracts.test_families import CASES
+from tests.trainers.helpers import Recorded
 from tests.trainers.wait_cases import MASKED, RUNS, Ground, WaitCase, run_watched
 
 pytestmark = pytest.mark.gpu
@@ -26,7 +27,7 @@ FP16 = {"mixed_precision": "fp16"}
 
 
 class Forbidding(Trainer):
-    """Mixed into a trainer: from a step on, with all that comes between steps, the host must not wait."""
+    """A loop in which the host must not wait from the first step on, nor between steps."""
 
     def train_step(self, batches: Sequence[Batch]) -> None:
         assert all(batch.loss_weights.is_pinned() for batch in batches)  # by the loader
@@ -43,8 +44,10 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Ground:
     return Ground(tmp_path_factory.mktemp("waits"))
 
 
-def run(case: WaitCase, ground: Ground, output: Path, watching: type = Forbidding, **more: Any) -> None:
-    trainer = run_watched(watching, case, {**ground.values(case, output), **more})
+def run(
+    case: WaitCase, ground: Ground, output: Path, before: Callable[[Recorded], None] | None = None, **more: Any
+) -> None:  # fmt: skip
+    trainer = run_watched(Forbidding, case, {**ground.values(case, output), **more}, before=before)
     assert trainer.device.type == "cuda" and trainer.position.step == 2
 
 
@@ -88,16 +91,13 @@ def test_fp16_with_other_optimizers_waits_in_the_scaler(small: Ground, tmp_path:
     assert "grad_scaler.py" in {entry.path.name for entry in caught.traceback[-3:] if isinstance(entry.path, Path)}
 
 
-class Halved(Forbidding):
+def halve(trainer: Recorded) -> None:
     """As after a step that did not fit: one sample at a time."""
-
-    def build_optimizer(self) -> None:
-        super().build_optimizer()
-        self.memory.most_samples = 1
+    trainer.memory.most_samples = 1
 
 
 @pytest.mark.parametrize("name", ["sd1", "flux", "lumina"])
 def test_batches_in_parts(name: str, small: Ground, tmp_path: Path) -> None:
     """Cached texts of several lengths, each part cut to its own."""
     cached = {"cache_text_encoder_outputs": True, "network_train_unet_only": True}
-    run(WaitCase(name, {**MASKED.get(name, {}), **cached}), small, tmp_path, Halved)
+    run(WaitCase(name, {**MASKED.get(name, {}), **cached}), small, tmp_path, before=halve)

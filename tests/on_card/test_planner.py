@@ -12,19 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from library.cli import METHODS, guarded, load_attribute
-from library.families.registry import FAMILIES
+from library.cli import guarded
 from library.memory.choice import MemoryChoice
 from library.memory.estimate import CUDA_CONTEXT, predict
-from library.memory.options import GIB
-from library.options import resolve
-from library.planner.planning import case_of
-from library.trainers.trainer import Trainer
+from library.memory.options import GIB, MemoryOptions
+from library.optim.optimizers import choose_optimizer
+from library.planner.case import case_of
+from library.planner.planned import Planned
+from library.trainers.stages import as_planned
 from tests.families import flux, lumina, sd, sd3, sdxl
-from tests.trainers.helpers import argv, make_pictures, settle, subset, write_dataset
+from tests.trainers.helpers import Recorded, make_pictures, make_trainer, planned_of, settle, subset, write_dataset
 
 pytestmark = pytest.mark.gpu
 
@@ -79,21 +78,16 @@ class Ground:
         self.plain = write_dataset(folder / "plain.toml", shown)
         self.controlled = write_dataset(folder / "controlled.toml", {**shown, "conditioning_data_dir": str(controls)})
 
-    def trainer(self, job: Job, folder: Path, **values: Any) -> Trainer:
-        """The trainer of the method's script; `values` stand above the job's options."""
-        case, (path, options) = CASES[job.case], METHODS[job.method]
+    def trainer(self, job: Job, folder: Path, **values: Any) -> Recorded:
+        """The run of the method's script; `values` stand above the job's options."""
+        case = CASES[job.case]
         if job.case not in self.models:
             make = case.make_deep or case.make  # with blocks enough to swap
             self.models[job.case] = make(self.folder / job.case)
         data = self.controlled if job.method == "lllite" else self.plain
         own = {**OF_RUN, **OF_METHOD[job.method], **self.models[job.case], **case.options, **job.options,
                "dataset_config": data, "output_dir": folder, **values}  # fmt: skip
-        AcceleratorState._reset_state(reset_partial_state=True)  # it keeps precision for the life of a process
-        entry = FAMILIES[case.family]
-        found = resolve(options, entry.option_groups, argv(own), prog="test").options
-        trainer = load_attribute(path)(load_attribute(entry.path)(found.model), found)
-        assert isinstance(trainer, Trainer)
-        return trainer
+        return make_trainer(own, family=case.family, method=job.method)
 
 
 @pytest.fixture(scope="module")
@@ -112,12 +106,12 @@ def test_the_plan_is_that_of_the_cpu(
     trainer = ground.trainer(JOBS[name], tmp_path, plan=True, vram_budget="8GB")
     with sdpa_kernel(SDPBackend.MATH):
         assert trainer.run() == 0
-        assert trainer.device == torch.device("cuda:0")
-        trainer.options = replace(trainer.options, memory=replace(trainer.options.memory, plan=False))
-        on_card = case_of(trainer)
-        trainer.device = torch.device("cpu")
-        on_cpu = case_of(trainer)
-    printed = capsys.readouterr().out
+        printed = capsys.readouterr().out
+        planned = planned_of(trainer)
+        assert planned.device == torch.device("cuda:0")
+        memory = replace(planned.memory, plan=False)
+        cards = [of_device(trainer, memory, device) for device in (planned.device, torch.device("cpu"))]
+        on_card, on_cpu = map(case_of, cards)
     assert printed.startswith("predicted peak") and "--vram_budget 8.00 GB: chosen: " in printed
     for choice in CHOICES:
         found, expected = predict(on_card, choice), predict(on_cpu, choice)
@@ -125,6 +119,14 @@ def test_the_plan_is_that_of_the_cpu(
     assert on_card.weights == on_cpu.weights
     assert on_card.fixed == replace(on_cpu.fixed, context=CUDA_CONTEXT)
     assert on_card.has_host and not on_cpu.has_host
+
+
+def of_device(trainer: Recorded, memory: MemoryOptions, device: torch.device) -> Planned:
+    """The run as the planner sees it, on a device."""
+    method = trainer.method
+    batch = planned_of(trainer).batch
+    optimizer = choose_optimizer(method.options.optimizer)
+    return replace(as_planned(method, method.learning(), optimizer, batch, device=device), memory=memory)
 
 
 WAYS: tuple[dict[str, Any], ...] = ({"vram_budget": "8GB"}, {"blocks_to_swap": "auto", "activation_budget": "auto"})

@@ -11,19 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
-from library.cli import METHODS, load_attribute
-from library.families.registry import FAMILIES
-from library.options import resolve
 from tests.families import flux, lumina, sd, sd3, sdxl
 from tests.families.base import Case
 from tests.trainers.finetune_runs import finetune
 from tests.trainers.helpers import (
     Run,
-    argv,
     assert_same_run,
     make_pictures,
+    make_trainer,
     settle,
     subset,
     train,
@@ -236,10 +232,7 @@ def test_other_methods(method: str, model: Make, pictures: Path, tmp_path: Path)
         "max_data_loader_n_workers": 0,
         "dataset_config": write_dataset(tmp_path / "data.toml", subset(pictures, **controls)),
     }  # fmt: skip
-    AcceleratorState._reset_state(reset_partial_state=True)
-    entry, (path, options_type) = FAMILIES[values.pop("family")], METHODS[method]
-    options = resolve(options_type, entry.option_groups, argv(values), prog="test").options
-    trainer = load_attribute(path)(load_attribute(entry.path)(options.model), options)
+    trainer = make_trainer(values, family=values.pop("family"), method=method)
     assert trainer.run() == 0 and trainer.device.type == "cuda"
     settle()
     assert "x" in [path.stem for path in (tmp_path / "out").iterdir()]

@@ -3,24 +3,15 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
-from torch import Tensor
 
-from library.cli import EXIT_STOPPED, METHODS, load_attribute
-from library.families.registry import FAMILIES
+from library.cli import EXIT_STOPPED
 from library.io.state import newest_state
-from library.options import resolve
-from library.trainers.finetune import FineTuneTrainer
-from library.trainers.guards import StepReport
-from library.trainers.tracking import Trackers
-from library.types import Batch
-from tests.trainers.helpers import Adapters, Run, WatchedStep, argv, settle
+from tests.trainers.helpers import Adapters, Recorded, Run, make_trainer, settle
 
 DEFAULTS: dict[str, Any] = {
     "output_name": "x",
@@ -32,65 +23,16 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-class RecordedFineTune(FineTuneTrainer):
-    """The trainer of the scripts, with what the tests look at kept."""
-
-    interrupt_in: int | None = None  # optimizer step, from 1
-    keep_gradients = False
-    before: Callable[[RecordedFineTune], None] | None = None  # looks at the trainer right before the first step
-    each_step: Callable[[RecordedFineTune], None] | None = None  # ... and right after each optimizer step
-
-    def run(self) -> int:
-        self.reports: list[StepReport] = []
-        self.gradients: list[dict[str, Tensor]] = []  # of each optimizer step before clipping
-        return super().run()
-
-    def restore(self) -> None:
-        super().restore()
-        if self.before is not None:
-            self.before(self)
-
-    def build_optimizer(self) -> None:
-        super().build_optimizer()
-        self.step = WatchedStep(**vars(self.step), seen=self.look_at_gradients)
-
-    def gradients_of(self, batches: Sequence[Batch], first_micro_step: int) -> Tensor:
-        return self.step.gradients(batches, first_micro_step, self.position.step)
-
-    def look_at_gradients(self, batches: Sequence[Batch]) -> None:
-        if self.keep_gradients:
-            own = self.learned.learning_parameters()
-            self.gradients.append({name: p.grad.clone() for name, p in own.items() if p.grad is not None})
-
-    def report(self, reports: Sequence[StepReport], trackers: Trackers) -> None:
-        self.reports += reports
-        super().report(reports, trackers)
-
-    def after_step(self) -> dict[str, float | Tensor]:
-        found = super().after_step()
-        if self.each_step is not None:
-            self.each_step(self)
-        if self.position.step + 1 == self.interrupt_in:
-            signal.raise_signal(signal.SIGINT)
-        return found
-
-
-def make_finetune(
-    values: Mapping[str, Any], *, family: str, method: str = "finetune",
-    cls: type[RecordedFineTune] = RecordedFineTune,
-) -> RecordedFineTune:  # fmt: skip
-    """The trainer for these options."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    entry = FAMILIES[family]
-    options = resolve(METHODS[method][1], entry.option_groups, argv(values), prog="test").options
-    return cls(load_attribute(entry.path)(options.model), options)
+def make_finetune(values: Mapping[str, Any], *, family: str, method: str = "finetune") -> Recorded:
+    """The run for these options."""
+    return make_trainer(values, family=family, method=method)
 
 
 def finetune(
     dataset: Path | None, folder: Path, *, family: str, method: str = "finetune",
     interrupt_in: int | None = None, keep_gradients: bool = False,
-    before: Callable[[RecordedFineTune], None] | None = None,
-    each_step: Callable[[RecordedFineTune], None] | None = None, **values: Any,
+    before: Callable[[Recorded], None] | None = None,
+    each_step: Callable[[Recorded], None] | None = None, **values: Any,
 ) -> Run:  # fmt: skip
     """One run; `values` stand above DEFAULTS. Errors come as the exceptions that the script turns into lines."""
     given = {**DEFAULTS, "dataset_config": dataset, "output_dir": folder, **values}
@@ -99,7 +41,7 @@ def finetune(
     trainer.before, trainer.each_step = before, each_step
     code = trainer.run()
     settle()
-    return Run(trainer, code, folder)  # type: ignore[arg-type]
+    return Run(trainer, code, folder)
 
 
 def finetune_with_stop(dataset: Path, folder: Path, stop: int, **values: Any) -> Run:

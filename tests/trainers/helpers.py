@@ -8,28 +8,42 @@ import gc
 import random
 import signal
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from library.cli import EXIT_STOPPED, load_attribute
+from library.cli import EXIT_STOPPED, METHODS, load_attribute
+from library.data.dataset import TrainingData
 from library.families.registry import FAMILIES
 from library.io.state import StateParts, load_state, newest_state
+from library.learning import Models, Trainables
 from library.options import resolve
+from library.planner.planned import Planned
 from library.rng import derive_seed
+from library.stopping import StopRequest
+from library.trainers.checks import check
 from library.trainers.guards import StepReport
-from library.trainers.network import NetworkTrainer
-from library.trainers.options import NetworkTrainerOptions
-from library.trainers.step import Step
+from library.trainers.memory import Memory
+from library.trainers.method import Method
+from library.trainers.methods.finetune import LearningModels
+from library.trainers.run import run
+from library.trainers.run_plan import RunPlan
+from library.trainers.saving import Saver
+from library.trainers.stages import Checked, Running, Start, schedule
+from library.trainers.step import Pass, Step
 from library.trainers.tracking import Trackers
-from library.types import Batch
+from library.trainers.trainer import Trainer
+from library.trainers.updates import Updates
+from library.trainers.validation import Validation
+from library.types import Batch, Position
 
 Adapters = dict[str, Tensor]  # keys and values of a LoRA file
 
@@ -104,48 +118,170 @@ class WatchedStep(Step):
 
     seen: Callable[[Sequence[Batch]], None] = lambda batches: None
 
-    def gradients(self, batches: Sequence[Batch], first_micro_step: int, step: int) -> Tensor:
-        total = super().gradients(batches, first_micro_step, step)
+    def gradients(self, batches: Sequence[Batch], step: int) -> Tensor:
+        total = super().gradients(batches, step)
         self.seen(batches)
         return total
 
 
-class Recorded(NetworkTrainer):
-    """The trainer of the script, with its step reports kept, and a Ctrl-C of its own in a chosen step."""
+class Recorded:
+    """A run as its script starts it, with what the tests look at kept, and a Ctrl-C of its own in a chosen step.
 
-    interrupt_in: int | None = None  # optimizer step, from 1
-    keep_gradients = False
-    each_step: Callable[[Recorded], None] | None = None  # looks at the trainer right after each optimizer step
+    Here alone is known where the parts of a run are.
+    """
 
-    def run(self) -> int:
+    def __init__(self, method: Method[Any], loop: type[Trainer] = Trainer, **attributes: Any) -> None:
+        """loop: the class of the training loop. attributes: set on it."""
+        self.method, self.loop_class, self.attributes = method, loop, attributes
+        self.interrupt_in: int | None = None  # optimizer step, from 1
+        self.keep_gradients = False
+        self.before: Callable[[Any], None] | None = None  # looks at the run right before its first step
+        self.each_step: Callable[[Any], None] | None = None  # ... and right after each optimizer step
         self.reports: list[StepReport] = []
         self.gradients: list[dict[str, Tensor]] = []  # of each optimizer step before clipping, by the keys of the file
-        return super().run()
+        self.captions: list[str] = []  # of all batches
+        self.loop: Any = None
 
-    def build_optimizer(self) -> None:
-        super().build_optimizer()
-        self.step = WatchedStep(**vars(self.step), seen=self.look_at_gradients)
+    def run(self) -> int:
+        """The exit code. Errors come as the exceptions that the script turns into lines."""
+        return run(self.method, StopRequest(), self.start)
 
-    def gradients_of(self, batches: Sequence[Batch], first_micro_step: int) -> Tensor:
-        return self.step.gradients(batches, first_micro_step, self.position.step)
+    def start(self, running: Running, start: Start) -> Trainer:
+        """The loop, with its reports kept."""
+
+        def report(loop: Any, reports: Sequence[StepReport], trackers: Trackers) -> None:
+            self.reports += reports
+            self.loop_class.report(loop, reports, trackers)
+
+        cls = type("Loop", (self.loop_class,), {"report": report, **self.attributes})
+        self.loop = cls(self.watched(running), start)
+        if self.before is not None:
+            self.before(self)
+        return self.loop
+
+    def watched(self, running: Running) -> Running:
+        """The same run, of which this object sees the gradients and the ends of steps."""
+        after_step = running.trainables.after_step
+
+        def look() -> dict[str, float | Tensor]:
+            found = after_step()
+            if self.each_step is not None:
+                self.each_step(self)
+            if self.position.step + 1 == self.interrupt_in:
+                signal.raise_signal(signal.SIGINT)
+            return found
+
+        trainables = replace(running.trainables, after_step=look)
+        forward = replace(running.step.forward, trainables=trainables)
+        step = WatchedStep(**{**vars(running.step), "forward": forward}, seen=self.look_at_gradients)
+        return replace(running, trainables=trainables, step=step)
 
     def look_at_gradients(self, batches: Sequence[Batch]) -> None:
+        self.captions += [caption for batch in batches for caption in batch.captions]
         if self.keep_gradients:
-            layers = self.network.named_layers().items()  # type: ignore[attr-defined]
-            own = {f"{name}.{part}": p for name, layer in layers for part, p in layer.named_tensors().items()}
-            self.gradients.append({key: p.grad.clone() for key, p in own.items() if p.grad is not None})
+            own = self.learning_tensors()
+            self.gradients.append({name: p.grad.clone() for name, p in own.items() if p.grad is not None})
 
-    def report(self, reports: Sequence[StepReport], trackers: Trackers) -> None:
-        self.reports += reports
-        super().report(reports, trackers)
+    def learning_tensors(self) -> dict[str, nn.Parameter]:
+        """Key in the file -> the weight that learns."""
+        module: Any = self.trainables.module
+        if isinstance(module, LearningModels):
+            return module.learning_parameters()
+        if isinstance(module, nn.ModuleDict):  # rows of token embeddings
+            return {name: rows.weight for name, rows in module.items()}
+        if self.method.learning().conditioned:
+            return {name.removeprefix("layers."): p for name, p in module.named_parameters()}
+        layers = module.named_layers().items()
+        return {f"{name}.{part}": p for name, layer in layers for part, p in layer.named_tensors().items()}
 
-    def after_step(self) -> dict[str, float | Tensor]:
-        found = super().after_step()
-        if self.each_step is not None:
-            self.each_step(self)
-        if self.position.step + 1 == self.interrupt_in:
-            signal.raise_signal(signal.SIGINT)
-        return found
+    # ---- where things are
+
+    @property
+    def running(self) -> Running:
+        return self.loop.running
+
+    @property
+    def checked(self) -> Checked:
+        return self.running.loaded.scheduled.checked
+
+    @property
+    def family(self) -> Any:
+        return self.method.family
+
+    @property
+    def options(self) -> Any:
+        return self.method.options
+
+    @property
+    def learning(self) -> frozenset[str]:
+        return self.method.learning().parts
+
+    @property
+    def device(self) -> torch.device:
+        return self.checked.processes.device
+
+    @property
+    def accelerator(self) -> Accelerator:
+        return self.checked.processes.accelerator
+
+    @property
+    def plan(self) -> RunPlan:
+        return self.running.loaded.scheduled.plan
+
+    @property
+    def models(self) -> Models:
+        return self.running.loaded.models
+
+    @property
+    def data(self) -> TrainingData:
+        return self.running.loaded.data
+
+    @property
+    def objective(self) -> Any:
+        """The family's, without what is around it."""
+        return self.running.loaded.objective.inner  # type: ignore[attr-defined]
+
+    @property
+    def trainables(self) -> Trainables:
+        return self.running.trainables
+
+    @property
+    def network(self) -> Any:
+        return self.trainables.module
+
+    @property
+    def memory(self) -> Memory:
+        return self.running.memory
+
+    @property
+    def updates(self) -> Updates:
+        return self.running.updates
+
+    @property
+    def step(self) -> Step:
+        return self.running.step
+
+    @property
+    def forward(self) -> Pass:
+        return self.running.step.forward
+
+    @property
+    def validation(self) -> Validation:
+        return self.running.validation
+
+    @property
+    def position(self) -> Position:
+        return self.loop.position
+
+    @property
+    def saver(self) -> Saver:
+        return self.loop.saver
+
+
+def planned_of(trainer: Recorded) -> Planned:
+    """What the planner is told of a run."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return schedule(check(trainer.method, StopRequest())).planned
 
 
 @dataclass(frozen=True)
@@ -199,13 +335,22 @@ def argv(values: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def make_trainer(values: Mapping[str, Any], *, family: str = "sd", cls: type[Recorded] = Recorded) -> Recorded:
-    """The trainer of `train_network.py` for these options."""
+def make_method(method: str, values: Mapping[str, Any], *, family: str) -> Method[Any]:
+    """The method of a script, for these options."""
     # accelerate keeps precision and processes for the life of a process
     AcceleratorState._reset_state(reset_partial_state=True)
+    path, options_type = METHODS[method]
     entry = FAMILIES[family]
-    options = resolve(NetworkTrainerOptions, entry.option_groups, argv(values), prog="test").options
-    return cls(load_attribute(entry.path)(options.model), options)
+    options = resolve(options_type, entry.option_groups, argv(values), prog="test").options
+    return load_attribute(path)(load_attribute(entry.path)(options.model), options)
+
+
+def make_trainer(
+    values: Mapping[str, Any], *, family: str = "sd", method: str = "network", loop: type[Trainer] = Trainer,
+    **attributes: Any,
+) -> Recorded:  # fmt: skip
+    """The run of a script, `train_network.py` by default. loop, attributes: as `Recorded` has them."""
+    return Recorded(make_method(method, values, family=family), loop, **attributes)
 
 
 def train(

@@ -7,8 +7,7 @@ import logging
 import shutil
 import signal
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,30 +15,23 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate.state import AcceleratorState
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from library.cli import EXIT_STOPPED, load_attribute
+from library.cli import EXIT_STOPPED
 from library.errors import UserError
-from library.families.registry import FAMILIES
-from library.io.state import load_state, newest_state
-from library.options import resolve
-from library.trainers.control_net_lllite import LLLiteTrainer
-from library.trainers.control_net_lllite_options import LLLiteTrainerOptions
-from library.trainers.guards import StepReport
+from library.io.state import newest_state
 from library.types import Batch
 from tests.families import sdxl
 from tests.trainers import child
 from tests.trainers.helpers import (
     Adapters,
-    WatchedStep,
-    argv,
+    Run,
     assert_same_run,
     differing,
     make_pictures,
+    make_trainer,
     micro_generator,
     settle,
     subset,
@@ -65,73 +57,14 @@ PATHS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn2.to_q")
 # ---- runs of the script -------------------------------------------------------------------------------------------
 
 
-class Recorded(LLLiteTrainer):
-    """The trainer of the script, with its step reports kept, and a Ctrl-C of its own in a chosen step."""
-
-    interrupt_in: int | None = None  # optimizer step, from 1
-
-    def run(self) -> int:
-        self.reports: list[StepReport] = []
-        self.gradients: list[dict[str, Tensor]] = []  # of each optimizer step before clipping, by the keys of the file
-        return super().run()
-
-    def build_optimizer(self) -> None:
-        super().build_optimizer()
-        self.step = WatchedStep(**vars(self.step), seen=self.look_at_gradients)
-
-    def look_at_gradients(self, batches: Sequence[Batch]) -> None:
-        named = self.network.named_parameters()
-        self.gradients.append({k.removeprefix("layers."): p.grad.clone() for k, p in named if p.grad is not None})
-
-    def report(self, reports: Any, trackers: Any) -> None:
-        self.reports += reports
-        super().report(reports, trackers)
-
-    def after_step(self) -> dict[str, float | Tensor]:
-        if self.position.step + 1 == self.interrupt_in:
-            signal.raise_signal(signal.SIGINT)
-        return super().after_step()
-
-
-@dataclass(frozen=True)
-class Run:
-    trainer: Recorded
-    code: int
-    folder: Path
-
-    @property
-    def losses(self) -> list[float]:
-        return [report.loss for report in self.trainer.reports]
-
-    @property
-    def file(self) -> Path:
-        return self.folder / "x.safetensors"
-
-    @property
-    def weights(self) -> Adapters:
-        return load_file(self.file)
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        with safe_open(self.file, "pt") as file:
-            return dict(file.metadata())
-
-    @property
-    def state(self) -> Any:
-        return load_state(self.folder / "x-state")
-
-
 def control_train(
     model: Path, dataset: Path | None, folder: Path, *, interrupt_in: int | None = None, family: str = "sd",
     **values: Any,
 ) -> Run:  # fmt: skip
     """One run of the script; errors come as the exceptions that it turns into lines."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    entry = FAMILIES[family]
     own = {"pretrained_model_name_or_path": model, "dataset_config": dataset, "output_dir": folder}
-    words = argv({**DEFAULTS, **own, **values})
-    options = resolve(LLLiteTrainerOptions, entry.option_groups, words, prog="test").options
-    trainer = Recorded(load_attribute(entry.path)(options.model), options)
+    trainer = make_trainer({**DEFAULTS, **own, **values}, family=family, method="lllite")
+    trainer.keep_gradients = True
     trainer.interrupt_in = interrupt_in
     code = trainer.run()
     settle()

@@ -24,7 +24,7 @@ from library.options import resolve
 from tests.families import sdxl
 from tests.script_runner import run_script
 from tests.tiny import make_tiny_sd
-from tests.trainers.finetune_runs import RecordedFineTune, finetune
+from tests.trainers.finetune_runs import Recorded, finetune
 from tests.trainers.helpers import Run, argv, differing, make_pictures, micro_generator, subset, write_dataset
 
 Weights = list[dict[str, Tensor]]
@@ -34,7 +34,7 @@ def dreambooth(dataset: Path, folder: Path, model: Path, **values: Any) -> Run:
     return finetune(dataset, folder, family="sd", method="dreambooth", pretrained_model_name_or_path=model, **values)
 
 
-def encoder_weights(trainer: RecordedFineTune) -> dict[str, Tensor]:
+def encoder_weights(trainer: Recorded) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in trainer.models.encoders["clip"].state_dict().items()}
 
 

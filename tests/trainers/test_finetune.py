@@ -17,10 +17,10 @@ from library.families.registry import FAMILIES
 from library.optim.bf16 import Bf16Optimizer
 from library.optim.ema import warm_decay
 from library.options import Resolved, resolve
-from library.trainers.finetune_options import FineTuneTrainerOptions
+from library.trainers.methods.finetune_options import FineTuneTrainerOptions
 from tests.families import sd3
-from tests.trainers.finetune_runs import RecordedFineTune, finetune, make_finetune, open_adapters
-from tests.trainers.helpers import argv, make_pictures, micro_generator, subset, train, write_dataset
+from tests.trainers.finetune_runs import Recorded, finetune, open_adapters
+from tests.trainers.helpers import argv, make_method, make_pictures, micro_generator, subset, train, write_dataset
 
 HALF: dict[str, Any] = {"mixed_precision": "bf16", "full_bf16": True}
 
@@ -69,11 +69,11 @@ def test_text_encoders_learn_as_the_literal_reference(
 def test_each_part_has_its_rate_and_the_rest_stays(sd3_model: dict[str, Any], one_batch: Path, tmp_path: Path) -> None:
     before: dict[str, dict[str, Tensor]] = {}
 
-    def models(trainer: RecordedFineTune) -> dict[str, Any]:
+    def models(trainer: Recorded) -> dict[str, Any]:
         blocks = list(trainer.family.blocks(trainer.models.denoiser))
         return {"first block": blocks[0], "last block": blocks[-1], **trainer.models.encoders}
 
-    def look(trainer: RecordedFineTune) -> None:
+    def look(trainer: Recorded) -> None:
         for name, module in models(trainer).items():
             before[name] = {key: value.clone() for key, value in module.state_dict().items()}
 
@@ -140,8 +140,8 @@ def test_previews_validation_and_saves_change_nothing(sd1: Path, ground: Path, t
 def test_saved_weights_are_the_moving_average(sd1: Path, one_batch: Path, tmp_path: Path) -> None:
     seen: list[dict[str, Tensor]] = []
 
-    def look(trainer: RecordedFineTune) -> None:
-        seen.append({name: value.clone() for name, value in trainer.learned.state().items()})
+    def look(trainer: Recorded) -> None:
+        seen.append({name: value.clone() for name, value in trainer.trainables.state().items()})
 
     run = finetune(
         one_batch, tmp_path, family="sd", pretrained_model_name_or_path=sd1, max_train_steps=3, ema_decay=0.8,
@@ -153,7 +153,7 @@ def test_saved_weights_are_the_moving_average(sd1: Path, one_batch: Path, tmp_pa
         decay = warm_decay(0.8, step)
         average = decay * average + (1 - decay) * weights[f"denoiser.{name}"]
     torch.testing.assert_close(run.weights["model.diffusion_model.input_blocks.0.0.weight"], average)
-    assert torch.equal(run.trainer.learned.state()[f"denoiser.{name}"], seen[-1][f"denoiser.{name}"])
+    assert torch.equal(run.trainer.trainables.state()[f"denoiser.{name}"], seen[-1][f"denoiser.{name}"])
 
 
 @pytest.mark.parametrize(("asked", "kept"), [(None, 0), ("kahan", 2), ("plain", None)])
@@ -208,7 +208,7 @@ def test_bf16_update_goes_with_full_bf16() -> None:
 @pytest.mark.parametrize("family", ["flux", "sd3", "lumina"])
 def test_the_one_format_answers_for_all(family: str, caplog: pytest.LogCaptureFixture) -> None:
     for kind in ("ckpt", "diffusers", "diffusers_safetensors", "safetensors", None):
-        trainer = make_finetune({**GIVEN, "save_model_as": kind}, family=family)
+        trainer = make_method("finetune", {**GIVEN, "save_model_as": kind}, family=family)
         assert (trainer.format, trainer.extension) == ("safetensors", ".safetensors")
         with caplog.at_level("INFO", "trainyard"):
             trainer.check_format()
@@ -235,7 +235,7 @@ def test_the_format_follows_the_input(
     (tmp_path / "model.safetensors").touch()
     for name, expected in (("model.safetensors", after_file), ("", after_folder)):
         values = {**GIVEN, "pretrained_model_name_or_path": tmp_path / name, **given}
-        assert make_finetune(values, family="sd").format == expected
+        assert make_method("finetune", values, family="sd").format == expected
 
 
 def test_options_without_effect_are_answered() -> None:
@@ -260,12 +260,12 @@ def test_steps_during_the_backward_pass_are_refused_where_they_cannot_be(values:
     for option in ({"fused_backward_pass": True}, {"blockwise_fused_optimizers": True}, {"fused_optimizer_groups": 2}):
         (name,) = option
         with pytest.raises(UserError, match=f"--{name} .*{line}"):
-            make_finetune({**GIVEN, **option, **values}, family="sd").check_in_backward()
-        make_finetune({**GIVEN, **option, "mixed_precision": "bf16"}, family="sd").check_in_backward()
+            make_method("finetune", {**GIVEN, **option, **values}, family="sd").check_in_backward()
+        make_method("finetune", {**GIVEN, **option, "mixed_precision": "bf16"}, family="sd").check_in_backward()
 
 
 def test_steps_during_the_backward_pass_need_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = make_finetune({**GIVEN, "fused_backward_pass": True}, family="sd")
+    trainer = make_method("finetune", {**GIVEN, "fused_backward_pass": True}, family="sd")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="--fused_backward_pass works in one process only"):
         trainer.check_in_backward()

@@ -15,8 +15,7 @@ from torch import nn
 
 from library.cli import EXIT_DIVERGED, guarded
 from library.errors import StopTraining, UserError
-from library.trainers.guards import MOST_SKIPS, MovingAverage, StepReader
-from library.trainers.trainables import GradientWatch
+from library.trainers.guards import MOST_SKIPS, GradientWatch, MovingAverage, StepReader
 from tests.trainers.helpers import differing, make_pictures, subset, train, write_dataset
 
 

@@ -18,7 +18,7 @@ from library.errors import UserError
 from library.families.registry import FAMILIES
 from library.optim.optimizers import choose_optimizer
 from library.options import Resolved, resolve
-from library.trainers.preparation import check_schedule
+from library.trainers.checks import check_schedule
 from tests.trainers.helpers import make_pictures
 from tools.make_options_doc import SCRIPTS
 

@@ -12,22 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from library.cli import METHODS, guarded, load_attribute
+from library.cli import guarded
 from library.errors import UserError
 from library.families.lumina.model import Lumina
-from library.families.registry import FAMILIES
 from library.io.state import load_state, newest_state
 from library.memory.compiling import missing_compiler
-from library.options import resolve
-from library.planner.planning import plan_memory
-from library.trainers.guards import StepReport
-from library.trainers.tracking import Trackers
-from library.trainers.trainer import Trainer
+from library.planner.memory_plan import plan_memory
 from tests.families import flux, lumina, sd, sd3, sdxl
 from tests.families.base import Case
 from tests.script_runner import run_script
@@ -42,6 +36,7 @@ from tests.trainers.helpers import (
     differing,
     make_pictures,
     make_trainer,
+    planned_of,
     settle,
     subset,
     train,
@@ -118,7 +113,7 @@ def test_what_is_chosen_suits_the_adapters(
     values = {**DEFAULTS, **{name: value for name, value in deep.items() if name != "family"}, **LORA, **own}
     trainer = make_trainer({**values, "plan": True}, family="flux")
     assert trainer.run() == 0
-    choices = [option.choice for option in plan_memory(trainer).options]
+    choices = [option.choice for option in plan_memory(planned_of(trainer)).options]
     assert {choice.hoist for choice in choices} == ({False} if "dora_wd=True" in args else {False, True})
     assert ({choice.blocks_to_swap for choice in choices} == {0}) == ("dora_wd=True" not in args)
 
@@ -296,25 +291,22 @@ def test_killed_while_everything_is_on(sd1: Path, dataset: Path, tmp_path: Path)
 # ---- out of memory --------------------------------------------------------------------------------------------------
 
 
-class Failing(Trainer):
-    """Mixed into a trainer: a pass with gradient runs out of memory as long as `fails` says so."""
+def out_of_memory(fails: Callable[[Any, int], bool], values: dict[str, Any], folder: Path) -> tuple[int, Run]:
+    """The script's exit code and its run, whose passes with gradient run out of memory as long as `fails` says so.
 
-    fails: Callable[[Any, int], bool]  # this trainer, samples of the pass
+    fails: of the run and the samples of a pass.
+    """
+    trainer = make_trainer({**DEFAULTS, **values, "output_dir": folder})
 
-    def build_optimizer(self) -> None:
-        super().build_optimizer()
-        self.models.denoiser.register_forward_pre_hook(self.look, with_kwargs=True)
-
-    def look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         latents = args[0] if args else kwargs["hidden_states"]
-        if torch.is_grad_enabled() and self.fails(len(latents)):
+        if torch.is_grad_enabled() and fails(trainer, len(latents)):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
+    def before(trainer: Recorded) -> None:
+        trainer.models.denoiser.register_forward_pre_hook(look, with_kwargs=True)
 
-def out_of_memory(fails: Callable[[Any, int], bool], values: dict[str, Any], folder: Path) -> tuple[int, Run]:
-    """The script's exit code and the run of a trainer that runs out of memory."""
-    cls = type("FailingNetwork", (Failing, Recorded), {"fails": fails})
-    trainer = make_trainer({**DEFAULTS, **values, "output_dir": folder}, cls=cls)
+    trainer.before = before
     return guarded(trainer.run), Run(trainer, 0, folder)
 
 
@@ -359,22 +351,22 @@ def test_nothing_is_left_to_shrink(
     assert whole.losses == pytest.approx(plain.losses[2:], rel=1e-5)
 
 
-class SmallCard(Recorded):
-    """A card that no text encoder fits on."""
-
-    def load_encoder(self, name: str, device: str | None = None) -> nn.Module:
-        if device is None:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
-        return super().load_encoder(name, device)
-
-
 def test_an_encoder_that_does_not_fit_encodes_on_the_cpu(
     sd1: Path, dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     values = {"max_train_steps": 2, **LORA}
     plain = train(sd1, dataset, tmp_path / "plain", cache_dir=tmp_path / "one", **values)
     own = {"pretrained_model_name_or_path": sd1, "dataset_config": dataset, "output_dir": tmp_path / "small"}
-    trainer = make_trainer({**DEFAULTS, **own, "cache_dir": tmp_path / "two", **values}, cls=SmallCard)
+    trainer = make_trainer({**DEFAULTS, **own, "cache_dir": tmp_path / "two", **values})
+    load = trainer.family.load_text_encoder
+
+    def small_card(name: str, dtype: Any, device: Any, **more: Any) -> nn.Module:
+        """No text encoder fits on it; "cpu" as a word is where it is loaded then."""
+        if not isinstance(device, str):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
+        return load(name, dtype, device, **more)
+
+    trainer.family.load_text_encoder = small_card
     assert trainer.run() == 0
     settle()
     assert Run(trainer, 0, tmp_path / "small").losses == plain.losses
@@ -386,21 +378,10 @@ def test_an_encoder_that_does_not_fit_encodes_on_the_cpu(
 
 def losses_of(method: str, family: str, values: dict[str, Any]) -> list[float]:
     """The losses of a run of any method."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    path, options_type = METHODS[method]
-    entry = FAMILIES[family]
-    options = resolve(options_type, entry.option_groups, argv(values), prog="test").options
-    reports: list[StepReport] = []
-    base = load_attribute(path)
-
-    def report(self: Any, arrived: Any, trackers: Trackers) -> None:
-        reports.extend(arrived)
-        base.report(self, arrived, trackers)
-
-    trainer = type("Listened", (base,), {"report": report})(load_attribute(entry.path)(options.model), options)
+    trainer = make_trainer(values, family=family, method=method)
     assert trainer.run() == 0
     settle()
-    return [item.loss for item in reports]
+    return [report.loss for report in trainer.reports]
 
 
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -29,7 +29,6 @@ from library.trainers.guards import StepReader
 from library.trainers.trainer import Trainer
 from library.types import Batch
 from tests.contracts.test_families import CASES
-from tests.trainers.helpers import Recorded
 from tests.trainers.wait_cases import MASKED, RUNS, Ground, WaitCase, run_watched
 
 METHODS = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "cpu", "numpy", "nonzero")
@@ -99,24 +98,20 @@ def watched(patch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 class Watching(Trainer):
-    """Mixed into a trainer: collects for each step what would wait."""
+    """A loop that collects for each step what would wait."""
 
     patch: pytest.MonkeyPatch
     counted: list[list[str]]
 
-    def train_step(self, batches: Sequence[Batch], first_micro_step: int) -> None:
+    def train_step(self, batches: Sequence[Batch]) -> None:
         with watched(self.patch) as found:
-            super().train_step(batches, first_micro_step)
+            super().train_step(batches)
         self.counted.append(list(found))
-
-
-class Watched(Watching, Recorded):
-    """A network's trainer that does so."""
 
 
 def waits(case: WaitCase, ground: Ground, output: Path, patch: pytest.MonkeyPatch) -> list[list[str]]:
     """What would wait in each step of a run."""
-    return run_watched(Watching, case, ground.values(case, output), patch=patch, counted=[]).counted
+    return run_watched(Watching, case, ground.values(case, output), patch=patch, counted=[]).loop.counted
 
 
 @pytest.fixture(scope="module")

@@ -30,18 +30,11 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
     return line
 
 
-class Prepared(Recorded):
-    """A trainer that something is done to before its first step."""
-
-    before: Callable[[Any], None]
-
-    def restore(self) -> None:
-        super().restore()
-        type(self).before(self)
-
-
 def prepared(values: dict[str, Any], before: Callable[[Any], None]) -> Recorded:
-    return make_trainer({**DEFAULTS, **values}, cls=type("Own", (Prepared,), {"before": staticmethod(before)}))
+    """A run that something is done to before its first step."""
+    trainer = make_trainer({**DEFAULTS, **values})
+    trainer.before = before
+    return trainer
 
 
 def test_the_recovery_runs_out_of_memory_itself(

@@ -11,8 +11,9 @@ import pytest
 from library.data.options import DataOptions
 from library.errors import UserError
 from library.trainers.options import DistributedOptions
-from library.trainers.plan import Position, RunPlan, make_plan, share_of
+from library.trainers.run_plan import RunPlan, make_plan, share_of
 from library.trainers.settings import distributed_settings, loading_processes
+from library.types import Position
 
 
 def plan(**values: int | None) -> RunPlan:

@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -23,24 +22,22 @@ from library.errors import UserError
 from library.families.registry import FAMILIES
 from library.io.state import load_state, newest_state
 from library.options import Resolved, resolve
-from library.trainers.guards import StepReport
-from library.trainers.textual_inversion import (
+from library.trainers.methods.textual_inversion import (
     OBJECT_SENTENCES,
     STYLE_SENTENCES,
-    TextualInversionTrainer,
     check_captions,
 )
-from library.trainers.textual_inversion_options import TextualInversionOptions
-from library.types import Batch
+from library.trainers.methods.textual_inversion_options import TextualInversionOptions
 from tests.families import sd, sdxl
 from tests.tiny import make_tiny_sd
 from tests.trainers import child
 from tests.trainers.helpers import (
+    Recorded,
     Run,
-    WatchedStep,
     argv,
     assert_same_run,
     make_pictures,
+    make_trainer,
     micro_generator,
     settle,
     subset,
@@ -63,40 +60,6 @@ DEFAULTS: dict[str, Any] = {
 # ---- runs -----------------------------------------------------------------------------------------------------------
 
 
-class Recorded(TextualInversionTrainer):
-    """The trainer of the scripts, with what the tests look at kept."""
-
-    interrupt_in: int | None = None  # optimizer step, from 1
-    before: Callable[[Recorded], None] = staticmethod(lambda trainer: None)  # looks at it right before the first step
-
-    def run(self) -> int:
-        self.reports: list[StepReport] = []
-        self.gradients: list[dict[str, Tensor]] = []
-        self.captions: list[str] = []
-        return super().run()
-
-    def restore(self) -> None:
-        super().restore()
-        self.before(self)
-
-    def build_optimizer(self) -> None:
-        super().build_optimizer()
-        self.step = WatchedStep(**vars(self.step), seen=self.look_at_gradients)
-
-    def look_at_gradients(self, batches: Sequence[Batch]) -> None:
-        self.captions += [caption for batch in batches for caption in batch.captions]
-        self.gradients.append({n: r.weight.grad.clone() for n, r in self.rows.items() if r.weight.grad is not None})
-
-    def report(self, reports: Any, trackers: Any) -> None:
-        self.reports += reports
-        super().report(reports, trackers)
-
-    def after_step(self) -> dict[str, float | Tensor]:
-        if self.position.step + 1 == self.interrupt_in:
-            signal.raise_signal(signal.SIGINT)
-        return super().after_step()
-
-
 def read(family: str = "sd", **values: Any) -> Resolved:
     given = {"pretrained_model_name_or_path": "m", "dataset_config": "d.toml", "output_dir": "o", **values}
     return resolve(TextualInversionOptions, FAMILIES[family].option_groups, argv(given), prog="test")
@@ -107,15 +70,21 @@ def invert(
     before: Callable[[Recorded], None] | None = None, **values: Any,
 ) -> Run:  # fmt: skip
     """One run; `values` stand above DEFAULTS. Errors come as the exceptions that the script turns into lines."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    options = read(family, **{**DEFAULTS, "dataset_config": dataset, "output_dir": folder, **values}).options
-    trainer = Recorded(load_attribute(FAMILIES[family].path)(options.model), options)
+    given = {
+        "pretrained_model_name_or_path": "m",
+        **DEFAULTS,
+        "dataset_config": dataset,
+        "output_dir": folder,
+        **values,
+    }
+    trainer = make_trainer(given, family=family, method="textual_inversion")
+    trainer.keep_gradients = True
     trainer.interrupt_in = interrupt_in
     if before is not None:
         trainer.before = before
     code = trainer.run()
     settle()
-    return Run(trainer, code, folder)  # type: ignore[arg-type]
+    return Run(trainer, code, folder)
 
 
 def stopped(dataset: Path, folder: Path, step: int, **values: Any) -> Run:
@@ -189,7 +158,7 @@ def test_loss_and_gradient_are_those_of_resized_tables(
     start: dict[str, Tensor] = {}
 
     def look(trainer: Recorded) -> None:
-        start.update({name: value.clone() for name, value in trainer.state().items()})
+        start.update({name: value.clone() for name, value in trainer.trainables.state().items()})
 
     options = models[model]
     run = invert(words, tmp_path / "run", **options, num_vectors_per_token=3, max_train_steps=1, before=look)
@@ -225,7 +194,7 @@ def test_everything_else_stays_to_the_bit(
 
     def look(trainer: Recorded) -> None:
         before.update(weights(trainer))
-        before["rows"] = {name: value.clone() for name, value in trainer.state().items()}
+        before["rows"] = {name: value.clone() for name, value in trainer.trainables.state().items()}
 
     run = invert(
         words, tmp_path, **models[model], optimizer_args=["weight_decay=0.5"], num_vectors_per_token=2, before=look
@@ -234,8 +203,10 @@ def test_everything_else_stays_to_the_bit(
     for name, tensors in weights(trainer).items():
         assert tensors.keys() == before[name].keys()
         assert all(torch.equal(value, before[name][key]) for key, value in tensors.items()), name
-    assert all(not torch.equal(value, before["rows"][name]) for name, value in trainer.state().items())
-    assert [p.shape for p in trainer.trainables.parameters()] == [value.shape for value in trainer.state().values()]
+    assert all(not torch.equal(value, before["rows"][name]) for name, value in trainer.trainables.state().items())
+    assert [p.shape for p in trainer.trainables.parameters()] == [
+        value.shape for value in trainer.trainables.state().values()
+    ]
     assert not any(p.requires_grad for module in trainer.models.all() for p in module.parameters())
 
 
@@ -275,7 +246,7 @@ def test_rows_begin_as_asked(models: dict[str, dict[str, Any]], words: Path, tmp
     seen: list[Tensor] = []
 
     def start(**values: Any) -> Tensor:
-        look: Any = lambda trainer: seen.append(trainer.state()["clip"].clone())
+        look: Any = lambda trainer: seen.append(trainer.trainables.state()["clip"].clone())
         invert(words, tmp_path, **models["sd1"], max_train_steps=1, before=look, **values)
         return seen[-1]
 
@@ -430,10 +401,10 @@ def test_file_and_the_way_back(
     file = tmp_path / "one" / f"x.{ending}"
     saved = load_file(file) if ending == "safetensors" else torch.load(file, weights_only=True)
     assert {name: tuple(value.shape) for name, value in saved.items()} == KEYS[model]
-    own = run.trainer.state()  # type: ignore[attr-defined]
+    own = run.trainer.trainables.state()  # type: ignore[attr-defined]
     assert [torch.equal(a, b) for a, b in zip(saved.values(), (own[n] for n in (own if model == "sd1" else saved)))]
     start: dict[str, Tensor] = {}
-    look: Any = lambda trainer: start.update({n: v.clone() for n, v in trainer.state().items()})
+    look: Any = lambda trainer: start.update({n: v.clone() for n, v in trainer.trainables.state().items()})
     invert(words, tmp_path / "two", **values, weights=file, max_train_steps=1, before=look)
     assert all(torch.equal(start[name], value) for name, value in own.items())
 

@@ -434,9 +434,7 @@ def test_validation_loss_is_the_mean_over_fixed_timesteps(sd1: Path, tmp_path: P
             for t in (200, 400, 600, 800):
                 generator = torch.Generator().manual_seed(seed_of(run, index))
                 noise = torch.randn(1, 4, 8, 8, generator=generator)
-                noised = trainer.objective.inner.noised(
-                    trainer.forward.latents(batch), torch.tensor([t]), noise, seen=noise
-                )
+                noised = trainer.objective.noised(trainer.forward.latents(batch), torch.tensor([t]), noise, seen=noise)
                 losses.append(float(((trainer.forward.predict(batch)(noised) - noise) ** 2).mean()))
         assert trainer.validation.loss() == pytest.approx(sum(losses) / 8, rel=1e-5)
 

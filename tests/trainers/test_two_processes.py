@@ -21,9 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from library.errors import UserError
-from library.trainers.trainables import Trainables
 from tests.trainers import child, finetune_runs, helpers
-from tests.trainers.finetune_runs import RecordedFineTune, make_finetune
 from tests.trainers.helpers import Recorded, differing, make_pictures, make_trainer, subset, write_dataset
 
 STEPS = 2
@@ -49,25 +47,6 @@ RUNS = [
     ("single", "all, accumulation 2"),
     *(("full", way) for way in WAYS),
 ]
-
-
-class KeepsFirst:
-    """Mixed into a trainer: it keeps the weights from before the first step."""
-
-    trainables: Trainables
-    first: dict[str, Tensor]
-
-    def restore(self) -> None:
-        super().restore()  # type: ignore[misc]
-        self.first = {name: value.clone() for name, value in self.trainables.state().items()}
-
-
-class NetworkAlone(KeepsFirst, Recorded):
-    pass
-
-
-class FullAlone(KeepsFirst, RecordedFineTune):
-    pass
 
 
 @pytest.fixture(scope="module")
@@ -126,14 +105,16 @@ def alone(sd1: Path, data: Path, ground: Path) -> Alone:
     def run(method: str, accumulation: int) -> tuple[dict[str, Tensor], Result]:
         folder = ground / f"alone {method} {accumulation}"
         values = options(method, sd1, data, folder, gradient_accumulation_steps=2 * accumulation)
-        trainer: NetworkAlone | FullAlone
-        if method == "full":
-            trainer = make_finetune(values, family="sd", cls=FullAlone)
-        else:
-            trainer = make_trainer(values, cls=NetworkAlone)
+        trainer = make_trainer(values, method="finetune" if method == "full" else "network")
+        first: dict[str, Tensor] = {}
+
+        def before(trainer: Recorded) -> None:
+            first.update({name: value.clone() for name, value in trainer.trainables.state().items()})
+
+        trainer.before = before
         assert trainer.run() == 0
         losses, norms = (torch.tensor([vars(r)[name] for r in trainer.reports]) for name in ("loss", "grad_norm"))
-        return trainer.first, Result(trainer.trainables.state(), losses, norms, {})
+        return first, Result(trainer.trainables.state(), losses, norms, {})
 
     return run
 
@@ -168,4 +149,4 @@ def test_a_graph_that_changes_is_not_static(sd1: Path, data: Path, tmp_path: Pat
         make_trainer(options("joined", sd1, data, tmp_path, **given)).run()
     values = options("full", sd1, data, tmp_path, **STATIC, stop_text_encoder_training=1)
     with pytest.raises(UserError, match=r"^--ddp_static_graph .* and --stop_text_encoder_training changes them"):
-        make_finetune(values, family="sd", method="dreambooth").run()
+        make_trainer(values, method="dreambooth").run()

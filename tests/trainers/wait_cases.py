@@ -3,19 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from accelerate.state import AcceleratorState
-
-from library.cli import METHODS, load_attribute
-from library.families.registry import FAMILIES
-from library.options import resolve
 from library.trainers.trainer import Trainer
 from tests.contracts.test_families import CASES
-from tests.trainers.helpers import argv, make_pictures, settle, subset, write_dataset
+from tests.trainers.helpers import Recorded, make_pictures, make_trainer, settle, subset, write_dataset
 
 # The options with which a pass depends on how long each caption is. Chroma and Lumina have none: it always does.
 MASKED: dict[str, dict[str, Any]] = {
@@ -176,14 +171,14 @@ class Ground:
         }
 
 
-def run_watched(watching: type, case: WaitCase, values: Mapping[str, Any], **attributes: Any) -> Any:
-    """The finished trainer of the case's script, with `watching` mixed in and `attributes` set."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    path, options_type = METHODS[case.method]
-    entry = FAMILIES[CASES[case.model].family]
-    options = resolve(options_type, entry.option_groups, argv(values), prog="test").options
-    cls = type("Watched", (watching, load_attribute(path)), attributes)
-    trainer: Trainer = cls(load_attribute(entry.path)(options.model), options)
+def run_watched(
+    watching: type[Trainer], case: WaitCase, values: Mapping[str, Any], *,
+    before: Callable[[Recorded], None] | None = None, **attributes: Any,
+) -> Recorded:  # fmt: skip
+    """The finished run of the case's script, in the loop `watching`. before: looks at it before its first step."""
+    family = CASES[case.model].family
+    trainer = make_trainer(values, family=family, method=case.method, loop=watching, **attributes)
+    trainer.before = before
     assert trainer.run() == 0
     settle()
     return trainer

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +14,23 @@ from torch import Tensor, nn
 from library.data.config import load_dataset_config
 from library.device import DTYPES
 from library.errors import UserError, first_names
-from library.families.finetune_options import FineTuneOptions
 from library.io.checkpoint import CheckpointForm, extension_of, is_save_of
+from library.learning import DENOISER, Learning, Models, Trainables
 from library.log import get_logger, process_count
-from library.optim.in_backward import check_in_backward, units
+from library.memory.choice import MemoryChoice
+from library.optim.in_backward import check_in_backward
 from library.optim.optimizers import find_optimizer
-from library.trainers.finetune_options import ONE_FORMAT, FineTuneTrainerOptions
-from library.trainers.settings import trained_dtype
-from library.trainers.trainables import Trainables
-from library.trainers.trainer import Trainer
+from library.trainers.method import Method
+from library.trainers.methods.finetune_options import ONE_FORMAT, FineTuneTrainerOptions
+from library.types import Position
 
 log = get_logger()
 
 
-class FineTuneTrainer(Trainer):
+class FineTuneMethod(Method[FineTuneTrainerOptions]):
     """The family says which parts learn, each at which rate, and how a model is written."""
 
-    options: FineTuneTrainerOptions
-    project, kind = "finetuning", "Checkpoint"
-    encoders_learn = True  # until --stop_text_encoder_training
+    project = "finetuning"
 
     # ---- what learns ------------------------------------------------------------------------------------------------
 
@@ -43,61 +42,45 @@ class FineTuneTrainer(Trainer):
         rates = {name: general if rate is None else rate for name, rate in parts.items()}
         return {name: rate for name, rate in rates.items() if rate != 0}
 
-    @property
-    def learning(self) -> frozenset[str]:
-        return frozenset(self.learning_rates)
+    def learning(self) -> Learning:
+        parts, optimizer = frozenset(self.learning_rates), self.options.optimizer
+        in_backward = optimizer if optimizer.in_backward is not None else None
+        return Learning(parts, changed=parts, in_backward=in_backward, swap_options=self.options.finetune)
 
-    def before_step(self) -> None:
-        """From a given step on, text encoders stay as they are: no gradient, no decay, no momentum."""
-        until = self.options.finetune.encoders_until
-        if until is None or self.position.step < until or not self.encoders_learn:
-            return
-        self.encoders_learn = False
-        for name in self.learning - {"denoiser"}:
-            self.models.encoders[name].requires_grad_(False)
-            log.info(f"the text encoder {name} stays as it is from step {until} on")
-
-    def load_dtype(self, part: str) -> torch.dtype:
-        """Weights that learn are loaded as they will be kept: a detour over half precision would round them."""
-        return trained_dtype(self.options.precision) if part in self.learning else self.dtype
-
-    def build_trainables(self) -> Trainables:
-        models, rates = self.models, self.learning_rates
-        modules = {name: models.denoiser if name == "denoiser" else models.encoders[name] for name in rates}
-        groups: list[dict[str, Any]] = []
-        for name, rate in rates.items():
-            if name == "denoiser":
-                groups += self.family.denoiser_groups(models.denoiser, self.options.finetune, rate)
-            else:
-                groups.append({"params": [*modules[name].parameters()], "lr": rate, "name": name})
-        groups = [group for group in groups if group["params"] and group["lr"] != 0]
+    def build(self, models: Models, choice: MemoryChoice, *, files: bool = True) -> Trainables:
+        rates = self.learning_rates
+        modules = {name: models.denoiser if name == DENOISER else models.encoders[name] for name in rates}
+        groups = self.groups(modules, rates)
         if not groups:
             raise UserError("nothing learns: every block of the model has the learning rate 0")
         for group in groups:
             for parameter in group["params"]:
                 parameter.requires_grad_(True)
-        self.learned = LearningModels(modules)
-        self.learned.train()
+        learned = LearningModels(modules)
+        learned.train()
+        encoders = {name: module for name, module in modules.items() if name != DENOISER}
         return Trainables(
-            module=self.learned,
+            module=learned,
             groups=groups,
-            modules=self.learned.parts(),
-            state=self.learned.state,
-            load=self.learned.load,
-            encoders=self.learning - {"denoiser"},
+            modules=learned.parts(),
+            state=learned.state,
+            load=learned.load,
+            write=partial(self.write, models.denoiser, encoders),
+            kind="Checkpoint",
+            before_step=EncoderStop(encoders, self.options.finetune.encoders_until).before_step,
+            encoders=frozenset(encoders),
             flat=False,  # a second copy of a whole model would not fit where the first just does
         )
 
-    @property
-    def steps_in_backward(self) -> bool:
-        return self.options.optimizer.in_backward is not None
-
-    def units(self) -> list[list[nn.Parameter]]:
-        return units(self.trainables.groups, self.memory.blocks, self.options.optimizer)
-
-    @property
-    def swap_options(self) -> FineTuneOptions:
-        return self.options.finetune
+    def groups(self, modules: Mapping[str, nn.Module], rates: Mapping[str, float]) -> list[dict[str, Any]]:
+        """The optimizer's groups, without those that learn nothing."""
+        found: list[dict[str, Any]] = []
+        for name, rate in rates.items():
+            if name == DENOISER:
+                found += self.family.denoiser_groups(modules[name], self.options.finetune, rate)
+            else:
+                found.append({"params": [*modules[name].parameters()], "lr": rate, "name": name})
+        return [group for group in found if group["params"] and group["lr"] != 0]
 
     # ---- checks -----------------------------------------------------------------------------------------------------
 
@@ -109,7 +92,7 @@ class FineTuneTrainer(Trainer):
 
     def check_rates(self) -> None:
         """Something learns."""
-        if not self.learning:
+        if not self.learning_rates:
             raise UserError("nothing learns: all learning rates are 0 (see --learning_rate)")
 
     def check_static_graph(self) -> None:
@@ -136,7 +119,7 @@ class FineTuneTrainer(Trainer):
     def check_caches(self) -> None:
         """Cached text outputs leave something to cache."""
         encoders = self.family.encoders
-        if self.options.cache.texts and encoders and self.learning.issuperset(encoders):
+        if self.options.cache.texts and encoders and self.learning_rates.keys() >= {*encoders}:
             raise UserError(
                 "--cache_text_encoder_outputs fixes the outputs of the text encoders, which are being trained: "
                 "leave it out, or train the denoiser only"
@@ -188,21 +171,37 @@ class FineTuneTrainer(Trainer):
     def extension(self) -> str:
         return extension_of(self.format)
 
-    def save_model(self, path: Path, metadata: dict[str, str]) -> None:
+    def write(
+        self, denoiser: nn.Module, encoders: dict[str, nn.Module], path: Path, metadata: dict[str, str],
+        position: Position,
+    ) -> None:  # fmt: skip
+        """The model in its format, with the text encoders that learned."""
         precision = self.options.save.save_precision
-        models, dtype = self.models, DTYPES[precision] if precision else None
-        encoders = {name: module for name, module in models.encoders.items() if name in self.learning}
-        form = CheckpointForm(self.format, self.position.epoch, self.position.step)
-        self.family.save_as(form, models.denoiser, encoders, path, dtype, metadata)
-
-    def metadata(self) -> None:
-        """A checkpoint says what it is, not how it was made."""
+        form = CheckpointForm(self.format, position.epoch, position.step)
+        self.family.save_as(form, denoiser, encoders, path, DTYPES[precision] if precision else None, metadata)
 
 
-class DreamBoothTrainer(FineTuneTrainer):
+class DreamBoothMethod(FineTuneMethod):
     """train_db.py: full training under the name of its method."""
 
     project = "dreambooth"
+
+
+class EncoderStop:
+    """--stop_text_encoder_training: from a given step on, text encoders get no gradient, decay or momentum."""
+
+    def __init__(self, encoders: Mapping[str, nn.Module], until: int | None) -> None:
+        """until: the step; None: they learn to the end."""
+        self.encoders, self.until, self.stopped = encoders, until, False
+
+    def before_step(self, step: int) -> None:
+        """Freeze them when it is time."""
+        if self.until is None or step < self.until or self.stopped:
+            return
+        self.stopped = True
+        for name, encoder in self.encoders.items():
+            encoder.requires_grad_(False)
+            log.info(f"the text encoder {name} stays as it is from step {self.until} on")
 
 
 class LearningModels(nn.ModuleDict):

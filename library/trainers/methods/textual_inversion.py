@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -14,11 +15,14 @@ from library.data.records import CaptionRules, SubsetConfig
 from library.data.scan import DatasetScan, Scan, SubsetScan
 from library.device import DTYPES
 from library.errors import UserError, first_names
+from library.families.family import ModelFamily
 from library.io.checkpoint import save_tensors
+from library.learning import Learning, Models, Trainables
 from library.log import get_logger
-from library.trainers.textual_inversion_options import TextualInversionOptions
-from library.trainers.trainables import Trainables
-from library.trainers.trainer import Trainer
+from library.memory.choice import MemoryChoice
+from library.trainers.method import Method
+from library.trainers.methods.textual_inversion_options import TextualInversionOptions
+from library.types import Position
 from library.weights.embedding_files import published_rows, read_rows
 from library.weights.new_tokens import NewRows, NewWord, first_rows, table_of, word_pattern
 
@@ -72,11 +76,16 @@ STYLE_SENTENCES = (
 )
 
 
-class TextualInversionTrainer(Trainer):
+class TextualInversionMethod(Method[TextualInversionOptions]):
     """Rows of the token embeddings learn: one word's, in every text encoder that the model has."""
 
-    options: TextualInversionOptions
-    project, kind = "textual_inversion", "TextualInversion"
+    project = "textual_inversion"
+
+    def __init__(self, family: ModelFamily, options: TextualInversionOptions) -> None:
+        super().__init__(family, options)
+        # what the word is to each text encoder, and the rows of --weights: `check_word` finds them
+        self.words: dict[str, NewWord] = {}
+        self.given: dict[str, Tensor] | None = None
 
     # ---- checks -----------------------------------------------------------------------------------------------------
 
@@ -115,53 +124,48 @@ class TextualInversionTrainer(Trainer):
 
     # ---- what learns ------------------------------------------------------------------------------------------------
 
-    @property
-    def learning(self) -> frozenset[str]:
-        return frozenset(self.family.encoders)
+    def learning(self) -> Learning:
+        return Learning(frozenset(self.family.encoders))
 
-    @property
-    def changed(self) -> frozenset[str]:
-        return frozenset()  # the encoders' own weights stay as they are, too
-
-    def build_trainables(self) -> Trainables:
-        self.rows = {name: self.new_rows(name, word) for name, word in self.words.items()}
+    def build(self, models: Models, choice: MemoryChoice, *, files: bool = True) -> Trainables:
+        rows = {name: self.new_rows(models.encoders[name], name, word) for name, word in self.words.items()}
         rate = self.options.optimizer.learning_rate
         return Trainables(
-            module=nn.ModuleDict(self.rows),
-            groups=[{"params": [rows.weight], "lr": rate, "name": name} for name, rows in self.rows.items()],
-            modules={name: [rows.weight] for name, rows in self.rows.items()},
-            state=self.state,
-            load=self.load,
-            encoders=self.learning,
+            module=nn.ModuleDict(rows),
+            groups=[{"params": [own.weight], "lr": rate, "name": name} for name, own in rows.items()],
+            modules={name: [own.weight] for name, own in rows.items()},
+            state=partial(state_of, rows),
+            load=partial(load_state, rows),
+            write=partial(self.write, rows),
+            kind="TextualInversion",
+            encoders=self.learning().encoders,
         )
 
-    def new_rows(self, name: str, word: NewWord) -> NewRows:
+    def new_rows(self, encoder: nn.Module, name: str, word: NewWord) -> NewRows:
         """The word's rows in one encoder, in use."""
-        embedding = table_of(self.models.encoders[name])
+        embedding = table_of(encoder)
         start = first_rows(embedding, word) if self.given is None else self.given[name]
         return NewRows(embedding, start)
 
-    def state(self) -> dict[str, Tensor]:
-        """Encoder -> (count, width). The tensors are the parameters' own, not copies."""
-        return {name: rows.weight.detach() for name, rows in self.rows.items()}
-
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `state`. Raises UserError when the state is of another word or model."""
-        own = self.state()
-        if {name: rows.shape for name, rows in own.items()} != {name: rows.shape for name, rows in tensors.items()}:
-            raise UserError("--resume: the state is of a word of another size, or of another model")
-        for name, rows in own.items():
-            rows.copy_(tensors[name])
-
-    # ---- files ------------------------------------------------------------------------------------------------------
-
-    def save_model(self, path: Path, metadata: dict[str, str]) -> None:
+    def write(self, rows: Mapping[str, NewRows], path: Path, metadata: dict[str, str], position: Position) -> None:
+        """The word's rows under their published names."""
         precision = self.options.save.save_precision
         dtype = DTYPES[precision] if precision else None
-        save_tensors(path, published_rows(self.state()), metadata, dtype=dtype, hashes=False)
+        save_tensors(path, published_rows(state_of(rows)), metadata, dtype=dtype, hashes=False)
 
-    def metadata(self) -> None:
-        """The file says what it is, not how it was made."""
+
+def state_of(rows: Mapping[str, NewRows]) -> dict[str, Tensor]:
+    """Encoder -> (count, width). The tensors are the parameters' own, not copies."""
+    return {name: own.weight.detach() for name, own in rows.items()}
+
+
+def load_state(rows: Mapping[str, NewRows], tensors: dict[str, Tensor]) -> None:
+    """The inverse of `state_of`. Raises UserError when the state is of another word or model."""
+    own = state_of(rows)
+    if {name: value.shape for name, value in own.items()} != {name: value.shape for name, value in tensors.items()}:
+        raise UserError("--resume: the state is of a word of another size, or of another model")
+    for name, value in own.items():
+        value.copy_(tensors[name])
 
 
 # ---- captions -------------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the run is going to do, in numbers: computed once, printed before anything is trained."""
+"""The length of a run in steps, epochs and batches: computed once, printed before anything is trained."""
 
 from __future__ import annotations
 
@@ -8,21 +8,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar, overload
 
-from library.errors import UserError
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where a run stands. `step` counts optimizer steps; `batch` is the next micro-batch of `epoch` (0-based)."""
-
-    step: int = 0
-    epoch: int = 0
-    batch: int = 0
+from library.data.dataset import TrainingData
+from library.data.lint import folder_lines
+from library.data.scan import Scan
+from library.errors import UserError, first_names
+from library.types import Position
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Steps and epochs of a run. A micro-batch is one forward pass of one process."""
+    """Steps and epochs of a run. A micro-batch is the batch of one forward pass of one process."""
 
     batches_per_epoch: int  # of one process
     accumulation: int
@@ -48,7 +43,7 @@ class RunPlan:
             )
 
     def position_of(self, step: int) -> Position:
-        """Where the run stands before optimizer step `step` (0-based)."""
+        """The position before optimizer step `step` (0-based)."""
         epoch, rest = divmod(step, self.steps_per_epoch)
         return Position(step, epoch, rest * self.accumulation)
 
@@ -61,13 +56,37 @@ class RunPlan:
 def make_plan(
     *, total_batches: int, num_processes: int, accumulation: int, max_steps: int, max_epochs: int | None, seed: int
 ) -> RunPlan:
-    """total_batches: of all processes in an epoch. `max_epochs` wins over `max_steps`. Raises UserError on no batch."""
+    """The plan of a run; `max_epochs` wins over `max_steps`. Raises UserError where there is no batch.
+
+    total_batches: of all processes in an epoch.
+    """
     if total_batches == 0:
         raise UserError("no batch to train on: the dataset is empty (all of it may have gone to the validation split)")
     batches = math.ceil(total_batches / num_processes)
     steps_per_epoch = math.ceil(batches / accumulation)
     total = max_epochs * steps_per_epoch if max_epochs else max_steps
     return RunPlan(batches, accumulation, total, num_processes, seed)
+
+
+def describe(found: Scan, data: TrainingData, plan: RunPlan) -> Iterator[str]:
+    """Lines about the datasets and the length of the run, printed before the start."""
+    yield from folder_lines(found)
+    for index, stats in enumerate(data.stats()):
+        buckets = ", ".join(f"{w}x{h}: {count}" for (w, h), count in stats.buckets)
+        reg = f", {stats.reg_images} regularisation pictures used {stats.reg_uses} times" if stats.reg_images else ""
+        held_out = f", {stats.validation_images} held out for validation" if stats.validation_images else ""
+        yield f"dataset {index + 1}: {stats.images} pictures, {stats.uses} with repeats{reg}{held_out}"
+        yield f"dataset {index + 1}: batch size {stats.batch_size}, {stats.batches} batches, buckets {buckets}"
+        if stats.reg_unused:
+            unused = f"{len(stats.reg_unused)} regularisation pictures are not used"
+            yield f"dataset {index + 1}: {unused}: {first_names(stats.reg_unused)}"
+    sizes = {stats.batch_size for stats in data.stats()}
+    effective = "/".join(str(size * plan.accumulation * plan.num_processes) for size in sorted(sizes))
+    yield (
+        f"plan: {plan.total_steps} steps = {plan.total_epochs} epochs of {plan.steps_per_epoch} steps; a step is "
+        f"{plan.accumulation} batch(es) on {plan.num_processes} process(es), effective batch size {effective}; "
+        f"seed {plan.seed}"
+    )
 
 
 T = TypeVar("T")

@@ -10,25 +10,20 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from library.cli import METHODS, load_attribute
 from library.errors import UserError
-from library.families.registry import FAMILIES
 from library.memory.choice import MemoryChoice
 from library.memory.estimate import predict
 from library.memory.meter import Meter
 from library.memory.options import GIB
-from library.options import resolve
-from library.planner.planning import Option, Plan, case_of, plan_memory
+from library.planner.case import case_of
+from library.planner.memory_plan import MemoryPlan, Option, plan_memory
 from library.planner.simulation import tensors_of
-from library.trainers.finetune import FineTuneTrainer
-from library.trainers.network import NetworkTrainer
 from library.trainers.trainer import Trainer
 from library.types import Batch
 from tests.families import flux, lumina, sd, sd3, sdxl
-from tests.trainers.helpers import DEFAULTS, argv, make_pictures, subset, write_dataset
+from tests.trainers.helpers import DEFAULTS, Recorded, make_pictures, make_trainer, planned_of, subset, write_dataset
 
 FAMILY_CASES = {**sd.CASES, **sdxl.CASES, **flux.CASES, **sd3.CASES, **lumina.CASES}
 NOT_IN_FULL = ("network_dim", "network_alpha")
@@ -36,39 +31,28 @@ WORDS = ", ".join(["cat, red, photo, star, dog, blue"] * 20)  # longer than any 
 
 
 class Measured(Trainer):
-    """Predicts before the models are loaded, and measures the second step, when the optimizer has its states."""
+    """A loop that measures its second step, when the optimizer has its states."""
 
     measured = 0
 
-    def load_models(self) -> None:
-        self.case = case_of(self)
-        super().load_models()
-
-    def train_step(self, batches: list[Batch], first_micro_step: int) -> None:  # type: ignore[override]
+    def train_step(self, batches: list[Batch]) -> None:  # type: ignore[override]
         meter = Meter()
         meter.hold(self.there(batches))
         with meter:
-            super().train_step(batches, first_micro_step)
+            super().train_step(batches)
         self.measured = meter.peak
 
     def there(self, batches: list[Batch]) -> Iterator[Tensor]:
         """Everything that is in memory before the step."""
-        for module in (*self.models.all(), self.trainables.module):
+        trainables, optimizer = self.running.trainables, self.running.updates.optimizer
+        for module in (*self.loaded.models.all(), trainables.module):
             yield from module.parameters()
             yield from module.buffers()
-        yield from (p.grad for p in self.trainables.parameters() if p.grad is not None)
-        states = (value for state in self.updates.optimizer.state.values() for value in state.values())
+        yield from (p.grad for p in trainables.parameters() if p.grad is not None)
+        states = (value for state in optimizer.state.values() for value in state.values())
         yield from (value for value in states if isinstance(value, Tensor))
         for batch in batches:
             yield from tensors_of(batch)
-
-
-class MeasuredNetwork(Measured, NetworkTrainer):
-    pass
-
-
-class MeasuredFineTune(Measured, FineTuneTrainer):
-    pass
 
 
 @dataclass(frozen=True)
@@ -90,28 +74,25 @@ JOBS = {
 }
 
 
-def make_job(job: Job, folder: Path, **more: Any) -> Measured:
+def make_job(job: Job, folder: Path, **more: Any) -> Recorded:
     """The trainer, on two pictures in one batch."""
     pictures = make_pictures(folder / "pictures", 2, size=(job.size, job.size), captions=[WORDS])
     data = write_dataset(folder / "data.toml", subset(pictures), resolution=job.size)
     case = FAMILY_CASES[job.family]
     values = {**DEFAULTS, "dataset_config": data, "output_dir": folder / "out", "cache_latents": True,
               "max_train_steps": 2, **case.make(folder / "model"), **case.options, **job.options, **more}  # fmt: skip
-    AcceleratorState._reset_state(reset_partial_state=True)
-    entry = FAMILIES[case.family]
     if job.full:
         values = {name: value for name, value in values.items() if name not in NOT_IN_FULL}
-    cls, method = (MeasuredFineTune, "finetune") if job.full else (MeasuredNetwork, "network")
-    options = resolve(METHODS[method][1], entry.option_groups, argv(values), prog="test").options
-    return cls(load_attribute(entry.path)(options.model), options)
+    return make_trainer(values, family=case.family, method="finetune" if job.full else "network", loop=Measured)
 
 
 @pytest.mark.parametrize("name", JOBS)
 def test_the_predicted_peak_is_the_measured_one(name: str, tmp_path: Path) -> None:
     trainer = make_job(JOBS[name], tmp_path)
     assert trainer.run() == 0
-    predicted = predict(trainer.case, MemoryChoice.of(trainer.options.memory)).peak
-    assert predicted == pytest.approx(trainer.measured, rel=0.05)
+    planned = trainer.running.loaded.scheduled.planned
+    predicted = predict(case_of(planned), planned.choice).peak
+    assert predicted == pytest.approx(trainer.loop.measured, rel=0.05)
 
 
 # ---- choosing -------------------------------------------------------------------------------------------------------
@@ -122,20 +103,20 @@ CACHED = {"cache_text_encoder_outputs": True, "network_train_unet_only": True}
 
 
 @pytest.fixture(scope="module")
-def planned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trainer, Plan]:
+def planned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recorded, MemoryPlan]:
     """The plan of an SD 3.5 LoRA run as for a card: main memory is another memory."""
     trainer = make_job(LORA, tmp_path_factory.mktemp("plan"), plan=True, **CACHED)
     assert trainer.run() == 0
-    return trainer, plan_memory(trainer)
+    return trainer, plan_memory(planned_of(trainer))
 
 
-def of_plan(plan: Plan, **choice: Any) -> Option:
+def of_plan(plan: MemoryPlan, **choice: Any) -> Option:
     """The way that differs from a run without options in `choice` only."""
     wanted = replace(MemoryChoice(), **choice)
     return next(option for option in plan.options if option.choice == wanted)
 
 
-def test_each_way_of_saving_saves(planned: tuple[Trainer, Plan]) -> None:
+def test_each_way_of_saving_saves(planned: tuple[Recorded, MemoryPlan]) -> None:
     _, plan = planned
     nothing = of_plan(plan)
     for way in ({"activation_budget": 0.0}, {"storage": "fp8"}, {"hoist": True}):
@@ -146,7 +127,7 @@ def test_each_way_of_saving_saves(planned: tuple[Trainer, Plan]) -> None:
     assert swapped.ring == nothing.needs.weights - swapped.weights > 0
 
 
-def test_the_fastest_that_fits_is_chosen(planned: tuple[Trainer, Plan]) -> None:
+def test_the_fastest_that_fits_is_chosen(planned: tuple[Recorded, MemoryPlan]) -> None:
     _, plan = planned
     limits = sorted(option.needs.peak for option in plan.options)
     for limit in (limits[0], limits[len(limits) // 2], limits[-1]):
@@ -158,7 +139,9 @@ def test_the_fastest_that_fits_is_chosen(planned: tuple[Trainer, Plan]) -> None:
 
 
 @pytest.mark.parametrize(("slower", "chosen"), [(1.2, "plain"), (1.45, "plain"), (1.6, "fp8")])
-def test_fewer_bits_only_where_that_saves_much_time(planned: tuple[Trainer, Plan], slower: float, chosen: str) -> None:
+def test_fewer_bits_only_where_that_saves_much_time(
+    planned: tuple[Recorded, MemoryPlan], slower: float, chosen: str
+) -> None:
     plan = planned[1]
     plain, small = of_plan(plan, activation_budget=0.0), of_plan(plan, storage="fp8")
     both = replace(plan, options=(replace(plain, seconds=slower), replace(small, seconds=1.0)))
@@ -170,7 +153,7 @@ def test_fewer_bits_only_where_that_saves_much_time(planned: tuple[Trainer, Plan
     )
 
 
-def test_nothing_fits_is_one_line(planned: tuple[Trainer, Plan]) -> None:
+def test_nothing_fits_is_one_line(planned: tuple[Recorded, MemoryPlan]) -> None:
     _, plan = planned
     smallest = min(option.needs.peak for option in plan.options)
     with pytest.raises(UserError) as caught:
@@ -179,17 +162,18 @@ def test_nothing_fits_is_one_line(planned: tuple[Trainer, Plan]) -> None:
     assert "nothing fits" in line and f"{smallest / GIB:.2f} GB" in line and "--resolution" in line
 
 
-def test_what_was_given_stays(planned: tuple[Trainer, Plan], tmp_path: Path) -> None:
+def test_what_was_given_stays(planned: tuple[Recorded, MemoryPlan], tmp_path: Path) -> None:
     given = {"activation_budget": 0.25, "blocks_to_swap": 1, "base_quant": "int8", "vram_budget": "2GB"}
     trainer = make_job(LORA, tmp_path, plan=True, **CACHED, **given)
     assert trainer.run() == 0
-    for option in plan_memory(trainer).options:
+    options = plan_memory(planned_of(trainer)).options
+    for option in options:
         choice = option.choice
         assert (choice.activation_budget, choice.blocks_to_swap, choice.storage) == (0.25, 1, "int8")
-    assert {option.choice.hoist for option in plan_memory(trainer).options} == {False, True}
+    assert {option.choice.hoist for option in options} == {False, True}
 
 
-def test_the_table_names_options(planned: tuple[Trainer, Plan]) -> None:
+def test_the_table_names_options(planned: tuple[Recorded, MemoryPlan]) -> None:
     _, plan = planned
     lines = plan.table().splitlines()
     assert lines[1].split() == [
@@ -220,7 +204,7 @@ def test_plan_reads_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str
         file.write_bytes(content[:start] + b"\xff" * (len(content) - start))
     assert trainer.run() == 0
     assert "predicted peak" in capsys.readouterr().out
-    assert "models" not in vars(trainer)
+    assert trainer.loop is None
 
 
 def test_numbers_of_fake_weights_are_those_of_real_ones(tmp_path: Path) -> None:

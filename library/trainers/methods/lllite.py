@@ -4,28 +4,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from library.adapters.adapter_network import AdapterNetwork
 from library.adapters.formats.conversion import read_tensors
 from library.device import DTYPES
 from library.errors import UserError
 from library.io.checkpoint import save_tensors
-from library.trainers.control_net_lllite_options import LLLiteTrainerOptions
-from library.trainers.trainables import Trainables
-from library.trainers.trainer import Trainer
+from library.learning import DENOISER, Learning, Models, Trainables
+from library.memory.choice import MemoryChoice
+from library.trainers.method import Method
+from library.trainers.methods.lllite_options import LLLiteTrainerOptions
+from library.types import Position
 from networks.control_net_lllite import create_network, create_network_from_weights, sizes_of
 
 
-class LLLiteTrainer(Trainer):
-    """The file is the same as that of --network_module networks.control_net_lllite."""
+class LLLiteMethod(Method[LLLiteTrainerOptions]):
+    """Its file is the same as that of --network_module networks.control_net_lllite."""
 
-    options: LLLiteTrainerOptions
     project = "lllite_control_net_train"
-    kind = "ControlNet-LLLite"
 
     def checks(self) -> list[Callable[[], None]]:
         return [self.check_weights]
@@ -48,16 +48,11 @@ class LLLiteTrainer(Trainer):
         if wrong:
             raise UserError(wrong)
 
-    @property
-    def learning(self) -> frozenset[str]:
-        return frozenset({"denoiser"})
+    def learning(self) -> Learning:
+        return Learning(frozenset({DENOISER}), conditioned=True)
 
-    @property
-    def conditioned(self) -> bool:
-        return True
-
-    def build_trainables(self) -> Trainables:
-        self.network = network = self.create_network()
+    def build(self, models: Models, choice: MemoryChoice, *, files: bool = True) -> Trainables:
+        network = self.create_network(models.denoiser, self.given_weights() if files else None)
         network.attach(train_denoiser=True, train_text_encoder=False)
         groups = network.param_groups(learning_rate=self.options.optimizer.learning_rate)
         if not groups:
@@ -68,19 +63,16 @@ class LLLiteTrainer(Trainer):
             modules=network.module_parameters(),
             state=network.exact_state,
             load=network.load_exact_state,
+            write=partial(self.write, network),
+            kind="ControlNet-LLLite",
             set_multiplier=network.set_multiplier,
             set_condition=network.set_condition,
             base_model=network.disabled,
         )
 
-    @property
-    def changed(self) -> frozenset[str]:
-        return frozenset()
-
-    def create_network(self) -> AdapterNetwork:
-        """New, or as --network_weights has it."""
-        options, unet = self.options.lllite, self.models.denoiser
-        given, dropout = self.given_weights(), options.network_dropout
+    def create_network(self, unet: nn.Module, given: dict[str, Tensor] | None) -> AdapterNetwork:
+        """A new network, or the one of `given`."""
+        options, dropout = self.options.lllite, self.options.lllite.network_dropout
         if given is None:
             sizes = {} if options.cond_emb_dim is None else {"cond_emb_dim": options.cond_emb_dim}
             return create_network(1.0, options.network_dim, None, None, None, unet, neuron_dropout=dropout, **sizes)
@@ -97,11 +89,7 @@ class LLLiteTrainer(Trainer):
         except UserError as error:
             raise UserError(f"--network_weights: {line}" for line in error.problems) from None
 
-    def save_model(self, path: Path, metadata: dict[str, str]) -> None:
+    def write(self, network: AdapterNetwork, path: Path, metadata: dict[str, str], position: Position) -> None:
+        """The network's weights."""
         precision = self.options.save.save_precision
-        dtype = DTYPES[precision] if precision else None
-        save_tensors(path, self.network.state(None), metadata, dtype=dtype)
-
-    def metadata(self) -> dict[str, Any] | None:
-        """What it is, and not how it was made, as in the files of today."""
-        return None
+        save_tensors(path, network.state(None), metadata, dtype=DTYPES[precision] if precision else None)

@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The first stage of a run: all that needs no model is read and checked, and all mistakes are reported at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from accelerate.utils import broadcast_object_list
+
+from library.data.config import load_dataset_config
+from library.data.dataset import TrainingData
+from library.data.lint import (
+    bucket_warnings,
+    choices_never_trained,
+    idle_bucket_options,
+    longer_than_limit,
+    smaller_than_bucket,
+    split_warnings,
+)
+from library.data.lint import check as lint
+from library.data.masks import check_masks
+from library.data.options import CacheOptions
+from library.data.scan import Scan, scan
+from library.device import check_launch, indexed, make_accelerator, return_large_blocks, unscale_half_gradients
+from library.errors import UserError
+from library.families.family import ModelFamily
+from library.io.checkpoint import check_output, last_name, state_name
+from library.io.state import read_facts
+from library.log import get_logger
+from library.memory.choice import MemoryChoice
+from library.optim.optimizers import OptimizerChoice, choose_optimizer
+from library.optim.options import OptimizerOptions
+from library.optim.schedulers import check_scheduler
+from library.sampling.options import SampleOptions
+from library.sampling.prompts import Prompt, load_prompts
+from library.stopping import StopRequest
+from library.trainers.memory import check_choice
+from library.trainers.method import Method
+from library.trainers.options import TrainerOptions
+from library.trainers.resume import Resumption, resume_folder, run_seed
+from library.trainers.settings import distributed_settings, trained_dtype
+from library.trainers.stages import Checked, Processes
+from library.trainers.tracking import check_trackers
+from library.types import ReferenceSpec
+
+T = TypeVar("T")
+UNKNOWN_LENGTH = 10**9  # steps; longer than any run
+
+log = get_logger()
+
+
+class Checks:
+    """Runs checks one after the other and keeps what each found wrong."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+
+    def run(self, action: Callable[[], T]) -> T | None:
+        """The result of `action`, or None when it raised a UserError."""
+        try:
+            return action()
+        except UserError as error:
+            self.problems += error.problems
+            return None
+
+    def finish(self) -> None:
+        """Raises UserError with every problem."""
+        if self.problems:
+            raise UserError(dict.fromkeys(self.problems))  # two checks may find the same
+
+
+def preview_prompts(options: SampleOptions) -> tuple[Prompt, ...]:
+    """The prompts of the previews; none when no previews are made.
+
+    Graphical programs write an empty file where no prompt was given.
+    """
+    file = Path(options.sample_prompts or "")
+    if options.wanted and file.is_file() and file.stat().st_size == 0:
+        log.warning(f"--sample_prompts: {file} is empty: no previews are made")
+        return ()
+    return load_prompts(options.sample_prompts) if options.wanted and options.sample_prompts else ()
+
+
+def check_schedule(options: TrainerOptions, optimizer: OptimizerChoice | None) -> None:
+    """The learning-rate schedule, also where the optimizer is wrong: then as it would be with the default one.
+
+    With --max_train_epochs the length is not known yet; `stages.schedule` looks again when it is.
+    """
+    if optimizer is None and options.scheduler.lr_scheduler.startswith("adafactor"):
+        return
+    chosen = optimizer or choose_optimizer(OptimizerOptions())
+    total = UNKNOWN_LENGTH if options.train.max_train_epochs else options.train.max_train_steps
+    check_scheduler(options.scheduler, chosen, total_steps=total)
+
+
+def check_weights(options: TrainerOptions, optimizer: OptimizerChoice | None) -> None:
+    """The optimizer can work on weights in fp16 (--full_fp16), and they are averaged once. Raises UserError."""
+    if optimizer is None:
+        return
+    if optimizer.row.schedule_free and options.ema.ema_decay is not None:
+        raise UserError(f"--ema_decay: {optimizer.name} averages the weights by itself: leave one of them out")
+    if options.precision.full_fp16:
+        optimizer.check_dtype(trained_dtype(options.precision))
+
+
+def check_output_folder(options: TrainerOptions, extension: str) -> None:
+    """The folder can be written to. What killed runs left half-written there is removed. extension: of the saves."""
+    save = options.save
+    assert save.output_dir is not None
+    name = last_name(save.output_name)
+    files, models = ([f"{name}{extension}"], []) if extension else ([], [name])
+    check_output(save.output_dir, save.output_name, files=files, models=models, states=[state_name(name)])
+
+
+def scan_datasets(
+    family: ModelFamily, options: TrainerOptions, with_captions: Callable[[Scan], Scan] = lambda found: found, *,
+    control: bool = False,
+) -> Scan:  # fmt: skip
+    """Configuration, folders, captions and pictures. Raises UserError with all that is wrong with them."""
+    configs = load_dataset_config(
+        options.data, bucket_step=family.bucket_step, cache=options.cache, control=control,
+        references=family.references is not None,
+    )  # fmt: skip
+    found = scan(
+        configs,
+        cache_dir=options.cache.cache_dir,
+        npz_suffix=family.latent.npz_suffix,
+        plain_npz=not family.latent.npz_sized_keys,
+        control=control,
+    )
+    checks = Checks()
+    wanted = checks.run(lambda: with_captions(found)) or found
+    report = lint(wanted)
+    checks.problems += report.problems
+    checks.finish()
+    for line in report.warnings:
+        log.warning(line)
+    return wanted
+
+
+def data_warnings(family: ModelFamily, found: Scan, data: TrainingData, *, cached: bool) -> Iterator[str]:
+    """What is probably not meant, told from datasets and model together. cached: text outputs are."""
+    enlarged = dict.fromkeys(name for stats in data.stats() for name in stats.upscaled)
+    samples = [sample for dataset in found.datasets for sample in dataset.samples]
+    lines = (
+        smaller_than_bucket(list(enlarged)),
+        longer_than_limit(samples, family.count_tokens, family.token_limit, option=family.token_option),
+        choices_never_trained(samples, data.text_variants) if cached else None,
+    )
+    yield from (line for line in lines if line is not None)
+    for index, (dataset, stats) in enumerate(zip(found.datasets, data.stats()), start=1):
+        yield from split_warnings(f"dataset {index}", dataset.config, stats)
+        yield from bucket_warnings(f"dataset {index}", dataset.config.buckets, stats)
+
+
+def idle_options(options: TrainerOptions, found: Scan, data: TrainingData) -> Iterator[str]:
+    """Options that will do nothing in this run, which only the datasets tell, or which graphical programs leave in."""
+    names = ("validation_seed", "validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps")
+    values = {**vars(options.data), **vars(options.train)}
+    given = [f"--{name}" for name in names if values[name] is not None]
+    if given and not any(stats.validation_images for stats in data.stats()):
+        yield f"{', '.join(given)}: no effect, no picture is held out (see --validation_split)"
+    yield from idle_bucket_options([dataset.config for dataset in found.datasets])
+    if options.cache.caption_variants != CacheOptions().caption_variants and not options.cache.texts:
+        yield "--caption_variants: no effect without --cache_text_encoder_outputs"
+    if options.sample.every_n_steps and options.sample.every_n_epochs:
+        yield "--sample_every_n_steps: no effect, --sample_every_n_epochs wins"
+    if options.sample.sample_prompts and not options.sample.wanted:
+        ways = "--sample_every_n_epochs, --sample_every_n_steps or --sample_at_first"
+        yield f"--sample_prompts: no previews are made without {ways}"
+
+
+def training_data(found: Scan, options: TrainerOptions, seed: int, references: ReferenceSpec | None) -> TrainingData:
+    """The epochs of the run. references: how the model takes reference pictures.
+
+    Raises UserError where a cache cannot serve the datasets' options.
+    """
+    data = TrainingData(
+        [(dataset.config, dataset.samples) for dataset in found.datasets],
+        seed=seed,
+        prior_loss_weight=options.data.prior_loss_weight,
+        masked_loss=options.data.masked_loss,
+        text_variants=options.cache.caption_variants,
+        references=references,
+    )
+    problems = data.cache_problems(latents=options.cache.latents, texts=options.cache.texts)
+    if problems:
+        raise UserError(problems)
+    return data
+
+
+# ---- all of them ----------------------------------------------------------------------------------------------------
+
+
+def check(method: Method[TrainerOptions], stop: StopRequest) -> Checked:
+    """Read and check everything that needs no model. Raises UserError with all mistakes; warnings are logged."""
+    family, options, checks = method.family, method.options, Checks()
+    checks.run(family.check)
+    checks.run(family.check_weights)
+    checks.run(lambda: check_launch(deepspeed=options.distributed.deepspeed))
+    checks.run(lambda: check_memory(method))
+    for method_check in method.checks():
+        checks.run(method_check)
+    checks.run(lambda: check_output_folder(options, method.extension))
+    folder = checks.run(lambda: resume_folder(options))
+    facts = checks.run(lambda: read_facts(folder)) if folder else None
+    prompts = checks.run(lambda: preview_prompts(options.sample))
+    checks.run(lambda: check_trackers(options.logging))
+    optimizer = checks.run(lambda: choose_optimizer(options.optimizer))
+    checks.run(lambda: check_weights(options, optimizer))
+    checks.run(lambda: check_schedule(options, optimizer))
+    learning = checks.run(method.learning)
+    control = learning is not None and learning.conditioned
+    found = checks.run(lambda: scan_datasets(family, options, method.with_captions, control=control))
+    seed, processes = run_seed(options, facts), None
+    if found is not None and not checks.problems:
+        processes = start_processes(options, found)
+        seed = agreed_seed(seed)  # before the pictures are shuffled and held out by it
+    data = checks.run(lambda: training_data(found, options, seed, family.references)) if found else None
+    dark = checks.run(lambda: check_masks(data.trained(), masked_loss=data.masked_loss)) if data else None
+    checks.finish()
+    assert found is not None and data is not None and optimizer is not None and prompts is not None
+    assert learning is not None and processes is not None
+    warnings = data_warnings(family, found, data, cached=options.cache.texts)
+    for line in (*warnings, *filter(None, [dark]), *idle_options(options, found, data)):
+        log.warning(line)
+    resumption, validation_plans = Resumption(folder), data.validation_plans()
+    return Checked(
+        method, learning, found, data, validation_plans, prompts, optimizer, seed, resumption, processes, stop
+    )
+
+
+def check_memory(method: Method[TrainerOptions]) -> None:
+    """The model and the method can do what is asked for to save memory. Raises UserError."""
+    options, learning = method.options, method.learning()
+    check_choice(
+        options.memory, method.family, learning.swap_options, learning=learning.parts, changed=learning.changed,
+        in_backward=learning.in_backward is not None, deepspeed=options.distributed.deepspeed,
+        average=options.ema.ema_decay is not None,
+    )  # fmt: skip
+
+
+def start_processes(options: TrainerOptions, found: Scan) -> Processes:
+    """Meet the other processes of the run."""
+    accelerator = make_accelerator(
+        options.precision.mixed_precision,
+        distributed_settings(
+            options.distributed,
+            max_grad_norm=options.optimizer.max_grad_norm,
+            batch_size=max(dataset.config.batch_size for dataset in found.datasets),
+        ),
+    )
+    if options.precision.full_fp16 and accelerator.scaler is not None:
+        unscale_half_gradients(accelerator.scaler)
+    processes = Processes(accelerator, indexed(accelerator.device))
+    if processes.device.type == "cpu" and MemoryChoice.of(options.memory).activation_budget == 0:
+        return_large_blocks()  # a run that recomputes to save memory wants this, too
+    return processes
+
+
+def agreed_seed(seed: int) -> int:
+    """The seed of the first process, for all of them."""
+    seeds = [seed]
+    broadcast_object_list(seeds)
+    return seeds[0]

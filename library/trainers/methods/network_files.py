@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The adapter file of a run: what is written, and at the first save what other programs make of it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from library.adapters.adapter_network import AdapterNetwork
+from library.adapters.formats.conversion import convert, dora_norms, header, read_tensors
+from library.adapters.readers.comparison import NetworkComparison, ProgramReport, report
+from library.device import DTYPES
+from library.io.checkpoint import in_precision, save_tensors
+from library.log import get_logger
+from library.trainers.options import NetworkTrainerOptions
+from library.types import Position
+
+log = get_logger()
+
+
+class NetworkFile:
+    """Writes a network in a --lora_format. The first save logs which programs take the file as it was trained."""
+
+    def __init__(self, network: AdapterNetwork, options: NetworkTrainerOptions, names: str, *, conditioned: bool):
+        """names: the table of names of the model (ModelFamily.adapter_names). conditioned: it has no other format."""
+        precision = options.save.save_precision
+        self.network, self.names = network, names
+        self.format, self.dtype = options.network.lora_format, DTYPES[precision] if precision else None
+        self.tells = not conditioned  # until the first save
+
+    def check_format(self) -> None:
+        """Raises UserError where something cannot be written, or has no name in the file's format."""
+        if self.format != "kohya" or self.network.layers_reached():
+            self.formatted(self.network.state(None), self.format)
+
+    def write(self, path: Path, metadata: dict[str, str], position: Position) -> None:
+        """Write the file, whole or not at all."""
+        state = in_precision(self.network.state(None), self.dtype, path)
+        tensors, entries = self.formatted(state, self.format)
+        save_tensors(path, tensors, {**metadata, **entries})
+        if self.tells:
+            say_who_takes(path, self.network, self.names, self.format, partial(self.rewritten, state))
+        self.tells = False
+
+    def rewritten(self, state: dict[str, Tensor], form: str, layers: Collection[str]) -> dict[str, Tensor]:
+        """Some layers in another --lora_format."""
+        own = {key: value for key, value in state.items() if key.partition(".")[0] in layers}
+        return self.formatted(own, form)[0]
+
+    def formatted(self, tensors: dict[str, Tensor], form: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The network's tensors under the names of a --lora_format, and what the file's header has to say of them."""
+        if form == "kohya":
+            return tensors, {}
+        norms = dora_norms(tensors, self.weight_source()) if form == "comfy" else None
+        return convert(tensors, form, norms=norms), header(tensors, form)
+
+    def weight_source(self) -> Callable[[str], Tensor | None]:
+        """From the name of an adapter to the weight that it is put on, as it is without it."""
+        targets = self.network.targets()
+        if targets:
+            return lambda name: targets[name].weight if name in targets else None
+        layers = {layer.name: layer for layer in self.network.trained()}  # of third-party modules
+        return lambda name: layers[name].weight() if name in layers else None
+
+
+def say_who_takes(
+    path: Path, network: AdapterNetwork, model: str, form: str,
+    rewritten: Callable[[str, Collection[str]], Mapping[str, Tensor]],
+) -> None:  # fmt: skip
+    """Read the file back by the programs' rules and compare it with the live network. Never ends a training.
+
+    model: the table of names (ModelFamily.adapter_names). rewritten: some layers in another --lora_format.
+    """
+    try:
+        found = read_back(path, network, model, form, rewritten)
+    except Exception as error:  # a finished save must not be lost to a look at it
+        log.warning(f"{path.name}: what other programs make of it could not be found out: {_line(error)}")
+        return
+    if found.taken_by:
+        log.info(f"{path.name}: as it was trained in {' and '.join(found.taken_by)}")
+    for line in found.warnings:
+        log.warning(f"{path.name}: {line}")
+
+
+def read_back(
+    path: Path, network: AdapterNetwork, model: str, form: str,
+    rewritten: Callable[[str, Collection[str]], Mapping[str, Tensor]],
+) -> ProgramReport:  # fmt: skip
+    """The report, made in main memory. The run's generators are as before: third-party layers may draw."""
+    state = random.getstate()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
+            return report(NetworkComparison(network.trained(), model), read_tensors(path), form, rewritten)
+    finally:
+        random.setstate(state)
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

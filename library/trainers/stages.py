@@ -1,0 +1,364 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stages of a run before its first step: each owns what is known by then, and a function leads to the next one.
+
+Checked    options, data and files are without mistakes, and the processes have met
+Scheduled  how long the run is, and what it does to save memory
+Loaded     the caches are filled and the models are there
+Running    what learns, its optimizer, and everything that a step needs
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from library.data.dataset import TrainingData
+from library.data.plan import BatchPlan, EpochPlan, each_shape
+from library.data.scan import Scan
+from library.device import (
+    free_memory,
+    is_card,
+    limit_memory,
+    seed_everything,
+)
+from library.families.family import ModelFamily
+from library.learning import DENOISER, Learning, Models, StepModule, Trainables
+from library.log import get_logger
+from library.memory.checkpointing import recompute_encoders
+from library.memory.choice import MemoryChoice
+from library.memory.compiling import warm
+from library.memory.estimate import CUDA_CONTEXT
+from library.objectives.base import Objective
+from library.objectives.prior_preservation import PriorPreservation
+from library.optim.in_backward import units
+from library.optim.optimizers import OptimizerChoice
+from library.optim.schedulers import check_scheduler
+from library.planner.memory_plan import PeakCheck, plan_memory
+from library.planner.planned import Loss, Planned, largest
+from library.rng import derive_seed, torch_generator
+from library.sampling.prompts import Prompt
+from library.sampling.references import texts_of
+from library.stopping import StopRequest
+from library.trainers.caching import Caches, Share, encoders_that_stay, vae_that_stays
+from library.trainers.facts import RunRecord
+from library.trainers.memory import Memory, moves_weights
+from library.trainers.method import Method
+from library.trainers.options import TrainerOptions
+from library.trainers.out_of_memory import Retry
+from library.trainers.previews import Previews
+from library.trainers.resume import Resumption, RunIdentity
+from library.trainers.run_plan import RunPlan, describe, make_plan
+from library.trainers.settings import compute_dtype, trained_dtype
+from library.trainers.step import Pass, Step
+from library.trainers.updates import Updates
+from library.trainers.validation import Validation
+from library.types import Position
+
+log = get_logger()
+WARMED_SHAPES = 2  # compiled before the first step; later ones when they come
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process and the others of the run."""
+
+    accelerator: Accelerator
+    device: torch.device
+
+    @property
+    def rank(self) -> int:
+        """Number of this process."""
+        return self.accelerator.process_index
+
+    @property
+    def world(self) -> int:
+        """How many there are."""
+        return self.accelerator.num_processes
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and logs."""
+        return self.accelerator.is_main_process
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A run without a mistake of its user. Nothing is loaded."""
+
+    method: Method[TrainerOptions]
+    learning: Learning
+    found: Scan
+    data: TrainingData
+    validation_plans: EpochPlan | Sequence[BatchPlan]
+    prompts: tuple[Prompt, ...]  # of the previews
+    optimizer: OptimizerChoice
+    seed: int
+    resumption: Resumption
+    processes: Processes
+    stop: StopRequest
+
+    @property
+    def family(self) -> ModelFamily:
+        """The architecture."""
+        return self.method.family
+
+    @property
+    def options(self) -> TrainerOptions:
+        """What the user asks for."""
+        return self.method.options
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """A run whose length is known, and what it does to save memory."""
+
+    checked: Checked
+    plan: RunPlan
+    identity: RunIdentity
+    planned: Planned  # with the choice of the planner, where it was asked
+    peak_check: PeakCheck | None = None  # of the planner's prediction
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether --resume auto finds that nothing is left to do."""
+        return self.identity.is_finished(self.checked.resumption)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A run with its models and caches."""
+
+    scheduled: Scheduled
+    objective: Objective
+    models: Models
+    data: TrainingData
+    previews: Previews
+
+
+@dataclass(frozen=True)
+class Running:
+    """A run that can take its first step."""
+
+    loaded: Loaded
+    trainables: Trainables
+    memory: Memory
+    updates: Updates
+    step: Step
+    validation: Validation
+    record: RunRecord
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: at its first step, or where a state was saved."""
+
+    position: Position = field(default_factory=Position)
+    losses: Sequence[float] = ()  # of the steps before, for their moving average
+
+
+# ---- scheduled ------------------------------------------------------------------------------------------------------
+
+
+def schedule(checked: Checked) -> Scheduled:
+    """The length of the run, checked against its schedule and its state, and logged. Raises UserError."""
+    options, processes, epoch = checked.options, checked.processes, checked.data.plan_epoch(1)
+    plan = make_plan(
+        total_batches=len(epoch),
+        num_processes=processes.world,
+        accumulation=options.train.gradient_accumulation_steps,
+        max_steps=options.train.max_train_steps,
+        max_epochs=options.train.max_train_epochs,
+        seed=checked.seed,
+    )
+    check_scheduler(options.scheduler, checked.optimizer, total_steps=plan.total_steps)
+    identity = RunIdentity(options, checked.optimizer, checked.found, checked.seed, plan)
+    identity.check(checked.resumption)
+    for line in describe(checked.found, checked.data, plan) if processes.is_main else ():
+        log.info(line)
+    planned = as_planned(checked.method, checked.learning, checked.optimizer, largest(epoch), device=processes.device)
+    return Scheduled(checked, plan, identity, planned)
+
+
+def as_planned(
+    method: Method[TrainerOptions], learning: Learning, optimizer: OptimizerChoice, batch: BatchPlan, *,
+    device: torch.device,
+) -> Planned:  # fmt: skip
+    """The run as the planner sees it. batch: the largest of an epoch."""
+    family, options = method.family, method.options
+    choice, dtype = MemoryChoice.of(options.memory), compute_dtype(options.precision)
+
+    def loss_of(models: Models, trainables: Trainables, model: nn.Module) -> Loss:
+        objective = family.objective(options.objective, options.loss)
+        forward = Pass(family, objective, models, trainables, model, device, dtype)
+        return partial(forward.mean_loss, generator=torch.Generator(device=device))
+
+    return Planned(
+        family,
+        learning,
+        choice,
+        options.memory,
+        optimizer,
+        batch,
+        device,
+        dtype,
+        trained_dtype(options.precision),
+        build=lambda models: method.build(models, choice, files=False),
+        loss_of=loss_of,
+        bf16_update=options.bf16_update,
+        autocast=options.precision.mixed_precision != "no",
+        averages_weights=options.ema.ema_decay is not None,
+        deepspeed=options.distributed.deepspeed,
+        caches_latents=options.cache.latents,
+        caches_texts=options.cache.texts,
+        masked_loss=options.data.masked_loss,
+    )
+
+
+def choose_memory(scheduled: Scheduled) -> Scheduled:
+    """The planner's choice where it was asked. The card is made as small as --vram_budget says."""
+    planned, budget = scheduled.planned, scheduled.planned.memory.vram_budget
+    if not planned.memory.asks_planner:
+        return scheduled
+    plan = plan_memory(planned)
+    choice = plan.choose(budget)
+    peak_check = PeakCheck(plan.needs(choice), planned.device) if is_card(planned.device) else None
+    if budget is not None:
+        limit_memory(planned.device, budget - CUDA_CONTEXT)
+    return replace(scheduled, planned=replace(planned, choice=choice), peak_check=peak_check)
+
+
+# ---- loaded ---------------------------------------------------------------------------------------------------------
+
+
+def load(scheduled: Scheduled) -> Loaded:
+    """Fill the caches, then load what the steps need. Each model is freed as soon as it has no more work."""
+    checked, planned, plan = scheduled.checked, scheduled.planned, scheduled.plan
+    family, options, processes, stop = checked.family, checked.options, checked.processes, checked.stop
+    share, prompts, learning = Share(processes.rank, processes.world), checked.prompts, checked.learning
+    objective = PriorPreservation(family.objective(options.objective, options.loss))
+    size = checked.found.datasets[0].config.buckets.resolution
+    caches = Caches(
+        family, options, checked.data, planned.dtype, learning=learning.parts,
+        more_texts=texts_of(prompts, family.references, size, family.latent.factor), check=stop.check,
+    )  # fmt: skip
+    previews = Previews(
+        family, objective, options, prompts, device=planned.device, dtype=planned.dtype, seed=plan.seed,
+        active=processes.is_main, size=size, texts=caches.texts, conditioned=learning.conditioned, stop=stop,
+    )  # fmt: skip
+
+    def load_encoder(name: str, device: str | None = None) -> nn.Module:
+        dtype, storage = planned.load_dtype(name), planned.storage(name)
+        return family.load_text_encoder(name, dtype, device or planned.device, storage=storage)
+
+    encoders = encoders_that_stay(caches, load_encoder, share)
+    vae = vae_that_stays(
+        caches, lambda: family.load_vae(planned.dtype, planned.device), share, previews=bool(prompts)
+    )  # fmt: skip
+    processes.accelerator.wait_for_everyone()
+    free_memory()
+    data = checked.data.prepared(
+        total_steps=plan.total_steps, latents=caches.latents, texts=caches.texts, join=family.join_conds,
+        shown=family.references is not None and not family.references.seen_by.isdisjoint(encoders),
+    )  # fmt: skip
+    # what is moved to and fro is loaded where it stays: as a whole it may not fit on the card
+    device = torch.device("cpu") if moves_weights(planned.choice, learning.swap_options) else planned.device
+    denoiser = family.load_denoiser(planned.load_dtype(DENOISER), device, storage=planned.storage(DENOISER))
+    models = Models(denoiser, encoders, vae)
+    for module in models.all():
+        module.requires_grad_(False)
+    return Loaded(scheduled, objective, models, data, previews)
+
+
+# ---- running --------------------------------------------------------------------------------------------------------
+
+
+def build(loaded: Loaded) -> Running:
+    """What learns, its optimizer, and what the steps do to save memory. Raises UserError."""
+    checked, planned, plan = loaded.scheduled.checked, loaded.scheduled.planned, loaded.scheduled.plan
+    family, options, models = checked.family, checked.options, loaded.models
+    seed_everything(derive_seed(plan.seed, "first weights"))
+    trainables = checked.method.build(models, planned.choice)
+    trainables.module.to(planned.device, planned.trained_dtype)
+    if planned.choice.activation_budget < 1:
+        recompute_encoders([e for name, e in models.encoders.items() if name in trainables.encoders])
+    memory = Memory(
+        family, models.denoiser, planned.choice, options.memory, checked.learning.swap_options, planned.device
+    )
+    shapes = each_shape(loaded.data.plan_epoch(1))
+    shapes_of = {(batch.bucket, len(batch.samples)): batch for batch in shapes}
+    memory.prepare(shapes=len(shapes_of))
+    accelerator = checked.processes.accelerator
+    module = StepModule(family, models, trainables)
+    updates = Updates(
+        options, checked.optimizer, trainables, module, accelerator, total_steps=plan.total_steps, seed=plan.seed
+    )
+    memory.move_activations(trainables.parameters())
+    if (stepped := checked.learning.in_backward) is not None:
+        together = units(trainables.groups, memory.blocks, stepped)
+        memory.steps_in_backward(updates.step_in_backward(together, memory.changed))
+    forward = Pass(
+        family, loaded.objective, models, trainables, updates.model, planned.device, planned.dtype, memory.around
+    )  # fmt: skip
+    retry = Retry(updates, memory, allowed=checked.processes.world == 1 and not planned.deepspeed)
+    step = Step(forward, updates, memory, retry, accelerator, plan.seed)
+    validation = Validation(
+        options.train, checked.validation_plans, loaded.data, forward, plan.seed, plan.total_steps, checked.stop
+    )  # fmt: skip
+    if memory.compiled is not None:
+        compile_all(loaded, trainables, forward, [*shapes_of.values()][:WARMED_SHAPES])
+    free_memory()  # of the weights as they were before they were joined
+    trainables.check_format()
+    return Running(loaded, trainables, memory, updates, step, validation, record_of(loaded, trainables))
+
+
+def compile_all(loaded: Loaded, trainables: Trainables, forward: Pass, plans: Sequence[BatchPlan]) -> None:
+    """Let the blocks be compiled for batches of these sizes, now and not in the first step."""
+
+    def one_pass(plan: BatchPlan) -> Tensor:
+        generator = torch_generator(loaded.scheduled.plan.seed, "compiling", device=forward.device)
+        return forward.mean_loss(loaded.data.load(plan, step=0).to(forward.device), generator)
+
+    parameters = trainables.parameters()
+    # all that learns, or what comes before every block: then the backward pass goes through all of them
+    warm([partial(one_pass, plan) for plan in plans], parameters if trainables.flat else parameters[:1], forward.device)
+
+
+def record_of(loaded: Loaded, trainables: Trainables) -> RunRecord:
+    """What the saves will say of the run."""
+    checked, plan = loaded.scheduled.checked, loaded.scheduled.plan
+    return RunRecord(
+        checked.options,
+        plan,
+        [(dataset.config, dataset.samples) for dataset in checked.found.datasets],
+        loaded.data,
+        checked.family.facts(),
+        checked.family.model_names() if trainables.fields is not None else {},  # hashing gigabytes takes its time
+    )
+
+
+# ---- where it begins -----------------------------------------------------------------------------------------------
+
+
+def restore(running: Running) -> Start:
+    """Load the state of --resume, or skip to --initial_step or --initial_epoch. Raises UserError."""
+    scheduled = running.loaded.scheduled
+    plan, options = scheduled.plan, scheduled.checked.options.state
+    parts, start = scheduled.checked.resumption.taken(), Start()
+    if parts is not None:
+        running.memory.home()
+        running.updates.load(parts)
+        if changed := scheduled.identity.changed_schedule(parts):
+            log.warning(f"--resume: from here on the learning-rate schedule is another one: {', '.join(changed)}")
+        start = Start(Position(parts.step, parts.epoch, parts.batch), parts.losses)
+        log.info(f"resumed at step {parts.step} of {plan.total_steps}, epoch {parts.epoch + 1}, batch {parts.batch}")
+    elif options.initial_step or options.initial_epoch:
+        step = options.initial_step or ((options.initial_epoch or 1) - 1) * plan.steps_per_epoch
+        start = Start(plan.position_of(step))
+        running.updates.skip_schedule(step)
+    plan.require_steps_after(start.position.step)
+    return start
