@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The small objects that the rooms hand to each other. Shapes: B batch, C channels, H W pixels, h w latents."""
+"""Small objects that the packages exchange. Shapes: B batch, C channels, H W pixels, h w latents."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ if TYPE_CHECKING:
 
 Size = tuple[int, int]  # (width, height) in pixels
 
-# What a text encoder produced for one caption or a batch of them: exactly what is cached and what `predict` reads.
+# Outputs of text encoders for one caption or a batch of captions: what is cached, and what `predict` reads.
 Cond = dict[str, "Tensor"]
 
 
 @dataclass(frozen=True)
 class LatentSpec:
-    """How a family's latents look: all that the data room needs to know of a model."""
+    """Form of a family's latents: all that library.data needs to know of a model."""
 
     name: str  # cache key and file suffix, e.g. "sd"
     channels: int  # C of a latent
     factor: int  # pixels per latent pixel along one side
-    npz_suffix: str  # suffix of today's per-image cache files, e.g. "_sd.npz"
+    npz_suffix: str  # suffix of sd-scripts' cache file of a picture, e.g. "_sd.npz"
     npz_sized_keys: bool = False  # array names carry "_<h>x<w>" (all but SD and SDXL)
 
 
@@ -53,7 +53,7 @@ class Tokens:
     pictures: dict[str, Tensor] = field(default_factory=dict)  # what encoders that look at pictures read of them
 
     def to(self, device: torch.device | str) -> Tokens:
-        """The same tokens with every tensor on `device`; the host does not wait."""
+        """The same tokens with every tensor on `device`, copied without waiting."""
         from library.device import on_device
 
         move = lambda tensors: {name: on_device(tensor, device) for name, tensor in tensors.items()}
@@ -72,7 +72,7 @@ class Tokens:
 
 @dataclass
 class Batch:
-    """One micro-batch: everything of it has the same pixel size and comes from one dataset."""
+    """One micro-batch. All its samples have the same pixel size and come from one dataset."""
 
     names: list[str]  # file of each sample, for messages
     captions: list[str]  # final text, after shuffle, dropout, wildcards
@@ -98,13 +98,13 @@ class Batch:
         return len(self.names)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch with every tensor on `device`; the host does not wait."""
+        """The same batch with every tensor on `device`, copied without waiting."""
         from library.device import on_device
 
         return self._mapped(lambda tensor: on_device(tensor, device))
 
     def part(self, rows: slice) -> Batch:
-        """Some of its samples, with everything that belongs to them; `cond` keeps the padding of the whole."""
+        """The batch of some of its samples; `cond` keeps the padding of the whole batch."""
         own = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{name: _rows(value, rows) for name, value in own.items()})
 
@@ -138,7 +138,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Noised:
-    """What the objective made of clean latents. `t` is what `predict` takes, `weight` multiplies the sample's loss."""
+    """Clean latents with noise, and the target. `t` is what `predict` takes; `weight` multiplies the sample's loss."""
 
     x_t: Tensor  # B C h w
     t: Tensor  # B (DDPM: int64 0..999; flow: float32 sigma in 0..1)
@@ -147,7 +147,7 @@ class Noised:
     weight: Tensor  # B float32
 
     def part(self, rows: slice) -> Noised:
-        """Some of its samples."""
+        """The same for some of its samples."""
         return replace(self, **{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
 
@@ -166,7 +166,7 @@ def like(values: Tensor, x: Tensor) -> Tensor:
 
 
 def _rows(value: Any, rows: slice) -> Any:
-    """`value[rows]` of what has an entry per sample; numbers and None as they are."""
+    """`value[rows]` of a field with one entry per sample; numbers and None unchanged."""
     if isinstance(value, dict):
         return {key: entry[rows] for key, entry in value.items()}
     if isinstance(value, tuple):

@@ -17,7 +17,7 @@ from library.data.records import BucketRules
 from library.errors import UserError
 from library.types import Size
 
-LONGEST = 16  # times the side of the square: no picture is as long as that
+LONGEST = 16  # most that a side is taken as, in sides of the square of the same area
 
 
 class Bucket(NamedTuple):
@@ -84,7 +84,7 @@ class BucketManager:
         return buckets, problems
 
     def _fit(self, size: Size) -> Bucket:
-        """The predefined size itself, or the one of the nearest aspect ratio; the picture covers it."""
+        """The predefined bucket of the picture's own size, or of the nearest aspect ratio; the picture covers it."""
         ratio = size[0] / size[1]
         if size in self.predefined:
             reso = size
@@ -93,13 +93,13 @@ class BucketManager:
         return covering(size, reso)
 
     def _fit_without_upscale(self, size: Size) -> Bucket:
-        """Shrink to the area of the resolution where the picture is larger, then cut both sides down to whole steps."""
+        """The picture's own bucket: shrunk to the area of the resolution if larger, then cropped to whole steps."""
         step = self.rules.bucket_reso_steps
         resized = size if size[0] * size[1] <= self.max_area else self._shrink(size)
         return Bucket((resized[0] // step * step, resized[1] // step * step), resized)
 
     def _shrink(self, size: Size) -> Size:
-        """One side becomes a whole number of steps and the other follows: whichever keeps the aspect ratio better."""
+        """The size after shrinking: one side is a whole number of steps, whichever keeps the aspect ratio better."""
         step, ratio = self.rules.bucket_reso_steps, size[0] / size[1]
         width = math.sqrt(self.max_area * ratio)
         height = self.max_area / width
@@ -107,7 +107,7 @@ class BucketManager:
         by_height = _round(height) // step * step
         height_of_width = _round(by_width / ratio) // step * step
         width_of_height = _round(by_height * ratio) // step * step
-        if by_width == 0 or by_height == 0 or height_of_width == 0:  # no bucket: `select` says so
+        if by_width == 0 or by_height == 0 or height_of_width == 0:  # too narrow for a bucket: `select` raises
             return (0, 0)
         error_by_width = abs(by_width / height_of_width - ratio)
         error_by_height = abs(width_of_height / by_height - ratio)
@@ -177,5 +177,5 @@ def center_crop(bucket: Bucket) -> tuple[int, int]:
 
 
 def _round(value: float) -> int:
-    """Half up, unlike Python's round."""
+    """The nearest whole number, halves rounded up (Python's round goes to the even one)."""
     return int(value + 0.5)

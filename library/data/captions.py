@@ -68,7 +68,7 @@ def compose(text: str, rules: CaptionRules, rng: random.Random, *, step: int, to
 
 
 def _lines(text: str, rules: CaptionRules) -> list[str]:
-    """The lines of which one is chosen."""
+    """The lines of a caption, one of which is chosen."""
     lines = text.split("\n")
     return lines if rules.enable_wildcard else lines[:1]
 
@@ -112,7 +112,7 @@ def _arranged(caption: str, rules: CaptionRules, order: Callable[[Parts], Parts]
 
 
 def _has_parts(caption: str, rules: CaptionRules) -> bool:
-    """Whether a caption is taken apart: its parts may move or be dropped, or keep_tokens_separator stands in it."""
+    """Whether a caption is split into parts: they may move or be dropped, or it has a keep_tokens_separator."""
     varies = rules.shuffle_caption or rules.token_warmup_step > 0 or rules.caption_tag_dropout_rate > 0
     return varies or bool(rules.keep_tokens_separator and rules.keep_tokens_separator in caption)
 
@@ -164,7 +164,7 @@ def uncacheable(rules: CaptionRules) -> str | None:
 
 
 class CachedLine(NamedTuple):
-    """What stands for one line of a caption where text outputs are cached: all its outcomes, or so many draws."""
+    """The cached texts of one line of a caption: all its outcomes, or a number of draws."""
 
     line: str
     weight: int  # how often it stands in the caption
@@ -231,7 +231,7 @@ def _cached_lines(text: str, rules: CaptionRules, n: int) -> list[CachedLine]:
 
 
 def _draw(line: str, rules: CaptionRules, count: int, k: int, seed_parts: Sequence[int | str]) -> str:
-    """Draw `k` of `count` of what a line may become."""
+    """Draw number `k` of `count` draws of what a line may become."""
     caption = _framed(line, rules)
     if rules.enable_wildcard:
         rng = python_rng(*seed_parts, "choices", line)
@@ -241,7 +241,7 @@ def _draw(line: str, rules: CaptionRules, count: int, k: int, seed_parts: Sequen
 
 
 def _spread(choices: Sequence[str], count: int, rng: random.Random) -> list[str]:
-    """`count` draws in which each choice comes as often as every other, give or take one."""
+    """`count` draws in which all choices come equally often, give or take one."""
     rounds, rest = divmod(count, len(choices))
     drawn = [*choices] * rounds + rng.sample(choices, rest)
     rng.shuffle(drawn)
@@ -252,7 +252,7 @@ def _spread(choices: Sequence[str], count: int, rng: random.Random) -> list[str]
 
 
 def _outcomes(line: str, rules: CaptionRules, most: int) -> Chances | None:
-    """All that a line may become; None where that is more than `most` texts."""
+    """All texts that a line may become; None where there are more than `most`."""
     framed = _framed(line, rules)
     captions = _worded(framed, most * UNMERGED) if rules.enable_wildcard else {framed: 1.0}
     if captions is None:
@@ -270,7 +270,7 @@ def _outcomes(line: str, rules: CaptionRules, most: int) -> Chances | None:
 
 
 def _worded(caption: str, most: int) -> Chances | None:
-    """What the wildcards of a caption may make of it; None where that is more than `most`."""
+    """All texts that a caption's wildcards may give; None where there are more than `most`."""
     found: Chances = {"": 1.0}
     for piece in _wildcard_pieces(caption):
         grown: Chances = defaultdict(float)
@@ -284,7 +284,7 @@ def _worded(caption: str, most: int) -> Chances | None:
 
 
 def _arrangements(caption: str, rules: CaptionRules, most: int) -> Chances | None:
-    """What shuffle and dropout of parts may make of a caption; None where that is more than `most` texts."""
+    """All texts that shuffle and dropout of parts may give; None where there are more than `most`."""
     if not _has_parts(caption, rules):
         return {_arranged(caption, rules, list): 1.0}
     front, free, end = _split_parts(caption, rules)
@@ -303,19 +303,19 @@ def _arrangements(caption: str, rules: CaptionRules, most: int) -> Chances | Non
 
 
 def _orders(parts: Parts, most: int) -> dict[tuple[str, ...], float] | None:
-    """Every order of the parts, all as probable; None where there are more than `most`."""
+    """All orders of the parts, equally probable; None where there are more than `most`."""
     equal = Counter(parts)
     number = math.factorial(len(parts)) // math.prod(map(math.factorial, equal.values()))
     if number > most:
         return None
     found: dict[tuple[str, ...], float] = {(): 1 / number}
-    for _ in parts:  # a dict and no set: the order is the same in every process
+    for _ in parts:  # a dict and not a set: the order is the same in every process
         found = {(*start, part): 1 / number for start in found for part in equal - Counter(start)}
     return found
 
 
 def _kept(parts: Sequence[str], rate: float, most: int) -> dict[tuple[str, ...], float] | None:
-    """What dropout of parts may leave of them; None where that is more than `most`."""
+    """All sets of parts that dropout may leave; None where there are more than `most`."""
     if rate == 0:
         return {tuple(parts): 1.0}
     found: dict[tuple[str, ...], float] = {(): 1.0}
@@ -347,7 +347,7 @@ def possible_texts(text: str, rules: CaptionRules) -> list[str]:
 
 
 def _all_words(caption: str, rules: CaptionRules) -> Sequence[str]:
-    """The caption with its wildcards replaced, in every way or in so many that each choice is in one."""
+    """The caption with its wildcards replaced, in every way or in enough ways to hold each choice."""
     if not rules.enable_wildcard:
         return [caption]
     found = _worded(caption, MOST_TEXTS)

@@ -30,7 +30,7 @@ def _attributes(value: Any) -> dict[str, Any]:
     preserve = value.get("diff_output_preservation", False)
     if not isinstance(preserve, bool):
         raise ValueError(f"expects diff_output_preservation = true or false, got {shown(preserve)}")
-    for key in value:  # the table is free, but a mistyped name is not meant
+    for key in value:  # any name is allowed, but not a mistyped one
         if key != "diff_output_preservation" and nearest(key, ["diff_output_preservation"]):
             raise ValueError(f"has an unknown key '{key}'. Did you mean 'diff_output_preservation'?")
     return value
@@ -370,7 +370,7 @@ def _folder_subsets(parent: str, flag: str, is_reg: bool, levels: _Table, proble
 
 
 def _holds_pictures(root: Path) -> bool:
-    """Whether a folder has no subfolder `<repeats>_<class words>`: with control images it is itself the subset."""
+    """Whether a folder has no subfolder `<repeats>_<class words>`: then, with control images, it is the subset."""
     return root.is_dir() and not any(
         entry.is_dir() and entry.name.partition("_")[0].strip().isdecimal() for entry in root.iterdir()
     )
@@ -405,7 +405,7 @@ def _read_command_line(
 def dataset_problems(
     datasets: Iterable[DatasetConfig], options: DataOptions, cache: CacheOptions | None = None, control: bool = False
 ) -> Iterator[str]:
-    """What makes no sense about the datasets as a whole: masks nobody reads, changes that a cache would hide."""
+    """What makes no sense about the datasets as a whole: unused masks, changes that a cache would hide."""
     subsets = [subset for dataset in datasets for subset in dataset.subsets]
     masked = any((s.conditioning_data_dir and not control) or s.images.alpha_mask for s in subsets)
     if options.masked_loss and subsets and not masked:

@@ -199,7 +199,7 @@ class TrainingData:
     # ---- batches
 
     def loader(self, *, workers: int = 0, persistent: bool = False, pin_memory: bool = False) -> BatchLoader:
-        """Loads plans: `with data.loader(...) as loader: for batch in loader.run(plans, step_of_first=...)`."""
+        """A loader of plans: `with data.loader(...) as loader: for batch in loader.run(plans, step_of_first=...)`."""
         return BatchLoader(self, workers=workers, persistent=persistent, pin_memory=pin_memory)
 
     def load(self, plan: BatchPlan, *, step: int) -> Batch:
@@ -258,7 +258,7 @@ class TrainingData:
         return _Item(sample, caption, flipped, pixels, None, mask, told, control, *self._references(part, sample))
 
     def _references(self, part: Part, sample: Sample) -> tuple[list[Tensor], list[Tensor]]:
-        """(latents, pixels) of a sample's reference pictures; an empty list of what the steps do not need."""
+        """(latents, pixels) of a sample's reference pictures, empty where the steps do not need them."""
         jobs, cache = part.references(sample), self.latents
         latents = [cache.get(job)[0] for job in jobs] if cache is not None else []
         return latents, [reference_pixels(job) for job in jobs] if cache is None or self.shown else []
@@ -293,7 +293,7 @@ class _Item(NamedTuple):
 
 
 def _variant_seed(sample: Sample) -> tuple[str, str, str]:
-    """Not from the run's seed: another seed chooses among the same cached variants."""
+    """Seed of the cached variants of a caption. The run's seed is not in it: it chooses among the same variants."""
     return ("caption", os.path.basename(sample.path), sample.caption)
 
 
@@ -313,7 +313,7 @@ def _control(control: np.ndarray | None) -> Tensor | None:
 
 
 def _columns(rows: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
-    """The first tensors of all samples as one, the second ones as one ...: their shapes agree."""
+    """One tensor of the first ones of all samples, one of the second ones, and so on: their shapes agree."""
     return tuple(torch.stack(column) for column in zip(*rows, strict=True))
 
 
@@ -324,7 +324,7 @@ def _stack(tensors: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def _stack_masks(masks: Sequence[Tensor | None]) -> Tensor | None:
-    """Samples without a mask count everywhere: ones. None when no sample of the batch has one."""
+    """The masks of a batch, ones for samples without a mask; None when no sample has one."""
     like = next((mask for mask in masks if mask is not None), None)
     if like is None:
         return None

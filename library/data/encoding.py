@@ -29,7 +29,7 @@ class LatentJob(NamedTuple):
 
 
 class Text(NamedTuple):
-    """A final caption as text encoders get it, with the reference pictures that those see that look at pictures."""
+    """A final caption as text encoders get it, with the reference pictures for those that look at pictures."""
 
     caption: str
     references: tuple[LatentJob, ...] = ()

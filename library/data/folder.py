@@ -53,7 +53,7 @@ class Folder:
         # Most other files are sorted out by their last four letters, which are quick to have. The list and not the set:
         # its names follow each other in memory, which for 100,000 of them halves the time of this loop
         likely = [name for name in self._listed if name[-4:].lower() in _ENDINGS]
-        # hidden files are no pictures: macOS keeps "._name.jpg" beside "name.jpg"
+        # hidden files are not pictures: macOS keeps "._name.jpg" beside "name.jpg"
         found = [n for n in likely if n.rpartition(".")[2].lower() in IMAGE_EXTENSIONS and n[0] != "." and "." in n]
         return {name: name.rpartition(".")[0] for name in sorted(found)}
 
@@ -67,11 +67,11 @@ class Folder:
         return any(name.endswith(".npz") for name in self.names)
 
     def look_at_images(self, names: Iterable[str]) -> None:
-        """Fills `images` for `names`; what is wrong with the others stands in `problems`."""
+        """Fill `images` for `names`; `problems` says what is wrong with the others."""
         self._look(names, self.images, _read_image, "reading image headers")
 
     def look_at_texts(self, names: Iterable[str]) -> None:
-        """Fills `texts` for `names`; what is wrong with the others stands in `problems`."""
+        """Fill `texts` for `names`; `problems` says what is wrong with the others."""
         self._look(names, self.texts, _read_text, "reading captions")
 
     def _look(self, names: Iterable[str], known: dict, read: Callable[[str], Any], what: str) -> None:
@@ -111,7 +111,7 @@ class Folder:
             os.close(handle)
 
     def remember(self) -> bool:
-        """Writes the manifest where something changed; False where that is not possible."""
+        """Write the manifest if something changed. False where that is not possible."""
         if not self._changed:
             return True  # rows of files that are gone do no harm, and looking for them takes time
         for rows in (self.images, self.texts):
@@ -132,7 +132,7 @@ class Folder:
 
 
 def no_file(status: os.stat_result) -> str | None:
-    """What lies there instead of a file whose bytes can be read; None for files, and for folders."""
+    """Name of what is not a file whose bytes can be read, such as "a socket"; None for files and folders."""
     return next((what for is_that, what in _NO_FILES if is_that(status.st_mode)), None)
 
 

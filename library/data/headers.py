@@ -23,7 +23,7 @@ MAX_SIDE = 65535
 MAX_PIXELS = 2 * (1 << 30) // 12  # 179 million, what PIL agrees to decode
 
 ALPHA = 1  # flag: the picture has an alpha channel or a transparent colour
-TURNED = 2  # flag: EXIF orientation other than 1; today's caches, which ignore it, are then of another picture
+TURNED = 2  # flag: EXIF orientation other than 1; sd-scripts' caches, which ignore it, then belong to another picture
 
 
 class Header(NamedTuple):
@@ -235,7 +235,7 @@ _PARSERS = {b"\xff\xd8": _jpeg, b"\x89P": _png, b"RI": _webp, b"BM": _bmp}
 
 
 def _decode(path: str, head: bytes) -> Header:
-    """PIL's answer, after decoding the whole picture."""
+    """The header as PIL reads it, which decodes the whole picture."""
     try:
         register_reader(path)
         with Image.open(path) as image:
@@ -264,5 +264,5 @@ def _pil_orientation(image: Image.Image) -> int:
     try:
         value = image.getexif().get(0x0112, 1)
     except DAMAGED:
-        return 1  # a damaged EXIF block is no damage to the picture
+        return 1  # a damaged EXIF block does not damage the picture
     return value if value in range(1, 9) else 1

@@ -86,7 +86,7 @@ def load_image(path: str, *, alpha: bool) -> Picture:
 
 
 def register_reader(path: str) -> None:
-    """Loads the plug-in that teaches PIL the format of `path`. Without one, UserError says how to install it."""
+    """Load the plug-in with which PIL reads the format of `path`. Raises UserError saying how to install it."""
     suffix = os.path.splitext(path)[1].lower()
     if suffix not in READERS or suffix in Image.registered_extensions():
         return
@@ -109,7 +109,7 @@ def _reason(error: Exception) -> str:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """EXIF orientation applied. A damaged EXIF block is no damage to the picture, and says nothing of orientation."""
+    """The picture with its EXIF orientation applied. A damaged EXIF block is ignored."""
     try:
         return ImageOps.exif_transpose(image)
     except DAMAGED:
@@ -117,7 +117,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _to_picture(image: Image.Image, alpha: bool) -> Picture:
-    """Any PIL mode as 8-bit RGB, and its alpha channel where that is wanted."""
+    """A picture of any PIL mode as 8-bit RGB, with its alpha channel where that is wanted."""
     if image.mode.startswith("I") or image.mode == "F":
         image = _to_8_bit(image)
     if image.mode == "CMYK":
@@ -133,13 +133,13 @@ def _to_picture(image: Image.Image, alpha: bool) -> Picture:
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
-    """Grey of 16 bit (I;16, I;16B and, from older PIL versions, I) as 8 bit: 65535 becomes 255."""
+    """Grey of 16 bit (I;16, I;16B and, from older PIL versions, I) scaled to 8 bit: 65535 becomes 255."""
     values = np.asarray(image).astype(np.float64)
     return Image.fromarray(np.clip(np.rint(values / 257.0), 0, 255).astype(np.uint8))
 
 
 def _cmyk_to_rgb(image: Image.Image) -> Image.Image:
-    """Through the embedded colour profile to sRGB; plainly where there is none, or none that can be read."""
+    """CMYK converted to sRGB by its embedded colour profile, or by PIL's formula where there is no readable one."""
     profile = image.info.get("icc_profile")
     if profile:
         try:
@@ -179,7 +179,7 @@ class Window:
 
     @staticmethod
     def at(resized: Size, reso: Size, left: int, top: int) -> Window:
-        """A window that is told as it is: for random crops, where only the true offset carries information."""
+        """A window whose true offset SDXL is told: for random crops."""
         return Window(resized, left, top, (float(top), float(left)), (float(top), float(resized[0] - reso[0] - left)))
 
 
@@ -205,7 +205,7 @@ def face_of(path: str) -> Face | None:
 
 
 def draw_flip(rules: ImageRules, rng: random.Random) -> bool:
-    """The first draw of a sample's augmentation; it is made the same way where latents are cached."""
+    """Whether the sample is mirrored: the first draw of its augmentation, made also where latents are cached."""
     return rules.flip_aug and rng.random() < 0.5
 
 
@@ -223,12 +223,12 @@ def uncacheable_latents(rules: ImageRules) -> str | None:
 
 
 def moves_crop(rules: ImageRules) -> bool:
-    """Whether pictures are cut at another place at every use."""
+    """Whether the place of the crop is drawn anew at each use."""
     return rules.random_crop or rules.face_crop_aug_range is not None
 
 
 def fixed_conditioning(bucket: Bucket, size: Size, *, flipped: bool) -> tuple[float, float]:
-    """The (top, left) that SDXL is told for a centred crop of a file of `size`."""
+    """The (top, left) micro-conditioning of SDXL for a centred crop of a file of `size`."""
     left, top, right, _ = crop_ltrb(bucket.reso, size)
     return (top, bucket.reso[0] - right if flipped else left)
 
@@ -303,7 +303,7 @@ def _draw_offset(room: int, rng: random.Random) -> int:
 
 
 def _face_window(size: Size, reso: Size, rules: ImageRules, rng: random.Random, face: Face) -> Window:
-    """The short side of the window is `face_crop_aug_range` times the face; the face is in its middle, moved a little.
+    """A window around the face, `face_crop_aug_range` times as large on its short side, moved a little.
 
     The file is enlarged only as far as it must be to cover `reso`.
     """
@@ -336,13 +336,13 @@ def _cut(pixels: np.ndarray, reso: Size, window: Window) -> np.ndarray:
 
 
 def _resize_mask(mask: np.ndarray, size: Size) -> np.ndarray:
-    """Area or linear: a mask has no detail worth the overshoot of Lanczos."""
+    """The mask resized by area or linearly: Lanczos would overshoot at its edges."""
     shrinks = size[0] <= mask.shape[1] and size[1] <= mask.shape[0]
     return resize(mask, size, "area" if shrinks else "linear")
 
 
 def color_augmented(pixels: np.ndarray, rng: random.Random) -> np.ndarray:
-    """One picture in three gets a small hue shift or a small gamma. pixels: H W 3 uint8."""
+    """The pixels (H W 3 uint8), one picture in three with a small hue shift or a small gamma."""
     if rng.random() > COLOR_AUG_RATE:
         return pixels
     if rng.random() > 0.5:
@@ -387,7 +387,7 @@ def prepare(
     rules: ImageRules | None = None,
     with_control: bool = False,
 ) -> Prepared:
-    """Reads the file of a sample (and its mask) and makes it ready under its subset's rules, or the given ones.
+    """A sample's picture (and mask) read from its file and prepared by its subset's rules, or the given ones.
 
     The mask picture (its first channel) outranks the alpha channel. with_control: the control image is read too.
     Raises UserError naming the file.

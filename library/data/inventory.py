@@ -50,7 +50,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Inventory:
-    """One subset."""
+    """The pictures of one subset, their captions, and what else lies in the folder."""
 
     pictures: int
     captions: Captions
@@ -126,7 +126,7 @@ def fallback_words(config: SubsetConfig) -> str:
 
 
 def left_out(folder: Folder, used: Iterable[str], config: SubsetConfig) -> LeftOut:
-    """What of the folder is neither a picture nor a caption file in use. Hidden files do not count."""
+    """Files of the folder that are neither pictures nor caption files in use. Hidden files do not count."""
     used, stems = set(used), folder.by_stem
     served = {name.rpartition(".")[0] for name in used}  # stems that have their caption
     own = os.path.abspath(config.conditioning_data_dir or "")

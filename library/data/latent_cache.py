@@ -125,7 +125,7 @@ class LatentCache:
             raise UserError(f"{sample.path}: {reason}") from None
 
     def _read(self, store: TensorStore, key: bytes, job: LatentJob) -> tuple[Tensor, Tensor | None]:
-        """Raises KeyError where the record is missing, or not of this job's shape: then it has been dropped."""
+        """The record of a job. Raises KeyError where it is missing, or has another shape: then it has been dropped."""
         record = store.get(key)
         latents, mask = record.get("latents"), record.get("mask")
         size = self._latent_size(job.bucket)
@@ -191,7 +191,7 @@ class LatentCache:
                 place.hashes.save()
 
     def _decode(self, unit: Sequence[_Task]) -> list[EncodingInput]:
-        """The inputs of one picture, plain and mirrored, from one decoding; its digest is computed on the way."""
+        """The inputs of one picture, plain and mirrored, decoded once. Also computes its digest."""
         job, place = unit[0]
         for file in self._files(job):
             place.hashes.digest(file)
@@ -201,7 +201,7 @@ class LatentCache:
     def _encode_batch(
         self, tasks: Sequence[_Task], inputs: Sequence[EncodingInput], encode: EncodeImages, writer: StoreWriter
     ) -> None:
-        """Encode and hand to the writer. Raises UserError naming the files whose latents are not finite."""
+        """Encode one batch and pass it to the writer. Raises UserError naming files whose latents are not finite."""
         encoded = encode(torch.stack([item.pixels for item in inputs]), [item.seed for item in inputs])
         size = self._latent_size(tasks[0].job.bucket)
         if encoded.shape != (len(tasks), self.spec.channels, *size):
@@ -247,7 +247,7 @@ class LatentCache:
         return result
 
     def _missing_in(self, place: _Place, jobs: list[LatentJob]) -> list[LatentJob]:
-        """What one store lacks. An empty store lacks everything: then files are first read when they are decoded."""
+        """The jobs that one store lacks. With an empty store no file is read before it is decoded."""
         if place.store.is_empty():
             return jobs
         unread = place.hashes.recall(file for job in jobs for file in self._files(job))
@@ -261,7 +261,7 @@ class LatentCache:
         return [job for job, key in zip(jobs, keys) if key in found.missing]
 
     def _files(self, job: LatentJob) -> list[FileState]:
-        """The files that decide about a job's latents: the picture, and its mask picture."""
+        """The files that a job's latents depend on: the picture, and its mask picture."""
         files = [sample_state(job.sample)]
         if self.masked_loss and job.sample.mask_path is not None:
             files.append(state_of(job.sample.mask_path))
@@ -340,7 +340,7 @@ def _ahead(
     decode: Callable[[Sequence[_Task]], list[EncodingInput]],
     window: int,
 ) -> Iterator[tuple[list[_Task], list[EncodingInput]]]:
-    """The batches in order, while the pool decodes `window` of them ahead."""
+    """Yield the batches in order while the pool decodes the next `window` ones."""
     waiting: deque[tuple[list[_Task], list[Future]]] = deque()
     for batch in itertools.chain(batches, [None] * window):
         if batch is not None:

@@ -42,7 +42,7 @@ NPY_MAGIC = b"\x93NUMPY"
 NPY_HEADER = re.compile(  # as numpy writes it: the dtype, the order of the bytes, the shape
     r"\{'descr': '([<>|=]?[a-zA-Z]\d{1,9})', 'fortran_order': (True|False), 'shape': \(([\d, ]{0,200})\), \}\s*"
 )
-GOOD = b"valid"  # stands in the place of a digest
+GOOD = b"valid"  # in place of a digest
 MOST_HEADER = 10_000  # bytes
 FLOATS, NUMBERS = "f", "iuf"  # kinds of dtypes
 
@@ -230,12 +230,12 @@ class LegacyFiles:
 
 
 def _row_name(path: str, wanted: Wanted) -> str:
-    """Under which the store remembers that the file was good."""
+    """Name under which the store remembers that the file was good."""
     return f"{path}\x1f{wanted}"
 
 
 def _size(path: str) -> int:
-    """0 where there is none: `_check` says so."""
+    """Size of a file in bytes, 0 where there is none: then `_check` raises."""
     try:
         return os.stat(path).st_size
     except OSError:

@@ -18,14 +18,14 @@ from library.values import text_problem
 
 @dataclass(frozen=True)
 class Report:
-    """One line each. `UserError(report.problems)` is how a run ends that cannot start."""
+    """What was found, one line each. Problems keep a run from starting."""
 
     problems: tuple[str, ...]
     warnings: tuple[str, ...]
 
 
 def check(scan: Scan) -> Report:
-    """The judgement on a scan: unreadable pictures and captions, empty folders, missing captions, shared stems."""
+    """Report on a scan: unreadable pictures and captions, empty folders, missing captions, shared stems."""
     problems: dict[str, None] = {}  # each line once, though datasets may share a folder
     warnings: dict[str, None] = {}
     for subset in scan.subsets:
@@ -78,7 +78,7 @@ def _line(where: str, names: Sequence[str], many: str, one: str, rest: str) -> s
 
 
 def _has_own_words(config: SubsetConfig) -> bool:
-    """Prefix and suffix are put around an empty caption too, so that it is none."""
+    """Whether every caption has words: prefix and suffix are put around empty ones, too."""
     return bool(config.captions.caption_prefix or config.captions.caption_suffix)
 
 
@@ -209,7 +209,7 @@ def split_warnings(where: str, config: DatasetConfig, stats: DatasetStats) -> It
 
 
 def bucket_warnings(where: str, rules: BucketRules, stats: DatasetStats) -> Iterator[str]:
-    """What the sizes of a dataset take from its pictures, and buckets that are none."""
+    """What the sizes of a dataset take from its pictures, and buckets without effect."""
     if stats.capped:
         names, limit = first_names(stats.capped, MOST_NAMES), f"max_bucket_reso = {rules.max_bucket_reso}"
         yield f"{where}: {_number(stats.capped)} more than {MUCH_CAPPED:.0%} of the area to {limit}: {names}"

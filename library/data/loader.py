@@ -26,13 +26,13 @@ Job = tuple[BatchPlan, int]  # what is loaded, and the optimizer step that it is
 
 
 class LoadsBatches(Protocol):
-    """What is asked of the data: `TrainingData`."""
+    """The data as the loader sees it: `TrainingData`."""
 
     def load(self, plan: BatchPlan, *, step: int) -> Batch: ...
 
 
 class BatchLoader:
-    """Keeps the workers of a run, if there are any; use it as a context manager, or call `close`.
+    """Loads the batches of a run, in worker processes if asked for. A context manager, or call `close`.
 
         with data.loader(workers=2, persistent=True) as loader:
             for epoch in (1, 2):
@@ -88,7 +88,7 @@ class BatchLoader:
             results = None  # workers that are not persistent end with their last reference
 
     def _started(self) -> Iterator[Batch | UserError]:
-        """The results of a run, for which workers are started where there are none."""
+        """The results of a run; starts workers if there are none."""
         assert self._torch_loader is not None
         before = {*multiprocessing.active_children()}
         if self._torch_loader.num_workers:
@@ -99,7 +99,7 @@ class BatchLoader:
         return results
 
     def _next(self, results: Iterator[Batch | UserError]) -> Batch | UserError | None:
-        """None at the end."""
+        """The next result; None at the end. Raises ProcessDied where a worker was killed."""
         try:
             return next(results, None)
         except Exception as error:
@@ -110,7 +110,7 @@ class BatchLoader:
             raise ProcessDied(_why_died(codes[0])) from error
 
     def close(self) -> None:
-        """Ends the workers, also one that is stuck in reading a file."""
+        """End the workers, also one that hangs while reading a file."""
         self._torch_loader = None
         for worker in self._workers:
             if worker.is_alive():
@@ -156,13 +156,13 @@ class _Loads(torch.utils.data.Dataset):
 
 
 def _for_main_process_alone(worker: int) -> None:
-    """In a worker: a signal to the whole process group is for the main process, which ends the workers in the end."""
+    """In a worker: leave signals to the whole process group to the main process, which ends the workers itself."""
     ignore_signals()
 
 
 @contextmanager
 def _kept_child_handler() -> Iterator[None]:
-    """Without torch's SIGCHLD handler, which raises anywhere: the next batch tells of a dead worker."""
+    """Without torch's SIGCHLD handler, which raises anywhere: the next batch reports a dead worker."""
     if threading.current_thread() is not threading.main_thread() or "SIGCHLD" not in dir(signal):
         yield
         return

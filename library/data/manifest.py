@@ -54,7 +54,7 @@ def manifest_path(folder: str, cache_dir: str | None) -> Path:
 def read_manifest(path: Path) -> Manifest:
     """The manifest in `path`; an empty one where there is none, or a damaged or older one."""
     try:
-        if not path.is_file():  # nor a pipe, for which one would wait
+        if not path.is_file():  # opening a pipe would wait for a writer
             return Manifest()
         document = parse_json(path.read_bytes())
         if document["version"] != VERSION:
@@ -68,7 +68,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def write_manifest(path: Path, manifest: Manifest) -> bool:
-    """Writes the manifest, or returns False where the folder cannot be written."""
+    """Write the manifest. False where the folder cannot be written."""
     limit = time.time_ns() - SETTLED_NS
     document = {
         "version": VERSION,
@@ -98,7 +98,7 @@ def _rows(columns: list[Any], types: tuple[type, ...]) -> dict[str, Any]:
     """Name -> row. Raises ValueError, TypeError or struct.error when the columns hold or are something else."""
     joined, *values = columns
     if not isinstance(joined, str):
-        raise TypeError("the names are no text")
+        raise TypeError("the names are not text")
     if not joined:
         return {}
     names = joined.split("/")

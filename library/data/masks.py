@@ -15,13 +15,13 @@ from library.data.images import load_image, moves_crop, wants_mask
 from library.data.records import Sample
 from library.errors import UserError, first_names
 
-DARK = 8  # of 255: masks without a brighter pixel are as good as black; files with 0 and 1 in them are such, too
+DARK = 8  # of 255: masks without a brighter pixel count as black, such as files that hold 0 and 1
 MOST_NAMES = 10
 MOST_PIXELS = 2_000_000_000  # that are read, of pictures evenly spread over the data: some seconds on a few cores
 
 
 def check_masks(trained: Sequence[Sequence[tuple[Sample, Bucket]]], *, masked_loss: bool) -> str | None:
-    """A warning that names the masks that are black, if there are any. trained: the pictures of each dataset.
+    """A warning naming the masks that are black, or None. trained: the pictures of each dataset.
 
     Raises UserError when no other picture is left to learn from, or a mask cannot be read.
     """
@@ -80,7 +80,7 @@ def _is_dark(sample: Sample, bucket: Bucket, masked_loss: bool) -> bool:
 
 
 def _trained_part(mask: np.ndarray, sample: Sample, bucket: Bucket) -> np.ndarray:
-    """What the centred crop leaves of a mask (H W) of any size; all of it where the crop moves."""
+    """The part of a mask (H W, any size) inside the centred crop; all of it where the crop moves."""
     if moves_crop(sample.subset.images):
         return mask
     (left, top), (width, height) = center_crop(bucket), bucket.resized

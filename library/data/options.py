@@ -57,7 +57,7 @@ def parse_zoom_range(value: Any) -> tuple[float, float] | None:
 
 
 def not_empty(value: str) -> str | None:
-    """The check of a text that cannot be empty."""
+    """Problem of a text that must not be empty, or None."""
     return None if value else "must not be empty"
 
 

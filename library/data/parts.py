@@ -74,7 +74,7 @@ class Split(NamedTuple):
     reg: list[int]
 
     def without(self, places: Sequence[str], held: Collection[str]) -> Split:
-        """Less what is held out anywhere: a picture may stand in several subsets and datasets."""
+        """The split without what is held out anywhere: a picture may be in several subsets and datasets."""
         train, reg = ([i for i in indices if places[i] not in held] for indices in (self.train, self.reg))
         return Split(train, self.validation, reg)
 
@@ -119,7 +119,7 @@ def too_many_references(samples: Sequence[Sample], spec: ReferenceSpec | None) -
 
 
 def make_splits(datasets: Sequence[tuple[DatasetConfig, Sequence[Sample]]], seed: int) -> list[tuple[Split, Split]]:
-    """Split of each dataset, as it is and without what another subset or dataset holds out."""
+    """(own split, split without what is held out anywhere) of each dataset."""
     seeds = [seed if config.validation_seed is None else config.validation_seed for config, _ in datasets]
     splits = [_split(samples, config.validation_split, own) for (config, samples), own in zip(datasets, seeds)]
     if not any(split.validation for split in splits):
@@ -130,7 +130,7 @@ def make_splits(datasets: Sequence[tuple[DatasetConfig, Sequence[Sample]]], seed
 
 
 def _places(samples: Sequence[Sample]) -> list[str]:
-    """Where each picture is on the disk, by whatever way its folder is named."""
+    """Real path of each picture, with links resolved."""
     folders: dict[str, str] = {}
     found = []
     for sample in samples:
@@ -191,7 +191,7 @@ def _make_part(
 
 
 def _shapes(samples: Sequence[Sample], buckets: Sequence[Bucket], spec: ReferenceSpec | None) -> list[Shape]:
-    """What decides which samples can be in one batch."""
+    """The shape of each sample: those of one batch agree in it."""
     bare = {reso: Shape(reso) for reso in {bucket.reso for bucket in buckets}}  # one object for millions of pictures
     return [
         Shape(reso, tuple(job.bucket.reso for job in reference_jobs(sample.references, reso, spec)))
@@ -236,7 +236,7 @@ def _one_sided(
 
 
 def _split(samples: Sequence[Sample], split: float, seed: int) -> Split:
-    """Each subset is split by itself, regularisation pictures never."""
+    """Split each subset by itself; regularisation pictures are never held out."""
     found = Split([], [], [])
     groups: dict[int, list[int]] = {}
     for index, sample in enumerate(samples):  # subsets are told apart by identity: the same folder may be used twice

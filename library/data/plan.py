@@ -3,7 +3,7 @@
 
 A plan of a million samples is a few arrays; a `BatchPlan` is made when it is asked for. Where an epoch has more uses
 than LISTED (num_repeats = 3000000), its order is not listed but computed place by place: that costs nothing, however
-often pictures are repeated. The two orders are not the same one, so LISTED must never change.
+often pictures are repeated. The two orders differ, so LISTED must never change.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Pool:
         return np.cumsum(self.repeats)
 
     def sample_of(self, use: int) -> int:
-        """`entries[use]`, without them."""
+        """`entries[use]`, without making the list of entries."""
         return int(self.samples[np.searchsorted(self.ends, use, side="right")])
 
     @property
@@ -154,7 +154,7 @@ def _first_of_each(plans: Sequence[BatchPlan]) -> list[BatchPlan]:
 
 
 def plan_epoch(pools: Sequence[Pool], *, seed: int, epoch: int) -> EpochPlan:
-    """Samples shuffled within their bucket, then the batches of all buckets and datasets shuffled together."""
+    """The batches of an epoch: samples are shuffled within their shape, then all batches together."""
     if sum(pool.uses for pool in pools) > LISTED:
         return EpochPlan(_Computed(pools, seed, epoch))
     orders = [_shuffled_in_buckets(pool, derive_seed(seed, "order", epoch, d)) for d, pool in enumerate(pools)]
@@ -174,7 +174,10 @@ def plan_in_order(pools: Sequence[Pool]) -> EpochPlan:
 
 @dataclass(frozen=True)
 class _Listed:
-    """orders: sample indices per dataset; table: rows of (dataset, shape, start, stop), one for each position."""
+    """An order that is listed.
+
+    orders: sample indices per dataset; table: rows of (dataset, shape, start, stop), one for each position.
+    """
 
     orders: Sequence[np.ndarray]
     shapes: Sequence[Sequence[Shape]]
@@ -249,7 +252,7 @@ class Shuffle:
 
 
 def _mixed(value: int) -> int:
-    """64 bits, each of which depends on all bits of `value`."""
+    """A hash of 64 bits: each bit depends on all bits of `value`."""
     for factor in (0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93):
         value = value * factor & _MASK
         value ^= value >> 32
@@ -266,7 +269,7 @@ class _Bucket(NamedTuple):
 
 
 class _Computed:
-    """Every batch is computed from its position."""
+    """An order in which every batch is computed from its position."""
 
     def __init__(self, pools: Sequence[Pool], seed: int, epoch: int) -> None:
         self.pools, self.epoch = pools, epoch

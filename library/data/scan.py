@@ -75,7 +75,7 @@ def scan(
     plain_npz: bool = False,
     control: bool = False,
 ) -> Scan:
-    """Looks at the folders of the datasets.
+    """Scan the folders of the datasets.
 
     cache_dir: folder of the manifests; None: `.trainyard` in each picture folder. npz_suffix: also look for the latent
     files of sd-scripts beside the pictures, such as "_sd.npz"; plain_npz: `<stem>.npz` counts as one too (SD, SDXL).
@@ -91,7 +91,7 @@ def scan(
 
 @contextlib.contextmanager
 def _paused_gc() -> Iterator[None]:
-    """A scan makes many small objects and no cycles: looking for those in between would be wasted time."""
+    """Pause garbage collection: a scan makes many small objects and no cycles."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -133,7 +133,7 @@ class _Scanner:
         self.folders: dict[str, Folder] = {}
 
     def folder(self, path: str) -> Folder:
-        """Raises OSError when the folder cannot be listed."""
+        """The folder, listed once. Raises OSError when it cannot be listed."""
         path = os.path.abspath(path)
         if path not in self.folders:
             self.folders[path] = Folder(path, self.cache_dir)
@@ -183,7 +183,7 @@ class _Scanner:
         )
 
     def _inventory(self, folder: Folder, config: SubsetConfig, files: list[str], without: int) -> Inventory:
-        """files: caption file of each picture, or ""."""
+        """Inventory of a subset. files: caption file of each picture, or ""."""
         texts, wildcard = folder.texts, config.captions.enable_wildcard
         rows = (texts.get(file) for file in files)
         own = sum(1 for row in rows if row and caption_of(row[2], enable_wildcard=wildcard))
@@ -243,7 +243,7 @@ class _Scanner:
     def _masks(
         self, config: SubsetConfig, pictures: dict[str, str], rows: Mapping[str, ImageRow]
     ) -> tuple[dict[str, str], list[str], list[str]]:
-        """Picture name -> path of its mask or control image, by stem; what is wrong; those without a picture."""
+        """(picture name -> path of its mask or control image, problems, names without a picture), by stem."""
         if not config.conditioning_data_dir:
             return {}, [], []
         folder = self.folder(config.conditioning_data_dir)
@@ -305,7 +305,7 @@ class _Scanner:
         )
 
     def _named(self, config: SubsetConfig, path: str, found: dict[Folder, dict[str, str]], without: int) -> Inventory:
-        """What a metadata file names, and what lies in image_dir besides."""
+        """Inventory of a metadata file, and the pictures of image_dir that it does not name."""
         count = sum(map(len, found.values()))
         unnamed = 0
         with contextlib.suppress(OSError):
@@ -327,7 +327,7 @@ class _Scanner:
 
 
 def _written_since(path: str, mtime_ns: int) -> bool:
-    """Whether there is a file, as new as that; not a link to nowhere, nor a pipe."""
+    """Whether the path is a regular file that is at least as new."""
     try:
         status = os.stat(path)
     except OSError:
@@ -336,7 +336,7 @@ def _written_since(path: str, mtime_ns: int) -> bool:
 
 
 def _other_shapes(folder: Folder, pairs: Mapping[str, str], rows: Mapping[str, ImageRow]) -> list[str]:
-    """One line on the control images that cannot show their picture: stretched over it they would be distorted."""
+    """One line on the control images of another shape than their pictures: stretching would distort them."""
     wrong = []
     for name, control in pairs.items():
         if name not in rows or control not in folder.images:

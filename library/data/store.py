@@ -42,14 +42,14 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @dataclass(frozen=True)
 class Found:
-    """What `check` found of the keys it was asked for."""
+    """Result of `check` for the keys that it was given."""
 
     missing: frozenset[bytes] = frozenset()  # damaged ones included
     damaged: frozenset[bytes] = frozenset()
 
 
 class TensorStore(Protocol):
-    """What the latent cache and the text cache need of a store."""
+    """A store as the latent cache and the text cache use it."""
 
     shared: bool  # other processes see what this one writes
 
@@ -92,10 +92,10 @@ class MemoryStore:
         return not self._records
 
     def flush(self) -> None:
-        """Nothing waits to be written."""
+        """Do nothing: there is nothing to write."""
 
     def require_space(self, needed: int) -> None:
-        """Memory is not measured here."""
+        """Do nothing: main memory is not measured."""
 
     def prune(self) -> int:
         return 0
@@ -107,7 +107,7 @@ class MemoryStore:
         self._files.update((row.path, row) for row in rows)
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: no file is open."""
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
@@ -151,7 +151,7 @@ class PackedStore:
         self._entries: dict[bytes, Entry] = {}  # as last seen in the index
 
     def __reduce__(self) -> tuple:
-        """A copy in another process opens the same folder."""
+        """Pickle as the folder: a copy in another process opens it, too."""
         make = functools.partial(PackedStore, shard_bytes=self.shard_bytes, group_bytes=self.group_bytes)
         return make, (str(self.folder),)
 
@@ -166,7 +166,7 @@ class PackedStore:
         self._append(key, pack(tensors), owner)
 
     def flush(self) -> None:
-        """Bytes to the disk, then the rows that name them."""
+        """Write the bytes to the disk, then the rows of the index that name them."""
         with self._lock:
             writer = self._own_writer()
             if writer is None or not writer.pending:
@@ -275,7 +275,7 @@ class PackedStore:
         return unpack(buffer, entry.layout)
 
     def discard(self, key: bytes) -> None:
-        """Forget a record that is not what its reader needs."""
+        """Drop a record that does not hold what its reader expects."""
         self._entries.pop(key, None)
         self._index.drop_keys([key])
 

@@ -114,7 +114,7 @@ class Index:
         self._write((statement, [(e.key, e.shard, e.start) for e in entries]))
 
     def drop_keys(self, keys: Iterable[bytes]) -> None:
-        """Forget records whatever the index says of their place."""
+        """Forget records wherever they are."""
         self._write(("DELETE FROM records WHERE key = ?", [(key,) for key in keys]))
 
     # ---- shards -----------------------------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ class Index:
         return live
 
     def dead_owners(self) -> set[bytes]:
-        """Contents that some file once had and that no file has now."""
+        """Digests that some file once had and that no file has now."""
         query = "SELECT digest FROM retired WHERE digest NOT IN (SELECT digest FROM files)"
         return {row[0] for row in self._select(query)}
 
@@ -191,7 +191,7 @@ class Index:
         self._healed(commit, create=True, needed=needed)
 
     def _healed(self, action: Callable[[sqlite3.Connection | None], T], *, create: bool, needed: int = 0) -> T:
-        """The result of `action`; where the file turns out to be damaged, that of a second time, with a new index."""
+        """The result of `action`, which is repeated with a new index where the file turns out to be damaged."""
         with self._lock, self._errors(needed):
             try:
                 return action(self._connected(create=create))
@@ -224,7 +224,7 @@ class Index:
         return _connect(self.path)
 
     def _identity(self) -> int:
-        """Which file lies there; 0 where there is none."""
+        """Identity of the file in that place; 0 where there is none."""
         return os.lstat(self.path).st_ino if os.path.lexists(self.path) else 0
 
     def _set_aside(self) -> None:

@@ -26,7 +26,7 @@ def seal(key: bytes, layout: str) -> int:
 
 
 def is_sound(entry: Entry) -> bool:
-    """Whether a writer could have made this entry; a damaged index may say anything."""
+    """Whether a writer could have made this entry: the index may be damaged."""
     numbers = (entry.start, entry.length, entry.checksum)
     if type(entry.shard) is not str or type(entry.layout) is not str or any(type(n) is not int for n in numbers):
         return False
@@ -55,7 +55,7 @@ class Reader:
         return buffer if count == entry.length else None
 
     def _open(self, shard: str) -> BinaryIO:
-        """Raises OSError where there is no such file, or no file but a folder or a pipe, for which one would wait."""
+        """Open a shard. Raises OSError where there is no such file, or a folder or a pipe in its place."""
         key = (os.getpid(), shard)
         if key not in self._files:
             path = self.folder / shard

@@ -43,7 +43,7 @@ class StoreWriter:
             raise self._error
 
     def _run(self) -> None:
-        """After an error the queue is still emptied, so that `put` never waits for a thread that has given up."""
+        """Body of the thread. After an error it goes on emptying the queue, so that `put` never blocks."""
         stores: dict[int, TensorStore] = {}
         while (item := self._queue.get()) is not None:
             store, key, tensors, owner = item

@@ -112,11 +112,11 @@ def due(options: SampleOptions, step: int, epoch_end: int | None) -> bool:
 
 
 class Stopped(Exception):
-    """The run should stop: the picture is not finished."""
+    """Raised inside a picture when the run should stop."""
 
 
 class Previewer:
-    """Makes the pictures of a run's prompts into `<output_dir>/sample`."""
+    """Makes the pictures of a run's prompts and writes them to `<output_dir>/sample`."""
 
     def __init__(
         self,
@@ -180,7 +180,7 @@ class Previewer:
                     pictures.append(Preview(path, image, prompt))
                 except Stopped:
                     break
-                except Exception as error:  # whatever it is, it must not end a training
+                except Exception as error:  # a failed preview must not end the training
                     lines = str(error).splitlines() or [""]
                     failed.append(f"{index:02d} {type(error).__name__}: {lines[0]}")
                     empty_cache()
@@ -284,7 +284,7 @@ class Previewer:
         return -1.0 if ratio is None else 1.0 - ratio
 
     def _renormed(self, guided: Tensor, plain: Tensor, prompt: Prompt) -> Tensor:
-        """`guided` at most renorm_cfg times as long as `plain` (Lumina-Image 2.0, arXiv:2503.21758, section 3.4)."""
+        """`guided`, at most renorm_cfg times as long as `plain` (Lumina-Image 2.0, arXiv:2503.21758, section 3.4)."""
         limit = self.family.preview.renorm_cfg if prompt.renorm_cfg is None else prompt.renorm_cfg
         if not limit:
             return guided
@@ -343,7 +343,7 @@ def _batch_of(references: Sequence[Tensor], prompt: Prompt, guided: bool) -> Bat
 
 @contextlib.contextmanager
 def undisturbed(models: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
-    """Evaluation mode, no gradients and any use of the global generators inside; everything as before outside."""
+    """Inside it: evaluation mode, no gradients, free use of the global generators. Restores everything afterwards."""
     modes = {module: module.training for model in models for module in model.modules()}
     python = random.getstate()
     try:

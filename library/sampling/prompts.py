@@ -235,6 +235,6 @@ def _picture(path: str) -> str:
 
 
 def given_fields(prompts: Iterable[Prompt], names: Iterable[str]) -> list[str]:
-    """Those of `names` that at least one prompt sets."""
+    """The names among `names` that at least one prompt sets."""
     prompts = list(prompts)
     return [name for name in names if any(vars(p)[name] is not None for p in prompts)]

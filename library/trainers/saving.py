@@ -20,7 +20,11 @@ log = get_logger()
 
 
 class Saver:
-    """Saves of one run. `write_model(path)` and `state()` are the trainer's; other processes save nothing."""
+    """Saves of one run. All processes call its methods alike; only the main one writes.
+
+    `write_model(path)` and `state()` are the trainer's. They are called in all processes, because they gather weights
+    that are spread over processes.
+    """
 
     def __init__(
         self, options: TrainerOptions, plan: RunPlan, *, active: bool,
@@ -102,14 +106,12 @@ class Saver:
             self.uploader.close()
 
     def _write(self, name: str, *, with_state: bool) -> None:
-        if not self.active:
-            return
         paths = self._files(name)
         if self.uploader:
             for path in paths:
                 self.uploader.release(path)
         self.write_model(paths[0])
-        for path in paths:
+        for path in paths if self.active else ():
             if path.exists():
                 self._written(path, upload=True)
         if with_state:
@@ -120,13 +122,13 @@ class Saver:
         return [self.folder / f"{name}{ending}{self.extension}" for ending in self.endings]
 
     def _write_state(self, name: str) -> None:
-        if not self.active:
-            return
         folder = self.folder / names.state_name(name)
         if self.uploader:
             self.uploader.release(folder)
-        save_state(folder, self.state())
-        self._written(folder, upload=self.uploads_states)
+        state = self.state()
+        if self.active:
+            save_state(folder, state)
+            self._written(folder, upload=self.uploads_states)
 
     def _written(self, path: Path, *, upload: bool) -> None:
         self.written.append(path)

@@ -27,6 +27,7 @@ from library.device import (
     seed_everything,
 )
 from library.families.family import ModelFamily
+from library.io.weights_port import ReplicatedWeights, WeightsPort
 from library.learning import DENOISER, Learning, Models, StepModule, Trainables
 from library.log import get_logger
 from library.memory.checkpointing import recompute_encoders
@@ -151,6 +152,7 @@ class Running:
     step: Step
     validation: Validation
     record: RunRecord
+    port: WeightsPort  # through which weights and states go to files and come back
 
 
 @dataclass(frozen=True)
@@ -313,7 +315,8 @@ def build(loaded: Loaded) -> Running:
         compile_all(loaded, trainables, forward, [*shapes_of.values()][:WARMED_SHAPES])
     free_memory()  # of the weights as they were before they were joined
     trainables.check_format()
-    return Running(loaded, trainables, memory, updates, step, validation, record_of(loaded, trainables))
+    record = record_of(loaded, trainables)
+    return Running(loaded, trainables, memory, updates, step, validation, record, ReplicatedWeights())
 
 
 def compile_all(loaded: Loaded, trainables: Trainables, forward: Pass, plans: Sequence[BatchPlan]) -> None:
@@ -351,7 +354,7 @@ def restore(running: Running) -> Start:
     parts, start = scheduled.checked.resumption.taken(), Start()
     if parts is not None:
         running.memory.home()
-        running.updates.load(parts)
+        running.updates.load(running.port.scatter(parts))
         if changed := scheduled.identity.changed_schedule(parts):
             log.warning(f"--resume: from here on the learning-rate schedule is another one: {', '.join(changed)}")
         start = Start(Position(parts.step, parts.epoch, parts.batch), parts.losses)

@@ -61,9 +61,9 @@ class Trainer:
     # ---- states and files -------------------------------------------------------------------------------------------
 
     def state_parts(self) -> StateParts:
-        """Everything that the rest of the run depends on."""
+        """Everything that the rest of the run depends on, whole in the main process. Called in all processes."""
         self.running.memory.home()
-        return StateParts(
+        parts = StateParts(
             **self.running.updates.states(),
             step=self.position.step,
             epoch=self.position.epoch,
@@ -71,21 +71,26 @@ class Trainer:
             losses=list(self.losses.values),
             fingerprint=self.loaded.scheduled.identity.fingerprint(),
         )
+        return self.running.port.gather(parts)
 
     def write_model(self, path: Path) -> None:
-        """Write the trained weights (their moving average, if there is one) with metadata."""
-        trainables, updates, position = self.running.trainables, self.running.updates, self.position
-        metadata = self.running.record.metadata(
-            trainables.kind,
-            trainables.fields,
-            updates.optim.name_for_metadata,
-            step=position.step,
-            epoch=position.epoch,
-        )
+        """Write the trained weights (their moving average, if there is one) with metadata.
+
+        Called in all processes, which gather the weights; the main one writes.
+        """
+        trainables = self.running.trainables
         self.running.memory.home()
-        require_present(dict(trainables.module.named_parameters()), path)
-        with updates.averaged():
-            trainables.write(path, metadata, position)
+        with self.running.updates.averaged(), self.running.port.whole([trainables.module]):
+            if self.processes.is_main:
+                require_present(dict(trainables.module.named_parameters()), path)
+                trainables.write(path, self.metadata(), self.position)
+
+    def metadata(self) -> dict[str, str]:
+        """The metadata of a save after the current step."""
+        trainables, optimizer = self.running.trainables, self.running.updates.optim.name_for_metadata
+        return self.running.record.metadata(
+            trainables.kind, trainables.fields, optimizer, step=self.position.step, epoch=self.position.epoch
+        )
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
 

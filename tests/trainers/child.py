@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.context import ForkServerProcess
@@ -23,9 +24,13 @@ import torch
 import transformers.models.clip.modeling_clip  # noqa: F401
 from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: F401
 from safetensors.torch import save_file
+from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
 
 from library.cli import run as run_script
+from library.io.state import StateParts
+from library.io.weights_port import ReplicatedWeights
+from library.trainers import stages
 from tests.trainers.finetune_runs import make_finetune
 from tests.trainers.helpers import argv, make_trainer, settle
 
@@ -65,6 +70,47 @@ def rank_of_two(rank: int, port: int, values: Mapping[str, Any], interrupt_in: i
     facts = {"seed": str(trainer.plan.seed), "step": str(trainer.position.step), "written": written}
     save_file(trainer.network.state(None), result, facts)
     sys.exit(code)
+
+
+def exchanging_rank(rank: int, port: int, values: Mapping[str, Any], result: Path) -> None:
+    """One of two processes whose weights port exchanges something in each call; how often it was called goes to
+    `result`."""
+    meet(rank, port)
+    torch.set_num_threads(1)
+    settle()
+    redirect(result.with_suffix(".log"))
+    trainer, weights = make_trainer(values), ExchangingPort()
+    stages.ReplicatedWeights = lambda: weights  # type: ignore[assignment,misc]
+    code = trainer.run()
+    result.write_text(json.dumps({"calls": weights.calls, "written": [path.name for path in trainer.saver.written]}))
+    sys.exit(code)
+
+
+class ExchangingPort(ReplicatedWeights):
+    """A port whose calls wait for the other process, as those of weights that are spread over processes do."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def meet(self, name: str) -> None:
+        """Check that both processes are in the same call."""
+        kinds = torch.tensor([float(ord(name[0]))])
+        torch.distributed.all_reduce(kinds)
+        assert kinds.item() == 2 * ord(name[0])
+        self.calls.append(name)
+
+    @contextmanager
+    def whole(self, modules: list[nn.Module]) -> Iterator[None]:
+        self.meet("whole")
+        yield
+
+    def gather(self, parts: StateParts) -> StateParts:
+        self.meet("gather")
+        return parts
+
+    def scatter(self, parts: StateParts) -> StateParts:
+        self.meet("scatter")
+        return parts
 
 
 def runs_of_two(rank: int, jobs: Mapping[str, Job], folder: Path) -> None:
