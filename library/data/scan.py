@@ -26,6 +26,7 @@ from library.errors import first_names
 from library.text_files import file_and, parse_json
 from library.values import shown, text_problem
 
+MANY_OBJECTS = 100_000  # of a scan, from which on it is worth a look at how many objects there are in all
 MOST_STRETCH = 1.25  # of a control image over its picture; those that were rounded to multiples of 64 have less
 
 
@@ -98,7 +99,7 @@ def _paused_gc() -> Iterator[None]:
         yield
     finally:
         if was_on:
-            if gc.get_freeze_count() == 0:
+            if gc.get_count()[0] > MANY_OBJECTS and gc.get_freeze_count() == 0:
                 # Moves all objects to the oldest generation; else the first collection would walk through every one
                 gc.freeze()
                 gc.unfreeze()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,45 @@ def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return Subject(request.param, case, case.make(ground / "model"), data, ground)
 
 
+@dataclass(frozen=True)
+class Plain:
+    """A run of two steps without further options, with which other runs are compared."""
+
+    run: Run
+    begun: dict[str, Tensor]  # what learns, before the first step
+    frozen: dict[str, Tensor]  # what does not
+    adapters: dict[str, Tensor]  # a LoRA of the same model, which names its layers
+
+
+@pytest.fixture(scope="module")
+def plain(subject: Subject) -> Plain:
+    begun = Begun()
+    run = subject.finetune(subject.ground / "plain", max_train_steps=2, keep_gradients=True, before=begun)
+    network = train(None, subject.dataset, subject.ground / "network", **subject.options, max_train_steps=1)
+    return Plain(run, begun.learning, begun.frozen, network.weights)
+
+
+class Begun:
+    """Copies of all weights as they are before the first step."""
+
+    learning: dict[str, Tensor]
+    frozen: dict[str, Tensor]
+
+    def __call__(self, trainer: Recorded) -> None:
+        self.learning = {name: value.clone() for name, value in trainer.trainables.state().items()}
+        self.frozen = {name: value.clone() for name, value in not_learning(trainer).items()}
+
+
+def not_learning(trainer: Recorded) -> dict[str, Tensor]:
+    models = {"vae": trainer.models.vae, **trainer.models.encoders}
+    return {f"{n}.{k}": v for n, m in models.items() if m is not None for k, v in m.state_dict().items()}
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found and found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
 def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float) -> None:
     """Each tensor's difference, relative to the largest gradient of all."""
     assert ours.keys() == theirs.keys()
@@ -93,19 +133,19 @@ def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: 
 def published_gradients(run: Run, file: Path) -> dict[str, Tensor]:
     """The gradients of the first step under the names of adapters: written and read back as if they were a model."""
     trainer = run.trainer
+    denoiser = copy.deepcopy(trainer.models.denoiser)
     with torch.no_grad():
-        for name, parameter in trainer.models.denoiser.named_parameters():
+        for name, parameter in denoiser.named_parameters():
             parameter.copy_(trainer.gradients[0].get(f"denoiser.{name}", torch.zeros(())))
-    trainer.family.save(trainer.models.denoiser, {}, file, None, {})
-    own = {name: p.detach() for name, p in trainer.models.denoiser.named_parameters()}
+    trainer.family.save(denoiser, {}, file, None, {})
+    own = {name: p.detach() for name, p in denoiser.named_parameters()}
     published = {key.removeprefix("model.diffusion_model."): value for key, value in load_file(file).items()}
     return {DENOISER + k.removesuffix(".weight").replace(".", "_"): v for k, v in {**own, **published}.items()}
 
 
-def test_one_step_equals_the_literal_reference(subject: Subject, tmp_path: Path) -> None:
-    run = subject.finetune(tmp_path / "run", max_train_steps=1, keep_gradients=True)
-    network = train(None, subject.dataset, tmp_path / "network", **subject.options, max_train_steps=1)
-    adapters = open_adapters(network.weights, (DENOISER,))
+def test_one_step_equals_the_literal_reference(subject: Subject, plain: Plain, tmp_path: Path) -> None:
+    run = plain.run
+    adapters = open_adapters(plain.adapters, (DENOISER,))
     batch = run.trainer.data.load(run.trainer.data.plan_epoch(1)[0], step=0)
     loss = subject.case.loss({**subject.model, **subject.case.options}, batch, adapters, micro_generator(run, 0))
     loss.backward()
@@ -118,11 +158,30 @@ def test_one_step_equals_the_literal_reference(subject: Subject, tmp_path: Path)
 
 
 @pytest.mark.parametrize("subject", TEACHABLE, indirect=True)
-def test_text_encoders_learn_as_the_literal_reference(subject: Subject, tmp_path: Path) -> None:
-    run = subject.finetune(tmp_path / "run", max_train_steps=1, keep_gradients=True, train_text_encoder=True)
-    network = train(None, subject.dataset, tmp_path / "network", **subject.options, max_train_steps=1)
+def test_text_encoders_learn_as_the_literal_reference_and_are_saved(
+    subject: Subject, plain: Plain, tmp_path: Path
+) -> None:
+    """As bits: with recomputed activations, stopped and resumed, and begun anew with the saved file."""
+    values = {
+        **subject.options, "train_text_encoder": True, "gradient_checkpointing": True, "save_state": True,
+        "max_train_steps": 3,
+    }  # fmt: skip
+    run = finetune(subject.dataset, tmp_path / "whole", keep_gradients=True, **values)
+    assert_text_gradients_of_the_reference(subject, run, plain.adapters)
+    if subject.name not in FORMATS:
+        return
+    assert_same_run(finetune_with_stop(subject.dataset, tmp_path / "stopped", 1, **values), run)
+    begun = Begun()
+    again = {**values, **subject.after(run.file), "max_train_steps": 1}
+    finetune(subject.dataset, tmp_path / "again", before=begun, **again)
+    ended = run.trainer.trainables.state()
+    assert {name.split(".")[0] for name in ended} == {"denoiser", *run.trainer.family.encoders}
+    assert_equal(begun.learning, ended)
+
+
+def assert_text_gradients_of_the_reference(subject: Subject, run: Run, network: dict[str, Tensor]) -> None:
     prefixes = dict(run.trainer.family.adapter_prefixes)
-    adapters = open_adapters(network.weights, tuple(f"{prefix}_" for prefix in prefixes.values()))
+    adapters = open_adapters(network, tuple(f"{prefix}_" for prefix in prefixes.values()))
     batch = run.trainer.data.load(run.trainer.data.plan_epoch(1)[0], step=0)
     loss = subject.case.loss({**subject.model, **subject.case.options}, batch, adapters, micro_generator(run, 0))
     loss.backward()
@@ -139,94 +198,32 @@ def test_text_encoders_learn_as_the_literal_reference(subject: Subject, tmp_path
 
 
 @pytest.mark.parametrize("subject", FORMATS, indirect=True)
-def test_text_encoders_that_learn_are_saved_and_resumed(subject: Subject, tmp_path: Path) -> None:
-    """As bits: with recomputed activations, stopped and resumed, and begun anew with the saved file."""
-    values = {"train_text_encoder": True, "max_train_steps": 3, "save_state": True, "gradient_checkpointing": True}
-    whole = subject.finetune(tmp_path / "whole", **values)
-    stopped = finetune_with_stop(subject.dataset, tmp_path / "stopped", 1, **{**subject.options, **values})
-    assert_same_run(stopped, whole)
-    begun: list[dict[str, Tensor]] = []
-
-    def look(trainer: Recorded) -> None:
-        begun.append({name: value.clone() for name, value in trainer.trainables.state().items()})
-
-    subject.finetune(tmp_path / "again", **{**values, **subject.after(whole.file), "max_train_steps": 1}, before=look)
-    ended = whole.trainer.trainables.state()
-    assert {name.split(".")[0] for name in ended} == {"denoiser", *whole.trainer.family.encoders}
-    assert begun[0].keys() == ended.keys() and all(torch.equal(begun[0][name], ended[name]) for name in ended)
-
-
-@pytest.mark.parametrize("subject", FORMATS, indirect=True)
-def test_other_formats_hold_the_same(subject: Subject, tmp_path: Path) -> None:
-    """A run that begins with them begins with the same weights as one that begins with the .safetensors file."""
-    first = subject.finetune(tmp_path / "first", max_train_steps=1)
-    expected = first.trainer.trainables.state()
-    for kind in ("ckpt", "diffusers", "diffusers_safetensors"):
-        begun: list[dict[str, Tensor]] = []
-
-        def look(trainer: Recorded, begun: list[dict[str, Tensor]] = begun) -> None:
-            begun.append({name: value.clone() for name, value in trainer.trainables.state().items()})
-
-        folder = tmp_path / kind
-        subject.finetune(folder, max_train_steps=1, save_model_as=kind)
+def test_other_formats_hold_the_same(subject: Subject, plain: Plain, tmp_path: Path) -> None:
+    """A run that begins with them begins with the weights of the run that saved them, each format from the last."""
+    values: dict[str, Any] = {"max_train_steps": 1, "learning_rate": 1e-30}
+    model = subject.after(plain.run.file)
+    for kind in ("ckpt", "diffusers", "diffusers_safetensors", "safetensors"):
+        begun, folder = Begun(), tmp_path / kind
+        subject.finetune(folder, before=begun, save_model_as=kind, **model, **values)
+        assert_equal(begun.learning, plain.run.trainer.trainables.state())
         saved = folder / ("x.ckpt" if kind == "ckpt" else "x")
-        after = subject.after(saved) if kind == "ckpt" else {"pretrained_model_name_or_path": saved}
-        subject.finetune(tmp_path / f"after {kind}", **after, max_train_steps=1, before=look)
-        assert begun[0].keys() == expected.keys()
-        assert all(torch.equal(begun[0][name], value) for name, value in expected.items())
+        model = subject.after(saved) if kind == "ckpt" else {"pretrained_model_name_or_path": saved}
 
 
 @pytest.mark.parametrize("subject", [name for name in CASES if name not in VARIANTS], indirect=True)
 def test_overfits_one_batch(subject: Subject, tmp_path: Path) -> None:
     """At one noise level, so that losses can be compared."""
-    values = {"min_timestep": 700, "max_timestep": 700, "max_train_steps": 40, "learning_rate": 1e-2}
+    values = {"min_timestep": 700, "max_timestep": 700, "max_train_steps": 25, "learning_rate": 1e-2}
     losses = subject.finetune(tmp_path, **values).losses
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
 
 
-def test_cached_latents_and_texts_train_the_same(subject: Subject, tmp_path: Path) -> None:
-    plain = subject.finetune(tmp_path / "plain", max_train_steps=2)
-    both = subject.finetune(tmp_path / "both", cache_latents=True, cache_text_encoder_outputs=True, max_train_steps=2)
-    assert both.losses == pytest.approx(plain.losses, rel=TOLERANCE)
-    assert both.trainer.models.vae is None and both.trainer.models.encoders == {}
-
-
-def test_gradient_checkpointing_changes_nothing(subject: Subject, tmp_path: Path) -> None:
-    values = {"max_train_steps": 1, "keep_gradients": True}
-    plain = subject.finetune(tmp_path / "plain", **values)
-    run = subject.finetune(tmp_path / "recomputed", gradient_checkpointing=True, **values)
-    assert run.losses == pytest.approx(plain.losses, rel=1e-6)
-    assert_close(run.trainer.gradients[0], plain.trainer.gradients[0], 1e-6)
-
-
-def test_half_precision_trains_and_previews(subject: Subject, tmp_path: Path) -> None:
-    """Weights in float32 below computation in bf16, and everything in bf16."""
-    (tmp_path / "prompts.txt").write_text("cat, red --w 64 --h 64 --s 2 --d 1\n", encoding="utf-8")
-    full = subject.finetune(tmp_path / "float32", max_train_steps=2)
-    values = {"max_train_steps": 2, "sample_prompts": tmp_path / "prompts.txt", "sample_every_n_steps": 2}
-    for name, more in {"mixed": {"mixed_precision": "bf16"}, "full": HALF}.items():
-        run = subject.finetune(tmp_path / name, **values, **more)
-        assert run.losses == pytest.approx(full.losses, rel=0.02)
-        assert len(list((tmp_path / name).rglob("*.png"))) == 1
-
-
-def test_saved_model_is_what_was_trained(subject: Subject, tmp_path: Path) -> None:
-    """A run that begins with the saved file begins with the same weights, bit for bit."""
-    first = subject.finetune(tmp_path / "first", max_train_steps=2)
-    begun: list[dict[str, Tensor]] = []
-
-    def look(trainer: Recorded) -> None:
-        begun.append({name: value.clone() for name, value in trainer.trainables.state().items()})
-
-    again = subject.finetune(tmp_path / "again", **subject.after(first.file), max_train_steps=1, before=look)
-    ended = first.trainer.trainables.state()
-    assert begun[0].keys() == ended.keys()
-    assert all(torch.equal(begun[0][name], value) for name, value in ended.items())
-    assert load_file(first.file).keys() == load_file(again.file).keys()
-
-
-def test_file_says_what_it_is(subject: Subject, tmp_path: Path) -> None:
-    run = subject.finetune(tmp_path, max_train_steps=1, save_precision="fp16")
+def test_cached_latents_and_texts_train_the_same(subject: Subject, plain: Plain, tmp_path: Path) -> None:
+    """And the file says what it is, in the precision that was asked for."""
+    values = {"cache_latents": True, "cache_text_encoder_outputs": True, "save_precision": "fp16"}
+    run = subject.finetune(tmp_path, max_train_steps=2, **values)
+    assert run.losses == pytest.approx(plain.run.losses, rel=TOLERANCE)
+    assert run.trainer.models.vae is None and run.trainer.models.encoders == {}
     facts = run.trainer.family.facts()
     always = {
         "sai_model_spec",
@@ -243,18 +240,34 @@ def test_file_says_what_it_is(subject: Subject, tmp_path: Path) -> None:
     assert {value.dtype for key, value in run.weights.items() if "first_stage" not in key} == {torch.float16}
 
 
-def test_what_does_not_learn_stays(subject: Subject, tmp_path: Path) -> None:
-    frozen: dict[str, Tensor] = {}
+def test_gradient_checkpointing_changes_nothing(subject: Subject, plain: Plain, tmp_path: Path) -> None:
+    run = subject.finetune(tmp_path, gradient_checkpointing=True, max_train_steps=1, keep_gradients=True)
+    assert run.losses == pytest.approx(plain.run.losses[:1], rel=1e-6)
+    assert_close(run.trainer.gradients[0], plain.run.trainer.gradients[0], 1e-6)
 
-    def others(trainer: Recorded) -> dict[str, Tensor]:
-        models = {"vae": trainer.models.vae, **trainer.models.encoders}
-        return {f"{n}.{k}": v for n, m in models.items() if m is not None for k, v in m.state_dict().items()}
 
-    def look(trainer: Recorded) -> None:
-        frozen.update({name: value.clone() for name, value in others(trainer).items()})
+def test_half_precision_trains_and_previews(subject: Subject, plain: Plain, tmp_path: Path) -> None:
+    """Weights in float32 below computation in bf16, and everything in bf16."""
+    (tmp_path / "prompts.txt").write_text("cat, red --w 64 --h 64 --s 2 --d 1\n", encoding="utf-8")
+    values = {"max_train_steps": 2, "sample_prompts": tmp_path / "prompts.txt", "sample_every_n_steps": 2}
+    for name, more in {"mixed": {"mixed_precision": "bf16"}, "full": HALF}.items():
+        run = subject.finetune(tmp_path / name, **values, **more)
+        assert run.losses == pytest.approx(plain.run.losses, rel=0.02)
+        assert len(list((tmp_path / name).rglob("*.png"))) == 1
 
-    run = subject.finetune(tmp_path, max_train_steps=2, before=look)
-    assert frozen and all(torch.equal(frozen[name], value) for name, value in others(run.trainer).items())  # type: ignore[arg-type]
+
+def test_saved_model_is_what_was_trained(subject: Subject, plain: Plain, tmp_path: Path) -> None:
+    """A run that begins with the saved file begins with the same weights, bit for bit."""
+    begun = Begun()
+    again = subject.finetune(tmp_path, **subject.after(plain.run.file), max_train_steps=1, before=begun)
+    assert_equal(begun.learning, plain.run.trainer.trainables.state())
+    assert load_file(plain.run.file).keys() == load_file(again.file).keys()
+
+
+def test_what_does_not_learn_stays(plain: Plain) -> None:
+    assert_equal(not_learning(plain.run.trainer), plain.frozen)  # type: ignore[arg-type]
+    ended = plain.run.trainer.trainables.state()
+    assert any(not torch.equal(value, ended[name]) for name, value in plain.begun.items())
 
 
 @pytest.mark.parametrize(("subject", "kind"), RESUMED, indirect=["subject"])
@@ -262,8 +275,10 @@ def test_resume_is_exact(kind: str, subject: Subject, tmp_path: Path) -> None:
     data = write_dataset(tmp_path / "three.toml", subset(make_pictures(tmp_path / "pictures", 5), shuffle_caption=True))
     more = {"ema_decay": 0.9} if kind == "float32 with ema" else {**HALF, "bf16_update": kind}
     values = {**subject.options, **more, "max_train_steps": 4, "save_state": True, "lr_scheduler": "cosine"}
-    whole = finetune(data, tmp_path / "whole", **values)
-    assert_same_run(finetune_with_stop(data, tmp_path / "stopped", 2, **values), whole)
+    whole = finetune(data, tmp_path / "whole", save_every_n_steps=2, **values)
+    resumed = finetune(data, tmp_path / "resumed", resume=whole.folder / "x-step00000002-state", **values)
+    assert len(resumed.losses) == 2
+    assert_same_run(resumed, whole)
     if kind != "float32 with ema":
         assert {p.dtype for p in whole.trainer.trainables.parameters()} == {torch.bfloat16}
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,20 +19,20 @@ from library.memory.compiling import CompiledBlocks
 from library.memory.ring import Ring, Slot
 from tests.contracts.test_families import CASES
 from tests.families.base import Case
-from tests.trainers.finetune_runs import finetune, finetune_with_stop
-from tests.trainers.helpers import Run, assert_same_run, make_pictures, subset, train, train_with_stops, write_dataset
+from tests.trainers.finetune_runs import finetune
+from tests.trainers.helpers import Run, assert_same_run, make_pictures, subset, train, write_dataset
 
 CPU = torch.device("cpu")
 METHODS = ("lora", "full")
 OTHERS = ("sd2 v", "sdxl v", "lumina system prompt")  # the same denoisers, trained for something else
 NAMES = [name for name in CASES if name not in OTHERS]
 FAMILIES = ("sd1", "sdxl", "flux", "sd3", "lumina")  # one case of each, where a test takes long
-LORA, FULL = ([f"{name}, {method}" for name in FAMILIES] for method in METHODS)
+FULL = [f"{name}, full" for name in FAMILIES]
 # where a test takes very long: each denoiser and each method, but not every pair. SDXL has the blocks of SD 1.x
-COMPILED = ["sdxl, lora", "flux, lora", "flux, full", "sd3, lora", "lumina, lora"]
+COMPILED = ["sdxl, lora", "flux, full", "sd3, lora", "lumina, lora"]
 RESUMED = ["sdxl, lora", "flux, lora", "sd3, lora", "lumina, lora", "sd1, full", "flux, full"]
 CACHED = {"cache_latents": True, "cache_text_encoder_outputs": True, "network_train_unet_only": True}
-HOISTABLE = ("flux", "sd3")  # families with modulation layers in their blocks
+HOISTABLE = ["flux, lora", "sd3, lora"]  # those with modulation layers in their blocks
 # learning through a base in fewer bits: relative error of the first loss against the same run in bf16
 QUANT_ERRORS = {"fp8": 0.05, "int8": 0.03, "nf4": 0.25}
 
@@ -54,6 +55,7 @@ class Subject:
     Never one picture alone: products with a single row round differently with where a weight begins in memory.
     """
 
+    name: str
     case: Case
     method: str
     model: dict[str, Any]
@@ -74,23 +76,27 @@ class Subject:
             return train(None, self.dataset, folder, **{**self.options, "network_module": None, **values})
         return finetune(self.dataset, folder, **{**self.options, **values})
 
-    def train_with_stop(self, folder: Path, stop: int, **values: Any) -> Run:
-        if self.method == "lora":
-            own = {**self.options, "network_module": None, **values}
-            return train_with_stops(None, self.dataset, folder, [stop], **own)
-        return finetune_with_stop(self.dataset, folder, stop, **{**self.options, **values})
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
+    """The options that name the model of a case; made once."""
 
-def subject_of(case: Case, method: str, ground: Path) -> Subject:
-    data = write_dataset(ground / "data.toml", subset(make_pictures(ground / "pictures", 4)))
-    make = case.make_deep or case.make
-    return Subject(case, method, make(ground / "model"), data, ground)
+    @functools.cache
+    def make(name: str) -> dict[str, Any]:
+        case = CASES[name]
+        return (case.make_deep or case.make)(tmp_path_factory.mktemp("model"))
+
+    return make
 
 
 @pytest.fixture(scope="module", params=[f"{name}, {method}" for name in NAMES for method in METHODS])
-def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Subject:
+def subject(
+    request: pytest.FixtureRequest, model: Callable[[str], dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> Subject:
     name, method = request.param.split(", ")
-    return subject_of(CASES[name], method, tmp_path_factory.mktemp("memory"))
+    ground = tmp_path_factory.mktemp("memory")
+    data = write_dataset(ground / "data.toml", subset(make_pictures(ground / "pictures", 4)))
+    return Subject(request.param, CASES[name], method, model(name), data, ground)
 
 
 @pytest.fixture(scope="module")
@@ -141,12 +147,12 @@ def blocks(started: Run) -> list[nn.Module]:
 
 @pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
 def test_swapped_equals_not_swapped(started: Run, blocks: list[nn.Module], recomputed: bool) -> None:
-    """For one block, two, ... and all of them; two micro-batches, so that blocks come and go twice.
+    """For one block, a half, all but one, and all of them; two micro-batches, so that blocks come and go twice.
 
     The number goes up while blocks are swapped, as where memory runs out.
     """
     total = len(blocks)
-    counts = {1, total // 2, total} if recomputed else set(range(1, total + 1))
+    counts = {1, total // 2, total} if recomputed else {1, total // 2, total - 1, total}
     recomputation = Recomputation(blocks)
     recomputation.set_budget(0.0 if recomputed else 1.0)
     expected = one_step(started, micro_batches=2)
@@ -173,7 +179,7 @@ def test_recomputed_equals_kept(started: Run, blocks: list[nn.Module], budget: f
 
 @pytest.mark.parametrize("subject", COMPILED, indirect=True)
 def test_compiled_equals_eager(subject: Subject, started: Run, blocks: list[nn.Module]) -> None:
-    """Traced and differentiated as inductor gets it, without its code generator, which tests/memory has.
+    """Traced and differentiated as inductor gets it, without its code generator (tests/trainers/test_memory_runs.py).
 
     Adapters with all activations recomputed inside, full training with none.
     """
@@ -191,7 +197,7 @@ def test_compiled_equals_eager(subject: Subject, started: Run, blocks: list[nn.M
 
 @pytest.mark.parametrize("subject", FULL, indirect=True)
 def test_stepping_in_the_backward_pass_is_the_plain_step(subject: Subject, tmp_path: Path) -> None:
-    values = {"max_train_steps": 3, "max_grad_norm": 0, "gradient_accumulation_steps": 2}
+    values = {"max_train_steps": 2, "max_grad_norm": 0, "gradient_accumulation_steps": 2}
     plain = subject.train(tmp_path / "plain", **values)
     ways: dict[str, dict[str, Any]] = {
         "each": {"fused_backward_pass": True},
@@ -210,33 +216,32 @@ def test_stepping_in_the_backward_pass_is_the_plain_step(subject: Subject, tmp_p
 @pytest.mark.parametrize("subject", RESUMED, indirect=True)
 def test_resumes_exactly_with_everything_on(subject: Subject, tmp_path: Path) -> None:
     values: dict[str, Any] = {
-        "max_train_steps": 4, "save_state": True, "activation_budget": 0.5, "cpu_offload_checkpointing": True,
+        "max_train_steps": 3, "save_state": True, "activation_budget": 0.5, "cpu_offload_checkpointing": True,
         "blocks_to_swap": 1,
     }  # fmt: skip
     if subject.method == "lora":
-        values |= {"fp8_base_unet": True, "hoist_modulation": hoistable(subject)}
+        values |= {"fp8_base_unet": True, "hoist_modulation": subject.name in HOISTABLE}
     else:
         values |= {"fused_backward_pass": True}
-    whole = subject.train(tmp_path / "whole", **values)
-    assert_same_run(subject.train_with_stop(tmp_path / "stopped", 2, **values), whole)
+    whole = subject.train(tmp_path / "whole", save_every_n_steps=1, **values)
+    assert_same_run(subject.train(tmp_path / "resumed", resume=first_state(whole), **values), whole)
 
 
-def hoistable(subject: Subject) -> bool:
-    return subject.case.family in HOISTABLE and subject.model.get("model_type") != "chroma"
+def first_state(run: Run) -> Path:
+    """What a run saved after its first step."""
+    return run.folder / "x-step00000001-state"
 
 
-@pytest.mark.parametrize("subject", LORA, indirect=True)
+@pytest.mark.parametrize("subject", HOISTABLE, indirect=True)
 def test_hoisted_modulation_trains_the_same(subject: Subject, tmp_path: Path) -> None:
-    if not hoistable(subject):
-        return
+    """With blocks swapped, too: what is hoisted stays."""
     values = {"max_train_steps": 3, "gradient_checkpointing": True}
     plain = subject.train(tmp_path / "plain", **values)
-    for name, more in {"hoisted": {}, "swapped too": {"blocks_to_swap": 1}}.items():
-        run = subject.train(tmp_path / name, hoist_modulation=True, **more, **values)
-        assert run.losses == pytest.approx(plain.losses, rel=1e-6)
-        assert run.weights.keys() == plain.weights.keys()
-        for key, value in plain.weights.items():
-            assert torch.allclose(run.weights[key], value, rtol=1e-4, atol=1e-6), key
+    run = subject.train(tmp_path / "hoisted", hoist_modulation=True, blocks_to_swap=1, **values)
+    assert run.losses == pytest.approx(plain.losses, rel=1e-6)
+    assert run.weights.keys() == plain.weights.keys()
+    for key, value in plain.weights.items():
+        assert torch.allclose(run.weights[key], value, rtol=1e-4, atol=1e-6), key
 
 
 STORAGE: dict[str, dict[str, Any]] = {
@@ -303,13 +308,15 @@ def test_a_step_that_does_not_fit_is_taken_again_in_parts(started: Run, caplog: 
 
 @pytest.mark.parametrize("subject", ["flux, lora"], indirect=True)
 def test_resumes_exactly_when_compiled(subject: Subject, tmp_path: Path) -> None:
-    values: dict[str, Any] = {
-        "max_train_steps": 3, "save_state": True, "compile": True, "dynamo_backend": "aot_eager",
-        "activation_budget": 0.5, "blocks_to_swap": 1, "compile_cache_dir": tmp_path / "compiled",
-        "base_quant": "nf4", "hoist_modulation": True,
+    """What is learned is also what the eager run learns."""
+    eager: dict[str, Any] = {
+        "max_train_steps": 3, "save_state": True, "activation_budget": 0.5, "blocks_to_swap": 1, "base_quant": "nf4",
+        "hoist_modulation": True,
     }  # fmt: skip
-    whole = subject.train(tmp_path / "whole", **values)
+    values = {**eager, "compile": True, "dynamo_backend": "aot_eager", "compile_cache_dir": tmp_path / "compiled"}
+    whole = subject.train(tmp_path / "whole", save_every_n_steps=1, **values)
     assert whole.trainer.memory.compiled is not None
     assert not any(kind.broken for kind in whole.trainer.memory.compiled.kinds)
+    assert whole.losses == pytest.approx(subject.train(tmp_path / "eager", **eager).losses, rel=1e-5)
     torch.compiler.reset()
-    assert_same_run(subject.train_with_stop(tmp_path / "stopped", 1, **values), whole)
+    assert_same_run(subject.train(tmp_path / "resumed", resume=first_state(whole), **values), whole)

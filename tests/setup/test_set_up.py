@@ -237,16 +237,25 @@ def test_the_tests_on_a_simulated_card_follow_the_others(tmp_path: Path, monkeyp
     monkeypatch.setattr(commands, "run", lambda command: ran.append(" ".join(command[2:])))
     monkeypatch.setattr(commands, "set_up", lambda environment, lock, asked: ran.append(f"{lock} {asked}"))
     monkeypatch.setattr(commands, "SIMULATED_CARD", tmp_path / "plugin.py")
-    plain = [f"{TEST} None", "ruff check .", "ruff format --check .", "mypy", "pytest -n 2 --dist loadfile"]
+    plain = [
+        f"{TEST} None",
+        "ruff check .",
+        "ruff format --check .",
+        "mypy",
+        "pytest -n 2 --dist loadfile --no-loadscope-reorder",
+    ]
     commands.test([])
     assert ran == plain
     (tmp_path / "plugin.py").write_text("", encoding="utf-8")
     ran.clear()
     commands.test([])
-    assert ran == [*plain, "pytest -n 2 --dist loadfile -p tests.cuda_simulation.plugin tests/on_card"]
+    assert ran == [
+        *plain,
+        "pytest -n 2 --dist loadfile --no-loadscope-reorder -p tests.cuda_simulation.plugin tests/on_card",
+    ]
     ran.clear()
     commands.test(["--torch", "keep", "tests/io"])
-    assert ran == [f"{TEST} keep", *plain[1:4], "pytest -n 2 --dist loadfile tests/io"]
+    assert ran == [f"{TEST} keep", *plain[1:4], "pytest -n 2 --dist loadfile --no-loadscope-reorder tests/io"]
 
 
 def test_start_py_itself_with_nothing_but_the_standard_library(fake: FakeMachine) -> None:

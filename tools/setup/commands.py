@@ -53,7 +53,8 @@ def test(arguments: list[str]) -> None:
     run([python, "-m", "ruff", "check", "."])
     run([python, "-m", "ruff", "format", "--check", "."])
     run([python, "-m", "mypy"])
-    pytest = [python, "-m", "pytest", "-n", "2", "--dist", "loadfile"]
+    # in the order of the files: else those with few tests come last, and some of these take longest
+    pytest = [python, "-m", "pytest", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
     run([*pytest, *rest])
     if not rest and SIMULATED_CARD.exists():
         # loaded before torch is: a process either has the simulated card or not
