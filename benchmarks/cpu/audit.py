@@ -30,12 +30,12 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.common import host_line, markdown
-from benchmarks.gpu.jobs import Job
 from benchmarks.gpu.models import ARCHITECTURES, Architecture, write_model
 from benchmarks.gpu.plain import PREDICT, Inputs, learning_weights
-from library.cli import METHODS, load_attribute
-from library.families.flux.parts import build_chroma
-from library.families.registry import FAMILIES
+from library.cli import METHODS
+from library.families.chroma.parts import build_chroma
+from library.families.recipes import BenchmarkJob
+from library.families.registry import FAMILIES, open_family
 from library.memory.choice import MemoryChoice
 from library.memory.estimate import Case, Fixed, Weights, tops, total_work
 from library.options import resolve
@@ -100,7 +100,7 @@ def trainer_of(name: str, size: int, folder: Path, *, full: bool) -> Any:
     words += ["--model_type", "chroma"] if name == "chroma" else []
     method = "finetune" if full else "network"
     options = resolve(METHODS[method][1], entry.option_groups, [str(word) for word in words], prog="audit").options
-    trainer: Any = (FineTuneTrainer if full else NetworkTrainer)(load_attribute(entry.path)(options.model), options)
+    trainer: Any = (FineTuneTrainer if full else NetworkTrainer)(open_family(entry, options.model), options)
     plan = SimpleNamespace(bucket=(size, size), samples=(0,))
     trainer.prepared = SimpleNamespace(
         data=SimpleNamespace(plan_epoch=lambda epoch: [plan]),
@@ -143,7 +143,7 @@ def plain(name: str, size: int) -> Iterator[tuple[str, Found]]:
     """The loop of benchmarks/gpu/plain.py, one step, without the optimizer."""
     like = LIKE.get(name, name)
     predict: Callable[..., Any] = PREDICT[like]
-    job = Job(like, "network", size, 1, forward_tf=0, step_tf=0, block_gb=0)
+    job = BenchmarkJob(like, "network", size, 1, forward_tf=0, step_tf=0, block_gb=0)
     for recompute in (False, True):
         module: Any = MODELS[name].empty(tiny=False)
         learning_weights(module, job)

@@ -20,7 +20,7 @@ from library.adapters.formats.tables import of_family
 from library.adapters.network import encoder_rate
 from library.device import DTYPES
 from library.errors import UserError
-from library.families.registry import FAMILIES, misfit
+from library.families.registry import misfit
 from library.io.checkpoint import in_precision, save_tensors
 from library.log import get_logger
 from library.memory.quantise import Storage, quantise
@@ -68,7 +68,7 @@ class NetworkTrainer(Trainer):
 
     def rank_problems(self) -> list[str]:
         """A rank that no layer of the denoiser has room for. In third-party modules and LoKr it asks for full ones."""
-        dim, kinds = self.options.network.network_dim, FAMILIES[self.family.name].networks
+        dim, kinds = self.options.network.network_dim, self.family.sheet.networks
         if dim is None or self.network_module not in kinds.values() or self.network_module == kinds["lokr"]:
             return []
         try:
@@ -149,7 +149,7 @@ class NetworkTrainer(Trainer):
 
     def trains_encoder(self, name: str, index: int) -> bool:
         """Whether text encoder `name` gets adapters: large ones only when --network_args ask for it."""
-        asked = self.family.asked_encoders.get(name)
+        asked = self.family.sheet.asked_encoders.get(name)
         if asked is not None and self.network_args.get(asked, "").lower() not in ("true", "1", "yes", "on"):
             return False
         return encoder_rate(self.options.network.text_encoder_lr, index) != 0
@@ -157,7 +157,7 @@ class NetworkTrainer(Trainer):
     def prefixes_of(self, encoders: Sequence[str], *, learning: bool) -> tuple[str, ...]:
         """What the names of the adapters of these encoders begin with, of those that learn or of the others."""
         names = [name for name in encoders if (name in self.learning) == learning]
-        return tuple(f"{self.family.adapter_prefixes[name]}_" for name in names)
+        return tuple(f"{self.family.sheet.adapter_prefixes[name]}_" for name in names)
 
     @property
     def changed(self) -> frozenset[str]:
@@ -223,7 +223,7 @@ class NetworkTrainer(Trainer):
                 continue
             changed = [layer for layer in layers if layer.changed]
             line = f"{name} adapts {len(changed)} of {len(layers)} layers of the {part}"
-            asked = self.family.asked_encoders.get(part)
+            asked = self.family.sheet.asked_encoders.get(part)
             if part == "denoiser":
                 blocks = self.family.blocks(self.models.denoiser)
                 inside = [{id(module) for module in block.modules()} for block in blocks]
@@ -279,7 +279,7 @@ class NetworkTrainer(Trainer):
         file = self.options.network.network_weights
         assert file is not None
         tensors = self.read_adapter("--network_weights", file)
-        frozen = self.prefixes_of([*self.family.adapter_prefixes], learning=False)
+        frozen = self.prefixes_of([*self.family.sheet.adapter_prefixes], learning=False)
         kept = {name: value for name, value in tensors.items() if not name.startswith(frozen)}
         if len(kept) < len(tensors):
             count = len(tensors) - len(kept)
@@ -300,7 +300,7 @@ class NetworkTrainer(Trainer):
 
     @property
     def network_module(self) -> str:
-        return self.options.network.network_module or self.family.network_module
+        return self.options.network.network_module or self.family.sheet.default_network
 
     def merge_base_weights(self) -> None:
         """--base_weights: networks that become part of the model before training."""

@@ -336,7 +336,7 @@ class Trainer(ABC):
         """What watches the run and what it writes."""
         self.saver = Saver(
             self.options, self.plan, active=self.main_process, write_model=self.write_model, state=self.state_parts,
-            extension=self.extension, side_endings=self.family.side_endings,
+            extension=self.extension, side_endings=self.family.sheet.side_endings,
         )  # fmt: skip
         self.record = RunRecord(
             self.options,

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from library.adapters.formats.convert import format_of, read_adapter
 from library.cli import load_attribute
-from library.families.registry import FAMILIES
+from library.families.registry import FAMILIES, family_class
 from library.options import specs
 from tests.families import flux, lumina, sd, sd3, sdxl
 from tests.families.base import Case
@@ -86,7 +86,7 @@ def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_goes_with_the_data_survives_a_pickle(name: str) -> None:
     """Platforms without fork send it to the processes that load pictures; a family holds what cannot be sent."""
-    family = load_attribute(FAMILIES[name].path)
+    family = family_class(FAMILIES[name])
     assert pickle.loads(pickle.dumps([family.join_conds, family.scale_legacy])) == [
         family.join_conds, family.scale_legacy
     ]  # fmt: skip

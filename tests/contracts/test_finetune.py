@@ -121,7 +121,7 @@ def test_one_step_equals_the_literal_reference(subject: Subject, tmp_path: Path)
 def test_text_encoders_learn_as_the_literal_reference(subject: Subject, tmp_path: Path) -> None:
     run = subject.finetune(tmp_path / "run", max_train_steps=1, keep_gradients=True, train_text_encoder=True)
     network = train(None, subject.dataset, tmp_path / "network", **subject.options, max_train_steps=1)
-    prefixes = dict(run.trainer.family.adapter_prefixes)
+    prefixes = dict(run.trainer.family.sheet.adapter_prefixes)
     adapters = open_adapters(network.weights, tuple(f"{prefix}_" for prefix in prefixes.values()))
     batch = run.trainer.data.load(run.trainer.data.plan_epoch(1)[0], step=0)
     loss = subject.case.loss({**subject.model, **subject.case.options}, batch, adapters, micro_generator(run, 0))

@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from library.cli import METHODS, guarded, load_attribute
-from library.families.registry import FAMILIES
+from library.families.registry import FAMILIES, open_family
 from library.memory.choice import MemoryChoice
 from library.memory.estimate import CUDA_CONTEXT, predict
 from library.memory.options import GIB
@@ -91,7 +91,7 @@ class Ground:
         AcceleratorState._reset_state(reset_partial_state=True)  # it keeps precision for the life of a process
         entry = FAMILIES[case.family]
         found = resolve(options, entry.option_groups, argv(own), prog="test").options
-        trainer = load_attribute(path)(load_attribute(entry.path)(found.model), found)
+        trainer = load_attribute(path)(open_family(entry, found.model), found)
         assert isinstance(trainer, Trainer)
         return trainer
 

@@ -14,7 +14,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from library.cli import METHODS, load_attribute
-from library.families.registry import FAMILIES
+from library.families.registry import FAMILIES, open_family
 from library.options import resolve
 from tests.families import flux, lumina, sd, sd3, sdxl
 from tests.families.base import Case
@@ -239,7 +239,7 @@ def test_other_methods(method: str, model: Make, pictures: Path, tmp_path: Path)
     AcceleratorState._reset_state(reset_partial_state=True)
     entry, (path, options_type) = FAMILIES[values.pop("family")], METHODS[method]
     options = resolve(options_type, entry.option_groups, argv(values), prog="test").options
-    trainer = load_attribute(path)(load_attribute(entry.path)(options.model), options)
+    trainer = load_attribute(path)(open_family(entry, options.model), options)
     assert trainer.run() == 0 and trainer.device.type == "cuda"
     settle()
     assert "x" in [path.stem for path in (tmp_path / "out").iterdir()]

@@ -12,8 +12,8 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
-from library.cli import EXIT_STOPPED, METHODS, load_attribute
-from library.families.registry import FAMILIES
+from library.cli import EXIT_STOPPED, METHODS
+from library.families.registry import FAMILIES, open_family
 from library.io.state import newest_state
 from library.options import resolve
 from library.trainers.finetune import FineTuneTrainer
@@ -78,7 +78,7 @@ def make_finetune(
     AcceleratorState._reset_state(reset_partial_state=True)
     entry = FAMILIES[family]
     options = resolve(METHODS[method][1], entry.option_groups, argv(values), prog="test").options
-    return cls(load_attribute(entry.path)(options.model), options)
+    return cls(open_family(entry, options.model), options)
 
 
 def finetune(

@@ -19,8 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from library.cli import EXIT_STOPPED, load_attribute
-from library.families.registry import FAMILIES
+from library.cli import EXIT_STOPPED
+from library.families.registry import FAMILIES, open_family
 from library.io.state import StateParts, load_state, newest_state
 from library.options import resolve
 from library.rng import derive_seed
@@ -187,7 +187,7 @@ def make_trainer(values: Mapping[str, Any], *, family: str = "sd", cls: type[Rec
     AcceleratorState._reset_state(reset_partial_state=True)
     entry = FAMILIES[family]
     options = resolve(NetworkTrainerOptions, entry.option_groups, argv(values), prog="test").options
-    return cls(load_attribute(entry.path)(options.model), options)
+    return cls(open_family(entry, options.model), options)
 
 
 def train(

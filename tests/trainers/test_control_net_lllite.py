@@ -22,9 +22,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from library.cli import EXIT_STOPPED, load_attribute
+from library.cli import EXIT_STOPPED
 from library.errors import UserError
-from library.families.registry import FAMILIES
+from library.families.registry import FAMILIES, open_family
 from library.io.state import load_state, newest_state
 from library.options import resolve
 from library.trainers.control_net_lllite import LLLiteTrainer
@@ -128,7 +128,7 @@ def control_train(
     own = {"pretrained_model_name_or_path": model, "dataset_config": dataset, "output_dir": folder}
     words = argv({**DEFAULTS, **own, **values})
     options = resolve(LLLiteTrainerOptions, entry.option_groups, words, prog="test").options
-    trainer = Recorded(load_attribute(entry.path)(options.model), options)
+    trainer = Recorded(open_family(entry, options.model), options)
     trainer.interrupt_in = interrupt_in
     code = trainer.run()
     settle()

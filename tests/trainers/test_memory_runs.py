@@ -20,7 +20,7 @@ from torch import nn
 from library.cli import METHODS, guarded, load_attribute
 from library.errors import UserError
 from library.families.lumina.model import Lumina
-from library.families.registry import FAMILIES
+from library.families.registry import FAMILIES, open_family
 from library.io.state import load_state, newest_state
 from library.memory.compiling import missing_compiler
 from library.options import resolve
@@ -397,7 +397,7 @@ def losses_of(method: str, family: str, values: dict[str, Any]) -> list[float]:
         reports.extend(arrived)
         base.report(self, arrived, trackers)
 
-    trainer = type("Listened", (base,), {"report": report})(load_attribute(entry.path)(options.model), options)
+    trainer = type("Listened", (base,), {"report": report})(open_family(entry, options.model), options)
     assert trainer.run() == 0
     settle()
     return [item.loss for item in reports]

@@ -13,9 +13,9 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from library.cli import METHODS, load_attribute
+from library.cli import METHODS
 from library.errors import UserError
-from library.families.registry import FAMILIES
+from library.families.registry import FAMILIES, open_family
 from library.memory.choice import MemoryChoice
 from library.memory.estimate import predict
 from library.memory.meter import Meter
@@ -103,7 +103,7 @@ def make_job(job: Job, folder: Path, **more: Any) -> Measured:
         values = {name: value for name, value in values.items() if name not in NOT_IN_FULL}
     cls, method = (MeasuredFineTune, "finetune") if job.full else (MeasuredNetwork, "network")
     options = resolve(METHODS[method][1], entry.option_groups, argv(values), prog="test").options
-    return cls(load_attribute(entry.path)(options.model), options)
+    return cls(open_family(entry, options.model), options)
 
 
 @pytest.mark.parametrize("name", JOBS)

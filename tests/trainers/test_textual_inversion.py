@@ -16,11 +16,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from library.cli import EXIT_STOPPED, load_attribute
+from library.cli import EXIT_STOPPED
 from library.data.records import BucketRules, CaptionRules, DatasetConfig, Sample, SubsetConfig
 from library.data.scan import DatasetScan, Scan, SubsetScan
 from library.errors import UserError
-from library.families.registry import FAMILIES
+from library.families.registry import FAMILIES, open_family
 from library.io.state import load_state, newest_state
 from library.options import Resolved, resolve
 from library.trainers.guards import StepReport
@@ -106,7 +106,7 @@ def invert(
     """One run; `values` stand above DEFAULTS. Errors come as the exceptions that the script turns into lines."""
     AcceleratorState._reset_state(reset_partial_state=True)
     options = read(family, **{**DEFAULTS, "dataset_config": dataset, "output_dir": folder, **values}).options
-    trainer = Recorded(load_attribute(FAMILIES[family].path)(options.model), options)
+    trainer = Recorded(open_family(FAMILIES[family], options.model), options)
     trainer.interrupt_in = interrupt_in
     if before is not None:
         trainer.before = before
@@ -597,6 +597,6 @@ def test_wrong_files(models: dict[str, dict[str, Any]], words: Path, tmp_path: P
 
 def test_other_models_say_that_they_cannot() -> None:
     options = read("flux", **DEFAULTS, clip_l="c", t5xxl="t", ae="a").options
-    family = load_attribute(FAMILIES["flux"].path)(options.model)
+    family = open_family(FAMILIES["flux"], options.model)
     with pytest.raises(UserError, match="textual inversion is not available for this model"):
         family.add_word("zapcat", 1, None)

@@ -11,7 +11,7 @@ from typing import Any
 from accelerate.state import AcceleratorState
 
 from library.cli import METHODS, load_attribute
-from library.families.registry import FAMILIES
+from library.families.registry import FAMILIES, open_family
 from library.options import resolve
 from library.trainers.trainer import Trainer
 from tests.contracts.test_families import CASES
@@ -183,7 +183,7 @@ def run_watched(watching: type, case: WaitCase, values: Mapping[str, Any], **att
     entry = FAMILIES[CASES[case.model].family]
     options = resolve(options_type, entry.option_groups, argv(values), prog="test").options
     cls = type("Watched", (watching, load_attribute(path)), attributes)
-    trainer: Trainer = cls(load_attribute(entry.path)(options.model), options)
+    trainer: Trainer = cls(open_family(entry, options.model), options)
     assert trainer.run() == 0
     settle()
     return trainer
