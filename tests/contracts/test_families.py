@@ -23,7 +23,7 @@ from library.adapters.formats.convert import format_of, read_adapter
 from library.cli import load_attribute
 from library.families.registry import FAMILIES, family_class
 from library.options import specs
-from tests.families import flux, lumina, sd, sd3, sdxl
+from tests.families import CASES
 from tests.families.base import Case
 from tests.trainers.helpers import (
     Run,
@@ -36,8 +36,6 @@ from tests.trainers.helpers import (
     train_with_stops,
     write_dataset,
 )
-
-CASES: dict[str, Case] = {**sd.CASES, **sdxl.CASES, **flux.CASES, **sd3.CASES, **lumina.CASES}
 
 # ---- the contract ---------------------------------------------------------------------------------------------------
 

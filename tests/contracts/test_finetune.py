@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from library.errors import UserError
-from tests.families import flux, lumina, sd, sd3, sdxl
+from tests.families import CASES
 from tests.families.base import Case
 from tests.trainers.finetune_runs import RecordedFineTune, finetune, finetune_with_stop, open_adapters
 from tests.trainers.helpers import (
@@ -27,7 +27,6 @@ from tests.trainers.helpers import (
     write_dataset,
 )
 
-CASES: dict[str, Case] = {**sd.CASES, **sdxl.CASES, **flux.CASES, **sd3.CASES, **lumina.CASES}
 DENOISER = "lora_unet_"  # begins the names of its adapters
 # options for what a saved model leaves out -> folders of the pipeline in which these are
 SEPARATE = {

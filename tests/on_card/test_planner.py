@@ -23,12 +23,11 @@ from library.memory.options import GIB
 from library.options import resolve
 from library.planner.planning import case_of
 from library.trainers.trainer import Trainer
-from tests.families import flux, lumina, sd, sd3, sdxl
+from tests.families import CASES
 from tests.trainers.helpers import argv, make_pictures, settle, subset, write_dataset
 
 pytestmark = pytest.mark.gpu
 
-CASES = {**sd.CASES, **sdxl.CASES, **flux.CASES, **sd3.CASES, **lumina.CASES}
 ARCHITECTURES = ("sd1", "sdxl", "flux", "chroma", "sd3", "sd35", "lumina")
 WORD = "zapcat"
 CHOICES = [MemoryChoice(activation_budget=budget) for budget in (1.0, 0.5, 0.0)]

@@ -16,8 +16,7 @@ from accelerate.state import AcceleratorState
 from library.cli import METHODS, load_attribute
 from library.families.registry import FAMILIES, open_family
 from library.options import resolve
-from tests.families import flux, lumina, sd, sd3, sdxl
-from tests.families.base import Case
+from tests.families import CASES
 from tests.trainers.finetune_runs import finetune
 from tests.trainers.helpers import (
     Run,
@@ -33,7 +32,6 @@ from tests.trainers.helpers import (
 
 pytestmark = pytest.mark.gpu
 
-CASES: dict[str, Case] = {**sd.CASES, **sdxl.CASES, **flux.CASES, **sd3.CASES, **lumina.CASES}
 CACHED = {"cache_latents": True, "cache_text_encoder_outputs": True, "network_train_unet_only": True}
 ADAFACTOR = {
     "optimizer_type": "Adafactor",

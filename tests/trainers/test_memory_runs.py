@@ -28,8 +28,7 @@ from library.planner.planning import plan_memory
 from library.trainers.guards import StepReport
 from library.trainers.tracking import Trackers
 from library.trainers.trainer import Trainer
-from tests.families import flux, lumina, sd, sd3, sdxl
-from tests.families.base import Case
+from tests.families import CASES
 from tests.script_runner import run_script
 from tests.trainers import child
 from tests.trainers.finetune_runs import finetune
@@ -48,7 +47,6 @@ from tests.trainers.helpers import (
     write_dataset,
 )
 
-CASES: dict[str, Case] = {**sd.CASES, **sdxl.CASES, **flux.CASES, **sd3.CASES, **lumina.CASES}
 CACHED = {"cache_latents": True, "cache_text_encoder_outputs": True}
 LORA = {**CACHED, "network_train_unet_only": True}
 SWAP = {"blocks_to_swap": 1}

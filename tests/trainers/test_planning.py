@@ -27,10 +27,9 @@ from library.trainers.finetune import FineTuneTrainer
 from library.trainers.network import NetworkTrainer
 from library.trainers.trainer import Trainer
 from library.types import Batch
-from tests.families import flux, lumina, sd, sd3, sdxl
+from tests.families import CASES
 from tests.trainers.helpers import DEFAULTS, argv, make_pictures, subset, write_dataset
 
-FAMILY_CASES = {**sd.CASES, **sdxl.CASES, **flux.CASES, **sd3.CASES, **lumina.CASES}
 NOT_IN_FULL = ("network_dim", "network_alpha")
 WORDS = ", ".join(["cat, red, photo, star, dog, blue"] * 20)  # longer than any limit: nothing is padded
 
@@ -73,7 +72,7 @@ class MeasuredFineTune(Measured, FineTuneTrainer):
 
 @dataclass(frozen=True)
 class Job:
-    family: str  # of FAMILY_CASES
+    family: str  # of CASES
     options: dict[str, Any] = field(default_factory=dict)
     full: bool = False
     size: int = 128
@@ -94,7 +93,7 @@ def make_job(job: Job, folder: Path, **more: Any) -> Measured:
     """The trainer, on two pictures in one batch."""
     pictures = make_pictures(folder / "pictures", 2, size=(job.size, job.size), captions=[WORDS])
     data = write_dataset(folder / "data.toml", subset(pictures), resolution=job.size)
-    case = FAMILY_CASES[job.family]
+    case = CASES[job.family]
     values = {**DEFAULTS, "dataset_config": data, "output_dir": folder / "out", "cache_latents": True,
               "max_train_steps": 2, **case.make(folder / "model"), **case.options, **job.options, **more}  # fmt: skip
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -14,7 +14,7 @@ from library.cli import METHODS, load_attribute
 from library.families.registry import FAMILIES, open_family
 from library.options import resolve
 from library.trainers.trainer import Trainer
-from tests.contracts.test_families import CASES
+from tests.families import CASES
 from tests.trainers.helpers import argv, make_pictures, settle, subset, write_dataset
 
 # The options with which a pass depends on how long each caption is. Chroma and Lumina have none: it always does.
