@@ -69,7 +69,7 @@ class NetworkTrainer(Trainer):
     def rank_problems(self) -> list[str]:
         """A rank that no layer of the denoiser has room for. In third-party modules and LoKr it asks for full ones."""
         dim, kinds = self.options.network.network_dim, self.family.sheet.networks
-        if dim is None or self.network_module not in kinds.values() or self.network_module == kinds["lokr"]:
+        if dim is None or self.network_module not in kinds.values() or self.network_module == kinds.get("lokr"):
             return []
         try:
             part = self.family.part("denoiser")
