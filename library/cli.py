@@ -18,7 +18,7 @@ from typing import Any
 
 from library.data.options import NO_DATA
 from library.errors import EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_STOPPED, StopTraining, UserError, one_line
-from library.families.registry import FAMILIES
+from library.families.registry import FAMILIES, open_family
 from library.io.atomic import atomic_write
 from library.log import get_logger, is_main_process, process_count, setup_logging, to_stderr
 from library.options import dump_toml, group_types, resolve
@@ -147,4 +147,4 @@ def _train(method: str, family: str, argv: Sequence[str], description: str, stop
     for line in resolved.answers:
         get_logger().info(line)
     start = load_attribute("library.trainers.run:run")
-    return start(load_attribute(method_path)(load_attribute(entry.path)(options.model), options), stop)
+    return start(load_attribute(method_path)(open_family(entry, options.model), options), stop)

@@ -17,7 +17,7 @@ from library.cli import option_groups
 from library.data.buckets import BucketManager
 from library.data.config import key_specs
 from library.data.records import BucketRules
-from library.families.registry import FAMILIES
+from library.families.registry import FAMILIES, scripts, with_scripts
 from library.optim.optimizers import OPTIMIZERS
 from library.optim.schedulers import OTHER_NAMES, SCHEDULES
 from library.options import read_toml, resolve, specs
@@ -28,7 +28,7 @@ from networks.lora import ARGUMENTS
 from tests.script_runner import ROOT, Ended, run_script
 from tests.tiny import make_tiny_sd
 from tests.trainers.helpers import argv, make_pictures, quick_previews
-from tools import make_options_doc
+from tools import make_options_doc, make_readme_table
 from tools.setup.commands import WORDS
 
 PAGES = sorted(
@@ -83,6 +83,12 @@ def test_list_of_options_is_up_to_date() -> None:
     written = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
     assert written == make_options_doc.text(), "run python tools/make_options_doc.py"
     assert all(f"| `--{name}` |" in written for name in OPTIONS)
+
+
+def test_table_of_models_is_up_to_date() -> None:
+    assert make_readme_table.with_table(README) == README, "run python tools/make_readme_table.py"
+    shown = [word for sheet in with_scripts().values() for word in (sheet.page, *sheet.recipes.values())]
+    assert all((ROOT / path).is_file() for path in (*shown, *scripts()))
 
 
 @pytest.mark.parametrize("text", [README, GUIDE], ids=["README", "guide"])

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from library.cli import load_attribute, option_groups
+from library.cli import option_groups
 from library.errors import UserError
-from library.families.registry import FAMILIES, misfit
+from library.families.registry import FAMILIES, misfit, open_family, with_scripts
 from library.io.options import SaveOptions
 from library.log import get_logger, is_main_process, setup_logging
 from library.options import Resolved, build_parser, group_types, option, resolve, specs
@@ -34,7 +34,7 @@ class ToolOptions:
     """Which architecture the caches are for, and what the tools have besides."""
 
     architecture: str | None = option(
-        None, help=f"Architecture of the model (default: {DEFAULT_FAMILY}).", choices=tuple(FAMILIES)
+        None, help=f"Architecture of the model (default: {DEFAULT_FAMILY}).", choices=tuple(with_scripts())
     )
     control_images: bool = option(
         False,
@@ -47,7 +47,9 @@ class ToolOptions:
 
 def _with_switches() -> type:
     """`ToolOptions` with a switch for each architecture: --sdxl, --flux ..."""
-    fields: list[Any] = [(name, bool, option(False, help=f"The same as --architecture {name}.")) for name in FAMILIES]
+    fields: list[Any] = [
+        (name, bool, option(False, help=f"The same as --architecture {name}.")) for name in with_scripts()
+    ]
     names = {"__doc__": ToolOptions.__doc__}
     return dataclasses.make_dataclass("ArchitectureOptions", fields, bases=(ToolOptions,), namespace=names, frozen=True)
 
@@ -96,7 +98,7 @@ def option_groups_of(family: str) -> dict[str, type]:
 
 def chosen_family(options: Any) -> str:
     """The architecture that `ArchitectureOptions` name. Raises UserError when they name several."""
-    named = [name for name in FAMILIES if vars(options)[name]]
+    named = [name for name in with_scripts() if vars(options)[name]]
     named += [options.architecture] if options.architecture else []
     if len(set(named)) > 1:
         raise UserError(f"--{' and --'.join(named)}: give one architecture")
@@ -115,9 +117,9 @@ def read_options(argv: Sequence[str], *, prog: str, description: str) -> tuple[s
     try:
         resolved = resolve(CachingOptions, option_groups_of(family), argv, prog=prog, description=description)
     except UserError as error:
-        others = ", ".join(f"--{name}" for name in FAMILIES if name != DEFAULT_FAMILY)
+        others = ", ".join(f"--{name}" for name in with_scripts() if name != DEFAULT_FAMILY)
         hint = f"no architecture is given, so Stable Diffusion 1.x / 2.x is meant; for others add {others}"
-        named = given.keys() & {"architecture", *FAMILIES}
+        named = given.keys() & {"architecture", *with_scripts()}
         raise UserError(error.problems if named else [*error.problems, hint]) from None
     if resolved.options.config.output_config:
         raise UserError("--output_config: let the training script write the file")
@@ -140,7 +142,7 @@ def run(argv: Sequence[str], fill: Callable[[CacheRun], None], *, prog: str, des
             log.info(line)
     nothing = {"cache_latents": False, "cache_text_encoder_outputs": False}
     options = replace(options, cache=replace(options.cache, **nothing, **cached))
-    prepared = CacheRun(load_attribute(FAMILIES[name].path)(options.model), options)
+    prepared = CacheRun(open_family(FAMILIES[name], options.model), options)
     fill(prepared)
     prepared.finish()
     return 0

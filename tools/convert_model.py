@@ -25,9 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # started as a script, from any folder
     sys.path.insert(0, str(ROOT))
 
-from library.cli import guarded, load_attribute  # noqa: E402
+from library.cli import guarded  # noqa: E402
 from library.errors import UserError  # noqa: E402
-from library.families.registry import FAMILIES  # noqa: E402
+from library.families.registry import FAMILIES, family_class  # noqa: E402
 from library.log import get_logger, setup_logging  # noqa: E402
 from library.options import at_least, option, resolve, specs  # noqa: E402
 
@@ -149,9 +149,9 @@ def kind_of(path: Path) -> str:
         return "sdxl" if unet.get("addition_embed_type") == "text_time" else f"v{CONTEXT_DIMS.get(width, 1)}"
     shapes = open_weights(path).shapes
     other = architecture(shapes)
-    if other is not None:
-        if other.name != "sdxl":
-            raise UserError(f"{path} is of another architecture ({other.name}): only SD 1.x, 2.x and XL are converted")
+    if other is not None and other.name not in ("sd", "sdxl"):
+        raise UserError(f"{path} is of another architecture ({other.name}): only SD 1.x, 2.x and XL are converted")
+    if other is not None and other.name == "sdxl":
         return "sdxl"
     if any(name.startswith(OPEN_CLIP_PREFIX) for name in shapes):
         return "v2"
@@ -163,7 +163,7 @@ def open_family(options: ConvertOptions, path: Path, reference: Path | None) -> 
     from library.weights.loading import read_json
 
     kind = next((name for name in ("v1", "v2", "sdxl") if vars(options)[name]), None) or kind_of(path)
-    family = FAMILIES["sdxl" if kind == "sdxl" else "sd"]
+    sheet = FAMILIES["sdxl" if kind == "sdxl" else "sd"]
     is_v = options.v_parameterization or predicts_v(path) or (reference is not None and predicts_v(reference))
     values: dict[str, Any] = {
         "pretrained_model_name_or_path": str(path),
@@ -172,7 +172,7 @@ def open_family(options: ConvertOptions, path: Path, reference: Path | None) -> 
     }
     if kind != "sdxl":
         values["v2"] = kind == "v2"
-    opened = load_attribute(family.path)(family.option_groups["model"](**values))
+    opened = family_class(sheet)(sheet.option_groups["model"](**values))
     scheduler = read_json(reference / SCHEDULER) if reference else opened.parts.scheduler
     prediction = "v_prediction" if is_v else "epsilon"
     opened.parts = replace(opened.parts, scheduler={**scheduler, "prediction_type": prediction})

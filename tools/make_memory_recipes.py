@@ -14,7 +14,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,8 +27,12 @@ import torch  # noqa: E402
 from benchmarks.common import markdown  # noqa: E402
 from benchmarks.cpu.audit import MODELS  # noqa: E402
 from benchmarks.gpu.models import write_model  # noqa: E402
-from library.cli import METHODS, load_attribute  # noqa: E402
-from library.families.registry import FAMILIES  # noqa: E402
+from library.cli import (
+    METHODS,
+    load_attribute,
+)
+from library.families.recipes import Edits, MemoryRecipe  # noqa: E402
+from library.families.registry import FAMILIES, open_family  # noqa: E402
 from library.io.tensor_file import data_bytes, header_bytes  # noqa: E402
 from library.memory.choice import MemoryChoice  # noqa: E402
 from library.memory.estimate import Prediction, predict  # noqa: E402
@@ -44,57 +48,14 @@ T5_BYTES = 10 << 30  # of T5-XXL in bf16, with what it takes to encode captions
 T5_NOTE = "# T5 is too large for this card: encode the captions on the CPU before, see docs/memory.md.\n"
 FOLDER = ROOT / "configs" / "memory"
 PAGE = ROOT / "docs" / "memory.md"
-Edits = Mapping[str, str | None]  # key -> its value as TOML writes it; None: not given
-
-IN_BACKWARD: Edits = {"fused_backward_pass": "true", "full_bf16": "true", "train_batch_size": "1"}
-ADAFACTOR: Edits = {
-    "optimizer_type": '"Adafactor"',
-    "optimizer_args": '["relative_step=False", "scale_parameter=False", "warmup_init=False"]',
-    "max_grad_norm": "0.0",
-}
-NO_ENCODER: Edits = {
-    "train_text_encoder": None, "learning_rate_te": None, "cache_text_encoder_outputs": "true",
-    "cache_text_encoder_outputs_to_disk": "true",
-}  # fmt: skip
 SECTIONS = {  # where a key goes that the recipe does not have; all others: "training"
     "train_batch_size": "data", "cache_text_encoder_outputs": "data", "cache_text_encoder_outputs_to_disk": "data",
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What is trained, and the recipe of configs/ that it starts from."""
-
-    base: str
-    model: str  # of MODELS
-    title: str
-    edits: Edits = field(default_factory=dict)
-    ways: tuple[Edits, ...] = ({},)  # the first with which a card has enough memory is taken
-    command: Mapping[str, str] = field(default_factory=dict)  # in the command of the recipe's header: text -> text
-
-    @property
-    def full(self) -> bool:
-        return self.base.endswith("_full")
-
-
-FULL: dict[str, Any] = {"edits": IN_BACKWARD}
-LARGE = {"sd3.5_medium": "sd3.5_large"}
-NO_CLIP = {"--clip_l clip_l.safetensors ": "", "flux1-dev": "chroma1-hd"}
-RECIPES = {
-    "sd_lora": Recipe("sd_lora", "sd15", "LoRA for Stable Diffusion 1.x / 2.x", {"train_batch_size": "1"}),
-    "sd_full": Recipe("sd_full", "sd15", "All weights of Stable Diffusion 1.x / 2.x", IN_BACKWARD,
-                      ways=({}, NO_ENCODER, {**NO_ENCODER, **ADAFACTOR})),
-    "sdxl_lora": Recipe("sdxl_lora", "sdxl", "LoRA for Stable Diffusion XL"),
-    "sdxl_full": Recipe("sdxl_full", "sdxl", "All weights of SDXL's U-Net", **FULL),
-    "sd3_medium_lora": Recipe("sd3_lora", "sd35m", "LoRA for SD3.5 medium"),
-    "sd3_medium_full": Recipe("sd3_full", "sd35m", "All weights of SD3.5 medium", IN_BACKWARD, ways=({}, ADAFACTOR)),
-    "sd3_large_lora": Recipe("sd3_lora", "sd35l", "LoRA for SD3.5 large", command=LARGE),
-    "flux_lora": Recipe("flux_lora", "flux", "LoRA for FLUX.1 dev"),
-    "flux_full": Recipe("flux_full", "flux", "All weights of FLUX.1 dev", **FULL),
-    "chroma_lora": Recipe("flux_lora", "chroma", "LoRA for Chroma", {"model_type": '"chroma"'}, command=NO_CLIP),
-    "lumina_lora": Recipe("lumina_lora", "lumina", "LoRA for Lumina-Image 2.0"),
-    "lumina_full": Recipe("lumina_full", "lumina", "All weights of Lumina-Image 2.0", **FULL),
-}  # fmt: skip
+RECIPES: dict[str, MemoryRecipe] = {
+    name: recipe for sheet in FAMILIES.values() for name, recipe in sheet.memory_recipes.items()
+}
 
 
 # ---- text of a recipe -----------------------------------------------------------------------------------------------
@@ -111,7 +72,7 @@ def with_values(text: str, edits: Edits) -> str:
     return text
 
 
-def recipe_text(recipe: Recipe, way: Edits, name: str, card: int) -> str:
+def recipe_text(recipe: MemoryRecipe, way: Edits, name: str, card: int) -> str:
     """The recipe of configs/ for this card, without any option of memory."""
     text = (ROOT / "configs" / f"{recipe.base}.toml").read_text(encoding="utf-8")
     rest = text.partition("\n")[2]
@@ -158,7 +119,7 @@ def parts(needs: Prediction) -> dict[str, int]:
 # ---- the planner ----------------------------------------------------------------------------------------------------
 
 
-def plan_of(recipe: Recipe, text: str, models: Path) -> MemoryPlan:
+def plan_of(recipe: MemoryRecipe, text: str, models: Path) -> MemoryPlan:
     """The plan of a run of the recipe, as for a card."""
     architecture = MODELS[recipe.model]
     entry, (path, options_type) = FAMILIES[architecture.family], METHODS["finetune" if recipe.full else "network"]
@@ -168,7 +129,7 @@ def plan_of(recipe: Recipe, text: str, models: Path) -> MemoryPlan:
     words = ["--config_file", file, "--pretrained_model_name_or_path", folder, "--output_dir", models / "out",
              "--train_data_dir", folder, "--plan"]  # fmt: skip
     options = resolve(options_type, entry.option_groups, [str(word) for word in words], prog="recipes").options
-    method = load_attribute(path)(load_attribute(entry.path)(options.model), options)
+    method = load_attribute(path)(open_family(entry, options.model), options)
     size = max(options.data.resolution) if isinstance(options.data.resolution, tuple) else options.data.resolution
     batch: Any = SimpleNamespace(bucket=(size, size), samples=range(options.data.train_batch_size))
     optimizer = choose_optimizer(options.optimizer)
@@ -215,7 +176,7 @@ class Chosen:
     fits: bool
 
 
-def choose(recipe: Recipe, plans: Mapping[int, MemoryPlan], card: int) -> Chosen:
+def choose(recipe: MemoryRecipe, plans: Mapping[int, MemoryPlan], card: int) -> Chosen:
     """plans: one for each of the recipe's ways."""
     for number, plan in plans.items():
         option = plan.within(card * GIB - SPARE)
@@ -238,7 +199,7 @@ SAVINGS_HEAD = ("", *COLUMNS)
 CHOICES_HEAD = ("", *(f"{card} GB" for card in CARDS))
 
 
-def savings_row(recipe: Recipe, plan: MemoryPlan) -> tuple[str, ...]:
+def savings_row(recipe: MemoryRecipe, plan: MemoryPlan) -> tuple[str, ...]:
     """Peaks in GB with each way of saving memory."""
     return (recipe.title, *(_cell(plan, dict(values)) for values in COLUMNS.values()))
 
@@ -275,7 +236,7 @@ def put_between(page: str, mark: str, table: str) -> str:
 # ---- all of it ------------------------------------------------------------------------------------------------------
 
 
-def make(name: str, recipe: Recipe, models: Path) -> tuple[dict[int, Chosen], tuple[str, ...]]:
+def make(name: str, recipe: MemoryRecipe, models: Path) -> tuple[dict[int, Chosen], tuple[str, ...]]:
     """Writes the recipes; returns what was chosen by card, and the row of the table of savings."""
     plans = {
         number: plan_of(recipe, recipe_text(recipe, way, name, CARDS[0]), models)

@@ -14,24 +14,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from library.cli import option_groups  # noqa: E402
+from library.families.registry import scripts  # noqa: E402
 from library.options import markdown_rows  # noqa: E402
 
-SCRIPTS = {
-    "train_network.py": ("network", "sd"),
-    "train_db.py": ("dreambooth", "sd"),
-    "fine_tune.py": ("finetune", "sd"),
-    "train_textual_inversion.py": ("textual_inversion", "sd"),
-    "sdxl_train_network.py": ("network", "sdxl"),
-    "sdxl_train.py": ("finetune", "sdxl"),
-    "sdxl_train_textual_inversion.py": ("textual_inversion", "sdxl"),
-    "sdxl_train_control_net_lllite.py": ("lllite", "sdxl"),
-    "flux_train_network.py": ("network", "flux"),
-    "flux_train.py": ("finetune", "flux"),
-    "sd3_train_network.py": ("network", "sd3"),
-    "sd3_train.py": ("finetune", "sd3"),
-    "lumina_train_network.py": ("network", "lumina"),
-    "lumina_train.py": ("finetune", "lumina"),
-}
+SCRIPTS = scripts()  # script -> (method, family)
 
 
 def text() -> str:
@@ -48,19 +34,19 @@ def text() -> str:
             users.setdefault((name, group), []).append(script)
     for everywhere in (True, False):
         lines += ["", "## Of every training script" if everywhere else "## Of some"]
-        for (name, group), scripts in users.items():
-            if (len(scripts) == len(SCRIPTS)) != everywhere:
+        for (name, group), having in users.items():
+            if (len(having) == len(SCRIPTS)) != everywhere:
                 continue
             rows = list(markdown_rows({name: group}))
-            lines += rows[:1] if everywhere else [rows[0].replace("\n\n", f"\n\nOf {listed(scripts)}. ", 1)]
+            lines += rows[:1] if everywhere else [rows[0].replace("\n\n", f"\n\nOf {listed(having)}. ", 1)]
             lines += rows[1:]
     return "\n".join(lines) + "\n"
 
 
-def listed(scripts: list[str]) -> str:
+def listed(having: list[str]) -> str:
     """Their names, or those of the scripts that lack it where that is shorter."""
-    others = [f"`{script}`" for script in SCRIPTS if script not in scripts]
-    names = [f"`{script}`" for script in scripts]
+    others = [f"`{script}`" for script in SCRIPTS if script not in having]
+    names = [f"`{script}`" for script in having]
     return f"all but {', '.join(others)}" if len(others) < min(3, len(names)) else ", ".join(names)
 
 

@@ -30,12 +30,12 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.common import host_line, markdown
-from benchmarks.gpu.jobs import Job
 from benchmarks.gpu.models import ARCHITECTURES, Architecture, write_model
 from benchmarks.gpu.plain import PREDICT, Inputs, learning_weights
 from library.cli import METHODS, load_attribute
-from library.families.flux.parts import build_chroma
-from library.families.registry import FAMILIES
+from library.families.chroma.parts import build_chroma
+from library.families.recipes import BenchmarkJob
+from library.families.registry import FAMILIES, open_family
 from library.memory.choice import MemoryChoice
 from library.memory.estimate import Case, Fixed, Weights, tops, total_work
 from library.options import resolve
@@ -100,7 +100,7 @@ def planned_of(name: str, size: int, folder: Path, *, full: bool) -> Planned:
     words += ["--model_type", "chroma"] if name == "chroma" else []
     path, options_type = METHODS["finetune" if full else "network"]
     options = resolve(options_type, entry.option_groups, [str(word) for word in words], prog="audit").options
-    method = load_attribute(path)(load_attribute(entry.path)(options.model), options)
+    method = load_attribute(path)(open_family(entry, options.model), options)
     batch: Any = SimpleNamespace(bucket=(size, size), samples=(0,))
     optimizer: Any = SimpleNamespace(row=SimpleNamespace(elementwise=True))
     return as_planned(method, method.learning(), optimizer, batch, device=torch.device("cpu"))
@@ -138,7 +138,7 @@ def plain(name: str, size: int) -> Iterator[tuple[str, Found]]:
     """The loop of benchmarks/gpu/plain.py, one step, without the optimizer."""
     like = LIKE.get(name, name)
     predict: Callable[..., Any] = PREDICT[like]
-    job = Job(like, "network", size, 1, forward_tf=0, step_tf=0, block_gb=0)
+    job = BenchmarkJob(like, "network", size, 1, forward_tf=0, step_tf=0, block_gb=0)
     for recompute in (False, True):
         module: Any = MODELS[name].empty(tiny=False)
         learning_weights(module, job)

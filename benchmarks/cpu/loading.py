@@ -116,10 +116,10 @@ def flux_loader(way: str, folder: Path) -> Callable[[], Any]:
     from diffusers import FluxTransformer2DModel  # noqa: F401  # imports do not count
     from safetensors.torch import load_file
 
-    from library.families.flux.parts import open_denoiser
+    from library.families.flux.parts import FLUX, open_denoiser
     from library.key_tables import read
 
-    part = open_denoiser(folder / "flux.safetensors", "flux")[0]
+    part = open_denoiser(folder / "flux.safetensors", FLUX)[0]
 
     def naive() -> Any:
         module = part.build()

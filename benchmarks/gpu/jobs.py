@@ -6,38 +6,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from library.families.recipes import BenchmarkJob
+from library.families.registry import FAMILIES
+
 RANK = 16
 SHARES = (25, 50, 75, 100)  # percent of the blocks that can be swapped; 0 is the row "eager"
 
 
-@dataclass(frozen=True)
-class Job:
-    """One model, one method, one size. TF: 10^12 operations of matrix products, by PyTorch's FlopCounterMode."""
-
-    architecture: str  # of benchmarks.gpu.models
-    method: str  # of library.cli
-    size: int  # pixels of a side
-    batch: int
-    forward_tf: float  # of a forward pass
-    step_tf: float  # of a step without recomputation: what the utilisation counts
-    block_gb: float  # of the blocks' weights in bf16
-    hoists: bool = False  # whether modulations can be computed once per step
-    goal: str = ""
-
-    @property
-    def full(self) -> bool:
-        return self.method == "finetune"
-
-
-JOBS: dict[str, Job] = {
-    "sdxl_lora": Job("sdxl", "network", 1024, 1, 6.76, 14.35, 4.37, goal="<= 35 ms"),
-    "sdxl_lora_bs4": Job("sdxl", "network", 1024, 4, 27.05, 57.39, 4.37, goal="<= 110 ms"),
-    "sd15_lora": Job("sd15", "network", 512, 4, 3.21, 6.96, 1.72, goal="<= 18 ms"),
-    "flux_lora_512": Job("flux", "network", 512, 1, 21.5, 45.0, 23.68, hoists=True, goal="<= 80 ms"),
-    "flux_lora_1024": Job("flux", "network", 1024, 1, 74.4, 164.7, 23.68, hoists=True, goal="<= 270 ms, <= 5 GB"),
-    "sd35m_full": Job("sd35m", "finetune", 1024, 1, 11.25, 33.7, 4.45, goal="<= 75 ms"),
-    "lumina_lora": Job("lumina", "network", 1024, 1, 22.0, 48.0, 5.22),
-}
+JOBS: dict[str, BenchmarkJob] = {name: job for sheet in FAMILIES.values() for name, job in sheet.benchmarks.items()}
 
 
 # ---- ways -----------------------------------------------------------------------------------------------------------
@@ -76,7 +52,7 @@ SMALLEST = ("--fp8_base_unet", GC, "--cpu_offload_checkpointing")
 SMALLEST_FULL = ("--blockwise_fused_optimizers", "--optimizer_type", "Adafactor", GC, "--cpu_offload_checkpointing")
 
 
-def ways(job: Job, *, zero_stall: float) -> list[Way]:
+def ways(job: BenchmarkJob, *, zero_stall: float) -> list[Way]:
     """The rows of a job. zero_stall: the share of the blocks that can be copied while others compute."""
     rows = [*PLAIN, *COMMON, *(LEARNING if job.full else FROZEN), *(HOISTED if job.hoists else ())]
     rows += [Way(f"{percent} % swapped", swapped=percent / 100) for percent in SHARES]
@@ -107,14 +83,14 @@ def card_of(name: str, *, peak_tf: float | None, measured: Card | None) -> Card:
     return Card(peak_tf or known.peak_tf, known.copy_gb_s)
 
 
-def zero_stall_share(job: Job, card: Card) -> float:
+def zero_stall_share(job: BenchmarkJob, card: Card) -> float:
     """Share of the blocks, in bf16, whose copies are hidden behind the computation of a forward pass."""
     seconds = job.forward_tf / card.peak_tf
     return min(1.0, seconds * card.copy_gb_s / job.block_gb)
 
 
 def chosen(names: str | None) -> Sequence[str]:
-    """Job names of a list with commas. Raises ValueError naming what is none."""
+    """Names of jobs, from a list with commas. Raises ValueError naming those that do not exist."""
     wanted = names.split(",") if names else [*JOBS]
     unknown = [name for name in wanted if name not in JOBS]
     if unknown:

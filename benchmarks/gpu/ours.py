@@ -11,12 +11,13 @@ from typing import Any
 from torch import nn
 
 from benchmarks.common import make_pictures
-from benchmarks.gpu.jobs import RANK, Job, Way
+from benchmarks.gpu.jobs import RANK, Way
 from benchmarks.gpu.models import ARCHITECTURES, with_random_weights, write_model
 from benchmarks.gpu.timing import Clock, Figures
 from library.cli import METHODS, load_attribute
 from library.errors import UserError
-from library.families.registry import FAMILIES
+from library.families.recipes import BenchmarkJob
+from library.families.registry import FAMILIES, open_family
 from library.options import resolve
 from library.stopping import StopRequest
 from library.trainers.run import run as run_method
@@ -38,7 +39,7 @@ METHOD_WORDS = {
 }
 
 
-def prepare(job: Job, folder: Path, *, tiny: bool) -> None:
+def prepare(job: BenchmarkJob, folder: Path, *, tiny: bool) -> None:
     """Model, pictures and captions of a job, for all its rows."""
     write_model(ARCHITECTURES[job.architecture], folder / "model", tiny=tiny)
     thing = folder / "pictures" / "1_thing"
@@ -47,13 +48,13 @@ def prepare(job: Job, folder: Path, *, tiny: bool) -> None:
     make_pictures(thing, 4 * job.batch, TINY_SIZE if tiny else job.size, caption="{} " + words)
 
 
-def run(job: Job, way: Way, folder: Path, clock: Clock, *, tiny: bool) -> Figures:
+def run(job: BenchmarkJob, way: Way, folder: Path, clock: Clock, *, tiny: bool) -> Figures:
     """Train as many steps as the clock wants. Raises what the trainer raises."""
     entry = FAMILIES[ARCHITECTURES[job.architecture].family]
     words = command_line(job, way, folder, clock.total, tiny=tiny)
     path, options_type = METHODS[job.method]
     options = resolve(options_type, entry.option_groups, words, prog="benchmark").options
-    family = with_random_weights(load_attribute(entry.path)(options.model), ARCHITECTURES[job.architecture])
+    family = with_random_weights(open_family(entry, options.model), ARCHITECTURES[job.architecture])
     method = load_attribute(path)(family, options)
     loops: list[Timed] = []
 
@@ -66,7 +67,7 @@ def run(job: Job, way: Way, folder: Path, clock: Clock, *, tiny: bool) -> Figure
     return clock.figures(trained=trained, stall=loops[0].stall)
 
 
-def command_line(job: Job, way: Way, folder: Path, steps: int, *, tiny: bool) -> list[str]:
+def command_line(job: BenchmarkJob, way: Way, folder: Path, steps: int, *, tiny: bool) -> list[str]:
     """The options of a row."""
     words = [
         "--pretrained_model_name_or_path", str(folder / "model"), "--train_data_dir", str(folder / "pictures"),
@@ -83,11 +84,11 @@ def command_line(job: Job, way: Way, folder: Path, steps: int, *, tiny: bool) ->
     return words
 
 
-def blocks_to_swap(job: Job, share: float, *, tiny: bool) -> int:
+def blocks_to_swap(job: BenchmarkJob, share: float, *, tiny: bool) -> int:
     """That share of the most that --blocks_to_swap takes of this model, at least one."""
     architecture = ARCHITECTURES[job.architecture]
     entry = FAMILIES[architecture.family]
-    family, denoiser = load_attribute(entry.path)(entry.option_groups["model"]()), architecture.empty(tiny=tiny)
+    family, denoiser = open_family(entry, entry.option_groups["model"]()), architecture.empty(tiny=tiny)
     most = len(family.blocks(denoiser))
     while most > 1 and not swappable(family, denoiser, most):
         most -= 1

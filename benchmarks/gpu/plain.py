@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.gpu.jobs import RANK, Job, Way
+from benchmarks.gpu.jobs import RANK, Way
 from benchmarks.gpu.models import ARCHITECTURES, fill
 from benchmarks.gpu.timing import Clock, Figures
+from library.families.recipes import BenchmarkJob
 
 TINY_SIZE = 64
 TOKENS = {"sd15": 77, "sdxl": 77, "flux": 512, "sd35m": 333, "lumina": 256}
@@ -27,7 +28,7 @@ IN_BLOCKS = {
 }  # fmt: skip
 
 
-def run(job: Job, way: Way, clock: Clock, *, tiny: bool) -> Figures:
+def run(job: BenchmarkJob, way: Way, clock: Clock, *, tiny: bool) -> Figures:
     """As many steps as the clock wants."""
     device = torch.device("cuda" if clock.on_card else "cpu")
     architecture = ARCHITECTURES[job.architecture]
@@ -53,7 +54,7 @@ def run(job: Job, way: Way, clock: Clock, *, tiny: bool) -> Figures:
     return clock.figures(trained=sum(p.numel() for p in learning))
 
 
-def learning_weights(module: Any, job: Job) -> list[nn.Parameter]:
+def learning_weights(module: Any, job: BenchmarkJob) -> list[nn.Parameter]:
     """All weights in full training, else adapters on the blocks' matrices, in float32."""
     if job.full:
         return list(module.requires_grad_(True).parameters())
@@ -76,7 +77,7 @@ def is_matrix(module: nn.Module) -> bool:
 class Inputs:
     """Random latents and text states of one batch."""
 
-    def __init__(self, job: Job, config: dict[str, Any], device: torch.device, *, tiny: bool) -> None:
+    def __init__(self, job: BenchmarkJob, config: dict[str, Any], device: torch.device, *, tiny: bool) -> None:
         self.config, self.device, self.batch = config, device, job.batch
         side, tokens = (TINY_SIZE if tiny else job.size) // 8, TOKENS[job.architecture]
         channels = 4 if "cross_attention_dim" in config else 16

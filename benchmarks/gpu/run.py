@@ -28,9 +28,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.common import ROOT, host_line, markdown
-from benchmarks.gpu.jobs import JOBS, Card, Job, Way, card_of, chosen, ways, zero_stall_share
+from benchmarks.gpu.jobs import JOBS, Card, Way, card_of, chosen, ways, zero_stall_share
 from library.cli import guarded
 from library.errors import UserError, unknown
+from library.families.recipes import BenchmarkJob
 from library.machine import System, find_nvidia
 from tools.setup.doctor import private
 
@@ -222,7 +223,7 @@ def describe_machine(*, tiny: bool) -> dict[str, Any]:
     return {"name": name, "device": line, "reached": list(ceilings(tiny=tiny))}
 
 
-def measure_way(job: Job, spec: dict[str, Any], folder: Path, settings: argparse.Namespace) -> dict[str, Any]:
+def measure_way(job: BenchmarkJob, spec: dict[str, Any], folder: Path, settings: argparse.Namespace) -> dict[str, Any]:
     from benchmarks.gpu.timing import Clock
 
     way = Way(**{**spec["way"], "words": tuple(spec["way"]["words"])})
@@ -259,7 +260,7 @@ class Lines:
                     file.write(line + "\n")
 
 
-def row(job: Job, found: dict[str, Any], card: Card, *, tiny: bool) -> Iterator[str]:
+def row(job: BenchmarkJob, found: dict[str, Any], card: Card, *, tiny: bool) -> Iterator[str]:
     """The cells of HEAD after the first."""
     gigabytes = lambda value: "" if value is None else f"{value / 1e9:.2f}"
     share = lambda value: "" if value is None else f"{value:.0%}"

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an architecture must be able to do. One subclass per architecture; class attributes are its data sheet."""
+"""What an architecture must be able to do: one subclass per architecture. Its sheet is what is known without files."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
-from library.families.options import ModelOptions
-from library.families.registry import FAMILIES
+from library.families.sheet import ModelFacts, PreviewDefaults, Sheet, Variant
 from library.io.checkpoint import CheckpointForm
 from library.memory.block_swap import spread
 from library.memory.quantise import Storage
@@ -29,53 +27,30 @@ from library.weights.quick_import import import_diffusers
 STAYING_BLOCKS = 2  # that are never swapped, as in sd-scripts
 
 
-@dataclass(frozen=True)
-class ModelFacts:
-    """What the metadata of a save say of the base model."""
-
-    base_model_version: str  # ss_base_model_version: "sd_v1"
-    architecture: str  # modelspec.architecture without "/lora": "stable-diffusion-v1"
-    implementation: str  # modelspec.implementation of adapter files
-    prediction_type: str | None  # modelspec.prediction_type: "epsilon", "v"
-    checkpoint_implementation: str | None = None  # the same of whole checkpoints, where it differs
-
-
-@dataclass(frozen=True)
-class PreviewDefaults:
-    """What a prompt of a preview means where it says nothing, and which of its fields the family makes use of."""
-
-    steps: int = 30
-    scale: float = 7.5  # classifier-free guidance; 1 is without
-    guidance: float | None = None  # embedded guidance, of distilled models
-    size: int = 512  # pixels of a side where the dataset has no size
-    cfg_trunc_ratio: float | None = None  # classifier-free guidance only at noise levels above 1 - this
-    renorm_cfg: float | None = None  # most that guidance may lengthen a prediction
-    honoured: tuple[str, ...] = ()  # of library.sampling.preview.SPECIAL_FIELDS
-
-
 class ModelFamily(ABC):
     """Loads, encodes, predicts and names the weights of one architecture. Holds options and headers, no modules."""
 
-    name: ClassVar[str]
-    Options: ClassVar[type[ModelOptions]]
+    sheet: ClassVar[Sheet]
     latent: ClassVar[LatentSpec]
-    adapter_prefixes: ClassVar[Mapping[str, str]]  # text encoder -> what names in adapter files begin with: "lora_te1"
-    bucket_step: ClassVar[int]  # picture sides are multiples of it
-    token_option: ClassVar[str] = "--max_token_length"  # the option that sets `token_limit`
-    side_endings: ClassVar[tuple[str, ...]] = ()  # of further files that `save` may write: "_clip_l"
-    formats: ClassVar[tuple[str, ...]] = ("safetensors",)  # of --save_model_as, in which checkpoints can be written
-    preview: ClassVar[PreviewDefaults] = PreviewDefaults()
     references: ClassVar[ReferenceSpec | None] = None  # how reference pictures are taken; None: there are none
-    # text encoders whose adapters are only trained when this --network_args key is True: too large to train unasked
-    asked_encoders: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, options: Any) -> None:
         self.options = options
 
     @property
-    def network_module(self) -> str:
-        """The default of --network_module."""
-        return FAMILIES[self.name].networks["lora"]
+    def name(self) -> str:
+        """Its name in the registry."""
+        return self.sheet.name
+
+    @property
+    @abstractmethod
+    def variant(self) -> Variant:
+        """Which of the models of the sheet this is. Known after `check`."""
+
+    @property
+    def preview(self) -> PreviewDefaults:
+        """What prompts of previews mean where they say nothing."""
+        return self.variant.preview
 
     # ---- loading
 
@@ -267,7 +242,7 @@ class ModelFamily(ABC):
 
     @property
     def adapter_names(self) -> str:
-        """Under which name the programs that read adapters know the model (library.adapters.readers.reading.Model)."""
+        """The name under which programs that read adapters know the model (library.adapters.readers.reading.Model)."""
         return self.name
 
     @abstractmethod
@@ -308,9 +283,9 @@ class ModelFamily(ABC):
     def model_names(self) -> dict[str, str]:
         """What was given for "sd_model" and "vae": `library.io.metadata.file_facts` makes names and hashes of it."""
 
-    @abstractmethod
     def facts(self) -> ModelFacts:
-        """What the metadata say of the model."""
+        """What the metadata of saved files say about the model."""
+        return self.variant.facts
 
 
 def require_blocks(flag: str, count: int, limit: int) -> None:

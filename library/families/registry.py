@@ -1,78 +1,80 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model families by name. Imports no torch, so that --help can read a family's options."""
+"""The architectures: one row each. Imports no torch, so that --help can read the options of each."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import importlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
-from library.families.flux.options import FluxFineTuneOptions, FluxFlowOptions, FluxOptions
-from library.families.lumina.options import LuminaFlowOptions, LuminaOptions
-from library.families.sd.options import SDFineTuneOptions, SDOptions
-from library.families.sd3.options import SD3FineTuneOptions, SD3FlowOptions, SD3Options
-from library.families.sdxl.options import SDXLFineTuneOptions, SDXLOptions
+from library.families.chroma import SHEET as CHROMA
+from library.families.flux import SHEET as FLUX
+from library.families.lumina import SHEET as LUMINA
+from library.families.sd import SHEET as SD
+from library.families.sd3 import SHEET as SD3
+from library.families.sdxl import SHEET as SDXL
+from library.families.sheet import Sheet
+
+if TYPE_CHECKING:
+    from library.families.family import ModelFamily
+
+# An architecture whose files have marks of another one as well stands behind that one.
+FAMILIES: dict[str, Sheet] = {sheet.name: sheet for sheet in (SD, SDXL, FLUX, CHROMA, LUMINA, SD3)}
 
 
-@dataclass(frozen=True)
-class FamilyEntry:
-    """Where a family's class is, and which option groups of a method it replaces by its own."""
-
-    path: str  # "module:Class"
-    option_groups: Mapping[str, type]
-    title: str  # as a user calls the models
-    networks: Mapping[str, str]  # kind of adapters -> the --network_module for these models
+def with_scripts() -> dict[str, Sheet]:
+    """The families that have scripts of their own."""
+    return {name: sheet for name, sheet in FAMILIES.items() if sheet.scripts_of is None}
 
 
-# kinds that are made for every architecture, and those of U-Nets
-EVERYWHERE = {kind: f"networks.{kind}" for kind in ("lora_fa", "dylora", "loha", "lokr")}
-OF_UNETS = {kind: f"networks.{kind}" for kind in ("lora", "oft", "control_net_lllite")} | EVERYWHERE
+def scripts() -> dict[str, tuple[str, str]]:
+    """Training script -> (method of library.cli, family)."""
+    return {script: (method, name) for name, sheet in FAMILIES.items() for method, script in sheet.scripts.items()}
 
-FAMILIES: dict[str, FamilyEntry] = {
-    "sd": FamilyEntry(
-        "library.families.sd.model:StableDiffusion",
-        {"model": SDOptions, "finetune": SDFineTuneOptions},
-        "Stable Diffusion 1.x and 2.x",
-        OF_UNETS,
-    ),
-    "sdxl": FamilyEntry(
-        "library.families.sdxl.model:StableDiffusionXL",
-        {"model": SDXLOptions, "finetune": SDXLFineTuneOptions},
-        "Stable Diffusion XL",
-        OF_UNETS,
-    ),
-    "flux": FamilyEntry(
-        "library.families.flux.model:Flux",
-        {"model": FluxOptions, "objective": FluxFlowOptions, "finetune": FluxFineTuneOptions},
-        "FLUX.1 and Chroma",
-        {"lora": "networks.lora_flux", "oft": "networks.oft_flux"} | EVERYWHERE,
-    ),
-    "lumina": FamilyEntry(
-        "library.families.lumina.model:Lumina",
-        {"model": LuminaOptions, "objective": LuminaFlowOptions},
-        "Lumina-Image 2.0",
-        {"lora": "networks.lora_lumina"} | EVERYWHERE,
-    ),
-    "sd3": FamilyEntry(
-        "library.families.sd3.model:StableDiffusion3",
-        {"model": SD3Options, "objective": SD3FlowOptions, "finetune": SD3FineTuneOptions},
-        "Stable Diffusion 3 and 3.5",
-        {"lora": "networks.lora_sd3"} | EVERYWHERE,
-    ),
-}
+
+def command(sheet: Sheet) -> str:
+    """What trains adapters for a family: "flux_train_network.py --model_type chroma"."""
+    if sheet.scripts_of is None:
+        return sheet.scripts["network"]
+    owner = FAMILIES[sheet.scripts_of]
+    return f"{command(owner)} --{owner.family_option} {sheet.name}"
+
+
+def chosen(sheet: Sheet, options: Any) -> Sheet:
+    """The family that the scripts of a family train with these options of the model."""
+    return sheet if sheet.family_option is None else FAMILIES[getattr(options, sheet.family_option)]
+
+
+def family_class(sheet: Sheet) -> type[ModelFamily]:
+    """The class of a family. Imports torch."""
+    module, name = sheet.path.split(":")
+    found: type[ModelFamily] = getattr(importlib.import_module(module), name)
+    return found
+
+
+def open_family(sheet: Sheet, options: Any) -> ModelFamily:
+    """The model that the scripts of a family train with these options of the model. Reads no file yet."""
+    return family_class(chosen(sheet, options))(options)
 
 
 def misfit(family: str, module: str) -> str | None:
     """Reason why a network module does not fit the models of a family, naming the one that does.
 
-    None: it fits, or it is not ours, and then only the model itself can tell.
+    None: it fits, or it is a third-party module, and then only the model itself can tell.
     """
-    own = FAMILIES[family].networks
-    others = {
-        entry.title: kind for entry in FAMILIES.values() for kind, name in entry.networks.items() if name == module
-    }
+    sheet = FAMILIES[family]
+    own = sheet.networks
+    others = dict(_takers(module))
     if module in own.values() or not others:
         return None
     kind = next(iter(others.values()))
     fitting = own[kind] if kind in own else f"{', '.join(own.values())} (there is no {kind} for these models)"
-    made_for = " and ".join(others)
-    return f"--network_module {module} is for {made_for}; for {FAMILIES[family].title} give {fitting}"
+    return f"--network_module {module} is for {' and '.join(others)}; for {sheet.title} give {fitting}"
+
+
+def _takers(module: str) -> Iterator[tuple[str, str]]:
+    """The titles of the families that a network module is for, each with the kind of its adapters."""
+    for sheet in with_scripts().values():
+        for kind, name in sheet.networks.items():
+            if name == module:
+                yield sheet.title, kind

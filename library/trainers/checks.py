@@ -120,7 +120,7 @@ def scan_datasets(
 ) -> Scan:  # fmt: skip
     """Configuration, folders, captions and pictures. Raises UserError with all that is wrong with them."""
     configs = load_dataset_config(
-        options.data, bucket_step=family.bucket_step, cache=options.cache, control=control,
+        options.data, bucket_step=family.sheet.bucket_step, cache=options.cache, control=control,
         references=family.references is not None,
     )  # fmt: skip
     found = scan(
@@ -146,7 +146,7 @@ def data_warnings(family: ModelFamily, found: Scan, data: TrainingData, *, cache
     samples = [sample for dataset in found.datasets for sample in dataset.samples]
     lines = (
         smaller_than_bucket(list(enlarged)),
-        longer_than_limit(samples, family.count_tokens, family.token_limit, option=family.token_option),
+        longer_than_limit(samples, family.count_tokens, family.token_limit, option=family.sheet.token_option),
         choices_never_trained(samples, data.text_variants) if cached else None,
     )
     yield from (line for line in lines if line is not None)

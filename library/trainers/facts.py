@@ -12,7 +12,7 @@ from typing import Any
 from library.data.dataset import TrainingData
 from library.data.parts import DatasetStats
 from library.data.records import DatasetConfig, Sample
-from library.families.family import ModelFacts
+from library.families.sheet import ModelFacts
 from library.io.metadata import (
     DatasetFacts,
     RunFacts,

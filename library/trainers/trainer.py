@@ -42,7 +42,7 @@ class Trainer:
         self.reader = StepReader(lag=0 if running.updates.scheduler.needs_loss else 4)
         self.saver = Saver(
             self.options, plan, active=self.processes.is_main, write_model=self.write_model, state=self.state_parts,
-            extension=checked.method.extension, side_endings=checked.family.side_endings,
+            extension=checked.method.extension, side_endings=checked.family.sheet.side_endings,
         )  # fmt: skip
 
     # ---- one step ---------------------------------------------------------------------------------------------------

@@ -18,8 +18,7 @@ from benchmarks.gpu.ceilings import as_card
 from benchmarks.gpu.jobs import CARDS, JOBS, Way, card_of, ways, zero_stall_share
 from benchmarks.gpu.models import ARCHITECTURES, fill, with_random_weights, write_hole
 from benchmarks.gpu.timing import PROBES, Figures, idle_share
-from library.cli import load_attribute
-from library.families.registry import FAMILIES
+from library.families.registry import FAMILIES, open_family
 
 
 def measured(job: str, way: Way, folder: Path) -> dict[str, Any]:
@@ -139,7 +138,7 @@ def test_weights_are_random_and_equal_in_both_programs(tmp_path):
     ours.prepare(JOBS["lumina_lora"], tmp_path, tiny=True)
     entry = FAMILIES["lumina"]
     options = entry.option_groups["model"](pretrained_model_name_or_path=str(tmp_path / "model"))
-    family = with_random_weights(load_attribute(entry.path)(options), architecture)
+    family = with_random_weights(open_family(entry, options), architecture)
     loaded = family.load_denoiser(torch.bfloat16, "cpu").state_dict()
     filled = fill(architecture.empty(tiny=True), "cpu").state_dict()
     assert loaded.keys() == filled.keys()

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from library.adapters.formats.conversion import format_of, read_adapter
 from library.cli import load_attribute
-from library.families.registry import FAMILIES
+from library.families.registry import FAMILIES, family_class
 from library.options import specs
-from tests.families import flux, lumina, sd, sd3, sdxl
+from tests.families import CASES
 from tests.families.base import Case
 from tests.trainers.helpers import (
     Run,
@@ -35,8 +35,6 @@ from tests.trainers.helpers import (
     train,
     write_dataset,
 )
-
-CASES: dict[str, Case] = {**sd.CASES, **sdxl.CASES, **flux.CASES, **sd3.CASES, **lumina.CASES}
 
 # ---- the contract ---------------------------------------------------------------------------------------------------
 
@@ -122,7 +120,7 @@ def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_goes_with_the_data_survives_a_pickle(name: str) -> None:
     """Platforms without fork send it to the processes that load pictures; a family holds what cannot be sent."""
-    family = load_attribute(FAMILIES[name].path)
+    family = family_class(FAMILIES[name])
     assert pickle.loads(pickle.dumps([family.join_conds, family.scale_legacy])) == [
         family.join_conds, family.scale_legacy
     ]  # fmt: skip

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from library.errors import UserError
-from tests.families import flux, lumina, sd, sd3, sdxl
+from tests.families import CASES
 from tests.families.base import Case
 from tests.trainers.finetune_runs import Recorded, finetune, finetune_with_stop, open_adapters
 from tests.trainers.helpers import (
@@ -28,7 +28,6 @@ from tests.trainers.helpers import (
     write_dataset,
 )
 
-CASES: dict[str, Case] = {**sd.CASES, **sdxl.CASES, **flux.CASES, **sd3.CASES, **lumina.CASES}
 DENOISER = "lora_unet_"  # begins the names of its adapters
 # options for what a saved model leaves out -> folders of the pipeline in which these are
 SEPARATE = {
@@ -180,7 +179,7 @@ def test_text_encoders_learn_as_the_literal_reference_and_are_saved(
 
 
 def assert_text_gradients_of_the_reference(subject: Subject, run: Run, network: dict[str, Tensor]) -> None:
-    prefixes = dict(run.trainer.family.adapter_prefixes)
+    prefixes = dict(run.trainer.family.sheet.adapter_prefixes)
     adapters = open_adapters(network, tuple(f"{prefix}_" for prefix in prefixes.values()))
     batch = run.trainer.data.load(run.trainer.data.plan_epoch(1)[0], step=0)
     loss = subject.case.loss({**subject.model, **subject.case.options}, batch, adapters, micro_generator(run, 0))

@@ -17,7 +17,7 @@ from library.memory.block_swap import BlockSwap, spread
 from library.memory.checkpointing import Recomputation
 from library.memory.compiling import CompiledBlocks
 from library.memory.ring import Ring, Slot
-from tests.contracts.test_families import CASES
+from tests.families import CASES
 from tests.families.base import Case
 from tests.trainers.finetune_runs import finetune
 from tests.trainers.helpers import Run, assert_same_run, make_pictures, subset, train, write_dataset

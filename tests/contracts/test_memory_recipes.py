@@ -15,7 +15,7 @@ from library.cli import METHODS
 from library.families.registry import FAMILIES
 from library.memory.choice import MemoryChoice
 from library.options import Resolved, read_toml, resolve
-from tests.contracts.test_families import CASES
+from tests.families import CASES
 from tests.script_runner import ROOT, run_script
 from tests.trainers.helpers import argv, make_pictures, quick_previews, subset, write_dataset
 from tools.make_memory_recipes import RECIPES, SPARE

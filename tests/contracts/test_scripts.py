@@ -19,15 +19,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from library.io.state import load_state, newest_state
-from tests.families import flux, lumina, sd, sd3, sdxl
-from tests.families.base import Case
+from tests.families import CASES, flux, lumina, sd, sd3, sdxl
 from tests.script_runner import ROOT, run_script
 from tests.trainers import child
 from tests.trainers.helpers import argv, differing, make_pictures, quick_previews, subset, write_dataset
 from tools.make_options_doc import SCRIPTS
 
 PRECIOUS = b"a good file of an earlier run"
-CASES: dict[str, Case] = {**sd.CASES, **sdxl.CASES, **flux.CASES, **sd3.CASES, **lumina.CASES}
 RECIPES = {
     "sd_lora": ("train_network.py", "sd1"),
     "sd_full": ("fine_tune.py", "sd1"),

@@ -22,7 +22,7 @@ Loss = Callable[[dict[str, Any], Batch, Adapters, torch.Generator], Tensor]
 class Case:
     """One architecture in one configuration."""
 
-    family: str  # of library.families.registry
+    family: str  # whose scripts train it, of library.families.registry
     make: Callable[[Path], dict[str, Any]]  # writes a tiny model below a folder; the options that name it
     loss: Loss  # from libraries and formulas only
     options: dict[str, Any] = field(default_factory=dict)  # of every run

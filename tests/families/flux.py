@@ -304,12 +304,4 @@ USUAL = {
 SLOWER = {"unet_lr": 5e-3}
 CASES: dict[str, Case] = {
     "flux": Case("flux", make, loss, USUAL, overfit=SLOWER, make_deep=partial(make, blocks=DEEP)),
-    "chroma": Case(
-        "flux",
-        partial(make, variant="chroma", layout="diffusers"),
-        loss,
-        USUAL,
-        overfit=SLOWER,
-        make_deep=partial(make, variant="chroma", layout="diffusers", blocks=DEEP),
-    ),
 }

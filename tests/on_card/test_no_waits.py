@@ -18,7 +18,7 @@ from library.optim.options import OptimizerOptions
 from library.trainers.tracking import Trackers
 from library.trainers.trainer import Trainer
 from library.types import Batch
-from tests.contracts.test_families import CASES
+from tests.families import CASES
 from tests.trainers.helpers import Recorded
 from tests.trainers.wait_cases import MASKED, RUNS, Ground, WaitCase, run_watched
 

@@ -22,12 +22,11 @@ from library.optim.optimizers import choose_optimizer
 from library.planner.case import case_of
 from library.planner.planned import Planned
 from library.trainers.stages import as_planned
-from tests.families import flux, lumina, sd, sd3, sdxl
+from tests.families import CASES
 from tests.trainers.helpers import Recorded, make_pictures, make_trainer, planned_of, settle, subset, write_dataset
 
 pytestmark = pytest.mark.gpu
 
-CASES = {**sd.CASES, **sdxl.CASES, **flux.CASES, **sd3.CASES, **lumina.CASES}
 ARCHITECTURES = ("sd1", "sdxl", "flux", "chroma", "sd3", "sd35", "lumina")
 WORD = "zapcat"
 CHOICES = [MemoryChoice(activation_budget=budget) for budget in (1.0, 0.5, 0.0)]

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.families import flux, lumina, sd, sd3, sdxl
-from tests.families.base import Case
+from tests.families import CASES
 from tests.trainers.finetune_runs import finetune
 from tests.trainers.helpers import (
     Run,
@@ -29,7 +28,6 @@ from tests.trainers.helpers import (
 
 pytestmark = pytest.mark.gpu
 
-CASES: dict[str, Case] = {**sd.CASES, **sdxl.CASES, **flux.CASES, **sd3.CASES, **lumina.CASES}
 CACHED = {"cache_latents": True, "cache_text_encoder_outputs": True, "network_train_unet_only": True}
 ADAFACTOR = {
     "optimizer_type": "Adafactor",

@@ -22,10 +22,17 @@ from library.planner.memory_plan import MemoryPlan, Option, plan_memory
 from library.planner.simulation import tensors_of
 from library.trainers.trainer import Trainer
 from library.types import Batch
-from tests.families import flux, lumina, sd, sd3, sdxl
-from tests.trainers.helpers import DEFAULTS, Recorded, make_pictures, make_trainer, planned_of, subset, write_dataset
+from tests.families import CASES
+from tests.trainers.helpers import (
+    DEFAULTS,
+    Recorded,
+    make_pictures,
+    make_trainer,
+    planned_of,
+    subset,
+    write_dataset,
+)
 
-FAMILY_CASES = {**sd.CASES, **sdxl.CASES, **flux.CASES, **sd3.CASES, **lumina.CASES}
 NOT_IN_FULL = ("network_dim", "network_alpha")
 WORDS = ", ".join(["cat, red, photo, star, dog, blue"] * 20)  # longer than any limit: nothing is padded
 
@@ -57,7 +64,7 @@ class Measured(Trainer):
 
 @dataclass(frozen=True)
 class Job:
-    family: str  # of FAMILY_CASES
+    family: str  # of CASES
     options: dict[str, Any] = field(default_factory=dict)
     full: bool = False
     size: int = 128
@@ -78,7 +85,7 @@ def make_job(job: Job, folder: Path, **more: Any) -> Recorded:
     """The trainer, on two pictures in one batch."""
     pictures = make_pictures(folder / "pictures", 2, size=(job.size, job.size), captions=[WORDS])
     data = write_dataset(folder / "data.toml", subset(pictures), resolution=job.size)
-    case = FAMILY_CASES[job.family]
+    case = CASES[job.family]
     values = {**DEFAULTS, "dataset_config": data, "output_dir": folder / "out", "cache_latents": True,
               "max_train_steps": 2, **case.make(folder / "model"), **case.options, **job.options, **more}  # fmt: skip
     if job.full:

@@ -17,10 +17,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from library.data.encoding import Text
-from library.families.family import PreviewDefaults
 from library.families.flux.options import FluxFlowOptions
 from library.families.sd.model import StableDiffusion
 from library.families.sd.options import SDOptions
+from library.families.sheet import PreviewDefaults
 from library.objectives.ddpm import DDPMObjective
 from library.objectives.flow import FlowObjective, constant_shift
 from library.objectives.options import DDPMOptions, LossOptions

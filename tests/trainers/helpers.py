@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from library.cli import EXIT_STOPPED, METHODS, load_attribute
 from library.data.dataset import TrainingData
-from library.families.registry import FAMILIES
+from library.families.registry import FAMILIES, open_family
 from library.io.state import StateParts, load_state, newest_state
 from library.learning import Models, Trainables
 from library.options import resolve
@@ -342,7 +342,7 @@ def make_method(method: str, values: Mapping[str, Any], *, family: str) -> Metho
     path, options_type = METHODS[method]
     entry = FAMILIES[family]
     options = resolve(options_type, entry.option_groups, argv(values), prog="test").options
-    return load_attribute(path)(load_attribute(entry.path)(options.model), options)
+    return load_attribute(path)(open_family(entry, options.model), options)
 
 
 def make_trainer(

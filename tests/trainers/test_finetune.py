@@ -46,7 +46,7 @@ def test_text_encoders_learn_as_the_literal_reference(
 ) -> None:
     run = finetune(one_batch, tmp_path / "run", **sd3_model, **CLIPS, max_train_steps=1, keep_gradients=True)
     network = train(None, one_batch, tmp_path / "network", **sd3_model, network_module=None, max_train_steps=1)
-    prefixes = {name: run.trainer.family.adapter_prefixes[name] for name in ("clip_l", "clip_g")}
+    prefixes = {name: run.trainer.family.sheet.adapter_prefixes[name] for name in ("clip_l", "clip_g")}
     adapters = open_adapters(network.weights, tuple(f"{prefix}_" for prefix in prefixes.values()))
     batch = run.trainer.data.load(run.trainer.data.plan_epoch(1)[0], step=0)
     loss = sd3.loss(sd3_model, batch, adapters, micro_generator(run, 0))

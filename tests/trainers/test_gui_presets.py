@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import tomli_w
 
-from library.cli import METHODS, load_attribute
+from library.cli import METHODS
 from library.data.config import bucket_problems, load_dataset_config
 from library.errors import UserError
-from library.families.registry import FAMILIES
+from library.families.registry import FAMILIES, family_class
 from library.optim.optimizers import choose_optimizer
 from library.options import Resolved, resolve
 from library.trainers.checks import check_schedule
@@ -68,10 +68,10 @@ def test_preset_is_accepted(name: str, data: Path, tmp_path: Path, caplog: pytes
     assert all(re.search(rf"\b{key}\b", said[0]) for key in NAMED.get(name, ("epoch",) if "epoch" in values else ()))
     options = found.options
     check_schedule(options, choose_optimizer(options.optimizer))
-    family = load_attribute(FAMILIES[SCRIPTS[script][1]].path)
+    family = family_class(FAMILIES[SCRIPTS[script][1]])
     with caplog.at_level(logging.ERROR):
-        (dataset,) = load_dataset_config(options.data, bucket_step=family.bucket_step, cache=options.cache)
-    assert not [*bucket_problems(dataset.buckets, family.bucket_step)]
+        (dataset,) = load_dataset_config(options.data, bucket_step=family.sheet.bucket_step, cache=options.cache)
+    assert not [*bucket_problems(dataset.buckets, family.sheet.bucket_step)]
 
 
 def test_on_the_command_line_the_same_is_a_mistake(data: Path, tmp_path: Path) -> None:

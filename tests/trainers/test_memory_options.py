@@ -16,7 +16,7 @@ from library.errors import UserError
 from library.families.registry import FAMILIES
 from library.memory.options import GIB
 from library.options import resolve
-from tests.families import flux, sd3
+from tests.families import CASES, flux, sd3
 from tests.trainers.finetune_runs import make_finetune
 from tests.trainers.helpers import argv, make_trainer, subset, write_dataset
 
@@ -147,7 +147,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]
     folder = tmp_path_factory.mktemp("models")
     deep = flux.CASES["flux"].make_deep
     assert deep is not None
-    chroma = flux.CASES["chroma"]
+    chroma = CASES["chroma"]
     return {
         "flux": {**deep(folder / "flux"), **flux.CASES["flux"].options},
         "chroma": {**chroma.make(folder / "chroma"), **chroma.options},

@@ -22,8 +22,7 @@ from library.families.lumina.model import Lumina
 from library.io.state import load_state, newest_state
 from library.memory.compiling import missing_compiler
 from library.planner.memory_plan import plan_memory
-from tests.families import flux, lumina, sd, sd3, sdxl
-from tests.families.base import Case
+from tests.families import CASES
 from tests.script_runner import run_script
 from tests.trainers import child
 from tests.trainers.finetune_runs import finetune
@@ -43,7 +42,6 @@ from tests.trainers.helpers import (
     write_dataset,
 )
 
-CASES: dict[str, Case] = {**sd.CASES, **sdxl.CASES, **flux.CASES, **sd3.CASES, **lumina.CASES}
 CACHED = {"cache_latents": True, "cache_text_encoder_outputs": True}
 LORA = {**CACHED, "network_train_unet_only": True}
 SWAP = {"blocks_to_swap": 1}

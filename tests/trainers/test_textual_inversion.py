@@ -15,11 +15,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from library.cli import EXIT_STOPPED, load_attribute
+from library.cli import EXIT_STOPPED
 from library.data.records import BucketRules, CaptionRules, DatasetConfig, Sample, SubsetConfig
 from library.data.scan import DatasetScan, Scan, SubsetScan
 from library.errors import UserError
-from library.families.registry import FAMILIES
+from library.families.registry import FAMILIES, open_family
 from library.io.state import load_state, newest_state
 from library.options import Resolved, resolve
 from library.trainers.methods.textual_inversion import (
@@ -571,6 +571,6 @@ def test_wrong_files(models: dict[str, dict[str, Any]], words: Path, tmp_path: P
 
 def test_other_models_say_that_they_cannot() -> None:
     options = read("flux", **DEFAULTS, clip_l="c", t5xxl="t", ae="a").options
-    family = load_attribute(FAMILIES["flux"].path)(options.model)
+    family = open_family(FAMILIES["flux"], options.model)
     with pytest.raises(UserError, match="textual inversion is not available for this model"):
         family.add_word("zapcat", 1, None)

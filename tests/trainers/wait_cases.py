@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from library.trainers.trainer import Trainer
-from tests.contracts.test_families import CASES
+from tests.families import CASES
 from tests.trainers.helpers import Recorded, make_pictures, make_trainer, settle, subset, write_dataset
 
 # The options with which a pass depends on how long each caption is. Chroma and Lumina have none: it always does.

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from library.families.detect import ARCHITECTURES, PIPELINES, SD_ANSWER, foreign_file, foreign_pipeline
+from library.families.detect import architectures, foreign_file, foreign_pipeline
+from library.families.registry import scripts
 from tests.tiny import tiny_modules
 
 ROOT = Path(__file__).parents[2]
@@ -36,9 +37,9 @@ def test_real_files_of_other_architectures(name):
 
 
 def test_the_scripts_that_are_named_exist():
-    answers = [kind.answer for kind in ARCHITECTURES] + [SD_ANSWER]
-    named = {word for answer in answers for word in answer.split() if word.endswith(".py")}
+    named = {word for kind in architectures() for word in kind.answer.split() if word.endswith(".py")}
     assert named and all((ROOT / script).is_file() for script in named)
+    assert all((ROOT / script).is_file() for script in scripts())
 
 
 @pytest.mark.parametrize("name", ["flux", "chroma", "lumina", "hunyuan_image"])
@@ -68,7 +69,7 @@ def diffusers_models():
 def test_diffusers_files_of_other_architectures(name):
     with torch.device("meta"):
         names = diffusers_models()[name]().state_dict()
-    answer = next(kind.answer for kind in ARCHITECTURES if kind.name == name)
+    answer = next(kind.answer for kind in architectures() if kind.name == name)
     assert foreign_file(dict.fromkeys(names, ())) == answer
 
 
@@ -96,7 +97,10 @@ def test_parts_alone_and_whole_models():
     assert foreign_file({"model.diffusion_model.input_blocks.0.0.weight": ()}) is None
 
 
-@pytest.mark.parametrize("start", PIPELINES)
-def test_pipelines(start):
-    assert "checkpoint" in foreign_pipeline(f"{start}Pipeline")
+@pytest.mark.parametrize("kind", architectures(), ids=lambda kind: kind.name)
+def test_pipelines(kind):
+    other = "sdxl" if kind.name == "sd" else "sd"
+    for start in kind.pipelines:
+        assert foreign_pipeline(f"{start}Pipeline", other) == kind.answer
     assert foreign_pipeline("StableDiffusionPipeline") is None
+    assert foreign_pipeline("UnheardOfPipeline") is None

@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
-from library.families.flux.model import Flux, pack, picture_ids, unpack
+from library.families.chroma.parts import CHROMA
+from library.families.flux.model import pack, picture_ids, unpack
 from library.families.flux.options import FluxFlowOptions, FluxOptions
-from library.families.flux.parts import PUBLISHED, build_chroma, build_flux, denoiser_rules, rotary_axes, sizes
+from library.families.flux.parts import FLUX, PUBLISHED, denoiser_rules, rotary_axes, sizes
+from library.families.registry import FAMILIES, open_family
 from library.key_tables import publish
 from library.memory.checkpointing import Recomputation
 from library.objectives.flow import resolution_shift
@@ -39,7 +41,8 @@ def shapes_of(name):
 
 def family(options, **more):
     values = {**options, **more}
-    return Flux(FluxOptions(**{k: str(v) if isinstance(v, Path) else v for k, v in values.items()}))
+    given = FluxOptions(**{k: str(v) if isinstance(v, Path) else v for k, v in values.items()})
+    return open_family(FAMILIES["flux"], given)
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +89,10 @@ def test_names_and_shapes_at_full_size(name):
     if name == "flux_ae_input":
         module, rules = build_empty(lambda: build_vae(shipped_config("flux_ae"))), vae_rules
     else:
-        kind, build = ("chroma", build_chroma) if name == "chroma_input" else ("flux", build_flux)
-        config = shipped_config(kind) | {"guidance_embeds": "schnell" not in name}
-        assert {**config, **sizes(shapes, PUBLISHED)} == config
-        module, rules = build_empty(lambda: build(config)), denoiser_rules
+        design = CHROMA if name == "chroma_input" else FLUX
+        config = shipped_config(design.family) | {"guidance_embeds": "schnell" not in name}
+        assert {**config, **sizes(shapes, PUBLISHED), **design.sizes(shapes, PUBLISHED)} == config
+        module, rules = build_empty(lambda: design.build(config)), denoiser_rules
     found = publish(module.state_dict(), rules(module))
     assert {key: tuple(tensor.shape) for key, tensor in found.items()} == shapes
 
@@ -109,7 +112,7 @@ def test_every_layout_loads_bit_equal_and_frozen(models, variant, layout):
     flux = family(models(variant, layout))
     flux.check()
     loaded = load_all(flux)
-    assert flux.variant == variant
+    assert flux.variant is flux.sheet.variants[variant] and flux.name == ("chroma" if variant == "chroma" else "flux")
     assert flux.encoders == (("t5xxl",) if variant == "chroma" else ("clip_l", "t5xxl"))
     for name, made in made_modules(variant).items():
         a, b = loaded[name].state_dict(), made.state_dict()

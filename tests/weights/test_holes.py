@@ -17,10 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from library.cli import load_attribute
 from library.errors import UserError
 from library.families.family import ModelFamily
-from library.families.registry import FAMILIES
+from library.families.registry import FAMILIES, open_family
 from library.weights.loading import build_empty, shipped_config
 from library.weights.text_encoders import _build_gemma2, _build_projected_clip, _build_t5
 from library.weights.weight_files import open_weights
@@ -33,7 +32,7 @@ SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I64": 8, "C64":
 def family(name: str, options: Mapping[str, Any]) -> ModelFamily:
     known = FAMILIES[name]
     values = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
-    return load_attribute(known.path)(known.option_groups["model"](**values))
+    return open_family(known, known.option_groups["model"](**values))
 
 
 def problems(name: str, options: Mapping[str, Any]) -> list[str]:

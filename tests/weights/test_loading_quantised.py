@@ -18,10 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from library.adapters.foreign.network_module import load_network_module
-from library.cli import load_attribute
 from library.errors import UserError
 from library.families.family import ModelFamily
-from library.families.registry import FAMILIES
+from library.families.registry import FAMILIES, open_family
 from library.memory.quantise import QuantLinear, quantise, quantised, quantised_names
 from library.types import Cond
 from library.weights.text_encoders import t5_encoder
@@ -40,9 +39,9 @@ PREDICTED = {"fp8": 0.1, "int8": 0.05, "nf4": 0.35}
 
 
 def family_of(name: str, options: dict[str, Any]) -> ModelFamily:
-    kind = load_attribute(FAMILIES[name].path)
+    sheet = FAMILIES[name]
     values = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
-    return kind(kind.Options(**values))
+    return open_family(sheet, sheet.option_groups["model"](**values))
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from library.errors import UserError
+from library.families.chroma.model import Chroma
 from library.families.flux.model import Flux
 from library.families.flux.options import FluxFineTuneOptions, FluxOptions
 from library.families.sd3.model import StableDiffusion3
@@ -96,5 +97,5 @@ def test_modulations_are_what_is_given_the_time_alone(name: str) -> None:
 
 
 def test_chroma_has_no_modulations_of_its_own() -> None:
-    chroma = Flux(FluxOptions(pretrained_model_name_or_path="x", model_type="chroma"))
+    chroma = Chroma(FluxOptions(pretrained_model_name_or_path="x", model_type="chroma"))
     assert chroma.modulations(nn.Module()) is None

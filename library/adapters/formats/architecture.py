@@ -233,7 +233,7 @@ ARCHITECTURES = (
     _sd("sd2", "Stable Diffusion 2.x", "clip_h", 1024),
     Architecture(
         "flux", "FLUX.1 or Chroma", flux_denoiser, (CLIP_L, T5_OF_FLUX), fused={4: (1.0, 1.0, 1.0, 4.0)},
-        inputs={READS_STATES: frozenset({3072})},
+        inputs={READS_STATES: frozenset({3072})}, family="chroma",
     ),
     Architecture(
         "sdxl", "Stable Diffusion XL", lambda blocks: unet_names(SDXL_UNET), (CLIP_L, CLIP_G), peft="unet",

@@ -118,7 +118,7 @@ def open_checkpoint(name: str, path: str) -> tuple[WeightFile, CheckpointLayers]
     """A checkpoint in published names, and where its layers are. `name`: the option. Raises UserError."""
     file = open_weights(Path(path))
     kind = detect(file.shapes)
-    found = kind.name.replace("chroma", "flux") if kind is not None else _sd_version(file.shapes)
+    found = kind.name.replace("chroma", "flux") if kind is not None and kind.name != "sd" else _sd_version(file.shapes)
     if found not in BY_NAME:
         known = ", ".join(architecture.title for architecture in BY_NAME.values())
         what = foreign_file(file.shapes) or "a checkpoint of another architecture"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FLUX.1 dev and schnell, and Chroma.
+"""FLUX.1 dev and schnell.
 
-Black Forest Labs 2024, https://github.com/black-forest-labs/flux; Chroma: https://huggingface.co/lodestones/Chroma.
-A rectified-flow transformer over latents and T5 states; FLUX.1 is also told CLIP-L's pooled output, dev a guidance.
+Black Forest Labs 2024, https://github.com/black-forest-labs/flux. A rectified-flow transformer over latents and T5
+states, which is also told CLIP-L's pooled output, and in dev a guidance.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from library.device import on_device
 from library.errors import UserError
-from library.families.family import STAYING_BLOCKS, ModelFacts, ModelFamily, PreviewDefaults, require_blocks
+from library.families.family import STAYING_BLOCKS, ModelFamily, require_blocks
+from library.families.flux import SHEET, VARIANTS, FluxVariant
 from library.families.flux.options import FluxFineTuneOptions, FluxFlowOptions, FluxOptions
-from library.families.flux.parts import CLIP, T5, FluxParts, denoiser_rules, open_parts
+from library.families.flux.parts import CLIP, FLUX, T5, Design, FluxParts, denoiser_rules, open_parts
 from library.io.checkpoint import save_tensors
 from library.key_tables import Published
 from library.memory.block_swap import spread
@@ -35,76 +36,40 @@ from library.weights.text_encoders import t5_states
 from library.weights.tokenizers import TextTokenizer, clip_tokenizer, t5_tokenizer, tokenizer_folders
 
 POOLED, MASK = f"{CLIP}_pooled", f"{T5}_mask"  # (B, width), and (B, length) bool: True where the model may look
-TEXT_LENGTHS = {"dev": 512, "schnell": 256, "chroma": 512}  # tokens of T5 that each was trained with
-SCHNELL_SHIFT = 1.0  # none
 SCALE, SHIFT = 0.3611, 0.1159  # of every published autoencoder of FLUX.1
-
-PREVIEWS = {
-    "dev": PreviewDefaults(20, scale=1.0, guidance=3.5, size=1024, honoured=("guidance_scale", "flow_shift")),
-    "schnell": PreviewDefaults(4, scale=1.0, size=1024, honoured=("flow_shift",)),
-    "chroma": PreviewDefaults(26, scale=4.0, size=1024, honoured=("flow_shift",)),
-}
-FLUX_CODE, CHROMA_CODE = "https://github.com/black-forest-labs/flux", "https://huggingface.co/lodestones/Chroma"
-# variant -> ss_base_model_version, modelspec.architecture, modelspec.implementation
-FACTS = {
-    "dev": ("flux1", "flux-1-dev", FLUX_CODE),
-    "schnell": ("flux1", "flux-1-schnell", FLUX_CODE),
-    "chroma": ("chroma", "chroma", CHROMA_CODE),
-}
 
 
 class Flux(ModelFamily):
-    name = "flux"
-    Options = FluxOptions
+    sheet = SHEET
     latent = LatentSpec("flux", channels=16, factor=8, npz_suffix="_flux.npz", npz_sized_keys=True)
-    adapter_prefixes: ClassVar[Mapping[str, str]] = {CLIP: "lora_te1", T5: "lora_te3"}
-    bucket_step = 16
-    token_option = "--t5xxl_max_token_length"
-    asked_encoders: ClassVar[Mapping[str, str]] = {T5: "train_t5xxl"}
+    design: ClassVar[Design] = FLUX
+    extra_tokens: ClassVar[int] = 0  # of the padding, which the model sees with --apply_t5_attn_mask
 
     def __init__(self, options: FluxOptions) -> None:
         super().__init__(options)
-        self.is_chroma = options.model_type == "chroma"
-        self.masks_text = options.apply_t5_attn_mask or self.is_chroma
-        self.extra_tokens = 1 if self.is_chroma else 0  # Chroma was trained to see one token of the padding
+        self.masks_text = options.apply_t5_attn_mask
 
     # ---- loading
 
     @cached_property
     def parts(self) -> FluxParts:
         """Headers of the files. The first use downloads what is given as a hub id."""
-        given = self.options
-        return open_parts(
-            given.pretrained_model_name_or_path,
-            model_type=given.model_type,
-            clip_l=given.clip_l,
-            t5xxl=given.t5xxl,
-            ae=given.ae,
-        )
+        return open_parts(self.options, self.design)
 
     @cached_property
     def tokenizers(self) -> dict[str, ClipTokenizer | TextTokenizer]:
         """Encoder name -> its tokenizer."""
         cache = self.options.tokenizer_cache_dir
-        places = {name: (self.parts.path, place) for name, place in self.parts.places.items()}
-        t5_names = ("tokenizer",) if self.is_chroma else ("tokenizer_2", "tokenizer_t5")
-        t5 = t5_tokenizer(tokenizer_folders(*places[T5], names=t5_names), cache=cache)
-        if self.is_chroma:
-            return {T5: t5}
-        return {CLIP: clip_tokenizer(tokenizer_folders(*places[CLIP], names=("tokenizer",)), cache=cache), T5: t5}
+        t5 = t5_tokenizer(self.tokenizer_places(T5, "tokenizer_2", "tokenizer_t5"), cache=cache)
+        return {CLIP: clip_tokenizer(self.tokenizer_places(CLIP, "tokenizer"), cache=cache), T5: t5}
+
+    def tokenizer_places(self, encoder: str, *names: str) -> list[Path]:
+        """Folders of these names in which the tokenizer of an encoder may lie."""
+        return tokenizer_folders(self.parts.path, self.parts.places[encoder], names=names)
 
     @property
-    def variant(self) -> str:
-        """ "dev", "schnell" or "chroma"."""
-        return self.parts.variant
-
-    @property
-    def preview(self) -> PreviewDefaults:  # type: ignore[override]
-        return PREVIEWS[self.variant]
-
-    @property
-    def adapter_names(self) -> str:
-        return "chroma" if self.is_chroma else self.name
+    def variant(self) -> FluxVariant:
+        return VARIANTS["dev" if self.parts.config["guidance_embeds"] else "schnell"]
 
     def check(self) -> None:
         for name, encoder in self.parts.encoders.items():
@@ -117,7 +82,7 @@ class Flux(ModelFamily):
 
     @property
     def encoders(self) -> tuple[str, ...]:
-        return (T5,) if self.is_chroma else (CLIP, T5)
+        return tuple(self.sheet.adapter_prefixes)
 
     def load_text_encoder(
         self, name: str, dtype: torch.dtype | None, device: torch.device | str, *, storage: Storage = "plain"
@@ -141,7 +106,7 @@ class Flux(ModelFamily):
     @property
     def text_length(self) -> int:
         """Tokens of T5 for a caption, with end token and padding."""
-        return self.options.t5xxl_max_token_length or TEXT_LENGTHS[self.variant]
+        return self.options.t5xxl_max_token_length or self.variant.text_length
 
     @property
     def text_length_varies(self) -> bool:
@@ -202,8 +167,8 @@ class Flux(ModelFamily):
     # ---- training
 
     def objective(self, options: FluxFlowOptions, loss: LossOptions) -> FlowObjective:
-        shift = constant_shift(SCHNELL_SHIFT) if self.variant == "schnell" else resolution_shift
-        return FlowObjective(options, loss, preview_shift=shift)
+        shift = self.variant.preview_shift
+        return FlowObjective(options, loss, preview_shift=resolution_shift if shift is None else constant_shift(shift))
 
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Cond, batch: Batch | None) -> Tensor:
         """Noise - latents, B 16 h w. A token is 2 x 2 latent pixels, placed by row and column; text has no place."""
@@ -217,14 +182,18 @@ class Flux(ModelFamily):
         }
         # of one caption alone nothing is padding, and attention without a mask is faster
         mask = _over_pictures(cond[MASK], inputs["hidden_states"]) if MASK in cond and len(text) > 1 else None
-        if self.is_chroma:
-            inputs["attention_mask"] = mask
-        else:
-            inputs["pooled_projections"] = cond[POOLED]
-            inputs["guidance"] = self._guidance(cond, t) if self.variant == "dev" else None
-            if mask is not None:
-                inputs["joint_attention_kwargs"] = {"attention_mask": mask[:, None, None]}
+        inputs |= self.further_inputs(cond, t, mask)
         return unpack(denoiser(**inputs, return_dict=False)[0], height, width)
+
+    def further_inputs(self, cond: Cond, t: Tensor, mask: Tensor | None) -> dict[str, Any]:
+        """What else the transformer is called with. mask: (B, text + picture) bool, None where nothing is padding."""
+        is_told = self.parts.config["guidance_embeds"]
+        masked = {} if mask is None else {"joint_attention_kwargs": {"attention_mask": mask[:, None, None]}}
+        return {
+            "pooled_projections": cond[POOLED],
+            "guidance": self._guidance(cond, t) if is_told else None,
+            **masked,
+        }
 
     def _guidance(self, cond: Cond, t: Tensor) -> Tensor:
         """(B) float32: of a preview's prompt, else the one that is trained with."""
@@ -258,8 +227,6 @@ class Flux(ModelFamily):
         return max(0, min(2 * doubles + 1, singles // 2 * 2))
 
     def modulations(self, denoiser: nn.Module) -> tuple[nn.Module, list[nn.Linear]] | None:
-        if self.is_chroma:
-            return None  # its blocks are given their modulations
         doubles, singles = _block_lists(denoiser)
         names = [(block, f"{norm}.linear") for block in doubles for norm in ("norm1", "norm1_context")]
         names += [(block, "norm.linear") for block in singles]
@@ -290,10 +257,6 @@ class Flux(ModelFamily):
     def model_names(self) -> dict[str, str]:
         names = {"sd_model": self.options.pretrained_model_name_or_path, "vae": self.options.ae}
         return {kind: name for kind, name in names.items() if name}
-
-    def facts(self) -> ModelFacts:
-        version, architecture, implementation = FACTS[self.variant]
-        return ModelFacts(version, architecture, implementation, prediction_type=None)
 
     # ---- tokenizers by kind
 

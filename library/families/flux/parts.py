@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of a FLUX.1 or Chroma model: denoiser, autoencoder and text encoders of files, folders or a pipeline.
+"""The parts of a model of FLUX.1's design: denoiser, autoencoder and text encoders of files, folders or a pipeline.
 
 A single file holds no configuration: every width and count is read from its shapes, so that models of other sizes load
 too. Names are those of Black Forest Labs or of diffusers, with any prefix that programs put before them.
@@ -7,9 +7,8 @@ too. Names are those of Black Forest Labs or of diffusers, with any prefix that 
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,10 @@ from typing import Any
 from torch import nn
 
 from library.errors import UserError
-from library.families.detect import PREFIXES, architecture, foreign_file, foreign_pipeline
+from library.families.detect import PREFIXES, architecture, foreign_file, foreign_pipeline, pipeline_architecture
 from library.families.flux.names import flux_names
-from library.families.flux.patches import keep_time_exact, patch_chroma
+from library.families.flux.options import FluxOptions
+from library.families.flux.patches import keep_time_exact
 from library.key_tables import Rule, Shapes, expand
 from library.weights import kl_vae
 from library.weights.loading import PIPELINE_FILES, Part, locate, own_names, part_file, read_json, shipped_config
@@ -37,8 +37,8 @@ class FluxParts:
     """Where each module comes from."""
 
     path: Path  # of the model: a file or a folder
-    variant: str  # "dev", "schnell" or "chroma"
     denoiser: Part
+    config: Mapping[str, Any]  # of the denoiser, as diffusers has it
     ae: Part
     encoders: Mapping[str, EncoderPart]
     places: Mapping[str, Path]  # file or folder of each encoder
@@ -65,26 +65,36 @@ class Source:
 
 AE = Source("--ae", "vae", "vae.")
 CLIP_SOURCE = Source("--clip_l", "text_encoder", "text_encoders.clip_l.transformer.")
-T5_SOURCES = {
-    "flux": Source("--t5xxl", "text_encoder_2", "text_encoders.t5xxl.transformer."),
-    "chroma": Source("--t5xxl", "text_encoder", "text_encoders.t5xxl.transformer."),
-}
+T5_SOURCE = Source("--t5xxl", "text_encoder_2", "text_encoders.t5xxl.transformer.")
 
 
-def open_parts(model: str, *, model_type: str, clip_l: str | None, t5xxl: str | None, ae: str | None) -> FluxParts:
-    """Reads headers and configurations only; a hub id is downloaded, as far as nothing else is given for it.
+@dataclass(frozen=True)
+class Design:
+    """What sets FLUX.1 apart from the models that are made like it."""
+
+    family: str  # in library.families.registry; also the configuration in configs/models
+    what: str  # its denoiser, for messages
+    build: Callable[[Mapping[str, Any]], nn.Module]
+    patch: Callable[[nn.Module], None]
+    # the part of the config that is its own and that the shapes tell
+    sizes: Callable[[Shapes, Layout], dict[str, Any]]
+    encoders: Mapping[str, Source]
+    answers: Mapping[str, str] = field(default_factory=dict)  # what to say of the files of another family
+
+
+def open_parts(options: FluxOptions, design: Design) -> FluxParts:
+    """Read headers and configurations only; a hub id is downloaded, as far as nothing else is given for it.
 
     Raises UserError for files of another architecture and for parts that are neither given nor in the model.
     """
-    given = {CLIP: clip_l, T5: t5xxl, "ae": ae}
-    sources = {T5: T5_SOURCES[model_type], "ae": AE}
-    if model_type == "flux":
-        sources = {CLIP: CLIP_SOURCE, **sources}
+    given = {CLIP: options.clip_l, T5: options.t5xxl, "ae": options.ae}
+    sources = {**design.encoders, "ae": AE}
+    model = options.pretrained_model_name_or_path or ""
     wanted = [f"{source.folder}/*.safetensors" for name, source in sources.items() if not given[name]]
     path = locate(
         model, "--pretrained_model_name_or_path", (*PIPELINE_FILES, "transformer/*.safetensors", WEIGHTS, *wanted)
     )
-    denoiser, variant = open_denoiser(path, model_type)
+    denoiser, config = open_denoiser(path, design)
     places = {name: source.find(given[name], path, denoiser.file.shapes) for name, source in sources.items()}
     found = {name: place for name, place in places.items() if place}
     if missing := [sources[name].option for name in places if name not in found]:
@@ -94,7 +104,7 @@ def open_parts(model: str, *, model_type: str, clip_l: str | None, t5xxl: str | 
         clip = clip_encoder(found[CLIP], option="--clip_l", projection=False, prefixes=(CLIP_SOURCE.prefix, ""))
         encoders = {CLIP: clip, **encoders}
     vae = kl_vae.vae_part(found["ae"], shipped_config("flux_ae"), needed=kl_vae.FLUX, option="--ae")
-    return FluxParts(path, variant, denoiser, vae, encoders, found)
+    return FluxParts(path, denoiser, config, vae, encoders, found)
 
 
 # ---- denoiser -------------------------------------------------------------------------------------------------------
@@ -131,52 +141,46 @@ DIFFUSERS = Layout(
     "time_text_embed.text_embedder.linear_1.weight",
     "time_text_embed.guidance_embedder.",
 )
-GUIDANCE = "distilled_guidance_layer."  # Chroma's mark, the same in both layouts
 
 
-def open_denoiser(path: Path, model_type: str) -> tuple[Part, str]:
-    """The denoiser of a file or a folder, and which variant it is: "dev", "schnell" or "chroma"."""
+def open_denoiser(path: Path, design: Design) -> tuple[Part, dict[str, Any]]:
+    """The denoiser of a file or a folder, and its configuration."""
     folder = path / "transformer" if (path / "transformer").is_dir() else path
     own: dict[str, Any] = {}
     if path.is_dir():
-        _check_pipeline(path, model_type)
+        _check_pipeline(path, design)
         own = read_json(folder / "config.json")
     file = part_file(folder) if path.is_dir() else open_weights(path)
-    _check_file(file, model_type)
+    _check_file(file, design)
     prefix, names = _layout_of(file)
     with reading_sizes(file.path, prefix):
-        config = {**shipped_config(model_type), **sizes(below(file.shapes, prefix), names), **own}
+        found = below(file.shapes, prefix)
+        config = {**shipped_config(design.family), **sizes(found, names), **design.sizes(found, names), **own}
     if config["in_channels"] != LATENT_TOKEN:
         raise UserError(
             f"{file.path} is a fill, control or edit model ({config['in_channels']} numbers per token, not "
             f"{LATENT_TOKEN}): it cannot be trained here"
         )
-    build, patch = (build_chroma, patch_chroma) if model_type == "chroma" else (build_flux, keep_time_exact)
     rules = own_names if names is DIFFUSERS else denoiser_rules
-    part = Part(MODEL_NAMES[model_type], file, prefix, partial(build, config), rules, finish=patch)
-    return part, model_type if model_type == "chroma" else "dev" if config["guidance_embeds"] else "schnell"
+    return Part(design.what, file, prefix, partial(design.build, config), rules, finish=design.patch), config
 
 
-MODEL_NAMES = {"flux": "FLUX.1 transformer", "chroma": "Chroma transformer"}
-
-
-def _check_pipeline(path: Path, wanted: str) -> None:
+def _check_pipeline(path: Path, design: Design) -> None:
     index = path / "model_index.json"
     name = str(read_json(index).get("_class_name", "")) if index.is_file() else ""
-    _refuse(path, foreign_pipeline(name, wanted), other="flux" if name.startswith("Flux") else "")
+    kind = pipeline_architecture(name)
+    _refuse(path, foreign_pipeline(name, design.family), design.answers.get(kind.name) if kind else None)
 
 
-def _check_file(file: WeightFile, wanted: str) -> None:
+def _check_file(file: WeightFile, design: Design) -> None:
     kind = architecture(file.shapes)
-    _refuse(file.path, foreign_file(file.shapes, wanted), other=kind.name if kind else "")
+    _refuse(file.path, foreign_file(file.shapes, design.family), design.answers.get(kind.name) if kind else None)
 
 
-def _refuse(path: Path, foreign: str | None, *, other: str) -> None:
-    """Raises UserError when there is something to say. other: what it is; FLUX.1 is only wrong for Chroma's option."""
+def _refuse(path: Path, foreign: str | None, answer: str | None) -> None:
+    """Raises UserError when a file is `foreign`. answer: what is said instead."""
     if foreign:
-        here = {"flux": "a FLUX.1 model: leave out --model_type chroma"}
-        answer = here.get(other, foreign.replace("--vae", "--ae"))
-        raise UserError(f"{path} is {answer}")
+        raise UserError(f"{path} is {answer or foreign.replace('--vae', '--ae')}")
 
 
 def _layout_of(file: WeightFile) -> tuple[str, Layout]:
@@ -189,10 +193,10 @@ def _layout_of(file: WeightFile) -> tuple[str, Layout]:
 
 
 def sizes(shapes: Shapes, names: Layout) -> dict[str, Any]:
-    """The part of the config that the shapes tell. Raises SizeError naming a weight that is not there."""
+    """The part of the config that the shapes tell in every design. Raises SizeError naming what is not there."""
     width, tokens = shape_of(shapes, f"{names.image}weight", 2)
     (head,) = shape_of(shapes, names.head, 1)
-    common = {
+    return {
         "in_channels": tokens,
         "num_layers": depth(shapes, names.double),
         "num_single_layers": depth(shapes, names.single),
@@ -201,14 +205,11 @@ def sizes(shapes: Shapes, names: Layout) -> dict[str, Any]:
         "joint_attention_dim": shape_of(shapes, names.text, 2)[1],
         "axes_dims_rope": rotary_axes(head),
     }
-    if has(shapes, GUIDANCE):
-        inner, channels = shape_of(shapes, f"{GUIDANCE}in_proj.weight", 2)
-        return common | {
-            "approximator_num_channels": channels,
-            "approximator_hidden_dim": inner,
-            "approximator_layers": depth(shapes, f"{GUIDANCE}layers.{{}}."),
-        }
-    return common | {
+
+
+def flux_sizes(shapes: Shapes, names: Layout) -> dict[str, Any]:
+    """What the shapes tell of CLIP-L's pooled output and of the guidance."""
+    return {
         "pooled_projection_dim": shape_of(shapes, names.pooled, 2)[1],
         "guidance_embeds": has(shapes, names.guidance),
     }
@@ -227,17 +228,18 @@ def build_flux(config: Mapping[str, Any]) -> nn.Module:
     return module
 
 
-def build_chroma(config: Mapping[str, Any]) -> nn.Module:
-    from diffusers import ChromaTransformer2DModel
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # diffusers about diffusers
-        module: Any = ChromaTransformer2DModel.from_config(dict(config))
-    return module
-
-
 def denoiser_rules(module: nn.Module) -> tuple[Rule, ...]:
     """The published names of a FLUX.1 or Chroma transformer."""
     config: Any = module.config
     names = flux_names(config.num_layers, config.num_single_layers, config.get("approximator_layers", 0))
     return expand(names, module.state_dict())
+
+
+FLUX = Design(
+    "flux",
+    "FLUX.1 transformer",
+    build_flux,
+    keep_time_exact,
+    flux_sizes,
+    encoders={CLIP: CLIP_SOURCE, T5: T5_SOURCE},
+)

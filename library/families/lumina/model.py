@@ -13,14 +13,14 @@ from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from library.device import on_device
 from library.errors import UserError
-from library.families.family import ModelFacts, ModelFamily, PreviewDefaults
+from library.families.family import ModelFamily
+from library.families.lumina import LUMINA2, SHEET
 from library.families.lumina.options import LuminaFlowOptions, LuminaOptions
 from library.families.lumina.parts import LATENT_CHANNELS, UNUSED, LuminaParts, denoiser_rules, open_parts
 from library.io.checkpoint import save_tensors
@@ -40,20 +40,9 @@ PROMPT_START = " <Prompt Start> "  # between system prompt and caption
 
 
 class Lumina(ModelFamily):
-    name = "lumina"
-    Options = LuminaOptions
+    sheet = SHEET
     latent = LatentSpec("lumina", channels=LATENT_CHANNELS, factor=8, npz_suffix="_lumina.npz", npz_sized_keys=True)
-    adapter_prefixes: ClassVar[Mapping[str, str]] = {ENCODER: "lora_te"}
-    bucket_step = 16
-    token_option = "--gemma2_max_token_length"
-    preview = PreviewDefaults(
-        steps=36,
-        scale=3.5,
-        size=1024,
-        cfg_trunc_ratio=0.25,
-        renorm_cfg=1.0,
-        honoured=("cfg_trunc_ratio", "renorm_cfg", "flow_shift"),
-    )
+    variant = LUMINA2
 
     def __init__(self, options: LuminaOptions) -> None:
         super().__init__(options)
@@ -207,11 +196,3 @@ class Lumina(ModelFamily):
     def model_names(self) -> dict[str, str]:
         names = {"sd_model": self.options.pretrained_model_name_or_path, "vae": self.options.ae}
         return {kind: name for kind, name in names.items() if name}
-
-    def facts(self) -> ModelFacts:
-        return ModelFacts(
-            base_model_version="lumina2",
-            architecture="lumina-2",
-            implementation="https://github.com/Alpha-VLLM/Lumina-Image-2.0",
-            prediction_type="epsilon",  # so sd-scripts writes it, and its readers expect it; the model predicts x0 - n
-        )

@@ -11,19 +11,19 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from library.device import on_device
 from library.errors import UserError
-from library.families.family import ModelFacts, ModelFamily
+from library.families.family import ModelFamily
+from library.families.sd import SHEET
 from library.families.sd.names import CLIP_PREFIX, OPEN_CLIP_PREFIX, UNET_PREFIX, unet_rules
 from library.families.sd.options import SDFineTuneOptions, SDOptions
 from library.families.sd.parts import SDParts, open_parts
 from library.families.sd.save import (
-    FORMATS,
     NOTHING,
     Pipeline,
     names_read,
@@ -32,6 +32,7 @@ from library.families.sd.save import (
     scheduler_config,
 )
 from library.families.sd.unet_blocks import unet_blocks
+from library.families.sheet import Variant
 from library.io.checkpoint import CheckpointForm
 from library.key_tables import Rule, publish
 from library.log import get_logger
@@ -59,12 +60,8 @@ MODEL_FILES = (*PIPELINE_FILES, "unet/*.safetensors", "vae/*.safetensors", "text
 
 
 class StableDiffusion(ModelFamily):
-    name = "sd"
-    Options = SDOptions
+    sheet = SHEET
     latent = LatentSpec("sd", channels=4, factor=8, npz_suffix="_sd.npz")
-    adapter_prefixes: ClassVar[Mapping[str, str]] = {ENCODER: "lora_te"}
-    bucket_step = 64
-    formats = FORMATS
 
     def __init__(self, options: SDOptions) -> None:
         super().__init__(options)
@@ -72,6 +69,10 @@ class StableDiffusion(ModelFamily):
         self.max_tokens = options.max_token_length or CHUNK
         # SD 2.x reads the layer before the file's last, which is the last of the module: see sd_parts
         self.layer = options.clip_skip
+
+    @property
+    def variant(self) -> Variant:
+        return self.sheet.variants[f"sd{self.version}{' v' if self.options.v_parameterization else ''}"]
 
     # ---- loading
 
@@ -248,18 +249,6 @@ class StableDiffusion(ModelFamily):
     def model_names(self) -> dict[str, str]:
         names = {"sd_model": self.options.pretrained_model_name_or_path, "vae": self.options.vae}
         return {kind: name for kind, name in names.items() if name}
-
-    def facts(self) -> ModelFacts:
-        is_v = self.options.v_parameterization
-        return ModelFacts(
-            base_model_version=f"sd_v{self.version}{'_v' if is_v else ''}",
-            architecture="stable-diffusion-v1"
-            if self.version == 1
-            else f"stable-diffusion-v2-{'768-v' if is_v else '512'}",
-            implementation="diffusers",
-            prediction_type="v" if is_v else "epsilon",
-            checkpoint_implementation="https://github.com/Stability-AI/generative-models",
-        )
 
 
 def betas(scheduler: Mapping[str, Any]) -> Tensor:

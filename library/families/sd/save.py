@@ -24,7 +24,6 @@ from library.weights.loading import Part
 from library.weights.text import TOKENIZER_FILES, ClipTokenizer
 from library.weights.weight_files import COUNTS, WeightFile
 
-FORMATS = ("ckpt", "safetensors", "diffusers", "diffusers_safetensors")  # of --save_model_as
 NOTHING = (None, None)  # in model_index.json: a component that the pipeline does without
 # What programs sample with where the source, a single file, does not say it
 SCHEDULER = {"_class_name": "DDIMScheduler", "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}

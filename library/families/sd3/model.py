@@ -14,7 +14,7 @@ from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +22,12 @@ from torch import Tensor, nn
 
 from library.device import on_device
 from library.errors import UserError
-from library.families.family import ModelFacts, ModelFamily, PreviewDefaults
-from library.families.sd3.options import SD3FineTuneOptions, SD3FlowOptions, SD3Options
+from library.families.family import ModelFamily
+from library.families.sd3 import SHEET
+from library.families.sd3.options import SD3FineTuneOptions, SD3FlowOptions
 from library.families.sd3.parts import CLIP_G, CLIP_L, ENCODERS, MMDIT_PREFIX, T5, SD3Parts, mmdit_rules, open_parts
 from library.families.sd3.positions import use_random_crop, use_scaled_positions
+from library.families.sheet import Variant
 from library.io.checkpoint import save_tensors
 from library.key_tables import Published
 from library.log import get_logger
@@ -57,15 +59,12 @@ CLIP_LENGTH = CHUNK + 2
 
 
 class StableDiffusion3(ModelFamily):
-    name = "sd3"
-    Options = SD3Options
+    sheet = SHEET
     latent = LatentSpec("sd3", channels=16, factor=8, npz_suffix="_sd3.npz", npz_sized_keys=True)
-    adapter_prefixes: ClassVar[Mapping[str, str]] = {CLIP_L: "lora_te1", CLIP_G: "lora_te2", T5: "lora_te3"}
-    bucket_step = 16
-    token_option = "--t5xxl_max_token_length"
-    side_endings = tuple(f"_{name}" for name in (CLIP_L, CLIP_G, T5))
-    preview = PreviewDefaults(steps=28, scale=5.0, size=1024, honoured=("flow_shift",))
-    asked_encoders: ClassVar[Mapping[str, str]] = {T5: "train_t5xxl"}
+
+    @property
+    def variant(self) -> Variant:
+        return self.sheet.variants[self.parts.kind]
 
     # ---- loading
 
@@ -333,12 +332,3 @@ class StableDiffusion3(ModelFamily):
     def model_names(self) -> dict[str, str]:
         names = {"sd_model": self.options.pretrained_model_name_or_path, "vae": self.options.vae}
         return {kind: name for kind, name in names.items() if name}
-
-    def facts(self) -> ModelFacts:
-        return ModelFacts(
-            base_model_version=self.parts.kind,
-            architecture=f"stable-diffusion-3-{self.parts.kind}",
-            implementation="diffusers",
-            prediction_type="epsilon",  # what files of this architecture have always said, and readers know
-            checkpoint_implementation="https://github.com/Stability-AI/generative-models",
-        )

@@ -14,18 +14,17 @@ from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from library.device import on_device
 from library.errors import UserError
-from library.families.family import ModelFacts, ModelFamily, PreviewDefaults
+from library.families.family import ModelFamily
 from library.families.sd.model import betas
 from library.families.sd.names import UNET_PREFIX, unet_rules
 from library.families.sd.save import (
-    FORMATS,
     NOTHING,
     Pipeline,
     names_read,
@@ -34,6 +33,7 @@ from library.families.sd.save import (
     scheduler_config,
 )
 from library.families.sd.unet_blocks import unet_blocks
+from library.families.sdxl import SHEET
 from library.families.sdxl.names import BLOCK_COUNT, CLIP_G_PREFIX, CLIP_L_PREFIX, sdxl_block
 from library.families.sdxl.options import SDXLFineTuneOptions, SDXLOptions
 from library.families.sdxl.parts import (
@@ -46,6 +46,7 @@ from library.families.sdxl.parts import (
     marks,
     open_parts,
 )
+from library.families.sheet import Variant
 from library.io.checkpoint import CheckpointForm
 from library.key_tables import Published
 from library.log import get_logger
@@ -70,17 +71,16 @@ ADVICE = "give --no_half_vae, or a VAE made for fp16 with --vae"
 
 
 class StableDiffusionXL(ModelFamily):
-    name = "sdxl"
-    Options = SDXLOptions
+    sheet = SHEET
     latent = LatentSpec("sdxl", channels=4, factor=8, npz_suffix="_sdxl.npz")
-    adapter_prefixes: ClassVar[Mapping[str, str]] = {CLIP_L: "lora_te1", CLIP_G: "lora_te2"}
-    bucket_step = 32
-    preview = PreviewDefaults(size=1024)
-    formats = FORMATS
 
     def __init__(self, options: SDXLOptions) -> None:
         super().__init__(options)
         self.max_tokens = options.max_token_length or CHUNK
+
+    @property
+    def variant(self) -> Variant:
+        return self.sheet.variants["sdxl v" if self.options.v_parameterization else "sdxl"]
 
     # ---- loading
 
@@ -303,14 +303,6 @@ class StableDiffusionXL(ModelFamily):
     def model_names(self) -> dict[str, str]:
         names = {"sd_model": self.options.pretrained_model_name_or_path, "vae": self.options.vae}
         return {kind: name for kind, name in names.items() if name}
-
-    def facts(self) -> ModelFacts:
-        return ModelFacts(
-            base_model_version="sdxl_base_v1-0",
-            architecture="stable-diffusion-xl-v1-base",
-            implementation="https://github.com/Stability-AI/generative-models",
-            prediction_type="v" if self.options.v_parameterization else "epsilon",
-        )
 
 
 def overflows(vae: nn.Module, result: Tensor) -> bool:

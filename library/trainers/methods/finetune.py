@@ -128,7 +128,7 @@ class FineTuneMethod(Method[FineTuneTrainerOptions]):
     def check_data(self) -> None:
         """No picture wants to be kept as the untrained model makes it: that model is gone."""
         options = self.options
-        configs = load_dataset_config(options.data, bucket_step=self.family.bucket_step, cache=options.cache)
+        configs = load_dataset_config(options.data, bucket_step=self.family.sheet.bucket_step, cache=options.cache)
         subsets = [subset for config in configs for subset in config.subsets]
         wanted = [s.name for s in subsets if s.custom_attributes.get("diff_output_preservation")]
         if wanted:
@@ -140,7 +140,7 @@ class FineTuneMethod(Method[FineTuneTrainerOptions]):
     def check_format(self) -> None:
         """Say what of the options does nothing."""
         save = self.options.save
-        if self.family.formats == ("safetensors",) and (save.save_model_as or save.use_safetensors):
+        if self.family.sheet.formats == ("safetensors",) and (save.save_model_as or save.use_safetensors):
             log.info(f"--{'save_model_as' if save.save_model_as else 'use_safetensors'}: {ONE_FORMAT}")
         for line in self.options.finetune.idle():
             log.warning(line)
@@ -165,7 +165,7 @@ class FineTuneMethod(Method[FineTuneTrainerOptions]):
         """How the model is written: one of the family's formats."""
         name = self.options.model.pretrained_model_name_or_path
         wanted = self.options.save.format_after(is_file=name is not None and Path(name).is_file())
-        return wanted if wanted in self.family.formats else self.family.formats[0]
+        return wanted if wanted in self.family.sheet.formats else self.family.sheet.formats[0]
 
     @property
     def extension(self) -> str:

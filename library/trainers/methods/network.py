@@ -20,7 +20,7 @@ from library.adapters.formats.conversion import read_adapter
 from library.adapters.formats.recognition import parse
 from library.adapters.layer_network import encoder_rate
 from library.errors import UserError
-from library.families.registry import FAMILIES, misfit
+from library.families.registry import misfit
 from library.learning import DENOISER, Learning, Models, Trainables
 from library.log import get_logger
 from library.memory.choice import MemoryChoice
@@ -59,8 +59,8 @@ class NetworkMethod(Method[NetworkTrainerOptions]):
 
     def rank_problems(self) -> list[str]:
         """A rank that no layer of the denoiser has room for. In third-party modules and LoKr it asks for full ones."""
-        dim, kinds = self.options.network.network_dim, FAMILIES[self.family.name].networks
-        if dim is None or self.network_module not in kinds.values() or self.network_module == kinds["lokr"]:
+        dim, kinds = self.options.network.network_dim, self.family.sheet.networks
+        if dim is None or self.network_module not in kinds.values() or self.network_module == kinds.get("lokr"):
             return []
         try:
             part = self.family.part("denoiser")
@@ -148,7 +148,7 @@ class NetworkMethod(Method[NetworkTrainerOptions]):
 
     def trains_encoder(self, name: str, index: int) -> bool:
         """Whether text encoder `name` gets adapters: large ones only when --network_args ask for it."""
-        asked = self.family.asked_encoders.get(name)
+        asked = self.family.sheet.asked_encoders.get(name)
         if asked is not None and self.network_args.get(asked, "").lower() not in ("true", "1", "yes", "on"):
             return False
         return encoder_rate(self.options.network.text_encoder_lr, index) != 0
@@ -157,7 +157,7 @@ class NetworkMethod(Method[NetworkTrainerOptions]):
         """Prefixes of the names of adapters of these encoders, of those that learn or of the others."""
         parts = self.learning().parts
         names = [name for name in encoders if (name in parts) == learning]
-        return tuple(f"{self.family.adapter_prefixes[name]}_" for name in names)
+        return tuple(f"{self.family.sheet.adapter_prefixes[name]}_" for name in names)
 
     def build(self, models: Models, choice: MemoryChoice, *, files: bool = True) -> Trainables:
         options, learning = self.options.network, self.learning()
@@ -230,7 +230,7 @@ class NetworkMethod(Method[NetworkTrainerOptions]):
                 continue
             changed = [layer for layer in layers if layer.changed]
             line = f"{name} adapts {len(changed)} of {len(layers)} layers of the {part}"
-            asked = self.family.asked_encoders.get(part)
+            asked = self.family.sheet.asked_encoders.get(part)
             if part == "denoiser":
                 blocks = self.family.blocks(models.denoiser)
                 inside = [{id(module) for module in block.modules()} for block in blocks]
@@ -287,7 +287,7 @@ class NetworkMethod(Method[NetworkTrainerOptions]):
         file = self.options.network.network_weights
         assert file is not None
         tensors = self.read_adapter("--network_weights", file)
-        frozen = self.prefixes_of([*self.family.adapter_prefixes], learning=False)
+        frozen = self.prefixes_of([*self.family.sheet.adapter_prefixes], learning=False)
         kept = {name: value for name, value in tensors.items() if not name.startswith(frozen)}
         if len(kept) < len(tensors):
             count = len(tensors) - len(kept)
@@ -308,7 +308,7 @@ class NetworkMethod(Method[NetworkTrainerOptions]):
 
     @property
     def network_module(self) -> str:
-        return self.options.network.network_module or self.family.network_module
+        return self.options.network.network_module or self.family.sheet.default_network
 
     def merge_base_weights(self, models: Models, choice: MemoryChoice) -> None:
         """--base_weights: networks that become part of the models before the training."""
