@@ -11,13 +11,14 @@ from torch import Tensor
 
 from library.adapters.adapter_network import AdapterNetwork
 from library.adapters.formats.conversion import read_tensors
+from library.adapters.layers.lllite import sizes_of
 from library.device import DTYPES
 from library.errors import UserError
+from library.families.adapters import load_network_module
 from library.io.checkpoint import save_tensors
 from library.trainers.control_net_lllite_options import LLLiteTrainerOptions
 from library.trainers.trainables import Trainables
 from library.trainers.trainer import Trainer
-from networks.control_net_lllite import create_network, create_network_from_weights, sizes_of
 
 
 class LLLiteTrainer(Trainer):
@@ -81,10 +82,13 @@ class LLLiteTrainer(Trainer):
         """New, or as --network_weights has it."""
         options, unet = self.options.lllite, self.models.denoiser
         given, dropout = self.given_weights(), options.network_dropout
+        module = load_network_module("networks.control_net_lllite")
         if given is None:
             sizes = {} if options.cond_emb_dim is None else {"cond_emb_dim": options.cond_emb_dim}
-            return create_network(1.0, options.network_dim, None, None, None, unet, neuron_dropout=dropout, **sizes)
-        network, _ = create_network_from_weights(
+            return module.create_network(
+                1.0, options.network_dim, None, None, None, unet, neuron_dropout=dropout, **sizes
+            )
+        network, _ = module.create_network_from_weights(
             1.0, options.network_weights, None, None, unet, given, neuron_dropout=dropout
         )
         return network

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from library.adapters.adapter_network import AdapterNetwork
-from library.adapters.foreign.network_module import load_network_module
 from library.adapters.foreign.plugin_network import foreign_error
-from library.adapters.formats.architecture import of_family
 from library.adapters.formats.conversion import convert, dora_norms, header, read_adapter
 from library.adapters.formats.recognition import parse
 from library.adapters.layer_network import encoder_rate
 from library.device import DTYPES
 from library.errors import UserError
+from library.families.adapters import adapter_tables, load_network_module, tables_of
 from library.families.registry import FAMILIES, misfit
 from library.io.checkpoint import in_precision, save_tensors
 from library.log import get_logger
@@ -119,7 +118,7 @@ class NetworkTrainer(Trainer):
         """An adapter file for this run's model, with kohya keys. Raises UserError naming option and file."""
         own = self.network_module.startswith("networks.") and not self.conditioned
         try:
-            tensors = read_adapter(file, of_family(self.family.name))
+            tensors = read_adapter(file, adapter_tables(), tables_of(self.family.name))
             if own and not any(parse(key) for key in tensors):
                 raise UserError(f"holds no adapter: none of its {len(tensors)} keys is one of an adapter's")
             return tensors
@@ -361,8 +360,9 @@ class NetworkTrainer(Trainer):
         """The network's tensors under the names of a --lora_format, and what the file's header has to say of them."""
         if form == "kohya":
             return tensors, {}
-        norms = dora_norms(tensors, self.weight_source()) if form == "comfy" else None
-        return convert(tensors, form, norms=norms), header(tensors, form)
+        norms = dora_norms(tensors, self.weight_source(), adapter_tables()) if form == "comfy" else None
+        tables = adapter_tables()
+        return convert(tensors, form, tables, norms=norms), header(tensors, form, tables)
 
     def weight_source(self) -> Callable[[str], Tensor | None]:
         """From the name of an adapter to the weight that it is put on, as it is without it."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from library.adapters.adapter_network import AdapterNetwork
 from library.adapters.formats.conversion import read_tensors
 from library.adapters.readers.comparison import NetworkComparison, ProgramReport, report
+from library.families.adapters import adapter_tables
 from library.log import get_logger
 
 log = get_logger()
@@ -45,7 +46,9 @@ def read_back(
     state = random.getstate()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
-            return report(NetworkComparison(network.trained(), model), read_tensors(path), form, rewritten)
+            return report(
+                NetworkComparison(network.trained(), model, adapter_tables()), read_tensors(path), form, rewritten
+            )
     finally:
         random.setstate(state)
 

@@ -10,18 +10,44 @@ the input, mixed by w1.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.adapters.adapter_layer import AdapterLayer
-from library.adapters.layers.factor import FactorLayer, FactorSettings, axis_in
+from library.adapters.kind import AdapterKind
+from library.adapters.layers.factor import FactorLayer, FactorOptions, FactorSettings, axis_in, factor_values
+from library.adapters.layers.norm import NormLayer
 from library.adapters.layers.weight import convolve
+from library.adapters.options import DropoutOptions, PatternOptions
 from library.adapters.target_spec import TargetSpec
+from library.options import option, positive
+
+
+@dataclass(frozen=True)
+class LokrOptions:
+    """The form of LoKr layers."""
+
+    factor: int = option(
+        -1, help="Size of the smaller part of a layer's width; -1: near its square root.",
+        check=lambda value: None if value == -1 else positive(value) and "must be -1 or at least 1",
+    )  # fmt: skip
+    decompose_both: bool = option(False, help="Low-rank factors for the small matrix too.")
+    full_matrix: bool = option(False, help="No low-rank factors at all; the rank has no effect then.")
+    unbalanced_factorization: bool = option(False, help="The larger part of the output's width goes to w1.")
+
+    @property
+    def form(self) -> list[str]:
+        """The options given."""
+        return [name for name, value in vars(self).items() if value not in (False, -1)]
+
+    def problems(self) -> Iterator[str]:
+        if self.full_matrix and self.decompose_both:
+            yield "decompose_both has no effect with full_matrix"
 
 
 @dataclass(frozen=True)
@@ -205,3 +231,23 @@ def _drawn(shape: tuple[int, ...], *, zero: bool) -> nn.Parameter:
     if zero:
         return nn.Parameter(torch.zeros(shape))
     return nn.Parameter(nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5)))
+
+
+def lokr_settings(options: Mapping[str, Any], neuron_dropout: float | None) -> LokrSettings:
+    form: LokrOptions = options["form"]
+    return LokrSettings(
+        **factor_values(options, "networks.lokr", neuron_dropout),
+        factor=form.factor,
+        decompose_both=form.decompose_both,
+        full_matrix=form.full_matrix,
+        unbalanced=form.unbalanced_factorization,
+    )
+
+
+LOKR = AdapterKind(
+    options={"layer": FactorOptions, "form": LokrOptions, "dropout": DropoutOptions, "patterns": PatternOptions},
+    readers=(LoKrLayer, NormLayer),
+    settings=lokr_settings,
+    make=lambda target, rank, alpha, settings: LoKrLayer(target, rank=rank, alpha=alpha, settings=settings),
+    forms=lambda options: [*options["layer"].form, *options["form"].form],
+)
