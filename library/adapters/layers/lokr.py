@@ -61,7 +61,7 @@ class LokrSettings(FactorSettings):
 
 
 @dataclass(frozen=True)
-class Form:
+class LokrForm:
     """Sizes of w1 and w2, and which of them are low-rank factors."""
 
     small: tuple[int, int]  # (out1, in1)
@@ -70,7 +70,7 @@ class Form:
     large_factored: bool
 
     @classmethod
-    def chosen(cls, out: int, inputs: int, rank: int, settings: LokrSettings) -> Form:
+    def chosen(cls, out: int, inputs: int, rank: int, settings: LokrSettings) -> LokrForm:
         """The form of a new layer: factors only where they are smaller than what they stand for."""
         out1, out2 = parts_of(out, settings.factor)
         in1, in2 = parts_of(inputs, settings.factor)
@@ -81,7 +81,7 @@ class Form:
         return cls((out1, in1), (out2, in2), small, free and rank < max(out2, in2) / 2)
 
     @classmethod
-    def of_file(cls, tensors: Mapping[str, Tensor], columns: int) -> Form:
+    def of_file(cls, tensors: Mapping[str, Tensor], columns: int) -> LokrForm:
         """The form that a file's tensors have. columns: kh * kw of the layer."""
         tucker = "lokr_t2" in tensors
         small = tensors.get("lokr_w1")
@@ -125,11 +125,11 @@ class LoKrLayer(FactorLayer):
         rank: int,
         alpha: float,
         settings: LokrSettings | None = None,
-        form: Form | None = None,
+        form: LokrForm | None = None,
     ):
         settings = settings or LokrSettings()
         super().__init__(target, rank=rank, alpha=alpha, settings=settings)
-        self.form = form = form or Form.chosen(target.width, self.inputs, rank, settings)
+        self.form = form = form or LokrForm.chosen(target.width, self.inputs, rank, settings)
         self.tucker = self.tucker and form.large_factored
         (out1, in1), (out2, in2) = form.small, form.large
         shapes: dict[str, tuple[int, ...]] = {"lokr_w1": form.small}
@@ -159,7 +159,7 @@ class LoKrLayer(FactorLayer):
         settings = replace(settings, tucker="lokr_t2" in tensors, dora=dora, rs_lora=False)
         inner = tensors.get("lokr_w1_b", tensors.get("lokr_w2_b"))
         rank = 1 if inner is None else len(inner)
-        form = Form.of_file(tensors, math.prod(target.modules[0].shape[2:]))
+        form = LokrForm.of_file(tensors, math.prod(target.modules[0].shape[2:]))
         return cls(target, rank=rank, alpha=rank, settings=settings, form=form)
 
     # ---- the change ------------------------------------------------------------------------------------------------

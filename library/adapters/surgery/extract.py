@@ -63,7 +63,7 @@ def extract(asked: Extraction, known: KnownArchitectures) -> None:
     _require_same_shapes(names, layers, tuned_layers, f"--model_tuned {asked.tuned}")
     others = chosen_layers(tuned_layers, conv=has_conv)
     _require_same_shapes(others, tuned_layers, layers, f"--model_org {asked.original}")
-    files = Pair(original, tuned, layers, tuned_layers, dtype_named(asked.load_precision), device)
+    files = CheckpointPair(original, tuned, layers, tuned_layers, dtype_named(asked.load_precision), device)
     names = files.without_same_encoders(names, asked.min_diff)
     found: dict[str, dict[str, Tensor]] = {}
     with progress(len(names), "layers") as bar:
@@ -98,7 +98,7 @@ def _require_same_shapes(names: Sequence[str], layers: CheckpointLayers, tuned: 
 
 
 @dataclass(frozen=True)
-class Pair:
+class CheckpointPair:
     """Both checkpoints."""
 
     original: WeightFile
