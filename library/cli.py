@@ -14,7 +14,7 @@ import io
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from library.data.options import NO_DATA
 from library.errors import EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_STOPPED, StopTraining, UserError, one_line
@@ -26,6 +26,8 @@ from library.trainers.methods.finetune_options import DreamBoothTrainerOptions, 
 from library.trainers.methods.lllite_options import LLLiteTrainerOptions
 from library.trainers.methods.textual_inversion_options import TextualInversionOptions
 from library.trainers.options import NetworkTrainerOptions
+
+Options = TypeVar("Options")
 
 # method -> (its class, its options)
 METHODS: dict[str, tuple[str, type]] = {
@@ -75,6 +77,27 @@ def guarded(action: Callable[[], int], stop: StopRequest | None = None) -> int:
         except KeyboardInterrupt as error:
             to_stderr(f"stopped before training began: {str(error) or 'nothing was written, except to caches'}\n")
             return EXIT_STOPPED
+
+
+def run_tool(
+    options_type: type[Options], action: Callable[[Options], None], argv: Sequence[str] | None, name: str, about: str
+) -> int:
+    """Read the options of a tool and do `action` with them. Returns the exit code: 0, or 2 for bad input.
+
+    argv: None when the tool was started as a script. about: its description.
+    """
+    if argv is None:  # started as a script
+        setup_logging(level="INFO", file=None, simple=True)
+
+    def act() -> int:
+        words = sys.argv[1:] if argv is None else argv
+        found = resolve(options_type, {}, words, prog=name, description=inspect.cleandoc(about))
+        for line in found.answers:
+            get_logger().info(line)
+        action(found.options)
+        return 0
+
+    return guarded(act)
 
 
 def _code_of(action: Callable[[], int], stop: StopRequest) -> int:

@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # started as a script, from any folder
     sys.path.insert(0, str(ROOT))
 
-from library.adapters.surgery.tool_options import missing_adapters, needed, run_tool  # noqa: E402
+from library.adapters.surgery.tool_options import missing_adapters, needed  # noqa: E402
+from library.cli import run_tool  # noqa: E402
 from library.options import option  # noqa: E402
 
 if TYPE_CHECKING:
@@ -65,12 +66,13 @@ def check(options: CheckLoraOptions) -> list[str]:
     """Prints the lines. Returns the names of the tensors that are not finite."""
     from library.adapters.formats.adapter_files import load_tensors
     from library.adapters.readers.known_keys import key_lines
+    from library.families.adapters import adapter_tables
     from library.io.checkpoint import nonfinite_names
 
     assert options.check.file
     tensors = load_tensors(options.check.file)
     print(f"{options.check.file}: {len(tensors)} tensors, {sum(t.numel() for t in tensors.values()):,} numbers")
-    print("\n".join([*lines(tensors), *key_lines(tensors)]))
+    print("\n".join([*lines(tensors), *key_lines(tensors, adapter_tables())]))
     return nonfinite_names(tensors)
 
 

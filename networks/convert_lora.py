@@ -29,7 +29,7 @@ from library.options import option, resolve  # noqa: E402
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from library.adapters.formats.architecture import PublishedLayer
+    from library.adapters.formats.architecture import Architecture, PublishedLayer, Tables
 
 PRECISIONS = {"float": "float32", "fp16": "float16", "bf16": "bfloat16"}
 # Header entries that describe the scale of the tensors in the source's format
@@ -92,44 +92,46 @@ def convert_file(options: ConvertOptions) -> None:
         read_tensors,
         to_kohya,
     )
+    from library.families.adapters import adapter_tables
     from library.io.checkpoint import in_precision, save_tensors
 
     assert options.src and options.dst and options.to
     if Path(options.dst).is_dir():
         raise UserError(f"--dst {options.dst} is a folder; give a file")
+    tables = adapter_tables()
     source, metadata = read_tensors(options.src), read_metadata(options.src)
     try:
         with ExitStack() as files:
             base = BaseWeights(options.base_model, files)
-            tensors = to_kohya(source, alphas=alphas_in(metadata), among=architectures(source, base))
-            layers = layers_in(tensors) if options.base_model else {}
-            norms = dora_norms(tensors, lambda name: base.weight(layers[name])) if layers else None
+            tensors = to_kohya(source, tables, alphas=alphas_in(metadata), among=architectures(source, tables, base))
+            layers = layers_in(tensors, tables) if options.base_model else {}
+            norms = dora_norms(tensors, lambda name: base.weight(layers[name]), tables) if layers else None
         if options.save_precision:
             dtype = getattr(torch, PRECISIONS[options.save_precision])
             weights = {key: value for key, value in tensors.items() if not key.endswith(".alpha")}
             tensors |= in_precision(weights, dtype, options.dst)
-        result = convert(tensors, options.to, norms=norms)
+        result = convert(tensors, options.to, tables, norms=norms)
     except UserError as error:
         raise UserError([f"{options.src}: {problem}" for problem in error.problems]) from None
     kept = {key: value for key, value in metadata.items() if key not in OF_ONE_FORMAT}
     Path(options.dst).parent.mkdir(parents=True, exist_ok=True)
-    save_tensors(options.dst, result, {**kept, **header(tensors, options.to)})
+    save_tensors(options.dst, result, {**kept, **header(tensors, options.to, tables)})
 
 
-def architectures(tensors: Mapping[str, Tensor], base: BaseWeights) -> list[str] | None:
-    """What the names of the layers mean where several architectures have them: what the base model has most of."""
-    from library.adapters.formats.architecture import BY_NAME
+def architectures(tensors: Mapping[str, Tensor], tables: Tables, base: BaseWeights) -> list[Architecture] | None:
+    """The architectures that the file can be for: where several have its layers, what the base model has most of."""
     from library.adapters.formats.conversion import layers_in
     from library.adapters.formats.recognition import architectures_of, format_of, require_one
 
-    if format_of(tensors) == "kohya":
+    if format_of(tensors, tables) == "kohya":
         return None
-    names = architectures_of(tensors)
-    if len(names) > 1:  # what no architecture can have is said first
-        having = {name: sum(base.has(layer) for layer in layers_in(tensors, name).values()) for name in names}
-        names = [name for name in names if having[name] == max(having.values())]
-    require_one(tensors, names, f"give --base_model, a file of {' or '.join(BY_NAME[n].title for n in names)}")
-    return names
+    found = architectures_of(tensors, tables)
+    if len(found) > 1:  # what no architecture can have is said first
+        having = {a: sum(base.has(layer) for layer in layers_in(tensors, [a]).values()) for a in found}
+        found = [architecture for architecture in found if having[architecture] == max(having.values())]
+    advice = f"give --base_model, a file of {' or '.join(architecture.title for architecture in found)}"
+    require_one(tensors, tables, found, advice)
+    return found
 
 
 class BaseWeights:

@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # started as a script, from any folder
     sys.path.insert(0, str(ROOT))
 
-from library.adapters.surgery.tool_options import missing_adapters, needed, run_tool, target_problems  # noqa: E402
+from library.adapters.surgery.tool_options import missing_adapters, needed, target_problems  # noqa: E402
+from library.cli import run_tool  # noqa: E402
 from library.options import at_least, option  # noqa: E402
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ExtractOptions:
+class ExtractRanksOptions:
     """The DyLoRA, and what is made of it."""
 
     model: str | None = option(None, help="DyLoRA file to read.", path=True)
@@ -46,7 +47,7 @@ class ExtractOptions:
 class ExtractDyloraOptions:
     """All options of this script."""
 
-    extract: ExtractOptions = field(default_factory=ExtractOptions)
+    extract: ExtractRanksOptions = field(default_factory=ExtractRanksOptions)
 
 
 def extract(options: ExtractDyloraOptions) -> None:
@@ -54,12 +55,13 @@ def extract(options: ExtractDyloraOptions) -> None:
     from library.adapters.surgery.lora_math import is_lora, not_lora
     from library.adapters.surgery.tool_files import read_lora
     from library.errors import UserError
+    from library.families.adapters import adapter_tables
     from library.io.checkpoint import save_tensors
     from library.log import get_logger
 
     asked = options.extract
     assert asked.model and asked.unit and asked.save_to
-    file = read_lora(asked.model)
+    file = read_lora(asked.model, adapter_tables())
     wrong = [not_lora(name, own) for name, own in file.layers.items() if not is_lora(own)]
     if wrong:
         raise UserError(wrong[0])

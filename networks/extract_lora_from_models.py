@@ -24,14 +24,14 @@ from library.adapters.surgery.tool_options import (  # noqa: E402
     SaveOptions,
     missing_files,
     needed,
-    run_tool,
     target_problems,
 )
+from library.cli import run_tool  # noqa: E402
 from library.options import at_least, between, option  # noqa: E402
 
 
 @dataclass(frozen=True)
-class ExtractOptions:
+class ExtractModelsOptions:
     """The two models, and the rank."""
 
     model_org: str | None = option(None, help="The original checkpoint (one file, published names).", path=True)
@@ -67,7 +67,7 @@ class ExtractOptions:
 class ExtractLoraOptions:
     """All options of this script."""
 
-    extract: ExtractOptions = field(default_factory=ExtractOptions)
+    extract: ExtractModelsOptions = field(default_factory=ExtractModelsOptions)
     save: SaveOptions = field(default_factory=SaveOptions)
     device: DeviceOptions = field(default_factory=DeviceOptions)
 
@@ -77,12 +77,12 @@ class ExtractLoraOptions:
 
 
 def act(options: ExtractLoraOptions) -> None:
-    from library.adapters.formats.architecture import BY_NAME
     from library.adapters.surgery.extract import Extraction, extract
+    from library.families.adapters import known_architectures
 
     asked, save = options.extract, options.save
     assert asked.model_org and asked.model_tuned and save.save_to
-    wanted = ("sd2",) if asked.v2 else ("sdxl",) if asked.sdxl else tuple(BY_NAME)
+    wanted = ("sd2",) if asked.v2 else ("sdxl",) if asked.sdxl else None
     extract(
         Extraction(
             asked.model_org,
@@ -98,7 +98,8 @@ def act(options: ExtractLoraOptions) -> None:
             no_metadata=save.no_metadata,
             v_prediction=asked.v_parameterization is not False,
             architectures=wanted,
-        )
+        ),
+        known_architectures(),
     )
 
 

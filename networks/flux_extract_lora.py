@@ -21,14 +21,14 @@ from library.adapters.surgery.tool_options import (  # noqa: E402
     SaveOptions,
     missing_files,
     needed,
-    run_tool,
     target_problems,
 )
+from library.cli import run_tool  # noqa: E402
 from library.options import at_least, between, option  # noqa: E402
 
 
 @dataclass(frozen=True)
-class ExtractOptions:
+class ExtractFluxModelsOptions:
     """The two models, and the rank."""
 
     model_org: str | None = option(None, help="The original checkpoint (one file, published names).", path=True)
@@ -51,7 +51,7 @@ class ExtractOptions:
 class FluxExtractOptions:
     """All options of this script."""
 
-    extract: ExtractOptions = field(default_factory=ExtractOptions)
+    extract: ExtractFluxModelsOptions = field(default_factory=ExtractFluxModelsOptions)
     save: SaveOptions = field(default_factory=SaveOptions)
     device: DeviceOptions = field(default_factory=DeviceOptions)
 
@@ -62,6 +62,7 @@ class FluxExtractOptions:
 
 def act(options: FluxExtractOptions) -> None:
     from library.adapters.surgery.extract import Extraction, extract
+    from library.families.adapters import known_architectures
 
     asked, save = options.extract, options.save
     assert asked.model_org and asked.model_tuned and save.save_to
@@ -76,7 +77,8 @@ def act(options: FluxExtractOptions) -> None:
             device=options.device.device,
             no_metadata=save.no_metadata,
             architectures=("flux",),
-        )
+        ),
+        known_architectures(),
     )
 
 

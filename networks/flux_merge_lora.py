@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # started as a script, from any folder
     sys.path.insert(0, str(ROOT))
 
-from library.adapters.surgery.tool_options import ModelsOptions, SaveOptions, run_tool  # noqa: E402
+from library.adapters.surgery.tool_options import ModelsOptions, SaveOptions  # noqa: E402
+from library.cli import run_tool  # noqa: E402
 from library.options import option  # noqa: E402
 from networks.merge_lora import merge_problems, run_merge  # noqa: E402
 
@@ -24,7 +25,7 @@ STREAMED = "files are read and written tensor by tensor, which needs the memory 
 
 
 @dataclass(frozen=True)
-class MergeOptions:
+class MergeFluxModelOptions:
     """The model, and how several LoRAs become one."""
 
     flux_model: str | None = option(
@@ -51,7 +52,7 @@ class FluxMergeOptions:
     """All options of this script."""
 
     models: ModelsOptions = field(default_factory=ModelsOptions)
-    merge: MergeOptions = field(default_factory=MergeOptions)
+    merge: MergeFluxModelOptions = field(default_factory=MergeFluxModelOptions)
     save: SaveOptions = field(default_factory=SaveOptions)
 
     @property

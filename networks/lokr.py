@@ -6,41 +6,11 @@ Files are those of LyCORIS (--network_module lycoris.kohya with algo=lokr); the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from library.adapters.build import NetworkBuilder
+from library.adapters.layers.lokr import LOKR
+from library.families.adapters import adapter_tables, every_family
 
-from library.adapters.adapter_kind import AdapterKind
-from library.adapters.layers.lokr import LoKrLayer, LokrSettings
-from library.adapters.layers.norm import NormLayer
-from library.adapters.options import BlockOptions, DropoutOptions, FactorOptions, LokrOptions, warn_dropout
-
-
-def settings(options: Mapping[str, Any], neuron_dropout: float | None) -> LokrSettings:
-    """What a layer needs to know of the options."""
-    layer, dropout, form = options["layer"], options["dropout"], options["form"]
-    warn_dropout("networks.lokr", neuron_dropout, dropout.dropout)
-    return LokrSettings(
-        tucker=layer.use_tucker,
-        scalar=layer.use_scalar,
-        dora=("output" if layer.wd_on_output else "input") if layer.dora_wd else None,
-        rs_lora=layer.rs_lora,
-        rank_dropout=dropout.rank_dropout or 0.0,
-        rank_dropout_scale=layer.rank_dropout_scale,
-        module_dropout=dropout.module_dropout or 0.0,
-        factor=form.factor,
-        decompose_both=form.decompose_both,
-        full_matrix=form.full_matrix,
-        unbalanced=form.unbalanced_factorization,
-    )
-
-
-KIND = AdapterKind(
-    options={"blocks": BlockOptions, "layer": FactorOptions, "form": LokrOptions, "dropout": DropoutOptions},
-    layers=(LoKrLayer, NormLayer),
-    settings=settings,
-    make=lambda target, rank, alpha, own: LoKrLayer(target, rank=rank, alpha=alpha, settings=own),
-    forms=lambda options: [*options["layer"].form, *options["form"].form],
-)
-ARGUMENTS = KIND.arguments
-create_network = KIND.create_network
-create_network_from_weights = KIND.create_network_from_weights
+BUILDER = NetworkBuilder("networks.lokr", LOKR, every_family(), adapter_tables())
+ARGUMENTS = BUILDER.arguments
+create_network = BUILDER.create_network
+create_network_from_weights = BUILDER.create_network_from_weights

@@ -6,28 +6,11 @@ For Stable Diffusion 1.x, 2.x, XL, FLUX.1, SD3 and Lumina; the layers are those 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from library.adapters.build import NetworkBuilder
+from library.adapters.layers.lora_fa import LORA_FA
+from library.families.adapters import adapter_tables, every_family
 
-from library.adapters.adapter_kind import AdapterKind
-from library.adapters.layers.lora import LoraSettings
-from library.adapters.layers.lora_fa import LoRAFALayer
-from library.adapters.layers.norm import NormLayer
-from library.adapters.lora_build import lora_settings
-from library.adapters.options import BlockOptions, DropoutOptions, LoraLayerOptions
-
-
-def settings(options: Mapping[str, Any], neuron_dropout: float | None) -> LoraSettings:
-    """What a layer needs to know of the options."""
-    return lora_settings({"layer": LoraLayerOptions(), "dropout": options["dropout"]}, neuron_dropout)
-
-
-KIND = AdapterKind(
-    options={"blocks": BlockOptions, "dropout": DropoutOptions},
-    layers=(LoRAFALayer, NormLayer),
-    settings=settings,
-    make=lambda target, rank, alpha, own: LoRAFALayer(target, rank=rank, alpha=alpha, settings=own),
-)
-ARGUMENTS = KIND.arguments
-create_network = KIND.create_network
-create_network_from_weights = KIND.create_network_from_weights
+BUILDER = NetworkBuilder("networks.lora_fa", LORA_FA, every_family(), adapter_tables())
+ARGUMENTS = BUILDER.arguments
+create_network = BUILDER.create_network
+create_network_from_weights = BUILDER.create_network_from_weights

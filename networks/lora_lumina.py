@@ -6,68 +6,12 @@ The Linear layers of all blocks and of the final layer; with embedder_dims also 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from library.adapters.build import NetworkBuilder
+from library.adapters.layers.lora import LORA
+from library.families.adapters import adapter_tables
+from library.families.lumina.targets import TARGETS
 
-from torch import nn
-
-from library.adapters.lora_family import LoraFamily
-from library.adapters.options import rank_list
-from library.adapters.table_targets import count, table_targets
-from library.adapters.target_spec import TargetSpec
-from library.adapters.type_dims import TypeDims, short_name
-from library.families.lumina.names import lumina_names
-from library.options import at_least, option
-
-MODELS = ("Lumina2Transformer2DModel",)
-NOISE, CONTEXT, LAYERS, FINAL = "noise_refiner_", "context_refiner_", "layers_", "final_layer_"
-KINDS = {
-    "all": (CONTEXT, NOISE, LAYERS, FINAL),
-    "transformer": (LAYERS,),
-    "refiners": (CONTEXT, NOISE),
-    "noise_refiner": (NOISE,),
-    "context_refiner": (CONTEXT,),
-}
-EMBEDDERS = ("x_embedder", "t_embedder", "cap_embedder")
-# as files have it: the MLP of a block is feed_forward there, so "mlp" is the timestep embedder only
-TYPES = {"attn_dim": ("attention",), "mlp_dim": ("mlp",), "mod_dim": ("modulation",), "refiner_dim": ("refiner",)}
-
-
-@dataclass(frozen=True)
-class LuminaOptions:
-    """Ranks by the kind of a layer, and which blocks learn. A rank of 0 is no adapter; the first that fits counts."""
-
-    attn_dim: int | None = option(None, help="Rank of attention.", check=at_least(0))
-    mlp_dim: int | None = option(
-        None,
-        help="Rank of layers with mlp in their name: the timestep embedder (blocks have feed_forward).",
-        check=at_least(0),
-    )
-    mod_dim: int | None = option(None, help="Rank of modulation.", check=at_least(0))
-    refiner_dim: int | None = option(None, help="Rank of the other layers in the refiner blocks.", check=at_least(0))
-    embedder_dims: tuple[int, ...] | None = option(
-        None, help="Ranks of x_embedder, t_embedder, cap_embedder, with commas.",
-        parse=rank_list(len(EMBEDDERS)), check=at_least(0),
-    )  # fmt: skip
-    train_blocks: str | None = option(None, help="The kind of blocks that gets adapters.", choices=tuple(KINDS))
-
-
-def denoiser_targets(model: nn.Module) -> list[TargetSpec]:
-    """Every layer that an adapter file may name."""
-    targets = table_targets(lumina_names(count(model, "layers"), count(model, "noise_refiner")), model)
-    return sorted(targets, key=lambda target: short_name(target).startswith(EMBEDDERS))  # in files these come last
-
-
-def type_dims(options: LuminaOptions, dim: int, targets: list[TargetSpec]) -> TypeDims:
-    """The ranks that the options ask for."""
-    return TypeDims(
-        dim,
-        KINDS[options.train_blocks or "all"],
-        types=tuple((words, getattr(options, name)) for name, words in TYPES.items()),
-        outside=dict(zip(EMBEDDERS, options.embedder_dims or ())),
-    )
-
-
-FAMILY = LoraFamily("networks.lora_lumina", MODELS, LuminaOptions, denoiser_targets, type_dims, {})
-ARGUMENTS = FAMILY.arguments
-create_network = FAMILY.create_network
-create_network_from_weights = FAMILY.create_network_from_weights
+BUILDER = NetworkBuilder("networks.lora_lumina", LORA, TARGETS, adapter_tables())
+ARGUMENTS = BUILDER.arguments
+create_network = BUILDER.create_network
+create_network_from_weights = BUILDER.create_network_from_weights

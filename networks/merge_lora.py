@@ -23,9 +23,9 @@ from library.adapters.surgery.tool_options import (  # noqa: E402
     ModelsOptions,
     SaveOptions,
     missing_files,
-    run_tool,
     target_problems,
 )
+from library.cli import run_tool  # noqa: E402
 from library.options import option  # noqa: E402
 
 ENCODERS = ("clip_l", "clip_g", "t5xxl", "gemma2")
@@ -33,7 +33,7 @@ TABLE_NAMES = {"gemma2": "gemma2_2b"}  # where the table of layers has another n
 
 
 @dataclass(frozen=True)
-class MergeOptions:
+class MergeModelOptions:
     """The model, and how several LoRAs become one."""
 
     sd_model: str | None = option(
@@ -65,7 +65,7 @@ class MergeLoraOptions:
     """All options of this script."""
 
     models: ModelsOptions = field(default_factory=ModelsOptions)
-    merge: MergeOptions = field(default_factory=MergeOptions)
+    merge: MergeModelOptions = field(default_factory=MergeModelOptions)
     encoders: EncoderOptions = field(default_factory=EncoderOptions)
     save: SaveOptions = field(default_factory=SaveOptions)
 
@@ -121,15 +121,15 @@ def run_merge(
     architectures: tuple[str, ...] | None = None,
 ) -> None:
     """What all merge scripts do with their options."""
-    from library.adapters.formats.architecture import BY_NAME
     from library.adapters.surgery.merge import Merge, ModelPart, merge
+    from library.families.adapters import known_architectures
 
     found = tuple(
         ModelPart(name, read, write, None if name == model else TABLE_NAMES.get(name, name))
         for name, (read, write) in parts.items()
         if read and write
     )
-    merge(Merge(*options, found, concat, shuffle, architectures or tuple(BY_NAME)))
+    merge(Merge(*options, found, concat, shuffle, architectures), known_architectures())
 
 
 def act(options: MergeLoraOptions) -> None:

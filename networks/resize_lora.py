@@ -23,12 +23,12 @@ if str(ROOT) not in sys.path:  # started as a script, from any folder
 
 from library.adapters.surgery.tool_options import (  # noqa: E402
     DeviceOptions,
+    SaveOptions,
     missing_adapters,
     needed,
-    run_tool,
     target_problems,
 )
-from library.adapters.surgery.tool_options import SaveOptions as AnySaveOptions  # noqa: E402
+from library.cli import run_tool  # noqa: E402
 from library.options import at_least, option, positive  # noqa: E402
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class ResizeOptions:
 
 
 @dataclass(frozen=True)
-class SaveOptions(AnySaveOptions):
+class ResizeSaveOptions(SaveOptions):
     """The file that is written."""
 
     no_metadata: bool = option(False, help="Leave out modelspec.*; the other entries of the source stay.")
@@ -83,7 +83,7 @@ class ResizeLoraOptions:
     """All options of this script."""
 
     resize: ResizeOptions = field(default_factory=ResizeOptions)
-    save: SaveOptions = field(default_factory=SaveOptions)
+    save: ResizeSaveOptions = field(default_factory=ResizeSaveOptions)
     device: DeviceOptions = field(default_factory=DeviceOptions)
 
     def problems(self) -> Iterator[str]:
@@ -96,10 +96,11 @@ def resize(options: ResizeLoraOptions) -> None:
     import torch
 
     from library.adapters.surgery.tool_files import device_named, dims_in, dtype_named, read_lora, save_lora
+    from library.families.adapters import adapter_tables
 
     asked = options.resize
     assert asked.model is not None and options.save.save_to is not None
-    file = read_lora(asked.model)
+    file = read_lora(asked.model, adapter_tables())
     layers, kept = resized(file.layers, asked, device_named(options.device.device))
     if asked.verbose:
         print("\n".join(table(kept)))

@@ -16,13 +16,14 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # started as a script, from any folder
     sys.path.insert(0, str(ROOT))
 
-from library.adapters.surgery.tool_options import ModelsOptions, SaveOptions, run_tool  # noqa: E402
+from library.adapters.surgery.tool_options import ModelsOptions, SaveOptions  # noqa: E402
+from library.cli import run_tool  # noqa: E402
 from library.options import option  # noqa: E402
 from networks.merge_lora import merge_problems, run_merge  # noqa: E402
 
 
 @dataclass(frozen=True)
-class MergeOptions:
+class MergeSdxlModelOptions:
     """The model, and how several LoRAs become one."""
 
     sd_model: str | None = option(
@@ -37,7 +38,7 @@ class SdxlMergeOptions:
     """All options of this script."""
 
     models: ModelsOptions = field(default_factory=ModelsOptions)
-    merge: MergeOptions = field(default_factory=MergeOptions)
+    merge: MergeSdxlModelOptions = field(default_factory=MergeSdxlModelOptions)
     save: SaveOptions = field(default_factory=SaveOptions)
 
     def problems(self) -> Iterator[str]:

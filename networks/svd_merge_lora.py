@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # started as a script, from any folder
     sys.path.insert(0, str(ROOT))
 
-from library.adapters.surgery.tool_options import DeviceOptions, ModelsOptions, SaveOptions, run_tool, target_problems  # noqa: E402
+from library.adapters.surgery.tool_options import DeviceOptions, ModelsOptions, SaveOptions, target_problems  # noqa: E402
+from library.cli import run_tool  # noqa: E402
 from library.errors import UserError  # noqa: E402
 from library.options import at_least, option  # noqa: E402
 
@@ -58,13 +59,15 @@ def merge(options: SvdMergeOptions) -> None:
     """Reads, sums, decomposes layer by layer, writes. Raises UserError for what is no plain LoRA."""
     import torch
 
-    from library.adapters.surgery.merge import read_shares, same_layers
+    from library.adapters.surgery.merge import read_weighted, same_layers
     from library.adapters.surgery.tool_files import device_named, dtype_named, merged_metadata, save_lora
+    from library.families.adapters import adapter_tables
     from library.log import progress
 
     device = device_named(options.device.device)
-    shares = read_shares(options.models)
-    layers = same_layers(shares)
+    tables = adapter_tables()
+    loras = read_weighted(options.models, tables)
+    layers = same_layers(loras, tables)
     found: dict[str, dict[str, Tensor]] = {}
     with progress(len(layers), "layers") as bar:
         for name, own in layers.items():
@@ -75,9 +78,10 @@ def merge(options: SvdMergeOptions) -> None:
     if conv_rank is not None:
         arguments = json.dumps({"conv_dim": conv_rank, "conv_alpha": conv_rank})
     metadata = merged_metadata(
-        [file for file, _ in shares],
+        [file for file, _ in loras],
         found,
         options.save.save_to,
+        tables,
         arguments=arguments,
         with_spec=not options.save.no_metadata,
     )

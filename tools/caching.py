@@ -200,7 +200,7 @@ class CacheRun:
 
 def has_control_images(family: str, options: Any) -> bool:
     """Whether the training looks at control images. Raises UserError for a network module that does not fit."""
-    from library.adapters.foreign.network_module import load_network_module
+    from library.families.adapters import load_network_module
 
     module = options.method.network_module
     problem = None if module is None else misfit(family, module)

@@ -27,10 +27,7 @@ import torch  # noqa: E402
 from benchmarks.common import markdown  # noqa: E402
 from benchmarks.cpu.audit import MODELS  # noqa: E402
 from benchmarks.gpu.models import write_model  # noqa: E402
-from library.cli import (
-    METHODS,
-    load_attribute,
-)
+from library.cli import METHODS, load_attribute  # noqa: E402
 from library.families.recipes import Edits, MemoryRecipe  # noqa: E402
 from library.families.registry import FAMILIES, open_family  # noqa: E402
 from library.io.tensor_file import data_bytes, header_bytes  # noqa: E402

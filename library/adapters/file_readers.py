@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from library.adapters.adapter_layer import AdapterLayer
-from library.adapters.build import FileReader
+from library.adapters.formats.adapter_files import by_module
 from library.adapters.formats.layer_tensors import BIAS_ADDED
+from library.adapters.kind import LayerReader
 from library.adapters.layers.factor import FactorSettings
 from library.adapters.layers.loha import LoHaLayer
 from library.adapters.layers.lokr import LoKrLayer, LokrSettings
@@ -25,34 +26,34 @@ OFT = "oft_"  # what names in files of sd-scripts' rotations have in the place o
 
 
 @dataclass(frozen=True)
-class LayerReader:
-    """A layer class with settings of its own: a network that only works may hold layers of several kinds."""
+class ReaderWithSettings:
+    """A layer class with settings of its own, since a network for inference may hold layers of several kinds."""
 
-    kind: FileReader
+    layer: LayerReader
     settings: Any
 
     def claims(self, names: set[str]) -> bool:
-        return self.kind.claims(names)
+        return self.layer.claims(names)
 
     def from_tensors(self, target: TargetSpec, tensors: Mapping[str, Tensor], settings: Any) -> AdapterLayer:
-        return self.kind.from_tensors(target, tensors, self.settings)
+        return self.layer.from_tensors(target, tensors, self.settings)
 
 
 # DyLoRA and LoRA-FA files are LoRA files. Where alpha is 0, rotations of LyCORIS have no bound; those of sd-scripts do
 # not turn at all.
 READERS = (
-    LayerReader(LoRALayer, LoraSettings()),
-    LayerReader(LoHaLayer, FactorSettings()),
-    LayerReader(LoKrLayer, LokrSettings()),
-    LayerReader(NormLayer, LoraSettings()),
-    LayerReader(RewriteLayer, None),
+    ReaderWithSettings(LoRALayer, LoraSettings()),
+    ReaderWithSettings(LoHaLayer, FactorSettings()),
+    ReaderWithSettings(LoKrLayer, LokrSettings()),
+    ReaderWithSettings(NormLayer, LoraSettings()),
+    ReaderWithSettings(RewriteLayer, None),
 )
-OFT_READERS = (LayerReader(OFTLayer, OftSettings()),)
+OFT_READERS = (ReaderWithSettings(OFTLayer, OftSettings()),)
 
 
-def reader_of(name: str, own: Mapping[str, Tensor]) -> LayerReader | None:
+def reader_of(name: str, own: Mapping[str, Tensor]) -> ReaderWithSettings | None:
     """What reads a layer of a file; None for a kind that is not known."""
-    readers: Sequence[LayerReader] = OFT_READERS if name.startswith(OFT) else READERS
+    readers: Sequence[ReaderWithSettings] = OFT_READERS if name.startswith(OFT) else READERS
     return next((reader for reader in readers if reader.claims(set(own))), None)
 
 
@@ -62,3 +63,9 @@ def pieces(own: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
         return [dict(own)]
     rest = {name: value for name, value in own.items() if name != BIAS_ADDED}
     return [rest, {BIAS_ADDED: own[BIAS_ADDED]}]
+
+
+def is_readable(weights: Mapping[str, Tensor]) -> bool:
+    """Whether `READERS` read every layer of a file."""
+    layers = by_module(weights).values()
+    return bool(layers) and all(any(reader.claims(set(own)) for reader in READERS) for own in layers)

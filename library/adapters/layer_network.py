@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from library.adapters.adapter_layer import AdapterLayer
 from library.adapters.adapter_network import AdapterNetwork, NormReport, Rates, in_dtype
-from library.adapters.formats.conversion import by_module, to_kohya
+from library.adapters.formats.adapter_files import by_module
+from library.adapters.formats.architecture import Tables
+from library.adapters.formats.conversion import to_kohya
 from library.adapters.formats.damage import BROKEN
 from library.adapters.formats.deltas import kohya_dora
 from library.adapters.formats.recognition import architectures_with
@@ -40,8 +42,17 @@ class RateRules:
 class LayerNetwork(AdapterNetwork):
     """Adapter layers by published name. Order: text encoders, then the denoiser, as in the file."""
 
-    def __init__(self, layers: Iterable[AdapterLayer], *, rates: RateRules | None = None, multiplier: float = 1.0):
+    def __init__(
+        self,
+        layers: Iterable[AdapterLayer],
+        *,
+        rates: RateRules | None = None,
+        multiplier: float = 1.0,
+        tables: Tables = (),
+    ):
+        """tables: names of layers in files, for `load`; without any, files have the names of the layers."""
         super().__init__()
+        self.tables = tables
         self.layers = nn.ModuleDict({layer.target.name: layer for layer in layers})
         self.rates = rates or RateRules()
         self.left_out: dict[str, Component] = {}  # layers of models that are not trained
@@ -185,7 +196,9 @@ class LayerNetwork(AdapterNetwork):
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """kohya or peft keys. A model's adapters may be missing as a whole; what is not there keeps its values."""
         layers = self.named_layers()
-        files = by_module(to_kohya(tensors, among=architectures_with([*layers, *self.left_out])))
+        files = by_module(
+            to_kohya(tensors, self.tables, among=architectures_with([*layers, *self.left_out], self.tables))
+        )
         unknown = [f"{name}.{suffix}" for name in files if name not in layers and name not in self.left_out
                    for suffix in files[name]]  # fmt: skip
         if unknown:

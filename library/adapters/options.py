@@ -13,6 +13,8 @@ from library.errors import UserError, unknown
 from library.log import get_logger
 from library.options import at_least, between, convert, option, positive, specs
 
+# Options of `BlockOptions` that an adapter file decides itself
+SIZES_BY_BLOCK = ("conv_dim", "conv_alpha", "block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas")
 PRESETS = ("cosine", "sine", "linear", "reverse_linear", "zeros")
 
 
@@ -156,42 +158,6 @@ class DropoutOptions:
 
 
 @dataclass(frozen=True)
-class LoraLayerOptions:
-    """How a LoRA layer is built."""
-
-    use_tucker: bool = option(False, help="3x3 convolutions as 1x1, 3x3 in the small space, 1x1 (Tucker form).")
-    use_scalar: bool = option(False, help="A learned factor that starts at 0, instead of an up matrix of zeros.")
-    dora_wd: bool = option(False, help="DoRA: learn the length of the weight's rows apart from their direction.")
-    wd_on_output: bool = option(True, help="DoRA over output rows; false: over input columns, which few programs read.")
-    rs_lora: bool = option(False, help="Scale by alpha / sqrt(rank) instead of alpha / rank.")
-    ggpo_sigma: float | None = option(
-        None, help="GGPO: in training, noise in proportion to the norms of the weight's rows, e.g. 0.03.",
-        check=at_least(0),
-    )  # fmt: skip
-    ggpo_beta: float | None = option(
-        None, help="GGPO: noise in proportion to the squared norms of the gradient's rows, e.g. 0.01.",
-        check=at_least(0),
-    )  # fmt: skip
-
-    @property
-    def noise(self) -> tuple[float, float] | None:
-        """(sigma, beta) of GGPO, or None without."""
-        found = (self.ggpo_sigma or 0.0, self.ggpo_beta or 0.0)
-        return found if any(found) else None
-
-    @property
-    def form(self) -> list[str]:
-        """The options given that decide which tensors a file has."""
-        return [name for name in ("use_tucker", "use_scalar", "dora_wd", "rs_lora") if getattr(self, name)]
-
-    def problems(self) -> Iterator[str]:
-        if not self.wd_on_output and not self.dora_wd:
-            yield "wd_on_output has no effect without dora_wd"
-        if self.noise and (self.use_tucker or self.use_scalar):
-            yield "ggpo_sigma and ggpo_beta do not go with use_tucker or use_scalar"
-
-
-@dataclass(frozen=True)
 class PatternOptions:
     """Ranks and learning rates by the names of layers, as they stand in the file."""
 
@@ -222,16 +188,6 @@ class NoConvOptions:
 
 
 @dataclass(frozen=True)
-class FusedLayerOptions(LoraLayerOptions):
-    """How a LoRA layer is built where published layers are several modules."""
-
-    wd_on_output: bool = option(
-        True, help="DoRA over output rows, the only kind that is possible here.",
-        check=lambda value: None if value else "must be true: fused layers have no columns of their own",
-    )  # fmt: skip
-
-
-@dataclass(frozen=True)
 class SplitOptions:
     """How layers that are fused in published files are adapted."""
 
@@ -245,81 +201,6 @@ class T5Options:
     """Whether the largest text encoder learns."""
 
     train_t5xxl: bool = option(False, help="Also train adapters of T5-XXL.")
-
-
-@dataclass(frozen=True)
-class FactorOptions:
-    """How a LoHa or LoKr layer is built and what it drops, besides `DropoutOptions`."""
-
-    use_tucker: bool = option(False, help="3x3 convolutions in Tucker form, the kernel apart from the columns.")
-    use_scalar: bool = option(False, help="A learned factor that starts at 0, instead of a matrix of zeros.")
-    dora_wd: bool = option(False, help="DoRA: learn the length of the weight's rows apart from their direction.")
-    wd_on_output: bool = option(True, help="DoRA over output rows; false: over input columns, which few programs read.")
-    rs_lora: bool = option(False, help="Scale by alpha / sqrt(rank) instead of alpha / rank.")
-    rank_dropout_scale: bool = option(False, help="Where rank_dropout drops rows, the others grow by what is lost.")
-
-    @property
-    def form(self) -> list[str]:
-        """The options given that decide which tensors a file has."""
-        return [name for name in ("use_tucker", "use_scalar", "dora_wd", "rs_lora") if getattr(self, name)]
-
-    def problems(self) -> Iterator[str]:
-        if not self.wd_on_output and not self.dora_wd:
-            yield "wd_on_output has no effect without dora_wd"
-
-
-@dataclass(frozen=True)
-class LokrOptions:
-    """The form of LoKr layers."""
-
-    factor: int = option(
-        -1, help="Size of the smaller part of a layer's width; -1: near its square root.",
-        check=lambda value: None if value == -1 else positive(value) and "must be -1 or at least 1",
-    )  # fmt: skip
-    decompose_both: bool = option(False, help="Low-rank factors for the small matrix too.")
-    full_matrix: bool = option(False, help="No low-rank factors at all; the rank has no effect then.")
-    unbalanced_factorization: bool = option(False, help="The larger part of the output's width goes to w1.")
-
-    @property
-    def form(self) -> list[str]:
-        """The options given."""
-        return [name for name, value in vars(self).items() if value not in (False, -1)]
-
-    def problems(self) -> Iterator[str]:
-        if self.full_matrix and self.decompose_both:
-            yield "decompose_both has no effect with full_matrix"
-
-
-@dataclass(frozen=True)
-class DyloraOptions:
-    """The ranks of DyLoRA."""
-
-    unit: int | None = option(None, help="Ranks that learn together (1); it divides --network_dim.", check=at_least(1))
-    dyloRA: int | None = option(None, help="Another name of unit.", check=at_least(1))
-    conv_dim: int | None = option(None, help="Adapt 3x3 convolutions too; must equal --network_dim.", check=at_least(1))
-    conv_alpha: float | None = option(None, help="No effect: convolutions have --network_alpha.")
-
-    @property
-    def ranks_per_block(self) -> int:
-        return self.unit or self.dyloRA or 1
-
-    def problems(self) -> Iterator[str]:
-        if None not in (self.unit, self.dyloRA) and self.unit != self.dyloRA:
-            yield f"unit={self.unit} and dyloRA={self.dyloRA} are two names of one thing"
-
-
-@dataclass(frozen=True)
-class OftOptions:
-    """Which layers OFT rotates."""
-
-    enable_all_linear: bool = option(False, help="All Linear layers of the blocks, not only those of attention.")
-
-
-@dataclass(frozen=True)
-class OftConvOptions:
-    """Which convolutions OFT rotates."""
-
-    enable_conv: bool = option(False, help="Residual blocks too, with their 3x3 convolutions.")
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,99 @@ the published order. Where the two halves of a layer stand in another order, the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from torch import nn
 
+from library.adapters.block_ranks import plan_ranks
+from library.adapters.foreign.published_classes import ClassNames
+from library.adapters.options import BlockOptions, NoConvOptions, SplitOptions, T5Options
 from library.adapters.target_spec import TargetModule, TargetSpec
-from library.adapters.targets import CLIP_BLOCKS, DENOISER_PREFIX, ENCODER_PREFIX, encoder_targets
-from library.errors import UserError
+from library.adapters.targets import (
+    CLIP_BLOCKS,
+    DENOISER_PREFIX,
+    ENCODER_PREFIX,
+    LAYERS,
+    AdaptedModels,
+    FamilyTargets,
+    Selection,
+    encoder_targets,
+)
+from library.adapters.type_ranks import TypeRanks
 from library.key_tables import SWAP_HALVES, ModuleName
+from library.log import get_logger
 
-KINDS = (nn.Linear, nn.Conv2d)
+IDLE = ("conv_dim", "conv_alpha", "train_norm")  # options of blocks that these models have nothing for
+
+
+@dataclass(frozen=True)
+class TableTargets(FamilyTargets):
+    """The targets of an architecture with a name table, and its rules for ranks by the type of a layer.
+
+    denoiser_targets: every layer of a denoiser that a file may name, in the order of files. ranks: (options,
+    --network_dim, all targets) -> the ranks.
+    """
+
+    classes: tuple[str, ...]
+    class_names: ClassNames
+    rank_options: type
+    denoiser_targets: Callable[[nn.Module], list[TargetSpec]]
+    ranks: Callable[[Any, int, list[TargetSpec]], TypeRanks]
+    has_t5: bool = False
+
+    fused = True
+
+    @property
+    def options(self) -> Mapping[str, type]:
+        own: dict[str, type] = {"blocks": self.rank_options, "split": SplitOptions, "conv": NoConvOptions}
+        return own | ({"t5": T5Options} if self.has_t5 else {})
+
+    @property
+    def decided_by_file(self) -> tuple[str, ...]:
+        return tuple(field.name for field in fields(self.rank_options))
+
+    def fits(self, models: AdaptedModels) -> bool:
+        return models.denoiser_class in self.classes
+
+    def select(self, options: Mapping[str, Any], dim: int, alpha: float, models: AdaptedModels) -> Selection:
+        options["conv"].warn()
+        asked = "t5" in options and options["t5"].train_t5xxl
+        targets = self._targets(models, split=options["split"].split_qkv, t5=asked)
+        return self._selection(options["blocks"], dim, alpha, targets)
+
+    def select_by_blocks(
+        self, blocks: BlockOptions, dim: int, alpha: float, models: AdaptedModels, *, t5: bool
+    ) -> Selection:
+        """The layers that LoRA adapts by default, all of one rank. Raises UserError for ranks and rates by block."""
+        plan_ranks(blocks, None, dim=dim, alpha=alpha)
+        idle = [name for name in IDLE if getattr(blocks, name)]
+        if idle:
+            names = ", ".join(idle)
+            get_logger().warning("--network_args: %s: no effect, this model has no such layers", names)
+        return self._selection(self.rank_options(), dim, alpha, self._targets(models, t5=t5))
+
+    def in_file(self, options: Mapping[str, Any], models: AdaptedModels) -> list[TargetSpec]:
+        options["conv"].warn()
+        return self._targets(models, split=options["split"].split_qkv, outside=True)
+
+    def every(self, models: AdaptedModels, *, outside: bool) -> list[TargetSpec]:
+        return self._targets(models, outside=outside)
+
+    def _targets(
+        self, models: AdaptedModels, *, split: bool = False, t5: bool = True, outside: bool = False
+    ) -> list[TargetSpec]:
+        """Text encoders first. outside: as for `text_targets`."""
+        denoiser = [] if models.denoiser is None else self.denoiser_targets(models.denoiser)
+        return split_targets([*text_targets(models.encoders, t5=t5, outside=outside), *denoiser], split)
+
+    def _selection(self, options: Any, dim: int, alpha: float, targets: list[TargetSpec]) -> Selection:
+        ranks = self.ranks(options, dim, targets)
+        chosen = [target for target in targets if ranks.includes(target)]
+        return Selection(chosen, lambda target: (ranks.rank(target), alpha))
+
+
 T5_BLOCKS = frozenset({"T5LayerSelfAttention", "T5LayerFF"})
 GEMMA_BLOCKS = frozenset({"Gemma2Attention", "Gemma2MLP"})
 
@@ -28,14 +110,6 @@ def count(model: nn.Module | None, path: str) -> int:
     return len(found) if isinstance(found, nn.ModuleList) else 0
 
 
-def require_class(model: nn.Module | None, classes: Sequence[str], network_module: str) -> None:
-    """Raises UserError when the denoiser is another architecture's."""
-    if model is not None and type(model).__name__ not in classes:
-        raise UserError(
-            f"--network_module {network_module} is for {' and '.join(classes)}; this model is a {type(model).__name__}"
-        )
-
-
 def table_targets(names: Iterable[ModuleName], model: nn.Module | None) -> list[TargetSpec]:
     """One target for each published Linear or convolution that the model has, in the order of the table."""
     if model is None:
@@ -43,7 +117,7 @@ def table_targets(names: Iterable[ModuleName], model: nn.Module | None) -> list[
     modules = dict(model.named_modules())
     found: list[TargetSpec] = []
     for name in names:
-        own = [TargetModule(path, modules[path]) for path in name.ours if isinstance(modules.get(path), KINDS)]
+        own = [TargetModule(path, modules[path]) for path in name.ours if isinstance(modules.get(path), LAYERS)]
         if own:
             pieces = _halves_swapped(own[0]) if name.op is SWAP_HALVES else tuple(own)
             own_name = f"{DENOISER_PREFIX}_{name.published.replace('.', '_')}"

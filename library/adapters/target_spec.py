@@ -63,6 +63,7 @@ class TargetSpec:
     encoder: int = 0  # which text encoder
     split: bool = False  # an adapter of its own for each module, fused on save
     path: str = ""  # its dotted path in the published model
+    stride: int = 0  # pixels per token along one side of a picture, where a kind of adapters needs it
 
     @property
     def width(self) -> int:

@@ -1,111 +1,182 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which modules of Stable Diffusion 1.x, 2.x and XL get adapters, under which names and in which order.
+"""Targets: which layers of an architecture get adapters, under which names, in which order and of which rank.
 
-Names are fixed by the files that people share: `lora_unet_` or `lora_te_` and the module's path with `_` for `.`. The
-U-Net's paths are those of diffusers in files of 1.x and 2.x and the published ones in files of XL, whose encoders are
-`lora_te1_` and `lora_te2_`. transformers 5 dropped the level `text_model` of CLIPTextModel; names keep it.
+Every model family has `FamilyTargets` for the kinds of adapters that are made for all architectures
+(library/families/<name>/targets.py), and `Targets` of its own for others, such as OFT. Names are fixed by the files
+that people share: `lora_unet_` or `lora_te_` and the published path of the module with `_` for `.`.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from library.adapters.block_ranks import BlockLayout
+from library.adapters.options import SIZES_BY_BLOCK, BlockOptions
 from library.adapters.target_spec import Component, TargetModule, TargetSpec
 from library.errors import UserError
-from library.families.sd.names import unet_module_names
-from library.families.sdxl.names import sdxl_block
+
+if TYPE_CHECKING:
+    from library.adapters.foreign.published_classes import ClassNames
 
 TextEncoders = nn.Module | Sequence[nn.Module | None] | None  # None in its place: gets no adapters
+RankRule = Callable[[TargetSpec], tuple[int, float]]  # rank (0: no adapter) and alpha
 
 DENOISER_PREFIX = "lora_unet"
 ENCODER_PREFIX = "lora_te"
 
 UNKNOWN = "a {what} of the kind {kind} has no layers that adapters are known for"
-SD_BLOCKS = BlockLayout(down=12, mid=1, up=12)
-SDXL_BLOCKS = BlockLayout(down=9, mid=3, up=9, outer=1)
-SD_ATTENTION = frozenset({"Transformer2DModel"})
-SD_CONVOLUTION = frozenset({"ResnetBlock2D", "Downsample2D", "Upsample2D"})
 CLIP_BLOCKS = frozenset({"CLIPAttention", "CLIPMLP"})
+LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d)
 
-# Children whose order in files differs from the order in today's classes: these first, then the others.
+# Classes whose children have another order in files than in the class: these first, then the others
 CHILD_ORDER = {
     "BasicTransformerBlock": ("attn1", "ff", "attn2"),
     "CLIPAttention": ("k_proj", "v_proj", "q_proj", "out_proj"),
 }
-_SD_BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.")
 
 
-def as_list(text_encoder: TextEncoders) -> list[nn.Module | None]:
-    """One text encoder, several or none, as a list."""
-    if text_encoder is None:
-        return []
-    return [text_encoder] if isinstance(text_encoder, nn.Module) else [*text_encoder]
+@dataclass(frozen=True, eq=False)
+class AdaptedModels:
+    """The models of a run that adapters are put on."""
+
+    text_encoder: TextEncoders
+    denoiser: nn.Module | None
+
+    @property
+    def encoders(self) -> list[nn.Module | None]:
+        """The text encoders in the order of the learning rates, None where one gets no adapters."""
+        if self.text_encoder is None:
+            return []
+        return [self.text_encoder] if isinstance(self.text_encoder, nn.Module) else [*self.text_encoder]
+
+    @property
+    def denoiser_class(self) -> str:
+        """Name of the denoiser's class; "NoneType" without a denoiser."""
+        return type(self.denoiser).__name__
 
 
-def has_published_names(text_encoder: TextEncoders, unet: nn.Module | None) -> bool:
-    """Whether files have the names of checkpoints: those of SDXL, whose U-Net is told sizes and has two encoders."""
-    if unet is None:
-        return len(as_list(text_encoder)) > 1
-    config: Any = getattr(unet, "config", {})  # of diffusers; a plain module has none
-    return config.get("addition_embed_type") == "text_time"
+@dataclass(frozen=True)
+class Selection:
+    """The targets of a new network, in the order of its file.
 
-
-def block_layout(text_encoder: TextEncoders, unet: nn.Module | None) -> BlockLayout:
-    """How the blocks are counted for which ranks and learning rates are given."""
-    return SDXL_BLOCKS if has_published_names(text_encoder, unet) else SD_BLOCKS
-
-
-def sd_targets(
-    text_encoder: TextEncoders, unet: nn.Module | None, *, conv: bool = False, norm: bool = False
-) -> list[TargetSpec]:
-    """The default targets: Linear and 1x1 convolutions of attention; with `conv` everything in the residual blocks too.
-
-    norm: the norms within those blocks as well. Text encoders come first.
+    block_weights: learning-rate factors of the denoiser's blocks; None: the same rate for all.
     """
-    kinds: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d)
-    kinds += (nn.LayerNorm, nn.GroupNorm) if norm else ()
-    return _targets(text_encoder, unet, CLIP_BLOCKS, SD_ATTENTION | SD_CONVOLUTION if conv else SD_ATTENTION, kinds)
+
+    targets: Sequence[TargetSpec]
+    rank_alpha: RankRule
+    block_weights: tuple[float, ...] | None = None
 
 
-def every_target(text_encoder: TextEncoders, unet: nn.Module | None) -> list[TargetSpec]:
-    """Every layer that an adapter file may name: also those outside of the default blocks."""
-    return _targets(text_encoder, unet, None, None, (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GroupNorm))
+class Targets(ABC):
+    """The targets that one kind of adapters, or several, have in some architectures."""
 
+    classes: tuple[str, ...]  # of the denoisers
+    fused: bool = False  # published layers may be several modules
 
-def _targets(
-    text_encoder: TextEncoders,
-    unet: nn.Module | None,
-    encoder_blocks: frozenset[str] | None,
-    denoiser_blocks: frozenset[str] | None,
-    kinds: tuple[type[nn.Module], ...],
-) -> list[TargetSpec]:
-    """Layers of `kinds` inside blocks of these classes (None: anywhere). Raises UserError for other models."""
-    is_xl = has_published_names(text_encoder, unet)
-    denoiser = [*(_sdxl_denoiser if is_xl else _denoiser)(unet, denoiser_blocks, kinds)]
-    if unet is not None and not denoiser:
-        raise UserError(UNKNOWN.format(what="denoiser", kind=type(unet).__name__))
-    return [*_encoders(text_encoder, encoder_blocks, kinds, is_xl), *denoiser]
+    @property
+    @abstractmethod
+    def options(self) -> Mapping[str, type]:
+        """Groups of --network_args that choose targets and ranks."""
 
+    @property
+    @abstractmethod
+    def decided_by_file(self) -> tuple[str, ...]:
+        """Names of those options that an adapter file decides itself."""
 
-def sd_block(path: str) -> int | None:
-    """Index among the 25 blocks of a Stable Diffusion U-Net, from a module path; None outside of them."""
-    if path.startswith("mid_block."):
-        return SD_BLOCKS.down
-    found = _SD_BLOCK.match(path)
-    if found is None:
+    def require_models(self, models: AdaptedModels, network_module: str) -> None:
+        """Raise UserError when the denoiser is not of these architectures."""
+        if models.denoiser is not None and models.denoiser_class not in self.classes:
+            raise UserError(
+                f"--network_module {network_module} is for {' and '.join(self.classes)}; "
+                f"this model is a {models.denoiser_class}"
+            )
+
+    @abstractmethod
+    def select(self, options: Mapping[str, Any], dim: int, alpha: float, models: AdaptedModels) -> Selection:
+        """The targets of a new network, as the options ask for. Raises UserError."""
+
+    @abstractmethod
+    def in_file(self, options: Mapping[str, Any], models: AdaptedModels) -> list[TargetSpec]:
+        """Every layer that an adapter file may name. Raises UserError for unknown models."""
+
+    def block_weights(self, options: Mapping[str, Any], models: AdaptedModels) -> tuple[float, ...] | None:
+        """Learning-rate factors by block for a network from a file; None: the same rate for all."""
         return None
-    side, level, kind, index = found[1], int(found[2]), found[3], int(found[4])
-    within = 2 if kind in ("downsamplers", "upsamplers") else index
-    return (1 if side == "down" else SD_BLOCKS.down + SD_BLOCKS.mid) + 3 * level + within
+
+
+class FamilyTargets(Targets):
+    """The targets of an architecture for every kind of adapters that adds to the weights."""
+
+    class_names: ClassNames  # what sd-scripts calls the parts of the published denoiser
+
+    @abstractmethod
+    def fits(self, models: AdaptedModels) -> bool:
+        """Whether the models are of this architecture."""
+
+    @abstractmethod
+    def select_by_blocks(
+        self, blocks: BlockOptions, dim: int, alpha: float, models: AdaptedModels, *, t5: bool
+    ) -> Selection:
+        """`select` for kinds of adapters without options for this architecture. t5: T5 gets adapters too."""
+
+    @abstractmethod
+    def every(self, models: AdaptedModels, *, outside: bool) -> list[TargetSpec]:
+        """Every layer that an adapter can be on.
+
+        outside: also the layers of text encoders that are outside of their blocks, where files may name them.
+        """
+
+
+@dataclass(frozen=True)
+class AnyFamily(Targets):
+    """The targets of several families: the denoiser decides which ones."""
+
+    families: tuple[FamilyTargets, ...]
+    otherwise: FamilyTargets  # for models that none of the families fits
+    groups: Mapping[str, type]  # `options`
+
+    @property
+    def options(self) -> Mapping[str, type]:
+        return self.groups
+
+    @property
+    def decided_by_file(self) -> tuple[str, ...]:
+        return SIZES_BY_BLOCK
+
+    def require_models(self, models: AdaptedModels, network_module: str) -> None:
+        """Any models will do: what has no targets is refused when they are looked for."""
+
+    def of(self, models: AdaptedModels) -> FamilyTargets:
+        """The targets of the family that the models are of."""
+        return next((family for family in self.families if family.fits(models)), self.otherwise)
+
+    def knows(self, denoiser: nn.Module) -> bool:
+        """Whether the denoiser's class is that of one of the families."""
+        return any(type(denoiser).__name__ in family.classes for family in (*self.families, self.otherwise))
+
+    def select(self, options: Mapping[str, Any], dim: int, alpha: float, models: AdaptedModels) -> Selection:
+        t5 = "t5" in options and options["t5"].train_t5xxl
+        return self.of(models).select_by_blocks(options["blocks"], dim, alpha, models, t5=t5)
+
+    def in_file(self, options: Mapping[str, Any], models: AdaptedModels) -> list[TargetSpec]:
+        return self.of(models).every(models, outside=True)
+
+    def block_weights(self, options: Mapping[str, Any], models: AdaptedModels) -> tuple[float, ...] | None:
+        return self.of(models).block_weights(options, models)
+
+
+# ---- walking through models ---------------------------------------------------------------------------------------
 
 
 def published_encoder_path(path: str) -> str:
-    """A CLIP module path with the level `text_model` that published names have; the projection is outside of it."""
+    """A CLIP module path with the level `text_model`, which transformers 5 dropped and published names keep.
+
+    The projection is outside of that level.
+    """
     return path if path.startswith(("text_model.", "text_projection")) else f"text_model.{path}"
 
 
@@ -116,64 +187,30 @@ def encoder_targets(
     index: int,
     *,
     clip: bool = False,
-    kinds: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d),
+    kinds: tuple[type[nn.Module], ...] = LAYERS,
 ) -> list[TargetSpec]:
     """Targets in a text encoder: the layers inside `blocks` (None: anywhere). clip: with the level `text_model`.
 
-    Raises UserError when it has none: then it is of a kind that adapters do not know.
+    Raises UserError when it has none: adapters do not know its architecture.
     """
     found = [
-        _target(prefix, published_encoder_path(path) if clip else path, module, "text_encoder", encoder=index)
-        for path, module in _walk(encoder, "", blocks, kinds)
+        module_target(prefix, published_encoder_path(path) if clip else path, module, "text_encoder", encoder=index)
+        for path, module in walk(encoder, "", blocks, kinds)
     ]
     if not found:
         raise UserError(UNKNOWN.format(what="text encoder", kind=type(encoder).__name__))
     return found
 
 
-def _encoders(
-    text_encoder: TextEncoders, blocks: frozenset[str] | None, kinds: tuple[type[nn.Module], ...], numbered: bool
-) -> Iterator[TargetSpec]:
-    encoders = as_list(text_encoder)
-    for index, encoder in enumerate(encoders):
-        prefix = f"{ENCODER_PREFIX}{index + 1}" if numbered or len(encoders) > 1 else ENCODER_PREFIX
-        if encoder is not None:
-            yield from encoder_targets(encoder, prefix, blocks, index, clip=True, kinds=kinds)
-
-
-def _denoiser(
-    unet: nn.Module | None, blocks: frozenset[str] | None, kinds: tuple[type[nn.Module], ...]
-) -> Iterator[TargetSpec]:
-    for path, module in _walk(unet, "", blocks, kinds):
-        yield _target(DENOISER_PREFIX, path, module, "denoiser", block=sd_block(path))
-
-
-def _sdxl_denoiser(
-    unet: nn.Module | None, blocks: frozenset[str] | None, kinds: tuple[type[nn.Module], ...]
-) -> list[TargetSpec]:
-    """In the order of the published names, within a block in ours."""
-    if unet is None:
-        return []
-    table = {name.ours[0]: (place, name.published) for place, name in enumerate(unet_module_names(unet))}
-    found = []
-    for path, module in _walk(unet, "", blocks, kinds):
-        steps = path.split(".")
-        own = next(own for i in range(len(steps), 0, -1) if (own := ".".join(steps[:i])) in table)
-        place, start = table[own]
-        published = start + path[len(own) :]
-        target = _target(DENOISER_PREFIX, published, module, "denoiser", block=sdxl_block(published))
-        found.append((place, target))
-    return [target for _, target in sorted(found, key=lambda pair: pair[0])]
-
-
-def _target(
+def module_target(
     prefix: str, path: str, module: nn.Module, part: Component, *, block: int | None = None, encoder: int = 0
 ) -> TargetSpec:
+    """A target of one whole module, named by its published path."""
     name = f"{prefix}_{path.replace('.', '_')}"
     return TargetSpec(name, (TargetModule(path, module),), part, block=block, encoder=encoder, path=path)
 
 
-def _walk(
+def walk(
     module: nn.Module | None, path: str, blocks: frozenset[str] | None, kinds: tuple[type[nn.Module], ...]
 ) -> Iterator[tuple[str, nn.Module]]:
     """(path, layer) of the layers of `kinds` inside modules whose class is in `blocks` (None: anywhere)."""
@@ -188,4 +225,4 @@ def _walk(
             if getattr(child, "weight", None) is not None:  # a norm may have none
                 yield child_path, child
         else:
-            yield from _walk(child, child_path, inside, kinds)
+            yield from walk(child, child_path, inside, kinds)

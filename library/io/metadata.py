@@ -24,7 +24,10 @@ from library.errors import UserError
 from library.io.options import THUMBNAIL_TYPES, MetadataOptions
 from library.io.tensor_file import data_chunks, header_bytes, stream_digest
 
+VERSION = "0.1.0"  # of this program
 SPEC_VERSION = "1.0.1"
+# modelspec.implementation of checkpoints whose adapters say "diffusers"
+PUBLISHED_LAYOUT = "https://github.com/Stability-AI/generative-models"
 LEGACY_START, LEGACY_LENGTH = 1 << 20, 1 << 16
 
 # Metadata key -> option whose value it shows. A method that lacks the option leaves the key out.

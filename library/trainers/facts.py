@@ -14,6 +14,7 @@ from library.data.parts import DatasetStats
 from library.data.records import DatasetConfig, Sample
 from library.families.sheet import ModelFacts
 from library.io.metadata import (
+    VERSION,
     DatasetFacts,
     RunFacts,
     SpecFacts,
@@ -26,7 +27,6 @@ from library.options import changed_values
 from library.trainers.options import TrainerOptions
 from library.trainers.run_plan import RunPlan
 
-VERSION = "0.1.0"
 # kind of file -> what modelspec.architecture ends with
 ENDINGS = {
     "LoRA": "/lora",
@@ -34,7 +34,6 @@ ENDINGS = {
     "TextualInversion": "/textual-inversion",
     "ControlNet-LLLite": "/control-net-lllite",
 }
-PUBLISHED_LAYOUT = "https://github.com/Stability-AI/generative-models"  # of checkpoints whose adapters say "diffusers"
 
 
 class FileHashes:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from library.adapters.formats.architecture import BY_NAME
 from library.adapters.formats.conversion import by_module
 from library.adapters.surgery.checkpoint_layers import CheckpointLayers
 from library.adapters.surgery.checkpoint_merge import Adapter, MergedWeights
+from tests.adapters.known_formats import BY_NAME
 
 LINEAR, CONV, NORM = (
     "lora_unet_mid_block_attentions_0_transformer_blocks_0_ff_net_2",

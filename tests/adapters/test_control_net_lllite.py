@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from library.adapters.foreign.network_module import load_network_module
+from library.adapters.layers.lllite import LLLiteNetwork, conv_strides
 from library.errors import UserError
-from networks.control_net_lllite import LLLiteNetwork, conv_strides, create_network, create_network_from_weights
+from library.families.adapters import load_network_module
+from networks.control_net_lllite import create_network, create_network_from_weights
 from tests.adapters.models import distance, randomize, read_json, run_unet, tiny_unet
 
 SDXL: dict[str, Any] = {

@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from library.adapters.formats.conversion import read_adapter, read_metadata, read_tensors
+from library.adapters.formats.conversion import read_metadata, read_tensors
 from library.key_tables import expand, publish
 from networks.convert_lora import main
+from tests.adapters.known_formats import read_adapter
 from tests.adapters.lora_samples import (
     Sample,
     adapter,

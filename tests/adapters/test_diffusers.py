@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from library.adapters.formats.conversion import convert, to_kohya
 from networks.lora import create_network
+from tests.adapters.known_formats import convert, to_kohya
 from tests.adapters.lora_samples import SAMPLES, Sample, adapter, flux, lumina, merge
 from tests.adapters.models import distance, randomize, run_unet, tiny_clip, tiny_unet
 

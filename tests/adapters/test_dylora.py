@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from library.adapters.foreign.network_module import load_network_module
 from library.adapters.layers.dylora import DyLoRALayer, DyloraSettings
 from library.adapters.target_spec import TargetModule, TargetSpec
 from library.errors import UserError
+from library.families.adapters import load_network_module
 from networks import dylora, lora
 from tests.adapters.families import TINY
 from tests.adapters.models import distance, randomize, read_json, run_unet, tiny_clip, tiny_unet

@@ -12,10 +12,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from library.adapters.formats.conversion import convert, read_tensors, to_kohya
+from library.adapters.formats.conversion import read_tensors
 from library.adapters.layer_network import LayerNetwork
 from library.errors import UserError
 from networks.lora import create_network, create_network_from_weights
+from tests.adapters.known_formats import convert, to_kohya
 from tests.adapters.models import randomize, tiny_clip, tiny_unet
 
 QUERY = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"

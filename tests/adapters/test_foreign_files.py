@@ -13,13 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from library.adapters.formats.architecture import BY_NAME
-from library.adapters.formats.conversion import architecture_of, format_of, read_adapter, to_kohya
 from library.adapters.surgery.checkpoint_layers import CheckpointLayers
 from library.adapters.surgery.checkpoint_merge import Adapter, MergedWeights
 from library.adapters.table_targets import text_targets
 from library.errors import UserError
 from networks import convert_lora, lora
+from tests.adapters.known_formats import BY_NAME, architecture_of, format_of, read_adapter, to_kohya
 from tests.adapters.lora_samples import Sample, changed, flat, flux, published_weights, sd3
 from tests.adapters.single_layers import CONV, Held, merged, module_for
 from tests.families.sdxl import tiny_clip

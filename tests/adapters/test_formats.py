@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from library.adapters.formats.architecture import BY_NAME
-from library.adapters.formats.conversion import (
-    alphas_in,
+from library.adapters.formats.conversion import alphas_in, read_tensors, write_tensors
+from library.errors import UserError
+from tests.adapters.known_formats import (
+    BY_NAME,
     architecture_of,
     convert,
     dora_norms,
@@ -20,11 +21,8 @@ from library.adapters.formats.conversion import (
     header,
     layers_in,
     read_adapter,
-    read_tensors,
     to_kohya,
-    write_tensors,
 )
-from library.errors import UserError
 from tests.adapters.lora_samples import (
     SAMPLES,
     adapter,

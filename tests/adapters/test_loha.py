@@ -11,16 +11,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from library.adapters.foreign.network_module import load_network_module
-from library.adapters.formats.conversion import convert, format_of
 from library.adapters.layers.factor import FactorSettings
 from library.adapters.layers.loha import LoHaLayer
 from library.adapters.layers.lokr import LoKrLayer, LokrSettings, parts_of
 from library.adapters.options import read_network_args
 from library.adapters.target_spec import TargetModule, TargetSpec
 from library.errors import UserError
+from library.families.adapters import load_network_module
 from networks import loha, lokr, lora
 from tests.adapters.families import TINY
+from tests.adapters.known_formats import convert, format_of
 from tests.adapters.models import distance, randomize, run_unet, tiny_clip, tiny_unet
 
 MODULES = {"loha": loha, "lokr": lokr}

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from library.adapters.foreign.network_module import load_network_module
 from library.adapters.layers.lora_fa import LoRAFALayer
 from library.adapters.target_spec import TargetModule, TargetSpec
 from library.errors import UserError
+from library.families.adapters import load_network_module
 from networks import lora, lora_fa
 from tests.adapters.families import TINY
 from tests.adapters.models import distance, randomize, read_json, run_unet, tiny_clip, tiny_unet

@@ -16,7 +16,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from library.adapters.formats.architecture import BY_NAME
 from library.adapters.surgery.block_ratios import place_of, strengths
 from library.adapters.surgery.checkpoint_layers import CheckpointLayers
 from library.adapters.surgery.lora_math import as_tensors
@@ -33,6 +32,7 @@ from networks import (
     sdxl_merge_lora,
     svd_merge_lora,
 )
+from tests.adapters.known_formats import BY_NAME
 from tests.adapters.lora_tool_models import MODELS, Model
 from tests.adapters.models import distance
 

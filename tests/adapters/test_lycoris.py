@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from library.adapters.foreign.network_module import load_network_module
+from library.families.adapters import load_network_module
 from networks import lora, merge_lora
 from tests.adapters.families import TINY
 from tests.adapters.lora_tool_models import MODELS, Model, Part, frozen, run_clip

@@ -12,15 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from library.adapters.file_readers import pieces, reader_of
-from library.adapters.formats.architecture import BY_NAME
-from library.adapters.formats.conversion import by_module, convert, dora_norms, to_kohya
+from library.adapters.formats.conversion import by_module
 from library.adapters.formats.deltas import added
 from library.adapters.surgery.checkpoint_layers import CheckpointLayers
 from library.adapters.surgery.checkpoint_merge import Adapter, MergedWeights
 from library.adapters.surgery.merge import report_merged
-from library.adapters.surgery.tool_files import read_lora
 from library.adapters.target_spec import TargetModule, TargetSpec
 from library.errors import UserError
+from tests.adapters.known_formats import BY_NAME, convert, dora_norms, read_lora, to_kohya
 from tests.adapters.lora_samples import flat, flux, published_weights
 from tests.adapters.single_layers import CONV, LINEAR, NORM, PUBLISHED, Held, merged, module_for
 

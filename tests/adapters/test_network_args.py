@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from library.adapters.block_ranks import BlockLayout, block_lr_weights
-from library.adapters.foreign.network_module import load_network_module, own_modules
+from library.adapters.foreign.network_module import own_modules
 from library.adapters.options import BlockOptions, read_network_args
-from library.adapters.targets import SD_BLOCKS, sd_block
 from library.errors import UserError
+from library.families.adapters import load_network_module
+from library.families.sd.targets import SD_BLOCKS, sd_block
 from library.options import specs
 from networks.lora import create_network, create_network_from_weights
 from tests.adapters.models import tiny_clip, tiny_unet

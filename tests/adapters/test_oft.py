@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from library.adapters.foreign.network_module import load_network_module
 from library.adapters.layers.oft import OFTLayer, OftSettings
 from library.adapters.target_spec import TargetModule, TargetSpec
 from library.errors import UserError
+from library.families.adapters import load_network_module
 from networks import oft, oft_flux
 from tests.adapters.families import TINY, full_models
 from tests.adapters.models import distance, randomize, read_json, run_unet, tiny_clip, tiny_unet

@@ -16,13 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from library.adapters.adapter_network import AdapterNetwork
-from library.adapters.formats.architecture import BY_NAME
-from library.adapters.formats.conversion import alphas_in, architecture_of, convert, format_of, header, to_kohya
+from library.adapters.formats.conversion import alphas_in
 from library.adapters.layer_network import LayerNetwork
-from library.adapters.targets import SDXL_BLOCKS, block_layout, every_target
+from library.adapters.targets import AdaptedModels
 from library.errors import UserError
+from library.families.adapters import unets
+from library.families.sdxl.targets import SDXL_BLOCKS, TARGETS
 from library.weights.loading import shipped_config
 from networks.lora import create_network, create_network_from_weights
+from tests.adapters.known_formats import BY_NAME, architecture_of, convert, format_of, header, to_kohya
 from tests.adapters.models import DATA, distance, randomize, tiny_clip, tiny_unet
 from tests.families.sdxl import POOLED, WIDTHS, published_layers, tiny_modules
 
@@ -125,7 +127,8 @@ def test_rates_of_blocks_and_encoders(tiny: dict[str, Any]) -> None:
     layers = network.targets()
     assert layers["lora_unet_input_blocks_3_0_op"].block == 4 and layers["lora_unet_middle_block_1_proj_in"].block == 11
     assert layers["lora_unet_output_blocks_5_2_conv"].block == 18
-    assert block_layout(None, tiny["unet"]) is SDXL_BLOCKS and SDXL_BLOCKS.total == 23
+    assert unets().of(AdaptedModels(None, tiny["unet"])) is TARGETS
+    assert TARGETS.layout is SDXL_BLOCKS and SDXL_BLOCKS.total == 23
 
 
 def test_wrong_number_of_blocks(tiny: dict[str, Any]) -> None:
@@ -146,7 +149,7 @@ def test_one_encoder_without_adapters(tiny: dict[str, Any], number: int) -> None
 def test_every_layer_has_its_published_name(real: Any, tiny: dict[str, Any]) -> None:
     """Written down for the real blocks in tests/families/sdxl.py; the format table has the same ones."""
     clips, unet = real
-    names = {target.name for target in every_target(None, unet)}
+    names = {target.name for target in TARGETS.every(AdaptedModels(None, unet), outside=True)}
     layers = {path: name for path, name in published_layers(unet).items() if is_layer(unet.get_submodule(path))}
     assert {f"lora_unet_{name}".replace(".", "_") for name in layers.values()} <= names
     assert len(names) - len(layers) == 7  # conv_in, embeddings, the last layers
@@ -159,7 +162,7 @@ def test_every_layer_has_its_published_name(real: Any, tiny: dict[str, Any]) -> 
             level = "" if path.startswith("text_model.") else "text_model."
             assert f"{part}.{level}{path}" in table
     assert {"lora_te2_text_projection", "lora_unet_label_emb_0_0"} <= {
-        target.name for target in every_target(encoders(tiny), tiny["unet"])
+        target.name for target in TARGETS.every(AdaptedModels(encoders(tiny), tiny["unet"]), outside=True)
     }
 
 

@@ -19,10 +19,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from library.adapters.formats.conversion import format_of, read_adapter
 from library.cli import load_attribute
 from library.families.registry import FAMILIES, family_class
 from library.options import specs
+from tests.adapters.known_formats import format_of, read_adapter
 from tests.families import CASES
 from tests.families.base import Case
 from tests.trainers.helpers import (

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from library.adapters.foreign.network_module import load_network_module
-from library.adapters.formats.conversion import dora_norms
+from library.families.adapters import load_network_module
+from tests.adapters.known_formats import dora_norms
 from tests.adapters.models import randomize, tiny_clip, tiny_unet
 from tests.trainers.helpers import Run, train
 

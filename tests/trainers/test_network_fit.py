@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from library.adapters.foreign.network_module import load_network_module, own_modules
+from library.adapters.foreign.network_module import own_modules
 from library.errors import UserError
+from library.families.adapters import load_network_module
 from library.families.registry import FAMILIES, misfit
 from tests.adapters.families import TINY
 from tests.adapters.models import tiny_unet

@@ -17,8 +17,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from library.adapters.foreign.network_module import load_network_module
 from library.errors import UserError
+from library.families.adapters import load_network_module
 from library.families.family import ModelFamily
 from library.families.registry import FAMILIES, open_family
 from library.memory.quantise import QuantLinear, quantise, quantised, quantised_names

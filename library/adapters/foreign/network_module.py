@@ -20,15 +20,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from library.adapters.adapter_kind import is_readable
 from library.adapters.adapter_network import AdapterNetwork
-from library.adapters.build import weights_of
+from library.adapters.build import NetworkBuilder, weights_of
+from library.adapters.file_readers import is_readable
 from library.adapters.foreign.plugin_network import PluginNetwork, describe, foreign_code, refuse_comfy_dora
 from library.adapters.foreign.published_model import PublishedModels, published_models
+from library.adapters.formats.architecture import Tables
+from library.adapters.layers.lora import LORA
 from library.adapters.options import read_network_args
-from library.adapters.targets import TextEncoders
+from library.adapters.targets import AdaptedModels, AnyFamily, TextEncoders
 from library.errors import UserError, nearest
-from networks.loha import create_network_from_weights as base_network  # for inference it takes every kind
 
 INSTALL = {"lycoris": "pip install lycoris-lora"}
 
@@ -37,10 +38,15 @@ DEFINITION = re.compile(r"^(def create_network\(|create_network = )", re.MULTILI
 
 @dataclass(frozen=True)
 class NetworkModule:
-    """An imported --network_module. Both functions return AdapterNetworks, whatever the module returns."""
+    """An imported --network_module. Both functions return AdapterNetworks, whatever the module returns.
+
+    families, tables: what third-party modules are shown of the models, and the names of layers in files.
+    """
 
     name: str
     module: ModuleType
+    families: AnyFamily
+    tables: Tables
 
     @property
     def is_own(self) -> bool:
@@ -79,13 +85,15 @@ class NetworkModule:
             )
 
         with foreign_code(self.name, "refuses these --network_args"):
-            models = published_models(text_encoder, unet)
+            models = published_models(AdaptedModels(text_encoder, unet), self.families)
             made = make(models)
             missed = _without_layers(made, models)
             if missed:  # it may know none of the classes of these models, but others like them
-                models = published_models(text_encoder, unet, missed)
+                models = published_models(AdaptedModels(text_encoder, unet), self.families, missed)
                 made = make(models)
-        return made if isinstance(made, AdapterNetwork) else PluginNetwork(made, models, self.name, multiplier)
+        if isinstance(made, AdapterNetwork):
+            return made
+        return PluginNetwork(made, models, self.name, multiplier, tables=self.tables)
 
     def create_network_from_weights(
         self, multiplier: float, file: str | Path | None, vae: nn.Module | None,
@@ -104,14 +112,15 @@ class NetworkModule:
         if for_inference:  # what our classes know they merge exactly: LyCORIS 4.1 takes the alpha of LoHa twice
             tensors = weights_of(file, weights_sd)
             if is_readable(tensors):
-                return base_network(multiplier, file, vae, text_encoder, unet, tensors, True)
+                own_builder = NetworkBuilder(self.name, LORA, self.families, self.tables)
+                return own_builder.create_network_from_weights(multiplier, file, vae, text_encoder, unet, tensors, True)
         refuse_comfy_dora(weights_sd or {}, self.name)
         with foreign_code(self.name, "refuses this file or these --network_args"):
-            models = published_models(text_encoder, unet)
+            models = published_models(AdaptedModels(text_encoder, unet), self.families)
             made, weights = create(multiplier, path, vae, models.text_encoder, models.unet, **given)
         if isinstance(made, AdapterNetwork):
             return made, weights
-        return PluginNetwork(made, models, self.name, multiplier, weights), weights
+        return PluginNetwork(made, models, self.name, multiplier, weights, tables=self.tables), weights
 
 
 def _without_layers(network: Any, models: PublishedModels) -> list[int | None]:
@@ -124,8 +133,8 @@ def _without_layers(network: Any, models: PublishedModels) -> list[int | None]:
     return [place for place, prefix in known.items() if not any(name.startswith(prefix) for name in names)]
 
 
-def load_network_module(name: str) -> NetworkModule:
-    """Import a --network_module by its dotted name. Raises UserError when it is not there or no network module."""
+def import_network_module(name: str, families: AnyFamily, tables: Tables) -> NetworkModule:
+    """Import a --network_module by its dotted name. Raises UserError when it is missing or not a network module."""
     try:
         module = importlib.import_module(name)
     except (Exception, SystemExit) as error:  # importing runs foreign code
@@ -133,7 +142,7 @@ def load_network_module(name: str) -> NetworkModule:
         raise UserError(f"--network_module {name} cannot be imported: {reason}{_hint(name)}") from None
     if not callable(module.__dict__.get("create_network")):
         raise UserError(f"--network_module {name} has no create_network(){_hint(name)}")
-    return NetworkModule(name, module)
+    return NetworkModule(name, module, families, tables)
 
 
 def own_modules() -> list[str]:

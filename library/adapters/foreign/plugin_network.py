@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from library.adapters.adapter_network import AdapterNetwork, NormReport, Rates, in_dtype
 from library.adapters.foreign.published_model import PublishedModels
+from library.adapters.formats.architecture import Tables
 from library.adapters.formats.conversion import read_tensors, to_kohya, write_tensors
 from library.adapters.formats.layer_tensors import COMFY_DORA
 from library.adapters.formats.recognition import architectures_with
@@ -92,8 +93,12 @@ class PluginNetwork(AdapterNetwork):
         name: str,
         multiplier: float,
         weights: Mapping[str, Tensor] | None = None,
+        *,
+        tables: Tables,
     ):
+        """tables: names of layers in files, for `load`."""
         super().__init__()
+        self.tables = tables
         missing = [method for method in REQUIRED if not callable(getattr(network, method, None))]
         if not isinstance(network, nn.Module) or missing:
             lacks = ", ".join(missing) or "parameters (it is not an nn.Module)"
@@ -193,7 +198,7 @@ class PluginNetwork(AdapterNetwork):
             return
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "network.safetensors"
-            known = to_kohya(tensors, among=architectures_with(self.module_parameters()))
+            known = to_kohya(tensors, self.tables, among=architectures_with(self.module_parameters(), self.tables))
             own = {key: value.detach().cpu().contiguous() for key, value in known.items()}
             refuse_comfy_dora(own, self.module_name)
             write_tensors(path, own, None)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Our models as kohya-ss/sd-scripts builds them, for third-party networks: its classes, its paths, our weights.
 
-    models = published_models(text_encoders, unet)
+    models = published_models(AdaptedModels(text_encoders, unet), families)
     create_network(1.0, 4, 1.0, None, models.encoders, models.denoiser)  # finds double_blocks.0.img_attn.qkv
 
 A tree of empty modules stands for a model. Its leaves are our own layers, or a `FusedLinear` where a published layer is
@@ -19,11 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.adapters.adapter_kind import family_of
-from library.adapters.foreign.published_classes import CLASS_NAMES, SDXL_UNET, ClassNames
+from library.adapters.foreign.published_classes import ENCODER_CLASSES, ClassNames
 from library.adapters.shared_call import SharedCall
 from library.adapters.target_spec import ReachedLayer, TargetSpec
-from library.adapters.targets import TextEncoders, as_list, every_target, has_published_names
+from library.adapters.targets import AdaptedModels, AnyFamily
 from library.errors import UserError, first_names
 
 LAYERS = (nn.Linear, nn.Conv2d)
@@ -270,26 +269,22 @@ class PublishedModels:
 
 
 def published_models(
-    text_encoder: TextEncoders, unet: nn.Module | None, stand_ins: Collection[int | None] = ()
+    models: AdaptedModels, families: AnyFamily, stand_ins: Collection[int | None] = ()
 ) -> PublishedModels:
     """The models as networks written for sd-scripts expect them. Models of unknown classes are given as they are.
 
     stand_ins: places of the text encoders (None: the denoiser) whose parts have their second class names.
     """
-    given = as_list(text_encoder)
-    if any(type(model).__name__ not in CLASS_NAMES for model in (*given, unet) if model is not None):
+    given, unet = models.encoders, models.denoiser
+    unknown = [model for model in given if model is not None and type(model).__name__ not in ENCODER_CLASSES]
+    if unknown or (unet is not None and not families.knows(unet)):
         return _as_they_are(given, unet)
-    family = family_of(unet)
-    targets = (
-        every_target(text_encoder, unet) if family is None
-        else family.targets(text_encoder, unet, split=False, t5=True)
-    )  # fmt: skip
+    family = families.of(models)
+    targets = family.every(models, outside=False)
     denoiser = None
     if unet is not None:
-        is_xl = has_published_names(text_encoder, unet)
-        names = SDXL_UNET if is_xl else CLASS_NAMES[type(unet).__name__]
         own = [target for target in targets if target.part == "denoiser"]
-        denoiser = PublishedModel(unet, own, names, stand_ins=None in stand_ins)
+        denoiser = PublishedModel(unet, own, family.class_names, stand_ins=None in stand_ins)
     encoders, places, numbered = _encoders(given, targets, stand_ins)
     return PublishedModels(denoiser, encoders, places, numbered)
 
@@ -306,7 +301,7 @@ def _encoders(
         own = [t for t in targets if t.part == "text_encoder" and t.encoder == place]
         number = own[0].name.split("_")[1].removeprefix("te")
         numbered = numbered or bool(number)
-        names = CLASS_NAMES[type(encoder).__name__]
+        names = ENCODER_CLASSES[type(encoder).__name__]
         slots[int(number or 1)] = (place, PublishedModel(encoder, own, names, stand_ins=place in stand_ins))
     empty = (None, PublishedModel(None, (), ClassNames("NoModel", ()), stand_ins=False))
     filled = [slots.get(number, empty) for number in range(1, max(slots, default=0) + 1)]

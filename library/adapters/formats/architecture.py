@@ -1,43 +1,58 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Under which names adapter files know the layers of each architecture: one small table per architecture.
+"""The names under which adapter files know the layers of an architecture, in three formats.
 
 kohya:  lora_unet_double_blocks_0_img_attn_qkv                     (published path, underscores)
 comfy:  diffusion_model.double_blocks.0.img_attn.qkv               (published path; encoders: text_encoders.<name>...)
 peft:   transformer.transformer_blocks.0.attn.to_q, .to_k, .to_v   (path in diffusers; fused layers are several)
 
-Which program reads which of them: docs/lora_formats.md.
+Each model family has a small table of its own, an `Architecture` (library/families/<name>/adapter_names.py). Whatever
+works with files is given the tables. Which program reads which of the formats: docs/lora_formats.md.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from torch import nn
+from library.io.metadata import PUBLISHED_LAYOUT
+from library.key_tables import SWAP_HALVES, ModuleName
 
-from library.families.flux.names import flux_names
-from library.families.lumina.names import lumina_names
-from library.families.sd.names import unet_module_names
-from library.families.sd3.names import sd3_names
-from library.key_tables import SWAP_HALVES, ModuleName, expand, named
-
-# Before the flat paths of diffusers: OneTrainer; older FLUX trainers and OneTrainer's U-Nets; LyCORIS, SimpleTuner
+# Prefixes of flattened diffusers paths: OneTrainer; older FLUX trainers and OneTrainer's U-Nets; LyCORIS, SimpleTuner
 FLAT_DIFFUSERS = ("lora_transformer", "lora_unet", "lycoris")
 PEFT_WRAPPER = "base_model.model."
-MOST_BLOCKS = 200  # what numbers in foreign keys may blow a table up to
+MOST_BLOCKS = 200  # larger numbers in foreign keys do not enlarge a table
+READS_STATES = "^lora_unet_"  # for `inputs`: transformers whose other layers have inputs of other widths
+
+
+@dataclass(frozen=True, eq=False)
+class Encoder:
+    """A text encoder: the prefixes of its layers' paths in each format, and in checkpoints.
+
+    paths: the layers for a number of blocks, as named in transformers.
+    """
+
+    kohya: str
+    comfy: str
+    peft: str
+    paths: Callable[[int], Iterable[str]]
+    aliases: tuple[str, ...] = ()  # further kohya prefixes that other trainers write
+    checkpoint: tuple[str, ...] = ()  # prefixes in single-file checkpoints, in the names of transformers
+    open_clip: tuple[str, ...] = ()  # ... and in the names of OpenCLIP
+    open_clip_names: Mapping[str, str] = field(default_factory=dict)  # path within a block -> the same in OpenCLIP
+    used_blocks: int | None = None  # checkpoints may hold one block more, which no picture depends on; None: all count
 
 
 @dataclass(frozen=True)
 class PublishedLayer:
-    """A published layer and its names. Rows of the parts, one after the other, are the rows of the layer."""
+    """A published layer and its names. The rows of the parts, concatenated, are the rows of the layer."""
 
     kohya: str
     comfy: str
     parts: tuple[str, ...]  # peft
-    published: str  # path in the part's own checkpoint file
-    encoder: bool = False
+    published: str  # path in the checkpoint file of its model
+    encoder: Encoder | None = None  # the text encoder that it belongs to; None: the denoiser
     swap: bool = False  # (shift, scale) in published files, (scale, shift) in diffusers: where rows = 2 x inputs
     widths: tuple[float, ...] = (1.0,)  # rows of each part, in units of the inputs
 
@@ -46,37 +61,44 @@ class PublishedLayer:
         return f"lora_unet_{flat(self.parts[part].partition('.')[2])}"
 
     def swaps(self, rows: int, inputs: int) -> bool:
-        """Whether the halves of this layer's rows stand in another order in diffusers."""
+        """Whether diffusers has the halves of this layer's rows in the opposite order."""
         return self.swap and rows == 2 * inputs
 
 
 @dataclass(frozen=True)
-class Encoder:
-    """A text encoder: what stands before the paths of its layers in each format."""
+class FileFacts:
+    """What the headers of files say about their architecture."""
 
-    kohya: str
-    comfy: str
-    peft: str
-    paths: Callable[[int], Iterable[str]]
-    aliases: tuple[str, ...] = ()  # further kohya prefixes that other trainers write
+    version: str  # ss_base_model_version
+    architecture: str  # modelspec.architecture without "/lora"
+    implementation: str = "diffusers"  # modelspec.implementation of adapters
+    prediction: str | None = "epsilon"
+    size: int = 1024
+    network: str = "networks.lora"
+    published: str = PUBLISHED_LAYOUT  # modelspec.implementation of checkpoints
 
 
 @dataclass(frozen=True, eq=False)
 class Architecture:
-    """How adapter files of one architecture are named."""
+    """How adapter files of one architecture name its layers, and what the LoRA tools need to know about it."""
 
     name: str
     title: str
-    denoiser: Callable[[int], Iterable[ModuleName]]  # for so many blocks of each kind
+    denoiser: Callable[[int], Iterable[ModuleName]]  # its layers, for a number of blocks of each kind
     encoders: tuple[Encoder, ...]
+    facts: Callable[[Collection[str], bool], FileFacts]  # (tensor names of a checkpoint, v-prediction is assumed)
+    new_layers: re.Pattern[str]  # kohya names of the denoiser's layers that an extracted LoRA has
+    conv_layers: re.Pattern[str] | None = None  # ... with a rank for convolutions
     peft: str = "transformer"
     kohya_is_diffusers: bool = False  # kohya keys have the path of diffusers instead of the published one
     fused: Mapping[int, tuple[float, ...]] = field(default_factory=dict)  # number of parts -> their `widths`
     comfy_alpha: bool = True  # False: a reader of the comfy format refuses alpha, so the scale is inside lora_B
-    # End of a layer's kohya name -> widths of its input in the models that are published: where names fit several
+    numbered_oft: bool = False  # kohya's OFT files number the rotations of a layer, also where it has one
+    # End of a layer's kohya name -> widths of its input in the published models: where names fit several
     inputs: Mapping[str, frozenset[int]] = field(default_factory=dict)
-    family: str = ""  # the model family that it is of, where that has another name
-    not_in_last_block: str = ""  # a layer of joint blocks that the last one has not
+    family: str = ""  # its model family, where that has another name
+    variants: tuple[str, ...] = ()  # other names of models with the same layers
+    not_in_last_block: str = ""  # a layer that all joint blocks but the last one have
 
     def layers(self, blocks: int) -> Iterator[PublishedLayer]:
         """Every layer that an adapter may be on: encoders first, as in files."""
@@ -84,7 +106,7 @@ class Architecture:
             for path in encoder.paths(blocks):
                 yield PublishedLayer(
                     f"{encoder.kohya}_{flat(path)}", f"{encoder.comfy}.{path}", (f"{encoder.peft}.{path}",), path,
-                    encoder=True,
+                    encoder=encoder,
                 )  # fmt: skip
         for name in self.denoiser(blocks):
             path = name.ours[0] if self.kohya_is_diffusers else name.published
@@ -98,162 +120,21 @@ class Architecture:
             )
 
 
+Tables = Sequence[Architecture]  # in the order that decides about files that hold adapters of text encoders only
+
+
+def table_named(tables: Tables, name: str) -> Architecture | None:
+    """The table of an architecture, by its name or that of one of its variants."""
+    return next((table for table in tables if name == table.name or name in table.variants), None)
+
+
+def beginning(*starts: str) -> re.Pattern[str]:
+    """Kohya names of a denoiser's layers that begin with one of `starts`."""
+    return re.compile(f"lora_unet_({'|'.join(starts)}).*")
+
+
 def flat(path: str) -> str:
     return path.replace(".", "_")
-
-
-TEXT_PROJECTION = "text_projection"  # of CLIP, outside of its level text_model
-
-
-# ---- text encoders ------------------------------------------------------------------------------------------------
-
-
-def clip_paths(blocks: int) -> Iterator[str]:
-    for i in range(blocks):
-        block = f"text_model.encoder.layers.{i}"
-        yield from (f"{block}.self_attn.{name}_proj" for name in ("k", "v", "q", "out"))
-        yield from (f"{block}.{name}" for name in ("mlp.fc1", "mlp.fc2", "layer_norm1", "layer_norm2"))
-    yield "text_model.final_layer_norm"
-
-
-def clip_with_projection_paths(blocks: int) -> Iterator[str]:
-    yield from clip_paths(blocks)
-    yield TEXT_PROJECTION
-
-
-def t5_paths(blocks: int) -> Iterator[str]:
-    for i in range(blocks):
-        block = f"encoder.block.{i}.layer"
-        yield from (f"{block}.0.{name}" for name in ("SelfAttention.q", "SelfAttention.k", "SelfAttention.v"))
-        yield from (f"{block}.{name}" for name in ("0.SelfAttention.o", "0.layer_norm", "1.layer_norm"))
-        yield from (f"{block}.1.DenseReluDense.{name}" for name in ("wi_0", "wi_1", "wo"))
-    yield "encoder.final_layer_norm"
-
-
-def gemma2_paths(blocks: int) -> Iterator[str]:
-    for i in range(blocks):
-        yield from (f"layers.{i}.self_attn.{name}_proj" for name in "qkvo")
-        yield from (f"layers.{i}.mlp.{name}_proj" for name in ("gate", "up", "down"))
-
-
-# ---- denoisers ----------------------------------------------------------------------------------------------------
-
-RESNET = ("norm1", "conv1", "time_emb_proj", "norm2", "conv2", "conv_shortcut")
-TRANSFORMER = (
-    *(f"{attention}.{name}" for attention in ("attn1", "attn2") for name in ("to_q", "to_k", "to_v", "to_out.0")),
-    *("ff.net.0.proj", "ff.net.2", "norm1", "norm2", "norm3"),
-)
-UNET_OUTSIDE = ("conv_in", "time_embedding.linear_1", "time_embedding.linear_2", "conv_norm_out", "conv_out")
-LABELS = ("add_embedding.linear_1", "add_embedding.linear_2")
-UNET_SIDES = (("down", 2, "downsamplers"), ("up", 3, "upsamplers"))  # residual blocks of a level, what ends it
-
-
-@dataclass(frozen=True)
-class UnetShape:
-    """How many transformer blocks each attention of a U-Net has, level by level; 0 is a level without attention."""
-
-    down: tuple[int, ...]
-    middle: int
-    up: tuple[int, ...]
-    outside: tuple[str, ...] = UNET_OUTSIDE
-
-    def paths(self) -> Iterator[str]:
-        """Its layers, as diffusers names them."""
-        yield from self.outside
-        for (side, resnets, sampler), depths in zip(UNET_SIDES, (self.down, self.up), strict=True):
-            for i, depth in enumerate(depths):
-                block = f"{side}_blocks.{i}"
-                yield from (f"{block}.resnets.{j}.{name}" for j in range(resnets) for name in RESNET)
-                if depth:
-                    yield from (f"{block}.attentions.{j}.{name}" for j in range(resnets) for name in _attention(depth))
-                if i < len(depths) - 1:
-                    yield f"{block}.{sampler}.0.conv"
-        yield from (f"mid_block.resnets.{j}.{name}" for j in range(2) for name in RESNET)
-        yield from (f"mid_block.attentions.0.{name}" for name in _attention(self.middle))
-
-
-SD_UNET = UnetShape((1, 1, 1, 0), 1, (0, 1, 1, 1))
-SDXL_UNET = UnetShape((0, 2, 10), 10, (10, 2, 0), (*UNET_OUTSIDE, *LABELS))
-
-
-def _attention(depth: int) -> tuple[str, ...]:
-    inner = (f"transformer_blocks.{i}.{name}" for i in range(depth) for name in TRANSFORMER)
-    return ("norm", "proj_in", *inner, "proj_out")
-
-
-@functools.cache
-def unet_names(shape: UnetShape) -> tuple[ModuleName, ...]:
-    """Published and own names. The published ones follow the module tree, so a tree of empty modules is made."""
-    paths = [*shape.paths()]
-    tree = nn.Module()
-    for path in paths:
-        here = tree
-        for step in path.split("."):
-            if step not in dict(here.named_children()):
-                here.add_module(step, nn.Module())
-            here = here.get_submodule(step)
-    return tuple(named(rule.published, *rule.ours) for rule in expand(unet_module_names(tree), paths))
-
-
-def flux_denoiser(blocks: int) -> list[ModuleName]:
-    return [n for n in flux_names(blocks, blocks, guidance_layers=blocks) if not n.published.endswith(".scale")]
-
-
-def sd3_denoiser(blocks: int) -> list[ModuleName]:
-    """A file does not say how many blocks the model has, so `PublishedLayer.swaps` finds the last one by its shape."""
-    last = ".context_block.adaLN_modulation.1"
-    return [replace(n, op=SWAP_HALVES) if n.published.endswith(last) else n for n in sd3_names(blocks)]
-
-
-# ---- the table ----------------------------------------------------------------------------------------------------
-
-
-READS_TEXT = "attn2_to_[kv]$"
-READS_STATES = "^lora_unet_"  # the other inputs of these models are of other widths
-
-
-def _sd(name: str, title: str, clip: str, text: int) -> Architecture:
-    encoder = Encoder("lora_te", f"text_encoders.{clip}.transformer", "text_encoder", clip_paths, ("lora_te1",))
-    inputs = {READS_TEXT: frozenset({text}), "self_attn_[qkv]_proj$": frozenset({text})}
-    return Architecture(
-        name, title, lambda blocks: unet_names(SD_UNET), (encoder,), peft="unet", kohya_is_diffusers=True,
-        inputs=inputs, family="sd",
-    )  # fmt: skip
-
-
-CLIP_L = Encoder("lora_te1", "text_encoders.clip_l.transformer", "text_encoder", clip_with_projection_paths)
-CLIP_G = Encoder("lora_te2", "text_encoders.clip_g.transformer", "text_encoder_2", clip_with_projection_paths)
-T5_OF_SD3 = Encoder("lora_te3", "text_encoders.t5xxl.transformer", "text_encoder_3", t5_paths)
-T5_OF_FLUX = replace(T5_OF_SD3, peft="text_encoder_2", aliases=("lora_te2",))
-GEMMA2 = Encoder("lora_te", "text_encoders.gemma2_2b.transformer.model", "text_encoder", gemma2_paths)
-
-# In this order, which decides about files that have text encoders only.
-ARCHITECTURES = (
-    _sd("sd1", "Stable Diffusion 1.x", "clip_l", 768),
-    _sd("sd2", "Stable Diffusion 2.x", "clip_h", 1024),
-    Architecture(
-        "flux", "FLUX.1 or Chroma", flux_denoiser, (CLIP_L, T5_OF_FLUX), fused={4: (1.0, 1.0, 1.0, 4.0)},
-        inputs={READS_STATES: frozenset({3072})}, family="chroma",
-    ),
-    Architecture(
-        "sdxl", "Stable Diffusion XL", lambda blocks: unet_names(SDXL_UNET), (CLIP_L, CLIP_G), peft="unet",
-        inputs={READS_TEXT: frozenset({2048}), "te1_.+self_attn_[qkv]_proj$": frozenset({768})},
-    ),
-    Architecture(
-        "sd3", "Stable Diffusion 3 or 3.5", sd3_denoiser, (CLIP_L, CLIP_G, T5_OF_SD3),
-        inputs={READS_STATES: frozenset({1536, 2432})}, not_in_last_block="context_block_attn_proj",
-    ),
-    Architecture(
-        "lumina", "Lumina-Image 2.0", lambda blocks: lumina_names(blocks, blocks), (GEMMA2,),
-        fused={3: (1.0, 1 / 3, 1 / 3)}, comfy_alpha=False, inputs={READS_STATES: frozenset({2304})},
-    ),
-)  # fmt: skip
-BY_NAME = {architecture.name: architecture for architecture in ARCHITECTURES}
-
-
-def of_family(family: str) -> tuple[str, ...] | None:
-    """The architectures of a model family; None when it has no table here."""
-    return tuple(a.name for a in ARCHITECTURES if family in (a.name, a.family)) or None
 
 
 # ---- from a path in a file to a layer -----------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapter files: reading, writing, and the three formats in which people share them (names: format_tables.py).
+"""Adapter files in the three formats in which people share them, converted into each other.
 
     tensors = read_tensors("lora.safetensors")
-    write_tensors("peft.safetensors", convert(tensors, "peft"), {**metadata, **header(tensors, "peft")})
+    headers = {**metadata, **header(tensors, "peft", tables)}
+    write_tensors("peft.safetensors", convert(tensors, "peft", tables), headers)
 
 kohya   lora_down / lora_up / alpha / dora_scale
 comfy   lora_A / lora_B / alpha / dora_scale; DoRA magnitudes as ComfyUI's formula needs them
@@ -13,14 +14,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from library.adapters.formats.adapter_files import by_module, read_metadata, read_tensors, write_tensors
-from library.adapters.formats.architecture import BY_NAME, NameIndex, PublishedLayer, blocks_in, index_of
+from library.adapters.formats.architecture import Architecture, NameIndex, PublishedLayer, Tables, blocks_in, index_of
 from library.adapters.formats.damage import damaged_if_broken, require_whole
 from library.adapters.formats.deltas import adapted_weight, row_norms, scaled_rows
 from library.adapters.formats.layer_tensors import (
@@ -62,53 +63,61 @@ PEFT_ENDINGS = {DOWN: "lora_A.weight", UP: "lora_B.weight", DORA: "lora_magnitud
 def convert(
     tensors: Mapping[str, Tensor],
     to: str,
+    tables: Tables,
     *,
     alphas: Alphas | None = None,
     norms: Norms | None = None,
-    architecture: str | None = None,
+    architecture: Architecture | None = None,
 ) -> dict[str, Tensor]:
     """An adapter's tensors in another format.
 
     alphas: what `alphas_in` found in the file's header. norms: of `dora_norms`, for DoRA to or from comfy.
-    architecture: name in `format_tables.BY_NAME`; found from the keys when None.
+    architecture: that the layers belong to; found from the keys when None.
     Raises UserError for unknown layers, and for tensors that the format has no name for.
     """
     require_whole(tensors)
     if is_oft(tensors):
-        return convert_oft(tensors, to, architecture)
-    if to == "kohya" and format_of(tensors) == to and not any(key.endswith(f".{COMFY_DORA}") for key in tensors):
-        _require_known(tensors, architecture)
+        return convert_oft(tensors, to, tables if architecture is None else [architecture])
+    if (
+        to == "kohya"
+        and format_of(tensors, tables) == to
+        and not any(key.endswith(f".{COMFY_DORA}") for key in tensors)
+    ):
+        _layers(tensors, _index(tensors, tables, architecture))  # raises for unknown layers
         return dict(tensors)
-    index = _index(tensors, architecture)
+    index = _index(tensors, tables, architecture)
     layers = _restored_layers(tensors, index, alphas)
     return WRITERS[to]({n: (layer, _dora_for(own, n, norms, to)) for n, (layer, own) in layers.items()}, index)
 
 
 def to_kohya(
     tensors: Mapping[str, Tensor],
+    tables: Tables,
     *,
     alphas: Alphas | None = None,
-    among: Sequence[str] | None = None,
+    among: Tables | None = None,
     apart: bool = False,
 ) -> dict[str, Tensor]:
     """Any format as kohya keys, for a model; tensors that have kohya keys already are returned as they are.
 
     DoRA magnitudes of a comfy file stay ComfyUI's, under a name of their own: `deltas.kohya_dora` needs the weights.
-    among: the architectures that are possible. apart: parts that cannot be one layer keep names of their own.
+    among: the architectures that are possible; None: all `tables`. apart: parts that cannot be one layer keep names
+    of their own.
     Raises UserError, also for tensors that are damaged.
     """
     require_whole(tensors)
-    if format_of(tensors, among) == "kohya":
+    if format_of(tensors, tables, among) == "kohya":
         return dict(tensors)
+    possible = tables if among is None else among
     if is_bounded(tensors):
-        return convert_oft(tensors, "kohya", None, among)
-    found = _kohya_keys(_restored_layers(tensors, _index(tensors, None, among), alphas, apart))
+        return convert_oft(tensors, "kohya", possible)
+    found = _kohya_keys(_restored_layers(tensors, _index(tensors, possible), alphas, apart))
     require_whole(found)
     return found
 
 
 def read_adapter(
-    path: str | Path, among: Sequence[str] | None = None, *, advice: str | None = None, apart: bool = False
+    path: str | Path, tables: Tables, among: Tables | None = None, *, advice: str | None = None, apart: bool = False
 ) -> dict[str, Tensor]:
     """An adapter file of any format with kohya keys as `to_kohya` gives them, alphas of its header included.
 
@@ -117,24 +126,21 @@ def read_adapter(
     """
     tensors = read_tensors(path)
     try:
-        found = to_kohya(tensors, alphas=alphas_in(read_metadata(path)), among=among, apart=apart)
+        found = to_kohya(tensors, tables, alphas=alphas_in(read_metadata(path)), among=among, apart=apart)
         if advice is not None:
-            require_one(tensors, among, advice)
+            require_one(tensors, tables, among, advice)
         return found
     except UserError as error:
         raise UserError([p if str(path) in p else f"{path}: {p}" for p in error.problems]) from None
 
 
-def _require_known(tensors: Mapping[str, Tensor], architecture: str | None) -> None:
-    """Raises UserError when tensors with kohya keys do not belong to a known architecture."""
-    _layers(tensors, _index(tensors, architecture))
-
-
-def header(tensors: Mapping[str, Tensor], to: str, *, architecture: str | None = None) -> dict[str, str]:
+def header(
+    tensors: Mapping[str, Tensor], to: str, tables: Tables, *, architecture: Architecture | None = None
+) -> dict[str, str]:
     """What the header of a file in format `to` must have so that the way back restores alpha."""
     if to == "kohya" or is_oft(tensors):
         return {}
-    index = _index(tensors, architecture)
+    index = _index(tensors, tables, architecture)
     if to == "comfy" and index.architecture.comfy_alpha:
         return {}
     found = {
@@ -167,7 +173,7 @@ def _dtype(name: str) -> torch.dtype:
     return found
 
 
-def dora_norms(tensors: Mapping[str, Tensor], weight_of: Callable[[str], Tensor | None]) -> Norms:
+def dora_norms(tensors: Mapping[str, Tensor], weight_of: Callable[[str], Tensor | None], tables: Tables) -> Norms:
     """The `norms` of every DoRA layer. weight_of: kohya name -> the base model's weight, rows as published.
 
     Raises UserError naming the layers that have no weight.
@@ -176,7 +182,7 @@ def dora_norms(tensors: Mapping[str, Tensor], weight_of: Callable[[str], Tensor 
     missing: list[str] = []
     if is_oft(tensors):
         return found
-    for name, (_, own) in _layers(tensors, _index(tensors, None)).items():
+    for name, (_, own) in _layers(tensors, _index(tensors, tables)).items():
         if COMFY_DORA not in own and not _on_output_axis(own):
             continue
         weight = weight_of(name)
@@ -193,13 +199,13 @@ def dora_norms(tensors: Mapping[str, Tensor], weight_of: Callable[[str], Tensor 
     return found
 
 
-def layers_in(tensors: Mapping[str, Tensor], architecture: str | None = None) -> dict[str, PublishedLayer]:
-    """kohya name -> layer of an adapter in any format."""
-    return {name: layer for name, (layer, _) in _layers(tensors, _index(tensors, architecture)).items()}
+def layers_in(tensors: Mapping[str, Tensor], tables: Tables) -> dict[str, PublishedLayer]:
+    """kohya name -> layer of an adapter in any format. tables: the architectures that are possible."""
+    return {name: layer for name, (layer, _) in _layers(tensors, _index(tensors, tables)).items()}
 
 
-def _index(tensors: Mapping[str, Tensor], architecture: str | None, among: Sequence[str] | None = None) -> NameIndex:
-    return index_of(BY_NAME[architecture or architecture_of(tensors, among)], blocks_in(paths_in(tensors)))
+def _index(tensors: Mapping[str, Tensor], tables: Tables, architecture: Architecture | None = None) -> NameIndex:
+    return index_of(architecture or architecture_of(tensors, tables), blocks_in(paths_in(tensors)))
 
 
 Layers = Mapping[str, tuple[PublishedLayer, Mapping[str, Tensor]]]  # kohya name -> (layer, kohya's suffix -> tensor)

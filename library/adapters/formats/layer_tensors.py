@@ -25,7 +25,7 @@ COMFY_DORA = "dora_scale_of_comfy"  # in memory only: magnitudes of the output a
 BIAS, BIAS_ADDED = "lora_up.bias", "diff_b"  # PEFT's lora_bias, and what is added to the bias of the layer
 LORA = {DOWN, UP, ALPHA, DORA}  # what can be split and fused, and has a name in peft
 
-Tensors = Mapping[str, Tensor]
+Tensors = Mapping[str, Tensor]  # of one layer: kohya's suffix -> value
 
 
 def scale_of(own: Tensors) -> float:

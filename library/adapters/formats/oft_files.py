@@ -8,19 +8,18 @@ comfy   diffusion_model.<path>.oft_blocks; parts of a fused layer have their nam
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from library.adapters.formats.adapter_files import by_module
-from library.adapters.formats.architecture import ARCHITECTURES, BY_NAME, NameIndex, PublishedLayer, blocks_in, index_of
+from library.adapters.formats.architecture import NameIndex, PublishedLayer, Tables, blocks_in, index_of
 from library.adapters.formats.recognition import OFT_PREFIX
 from library.errors import UserError, first_names
 
 LORA = "lora_unet_"
 BLOCKS, ALPHA = "oft_blocks", "alpha"
-NUMBERED = ("flux",)  # architectures whose kohya files number the parts, also where there is one
 
 
 def is_oft(tensors: Mapping[str, Tensor]) -> bool:
@@ -36,18 +35,16 @@ def is_bounded(tensors: Mapping[str, Tensor]) -> bool:
     return bool(own) and all(set(found) == {BLOCKS, ALPHA} and bool(found[ALPHA].any()) for found in own.values())
 
 
-def convert_oft(
-    tensors: Mapping[str, Tensor], to: str, architecture: str | None, among: Sequence[str] | None = None
-) -> dict[str, Tensor]:
-    """The tensors in format `to`: kohya or comfy. Raises UserError for layers without a name there.
+def convert_oft(tensors: Mapping[str, Tensor], to: str, tables: Tables) -> dict[str, Tensor]:
+    """The tensors in format `to`: kohya or comfy. tables: the architectures that are possible.
 
-    architecture: name in `format_tables.BY_NAME`; found from the keys, or `among` some, when None.
+    Raises UserError for layers without a name there.
     """
     is_kohya = any(key.startswith(OFT_PREFIX) for key in tensors)
     if to == "peft":
         raise UserError(f"OFT has no names in other formats than kohya and comfy: {first_names([*tensors])}")
     own = by_module(tensors) if is_kohya else _by_path(tensors)
-    index = _index([path.replace(OFT_PREFIX, LORA) for path in own], [architecture] if architecture else among)
+    index = _index([path.replace(OFT_PREFIX, LORA) for path in own], tables)
     if is_kohya == (to == "kohya"):
         return dict(tensors)
     return _to_comfy(own, index) if is_kohya else _to_kohya(own, index)
@@ -62,9 +59,8 @@ def _by_path(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return own
 
 
-def _index(paths: list[str], among: Sequence[str] | None) -> NameIndex:
-    known = [BY_NAME[name] for name in among] if among else ARCHITECTURES
-    indices = [index_of(found, blocks_in(paths)) for found in known]
+def _index(paths: list[str], tables: Tables) -> NameIndex:
+    indices = [index_of(architecture, blocks_in(paths)) for architecture in tables]
     unknown = {id(index): [path for path in paths if index.find(path) is None] for index in indices}
     index = min(indices, key=lambda index: len(unknown[id(index)]))
     if unknown[id(index)]:
@@ -103,7 +99,7 @@ def _to_kohya(own: Mapping[str, Mapping[str, Tensor]], index: NameIndex) -> dict
         if bound is None or not float(bound):
             raise UserError(f"{path}: an OFT without a bound (alpha) has no name in the kohya format")
         layer = found.setdefault(place.layer.kohya.replace(LORA, OFT_PREFIX), {ALPHA: _times(bound, 1 / _rows(blocks))})
-        numbered = index.architecture.name in NUMBERED
+        numbered = index.architecture.numbered_oft
         layer[f"{BLOCKS}.{place.part or 0}" if numbered else BLOCKS] = blocks
     return {f"{name}.{suffix}": value for name, layer in found.items() for suffix, value in layer.items()}
 

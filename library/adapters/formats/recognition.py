@@ -14,12 +14,11 @@ from typing import Literal
 from torch import Tensor
 
 from library.adapters.formats.architecture import (
-    ARCHITECTURES,
-    BY_NAME,
     PEFT_WRAPPER,
     Architecture,
     NameIndex,
     PublishedLayer,
+    Tables,
     blocks_in,
     index_of,
 )
@@ -98,60 +97,64 @@ def _sorted(tensors: Mapping[str, Tensor]) -> tuple[Paths, list[str]]:
     return found, unknown
 
 
-def architecture_of(tensors: Mapping[str, Tensor], among: Sequence[str] | None = None) -> str:
-    """Name in `format_tables.BY_NAME` of the architecture that has every layer of the file: the first, if several."""
-    return architectures_of(tensors, among)[0]
+def architecture_of(tensors: Mapping[str, Tensor], tables: Tables) -> Architecture:
+    """The architecture that has every layer of the file: the first one, if several have.
+
+    Raises UserError as `architectures_of` does.
+    """
+    return architectures_of(tensors, tables)[0]
 
 
-def architectures_of(tensors: Mapping[str, Tensor], among: Sequence[str] | None = None) -> list[str]:
+def architectures_of(tensors: Mapping[str, Tensor], tables: Tables) -> list[Architecture]:
     """The architectures that have every layer of the file: several only where neither names nor widths decide.
 
-    among: those that are possible, where a model is at hand. Adapters of text encoders alone fit several: the first is
-    taken. Raises UserError saying which one is nearest and what it lacks.
+    tables: those that are possible. Adapters of text encoders alone fit several: the first is taken.
+    Raises UserError saying which architecture comes nearest and which layers it lacks.
     """
     paths = paths_in(tensors)
-    missing = _missing(paths, among)
-    name = min(missing, key=lambda name: len(missing[name]))
-    lacks = missing[name]
+    missing = _missing(paths, tables)
+    nearest = min(missing, key=lambda architecture: len(missing[architecture]))
+    lacks = missing[nearest]
     if lacks and all(path in lacks for path in paths if not path.startswith(("lora_te", "text_encoder"))):
-        known = ", ".join(BY_NAME[name].title for name in missing)
+        known = ", ".join(architecture.title for architecture in missing)
         raise UserError(f"the adapter is for no architecture that is known ({known}): {first_names(lacks)}")
     if lacks:
-        what = f"{BY_NAME[name].title} comes nearest but has not"
+        what = f"{nearest.title} comes nearest but has not"
         raise UserError(f"{len(lacks)} of {len(paths)} layers of the adapter are unknown: {what} {first_names(lacks)}")
-    fitting = [BY_NAME[name] for name in missing if not missing[name]]
-    return [architecture.name for architecture in _told_apart(fitting, paths)]
+    return [*_told_apart([architecture for architecture in missing if not missing[architecture]], paths)]
 
 
-def require_one(tensors: Mapping[str, Tensor], among: Sequence[str] | None, advice: str) -> None:
-    """Raises UserError when the layers' names mean other layers in several architectures. advice: what decides it."""
-    if format_of(tensors, among) == "kohya":
+def require_one(tensors: Mapping[str, Tensor], tables: Tables, among: Tables | None, advice: str) -> None:
+    """Raises UserError when several architectures have layers of these names, but other ones.
+
+    among: the architectures that are possible; None: all `tables`. advice: how a user can decide it.
+    """
+    if format_of(tensors, tables, among) == "kohya":
         return
-    names = architectures_of(tensors, among)
-    if len(names) > 1:
-        titles = " and ".join(BY_NAME[name].title for name in names)
+    fitting = architectures_of(tensors, tables if among is None else among)
+    if len(fitting) > 1:
+        titles = " and ".join(architecture.title for architecture in fitting)
         raise UserError(f"the layers' names fit {titles} alike, and their widths are of neither: {advice}")
 
 
-def _missing(paths: Paths, among: Sequence[str] | None) -> dict[str, list[str]]:
-    """Architecture -> paths of the file that it has not."""
+def _missing(paths: Paths, tables: Tables) -> dict[Architecture, list[str]]:
+    """Architecture -> paths of the file that it does not have."""
     blocks = blocks_in(paths)
-    chosen = [architecture for architecture in ARCHITECTURES if among is None or architecture.name in among]
-    return {a.name: [path for path in paths if index_of(a, blocks).find(path) is None] for a in chosen}
+    return {a: [path for path in paths if index_of(a, blocks).find(path) is None] for a in tables}
 
 
 def _told_apart(fitting: Sequence[Architecture], paths: Paths) -> Sequence[Architecture]:
     """Those of the architectures that a file with these paths can be for: one, or several that mean other layers."""
     if len(fitting) == 1:
         return fitting
-    layers = {a.name: _layers(a, paths) for a in fitting}
-    signs = {a.name: _signs(a, layers[a.name], paths) for a in fitting}
-    best = [a for a in fitting if signs[a.name] == max(signs.values())]
-    denoiser = {a.name: [name for name, layer in layers[a.name].items() if not layer.encoder] for a in best}
-    own = [a for a in best if all(layers[a.name][path].kohya == path for path in denoiser[a.name])]
-    if own or len(best) == 1 or not denoiser[best[0].name]:
+    layers = {a: _layers(a, paths) for a in fitting}
+    signs = {a: _signs(a, layers[a], paths) for a in fitting}
+    best = [a for a in fitting if signs[a] == max(signs.values())]
+    denoiser = {a: [name for name, layer in layers[a].items() if not layer.encoder] for a in best}
+    own = [a for a in best if all(layers[a][path].kohya == path for path in denoiser[a])]
+    if own or len(best) == 1 or not denoiser[best[0]]:
         return (own or best)[:1]
-    meant = [{layer.kohya for layer in layers[a.name].values()} for a in best]
+    meant = [{layer.kohya for layer in layers[a].values()} for a in best]
     return best[:1] if all(names == meant[0] for names in meant) else best
 
 
@@ -178,30 +181,32 @@ def _signs(architecture: Architecture, layers: Mapping[str, PublishedLayer], pat
     return found
 
 
-def architectures_with(names: Iterable[str]) -> list[str] | None:
-    """The architectures whose layers have these kohya names; None when none has any."""
+def architectures_with(names: Iterable[str], tables: Tables) -> Tables | None:
+    """The architectures whose layers have these kohya names; None when no architecture has any of them."""
     names = [*names]
-    counts = {a.name: sum(layer.kohya == name for name, layer in _layers(a, names).items()) for a in ARCHITECTURES}
-    most = max(counts.values())
-    return [name for name, count in counts.items() if count == most] if most else None
+    counts = {a: sum(layer.kohya == name for name, layer in _layers(a, names).items()) for a in tables}
+    most = max(counts.values(), default=0)
+    return [architecture for architecture, count in counts.items() if count == most] if most else None
 
 
-def _nearest_format(paths: Paths, among: Sequence[str] | None) -> tuple[Format | None, bool]:
-    """The format of the layers that the nearest architecture has, None where none is; whether it has every layer."""
-    missing = _missing(paths, among)
-    nearest = BY_NAME[min(missing, key=lambda name: len(missing[name]))]
-    known = set(paths).difference(missing[nearest.name])
-    return _format_of_places(index_of(nearest, blocks_in(paths)), known) if known else None, not missing[nearest.name]
+def _nearest_format(paths: Paths, tables: Tables) -> tuple[Format | None, bool]:
+    """The format of the layers that the nearest architecture has (None: has none), and whether it has all of them."""
+    if not tables:
+        return None, False
+    missing = _missing(paths, tables)
+    nearest = min(missing, key=lambda architecture: len(missing[architecture]))
+    known = set(paths).difference(missing[nearest])
+    return _format_of_places(index_of(nearest, blocks_in(paths)), known) if known else None, not missing[nearest]
 
 
-def format_of(tensors: Mapping[str, Tensor], among: Sequence[str] | None = None) -> Format:
+def format_of(tensors: Mapping[str, Tensor], tables: Tables, among: Tables | None = None) -> Format:
     """Which of the three formats the layers that are understood are in; without any, what the keys begin with.
 
     among: the architectures that are possible, where a model is at hand. A file may be for another one, and a small
     model may have layers that the published ones of its architecture have not.
     """
     paths, _ = _sorted(tensors)
-    found, is_whole = _nearest_format(paths, None)
+    found, is_whole = _nearest_format(paths, tables)
     if among is not None and not (is_whole and found == "kohya"):
         found, _ = _nearest_format(paths, among)
     if found is not None:

@@ -11,18 +11,40 @@ At inference, and in the file, it is a plain LoRA of the full rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.adapters.adapter_layer import AdapterLayer
+from library.adapters.kind import AdapterKind
 from library.adapters.layers.weight import WeightLayer, convolve
+from library.adapters.options import BlockOptions, LoraPlusOptions, NoDropoutOptions, PatternOptions, warn_dropout
 from library.adapters.target_spec import TargetSpec
 from library.errors import UserError
+from library.log import get_logger
+from library.options import at_least, option
+
+
+@dataclass(frozen=True)
+class DyloraOptions:
+    """The ranks of DyLoRA."""
+
+    unit: int | None = option(None, help="Ranks that learn together (1); it divides --network_dim.", check=at_least(1))
+    dyloRA: int | None = option(None, help="Another name of unit.", check=at_least(1))
+    conv_dim: int | None = option(None, help="Adapt 3x3 convolutions too; must equal --network_dim.", check=at_least(1))
+    conv_alpha: float | None = option(None, help="No effect: convolutions have --network_alpha.")
+
+    @property
+    def ranks_per_block(self) -> int:
+        return self.unit or self.dyloRA or 1
+
+    def problems(self) -> Iterator[str]:
+        if None not in (self.unit, self.dyloRA) and self.unit != self.dyloRA:
+            yield f"unit={self.unit} and dyloRA={self.dyloRA} are two names of one thing"
 
 
 @dataclass(frozen=True)
@@ -160,3 +182,33 @@ class DyLoRALayer(WeightLayer):
                 own.copy_(value)
         self.alpha = float(tensors["alpha"]) if "alpha" in tensors else float(self.rank)
         self.scale = self.alpha / self.rank
+
+
+# ---- the kind -----------------------------------------------------------------------------------------------------
+
+
+def dylora_settings(options: Mapping[str, Any], neuron_dropout: float | None) -> DyloraSettings:
+    dropout = options["dropout"]
+    warn_dropout("networks.dylora", neuron_dropout, dropout.dropout)
+    return DyloraSettings(options["ranks"].ranks_per_block, dropout.module_dropout or 0.0)
+
+
+def dylora_blocks(options: Mapping[str, Any], dim: int, alpha: float) -> BlockOptions:
+    """Convolutions have the rank and alpha of the rest. Raises UserError when another rank is asked for."""
+    ranks: DyloraOptions = options["ranks"]
+    if ranks.conv_dim not in (None, dim):
+        raise UserError(f"--network_args: conv_dim must equal --network_dim, which is {dim}; got {ranks.conv_dim}")
+    if ranks.conv_alpha not in (None, alpha):
+        get_logger().warning("--network_args: conv_alpha: no effect, convolutions have --network_alpha")
+    return BlockOptions(conv_dim=ranks.conv_dim, conv_alpha=None if ranks.conv_dim is None else alpha)
+
+
+DYLORA = AdapterKind(
+    options={
+        "ranks": DyloraOptions, "dropout": NoDropoutOptions, "plus": LoraPlusOptions, "patterns": PatternOptions,
+    },
+    readers=(DyLoRALayer,),
+    settings=dylora_settings,
+    make=lambda target, rank, alpha, settings: DyLoRALayer(target, rank=rank, alpha=alpha, settings=settings),
+    blocks=dylora_blocks,
+)  # fmt: skip

@@ -10,16 +10,39 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from library.adapters.formats.layer_tensors import dora_axis
 from library.adapters.layers.weight import WeightLayer
+from library.adapters.options import warn_dropout
 from library.adapters.target_spec import TargetSpec
+from library.options import option
+
+
+@dataclass(frozen=True)
+class FactorOptions:
+    """How a LoHa or LoKr layer is built and what it drops, besides `DropoutOptions`."""
+
+    use_tucker: bool = option(False, help="3x3 convolutions in Tucker form, the kernel apart from the columns.")
+    use_scalar: bool = option(False, help="A learned factor that starts at 0, instead of a matrix of zeros.")
+    dora_wd: bool = option(False, help="DoRA: learn the length of the weight's rows apart from their direction.")
+    wd_on_output: bool = option(True, help="DoRA over output rows; false: over input columns, which few programs read.")
+    rs_lora: bool = option(False, help="Scale by alpha / sqrt(rank) instead of alpha / rank.")
+    rank_dropout_scale: bool = option(False, help="Where rank_dropout drops rows, the others grow by what is lost.")
+
+    @property
+    def form(self) -> list[str]:
+        """The options given that decide which tensors a file has."""
+        return [name for name in ("use_tucker", "use_scalar", "dora_wd", "rs_lora") if getattr(self, name)]
+
+    def problems(self) -> Iterator[str]:
+        if not self.wd_on_output and not self.dora_wd:
+            yield "wd_on_output has no effect without dora_wd"
 
 
 @dataclass(frozen=True)
@@ -119,3 +142,18 @@ class FactorLayer(WeightLayer):
 def axis_in(tensors: Mapping[str, Tensor]) -> str | None:
     """The axis of a file's magnitudes, None without."""
     return dora_axis(tensors["dora_scale"]) if "dora_scale" in tensors else None
+
+
+def factor_values(options: Mapping[str, Any], module: str, neuron_dropout: float | None) -> dict[str, Any]:
+    """The fields of `FactorSettings`, from the options of the network module."""
+    layer, dropout = options["layer"], options["dropout"]
+    warn_dropout(module, neuron_dropout, dropout.dropout)
+    return {
+        "tucker": layer.use_tucker,
+        "scalar": layer.use_scalar,
+        "dora": ("output" if layer.wd_on_output else "input") if layer.dora_wd else None,
+        "rs_lora": layer.rs_lora,
+        "rank_dropout": dropout.rank_dropout or 0.0,
+        "rank_dropout_scale": layer.rank_dropout_scale,
+        "module_dropout": dropout.module_dropout or 0.0,
+    }

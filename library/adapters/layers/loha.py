@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from library.adapters.adapter_layer import AdapterLayer
-from library.adapters.layers.factor import FactorLayer, FactorSettings, axis_in
+from library.adapters.kind import AdapterKind
+from library.adapters.layers.factor import FactorLayer, FactorOptions, FactorSettings, axis_in, factor_values
+from library.adapters.layers.norm import NormLayer
 from library.adapters.layers.weight import convolve
+from library.adapters.options import DropoutOptions, PatternOptions
 from library.adapters.target_spec import TargetSpec
 
 PAIRS = (("hada_w1_a", "hada_w1_b", "hada_t1"), ("hada_w2_a", "hada_w2_b", "hada_t2"))
@@ -116,3 +119,16 @@ class LoHaLayer(FactorLayer):
             form, own = ("is", "is not") if "hada_t1" in tensors else ("is not", "is")
             return f"{form} in Tucker form (hada_t1), this network {own} (--network_args use_tucker)"
         return super().problem(tensors)
+
+
+def loha_settings(options: Mapping[str, Any], neuron_dropout: float | None) -> FactorSettings:
+    return FactorSettings(**factor_values(options, "networks.loha", neuron_dropout))
+
+
+LOHA = AdapterKind(
+    options={"layer": FactorOptions, "dropout": DropoutOptions, "patterns": PatternOptions},
+    readers=(LoHaLayer, NormLayer),
+    settings=loha_settings,
+    make=lambda target, rank, alpha, settings: LoHaLayer(target, rank=rank, alpha=alpha, settings=settings),
+    forms=lambda options: options["layer"].form,
+)

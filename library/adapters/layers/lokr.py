@@ -10,18 +10,44 @@ the input, mixed by w1.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.adapters.adapter_layer import AdapterLayer
-from library.adapters.layers.factor import FactorLayer, FactorSettings, axis_in
+from library.adapters.kind import AdapterKind
+from library.adapters.layers.factor import FactorLayer, FactorOptions, FactorSettings, axis_in, factor_values
+from library.adapters.layers.norm import NormLayer
 from library.adapters.layers.weight import convolve
+from library.adapters.options import DropoutOptions, PatternOptions
 from library.adapters.target_spec import TargetSpec
+from library.options import option, positive
+
+
+@dataclass(frozen=True)
+class LokrOptions:
+    """The form of LoKr layers."""
+
+    factor: int = option(
+        -1, help="Size of the smaller part of a layer's width; -1: near its square root.",
+        check=lambda value: None if value == -1 else positive(value) and "must be -1 or at least 1",
+    )  # fmt: skip
+    decompose_both: bool = option(False, help="Low-rank factors for the small matrix too.")
+    full_matrix: bool = option(False, help="No low-rank factors at all; the rank has no effect then.")
+    unbalanced_factorization: bool = option(False, help="The larger part of the output's width goes to w1.")
+
+    @property
+    def form(self) -> list[str]:
+        """The options given."""
+        return [name for name, value in vars(self).items() if value not in (False, -1)]
+
+    def problems(self) -> Iterator[str]:
+        if self.full_matrix and self.decompose_both:
+            yield "decompose_both has no effect with full_matrix"
 
 
 @dataclass(frozen=True)
@@ -35,7 +61,7 @@ class LokrSettings(FactorSettings):
 
 
 @dataclass(frozen=True)
-class Form:
+class LokrForm:
     """Sizes of w1 and w2, and which of them are low-rank factors."""
 
     small: tuple[int, int]  # (out1, in1)
@@ -44,7 +70,7 @@ class Form:
     large_factored: bool
 
     @classmethod
-    def chosen(cls, out: int, inputs: int, rank: int, settings: LokrSettings) -> Form:
+    def chosen(cls, out: int, inputs: int, rank: int, settings: LokrSettings) -> LokrForm:
         """The form of a new layer: factors only where they are smaller than what they stand for."""
         out1, out2 = parts_of(out, settings.factor)
         in1, in2 = parts_of(inputs, settings.factor)
@@ -55,7 +81,7 @@ class Form:
         return cls((out1, in1), (out2, in2), small, free and rank < max(out2, in2) / 2)
 
     @classmethod
-    def of_file(cls, tensors: Mapping[str, Tensor], columns: int) -> Form:
+    def of_file(cls, tensors: Mapping[str, Tensor], columns: int) -> LokrForm:
         """The form that a file's tensors have. columns: kh * kw of the layer."""
         tucker = "lokr_t2" in tensors
         small = tensors.get("lokr_w1")
@@ -99,11 +125,11 @@ class LoKrLayer(FactorLayer):
         rank: int,
         alpha: float,
         settings: LokrSettings | None = None,
-        form: Form | None = None,
+        form: LokrForm | None = None,
     ):
         settings = settings or LokrSettings()
         super().__init__(target, rank=rank, alpha=alpha, settings=settings)
-        self.form = form = form or Form.chosen(target.width, self.inputs, rank, settings)
+        self.form = form = form or LokrForm.chosen(target.width, self.inputs, rank, settings)
         self.tucker = self.tucker and form.large_factored
         (out1, in1), (out2, in2) = form.small, form.large
         shapes: dict[str, tuple[int, ...]] = {"lokr_w1": form.small}
@@ -133,7 +159,7 @@ class LoKrLayer(FactorLayer):
         settings = replace(settings, tucker="lokr_t2" in tensors, dora=dora, rs_lora=False)
         inner = tensors.get("lokr_w1_b", tensors.get("lokr_w2_b"))
         rank = 1 if inner is None else len(inner)
-        form = Form.of_file(tensors, math.prod(target.modules[0].shape[2:]))
+        form = LokrForm.of_file(tensors, math.prod(target.modules[0].shape[2:]))
         return cls(target, rank=rank, alpha=rank, settings=settings, form=form)
 
     # ---- the change ------------------------------------------------------------------------------------------------
@@ -205,3 +231,23 @@ def _drawn(shape: tuple[int, ...], *, zero: bool) -> nn.Parameter:
     if zero:
         return nn.Parameter(torch.zeros(shape))
     return nn.Parameter(nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5)))
+
+
+def lokr_settings(options: Mapping[str, Any], neuron_dropout: float | None) -> LokrSettings:
+    form: LokrOptions = options["form"]
+    return LokrSettings(
+        **factor_values(options, "networks.lokr", neuron_dropout),
+        factor=form.factor,
+        decompose_both=form.decompose_both,
+        full_matrix=form.full_matrix,
+        unbalanced=form.unbalanced_factorization,
+    )
+
+
+LOKR = AdapterKind(
+    options={"layer": FactorOptions, "form": LokrOptions, "dropout": DropoutOptions, "patterns": PatternOptions},
+    readers=(LoKrLayer, NormLayer),
+    settings=lokr_settings,
+    make=lambda target, rank, alpha, settings: LoKrLayer(target, rank=rank, alpha=alpha, settings=settings),
+    forms=lambda options: [*options["layer"].form, *options["form"].form],
+)

@@ -12,9 +12,9 @@ finds flat minima. Row i has the standard deviation (sigma ‖W'_i‖ + beta ‖
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +22,59 @@ from torch import Tensor, nn
 
 from library.adapters.adapter_layer import AdapterLayer
 from library.adapters.formats.layer_tensors import dora_axis
+from library.adapters.kind import AdapterKind
+from library.adapters.layers.norm import NormLayer
 from library.adapters.layers.weight import WeightLayer, convolve
+from library.adapters.options import BlockOptions, DropoutOptions, LoraPlusOptions, PatternOptions
 from library.adapters.target_spec import TargetSpec
+from library.errors import UserError
+from library.options import at_least, option
+
+
+@dataclass(frozen=True)
+class LoraLayerOptions:
+    """How a LoRA layer is built."""
+
+    use_tucker: bool = option(False, help="3x3 convolutions as 1x1, 3x3 in the small space, 1x1 (Tucker form).")
+    use_scalar: bool = option(False, help="A learned factor that starts at 0, instead of an up matrix of zeros.")
+    dora_wd: bool = option(False, help="DoRA: learn the length of the weight's rows apart from their direction.")
+    wd_on_output: bool = option(True, help="DoRA over output rows; false: over input columns, which few programs read.")
+    rs_lora: bool = option(False, help="Scale by alpha / sqrt(rank) instead of alpha / rank.")
+    ggpo_sigma: float | None = option(
+        None, help="GGPO: in training, noise in proportion to the norms of the weight's rows, e.g. 0.03.",
+        check=at_least(0),
+    )  # fmt: skip
+    ggpo_beta: float | None = option(
+        None, help="GGPO: noise in proportion to the squared norms of the gradient's rows, e.g. 0.01.",
+        check=at_least(0),
+    )  # fmt: skip
+
+    @property
+    def noise(self) -> tuple[float, float] | None:
+        """(sigma, beta) of GGPO, or None without."""
+        found = (self.ggpo_sigma or 0.0, self.ggpo_beta or 0.0)
+        return found if any(found) else None
+
+    @property
+    def form(self) -> list[str]:
+        """The options given that decide which tensors a file has."""
+        return [name for name in ("use_tucker", "use_scalar", "dora_wd", "rs_lora") if getattr(self, name)]
+
+    def problems(self) -> Iterator[str]:
+        if not self.wd_on_output and not self.dora_wd:
+            yield "wd_on_output has no effect without dora_wd"
+        if self.noise and (self.use_tucker or self.use_scalar):
+            yield "ggpo_sigma and ggpo_beta do not go with use_tucker or use_scalar"
+
+
+@dataclass(frozen=True)
+class FusedLayerOptions(LoraLayerOptions):
+    """How a LoRA layer is built where published layers are several modules."""
+
+    wd_on_output: bool = option(
+        True, help="DoRA over output rows, the only kind that is possible here.",
+        check=lambda value: None if value else "must be true: fused layers have no columns of their own",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -344,3 +395,41 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
 def _uniform(*shape: int) -> Tensor:
     """The usual start of a down matrix: uniform, Kaiming with a = sqrt(5)."""
     return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5))
+
+
+# ---- the kind -----------------------------------------------------------------------------------------------------
+
+
+def lora_settings(options: Mapping[str, Any], neuron_dropout: float | None) -> LoraSettings:
+    """The options of a LoRA layer. Raises UserError when --network_dropout is given twice with two values."""
+    layer, dropout = options["layer"], options["dropout"]
+    if neuron_dropout is not None and dropout.dropout is not None and neuron_dropout != dropout.dropout:
+        raise UserError(f"--network_args: dropout={dropout.dropout} is --network_dropout, which is {neuron_dropout}")
+    return LoraSettings(
+        tucker=layer.use_tucker,
+        scalar=layer.use_scalar,
+        dora=("output" if layer.wd_on_output else "input") if layer.dora_wd else None,
+        rs_lora=layer.rs_lora,
+        neuron_dropout=neuron_dropout or dropout.dropout or 0.0,
+        rank_dropout=dropout.rank_dropout or 0.0,
+        module_dropout=dropout.module_dropout or 0.0,
+        noise=layer.noise,
+    )
+
+
+def lora_forms(options: Mapping[str, Any]) -> list[str]:
+    """The options given that decide which tensors a file has."""
+    blocks = options["blocks"]
+    return [*options["layer"].form, *(["train_norm"] if isinstance(blocks, BlockOptions) and blocks.train_norm else [])]
+
+
+LORA = AdapterKind(
+    options={
+        "layer": LoraLayerOptions, "dropout": DropoutOptions, "plus": LoraPlusOptions, "patterns": PatternOptions,
+    },
+    readers=(LoRALayer, NormLayer),
+    settings=lora_settings,
+    make=lambda target, rank, alpha, settings: lora_layer(target, rank=rank, alpha=alpha, settings=settings),
+    fused_options={"layer": FusedLayerOptions},
+    forms=lora_forms,
+)  # fmt: skip

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from library.adapters.adapter_layer import AdapterLayer
-from library.adapters.layers.lora import LoRALayer, LoraSettings
+from library.adapters.kind import AdapterKind
+from library.adapters.layers.lora import LoRALayer, LoraLayerOptions, LoraSettings, lora_settings
+from library.adapters.layers.norm import NormLayer
+from library.adapters.options import DropoutOptions, PatternOptions
 from library.adapters.target_spec import TargetSpec
 
 
@@ -44,3 +48,15 @@ class LoRAFALayer(LoRALayer):
         self.lora_down.copy_(drawn)
         self.lora_up.mul_(ratio.to(self.lora_up.dtype))
         return limited
+
+
+def lora_fa_settings(options: Mapping[str, Any], neuron_dropout: float | None) -> LoraSettings:
+    return lora_settings({"layer": LoraLayerOptions(), "dropout": options["dropout"]}, neuron_dropout)
+
+
+LORA_FA = AdapterKind(
+    options={"dropout": DropoutOptions, "patterns": PatternOptions},
+    readers=(LoRAFALayer, NormLayer),
+    settings=lora_fa_settings,
+    make=lambda target, rank, alpha, settings: LoRAFALayer(target, rank=rank, alpha=alpha, settings=settings),
+)

@@ -8,20 +8,34 @@ Since W' x = Rᵀ (W x), no weight is ever copied: the output that is there alre
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.adapters.adapter_layer import AdapterLayer, add_scaled
+from library.adapters.kind import AdapterKind, default_sizes
 from library.adapters.layers.weight import WeightLayer, convolve
+from library.adapters.options import NoDropoutOptions, PatternOptions, warn_dropout
 from library.adapters.target_spec import TargetSpec
+from library.adapters.targets import DENOISER_PREFIX
 from library.errors import UserError
+from library.log import get_logger
+from library.options import option
 
+PREFIX = "oft_unet"  # of layers in files
+ALPHA = 1e-3  # when none is given
 TINY = 1e-8  # keeps the ratio of norms defined at the start, where Q is 0; part of the formula that readers have
+
+
+@dataclass(frozen=True)
+class OftOptions:
+    """Which layers OFT rotates."""
+
+    enable_all_linear: bool = option(False, help="All Linear layers of the blocks, not only those of attention.")
 
 
 @dataclass(frozen=True)
@@ -132,3 +146,46 @@ class OFTLayer(WeightLayer):
         super().load_tensors(tensors)
         if "alpha" in tensors:
             self.alpha = float(tensors["alpha"])
+
+
+# ---- the kind -----------------------------------------------------------------------------------------------------
+
+
+def renamed_for_oft(targets: Iterable[TargetSpec]) -> list[TargetSpec]:
+    """The targets of a denoiser under the names that OFT files have."""
+    return [replace(target, name=PREFIX + target.name.removeprefix(DENOISER_PREFIX)) for target in targets]
+
+
+def oft_sizes(count: int | None, alpha: float | None) -> tuple[int, float]:
+    """Blocks per layer and how far a layer may rotate. Raises UserError for an alpha that is not positive."""
+    count, alpha = default_sizes(count, ALPHA if alpha is None else alpha)
+    if alpha <= 0:
+        raise UserError("--network_alpha 0: nothing can rotate; for OFT alpha is how far a layer may rotate, e.g. 1e-3")
+    if alpha >= 1:
+        get_logger().warning(
+            "--network_alpha %g: for OFT alpha is how far a layer may rotate, times its rows; this is no limit, "
+            "1e-3 is usual", alpha,
+        )  # fmt: skip
+    return count, alpha
+
+
+def oft_settings(options: Mapping[str, Any], neuron_dropout: float | None) -> OftSettings:
+    dropout = options["dropout"]
+    warn_dropout("OFT", neuron_dropout, dropout.dropout)
+    return OftSettings(module_dropout=dropout.module_dropout or 0.0)
+
+
+def numbered_oft_settings(options: Mapping[str, Any], neuron_dropout: float | None) -> OftSettings:
+    return replace(oft_settings(options, neuron_dropout), numbered=True)
+
+
+OFT = AdapterKind(
+    options={"dropout": NoDropoutOptions, "patterns": PatternOptions},
+    readers=(OFTLayer,),
+    settings=oft_settings,
+    make=lambda target, count, alpha, settings: OFTLayer(target, count=count, alpha=alpha, settings=settings),
+    sizes=oft_sizes,
+    in_file="the blocks come from {file}; leave it out",
+    reads_every_kind=False,
+)
+NUMBERED_OFT = replace(OFT, settings=numbered_oft_settings)

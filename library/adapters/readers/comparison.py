@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from library.adapters.formats.architecture import LayerPart
+from library.adapters.formats.architecture import LayerPart, Tables
 from library.adapters.formats.conversion import FORMATS
 from library.adapters.formats.layer_tensors import DORA
 from library.adapters.readers.diffusers_rules import DIFFUSERS
@@ -66,8 +66,9 @@ class Verdict:
 class NetworkComparison:
     """The live layers, whose changes are computed once, and the programs' answers to files."""
 
-    def __init__(self, layers: Iterable[TrainedLayer], model: str):
-        self.model = model
+    def __init__(self, layers: Iterable[TrainedLayer], model: str, tables: Tables):
+        """model: the name of the architecture, or of a variant of one, among `tables`."""
+        self.model, self.tables = model, tables
         self.layers = {layer.name: layer for layer in layers}
         self._changes: dict[str, Tensor] = {}
         self._plain: dict[str, Tensor] = {}
@@ -75,13 +76,13 @@ class NetworkComparison:
     def sample(self) -> NetworkComparison:
         """Of layers that are alike the first and the last: a check of those."""
         names = _ends_of_alike({name: re.sub(r"\d+", "#", name) for name in self.layers})
-        return NetworkComparison([self.layers[name] for name in names], self.model)
+        return NetworkComparison([self.layers[name] for name in names], self.model, self.tables)
 
     def programs(self) -> list[Program]:
         return [program for program in PROGRAMS if self.model in program.models]
 
     def verdict(self, program: Program, tensors: Mapping[str, Tensor]) -> Verdict:
-        model = NamedModel.of(self.model, [*tensors, *self.layers])
+        model = NamedModel.of(self.model, [*tensors, *self.layers], self.tables)
         reading = program.read(tensors, model)
         verdict = Verdict(program.name, reading.refused, layers=len(self.layers))
         if reading.refused:

@@ -8,15 +8,14 @@ formulas: LyCORIS, ComfyUI 0.3.64 and PEFT (the shared facts are in docs/lora_fo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from library.adapters.formats.layer_tensors import ALPHA, DORA, DOWN, MID, UP
+from library.adapters.formats.layer_tensors import ALPHA, DORA, DOWN, MID, UP, Tensors
 
-Tensors = Mapping[str, Tensor]
 EPS = torch.finfo(torch.float32).eps
 
 

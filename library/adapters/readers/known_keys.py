@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from library.adapters.formats.architecture import Tables
 from library.adapters.formats.conversion import architecture_of, convert
 from library.adapters.formats.oft_files import is_oft
 from library.adapters.readers.comparison import PROGRAMS
@@ -14,21 +15,21 @@ from library.adapters.readers.reading import NamedModel, Program
 from library.errors import UserError, first_names
 
 
-def key_lines(tensors: Mapping[str, Tensor]) -> list[str]:
+def key_lines(tensors: Mapping[str, Tensor], tables: Tables) -> list[str]:
     """One line per program that has such a model; none where no architecture has all of the layers."""
     try:
-        name = architecture_of(_as_lora(tensors))
+        name = architecture_of(_as_lora(tensors, tables), tables).name
     except UserError:
         return []
-    model = NamedModel.of(name, tensors)
+    model = NamedModel.of(name, tensors, tables)
     return [f"{program.name}: {_line(program, tensors, model)}" for program in PROGRAMS if name in program.models]
 
 
-def _as_lora(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _as_lora(tensors: Mapping[str, Tensor], tables: Tables) -> dict[str, Tensor]:
     """Keys by which the architecture is found: rotations have the layers of kohya's names."""
     if not is_oft(tensors):
         return dict(tensors)
-    own = convert(tensors, "kohya")
+    own = convert(tensors, "kohya", tables)
     names = (key.partition(".")[0].replace("oft_unet_", "lora_unet_") for key in own)
     return {f"{name}.alpha": value for name, value in zip(names, own.values())}
 

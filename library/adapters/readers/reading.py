@@ -9,7 +9,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from library.adapters.formats.architecture import BY_NAME, LayerPart, NameIndex, PublishedLayer, blocks_in, index_of
+from library.adapters.formats.architecture import (
+    LayerPart,
+    NameIndex,
+    PublishedLayer,
+    Tables,
+    blocks_in,
+    index_of,
+    table_named,
+)
 from library.adapters.formats.layer_tensors import ALPHA, DORA, DOWN, MID, UP
 from library.adapters.readers.formulas import FORMULAS, Formula
 
@@ -23,20 +31,21 @@ SUFFIXES = {
 }  # fmt: skip
 BY_LENGTH = sorted(SUFFIXES, key=len, reverse=True)
 
-# Name of a model family -> the table of its names
-ARCHITECTURES = {"chroma": "flux"}
-
 
 @dataclass(frozen=True)
 class NamedModel:
-    """The model that a file is for: a name in `format_tables.BY_NAME`, or "chroma"; with so many blocks."""
+    """The model that a file is for, by the name of its architecture or of a variant, and the names of its layers."""
 
     name: str
     index: NameIndex
 
     @classmethod
-    def of(cls, name: str, keys: Iterable[str]) -> NamedModel:
-        return cls(name, index_of(BY_NAME[ARCHITECTURES.get(name, name)], blocks_in(keys)))
+    def of(cls, name: str, keys: Iterable[str], tables: Tables) -> NamedModel:
+        """The model with as many blocks as the keys of a file need."""
+        table = table_named(tables, name)
+        if table is None:
+            raise ValueError(f"no table of layer names for {name}")
+        return cls(name, index_of(table, blocks_in(keys)))
 
     def layers(self) -> Iterable[PublishedLayer]:
         places = (place.layer for place in self.index.places.values())

@@ -17,33 +17,21 @@ from torch import Tensor
 
 from library.adapters.file_readers import OFT
 from library.adapters.formats.architecture import (
-    TEXT_PROJECTION,
     Architecture,
+    Encoder,
     NameIndex,
     PublishedLayer,
     blocks_in,
     index_of,
 )
 from library.key_tables import Shapes, part_rows
-from library.weights.clip_names import OPEN_CLIP_BLOCK
 
 DENOISER_PREFIXES = ("model.diffusion_model.", "", "diffusion_model.")
 TEXT_LEVEL = "text_model."  # of CLIP; some old files leave it out
-# What the tables call a text encoder in the comfy format -> where single files have it, in the names of transformers
-ENCODER_PREFIXES = {
-    "text_encoders.clip_l.transformer": ("cond_stage_model.transformer.", "conditioner.embedders.0.transformer."),
-}
-# ... and in the names of OpenCLIP
-OPEN_CLIP_PREFIXES = {
-    "text_encoders.clip_h.transformer": ("cond_stage_model.model.",),
-    "text_encoders.clip_g.transformer": ("conditioner.embedders.1.model.",),
-}
-# Its last block has no part in any picture: the model was trained on the output before it. Few files have left it out
-CUT_ENCODER, CUT_BLOCKS = "text_encoders.clip_h.transformer", 23
+TEXT_PROJECTION = "text_projection"  # of CLIP, outside of that level
 MOST_ENCODER_BLOCKS = 32  # of CLIP-G: a file of the denoiser alone does not tell how deep the text encoders are
 # A text encoder in a file of its own
 ALONE_PREFIXES = ("", "model.")
-OPEN_CLIP_NAMES = {ours: theirs for theirs, ours in OPEN_CLIP_BLOCK}
 IN_PROJECTION = ("q", "k", "v")
 
 
@@ -130,33 +118,32 @@ class CheckpointLayers:
         place = self.places[name]
         return place.of(file.tensor(place.weight, dtype))
 
-    def _place(self, layer: PublishedLayer, encoder: str | None) -> WeightLocation | None:
+    def _place(self, layer: PublishedLayer, alone: str | None) -> WeightLocation | None:
+        """Where a layer lies. alone: the text encoder that the file holds and nothing else."""
         prefixes: tuple[str, ...]
-        if not layer.encoder:
-            prefixes = () if encoder else DENOISER_PREFIXES
+        if layer.encoder is None:
+            prefixes = () if alone else DENOISER_PREFIXES
             return self._first(prefix + layer.published for prefix in prefixes)
-        name = layer.comfy.removesuffix(f".{layer.published}")
-        if encoder:
-            prefixes = ALONE_PREFIXES if f".{encoder}." in f"{name}." else ()
+        if alone:
+            prefixes = ALONE_PREFIXES if f".{alone}." in f"{layer.encoder.comfy}." else ()
         else:
-            prefixes = (*ENCODER_PREFIXES.get(name, ()), f"{name}.")
+            prefixes = (*layer.encoder.checkpoint, f"{layer.encoder.comfy}.")
         short = layer.published.removeprefix(TEXT_LEVEL)
         found = self._first(f"{prefix}{path}" for prefix in prefixes for path in (layer.published, short))
-        return found or self._open_clip(layer, name, encoder)
+        return found if found or alone else self._open_clip(layer, layer.encoder)
 
     def _first(self, paths: Iterator[str]) -> WeightLocation | None:
         return next((WeightLocation(f"{p}.weight", f"{p}.bias") for p in paths if f"{p}.weight" in self.shapes), None)
 
-    def _open_clip(self, layer: PublishedLayer, encoder_name: str, encoder: str | None) -> WeightLocation | None:
+    def _open_clip(self, layer: PublishedLayer, encoder: Encoder) -> WeightLocation | None:
         """The same layer in OpenCLIP's names."""
-        prefixes = () if encoder else OPEN_CLIP_PREFIXES.get(encoder_name, ())
-        for prefix in prefixes:
+        for prefix in encoder.open_clip:
             if layer.published == TEXT_PROJECTION:  # a matrix of its own, not a layer
                 if prefix + TEXT_PROJECTION in self.shapes:
                     return WeightLocation(prefix + TEXT_PROJECTION, "", transposed=True)
                 continue
-            path, third = open_clip_path(layer.published)
-            if encoder_name == CUT_ENCODER and path.startswith(f"{unused_block(self.shapes, prefix)}."):
+            path, third = open_clip_path(layer.published, encoder.open_clip_names)
+            if path.startswith(f"{unused_block(self.shapes, prefix, encoder.used_blocks)}."):
                 continue
             if third is None:
                 place = self._first(iter([prefix + path]))
@@ -173,15 +160,23 @@ class CheckpointLayers:
         return WeightLocation(weight, bias, slice(third * rows, (third + 1) * rows))
 
 
-def unused_block(shapes: Shapes, prefix: str) -> str | None:
-    """The last block of Stable Diffusion 2.x's text encoder, by its name below `prefix`; None where it was left out."""
+def unused_block(shapes: Shapes, prefix: str, used: int | None) -> str | None:
+    """The block behind the `used` ones, which no picture depends on, by its name below `prefix`; None: there is none.
+
+    The model was trained on the output before it, and some files leave it out.
+    """
+    if used is None:
+        return None
     block = re.compile(re.escape(f"{prefix}transformer.resblocks.") + r"(\d+)\.")
     count = 1 + max((int(found[1]) for found in map(block.match, shapes) if found), default=-1)
-    return None if count in (0, CUT_BLOCKS) else f"transformer.resblocks.{count - 1}"
+    return None if count in (0, used) else f"transformer.resblocks.{count - 1}"
 
 
-def open_clip_path(path: str) -> tuple[str, int | None]:
-    """OpenCLIP's name of a layer that transformers calls `path`; for q, k and v the attention and which third it is."""
+def open_clip_path(path: str, names: Mapping[str, str]) -> tuple[str, int | None]:
+    """OpenCLIP's name of a layer that transformers calls `path`; for q, k and v the attention and which third it is.
+
+    names: path within a block -> the same in OpenCLIP.
+    """
     short = path.removeprefix(TEXT_LEVEL)
     if short == "final_layer_norm":
         return "ln_final", None
@@ -190,4 +185,4 @@ def open_clip_path(path: str) -> tuple[str, int | None]:
     start, _, end = inner.rpartition(".")
     if start == "self_attn" and end[0] in IN_PROJECTION and end.endswith("_proj") and len(end) == len("q_proj"):
         return f"{block}.attn", IN_PROJECTION.index(end[0])
-    return f"{block}.{OPEN_CLIP_NAMES[inner]}", None
+    return f"{block}.{names[inner]}", None

@@ -38,7 +38,7 @@ class Adapter:
 
 
 @dataclass(frozen=True)
-class Step:
+class MergeStep:
     """One layer of one adapter, waiting for the checkpoint's weight."""
 
     layer: str
@@ -80,7 +80,7 @@ class MergedWeights:
         self.used: list[str] = []
         self.moved: set[str] = set()
         self.left: list[str] = []
-        self._steps: dict[str, list[Step]] = {}  # name of a tensor -> what happens to it, in order
+        self._steps: dict[str, list[MergeStep]] = {}  # name of a tensor -> what happens to it, in order
         problems: list[str] = []
         for adapter in adapters:
             problems += self._plan(adapter)
@@ -103,7 +103,7 @@ class MergedWeights:
                 self.moved.add(step.layer)
         return whole
 
-    def _after(self, step: Step, name: str, whole: Tensor) -> Tensor:
+    def _after(self, step: MergeStep, name: str, whole: Tensor) -> Tensor:
         """Tensor `name`, which is `whole` by now, after one more step: a weight, or a bias."""
         place = step.place
         beside = replace(place, transposed=False)
@@ -134,7 +134,7 @@ class MergedWeights:
                 continue
             self.used.append(layer.kohya)
             for step in steps:
-                assert isinstance(step, Step)
+                assert isinstance(step, MergeStep)
                 for tensor in (place.weight, *([place.bias] if BIASED & set(step.own) else [])):
                     self._steps.setdefault(tensor, []).append(step)
         title = self.layers.architecture.title
@@ -143,16 +143,16 @@ class MergedWeights:
         elif unfit:
             yield f"{adapter.label}: {len(unfit)} layers do not fit the model: {first_names(unfit)}"
 
-    def _step(self, name: str, layer: str, place: WeightLocation, own: Tensors, adapter: Adapter) -> Step | str:
+    def _step(self, name: str, layer: str, place: WeightLocation, own: Tensors, adapter: Adapter) -> MergeStep | str:
         """What is done with a layer, or why it cannot be."""
         reader = reader_of(name, own)
         if reader is None:
             return f"is of no kind that can be merged ({', '.join(sorted(own))})"
         axes = len(self.layers.shape_of(place))
-        step = Step(layer, place, fitted(own, axes), reader, adapter.strength(layer))
+        step = MergeStep(layer, place, fitted(own, axes), reader, adapter.strength(layer))
         return self._problem(step) or step
 
-    def _problem(self, step: Step) -> str | None:
+    def _problem(self, step: MergeStep) -> str | None:
         """Why a layer does not fit its weight, found without reading it."""
         weight = torch.empty(self.layers.shape_of(step.place), device="meta")
         bias = torch.empty(len(weight), device="meta") if step.place.bias in self.layers.shapes else None

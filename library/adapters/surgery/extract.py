@@ -11,42 +11,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from library.adapters.formats.architecture import BY_NAME
 from library.adapters.surgery.checkpoint_layers import CheckpointLayers
 from library.adapters.surgery.lora_math import as_tensors, clamped, has_kernel, spectrum
 from library.adapters.surgery.tool_files import (
+    KnownArchitectures,
     WeightFile,
     device_named,
     dtype_named,
-    kind_of,
     open_checkpoint,
     save_lora,
     spec_of,
 )
 from library.errors import UserError
 from library.log import get_logger, progress
-from networks import lora_flux, lora_lumina, lora_sd3
 
 TEXT = re.compile(r"lora_te[12]?_.*_(self_attn_[kvq]_proj|self_attn_o(ut)?_proj|mlp_(fc\d|\w+_proj))")  # no T5
-ATTENTION = re.compile(r"lora_unet_.*(_transformer_blocks_\d+_.*|_proj_(in|out))")
-CONVOLUTIONS = re.compile(
-    r"lora_unet_(.*_(resnets|downsamplers|upsamplers)_.*|(input_blocks_(?!0_)|middle_block_|output_blocks_)\d.*)"
-)
-
-
-def _beginning(kinds: Sequence[str]) -> re.Pattern[str]:
-    return re.compile(f"lora_unet_({'|'.join(kinds)}).*")
-
-
-# The layers that a new LoRA of the architecture has, by kohya name
-DEFAULTS = {
-    "sd1": ATTENTION,
-    "sd2": ATTENTION,
-    "sdxl": ATTENTION,
-    "flux": _beginning(lora_flux.KINDS["all"]),
-    "sd3": _beginning((lora_sd3.BLOCKS,)),
-    "lumina": _beginning(lora_lumina.KINDS["all"]),
-}
 
 
 @dataclass(frozen=True)
@@ -65,27 +44,26 @@ class Extraction:
     device: str | None = None
     no_metadata: bool = False
     v_prediction: bool = False
-    architectures: tuple[str, ...] = tuple(BY_NAME)  # that the script or its options are for
+    architectures: tuple[str, ...] | None = None  # names of those that the script or its options are for; None: all
 
 
-def extract(asked: Extraction) -> None:
+def extract(asked: Extraction, known: KnownArchitectures) -> None:
     """Reads both files layer by layer, decomposes, writes. Raises UserError for files that are not of one kind."""
     device = device_named(asked.device)
-    original, layers = open_checkpoint("--model_org", asked.original)
-    tuned, tuned_layers = open_checkpoint("--model_tuned", asked.tuned)
-    architecture = layers.architecture.name
-    if tuned_layers.architecture.name != architecture:
+    original, layers = open_checkpoint("--model_org", asked.original, known)
+    tuned, tuned_layers = open_checkpoint("--model_tuned", asked.tuned, known)
+    if tuned_layers.architecture is not layers.architecture:
         first, second = layers.architecture.title, tuned_layers.architecture.title
         raise UserError(f"--model_org is {first} and --model_tuned is {second}: they must be of one architecture")
-    if architecture not in asked.architectures:
-        wanted = " or ".join(BY_NAME[name].title for name in asked.architectures)
+    if asked.architectures is not None and layers.architecture.name not in asked.architectures:
+        wanted = " or ".join(table.title for table in known.tables if table.name in asked.architectures)
         raise UserError(f"--model_org {asked.original} is {layers.architecture.title}, {wanted} was asked for")
     has_conv = asked.conv_dim is not None
     names = chosen_layers(layers, conv=has_conv)
     _require_same_shapes(names, layers, tuned_layers, f"--model_tuned {asked.tuned}")
     others = chosen_layers(tuned_layers, conv=has_conv)
     _require_same_shapes(others, tuned_layers, layers, f"--model_org {asked.original}")
-    files = Pair(original, tuned, layers, tuned_layers, dtype_named(asked.load_precision), device)
+    files = CheckpointPair(original, tuned, layers, tuned_layers, dtype_named(asked.load_precision), device)
     names = files.without_same_encoders(names, asked.min_diff)
     found: dict[str, dict[str, Tensor]] = {}
     with progress(len(names), "layers") as bar:
@@ -98,8 +76,10 @@ def extract(asked: Extraction) -> None:
 
 def chosen_layers(layers: CheckpointLayers, *, conv: bool) -> list[str]:
     """The layers that get a LoRA: those of a new network of the architecture. conv: those of residual blocks too."""
-    default = DEFAULTS[layers.architecture.name]
-    patterns = [TEXT, default, *([CONVOLUTIONS] if conv and default is ATTENTION else [])]
+    architecture = layers.architecture
+    patterns = [TEXT, architecture.new_layers]
+    if conv and architecture.conv_layers is not None:
+        patterns.append(architecture.conv_layers)
     return [
         name
         for name in layers.places
@@ -118,7 +98,7 @@ def _require_same_shapes(names: Sequence[str], layers: CheckpointLayers, tuned: 
 
 
 @dataclass(frozen=True)
-class Pair:
+class CheckpointPair:
     """Both checkpoints."""
 
     original: WeightFile
@@ -163,14 +143,14 @@ def _nearest(difference: Tensor, asked: Extraction) -> dict[str, Tensor]:
 
 
 def _metadata(asked: Extraction, layers: CheckpointLayers, found: dict[str, dict[str, Tensor]]) -> dict[str, str]:
-    kind = kind_of(layers.architecture.name, layers.shapes, v_prediction=asked.v_prediction)
+    facts = layers.architecture.facts(layers.shapes.keys(), asked.v_prediction)
     arguments = {} if asked.conv_dim is None else {"conv_dim": asked.conv_dim, "conv_alpha": float(asked.conv_dim)}
     metadata = {
-        "ss_v2": str(kind.version.startswith("sd_v2")),
-        "ss_base_model_version": kind.version,
-        "ss_network_module": kind.network,
+        "ss_v2": str(facts.version.startswith("sd_v2")),
+        "ss_base_model_version": facts.version,
+        "ss_network_module": facts.network,
         "ss_network_dim": str(asked.dim),
         "ss_network_alpha": str(float(asked.dim)),
         "ss_network_args": json.dumps({name: str(value) for name, value in arguments.items()}),
     }
-    return metadata if asked.no_metadata else metadata | spec_of(kind, asked.save_to, lora=True)
+    return metadata if asked.no_metadata else metadata | spec_of(facts, asked.save_to, lora=True)

@@ -8,17 +8,15 @@ small R₁ R₂ᵀ, so the exact decomposition of a layer of FLUX.1 takes millis
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from library.adapters.formats.damage import damaged_if_broken
-from library.adapters.formats.layer_tensors import ALPHA, COMFY_DORA, DORA, DOWN, MID, UP, scale_of
+from library.adapters.formats.layer_tensors import ALPHA, COMFY_DORA, DORA, DOWN, MID, UP, Tensors, scale_of
 from library.errors import UserError
-
-Tensors = Mapping[str, Tensor]  # of one layer: kohya's suffix -> value
 
 SMALLEST = 1e-6  # a matrix whose largest singular value is not above this counts as zero
 FACTORS = {DOWN, UP, MID, ALPHA}

@@ -4,24 +4,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from library.adapters.formats.architecture import BY_NAME
+from library.adapters.formats.architecture import Architecture, Tables
 from library.adapters.formats.layer_tensors import MID, Tensors
 from library.adapters.surgery.block_ratios import strengths
 from library.adapters.surgery.checkpoint_layers import CheckpointLayers
 from library.adapters.surgery.checkpoint_merge import Adapter, MergedWeights
 from library.adapters.surgery.lora_math import ADDED, as_tensors, change_of, is_lora, joined, not_lora, summed
 from library.adapters.surgery.tool_files import (
+    KnownArchitectures,
     LoraFile,
     WeightFile,
     checkpoint_metadata,
     common_architecture,
     dtype_named,
-    kind_of,
     merged_metadata,
     open_checkpoint,
     open_encoder,
@@ -58,52 +58,55 @@ class Merge:
     parts: tuple[ModelPart, ...] = ()  # none: the adapters become one file
     concat: bool = False
     shuffle: bool = False
-    architectures: tuple[str, ...] = field(default=tuple(BY_NAME))  # that the script is for
+    architectures: tuple[str, ...] | None = None  # names of those that the script is for; None: all
 
 
-def merge(asked: Merge) -> None:
+def merge(asked: Merge, known: KnownArchitectures) -> None:
     """Reads, merges, writes. Raises UserError for what cannot be merged."""
     if asked.parts:
-        merge_into_parts(asked)
+        merge_into_parts(asked, known)
     else:
-        shares = read_shares(asked.models)
-        found = common_architecture([file for file, _ in shares])
-        require_architecture(found, asked.architectures, "--models are")
-        merge_into_one(asked, shares)
+        loras = read_weighted(asked.models, known.tables)
+        found = common_architecture([file for file, _ in loras], known.tables)
+        require_architecture(found, asked.architectures, "--models are", known.tables)
+        merge_into_one(asked, loras, known.tables)
 
 
-def read_shares(models: ModelsOptions, architecture: str | None = None) -> list[WeightedLora]:
+def read_weighted(
+    models: ModelsOptions, tables: Tables, architecture: Architecture | None = None
+) -> list[WeightedLora]:
     """The files of --models with their ratios. architecture: of the model at hand. Raises UserError."""
-    files = [read_lora(path, architecture) for path in models.models]
+    files = [read_lora(path, tables, architecture) for path in models.models]
     numbers: Sequence[Sequence[float] | None] = models.block_ratios() or [None] * len(files)
     return [(file, strengths(ratio, own)) for file, ratio, own in zip(files, models.ratios, numbers)]
 
 
-def require_architecture(found: str, wanted: Sequence[str], what: str) -> None:
-    """Raises UserError when a file is for another architecture than the script."""
-    if found not in wanted:
-        titles_wanted = " and ".join(BY_NAME[name].title for name in wanted if name in BY_NAME)
-        raise UserError(f"{what} for {BY_NAME[found].title}; this script is for {titles_wanted}: use merge_lora.py")
+def require_architecture(found: Architecture, wanted: Sequence[str] | None, what: str, tables: Tables) -> None:
+    """Raises UserError when a file is for another architecture than the script. wanted: None for all."""
+    if wanted is not None and found.name not in wanted:
+        titles_wanted = " and ".join(table.title for table in tables if table.name in wanted)
+        raise UserError(f"{what} for {found.title}; this script is for {titles_wanted}: use merge_lora.py")
 
 
 # ---- into a model -------------------------------------------------------------------------------------------------
 
 
-def merge_into_parts(asked: Merge) -> None:
+def merge_into_parts(asked: Merge, known: KnownArchitectures) -> None:
     """Every file of the model with the adapters in it. All files are checked before the first is written."""
     denoiser = next((part for part in asked.parts if part.encoder is None), None)
-    known = None if denoiser is None else open_checkpoint(f"--{denoiser.option}", denoiser.path)[1].architecture.name
-    shares = read_shares(asked.models, known)
-    architecture = known or common_architecture([file for file, _ in shares])
-    opened = [(part, *open_part(part, architecture)) for part in asked.parts]
+    own = None if denoiser is None else open_part(denoiser, known, None)[1].architecture
+    loras = read_weighted(asked.models, known.tables, own)
+    architecture = own or common_architecture([file for file, _ in loras], known.tables)
+    opened = [(part, *open_part(part, known, architecture)) for part in asked.parts]
     for part, _, layers in opened:
-        require_architecture(layers.architecture.name, asked.architectures, f"--{part.option} {part.path} is")
-    adapters = [Adapter(file.path, file.layers, strength) for file, strength in shares]
+        what = f"--{part.option} {part.path} is"
+        require_architecture(layers.architecture, asked.architectures, what, known.tables)
+    adapters = [Adapter(file.path, file.layers, strength) for file, strength in loras]
     merged = [(part, file, MergedWeights(file, layers, adapters)) for part, file, layers in opened]
     _report_left(asked.parts, [weights for _, _, weights in merged])
     dtype = dtype_named(asked.save.save_precision)
     for part, file, weights in merged:
-        metadata = _part_metadata(part, file, weights.layers, shares, asked.save.no_metadata)
+        metadata = _part_metadata(part, file, weights.layers, loras, asked.save.no_metadata)
         write_checkpoint(part.save_to, file, weights.tensor, weights.changed, metadata, dtype)
         report_merged(part.save_to, weights)
 
@@ -116,10 +119,13 @@ def report_merged(path: str, weights: MergedWeights) -> None:
         get_logger().warning("%s: %d layers of the adapters change nothing: %s", path, len(same), first_names(same))
 
 
-def open_part(part: ModelPart, architecture: str) -> tuple[WeightFile, CheckpointLayers]:
+def open_part(
+    part: ModelPart, known: KnownArchitectures, architecture: Architecture | None
+) -> tuple[WeightFile, CheckpointLayers]:
     """One file of the model. A text encoder does not tell its architecture: the denoiser does, else the adapters."""
     if part.encoder is None:
-        return open_checkpoint(f"--{part.option}", part.path)
+        return open_checkpoint(f"--{part.option}", part.path, known)
+    assert architecture is not None
     return open_encoder(part.path, part.encoder, architecture)
 
 
@@ -140,15 +146,15 @@ def _report_left(parts: Sequence[ModelPart], merged: Sequence[MergedWeights]) ->
 
 
 def _part_metadata(
-    part: ModelPart, file: WeightFile, layers: CheckpointLayers, shares: Sequence[WeightedLora], no_metadata: bool
+    part: ModelPart, file: WeightFile, layers: CheckpointLayers, loras: Sequence[WeightedLora], no_metadata: bool
 ) -> dict[str, str]:
     """The source's entries; modelspec.* anew, except for what only the source knows."""
     found = checkpoint_metadata(file)
     if no_metadata or part.encoder is not None:
         return {key: value for key, value in found.items() if not key.startswith("modelspec.")}
-    sources = [(part.path, found), *((share.path, share.metadata) for share, _ in shares)]
-    kind = kind_of(layers.architecture.name, layers.shapes)
-    spec = spec_of(kind, part.save_to, lora=False, merged_from=titles(sources))
+    sources = [(part.path, found), *((share.path, share.metadata) for share, _ in loras)]
+    facts = layers.architecture.facts(layers.shapes.keys(), False)
+    spec = spec_of(facts, part.save_to, lora=False, merged_from=titles(sources))
     new = ("modelspec.title", "modelspec.date", "modelspec.merged_from", "modelspec.implementation_version")
     stale = ("modelspec.hash_sha256", "modelspec.thumbnail")
     kept = {key: value for key, value in found.items() if key not in (*new, *stale)}
@@ -158,11 +164,11 @@ def _part_metadata(
 # ---- several into one ---------------------------------------------------------------------------------------------
 
 
-def merge_into_one(asked: Merge, shares: Sequence[WeightedLora]) -> None:
+def merge_into_one(asked: Merge, loras: Sequence[WeightedLora], tables: Tables) -> None:
     """One LoRA of several: matrices summed, or with --concat put beside each other, which is exact."""
     found: dict[str, dict[str, Tensor]] = {}
     problems: list[str] = []
-    for name, layers in same_layers(shares).items():
+    for name, layers in same_layers(loras, tables).items():
         try:
             found[name] = concatenated(name, layers, asked.shuffle) if asked.concat else _summed(name, layers)
         except UserError as error:
@@ -170,16 +176,16 @@ def merge_into_one(asked: Merge, shares: Sequence[WeightedLora]) -> None:
     if problems:
         raise UserError(problems[:3] + [f"and {len(problems) - 3} layers more"] * (len(problems) > 3))
     assert asked.save.save_to is not None
-    files = [file for file, _ in shares]
-    metadata = merged_metadata(files, found, asked.save.save_to, with_spec=not asked.save.no_metadata)
+    files = [file for file, _ in loras]
+    metadata = merged_metadata(files, found, asked.save.save_to, tables, with_spec=not asked.save.no_metadata)
     save_lora(asked.save.save_to, found, metadata, dtype_named(asked.save.save_precision) or torch.float32)
 
 
-def same_layers(shares: Sequence[WeightedLora]) -> dict[str, list[tuple[Tensors, float]]]:
+def same_layers(loras: Sequence[WeightedLora], tables: Tables) -> dict[str, list[tuple[Tensors, float]]]:
     """Layer -> its tensors in each file that has it, with the ratio there; under one name, in the order of files."""
-    architecture = BY_NAME[common_architecture([file for file, _ in shares])]
+    architecture = common_architecture([file for file, _ in loras], tables)
     found: dict[str, list[tuple[Tensors, float]]] = {}
-    for file, strength in shares:
+    for file, strength in loras:
         layers = CheckpointLayers(architecture, dict.fromkeys(file.layers, ()))
         for name, own in file.layers.items():
             layer = layers.canonical(name)

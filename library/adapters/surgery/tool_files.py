@@ -14,26 +14,22 @@ import torch
 from torch import Tensor
 
 from library.adapters.file_readers import OFT
-from library.adapters.formats.architecture import BY_NAME
+from library.adapters.formats.architecture import Architecture, FileFacts, Tables
 from library.adapters.formats.conversion import architecture_of, by_module, read_adapter, read_metadata
 from library.adapters.formats.layer_tensors import DOWN, Tensors
 from library.adapters.surgery.checkpoint_layers import CheckpointLayers
 from library.adapters.surgery.lora_math import has_kernel
 from library.adapters.surgery.tool_options import PRECISIONS
 from library.errors import StopTraining, UserError
-from library.families.detect import architecture as detect
-from library.families.detect import context_dim, foreign_file
 from library.io.atomic import atomic_write
 from library.io.checkpoint import save_tensors
-from library.io.metadata import SpecFacts, base_name, modelspec
+from library.io.metadata import VERSION, SpecFacts, base_name, modelspec
 from library.io.options import MetadataOptions
 from library.io.tensor_file import check_safetensors, data_bytes, data_chunks, header_bytes, ordered_names
 from library.key_tables import Shapes
-from library.trainers.facts import PUBLISHED_LAYOUT, VERSION
 from library.weights.weight_files import SafetensorsFile, ScaledFile, WeightFile, open_weights
 
 LORA_KEYS = ("ss_v2", "ss_base_model_version")  # that a merged LoRA takes over from the files it is made of
-SD2_WIDTH = 1024
 ADVICE = "convert it with convert_lora.py --base_model first"  # where names of layers do not tell the architecture
 
 
@@ -57,6 +53,19 @@ def device_named(name: str | None) -> torch.device:
     return device
 
 
+@dataclass(frozen=True)
+class KnownArchitectures:
+    """What the tools are told of the model families.
+
+    of_checkpoint: by the names and shapes of a file's tensors; None for an architecture without a table.
+    describe: what such a file is, e.g. "a VAE, not a checkpoint"; None for names that are not known at all.
+    """
+
+    tables: Tables
+    of_checkpoint: Callable[[Shapes], Architecture | None]
+    describe: Callable[[Shapes], str | None]
+
+
 # ---- adapter files ------------------------------------------------------------------------------------------------
 
 
@@ -68,35 +77,34 @@ class LoraFile:
     layers: dict[str, dict[str, Tensor]]  # kohya name -> suffix -> tensor
     metadata: dict[str, str]
 
-    @property
-    def architecture(self) -> str:
-        """Name in BY_NAME. Raises UserError when no architecture has these layers."""
+    def architecture(self, tables: Tables) -> Architecture:
+        """The architecture that it is for. Raises UserError when none has these layers."""
         names = {name: f"lora_{name.removeprefix(OFT)}" if name.startswith(OFT) else name for name in self.layers}
         tensors = {f"{names[n]}.{suffix}": value for n, own in self.layers.items() for suffix, value in own.items()}
         try:
-            return architecture_of(tensors)
+            return architecture_of(tensors, tables)
         except UserError as error:
             raise UserError([f"{self.path}: {problem}" for problem in error.problems]) from None
 
 
-def read_lora(path: str, architecture: str | None = None) -> LoraFile:
+def read_lora(path: str, tables: Tables, architecture: Architecture | None = None) -> LoraFile:
     """An adapter file of any of the three formats. Raises UserError naming it, also when it is damaged.
 
     architecture: of the model at hand, into which parts of a layer can be merged each on its own.
     """
     among = None if architecture is None else (architecture,)
     try:
-        tensors = read_adapter(path, among, advice=ADVICE, apart=architecture is not None)
+        tensors = read_adapter(path, tables, among, advice=ADVICE, apart=architecture is not None)
     except UserError as error:
         raise UserError([p if path in p else f"{path}: {p}" for p in error.problems]) from None
     return LoraFile(path, by_module(tensors), read_metadata(path))
 
 
-def common_architecture(files: Sequence[LoraFile]) -> str:
+def common_architecture(files: Sequence[LoraFile], tables: Tables) -> Architecture:
     """The architecture that all files are for. Raises UserError when there are several."""
-    found = {file.path: file.architecture for file in files}
+    found = {file.path: file.architecture(tables) for file in files}
     if len(set(found.values())) > 1:
-        which = ", ".join(f"{path} is for {BY_NAME[name].title}" for path, name in found.items())
+        which = ", ".join(f"{path} is for {architecture.title}" for path, architecture in found.items())
         raise UserError(f"--models are for different architectures: {which}")
     return next(iter(found.values()))
 
@@ -114,33 +122,26 @@ def save_lora(path: str, layers: Mapping[str, Tensors], metadata: Mapping[str, s
 # ---- checkpoints --------------------------------------------------------------------------------------------------
 
 
-def open_checkpoint(name: str, path: str) -> tuple[WeightFile, CheckpointLayers]:
+def open_checkpoint(name: str, path: str, known: KnownArchitectures) -> tuple[WeightFile, CheckpointLayers]:
     """A checkpoint in published names, and where its layers are. `name`: the option. Raises UserError."""
     file = open_weights(Path(path))
-    kind = detect(file.shapes)
-    found = kind.name.replace("chroma", "flux") if kind is not None and kind.name != "sd" else _sd_version(file.shapes)
-    if found not in BY_NAME:
-        known = ", ".join(architecture.title for architecture in BY_NAME.values())
-        what = foreign_file(file.shapes) or "a checkpoint of another architecture"
-        raise UserError(f"{name} {path} is {what.partition(':')[0]}; the tools know {known}")
-    layers = CheckpointLayers(BY_NAME[found], file.shapes)
+    architecture = known.of_checkpoint(file.shapes)
+    if architecture is None:
+        titles = ", ".join(table.title for table in known.tables)
+        what = known.describe(file.shapes) or "a checkpoint of another architecture"
+        raise UserError(f"{name} {path} is {what.partition(':')[0]}; the tools know {titles}")
+    layers = CheckpointLayers(architecture, file.shapes)
     if not any(name.startswith("lora_unet_") for name in layers.places):
         raise UserError(f"{name} {path} has the names of diffusers: give the single file in published names")
     return file, layers
 
 
-def _sd_version(shapes: Shapes) -> str:
-    if "model.diffusion_model.input_blocks.0.0.weight" not in shapes:
-        return ""
-    return "sd2" if context_dim(shapes) == SD2_WIDTH or any("cond_stage_model.model." in n for n in shapes) else "sd1"
-
-
-def open_encoder(path: str, encoder: str, architecture: str) -> tuple[WeightFile, CheckpointLayers]:
+def open_encoder(path: str, encoder: str, architecture: Architecture) -> tuple[WeightFile, CheckpointLayers]:
     """The file of one text encoder ("clip_l", "t5xxl" ...) of an architecture. Raises UserError."""
     file = open_weights(Path(path))
-    layers = CheckpointLayers(BY_NAME[architecture], file.shapes, encoder=encoder)
+    layers = CheckpointLayers(architecture, file.shapes, encoder=encoder)
     if not layers.places:
-        raise UserError(f"--{encoder} {path} has no layers of that text encoder in {BY_NAME[architecture].title}")
+        raise UserError(f"--{encoder} {path} has no layers of that text encoder in {architecture.title}")
     return file, layers
 
 
@@ -200,59 +201,13 @@ def _empty_like(file: WeightFile, name: str, dtype: torch.dtype | None) -> Tenso
 # ---- what a file says of itself -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class ModelKind:
-    """How files name an architecture."""
-
-    version: str  # ss_base_model_version
-    architecture: str  # modelspec.architecture without "/lora"
-    implementation: str = "diffusers"  # of adapters
-    prediction: str | None = "epsilon"
-    size: int = 1024
-    network: str = "networks.lora"
-    published: str = PUBLISHED_LAYOUT  # implementation of checkpoints
-
-
-FLUX_CODE, CHROMA_CODE = "https://github.com/black-forest-labs/flux", "https://huggingface.co/lodestones/Chroma"
-LUMINA_CODE = "https://github.com/Alpha-VLLM/Lumina-Image-2.0"
-KINDS = {
-    "sd1": ModelKind("sd_v1", "stable-diffusion-v1", size=512),
-    "sd2": ModelKind("sd_v2", "stable-diffusion-v2-512", size=512),
-    "sd2_v": ModelKind("sd_v2_v", "stable-diffusion-v2-768-v", prediction="v", size=768),
-    "sdxl": ModelKind("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
-    "flux": ModelKind("flux1", "flux-1-dev", FLUX_CODE, None, network="networks.lora_flux", published=FLUX_CODE),
-    "flux_schnell": ModelKind("flux1", "flux-1-schnell", FLUX_CODE, None, 1024, "networks.lora_flux", FLUX_CODE),
-    "chroma": ModelKind("chroma", "chroma", CHROMA_CODE, None, 1024, "networks.lora_flux", CHROMA_CODE),
-    "sd3": ModelKind("medium", "stable-diffusion-3-medium", network="networks.lora_sd3"),
-    "sd35_medium": ModelKind("5-medium", "stable-diffusion-3-5-medium", network="networks.lora_sd3"),
-    "sd35_large": ModelKind("5-large", "stable-diffusion-3-5-large", network="networks.lora_sd3"),
-    "lumina": ModelKind("lumina2", "lumina-2", LUMINA_CODE, network="networks.lora_lumina", published=LUMINA_CODE),
-}
-LARGE_BLOCKS = 38  # joint blocks of SD 3.5 Large
-
-
-def kind_of(architecture: str, shapes: Shapes | None = None, *, v_prediction: bool = False) -> ModelKind:
-    """The kind of a model, as exactly as the names in its file tell."""
-    names = set(shapes or ())
-    has = lambda mark: any(mark in name for name in names)
-    if architecture == "sd2" and v_prediction:
-        return KINDS["sd2_v"]
-    if architecture == "flux" and names:
-        variant = "chroma" if has("distilled_guidance_layer.") else "flux" if has("guidance_in.") else "flux_schnell"
-        return KINDS[variant]
-    if architecture == "sd3" and names:
-        large = "sd35_large" if has(f"joint_blocks.{LARGE_BLOCKS - 1}.") else "sd3"
-        return KINDS["sd35_medium" if has(".attn2.") else large]
-    return KINDS[architecture]
-
-
-def spec_of(kind: ModelKind, save_to: str, *, lora: bool, merged_from: str | None = None) -> dict[str, str]:
+def spec_of(facts: FileFacts, save_to: str, *, lora: bool, merged_from: str | None = None) -> dict[str, str]:
     """modelspec.* of a new file."""
     spec = SpecFacts(
-        architecture=kind.architecture + ("/lora" if lora else ""),
-        implementation=kind.implementation if lora else kind.published,
-        prediction_type=kind.prediction,
-        resolution=(kind.size, kind.size),
+        architecture=facts.architecture + ("/lora" if lora else ""),
+        implementation=facts.implementation if lora else facts.published,
+        prediction_type=facts.prediction,
+        resolution=(facts.size, facts.size),
         version=VERSION,
     )
     given = MetadataOptions(metadata_title=Path(save_to).stem, metadata_merged_from=merged_from)
@@ -274,23 +229,24 @@ def merged_metadata(
     files: Sequence[LoraFile],
     layers: Mapping[str, Tensors],
     save_to: str,
+    tables: Tables,
     *,
     arguments: str | None = None,
     with_spec: bool = True,
 ) -> dict[str, str]:
     """What a LoRA that was made of others says: the minimum that readers need, and modelspec.* with merged_from."""
-    kind = kind_of(common_architecture(files))
-    found = {"ss_v2": str(kind.version.startswith("sd_v2")), "ss_base_model_version": kind.version}
+    facts = common_architecture(files, tables).facts((), False)
+    found = {"ss_v2": str(facts.version.startswith("sd_v2")), "ss_base_model_version": facts.version}
     for file in reversed(files):  # the first one that says so
         found |= {key: file.metadata[key] for key in LORA_KEYS if key in file.metadata}
     modules = [file.metadata["ss_network_module"] for file in files if "ss_network_module" in file.metadata]
-    found["ss_network_module"] = modules[0] if modules else kind.network
+    found["ss_network_module"] = modules[0] if modules else facts.network
     found |= dims_in(layers)
     if arguments is not None:
         found["ss_network_args"] = arguments
     if not with_spec:
         return found
-    spec = spec_of(kind, save_to, lora=True, merged_from=titles((file.path, file.metadata) for file in files))
+    spec = spec_of(facts, save_to, lora=True, merged_from=titles((file.path, file.metadata) for file in files))
     kept = ("modelspec.architecture", "modelspec.prediction_type", "modelspec.resolution")
     told = {key: files[0].metadata[key] for key in kept if key in files[0].metadata}
     return {**found, **spec, **told}

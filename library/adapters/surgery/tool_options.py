@@ -1,20 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the command lines of the LoRA tools share: options, checks of paths, an exit code. No torch."""
+"""What the command lines of the LoRA tools share: options and checks of paths. Imports no torch."""
 
 from __future__ import annotations
 
-import inspect
 import math
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from library.adapters.formats.peft_folder import PEFT_FILES
-from library.cli import guarded
-from library.log import get_logger, setup_logging
-from library.options import option, resolve
+from library.options import option
 from library.text_files import parse_json
 
 PRECISIONS = {
@@ -29,26 +25,6 @@ PRECISIONS = {
 }
 WRITTEN = (".safetensors", ".ckpt", ".pt", ".pth")
 BLOCK_COUNTS = (12, 17, 20, 26)  # of --lbws: SDXL, SD 1/2, SDXL with every block, SD 1/2 with every block
-Options = TypeVar("Options")
-
-
-def run_tool(
-    options_type: type[Options], action: Callable[[Options], None], argv: Sequence[str] | None, name: str, about: str
-) -> int:
-    """Reads the options and does `action` with them. The exit code: 0, or 2 for bad input."""
-    if argv is None:  # started as a script
-        setup_logging(level="INFO", file=None, simple=True)
-
-    def act() -> int:
-        words = sys.argv[1:] if argv is None else argv
-        found = resolve(options_type, {}, words, prog=name, description=inspect.cleandoc(about))
-        for line in found.answers:
-            get_logger().info(line)
-        action(found.options)
-        return 0
-
-    return guarded(act)
-
 
 # ---- groups of options --------------------------------------------------------------------------------------------
 

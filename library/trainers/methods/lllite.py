@@ -11,15 +11,16 @@ from torch import Tensor, nn
 
 from library.adapters.adapter_network import AdapterNetwork
 from library.adapters.formats.conversion import read_tensors
+from library.adapters.layers.lllite import sizes_of
 from library.device import DTYPES
 from library.errors import UserError
+from library.families.adapters import load_network_module
 from library.io.checkpoint import save_tensors
 from library.learning import DENOISER, Learning, Models, Trainables
 from library.memory.choice import MemoryChoice
 from library.trainers.method import Method
 from library.trainers.methods.lllite_options import LLLiteTrainerOptions
 from library.types import Position
-from networks.control_net_lllite import create_network, create_network_from_weights, sizes_of
 
 
 class LLLiteMethod(Method[LLLiteTrainerOptions]):
@@ -73,10 +74,13 @@ class LLLiteMethod(Method[LLLiteTrainerOptions]):
     def create_network(self, unet: nn.Module, given: dict[str, Tensor] | None) -> AdapterNetwork:
         """A new network, or the one of `given`."""
         options, dropout = self.options.lllite, self.options.lllite.network_dropout
+        module = load_network_module("networks.control_net_lllite")
         if given is None:
             sizes = {} if options.cond_emb_dim is None else {"cond_emb_dim": options.cond_emb_dim}
-            return create_network(1.0, options.network_dim, None, None, None, unet, neuron_dropout=dropout, **sizes)
-        network, _ = create_network_from_weights(
+            return module.create_network(
+                1.0, options.network_dim, None, None, None, unet, neuron_dropout=dropout, **sizes
+            )
+        network, _ = module.create_network_from_weights(
             1.0, options.network_weights, None, None, unet, given, neuron_dropout=dropout
         )
         return network

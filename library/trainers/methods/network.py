@@ -13,13 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from library.adapters.adapter_network import AdapterNetwork
-from library.adapters.foreign.network_module import load_network_module
 from library.adapters.foreign.plugin_network import foreign_error
-from library.adapters.formats.architecture import of_family
 from library.adapters.formats.conversion import read_adapter
 from library.adapters.formats.recognition import parse
 from library.adapters.layer_network import encoder_rate
 from library.errors import UserError
+from library.families.adapters import adapter_tables, load_network_module, tables_of
 from library.families.registry import misfit
 from library.learning import DENOISER, Learning, Models, Trainables
 from library.log import get_logger
@@ -110,7 +109,7 @@ class NetworkMethod(Method[NetworkTrainerOptions]):
         """An adapter file for this run's model, with kohya keys. Raises UserError naming option and file."""
         own = self.network_module.startswith("networks.") and not self.conditioned
         try:
-            tensors = read_adapter(file, of_family(self.family.name))
+            tensors = read_adapter(file, adapter_tables(), tables_of(self.family.name))
             if own and not any(parse(key) for key in tensors):
                 raise UserError(f"holds no adapter: none of its {len(tensors)} keys is one of an adapter's")
             return tensors

@@ -15,6 +15,7 @@ from library.adapters.adapter_network import AdapterNetwork
 from library.adapters.formats.conversion import convert, dora_norms, header, read_tensors
 from library.adapters.readers.comparison import NetworkComparison, ProgramReport, report
 from library.device import DTYPES
+from library.families.adapters import adapter_tables
 from library.io.checkpoint import in_precision, save_tensors
 from library.log import get_logger
 from library.trainers.options import NetworkTrainerOptions
@@ -56,8 +57,9 @@ class NetworkFile:
         """The network's tensors under the names of a --lora_format, and what the file's header has to say of them."""
         if form == "kohya":
             return tensors, {}
-        norms = dora_norms(tensors, self.weight_source()) if form == "comfy" else None
-        return convert(tensors, form, norms=norms), header(tensors, form)
+        tables = adapter_tables()
+        norms = dora_norms(tensors, self.weight_source(), tables) if form == "comfy" else None
+        return convert(tensors, form, tables, norms=norms), header(tensors, form, tables)
 
     def weight_source(self) -> Callable[[str], Tensor | None]:
         """From the name of an adapter to the weight that it is put on, as it is without it."""
@@ -95,7 +97,8 @@ def read_back(
     state = random.getstate()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
-            return report(NetworkComparison(network.trained(), model), read_tensors(path), form, rewritten)
+            trained = NetworkComparison(network.trained(), model, adapter_tables())
+            return report(trained, read_tensors(path), form, rewritten)
     finally:
         random.setstate(state)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from library.adapters.readers.comparison import NetworkComparison
 from library.adapters.readers.reading import NamedModel
+from tests.adapters.known_formats import TABLES
 
 
 def load(name: str, tensors: Mapping[str, Tensor], denoiser: nn.Module, encoders: Sequence[nn.Module]) -> None:
@@ -55,7 +56,7 @@ class Outcome:
         except Exception as error:
             self.refused, self.error = True, error
             return
-        index = NamedModel.of(check.model, [*tensors, *check.layers]).index
+        index = NamedModel.of(check.model, [*tensors, *check.layers], TABLES).index
         models = {"unet": denoiser, "transformer": denoiser}
         models |= dict(zip(("text_encoder", "text_encoder_2", "text_encoder_3"), encoders))
         for name, layer in check.layers.items():

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from library.adapters.foreign.network_module import load_network_module
-from library.adapters.formats.conversion import FORMATS, convert, dora_norms
+from library.adapters.formats.conversion import FORMATS
 from library.adapters.readers.comparison import DIFFUSERS, NetworkComparison
 from library.errors import UserError
+from library.families.adapters import load_network_module
 from tests.adapters.families import TINY
+from tests.adapters.known_formats import TABLES, convert, dora_norms
 from tests.adapters.models import randomize, tiny_clip, tiny_unet
 from tests.adapters.readers.real import Outcome
 
@@ -24,7 +25,7 @@ pytest.importorskip("peft")
 def compare(model: str, network: Any, denoiser: nn.Module, encoders: Sequence[nn.Module]) -> dict[str, str]:
     """The outcome of each format, after it was found to be the same by the rules and by the loader."""
     randomize(network)
-    check = NetworkComparison(network.trained(), model)
+    check = NetworkComparison(network.trained(), model, TABLES)
     state, targets = network.state(None), network.targets()
     found = {}
     for form in FORMATS:

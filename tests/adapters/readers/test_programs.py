@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from library.adapters.foreign.network_module import load_network_module
-from library.adapters.formats.conversion import convert, to_kohya
 from library.adapters.readers.comparison import COMFY, DIFFUSERS, FORGE, NetworkComparison, Program, report
 from library.adapters.readers.known_keys import key_lines
+from library.families.adapters import load_network_module
 from tests.adapters.families import TINY
+from tests.adapters.known_formats import TABLES, convert, to_kohya
 from tests.adapters.lora_samples import comfy_apply, comfy_keys, flux, published_weights
 from tests.adapters.models import distance, randomize, tiny_clip, tiny_unet
 
@@ -33,7 +33,7 @@ def network(module: str = "lora", alpha: float = 2.7, **arguments: str) -> Any:
 
 def taken(made: Any, tensors: dict[str, Tensor], *programs: Program) -> dict[str, str]:
     """Program -> "yes" or what it does."""
-    check = NetworkComparison(made.trained(), "sd1")
+    check = NetworkComparison(made.trained(), "sd1", TABLES)
     verdicts = {program.name: check.verdict(program, tensors) for program in programs or (COMFY, FORGE)}
     return {name: "yes" if found.takes else found.text() for name, found in verdicts.items()}
 
@@ -81,9 +81,9 @@ def test_oft_in_comfy_format(family: str, bound: float) -> None:
         randomize(made)
     state = made.state(None)
     tensors = convert(state, "comfy")
-    verdict = NetworkComparison(made.trained(), family).verdict(COMFY, tensors)
+    verdict = NetworkComparison(made.trained(), family, TABLES).verdict(COMFY, tensors)
     assert verdict.takes, verdict.text()
-    assert key_lines(tensors)[0] == "ComfyUI: knows every key"
+    assert key_lines(tensors, TABLES)[0] == "ComfyUI: knows every key"
     again = to_kohya(tensors)
     assert again.keys() == state.keys()
     assert all(torch.allclose(again[key], value, rtol=1e-6) for key, value in state.items())
@@ -110,7 +110,7 @@ def test_formulas_equal_the_literal_comfyui() -> None:
     sample, tiny = flux(), TINY["flux"]
     made: Any = tiny.module.create_network(1.0, 4, 2.7, None, None, sample.model, in_dims="2,2,2,2,2")
     randomize(made)
-    check = NetworkComparison(made.trained(), "flux")
+    check = NetworkComparison(made.trained(), "flux", TABLES)
     for form in ("kohya", "comfy", "peft"):
         tensors = convert(made.state(None), form)
         assert check.verdict(COMFY, tensors).takes
@@ -171,7 +171,7 @@ def test_lines_say_what_is_for_a_program() -> None:
     made = network()
     state = made.state(None)
     rewritten = lambda form, names: convert({k: v for k, v in state.items() if k.partition(".")[0] in names}, form)
-    found = report(NetworkComparison(made.trained(), "sd1"), convert(state, "comfy"), "comfy", rewritten)
+    found = report(NetworkComparison(made.trained(), "sd1", TABLES), convert(state, "comfy"), "comfy", rewritten)
     assert found.taken_by == ["ComfyUI"]
     forge, diffusers = found.warnings
     assert forge.startswith("Forge refuses the file: 36 of 273 keys are unknown to it, 12 are forgiven: text_encoders.")
@@ -210,7 +210,7 @@ def test_names(model: str, prefix: str, comfy: bool, forge: bool | None) -> None
     from library.adapters.readers.programs import comfy_names, forge_names
     from library.adapters.readers.reading import NamedModel
 
-    found = NamedModel.of(model, [prefix])
+    found = NamedModel.of(model, [prefix], TABLES)
     assert (prefix in comfy_names(found)) == comfy
     assert (model in FORGE.models) == (forge is not None)
     assert forge is None or (prefix in forge_names(found)) == forge
@@ -261,16 +261,16 @@ def test_lycoris_on_fused_layers(family: str, algo: str) -> None:
     state = made.state(None)
     layers = made.trained()
     assert {layer.name for layer in layers} == {key.partition(".")[0] for key in state}
-    verdict = NetworkComparison(layers, family).verdict(COMFY, state)
+    verdict = NetworkComparison(layers, family, TABLES).verdict(COMFY, state)
     assert verdict.takes, verdict.text()
     fused = next(key for key in state if "qkv" in key and key.endswith(("lora_up.weight", "lokr_w1")))
     state[fused] *= 1.05
-    assert fused.partition(".")[0] in NetworkComparison(layers, family).verdict(COMFY, state).text()
+    assert fused.partition(".")[0] in NetworkComparison(layers, family, TABLES).verdict(COMFY, state).text()
 
 
 def test_a_network_whose_layers_have_no_names() -> None:
     """Nothing was compared, so nothing is said to be as it was trained."""
-    found = report(NetworkComparison([], "sd1"), {"shift": torch.ones(4)}, "kohya", lambda form, names: {})
+    found = report(NetworkComparison([], "sd1", TABLES), {"shift": torch.ones(4)}, "kohya", lambda form, names: {})
     assert not found.taken_by
     assert [line.partition(":")[0] for line in found.warnings] == ["what other programs make of it is not known"]
 

@@ -18,7 +18,7 @@ Ranges = tuple[tuple[int, int], ...] | None  # of block numbers, ends included; 
 
 
 @dataclass(frozen=True)
-class TypeDims:
+class TypeRanks:
     """Which layers of a denoiser get adapters, and their ranks. Text encoders have `dim`."""
 
     dim: int
@@ -27,12 +27,12 @@ class TypeDims:
     outside: Mapping[str, int] = field(default_factory=dict)  # start of the name -> rank, outside of the blocks
     blocks: Mapping[str, Ranges] = field(default_factory=dict)  # start of the name -> numbers of the blocks that learn
 
-    def wants(self, target: TargetSpec) -> bool:
+    def includes(self, target: TargetSpec) -> bool:
         """Whether the layer is among those that can have an adapter."""
         return target.part == "text_encoder" or short_name(target).startswith((*self.kinds, *self.outside))
 
     def rank(self, target: TargetSpec) -> int:
-        """The rank of a layer that `wants`; 0: none."""
+        """The rank of a layer that `includes`; 0: none."""
         if target.part == "text_encoder":
             return self.dim
         name = short_name(target)

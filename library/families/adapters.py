@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the families hand to library.adapters, which knows none of them: names of layers in files, and targets.
+
+    tensors = read_adapter("lora.safetensors", adapter_tables(), tables_of("flux"))
+    network = load_network_module("networks.loha").create_network(1.0, 4, 1.0, None, encoders, denoiser)
+
+A family has both in modules of its room, `adapter_names` and `targets`; nothing is to be added here for a new one.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from types import ModuleType
+
+from library.adapters.foreign.network_module import NetworkModule, import_network_module
+from library.adapters.formats.architecture import Architecture, Tables, table_named
+from library.adapters.options import BlockOptions, T5Options
+from library.adapters.surgery.tool_files import KnownArchitectures
+from library.adapters.targets import AnyFamily, FamilyTargets
+from library.families.detect import architecture, foreign_file
+from library.families.registry import FAMILIES
+from library.families.sd.adapter_names import sd_table
+from library.key_tables import Shapes
+
+# Files that hold adapters of text encoders only fit several families: the first one of these counts
+FIRST = ("sd", "flux", "sdxl", "sd3")
+
+
+def load_network_module(name: str) -> NetworkModule:
+    """A --network_module by its dotted name. Raises UserError when it is not there, or is not a network module."""
+    return import_network_module(name, every_family(), adapter_tables())
+
+
+@functools.cache
+def adapter_tables() -> Tables:
+    """The names of layers in adapter files, of every architecture."""
+    names = sorted(FAMILIES, key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
+    rooms = dict.fromkeys(_room(name) for name in names)
+    tables = (table for room in rooms for table in _tables(importlib.import_module(f"{room}.adapter_names")))
+    return tuple(dict.fromkeys(tables))  # one family may have those of another
+
+
+def tables_of(family: str) -> Tables | None:
+    """The tables of one family; None when it has none."""
+    return _tables(importlib.import_module(f"{_room(family)}.adapter_names")) or None
+
+
+def known_architectures() -> KnownArchitectures:
+    """What the LoRA tools need to know of the families."""
+
+    def of_checkpoint(shapes: Shapes) -> Architecture | None:
+        found = architecture(shapes)
+        return sd_table(shapes) if found is None else table_named(adapter_tables(), found.name)
+
+    return KnownArchitectures(adapter_tables(), of_checkpoint, foreign_file)
+
+
+@functools.cache
+def every_family() -> AnyFamily:
+    """The targets of all families, for the kinds of adapters that are made for all of them."""
+    rooms = dict.fromkeys(map(_room, FAMILIES))
+    families = dict.fromkeys(_targets(importlib.import_module(f"{room}.targets")) for room in rooms)
+    sd = _targets(importlib.import_module(f"{_room('sd')}.targets"))
+    others = tuple(targets for targets in families if targets is not sd)
+    return AnyFamily(others, sd, {"blocks": BlockOptions, "t5": T5Options})
+
+
+@functools.cache
+def unets() -> AnyFamily:
+    """The targets of the families that have a U-Net."""
+    sd, sdxl = (_targets(importlib.import_module(f"{_room(name)}.targets")) for name in ("sd", "sdxl"))
+    return AnyFamily((sdxl,), sd, {"blocks": BlockOptions})
+
+
+def _room(family: str) -> str:
+    """`library.families.flux`"""
+    return FAMILIES[family].path.partition(":")[0].rpartition(".")[0]
+
+
+def _tables(module: ModuleType) -> tuple[Architecture, ...]:
+    found = module.TABLES
+    assert isinstance(found, tuple)
+    return found
+
+
+def _targets(module: ModuleType) -> FamilyTargets:
+    found = module.TARGETS
+    assert isinstance(found, FamilyTargets)
+    return found

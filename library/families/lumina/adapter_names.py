@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names of the layers of Lumina-Image 2.0 in adapter files."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+from library.adapters.formats.architecture import READS_STATES, Architecture, Encoder, FileFacts, beginning
+from library.families.lumina.names import lumina_names
+
+NOISE, CONTEXT, LAYERS, FINAL = "noise_refiner_", "context_refiner_", "layers_", "final_layer_"
+LUMINA_CODE = "https://github.com/Alpha-VLLM/Lumina-Image-2.0"
+
+
+def gemma2_paths(blocks: int) -> Iterator[str]:
+    for i in range(blocks):
+        yield from (f"layers.{i}.self_attn.{name}_proj" for name in "qkvo")
+        yield from (f"layers.{i}.mlp.{name}_proj" for name in ("gate", "up", "down"))
+
+
+def lumina_facts(names: Collection[str], v_prediction: bool) -> FileFacts:
+    return FileFacts("lumina2", "lumina-2", LUMINA_CODE, network="networks.lora_lumina", published=LUMINA_CODE)
+
+
+GEMMA2 = Encoder("lora_te", "text_encoders.gemma2_2b.transformer.model", "text_encoder", gemma2_paths)
+TABLES = (
+    Architecture(
+        "lumina", "Lumina-Image 2.0", lambda blocks: lumina_names(blocks, blocks), (GEMMA2,), lumina_facts,
+        beginning(CONTEXT, NOISE, LAYERS, FINAL),
+        fused={3: (1.0, 1 / 3, 1 / 3)}, comfy_alpha=False, inputs={READS_STATES: frozenset({2304})},
+    ),
+)  # fmt: skip
