@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learning-rate schedules: one formula per name, each a factor on the base rate as a function of the optimizer step.
+"""Learning-rate schedules: one formula per name, which maps the optimizer step to a factor of the base rate.
 
-`step()` is called once per optimizer step, whatever the number of processes: all lengths are in optimizer steps.
+`step()` is called once per optimizer step, whatever the number of processes, so all lengths are in optimizer steps.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from library.values import MOST, cut, number, whole_number
 FLAG, TYPE_FLAG, ARGS_FLAG = "--lr_scheduler", "--lr_scheduler_type", "--lr_scheduler_args"
 LOWEST_POLYNOMIAL_LR = 1e-7
 INVERSE_SQRT_TIMESCALE = 10_000
-TINY = 1e-6  # below 0: what rounding makes of a rate of 0
-MOST_TRIED = 10_000  # steps of a class that is not ours
+TINY = 1e-6  # a rate of 0 may come out this far below 0 through rounding
+MOST_TRIED = 10_000  # steps for which a foreign class is tried
 
 Factor = Callable[[int], float]
 
 
 @dataclass(frozen=True)
-class ScheduleInputs:
-    """What the formulas are computed from: lengths in optimizer steps, and the numbers of the options."""
+class ScheduleConfig:
+    """Inputs of the formulas: lengths in optimizer steps, and the values of the options."""
 
     total: int
     warmup: int
@@ -46,62 +46,62 @@ class ScheduleInputs:
     base_lr: float
 
     def progress(self, step: int) -> float:
-        """How much of the run after the warm-up is over, from 0 to 1 (and on)."""
+        """Fraction of the run after the warm-up that has passed: 0 to 1, and beyond after the end."""
         return (step - self.warmup) / max(1, self.total - self.warmup)
 
 
 # ---- formulas: factor after the warm-up ---------------------------------------------------------------------------
 
 
-def constant(inputs: ScheduleInputs) -> Factor:
+def constant(config: ScheduleConfig) -> Factor:
     return lambda step: 1.0
 
 
-def linear(inputs: ScheduleInputs) -> Factor:
-    return lambda step: max(0.0, (inputs.total - step) / max(1, inputs.total - inputs.warmup))
+def linear(config: ScheduleConfig) -> Factor:
+    return lambda step: max(0.0, (config.total - step) / max(1, config.total - config.warmup))
 
 
-def cosine(inputs: ScheduleInputs, *, num_cycles: float = 0.5) -> Factor:
-    return lambda step: max(0.0, cosine_wave(num_cycles * 2 * inputs.progress(step)))
+def cosine(config: ScheduleConfig, *, num_cycles: float = 0.5) -> Factor:
+    return lambda step: max(0.0, cosine_wave(num_cycles * 2 * config.progress(step)))
 
 
-def cosine_with_restarts(inputs: ScheduleInputs) -> Factor:
+def cosine_with_restarts(config: ScheduleConfig) -> Factor:
     def factor(step: int) -> float:
-        progress = inputs.progress(step)
-        return 0.0 if progress >= 1 else cosine_wave((inputs.cycles * progress) % 1)
+        progress = config.progress(step)
+        return 0.0 if progress >= 1 else cosine_wave((config.cycles * progress) % 1)
 
     return factor
 
 
-def polynomial(inputs: ScheduleInputs, *, lr_end: float = LOWEST_POLYNOMIAL_LR) -> Factor:
-    if inputs.base_lr <= lr_end:
-        raise UserError(f"{FLAG} polynomial ends at {lr_end:g}: --learning_rate {inputs.base_lr:g} must be greater")
-    end = lr_end / inputs.base_lr
-    return lambda step: end if step > inputs.total else (1 - end) * (1 - inputs.progress(step)) ** inputs.power + end
+def polynomial(config: ScheduleConfig, *, lr_end: float = LOWEST_POLYNOMIAL_LR) -> Factor:
+    if config.base_lr <= lr_end:
+        raise UserError(f"{FLAG} polynomial ends at {lr_end:g}: --learning_rate {config.base_lr:g} must be greater")
+    end = lr_end / config.base_lr
+    return lambda step: end if step > config.total else (1 - end) * (1 - config.progress(step)) ** config.power + end
 
 
-def inverse_sqrt(inputs: ScheduleInputs, *, timescale: int | None = None) -> Factor:
-    scale = timescale or inputs.timescale or inputs.warmup or INVERSE_SQRT_TIMESCALE
-    return lambda step: 1 / math.sqrt((step + scale - inputs.warmup) / scale)
+def inverse_sqrt(config: ScheduleConfig, *, timescale: int | None = None) -> Factor:
+    scale = timescale or config.timescale or config.warmup or INVERSE_SQRT_TIMESCALE
+    return lambda step: 1 / math.sqrt((step + scale - config.warmup) / scale)
 
 
-def cosine_with_min_lr(inputs: ScheduleInputs, *, min_lr: float | None = None) -> Factor:
-    low = lowest(inputs, min_lr, "cosine_with_min_lr")
-    return lambda step: low + (1 - low) * cosine_wave(inputs.cycles * inputs.progress(step))
+def cosine_with_min_lr(config: ScheduleConfig, *, min_lr: float | None = None) -> Factor:
+    low = lowest(config, min_lr, "cosine_with_min_lr")
+    return lambda step: low + (1 - low) * cosine_wave(config.cycles * config.progress(step))
 
 
 def cosine_warmup_with_min_lr(
-    inputs: ScheduleInputs, *, min_lr: float | None = None, warmup_lr_rate: float | None = None
+    config: ScheduleConfig, *, min_lr: float | None = None, warmup_lr_rate: float | None = None
 ) -> Factor:
-    """As cosine_with_min_lr, one step ahead; the warm-up starts at `warmup_lr_rate`, or at one step's share."""
-    low = lowest(inputs, min_lr, "cosine_warmup_with_min_lr")
+    """Like cosine_with_min_lr, one step ahead; the warm-up starts at `warmup_lr_rate`, or at 1 / warm-up steps."""
+    low = lowest(config, min_lr, "cosine_warmup_with_min_lr")
 
     def factor(step: int) -> float:
-        if step >= inputs.warmup:
-            return low + (1 - low) * cosine_wave(inputs.cycles * inputs.progress(step + 1))
+        if step >= config.warmup:
+            return low + (1 - low) * cosine_wave(config.cycles * config.progress(step + 1))
         if warmup_lr_rate is None:
-            return (step + 1) / inputs.warmup
-        return warmup_lr_rate + (1 - warmup_lr_rate) * step / max(1, inputs.warmup - 1)
+            return (step + 1) / config.warmup
+        return warmup_lr_rate + (1 - warmup_lr_rate) * step / max(1, config.warmup - 1)
 
     return factor
 
@@ -120,34 +120,34 @@ FALLS: dict[str, Callable[[float, int], float]] = {
 }
 
 
-def warmup_stable_decay(inputs: ScheduleInputs, *, warmup_type: str = "linear", decay_type: str = "cosine") -> Factor:
-    """Rise from the minimum, stay at 1, fall to the minimum over the last `decay` steps."""
+def warmup_stable_decay(config: ScheduleConfig, *, warmup_type: str = "linear", decay_type: str = "cosine") -> Factor:
+    """Rise from the minimum to 1, stay there, and fall to the minimum over the last `decay` steps."""
     for name, value in (("warmup_type", warmup_type), ("decay_type", decay_type)):
         if value not in RISES:
             raise UserError(unknown(f"{ARGS_FLAG} {name}", str(value), RISES))
-    if inputs.warmup + inputs.decay > inputs.total:
+    if config.warmup + config.decay > config.total:
         raise UserError(
-            f"{FLAG} warmup_stable_decay: --lr_warmup_steps {inputs.warmup} and --lr_decay_steps {inputs.decay} "
-            f"are longer than the run of {inputs.total} steps"
+            f"{FLAG} warmup_stable_decay: --lr_warmup_steps {config.warmup} and --lr_decay_steps {config.decay} "
+            f"are longer than the run of {config.total} steps"
         )
-    low = inputs.min_ratio or 0.0
-    stable_end = inputs.total - inputs.decay
+    low = config.min_ratio or 0.0
+    stable_end = config.total - config.decay
 
     def shape(step: int) -> float:
-        if step < inputs.warmup:
-            return RISES[warmup_type](step / inputs.warmup)
+        if step < config.warmup:
+            return RISES[warmup_type](step / config.warmup)
         if step < stable_end:
             return 1.0
-        progress = (step - stable_end) / max(1, inputs.decay)
+        progress = (step - stable_end) / max(1, config.decay)
         if progress >= 1:
             return 0.0
-        return FALLS[decay_type](progress, inputs.cycles)
+        return FALLS[decay_type](progress, config.cycles)
 
     return lambda step: low + (1 - low) * shape(step)
 
 
-def piecewise_constant(inputs: ScheduleInputs, *, step_rules: str = "") -> Factor:
-    """step_rules "1:10,0.1:20,0.01": factor 1 before step 10, 0.1 before step 20, 0.01 from there."""
+def piecewise_constant(config: ScheduleConfig, *, step_rules: str = "") -> Factor:
+    """Factors by step: "1:10,0.1:20,0.01" is 1 before step 10, 0.1 before step 20, and 0.01 afterwards."""
     *rules, last = step_rules.split(",")
     try:
         factors = [(whole_number(end), number(value)) for value, end in (rule.split(":") for rule in rules)]
@@ -161,39 +161,39 @@ def piecewise_constant(inputs: ScheduleInputs, *, step_rules: str = "") -> Facto
 
 
 def cosine_wave(turns: float) -> float:
-    """1 at 0, 0 at 1, 1 at 2."""
+    """A cosine from 0 to 1: 1 at 0, 0 at 1, 1 at 2."""
     return 0.5 * (1 + math.cos(math.pi * turns))
 
 
-def lowest(inputs: ScheduleInputs, min_lr: float | None, name: str) -> float:
-    """The lowest factor: of the option, or `min_lr` over the base rate."""
-    if inputs.min_ratio is not None:
-        return inputs.min_ratio
+def lowest(config: ScheduleConfig, min_lr: float | None, name: str) -> float:
+    """The lowest factor: --lr_scheduler_min_lr_ratio, or `min_lr` divided by the base rate. Raises UserError."""
+    if config.min_ratio is not None:
+        return config.min_ratio
     if min_lr is not None:
-        return min_lr / inputs.base_lr
+        return min_lr / config.base_lr
     raise UserError(f"{FLAG} {name} needs its lowest rate: give --lr_scheduler_min_lr_ratio (0.1, for example)")
 
 
 @dataclass(frozen=True)
-class Row:
-    """One schedule: its formula, and whether the common linear warm-up from 0 comes before it."""
+class ScheduleRow:
+    """An entry of the table: a formula, and whether the common linear warm-up from 0 precedes it."""
 
     formula: Callable[..., Factor]
     warms_up: bool = True
 
 
-SCHEDULES: dict[str, Row] = {
-    "constant": Row(constant, warms_up=False),
-    "constant_with_warmup": Row(constant),
-    "linear": Row(linear),
-    "cosine": Row(cosine),
-    "cosine_with_restarts": Row(cosine_with_restarts),
-    "polynomial": Row(polynomial),
-    "inverse_sqrt": Row(inverse_sqrt),
-    "cosine_with_min_lr": Row(cosine_with_min_lr),
-    "cosine_warmup_with_min_lr": Row(cosine_warmup_with_min_lr, warms_up=False),
-    "warmup_stable_decay": Row(warmup_stable_decay, warms_up=False),
-    "piecewise_constant": Row(piecewise_constant, warms_up=False),
+SCHEDULES: dict[str, ScheduleRow] = {
+    "constant": ScheduleRow(constant, warms_up=False),
+    "constant_with_warmup": ScheduleRow(constant),
+    "linear": ScheduleRow(linear),
+    "cosine": ScheduleRow(cosine),
+    "cosine_with_restarts": ScheduleRow(cosine_with_restarts),
+    "polynomial": ScheduleRow(polynomial),
+    "inverse_sqrt": ScheduleRow(inverse_sqrt),
+    "cosine_with_min_lr": ScheduleRow(cosine_with_min_lr),
+    "cosine_warmup_with_min_lr": ScheduleRow(cosine_warmup_with_min_lr, warms_up=False),
+    "warmup_stable_decay": ScheduleRow(warmup_stable_decay, warms_up=False),
+    "piecewise_constant": ScheduleRow(piecewise_constant, warms_up=False),
 }
 NO_WARMUP = {"constant": "use constant_with_warmup", "reduce_lr_on_plateau": "leave it out"}
 ONLY_FOR = {  # option -> the schedules that read it
@@ -206,12 +206,12 @@ ONLY_FOR = {  # option -> the schedules that read it
         "reduce_lr_on_plateau",
     ),
 }
-OF_OPTIONS = ("min_lrs",)  # what a schedule of torch keeps in its state although options give it
+OF_OPTIONS = ("min_lrs",)  # attributes that torch's schedules save in their state although options set them
 OTHER_NAMES = ("reduce_lr_on_plateau", "adafactor:<learning rate>")
 
 
 def with_warmup(factor: Factor, warmup: int) -> Factor:
-    """Linear from 0 over `warmup` steps, then `factor`."""
+    """A linear rise from 0 over `warmup` steps, followed by `factor`."""
     return lambda step: step / warmup if step < warmup else factor(step)
 
 
@@ -219,9 +219,9 @@ def with_warmup(factor: Factor, warmup: int) -> Factor:
 
 
 class RelativeStepRate(LRScheduler):
-    """Shows the rate that Adafactor makes for itself: `initial` before the first step, then min(1e-2, 1/sqrt(step)).
+    """The rate that Adafactor computes for itself: `initial` before the first step, then min(1e-2, 1/sqrt(step)).
 
-    It changes nothing. The tensors' own scale (scale_parameter) is left out: reading it would wait for the device.
+    For display only. The scale of each tensor (scale_parameter) is left out: reading it would wait for the device.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, initial: float) -> None:
@@ -247,18 +247,18 @@ class RelativeStepRate(LRScheduler):
 
 
 class BuiltScheduler:
-    """A schedule with one interface: some need to know the loss."""
+    """A learning-rate schedule. Wraps torch's schedules, some of which take the loss, in one interface."""
 
     def __init__(self, scheduler: LRScheduler) -> None:
         self.scheduler = scheduler
 
     @property
     def needs_loss(self) -> bool:
-        """True: `step` wants the averaged loss (a number on the host)."""
+        """Whether `step` takes the averaged loss (a number on the host)."""
         return isinstance(self.scheduler, ReduceLROnPlateau)
 
     def step(self, loss: float | None = None) -> None:
-        """After every optimizer step."""
+        """Advance the schedule. Call it after every optimizer step."""
         if not self.needs_loss:
             self.scheduler.step()
         elif loss is None:
@@ -267,17 +267,17 @@ class BuiltScheduler:
             self.scheduler.step(loss)  # type: ignore[arg-type]
 
     def get_last_lr(self) -> list[float]:
-        """The rate of each group, as the next step uses it."""
+        """The rate of each group for the next step."""
         return [float(rate) for rate in self.scheduler.get_last_lr()]
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next `step` depends on, besides the optimizer's own groups."""
+        """Everything that the next `step` depends on except the optimizer's groups."""
         return self.scheduler.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state` exactly. Load the optimizer's state first: recursive schedules read its rates.
+        """Restore `state` exactly. Load the optimizer's state first: recursive schedules read its rates.
 
-        The rate of the next step is that of this schedule, which may be another one than when the state was saved.
+        The rate of the next step is that of this schedule, which may differ from the one that was saved.
         """
         own = {name: vars(self.scheduler)[name] for name in OF_OPTIONS if name in vars(self.scheduler)}
         self.scheduler.load_state_dict(dict(state))
@@ -294,7 +294,7 @@ class BuiltScheduler:
 
 
 def rates_of(options: SchedulerOptions, choice: OptimizerChoice, total_steps: int, steps: Sequence[int]) -> list[Any]:
-    """What the schedule of a run depends on the options by: the factors of some thousand of these steps."""
+    """A fingerprint of the schedule that the options describe: its factors at up to a few thousand of these steps."""
     scheduler = build_scheduler(options, choice.toy(), total_steps=total_steps).scheduler
     if type(scheduler) is LambdaLR:
         chosen = steps[:: max(1, len(steps) // 2000)]
@@ -306,7 +306,7 @@ def rates_of(options: SchedulerOptions, choice: OptimizerChoice, total_steps: in
 
 
 def check_scheduler(options: SchedulerOptions, choice: OptimizerChoice, *, total_steps: int) -> None:
-    """Find every mistake before a model is loaded, and warn of what has no effect. Raises UserError."""
+    """Find every mistake before a model is loaded, and warn about options without effect. Raises UserError."""
     toy = choice.toy()
     built = build_scheduler(options, toy, total_steps=total_steps)
     if options.lr_scheduler_type and toy.schedule is None:
@@ -328,14 +328,14 @@ def check_scheduler(options: SchedulerOptions, choice: OptimizerChoice, *, total
         )
     elif options.lr_warmup_steps and name == "piecewise_constant":
         get_logger().warning("--lr_warmup_steps: --lr_scheduler piecewise_constant has no warm-up; step_rules say all")
-    elif (warmup := schedule_inputs(options, toy.optimizer, total_steps).warmup) > total_steps:
+    elif (warmup := config_of(options, toy.optimizer, total_steps).warmup) > total_steps:
         get_logger().warning(
             f"--lr_warmup_steps {warmup} is longer than the run of {total_steps} steps: the full rate is never reached"
         )
 
 
 def build_scheduler(options: SchedulerOptions, built: BuiltOptimizer, *, total_steps: int) -> BuiltScheduler:
-    """The schedule of a run of `total_steps` optimizer steps. Raises UserError for bad names and settings."""
+    """Build the schedule of a run of `total_steps` optimizer steps. Raises UserError for bad names and settings."""
     name = effective_name(options, built)
     given = read_settings(options.lr_scheduler_args or (), ARGS_FLAG)
     if built.schedule is None and options.lr_warmup_steps:
@@ -346,35 +346,35 @@ def build_scheduler(options: SchedulerOptions, built: BuiltOptimizer, *, total_s
         return BuiltScheduler(RelativeStepRate(built.optimizer, _adafactor_rate(name, built.optimizer)))
     if name == "reduce_lr_on_plateau":
         return BuiltScheduler(_plateau(options, built.optimizer, given))
-    if built.schedule is not None:  # the schedule is the optimizer's own: settings and warm-up were for the other one
+    if built.schedule is not None:  # the optimizer brings its own schedule: settings and warm-up do not apply to it
         return BuiltScheduler(LambdaLR(built.optimizer, lambda step: 1.0))
-    factor = schedule_factor(name, schedule_inputs(options, built.optimizer, total_steps), given)
+    factor = schedule_factor(name, config_of(options, built.optimizer, total_steps), given)
     return BuiltScheduler(LambdaLR(built.optimizer, factor))
 
 
 def effective_name(options: SchedulerOptions, built: BuiltOptimizer) -> str:
-    """The schedule that will run: some optimizers bring their own."""
+    """Name of the schedule in effect: some optimizers bring their own."""
     return options.lr_scheduler.lower() if built.schedule is None else built.schedule
 
 
 def _refuse_warmup(options: SchedulerOptions, name: str) -> None:
-    """Raise UserError where a warm-up was given and the schedule has none."""
+    """Raises UserError when the schedule cannot use --lr_warmup_steps."""
     if options.lr_scheduler_type:
         raise UserError(f"--lr_warmup_steps: {TYPE_FLAG} {options.lr_scheduler_type} has no warm-up: leave one out")
     if name in NO_WARMUP:
         raise UserError(f"--lr_warmup_steps: {FLAG} {name} has no warm-up: {NO_WARMUP[name]}")
 
 
-def schedule_factor(name: str, inputs: ScheduleInputs, given: Mapping[str, Any]) -> Factor:
-    """The formula of a name, with its warm-up. Raises UserError."""
+def schedule_factor(name: str, config: ScheduleConfig, given: Mapping[str, Any]) -> Factor:
+    """The formula with this name, including its warm-up. Raises UserError."""
     row = SCHEDULES.get(name)
     if row is None:
         raise UserError(unknown(FLAG, name, [*SCHEDULES, *OTHER_NAMES], kind="name"))
-    check_settings(given, row.formula, f"{ARGS_FLAG} ({name})", {"inputs"})
+    check_settings(given, row.formula, f"{ARGS_FLAG} ({name})", {"config"})
     try:
-        factor = row.formula(inputs, **given)
-        factor = with_warmup(factor, inputs.warmup) if row.warms_up else factor
-        for step in {0, inputs.warmup, inputs.total // 2, inputs.total}:  # settings of a wrong type or size show here
+        factor = row.formula(config, **given)
+        factor = with_warmup(factor, config.warmup) if row.warms_up else factor
+        for step in {0, config.warmup, config.total // 2, config.total}:  # shows settings of a wrong type or size
             if not 0 <= factor(step) <= MOST:
                 raise ValueError(f"the rate is multiplied by {factor(step):g} at step {step}")
     except UserError:
@@ -385,13 +385,13 @@ def schedule_factor(name: str, inputs: ScheduleInputs, given: Mapping[str, Any])
     return factor
 
 
-def schedule_inputs(options: SchedulerOptions, optimizer: torch.optim.Optimizer, total_steps: int) -> ScheduleInputs:
+def config_of(options: SchedulerOptions, optimizer: torch.optim.Optimizer, total_steps: int) -> ScheduleConfig:
     """Options as numbers of steps: a float is a fraction of the run."""
 
     def steps(value: int | float) -> int:
         return int(value * total_steps) if isinstance(value, float) else value
 
-    return ScheduleInputs(
+    return ScheduleConfig(
         total=total_steps,
         warmup=steps(options.lr_warmup_steps),
         decay=steps(options.lr_decay_steps),
@@ -404,20 +404,23 @@ def schedule_inputs(options: SchedulerOptions, optimizer: torch.optim.Optimizer,
 
 
 def _foreign(path: str, optimizer: torch.optim.Optimizer, given: Mapping[str, Any]) -> LRScheduler:
-    """A class of torch.optim.lr_scheduler or module.Class."""
+    """An instance of a class of torch.optim.lr_scheduler, or of module.Class. Raises UserError."""
     cls = import_class(path, default_module="torch.optim.lr_scheduler", base=LRScheduler, flag=TYPE_FLAG)
     check_settings(given, cls, ARGS_FLAG, {"self", "optimizer"})
     return _construct(cls, path, optimizer, given)
 
 
 def _try_foreign(options: SchedulerOptions, built: BuiltScheduler, total_steps: int) -> None:
-    """Go through the run with a toy: some classes end with an error after so many steps. Raises UserError."""
-    step, steps = 0, min(total_steps, MOST_TRIED) if total_steps < MOST else 1  # MOST: the length is not known yet
+    """Run through the schedule with a toy: some classes fail after a number of steps. Raises UserError."""
+    step, steps = (
+        0,
+        min(total_steps, MOST_TRIED) if total_steps < MOST else 1,
+    )  # MOST: the length of the run is not known yet
     try:
         while step < steps:
             step += 1
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of the toy, whose weights stay as they are
+                warnings.simplefilter("ignore")  # the toy's weights are never stepped
                 built.step(0.0)
             if not all(-TINY <= rate <= MOST for rate in built.get_last_lr()):
                 raise ValueError(f"the learning rate becomes {built.get_last_lr()[0]:g}")
@@ -428,7 +431,7 @@ def _try_foreign(options: SchedulerOptions, built: BuiltScheduler, total_steps: 
 
 
 def _plateau(options: SchedulerOptions, optimizer: torch.optim.Optimizer, given: Mapping[str, Any]) -> LRScheduler:
-    """Lower the rate when the averaged loss has stopped falling; its patience counts optimizer steps."""
+    """A schedule that lowers the rate when the averaged loss stops falling; patience is in optimizer steps."""
     check_settings(given, ReduceLROnPlateau, ARGS_FLAG, {"self", "optimizer"})
     settings = dict(given)
     if options.lr_scheduler_min_lr_ratio is not None:
@@ -452,7 +455,7 @@ def _construct(cls: type, name: str, optimizer: torch.optim.Optimizer, settings:
 
 
 def _adafactor_rate(name: str, optimizer: torch.optim.Optimizer) -> float:
-    """The number in `adafactor:<learning rate>`; only Adafactor with relative_step takes that schedule."""
+    """The number in `adafactor:<learning rate>`. Raises UserError for optimizers without relative_step."""
     if not all(group.get("relative_step") for group in optimizer.param_groups):
         raise UserError(f"{FLAG} {name} is for --optimizer_type Adafactor with relative_step=True")
     try:
