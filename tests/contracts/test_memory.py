@@ -17,7 +17,6 @@ from library.memory.block_swap import BlockSwap, spread
 from library.memory.checkpointing import Recomputation
 from library.memory.compiling import CompiledBlocks
 from library.memory.ring import Ring, RingSlot
-from tests.contracts.test_families import CASES
 from tests.families import CASES
 from tests.families.base import Case
 from tests.trainers.finetune_runs import finetune
