@@ -306,8 +306,7 @@ def _read_subset(reader: _Reader, raw: Any, place: str, dataset: _Table, levels:
         reader.report(place, "conditioning_data_dir has no effect without --masked_loss")
     if subset.num_repeats == 0:
         get_logger().warning("%s: num_repeats is 0: left out", reader.where(place))
-    for text in missing_paths(subset):
-        reader.report(place, text)
+    reader.problems += [f"{reader.where(place)}: {text}" for text in missing_paths(subset)]
     return subset
 
 
@@ -430,9 +429,8 @@ def load_dataset_config(
 ) -> tuple[DatasetConfig, ...]:  # fmt: skip
     """The datasets that the options describe. Raises UserError listing every mistake.
 
-    bucket_step: pixels that bucket sides must be multiples of (the model family's). cache: checked together, if given.
-    control: each subset must have a conditioning_data_dir, which holds control images and never masks. references:
-    whether the model takes reference pictures.
+    bucket_step: pixels that sides must be multiples of. cache: checked together, if given. control: each subset must
+    have a conditioning_data_dir, which holds control images and no masks. references: whether the model takes any.
     """
     problems: list[str] = []
     if options.dataset_config:

@@ -325,6 +325,19 @@ def test_workers_change_nothing(varied: TrainingData, reference: list[Batch], wo
     assert multiprocessing.active_children() == []
 
 
+def test_position_in_the_run_counts_through_all_epochs(varied: TrainingData) -> None:
+    """What noise, timesteps and dropout are keyed by: the same whichever process loads the batch."""
+    count = len(varied.plan_epoch(1))
+    for world in (1, 2, 3):
+        found = [
+            varied.load(plan, step=0).position
+            for epoch in (1, 2)
+            for rank in range(world)
+            for plan in varied.plan_epoch(epoch)[rank::world]
+        ]
+        assert sorted(found) == list(range(2 * count))
+
+
 def test_persistent_workers_serve_several_epochs(varied: TrainingData, reference: list[Batch]) -> None:
     with varied.loader(workers=2, persistent=True) as loader:
         run = loader.run(varied.plan_epoch(1), step_of_first=3, accumulation=2)
