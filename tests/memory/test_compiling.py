@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiled blocks give what eager blocks give, with every budget, adapter and draw, and one kind is compiled once."""
+"""Compiled blocks give what eager blocks give, with every budget, adapter and draw, and one kind is compiled once.
+
+Without the code generator of inductor, which takes minutes: tests/trainers/test_memory_runs.py has a run with it.
+"""
 
 from __future__ import annotations
 
@@ -125,16 +128,6 @@ def test_a_backend_that_cannot_split_is_recomputed_from_outside() -> None:
     found = step(model, network)
     assert_same(found, expected)
     assert found[2] < 0.3 * expected[2]
-
-
-def test_inductor_equals_eager() -> None:
-    if missing_compiler("inductor", torch.device("cpu")) is not None:
-        pytest.skip("no C++ compiler")
-    model, blocks, network = make_flux()
-    expected = step(model, network)
-    CompiledBlocks(blocks[-1:], "inductor", budget=0)
-    assert_same(step(model, network), expected)
-    assert compilations() == 1
 
 
 def test_a_kind_is_compiled_once_and_shapes_do_not_depend_on_those_before() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from library.optim.optimizers import OPTIMIZERS, choose_optimizer
 from library.optim.options import OptimizerOptions
@@ -47,8 +48,13 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Ground:
 def run(
     case: WaitCase, ground: Ground, output: Path, before: Callable[[Recorded], None] | None = None, **more: Any
 ) -> None:  # fmt: skip
+    """Two steps on the card, and a file of finite numbers."""
     trainer = run_watched(Forbidding, case, {**ground.values(case, output), **more}, before=before)
     assert trainer.device.type == "cuda" and trainer.position.step == 2
+    learned = load_file(output / "x.safetensors")
+    assert learned and all(bool(tensor.float().isfinite().all()) for tensor in learned.values())
+    if case.method == "network":  # adapters begin at zero
+        assert any(bool(tensor.count_nonzero()) for name, tensor in learned.items() if not name.endswith("alpha"))
 
 
 @pytest.mark.parametrize("name", CASES)

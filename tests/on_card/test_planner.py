@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from library.cli import guarded
@@ -39,7 +40,7 @@ OF_METHOD: dict[str, dict[str, Any]] = {
         "optimizer_type": "Adafactor", "fused_backward_pass": True, "save_model_as": "safetensors",
         "optimizer_args": ["relative_step=False", "scale_parameter=False", "warmup_init=False"],
     },
-    "textual_inversion": {"token_string": WORD},
+    "textual_inversion": {"token_string": WORD, "save_model_as": "safetensors"},
     "lllite": {"network_dim": 8, "cond_emb_dim": 8},
 }  # fmt: skip
 
@@ -135,7 +136,10 @@ WAYS: tuple[dict[str, Any], ...] = ({"vram_budget": "8GB"}, {"blocks_to_swap": "
 def test_runs_take_what_was_planned(
     name: str, ground: Ground, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """In a budget, or (every second one) in the memory that is free; the peak is the predicted one."""
+    """In a budget, or (every second one) in the memory that is free; the peak is the predicted one.
+
+    And what was learned is finite: of every architecture and method.
+    """
     gc.collect()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()  # of earlier runs in this process
@@ -143,7 +147,9 @@ def test_runs_take_what_was_planned(
     with caplog.at_level(logging.INFO):
         assert trainer.run() == 0
     settle()
-    assert trainer.position.step == 2
+    assert trainer.device.type == "cuda" and trainer.position.step == 2
+    learned = load_file(tmp_path / "x.safetensors")
+    assert learned and all(bool(tensor.float().isfinite().all()) for tensor in learned.values())
     predicted, measured = figures(caplog.messages)
     print(name, predicted, measured, before / GIB)
     assert measured - before / GIB == pytest.approx(predicted, abs=0.03)

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole runs on the card: every architecture, kind of adapter, method and way to save memory."""
+"""Whole runs on the card: every architecture, and every way to save memory.
+
+Further kinds of adapters, options and methods have theirs in test_no_waits.py, full training of every architecture in
+test_planner.py.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +21,14 @@ from tests.trainers.finetune_runs import finetune
 from tests.trainers.helpers import (
     Run,
     assert_same_run,
-    make_pictures,
-    make_trainer,
-    settle,
-    subset,
     train,
     train_with_stops,
-    write_dataset,
 )
 
 pytestmark = pytest.mark.gpu
 
+VARIANTS = ("sd2 v", "sdxl v", "lumina system prompt")  # a denoiser that another case has; test_no_waits.py has them
+ARCHITECTURES = [name for name in CASES if name not in VARIANTS]
 CACHED = {"cache_latents": True, "cache_text_encoder_outputs": True, "network_train_unet_only": True}
 ADAFACTOR = {
     "optimizer_type": "Adafactor",
@@ -85,7 +86,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
 # ---- architectures --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_adapters_of_every_architecture(name: str, model: Make, dataset: Path, prompts: Path, tmp_path: Path) -> None:
     """With text encoders in the step, in bf16 and with previews; with everything cached, in fp16 with a scaler."""
     previews = {"sample_prompts": prompts, "sample_every_n_steps": 1, "sample_at_first": True}
@@ -98,8 +99,8 @@ def test_adapters_of_every_architecture(name: str, model: Make, dataset: Path, p
     assert moved(cached)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_full_training_of_every_architecture(name: str, model: Make, dataset: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["chroma", "sd3", "sd35", "lumina"])  # test_no_waits.py has the others
+def test_full_training_in_bf16(name: str, model: Make, dataset: Path, tmp_path: Path) -> None:
     check(finetune(dataset, tmp_path, **model(name), max_train_steps=2, mixed_precision="bf16", full_bf16=True))
 
 
@@ -118,39 +119,28 @@ def test_losses_are_those_of_the_cpu(
 # ---- adapters -------------------------------------------------------------------------------------------------------
 
 ADAPTERS: dict[str, dict[str, Any]] = {
-    "loha": {"network_module": "networks.loha"},
-    "lokr": {"network_module": "networks.lokr"},
-    "oft": {"network_module": "networks.oft"},
-    "dylora": {"network_module": "networks.dylora", "network_args": ["unit=2"]},
-    "lora_fa": {"network_module": "networks.lora_fa"},
-    "dora": {"network_args": ["dora_wd=True"]},
     "tucker": {"network_args": ["use_tucker=True", "conv_dim=4"]},
-    "dropouts": {"network_args": ["rank_dropout=0.1", "module_dropout=0.1", "ggpo_sigma=0.03", "ggpo_beta=0.01"]},
     "norms": {"network_args": ["train_norm=True"], "scale_weight_norms": 1.0, "ema_decay": 0.9},
     "lycoris": {"network_module": "lycoris.kohya", "network_args": ["algo=lokr", "preset=unet-transformer-only"]},
 }
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
-def test_every_kind_of_adapter(kind: str, model: Make, dataset: Path, tmp_path: Path) -> None:
+def test_other_adapters(kind: str, model: Make, dataset: Path, tmp_path: Path) -> None:
     if kind == "lycoris":
         pytest.importorskip("lycoris")
     with torch.compiler.set_stance("force_eager"):  # LyCORIS compiles a function, which needs Triton on a card
         check(train(None, dataset, tmp_path, **model("sd1"), max_train_steps=2, **ADAPTERS[kind]))
 
 
-def test_base_weights(model: Make, dataset: Path, tmp_path: Path) -> None:
-    first = train(None, dataset, tmp_path / "first", **model("sd1"), max_train_steps=2)
-    merged = {"base_weights": [str(first.file)], "base_weights_multiplier": [0.5]}
-    check(train(None, dataset, tmp_path / "second", **model("sd1"), max_train_steps=2, **merged))
-
-
-def test_weights_are_loaded(model: Make, dataset: Path, tmp_path: Path) -> None:
+def test_weights_are_loaded_or_merged(model: Make, dataset: Path, tmp_path: Path) -> None:
     first = train(None, dataset, tmp_path / "first", **model("sd1"), max_train_steps=2)
     loaded = {"network_weights": str(first.file), "dim_from_weights": True, "network_dim": None, "network_alpha": None}
-    second = train(None, dataset, tmp_path / "second", **model("sd1"), max_train_steps=2, **loaded)
-    check(second)
-    assert second.losses[0] < first.losses[0]
+    merged = {"base_weights": [str(first.file)], "base_weights_multiplier": [0.5]}
+    for name, values in {"loaded": loaded, "merged": merged}.items():
+        run = train(None, dataset, tmp_path / name, **model("sd1"), max_train_steps=2, **values)
+        check(run)
+        assert run.losses[0] < first.losses[0]
 
 
 def test_resume_is_exact(model: Make, dataset: Path, tmp_path: Path) -> None:
@@ -210,30 +200,6 @@ def test_steps_in_the_backward_pass(rounding: str, model: Make, dataset: Path, t
     other = finetune(dataset, tmp_path / "other", **values, blocks_to_swap=4)
     check(one)
     assert other.losses == one.losses
-
-
-# ---- other methods --------------------------------------------------------------------------------------------------
-
-OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "textual_inversion": ("sd1", {"token_string": "zapcat", "use_object_template": True, "learning_rate": 1e-2}),
-    "lllite": ("sdxl", {"network_dim": 4, "cond_emb_dim": 8, "learning_rate": 1e-2}),
-    "dreambooth": ("sd1", {"learning_rate": 1e-4, "save_model_as": "safetensors"}),
-}
-
-
-@pytest.mark.parametrize("method", OTHERS)
-def test_other_methods(method: str, model: Make, pictures: Path, tmp_path: Path) -> None:
-    name, own = OTHERS[method]
-    controls = {"conditioning_data_dir": str(make_pictures(tmp_path / "controls", 5))} if method == "lllite" else {}
-    values = {
-        **model(name), **own, "output_dir": tmp_path / "out", "output_name": "x", "seed": 7, "max_train_steps": 2,
-        "max_data_loader_n_workers": 0,
-        "dataset_config": write_dataset(tmp_path / "data.toml", subset(pictures, **controls)),
-    }  # fmt: skip
-    trainer = make_trainer(values, family=values.pop("family"), method=method)
-    assert trainer.run() == 0 and trainer.device.type == "cuda"
-    settle()
-    assert "x" in [path.stem for path in (tmp_path / "out").iterdir()]
 
 
 # ---- races ----------------------------------------------------------------------------------------------------------

@@ -22,10 +22,10 @@ from library.trainers.signals import EXIT_AT_ONCE
 from tests.trainers import child
 from tests.trainers.helpers import DEFAULTS, Run, assert_same_run, differing, subset, train, write_dataset
 
-KILLS = 20
+KILLS = 12
 LIVELY: dict[str, Any] = {
     "network_args": ["rank_dropout=0.2"], "lr_scheduler": "cosine", "ema_decay": 0.9, "save_state": True,
-    "max_train_steps": 70,
+    "max_train_steps": 42,
 }  # fmt: skip
 
 

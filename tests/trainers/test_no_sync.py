@@ -3,8 +3,8 @@
 
 A CPU has no queue to wait for, so the places that would wait are counted: methods of Tensor that give a number or a
 copy on the host, and operations whose result has as many elements as the contents say. In these runs nothing of the
-kind is left, also not on tensors that never leave the host. What a copy from ordinary memory costs shows on a card
-only: tests/on_card/test_no_waits.py.
+kind is left, also not on tensors that never leave the host. The options that touch a step have their runs on the
+card, where copies from ordinary memory show, too: tests/on_card/test_no_waits.py.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from library.optim.options import OptimizerOptions
 from library.trainers.guards import StepReader
 from library.trainers.trainer import Trainer
 from library.types import Batch
+from tests.contracts.test_families import CASES
 from tests.families import CASES
-from tests.trainers.wait_cases import MASKED, RUNS, Ground, WaitCase, run_watched
+from tests.trainers.wait_cases import MASKED, Ground, WaitCase, run_watched
 
 METHODS = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "cpu", "numpy", "nonzero")
 OPERATIONS = (
@@ -130,11 +131,6 @@ def test_no_step_of_any_family_waits(
         values |= {"cache_latents": True, "cache_text_encoder_outputs": True, "network_train_unet_only": True}
         values.pop("weighted_captions", None)
     assert waits(WaitCase(name, values), small, tmp_path, monkeypatch) == [[], []]
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_no_option_waits(name: str, small: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert waits(RUNS[name], small, tmp_path, monkeypatch) == [[], []]
 
 
 # ---- optimizers -----------------------------------------------------------------------------------------------------
