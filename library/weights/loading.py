@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,9 @@ class Part:
     settings: str = ""  # what else its outputs depend on: part of the fingerprint
     finish: Callable[[nn.Module], None] | None = None  # what is done to the module when its weights are in
     spare: str = ""  # start of names below the prefix that belong to it and are not used
+    extras: tuple[str, ...] = ()  # what published files have besides its weights: regular expressions on whole names
+    # width of a published model -> the numbers of its blocks by their names in the configuration
+    published_depths: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
 
     def blank(self) -> nn.Module:
         """The module without its weights (on the meta device), as `build` makes it."""

@@ -2,9 +2,9 @@
 """Whether a model's files hold its weights: each of them, in its shape, and nothing that should have been one.
 
 Headers only, so that it comes before anything is loaded. A tensor that is gone, has another shape or is no
-floating-point number is named. What is left over below a part's prefix is one of EXTRAS, which published files have and
-no picture depends on, or it is named too: most often it belongs to a block of which the rest is gone. What lies outside
-of every part is of other programs: it is carried over into saved checkpoints, and said once.
+floating-point number is named. What is left over below a part's prefix is something that published files have and no
+picture depends on (EXTRAS, `Part.extras`), or it is named too: most often it belongs to a block of which the rest is
+gone. What lies outside of every part is of other programs: it is carried over into saved checkpoints, and said once.
 """
 
 from __future__ import annotations
@@ -44,14 +44,6 @@ EXTRAS: Mapping[str, Sequence[str]] = {
     CLIP: TEXT_EXTRAS,
     T5: (*TEXT_EXTRAS, r"decoder\..+", r"shared\.weight", r"encoder\.embed_tokens\.weight"),
     GEMMA2: TEXT_EXTRAS,
-    # early files kept what its guidance layer took the place of
-    "Chroma transformer": (
-        r"(vector_in|time_in|guidance_in)\..+",
-        r".+\.(img_mod|txt_mod|modulation)\..+",
-        r"final_layer\.adaLN_modulation\..+",
-        r"time_text_embed\..+",
-    ),
-    "denoiser": (r"norm_final\.weight",),  # Lumina's: in published files, and never run
 }
 # What lies outside of the parts of a published checkpoint: the noise schedule, marks, numbers of a training
 OUTSIDE = (
@@ -66,13 +58,6 @@ ENCODER_LAYERS = {
     CLIP: {768: 12, 1280: 32},
     T5: {4096: 24},
     GEMMA2: {2304: 26},
-}
-# Blocks of the published denoisers by width, with the name that configurations have for their number. Others exist too
-DENOISER_LAYERS = {
-    "FLUX.1 transformer": {3072: {"num_layers": 19, "num_single_layers": 38}},
-    "Chroma transformer": {3072: {"num_layers": 19, "num_single_layers": 38}},
-    "MMDiT": {1536: {"num_layers": 24}, 2432: {"num_layers": 38}},
-    "denoiser": {2304: {"num_layers": 26}},
 }
 LARGEST = 10_000_000  # of the whole numbers in a model's configuration
 INCOMPLETE = "the file is incomplete, damaged or of another architecture"
@@ -121,7 +106,7 @@ def part_problems(part: Part) -> Iterator[str]:
 
 def _left_over(part: Part, weights: Collection[str]) -> Iterator[str]:
     """Names that are the part's by their prefix, without its weights and what published files have besides them."""
-    known = re.compile("|".join((*ANYWHERE, *EXTRAS.get(part.what, ()))))
+    known = re.compile("|".join((*ANYWHERE, *EXTRAS.get(part.what, ()), *part.extras)))
     for name in part.file.shapes:
         own = name[len(part.prefix) :]
         if name in weights or not name.startswith(part.prefix) or (not part.prefix and name.startswith(PLACES)):
@@ -168,7 +153,7 @@ def _lost_layers(part: Part) -> Iterator[str]:
 
 def _unusual_depth(part: Part) -> Iterator[str]:
     config = _config(part)
-    usual = DENOISER_LAYERS.get(part.what, {}).get(_width(config), {})
+    usual = part.published_depths.get(_width(config), {})
     other = [f"{key} {config.get(key)}, not {count}" for key, count in usual.items() if config.get(key) != count]
     if other:
         told = " and ".join(other)

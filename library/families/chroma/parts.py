@@ -15,6 +15,13 @@ from library.families.flux.parts import FLUX, T5, T5_SOURCE, Layout
 from library.key_tables import Shapes
 from library.weights.sizes import depth, shape_of
 
+# early files kept what the guidance layer took the place of
+EXTRAS = (
+    r"(vector_in|time_in|guidance_in)\..+",
+    r".+\.(img_mod|txt_mod|modulation)\..+",
+    r"final_layer\.adaLN_modulation\..+",
+    r"time_text_embed\..+",
+)
 GUIDANCE = "distilled_guidance_layer."  # the same in published and in diffusers' names
 
 
@@ -45,5 +52,6 @@ CHROMA = replace(
     patch=patch_chroma,
     sizes=chroma_sizes,
     encoders={T5: replace(T5_SOURCE, folder="text_encoder")},
+    extras=EXTRAS,
     answers={"flux": "a FLUX.1 model: leave out --model_type chroma"},
 )

@@ -29,6 +29,7 @@ from library.weights.weight_files import WeightFile, open_weights
 
 CLIP, T5 = "clip_l", "t5xxl"  # names of the text encoders
 LATENT_TOKEN = 64  # numbers of a token: 2 x 2 latent pixels of 16 channels
+PUBLISHED_DEPTHS = {3072: {"num_layers": 19, "num_single_layers": 38}}  # of FLUX.1 and of Chroma
 WEIGHTS = "diffusion_pytorch_model*.safetensors"  # of a repository that is a transformer only
 
 
@@ -80,6 +81,7 @@ class Design:
     sizes: Callable[[Shapes, Layout], dict[str, Any]]
     encoders: Mapping[str, Source]
     answers: Mapping[str, str] = field(default_factory=dict)  # what to say of the files of another family
+    extras: tuple[str, ...] = ()  # as in `Part`
 
 
 def open_parts(options: FluxOptions, design: Design) -> FluxParts:
@@ -162,7 +164,11 @@ def open_denoiser(path: Path, design: Design) -> tuple[Part, dict[str, Any]]:
             f"{LATENT_TOKEN}): it cannot be trained here"
         )
     rules = own_names if names is DIFFUSERS else denoiser_rules
-    return Part(design.what, file, prefix, partial(design.build, config), rules, finish=design.patch), config
+    part = Part(
+        design.what, file, prefix, partial(design.build, config), rules,
+        finish=design.patch, extras=design.extras, published_depths=PUBLISHED_DEPTHS,
+    )  # fmt: skip
+    return part, config
 
 
 def _check_pipeline(path: Path, design: Design) -> None:

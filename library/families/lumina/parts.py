@@ -7,6 +7,7 @@ and counts are read from the shapes, so that models of other sizes load too.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +36,7 @@ MODEL_FILES = (*PIPELINE_FILES, "transformer/*.safetensors", "diffusion_pytorch_
 GEMMA_FILES = ("text_encoder/*.safetensors", "*.safetensors", "*/*.json", "*.json", "*/*.model", "*.model")
 CAPTION = ("cap_embedder.", "time_caption_embed.caption_embedder.")  # published and diffusers names
 UNUSED = "norm_final.weight"  # published files have it, and the model never runs it
+PUBLISHED_DEPTHS = {2304: {"num_layers": 26}}
 MODEL_CLASS = "Lumina2Transformer2DModel"
 
 
@@ -113,7 +115,11 @@ def _denoiser(path: Path) -> tuple[Part, int]:
             config = layout(below(file.shapes, prefix))
         rules = denoiser_rules if mark == CAPTION[0] else own_names
     with reading_sizes(path):
-        return Part("denoiser", file, prefix, partial(build_denoiser, config), rules), config["cap_feat_dim"]
+        part = Part(
+            "denoiser", file, prefix, partial(build_denoiser, config), rules,
+            extras=(re.escape(UNUSED),), published_depths=PUBLISHED_DEPTHS,
+        )  # fmt: skip
+        return part, config["cap_feat_dim"]
 
 
 def _naming(shapes: Shapes) -> tuple[str, str]:

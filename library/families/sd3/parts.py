@@ -9,7 +9,7 @@ count is read from the shapes, and configs/models/sd3.json has what is the same 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,7 @@ ENCODER_PREFIX = "text_encoders.{name}.transformer."
 CLIP_L, CLIP_G, T5 = "clip_l", "clip_g", "t5xxl"
 ENCODERS = {CLIP_L: "text_encoder", CLIP_G: "text_encoder_2", T5: "text_encoder_3"}  # folders of a pipeline
 ENCODER_FILES = ("*.safetensors", "*.json")
+PUBLISHED_DEPTHS = {1536: {"num_layers": 24}, 2432: {"num_layers": 38}}
 HEAD_DIM = 64  # of every published model; where queries and keys are normed, the norm says it
 # what tells the configuration, in published and in diffusers' names: whole names, or starts of several
 PUBLISHED = {
@@ -114,7 +115,7 @@ def _denoiser(path: Path) -> tuple[WeightFile, Part, dict[str, Any]]:
         folder = _transformer_folder(path)
         file, config = part_file(folder), read_json(folder / "config.json")
         config = {"qk_norm": None, "dual_attention_layers": (), **shipped_config("sd3"), **config}
-        return file, Part("MMDiT", file, "", partial(build_mmdit, config), own_names), config
+        return file, _mmdit(file, "", config, own_names), config
     file = open_weights(path)
     foreign = foreign_file(file.shapes, "sd3")
     if foreign:
@@ -124,7 +125,13 @@ def _denoiser(path: Path) -> tuple[WeightFile, Part, dict[str, Any]]:
     with reading_sizes(path, prefix):
         config = {**shipped_config("sd3"), **layout(below(file.shapes, prefix), names)}
     rules = mmdit_rules if names is PUBLISHED else own_names
-    return file, Part("MMDiT", file, prefix, partial(build_mmdit, config), rules), config
+    return file, _mmdit(file, prefix, config, rules), config
+
+
+def _mmdit(
+    file: WeightFile, prefix: str, config: dict[str, Any], rules: Callable[[nn.Module], tuple[Rule, ...]]
+) -> Part:
+    return Part("MMDiT", file, prefix, partial(build_mmdit, config), rules, published_depths=PUBLISHED_DEPTHS)
 
 
 def _naming(shapes: Shapes) -> tuple[Mapping[str, str], str]:
