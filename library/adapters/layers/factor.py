@@ -130,7 +130,7 @@ class FactorLayer(WeightLayer):
         return super().problem(tensors)
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Load a file. The learned scalar is inside its first factor, so ours becomes 1; without alpha the scale is 1."""
+        """Load a file. The learned scalar is inside its first factor, ours becomes 1; without alpha the scale is 1."""
         super().load_tensors(tensors)
         self.alpha = float(tensors["alpha"]) if "alpha" in tensors else float(self.rank)
         self.scale = self.alpha / self.rank
