@@ -32,7 +32,7 @@ EXIT_NOT_FINITE = 1
 
 @dataclass(frozen=True)
 class CheckOptions:
-    """The file."""
+    """The file to check."""
 
     file: str | None = option(None, help="Adapter file to look at; --file may be left out.", path=True)
 
@@ -63,7 +63,7 @@ def lines(tensors: Mapping[str, Tensor]) -> Iterator[str]:
 
 
 def check(options: CheckLoraOptions) -> list[str]:
-    """Prints the lines. Returns the names of the tensors that are not finite."""
+    """Print the lines. Returns the names of the tensors that are not finite."""
     from library.adapters.formats.adapter_files import load_tensors
     from library.adapters.readers.known_keys import key_lines
     from library.families.adapters import adapter_tables

@@ -41,7 +41,7 @@ ENCODER_PREFIXES = ("", "cond_stage_model.transformer.", "model.")
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """What to convert."""
+    """The files and the format."""
 
     src: str | None = option(
         None, help="LoRA file to read, in any of the three formats, or a folder of PEFT.", path=True
@@ -59,7 +59,7 @@ class ConvertOptions:
     )
 
     def problems(self) -> Iterator[str]:
-        """What is missing or would destroy something."""
+        """Options that are missing or would destroy a file."""
         for name in ("src", "dst", "to"):
             if getattr(self, name) is None:
                 yield f"--{name} is needed"
@@ -175,7 +175,7 @@ class BaseWeights:
         return torch.cat(whole.chunk(2)[::-1]) if swaps else whole
 
     def _read(self, path: str) -> Tensor | None:
-        """A weight in float32; fp8 files have a factor beside it."""
+        """A weight in float32, times the scale that fp8 files have beside it."""
         if f"{path}.weight" not in self.sources:
             return None
         weight = self.sources[f"{path}.weight"].get_tensor(f"{path}.weight").float()

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExtractRanksOptions:
-    """The DyLoRA, and what is made of it."""
+    """The DyLoRA, and the ranks and names of the new files."""
 
     model: str | None = option(None, help="DyLoRA file to read.", path=True)
     unit: int | None = option(None, help="Ranks are the multiples of this number.", check=at_least(1))
@@ -51,7 +51,7 @@ class ExtractDyloraOptions:
 
 
 def extract(options: ExtractDyloraOptions) -> None:
-    """Writes one file per rank. Raises UserError for files that are no LoRA of a larger rank."""
+    """Write one file per rank. Raises UserError for a file that is not a LoRA of a larger rank."""
     from library.adapters.surgery.lora_math import is_lora, not_lora
     from library.adapters.surgery.tool_files import read_lora
     from library.errors import UserError
@@ -83,7 +83,7 @@ def extract(options: ExtractDyloraOptions) -> None:
 
 
 def truncated(own: Tensors, rank: int) -> dict[str, Tensor]:
-    """The first ranks of a layer; all of a layer that has no more. Copies: files hold no part of another tensor."""
+    """The first `rank` ranks of a layer, or all that it has. Copies, since files cannot hold views."""
     cuts: Mapping[str, tuple[slice, ...]] = {
         "lora_down.weight": (slice(rank),),
         "lora_up.weight": (slice(None), slice(rank)),

@@ -56,7 +56,7 @@ class FluxExtractOptions:
     device: DeviceOptions = field(default_factory=DeviceOptions)
 
     def problems(self) -> Iterator[str]:
-        """What is missing or would destroy something."""
+        """Options that are missing or would destroy a file."""
         yield from target_problems("--save_to", self.save.save_to, [self.extract.model_org, self.extract.model_tuned])
 
 

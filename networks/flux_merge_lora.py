@@ -26,7 +26,7 @@ STREAMED = "files are read and written tensor by tensor, which needs the memory 
 
 @dataclass(frozen=True)
 class MergeFluxModelOptions:
-    """The model, and how several LoRAs become one."""
+    """The model to merge into, and how several LoRAs become one."""
 
     flux_model: str | None = option(
         None,
@@ -66,7 +66,7 @@ class FluxMergeOptions:
         }
 
     def problems(self) -> Iterator[str]:
-        """What is missing, makes no sense or would destroy something."""
+        """Options that are missing, make no sense or would destroy a file."""
         yield from merge_problems("flux_model", self.parts, self.models, self.merge.concat, self.merge.shuffle)
 
 

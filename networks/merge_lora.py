@@ -34,7 +34,7 @@ TABLE_NAMES = {"gemma2": "gemma2_2b"}  # where the table of layers has another n
 
 @dataclass(frozen=True)
 class MergeModelOptions:
-    """The model, and how several LoRAs become one."""
+    """The model to merge into, and how several LoRAs become one."""
 
     sd_model: str | None = option(
         None,
@@ -70,7 +70,7 @@ class MergeLoraOptions:
     save: SaveOptions = field(default_factory=SaveOptions)
 
     def problems(self) -> Iterator[str]:
-        """What is missing, makes no sense or would destroy something."""
+        """Options that are missing, make no sense or would destroy a file."""
         parts = {"sd_model": (self.merge.sd_model, self.save.save_to), **encoder_files(self.encoders)}
         yield from merge_problems("sd_model", parts, self.models, self.merge.concat, self.merge.shuffle)
 
@@ -92,7 +92,7 @@ def merge_problems(
     concat: bool,
     shuffle: bool,
 ) -> Iterator[str]:
-    """What is wrong with the files of a merge. parts: option -> (read, write); `model` names the denoiser's."""
+    """Problems with the files of a merge. parts: option -> (read, write). model: the option of the denoiser."""
     sources = [*models.models, *(read for read, _ in parts.values())]
     into_model = any(read for read, _ in parts.values())
     for name, (read, write) in parts.items():
@@ -120,7 +120,7 @@ def run_merge(
     shuffle: bool,
     architectures: tuple[str, ...] | None = None,
 ) -> None:
-    """What all merge scripts do with their options."""
+    """Merge, as all merge scripts do with their options."""
     from library.adapters.surgery.merge import Merge, ModelPart, merge
     from library.families.adapters import known_architectures
 

@@ -73,7 +73,7 @@ class ResizeOptions:
 
 @dataclass(frozen=True)
 class ResizeSaveOptions(SaveOptions):
-    """The file that is written."""
+    """The file to write."""
 
     no_metadata: bool = option(False, help="Leave out modelspec.*; the other entries of the source stay.")
 
@@ -87,12 +87,12 @@ class ResizeLoraOptions:
     device: DeviceOptions = field(default_factory=DeviceOptions)
 
     def problems(self) -> Iterator[str]:
-        """What is missing or would destroy something."""
+        """Options that are missing or would destroy a file."""
         yield from target_problems("--save_to", self.save.save_to, [self.resize.model])
 
 
 def resize(options: ResizeLoraOptions) -> None:
-    """Reads, decomposes layer by layer, writes. Raises UserError for layers that are no plain LoRA."""
+    """Read, decompose layer by layer, write. Raises UserError for layers that are not a plain LoRA."""
     import torch
 
     from library.adapters.surgery.tool_files import device_named, dims_in, dtype_named, read_lora, save_lora
@@ -119,9 +119,9 @@ def resize(options: ResizeLoraOptions) -> None:
 def resized(
     layers: Mapping[str, Tensors], options: ResizeOptions, device: torch.device
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, RankStatistics]]:
-    """The layers at their new ranks, and what is left of each. alpha / rank stays what it was; norms stay whole.
+    """The layers at their new ranks, and what is left of each. alpha / rank stays the same; norms are copied.
 
-    Raises UserError naming the layers that are no plain LoRA.
+    Raises UserError naming the layers that are not a plain LoRA.
     """
     from library.adapters.formats.layer_tensors import scale_of
     from library.adapters.surgery.lora_math import (
@@ -163,7 +163,7 @@ def resized(
 
 
 def table(kept: Mapping[str, RankStatistics]) -> Iterator[str]:
-    """What --verbose prints: a line per layer, and the mean."""
+    """The lines of --verbose: one per layer, and the mean."""
     width = max(len(name) for name in kept)
     for name, own in kept.items():
         yield (

@@ -24,7 +24,7 @@ from networks.merge_lora import merge_problems, run_merge  # noqa: E402
 
 @dataclass(frozen=True)
 class MergeSdxlModelOptions:
-    """The model, and how several LoRAs become one."""
+    """The model to merge into, and how several LoRAs become one."""
 
     sd_model: str | None = option(
         None, help="SDXL checkpoint (one file) to merge into; without one the LoRAs become one LoRA.", path=True
@@ -42,7 +42,7 @@ class SdxlMergeOptions:
     save: SaveOptions = field(default_factory=SaveOptions)
 
     def problems(self) -> Iterator[str]:
-        """What is missing, makes no sense or would destroy something."""
+        """Options that are missing, make no sense or would destroy a file."""
         parts = {"sd_model": (self.merge.sd_model, self.save.save_to)}
         yield from merge_problems("sd_model", parts, self.models, self.merge.concat, self.merge.shuffle)
 

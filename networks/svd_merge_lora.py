@@ -51,12 +51,12 @@ class SvdMergeOptions:
     device: DeviceOptions = field(default_factory=DeviceOptions)
 
     def problems(self) -> Iterator[str]:
-        """What is missing or would destroy something."""
+        """Options that are missing or would destroy a file."""
         yield from target_problems("--save_to", self.save.save_to, self.models.models)
 
 
 def merge(options: SvdMergeOptions) -> None:
-    """Reads, sums, decomposes layer by layer, writes. Raises UserError for what is no plain LoRA."""
+    """Read, sum, decompose layer by layer, write. Raises UserError for layers that are not a plain LoRA."""
     import torch
 
     from library.adapters.surgery.merge import read_weighted, same_layers

@@ -25,49 +25,49 @@ from library.errors import UserError
 
 
 class AdapterLayer(nn.Module, ABC):
-    """One adapter. A subclass owns parameters, says what they add (`delta`) and what a file holds of it (`saved`)."""
+    """Base class of adapters. A subclass has the parameters, their change (`delta`) and their names in files."""
 
     saved: ClassVar[tuple[str, ...]]  # suffixes of its keys in a file; not every one is always there
     plus: ClassVar[tuple[str, ...]] = ()  # parameters that LoRA+ trains faster (arXiv:2402.12354)
-    sparse: ClassVar[bool] = False  # in some steps some parameters have no gradient, and must stay as they are then
+    sparse: ClassVar[bool] = False  # some parameters have no gradient in some steps, and must not change in those
 
     def __init__(self, target: TargetSpec, *, module_dropout: float = 0.0):
         super().__init__()
         self.target = target
         self.module_dropout = module_dropout
-        self.scale = 1.0  # what `delta` is multiplied with, besides the multiplier; alpha / rank for LoRA
+        self.scale = 1.0  # factor of `delta` besides the multiplier; alpha / rank for LoRA
         self.multiplier = 1.0
         self.enabled = True
         self.shared = SharedCall(len(target.modules))
         self._handles: list[RemovableHandle] = []
 
-    # ---- what a subclass says --------------------------------------------------------------------------------------
+    # ---- implemented by subclasses ---------------------------------------------------------------------------------
 
     @property
     def reads_weights(self) -> bool:
-        """Whether a pass looks at the module's own weight, not only at its input and output."""
+        """Whether a forward pass reads the module's own weight, not only its input and output."""
         return True
 
     @property
     def reads_between_steps(self) -> bool:
-        """Whether `step_taken` looks at it."""
+        """Whether `step_taken` reads it."""
         return False
 
     @abstractmethod
     def delta(self, x: Tensor, index: int = 0) -> Tensor:
-        """What is added to the output of module `index` for input `x`, before `scale` and multiplier."""
+        """The change of the output of module `index` for input `x`, before `scale` and multiplier."""
 
     @abstractmethod
     def merged_weight(self, index: int = 0) -> Tensor:
         """The float32 weight of module `index` with this adapter in it."""
 
     def merged_bias(self, index: int = 0) -> Tensor | None:
-        """The float32 bias with this adapter in it; None: the bias is not changed."""
+        """The float32 bias with this adapter in it; None when the bias does not change."""
         return None
 
     @abstractmethod
     def named_tensors(self) -> dict[str, nn.Parameter]:
-        """Saved suffix -> the parameter that it is copied from and to."""
+        """Saved suffix -> the parameter that is saved and loaded under it."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Saved suffix -> value, as a file holds them."""
@@ -87,13 +87,16 @@ class AdapterLayer(nn.Module, ABC):
         return None
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy a file's tensors in; `problem` has said that they fit."""
+        """Load the tensors of a file, which `problem` has found to fit."""
         with torch.no_grad():
             for name, parameter in self.named_tensors().items():
                 parameter.copy_(tensors[name])
 
     def limit_norm(self, max_norm: float) -> tuple[Tensor, Tensor] | None:
-        """Scale down to `max_norm`; (norm after it, whether it was scaled), or None when there is nothing to limit."""
+        """Scale the change down to a norm of `max_norm`. Returns (norm afterwards, whether it was scaled).
+
+        None for an adapter without a norm.
+        """
         return None
 
     def set_multiplier(self, multiplier: float) -> None:
@@ -102,10 +105,10 @@ class AdapterLayer(nn.Module, ABC):
     def step_taken(self) -> None:
         """Called after each optimizer step, before the gradients are cleared."""
 
-    # ---- at work ---------------------------------------------------------------------------------------------------
+    # ---- forward and merging ---------------------------------------------------------------------------------------
 
     def attach(self) -> None:
-        """From now on the target's modules answer with the adapter's change. Attaching twice is attaching once."""
+        """Hook into the target's modules, whose outputs then have the adapter's change in them. Idempotent."""
         if not self._handles:
             modules = enumerate(self.target.modules)
             self._handles = [m.module.register_forward_hook(self._hook(index)) for index, m in modules]
@@ -131,21 +134,21 @@ class AdapterLayer(nn.Module, ABC):
         return add_change
 
     def change(self, x: Tensor, y: Tensor, index: int) -> Tensor:
-        """Output `y` of module `index` for input `x`, with the adapter's change; in y's dtype."""
+        """The output `y` of module `index` for input `x` with the adapter's change, in the dtype of `y`."""
         delta = self.gate(self.delta(x, index)).to(y.dtype)
         return add_scaled(y, self.place(delta, index), self.scale * self.multiplier)
 
     def gate(self, delta: Tensor) -> Tensor:
-        """Module dropout: in training, nothing with probability `module_dropout`, the same in all modules.
+        """Module dropout: in training, zero with probability `module_dropout`, for all modules of the target together.
 
-        A factor instead of a branch: no wait for the device, and every parameter gets a gradient on every rank.
+        A factor instead of a branch: no synchronisation, and every parameter gets a gradient on every rank.
         """
         if not (self.training and self.module_dropout):
             return delta
         return delta * self.shared.value("kept", lambda: torch.rand((), device=delta.device) >= self.module_dropout)
 
     def place(self, delta: Tensor, index: int) -> Tensor:
-        """`delta` of the target's rows as wide as the module's output, zero in the rows of others."""
+        """`delta` padded to the width of the module's output, with zeros in rows that are not the target's."""
         module = self.target.modules[index]
         if module.rows is None:
             return delta
@@ -155,8 +158,8 @@ class AdapterLayer(nn.Module, ABC):
     def merge(self, dtype: torch.dtype | None = None) -> None:
         """Write the merged values (float32 arithmetic, rounded to `dtype`) into the modules, which keep their dtype.
 
-        The arithmetic is done where each module's weight is, which is where the adapter is afterwards.
-        Raises UserError where a module makes its weight at each use: a quantised one, which cannot hold the values.
+        Computed on the device of each module's weight, which the adapter is moved to.
+        Raises UserError for quantised modules, which cannot hold the values.
         """
         with torch.no_grad():
             for index, target in enumerate(self.target.modules):

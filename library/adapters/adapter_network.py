@@ -30,7 +30,7 @@ Rates = float | Sequence[float] | None  # one learning rate, or one per text enc
 
 @dataclass(frozen=True)
 class NormReport:
-    """What `scale_norms` found and did, as 0-dim tensors: reading them waits for the device, so do it seldom."""
+    """The result of `scale_norms` as 0-dim tensors, since reading them synchronises with the device."""
 
     scaled: Tensor  # how many layers were scaled down
     mean: Tensor
@@ -38,7 +38,7 @@ class NormReport:
 
 
 def in_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Copies for a file, in `dtype` (None: as they are). An alpha is a number of the formula and is never rounded."""
+    """Copies of tensors for a file, in `dtype` (None: as they are). Alphas are never rounded."""
     return {
         key: without_rounding(value, dtype).clone()
         if key.endswith(".alpha")
@@ -48,23 +48,23 @@ def in_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[s
 
 
 class AdapterNetwork(nn.Module, ABC):
-    """All adapters of a run: what a trainer sees, for our own layers and for third-party modules alike."""
+    """All adapters of a run, as a trainer sees them: our own layers or those of a third-party module."""
 
     @abstractmethod
     def attach(self, *, train_denoiser: bool, train_text_encoder: bool) -> None:
-        """Put the adapters of the chosen models to work; those of the others leave the network and its file."""
+        """Activate the adapters of the chosen models; those of the others are removed from the network and its file."""
 
     @abstractmethod
     def detach(self) -> None:
-        """Leave the models as they were before `attach`."""
+        """Undo `attach`."""
 
     @abstractmethod
     def param_groups(
         self, *, learning_rate: float | None, unet_lr: float | None = None, text_encoder_lr: Rates = None
     ) -> list[dict[str, Any]]:
-        """Optimizer groups {"params", "lr", "name"}: text encoders first. A rate of 0 leaves a group out.
+        """Optimizer groups {"params", "lr", "name"}: text encoders first. Groups with a rate of 0 are left out.
 
-        `unet_lr` and `text_encoder_lr` (one number, or one per encoder) stand above `learning_rate`.
+        `unet_lr` and `text_encoder_lr` (one number, or one per encoder) override `learning_rate`.
         """
 
     @abstractmethod
@@ -73,7 +73,7 @@ class AdapterNetwork(nn.Module, ABC):
 
     @abstractmethod
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over an adapter file's tensors. Raises UserError naming keys that do not belong here or do not fit."""
+        """Load the tensors of an adapter file. Raises UserError naming keys that are unknown or do not fit."""
 
     @abstractmethod
     def merge_into(self, *, dtype: torch.dtype | None = None) -> None:
@@ -81,18 +81,18 @@ class AdapterNetwork(nn.Module, ABC):
 
     @abstractmethod
     def disabled(self) -> AbstractContextManager[None]:
-        """Within it the models answer exactly as without adapters."""
+        """Context in which the models compute exactly as without adapters."""
 
     @abstractmethod
     def set_multiplier(self, multiplier: float) -> None:
-        """Strength of the adapters from now on; 1 is what is trained."""
+        """Set the strength of the adapters; 1 is the trained one."""
 
     def set_condition(self, control: Tensor | None) -> None:
-        """Control images B 3 H W in [-1, 1] that the next passes belong to; most networks look at none."""
+        """Set the control images, B 3 H W in [-1, 1], of the next passes. Most networks ignore them."""
 
     @abstractmethod
     def scale_norms(self, max_norm: float) -> NormReport:
-        """Scale every adapter whose change of the weight has a Frobenius norm above `max_norm` down to it."""
+        """Scale down every adapter whose change of the weight has a Frobenius norm above `max_norm`."""
 
     @abstractmethod
     def module_parameters(self) -> dict[str, list[nn.Parameter]]:
@@ -103,22 +103,22 @@ class AdapterNetwork(nn.Module, ABC):
         write_tensors(path, self.state(dtype), metadata)
 
     def load_file(self, path: str | Path) -> None:
-        """`load` from a file. Raises UserError that names it."""
+        """`load` from a file. Raises UserError naming it."""
         try:
             self.load(read_tensors(path))
         except UserError as error:
             raise UserError([p if str(path) in p else f"{path}: {p}" for p in error.problems]) from None
 
     def exact_tensors(self) -> dict[str, Tensor]:
-        """Everything that a resumed run needs to go on exactly, by name."""
+        """The tensors that an exact resume needs, by name."""
         return dict(self.named_parameters())
 
     def exact_state(self) -> dict[str, Tensor]:
-        """Every parameter as it is, for resuming: a published file folds some together (`use_scalar`)."""
+        """Copies of `exact_tensors`. A published file would not do: it folds some together (`use_scalar`)."""
         return {name: tensor.detach().cpu().clone() for name, tensor in self.exact_tensors().items()}
 
     def load_exact_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what `exact_state` gave. Raises UserError when it is of another network."""
+        """Load what `exact_state` returned. Raises UserError when it belongs to another network."""
         own = self.exact_tensors()
         wrong = [
             n for n in sorted({*own, *tensors}) if n not in own or n not in tensors or own[n].shape != tensors[n].shape
@@ -133,34 +133,34 @@ class AdapterNetwork(nn.Module, ABC):
         return (parameter for parameters in self.module_parameters().values() for parameter in parameters)
 
     def layers_reached(self) -> dict[int | None, list[ReachedLayer]]:
-        """Of third-party modules, what they adapt of each text encoder (by its place) and of the denoiser (None)."""
+        """Layers that a third-party module may adapt, by place of the text encoder, or None for the denoiser."""
         return {}
 
     def targets(self) -> dict[str, TargetSpec]:
-        """Published name -> what the adapter of that name is put on; empty for third-party modules."""
+        """Published name -> target of the adapter of that name; empty for third-party modules."""
         return {}
 
     def trained(self) -> list[TrainedLayer]:
-        """Each layer as a function, to be compared with what other programs make of the file."""
+        """The layers as functions, for comparing them with what other programs make of the file."""
         return []
 
     def reads_weights(self, among: Iterable[nn.Module]) -> bool:
-        """Whether a pass looks at the weights of some of these modules themselves. Of third-party ones that is open."""
+        """Whether a forward pass reads the weights of some of these modules. Assumed of third-party networks."""
         return True
 
     def reads_between_steps(self) -> bool:
-        """Whether `step_taken` looks at weights of the models."""
+        """Whether `step_taken` reads weights of the models."""
         return False
 
     def is_sparse(self) -> bool:
-        """Whether some parameters have no gradient in some steps, and must stay as they are then (DyLoRA)."""
+        """Whether some parameters have no gradient in some steps and must not change in those (DyLoRA)."""
         return False
 
     def epoch_started(self) -> None:
         """Called at the start of each epoch; some third-party modules need it."""
 
     def step_taken(self) -> None:
-        """Called after each optimizer step, before the gradients are cleared; some adapters look at them (GGPO)."""
+        """Called after each optimizer step, before the gradients are cleared; some adapters read them (GGPO)."""
 
     def enable_gradient_checkpointing(self) -> None:
-        """Called once when the models recompute activations: hooks are recomputed with their modules."""
+        """Called once when the models recompute activations; hooks need nothing for it."""

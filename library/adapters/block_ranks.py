@@ -18,7 +18,7 @@ from library.log import get_logger
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """How many blocks an architecture counts; `outer` is 1 where the list has one more value at each end."""
+    """Number of blocks of an architecture; `outer` is 1 where lists have one more value at each end."""
 
     down: int
     mid: int
@@ -71,7 +71,10 @@ class RankPlan:
 
 
 def plan_ranks(options: BlockOptions, layout: BlockLayout | None, *, dim: int, alpha: float) -> RankPlan:
-    """The plan for an architecture. Raises UserError for lists of the wrong length, or where no blocks are counted."""
+    """The ranks for an architecture (layout None: it has no numbered blocks).
+
+    Raises UserError for lists of the wrong length, and for lists without a layout.
+    """
     conv_alpha = 1.0 if options.conv_alpha is None else options.conv_alpha
     plain = RankPlan(dim, alpha, options.conv_dim, conv_alpha)
     lists = {"block_dims": options.block_dims, "block_alphas": options.block_alphas,
@@ -103,7 +106,7 @@ def plan_ranks(options: BlockOptions, layout: BlockLayout | None, *, dim: int, a
 
 
 def block_lr_weights(options: BlockOptions, layout: BlockLayout) -> tuple[float, ...] | None:
-    """One learning-rate factor per block, or None when none is given. Values up to the threshold become 0."""
+    """Learning-rate factor of each block, or None when no option gives any. Values up to the threshold become 0."""
     if not options.has_lr_weights:
         return None
     parts = (
@@ -117,7 +120,7 @@ def block_lr_weights(options: BlockOptions, layout: BlockLayout) -> tuple[float,
 
 
 def _numbers(name: str, given: str | tuple[float, ...] | None, count: int) -> list[float]:
-    """`count` factors from a list (cut, or filled with 1) or from a curve with its base."""
+    """`count` factors, from a list (truncated, or padded with 1) or a curve with its base."""
     if given is None:
         return [1.0] * count
     if isinstance(given, str):

@@ -42,7 +42,7 @@ MakeLayer = Callable[[TargetSpec, int, float], AdapterLayer]  # (target, rank, a
 
 @dataclass(frozen=True)
 class NetworkBuilder:
-    """The two functions of a network module, for a kind of adapters on some targets."""
+    """The two functions of a network module, for one kind of adapters on the targets of some architectures."""
 
     module: str  # the --network_module
     kind: AdapterKind
@@ -133,7 +133,7 @@ class NetworkBuilder:
         return network, weights
 
     def _refuse_decided(self, options: Mapping[str, Any], file: str | Path | None) -> None:
-        """Raise UserError for sizes that are given beside a file; warn about forms of layers, which have no effect."""
+        """Raise UserError for sizes given beside a file, and warn about forms of layers, which have no effect."""
         names = (*self.targets.decided_by_file, *self.kind.decided_by_file, "network_reg_dims")
         decided = given(options, names)
         if decided:
@@ -156,7 +156,7 @@ def given(options: Mapping[str, Any], names: Iterable[str]) -> list[str]:
 def new_layers(
     targets: Iterable[TargetSpec], ranks: RankRule, make_layer: MakeLayer, *, patterns: PatternOptions, alpha: float
 ) -> list[AdapterLayer]:
-    """The layers of a new network. network_reg_dims stands above `ranks`.
+    """The layers of a new network. network_reg_dims overrides `ranks`.
 
     Raises UserError when nothing is left to adapt.
     """
@@ -235,7 +235,7 @@ def _refuse_foreign(files: Mapping[str, Mapping[str, Tensor]], known: Mapping[st
 
 
 def rate_rules(options: Mapping[str, Any], block_weights: tuple[float, ...] | None) -> RateRules:
-    """LoRA+ ratios (the one of a model stands above the general one), rates by name and by block."""
+    """LoRA+ ratios (that of a model overrides the general one), learning rates by name and by block."""
     plus: LoraPlusOptions = options.get("plus", LoraPlusOptions())
     patterns: PatternOptions = options.get("patterns", PatternOptions())
     general = plus.loraplus_lr_ratio

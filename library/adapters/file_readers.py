@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every kind of adapter that a file may hold, for what reads files only to apply or merge them."""
+"""Readers for every kind of adapter that a file may hold, for inference and merging."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from library.adapters.layers.oft import OFTLayer, OftSettings
 from library.adapters.layers.rewrite import RewriteLayer
 from library.adapters.target_spec import TargetSpec
 
-OFT = "oft_"  # what names in files of sd-scripts' rotations have in the place of lora_
+OFT = "oft_"  # prefix of names in OFT files of sd-scripts, in place of lora_
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,13 @@ OFT_READERS = (ReaderWithSettings(OFTLayer, OftSettings()),)
 
 
 def reader_of(name: str, own: Mapping[str, Tensor]) -> ReaderWithSettings | None:
-    """What reads a layer of a file; None for a kind that is not known."""
+    """The reader for a layer of a file; None for an unknown kind."""
     readers: Sequence[ReaderWithSettings] = OFT_READERS if name.startswith(OFT) else READERS
     return next((reader for reader in readers if reader.claims(set(own))), None)
 
 
 def pieces(own: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    """A layer's tensors by the adapters that they are: what is added to a bias may stand beside any kind."""
+    """The tensors of a layer, split into adapters: a change of the bias may stand beside any kind."""
     if BIAS_ADDED not in own or len(own) == 1 or "diff" in own:
         return [dict(own)]
     rest = {name: value for name, value in own.items() if name != BIAS_ADDED}

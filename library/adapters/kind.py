@@ -38,8 +38,8 @@ def default_sizes(dim: int | None, alpha: float | None) -> tuple[int, float]:
 class AdapterKind:
     """All that the builder needs to know of a kind of adapters.
 
-    Settings are what `make` and the layers of files get to know of the options. blocks: for a kind with options of its
-    own in place of the group "blocks": (options, dim, alpha) -> that group.
+    `settings` turns the options into what `make` and `readers` need. blocks: for a kind with options of its own in
+    place of the group "blocks": (options, dim, alpha) -> that group.
     """
 
     options: Mapping[str, type]  # groups of --network_args, besides those of the targets

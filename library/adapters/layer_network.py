@@ -30,7 +30,7 @@ from library.log import get_logger
 class RateRules:
     """Learning rates within a network: a factor per denoiser block, LoRA+ ratios (None: no group of its own), patterns.
 
-    patterns: (regular expression, rate); a layer whose name has the first one has that rate, whatever the others are.
+    patterns: (regular expression, rate). The first one found in a layer's name sets its rate and overrides all others.
     """
 
     block_weights: tuple[float, ...] | None = None
@@ -59,7 +59,7 @@ class LayerNetwork(AdapterNetwork):
         self.set_multiplier(multiplier)
 
     def named_layers(self, part: Component | None = None) -> dict[str, AdapterLayer]:
-        """Published name -> layer, of one part or of both."""
+        """Published name -> layer, of one part of the model or of both."""
         found: dict[str, AdapterLayer] = {}
         for name, layer in self.layers.items():
             assert isinstance(layer, AdapterLayer)
@@ -67,7 +67,7 @@ class LayerNetwork(AdapterNetwork):
                 found[name] = layer
         return found
 
-    # ---- at work ---------------------------------------------------------------------------------------------------
+    # ---- forward ---------------------------------------------------------------------------------------------------
 
     def attach(self, *, train_denoiser: bool, train_text_encoder: bool) -> None:
         wanted = {"denoiser": train_denoiser, "text_encoder": train_text_encoder}
@@ -162,7 +162,7 @@ class LayerNetwork(AdapterNetwork):
     def _matched(
         self, part: str, layers: Sequence[AdapterLayer], plus: float | None
     ) -> tuple[list[AdapterLayer], list[dict[str, Any]]]:
-        """The layers that no pattern matches, and the groups of the others."""
+        """The layers that no pattern matches, and the optimizer groups of the others."""
         groups: list[dict[str, Any]] = []
         others = [*layers]
         for index, (pattern, rate) in enumerate(self.rates.patterns):
@@ -194,7 +194,7 @@ class LayerNetwork(AdapterNetwork):
         return in_dtype({f"{n}.{suffix}": value for n, own in layers for suffix, value in own.tensors().items()}, dtype)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """kohya or peft keys. A model's adapters may be missing as a whole; what is not there keeps its values."""
+        """Load tensors with keys of any format. Layers that are missing keep their values, with a warning."""
         layers = self.named_layers()
         files = by_module(
             to_kohya(tensors, self.tables, among=architectures_with([*layers, *self.left_out], self.tables))
@@ -248,7 +248,7 @@ def encoder_label(name: str) -> str:
 
 
 def _groups(layers: Sequence[AdapterLayer], name: str, rate: float | None, plus: float | None) -> list[dict[str, Any]]:
-    """One optimizer group, and a second one for LoRA+ parameters; none at a rate of 0."""
+    """An optimizer group, and a second one for LoRA+ parameters; empty for a rate of 0."""
     if not rate:
         return []
     slow: list[nn.Parameter] = []

@@ -19,7 +19,7 @@ PRESETS = ("cosine", "sine", "linear", "reverse_linear", "zeros")
 
 
 def comma_list(kind: type) -> Any:
-    """A parser of `1,2,3` (or a list) into a tuple of `kind`; an empty place is 0."""
+    """A parser of `1,2,3` (or a list) into a tuple of `kind`; empty items are 0."""
 
     def parse(value: Any) -> tuple[Any, ...]:
         items = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
@@ -69,7 +69,7 @@ def block_ranges(value: Any) -> tuple[tuple[int, int], ...] | None:
 
 
 def patterns(kind: type) -> Callable[[Any], tuple[tuple[re.Pattern[str], Any], ...]]:
-    """A parser of `regex=value,regex=value`, values of `kind`, not below 0."""
+    """A parser of `regex=value,regex=value` with values of `kind`, which must not be negative."""
 
     def parse(value: Any) -> tuple[tuple[re.Pattern[str], Any], ...]:
         found = []
@@ -159,7 +159,7 @@ class DropoutOptions:
 
 @dataclass(frozen=True)
 class PatternOptions:
-    """Ranks and learning rates by the names of layers, as they stand in the file."""
+    """Ranks and learning rates by the names of layers in the file."""
 
     network_reg_dims: tuple[tuple[re.Pattern[str], int], ...] | None = option(
         None, help="regex=rank,regex=rank: the first that matches a layer's name sets its rank.", parse=patterns(int)
@@ -173,13 +173,13 @@ class PatternOptions:
 
 @dataclass(frozen=True)
 class NoConvOptions:
-    """Options that have nothing to do in models without 3x3 convolutions."""
+    """Options without effect in models without 3x3 convolutions."""
 
     conv_dim: int | None = option(None, help="No effect: this model has no 3x3 convolutions.")
     conv_alpha: float | None = option(None, help="No effect: this model has no 3x3 convolutions.")
 
     def warn(self) -> None:
-        """One line when they are given."""
+        """Warn about those that are given."""
         given = [name for name, value in vars(self).items() if value is not None]
         if given:
             get_logger().warning(
@@ -205,14 +205,14 @@ class T5Options:
 
 @dataclass(frozen=True)
 class NoDropoutOptions:
-    """For adapters in which single elements are not dropped."""
+    """Dropout options of adapters that do not drop single elements."""
 
     dropout: float | None = option(None, help="No effect: these adapters do not drop elements.")
     module_dropout: float | None = option(None, help="Drop whole adapters.", check=between(0, 0.999))
 
 
 def warn_dropout(module: str, *given: float | None) -> None:
-    """One line when --network_dropout is given to a module that has none."""
+    """Warn when --network_dropout is given to a module without it."""
     if any(given):
         get_logger().warning("--network_dropout: no effect, %s does not drop elements", module)
 
@@ -228,7 +228,7 @@ def finite(value: Any) -> Any:
 
 
 def read_network_args(groups: Mapping[str, type], given: Mapping[str, Any]) -> dict[str, Any]:
-    """--network_args (texts or values) as one object per group. Raises UserError with every mistake.
+    """Read --network_args (texts or values) into one object per group. Raises UserError listing every mistake.
 
     An empty value (`conv_dim=`) counts as not given.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the modules of one target compute together: a fused published layer has one input and one down product."""
+"""Values that the modules of one target share in a forward pass: a fused layer has one input and one down product."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ class SharedCall:
         self._values: dict[Hashable, Any] = {}
 
     def enter(self, x: Tensor, index: int) -> None:
-        """Module `index` is called with `x`."""
+        """Begin the call of module `index` with input `x`."""
         if x is not self._input or index in self._seen or torch.is_grad_enabled() != self._with_gradient:
             self._clear()
             self._input, self._with_gradient = x, torch.is_grad_enabled()
         self._seen = (*self._seen, index)
 
     def leave(self) -> None:
-        """The module is done."""
+        """End the call of the module."""
         if len(self._seen) == self.count:
             self._clear()
 
     def forget(self) -> None:
-        """The pass ends here: nothing of it is kept."""
+        """Drop all that is shared, and end the pass."""
         self._clear()
 
     def value(self, name: Hashable, make: Callable[[], Value]) -> Value:
-        """What this pass has under `name`, made when it is not there. Outside of a pass nothing is kept."""
+        """The value that this pass keeps under `name`, made on first use. Outside of a pass nothing is kept."""
         if self._input is None:
             return make()
         if name not in self._values:

@@ -105,7 +105,7 @@ GEMMA_BLOCKS = frozenset({"Gemma2Attention", "Gemma2MLP"})
 
 
 def count(model: nn.Module | None, path: str) -> int:
-    """How many modules the list at `path` has; 0 where there is none."""
+    """Length of the module list at `path`; 0 where there is none."""
     found = None if model is None else dict(model.named_modules()).get(path)
     return len(found) if isinstance(found, nn.ModuleList) else 0
 
@@ -126,12 +126,12 @@ def table_targets(names: Iterable[ModuleName], model: nn.Module | None) -> list[
 
 
 def split_targets(targets: Iterable[TargetSpec], wanted: bool) -> list[TargetSpec]:
-    """With `wanted`, an adapter of its own for each module of a fused layer."""
+    """The targets; if `wanted`, each module of a fused layer gets an adapter of its own."""
     return [replace(t, split=wanted and len({id(m.module) for m in t.modules}) > 1) for t in targets]
 
 
 def _halves_swapped(module: TargetModule) -> tuple[TargetModule, TargetModule]:
-    """The published first half is our second one."""
+    """Both halves in published order, which is the reverse of ours."""
     half = module.width // 2
     return (
         TargetModule(module.path, module.module, slice(half, 2 * half)),
@@ -140,10 +140,10 @@ def _halves_swapped(module: TargetModule) -> tuple[TargetModule, TargetModule]:
 
 
 def text_targets(encoders: Sequence[nn.Module | None], *, t5: bool = True, outside: bool = False) -> list[TargetSpec]:
-    """Attention and feed-forward layers of CLIP, T5 and Gemma 2, named by what an encoder is.
+    """Attention and feed-forward layers of CLIP, T5 and Gemma 2; the class of an encoder decides their names.
 
-    encoders: in the order of the learning rates, None where one gets no adapters. t5: with T5. outside: with CLIP's
-    layers outside of its blocks, which is its projection.
+    encoders: in the order of the learning rates, None where one gets no adapters. t5: include T5. outside: include
+    CLIP's layers outside of its blocks: the projection.
     """
     found: list[TargetSpec] = []
     for index, encoder in enumerate(encoders):
@@ -163,7 +163,7 @@ def text_targets(encoders: Sequence[nn.Module | None], *, t5: bool = True, outsi
 
 
 def _is_clip_g_alone(encoder: nn.Module, encoders: Sequence[nn.Module | None]) -> bool:
-    """Whether a CLIP in the first place is the second one of SD3, because the first one was left out.
+    """Whether a CLIP in the first place is the second one of SD3, the first one being left out.
 
     CLIP-L of OpenAI has its own approximation of GELU; the CLIPs of OpenCLIP have the exact one.
     """

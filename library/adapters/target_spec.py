@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an adapter is put on: published layers, and the modules that stand for them."""
+"""Targets of adapters: published layers, and the modules of ours that they are."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class TargetModule:
 
     @property
     def shape(self) -> torch.Size:
-        """Shape of the weight's rows. The weight is not read for it: a quantised one is made each time."""
+        """Shape of the weight's rows, found without the weight, which a quantised module makes at each use."""
         if isinstance(self.module, nn.Linear):
             return torch.Size((self.width, self.module.in_features))
         if isinstance(self.module, nn.Conv2d):
@@ -54,7 +54,7 @@ class ReachedLayer:
 
 @dataclass(frozen=True, eq=False)
 class TargetSpec:
-    """A published layer: its name in adapter files and the modules that stand for it, in the order of its rows."""
+    """A published layer: its name in adapter files, and our modules for it in the order of its rows."""
 
     name: str  # e.g. lora_unet_down_blocks_0_attentions_0_proj_in
     modules: tuple[TargetModule, ...]

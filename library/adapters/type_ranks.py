@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranks by the kind of a layer, told by words in its published name, for architectures of numbered blocks.
+"""Ranks by the type of a layer, found by words in its published name, for architectures with numbered blocks.
 
-Order: the kinds that are adapted at all, then the first matching type, then the block selection. A rank of 0 is none.
+Order: the layers that are adapted at all, then the first matching type, then the selected blocks. Rank 0: no adapter.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ Ranges = tuple[tuple[int, int], ...] | None  # of block numbers, ends included; 
 
 @dataclass(frozen=True)
 class TypeRanks:
-    """Which layers of a denoiser get adapters, and their ranks. Text encoders have `dim`."""
+    """Which layers of a denoiser get adapters, and their ranks. Text encoders have rank `dim`."""
 
     dim: int
-    kinds: tuple[str, ...]  # what names begin with that are adapted, e.g. "double_blocks_"
+    kinds: tuple[str, ...]  # prefixes of the names that are adapted, e.g. "double_blocks_"
     types: tuple[tuple[tuple[str, ...], int | None], ...] = ()  # (words of the name, rank); None: not given
     outside: Mapping[str, int] = field(default_factory=dict)  # start of the name -> rank, outside of the blocks
     blocks: Mapping[str, Ranges] = field(default_factory=dict)  # start of the name -> numbers of the blocks that learn
 
     def includes(self, target: TargetSpec) -> bool:
-        """Whether the layer is among those that can have an adapter."""
+        """Whether the layer may have an adapter."""
         return target.part == "text_encoder" or short_name(target).startswith((*self.kinds, *self.outside))
 
     def rank(self, target: TargetSpec) -> int:
@@ -59,7 +59,7 @@ def block_number(name: str) -> int | None:
 
 
 def check_blocks(option: str, ranges: Ranges, start: str, targets: Iterable[TargetSpec]) -> list[str]:
-    """What is wrong with a selection of blocks whose names begin with `start`: a line, or nothing."""
+    """Problems of a selection among the blocks whose names begin with `start`: at most one line."""
     numbers = {block_number(short_name(t)) for t in targets if short_name(t).startswith(start)} - {None}
     last = max((number for number in numbers if number is not None), default=-1)
     beyond = [high for _, high in ranges or () if high > last]
@@ -69,7 +69,7 @@ def check_blocks(option: str, ranges: Ranges, start: str, targets: Iterable[Targ
 
 
 def raise_problems(problems: Iterable[str]) -> None:
-    """UserError when there are any."""
+    """Raise UserError when there are any."""
     found = [*problems]
     if found:
         raise UserError(found)

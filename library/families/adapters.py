@@ -4,7 +4,7 @@
     tensors = read_adapter("lora.safetensors", adapter_tables(), tables_of("flux"))
     network = load_network_module("networks.loha").create_network(1.0, 4, 1.0, None, encoders, denoiser)
 
-A family has both in modules of its room, `adapter_names` and `targets`; nothing is to be added here for a new one.
+Both are in modules of a family's room, `adapter_names` and `targets`, where they are found by its row in the registry.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from library.families.registry import FAMILIES
 from library.families.sd.adapter_names import sd_table
 from library.key_tables import Shapes
 
-# Files that hold adapters of text encoders only fit several families: the first one of these counts
+# Files with adapters of text encoders only fit several families, of which the first one counts; others come after
 FIRST = ("sd", "flux", "sdxl", "sd3")
 
 

@@ -82,7 +82,7 @@ def test_layers_of_stable_diffusion_1() -> None:
               "input_blocks_8", "middle_block"]  # fmt: skip
     layers = network.named_layers()
     assert [*layers] == [f"lllite_unet_{b}_1_transformer_blocks_0_{name}" for b in blocks for name in LAYERS]
-    strides = {b: layers[f"lllite_unet_{b}_1_transformer_blocks_0_attn1_to_q"].settings.stride for b in blocks}
+    strides = {b: layers[f"lllite_unet_{b}_1_transformer_blocks_0_attn1_to_q"].target.stride for b in blocks}
     assert strides == dict(zip(blocks, (8, 8, 16, 16, 32, 32, 64)))
 
 

@@ -40,7 +40,7 @@ DEFINITION = re.compile(r"^(def create_network\(|create_network = )", re.MULTILI
 class NetworkModule:
     """An imported --network_module. Both functions return AdapterNetworks, whatever the module returns.
 
-    families, tables: what third-party modules are shown of the models, and the names of layers in files.
+    families: for showing models to third-party modules. tables: the names of layers in files.
     """
 
     name: str
@@ -50,7 +50,7 @@ class NetworkModule:
 
     @property
     def is_own(self) -> bool:
-        """Whether it is one of this package: those find their way in models and lists of encoders as they are."""
+        """Whether it is one of ours, which take the models and the list of encoders as they are."""
         return self.module.__name__.startswith("networks.") and "ARGUMENTS" in self.module.__dict__
 
     @property
@@ -69,7 +69,7 @@ class NetworkModule:
         text_encoder: TextEncoders, unet: nn.Module | None,
         neuron_dropout: float | None = None, **kwargs: Any,
     ) -> AdapterNetwork:  # fmt: skip
-        """A new network. Raises UserError for what the module refuses."""
+        """A new network. Raises UserError where the module raises an error."""
         sizes = (multiplier, network_dim, network_alpha, vae)
         if self.is_own:
             network: AdapterNetwork = self.module.create_network(
@@ -100,7 +100,7 @@ class NetworkModule:
         text_encoder: TextEncoders, unet: nn.Module | None,
         weights_sd: Mapping[str, Tensor] | None = None, for_inference: bool = False, **kwargs: Any,
     ) -> tuple[AdapterNetwork, dict[str, Tensor]]:  # fmt: skip
-        """A network as a file has it, and the file's tensors."""
+        """A network with the layers of a file, and the file's tensors. Raises UserError."""
         create = self.module.__dict__.get("create_network_from_weights")
         if create is None:
             raise UserError(f"--network_module {self.name} has no create_network_from_weights()")
@@ -124,7 +124,7 @@ class NetworkModule:
 
 
 def _without_layers(network: Any, models: PublishedModels) -> list[int | None]:
-    """The models in which a network that lists its layers, as LyCORIS does, has found none."""
+    """Places of the models in which a network that lists its layers, as LyCORIS does, has found none."""
     lists = [getattr(network, name, None) for name in ("unet_loras", "text_encoder_loras")]
     if None in lists:
         return []
@@ -146,7 +146,7 @@ def import_network_module(name: str, families: AnyFamily, tables: Tables) -> Net
 
 
 def own_modules() -> list[str]:
-    """The network modules of this package."""
+    """Names of our own network modules."""
     package = importlib.import_module("networks")
     names = [f"networks.{info.name}" for info in pkgutil.iter_modules(package.__path__)]
     return [name for name in names if _defines_create_network(name)]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A third-party network, driven as an AdapterNetwork. Every error of its code ends as one line that names its module.
+"""A third-party network behind the interface AdapterNetwork. Errors of its code become one line that names its module.
 
-Only this file asks an object what it can do; a contract that others fill in differently leaves no other way.
+Only this file probes for attributes, since networks implement different parts of the contract.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ LONGEST = 300  # letters of a message
 
 
 def describe(error: BaseException) -> str:
-    """Class and message of an error in one line, or where it was raised when it has no message."""
+    """Class and message of an error in one line; without a message, the place where it was raised."""
     text = " ".join(str(error).split())
     text = text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
     frames = traceback.extract_tb(error.__traceback__)
@@ -49,13 +49,13 @@ def describe(error: BaseException) -> str:
 
 
 def of_machine(error: BaseException) -> bool:
-    """Whether memory or disk is what an error is about: those end in lines of their own."""
+    """Whether an error is about memory or disk, which have messages of their own."""
     return is_out_of_memory(error) or (isinstance(error, OSError) and error.errno in FULL_DISK)
 
 
 @contextmanager
 def foreign_code(name: str, what: str) -> Iterator[None]:
-    """Within it errors of every class become one UserError: `--network_module {name} {what}: ...`."""
+    """Context in which errors of any class become a UserError `--network_module {name} {what}: ...`."""
     try:
         yield
     except (UserError, StopTraining):
@@ -67,7 +67,7 @@ def foreign_code(name: str, what: str) -> Iterator[None]:
 
 
 def foreign_error(name: str, error: Exception) -> str | None:
-    """One line for an error that code of a third-party --network_module made in a pass; None: it was not its code."""
+    """One line for an error that a third-party --network_module raised in a pass; None for other errors."""
     package = name.partition(".")[0]
     if package in OURS or of_machine(error):
         return None
@@ -82,7 +82,7 @@ def _modules(trace: TracebackType | None) -> Iterator[str]:
 
 
 class PluginNetwork(AdapterNetwork):
-    """A third-party network, driven through the interface of ours."""
+    """A third-party network behind the interface of ours."""
 
     network: Any
 
@@ -109,7 +109,7 @@ class PluginNetwork(AdapterNetwork):
         self.reached: dict[int | None, list[ReachedLayer]] = {}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PluginNetwork:
-        """In another dtype (--full_fp16) an alpha would be rounded, or be no number at all: it keeps its own."""
+        """Alphas keep their dtype: in another one (--full_fp16) they would be rounded, or overflow."""
         owners = [module for module in self.network.modules() if isinstance(module._buffers.get("alpha"), Tensor)]
         alphas = [module._buffers["alpha"] for module in owners]
         super()._apply(fn, recurse)
@@ -129,7 +129,7 @@ class PluginNetwork(AdapterNetwork):
             return function(*args) if callable(function) else None
 
     def attach(self, *, train_denoiser: bool, train_text_encoder: bool) -> None:
-        """Its own `apply_to` replaces the modules' forward; a second call would wrap it twice, so it is refused."""
+        """Call its `apply_to`, which replaces the forward of modules. Must be called once."""
         models = self.models[0]
         with self._code():
             self.network.apply_to(models.text_encoder, models.unet, train_text_encoder, train_denoiser)
@@ -143,7 +143,7 @@ class PluginNetwork(AdapterNetwork):
             self.load(self.weights)
 
     def detach(self) -> None:
-        """By its own `restore`, of the network or of each of its layers."""
+        """Call its `restore`, or that of each of its layers."""
         layers = [layer for layer in self.network.modules() if layer is not self.network]
         whole = callable(getattr(self.network, "restore", None))
         restorable = [self.network] if whole else [m for m in layers if callable(getattr(m, "restore", None))]
@@ -184,7 +184,7 @@ class PluginNetwork(AdapterNetwork):
             ]
 
     def state(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
-        """What its own `save_weights` writes: some networks fold tensors together there."""
+        """The tensors that its `save_weights` writes, since some networks fold tensors together there."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "network.safetensors"
             with self._code("writes no file"):
@@ -192,7 +192,7 @@ class PluginNetwork(AdapterNetwork):
             return in_dtype(read_tensors(path), dtype)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Before `attach` the tensors wait: many networks know their layers only after apply_to."""
+        """Load the tensors, after `attach` if it is still to come: many networks create their layers in apply_to."""
         self.weights = dict(tensors)
         if not self.attached:
             return
@@ -234,9 +234,9 @@ class PluginNetwork(AdapterNetwork):
 
     @contextmanager
     def _on_one_device(self) -> Iterator[tuple[nn.ModuleList, torch.device]]:
-        """The models and where they are: the contract of `merge_to` has one device for all of them.
+        """Context in which text encoders and network are on the device of the denoiser, as `merge_to` expects.
 
-        Inside it the text encoders and the network are where the denoiser is, which may wait in main memory.
+        Yields the models and the device, which may be main memory.
         """
         models = nn.ModuleList([m.model for m in self.models[0].all if m.model is not None])
         places = [next(model.parameters()).device for model in models]
@@ -257,7 +257,7 @@ class PluginNetwork(AdapterNetwork):
             self.set_multiplier(before)
 
     def set_multiplier(self, multiplier: float) -> None:
-        """By its own `set_multiplier`, or in every layer that has a multiplier."""
+        """Call its `set_multiplier`, or set the multiplier of every layer that has one."""
         self.multiplier = multiplier
         if callable(getattr(self.network, "set_multiplier", None)):
             self.network.set_multiplier(multiplier)
@@ -286,7 +286,7 @@ class PluginNetwork(AdapterNetwork):
         return iter(self.network.parameters() if own is None else own)
 
     def trained(self) -> list[TrainedLayer]:
-        """Layers that say their name, and which module's forward they stand for."""
+        """The layers that have a name and hold the forward of the module that they replace."""
         found = []
         for layer in self.network.modules():
             name, forward = getattr(layer, "lora_name", None), getattr(layer, "org_forward", None)

@@ -32,7 +32,7 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
 class FusedLinear(nn.Linear):
     """A published Linear that is several of our modules, or one with its rows in another order.
 
-    Its weight and bias are theirs, put together at each use; who writes one writes theirs. It is no place for weights.
+    Its weight and bias are theirs, concatenated at each use; assigning one writes theirs. It stores no weights itself.
     """
 
     def __init__(self, target: TargetSpec):
@@ -55,7 +55,7 @@ class FusedLinear(nn.Linear):
             super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
-        """Some networks remove the weight that they stand in for: ours stays, unused."""
+        """Ignore that a network removes the weight that it replaces: ours stays, unused."""
         if name not in ("weight", "bias"):
             super().__delattr__(name)
 
@@ -88,7 +88,7 @@ class FusedLinear(nn.Linear):
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Within it weight and bias are parameters of its own, which may be written in place; then ours get them."""
+        """Context in which weight and bias are parameters that may be written in place; ours get them afterwards."""
         for name in ("weight", "bias"):
             value = self._joined(name)
             if value is not None:
@@ -101,12 +101,12 @@ class FusedLinear(nn.Linear):
     # ---- at work ---------------------------------------------------------------------------------------------------
 
     def join(self) -> None:
-        """From now on our modules answer with their rows of this layer's output."""
+        """Make our modules return their rows of this layer's output."""
         for index, module in enumerate(self.own):
             module.forward = partial(self._rows, index)
 
     def part(self) -> None:
-        """Our modules are themselves again."""
+        """Undo `join`."""
         for module, original in zip(self.own, self.originals, strict=True):
             module.__dict__.pop("forward", None)
             if getattr(original, "__self__", None) is not module:  # it had been replaced before
@@ -118,7 +118,7 @@ class FusedLinear(nn.Linear):
         return torch.cat([outputs[id(m.module)][..., m.rows or slice(None)] for m in self.target.modules], -1)
 
     def _rows(self, number: int, x: Tensor) -> Tensor:
-        """The output of our module `number`; the first of them has the whole layer computed."""
+        """The output of our module `number`. The first one that is called computes the whole layer."""
         self.shared.enter(x, number)
         try:
             y = self.shared.value("output", lambda: self(x))
@@ -139,7 +139,7 @@ PLAIN_LINEAR = type("Linear", (FusedLinear,), {})
 
 
 class GivenModel:
-    """A model of an unknown class, which a network gets as it is."""
+    """A model of an unknown class, which networks get as it is."""
 
     fused: Sequence[FusedLinear] = ()
     prefix = ""  # of its adapters' names: "lora_te2_"; not known
@@ -150,7 +150,7 @@ class GivenModel:
         self._before = _marks(model)
 
     def changed(self) -> list[ReachedLayer]:
-        """Every Linear and convolution: a network may have changed a part that it is in."""
+        """Every Linear and convolution, and whether the network changed it or a part that it is in."""
         now = _marks(self.tree)
         touched = {name for name in now if now[name] != self._before.get(name)}
         return [
@@ -161,10 +161,10 @@ class GivenModel:
         ]
 
     def join(self) -> None:
-        """It is called itself."""
+        """Nothing to do: the model itself is called."""
 
     def part(self) -> None:
-        """It is called itself."""
+        """Nothing to do: the model itself is called."""
 
 
 class PublishedModel(GivenModel):
@@ -180,7 +180,10 @@ class PublishedModel(GivenModel):
         self._before = _marks(self.tree)
 
     def changed(self) -> list[ReachedLayer]:
-        """Every Linear and convolution. Raises UserError where a network changed what is never called."""
+        """Every Linear and convolution, and whether the network changed it.
+
+        Raises UserError when it changed a part that is never called.
+        """
         now = _marks(self.tree)
         touched = {name for name in self._before if now.get(name) != self._before[name]}
         paths = {id(module): name for name, module in self.tree.named_modules(remove_duplicate=False)}
@@ -196,7 +199,7 @@ class PublishedModel(GivenModel):
         ]
 
     def join(self) -> None:
-        """Put the changed layers to work that are several modules of ours."""
+        """Activate the changed layers that are several modules of ours."""
         now = _marks(self.tree)
         for name, module in self.tree.named_modules():
             if isinstance(module, FusedLinear) and now[name] != self._before[name]:
@@ -231,7 +234,7 @@ def _tree(leaves: Mapping[str, nn.Module], root: str, classes: Mapping[str, str]
 
 
 def _marks(model: nn.Module) -> dict[str, tuple[Any, ...]]:
-    """Path of each part -> what tells that a network has been there."""
+    """Path of each part -> what changes when a network replaces or hooks it."""
     return {
         name: (id(module), module.__dict__.get("forward"), *(tuple(module.__dict__.get(hooks, ())) for hooks in HOOKS))
         for name, module in model.named_modules(remove_duplicate=False)
@@ -292,7 +295,7 @@ def published_models(
 def _encoders(
     given: Sequence[nn.Module | None], targets: Sequence[TargetSpec], stand_ins: Collection[int | None]
 ) -> tuple[tuple[GivenModel, ...], tuple[int | None, ...], bool]:
-    """The text encoders by the numbers in their adapters' names, empty models in between."""
+    """The text encoders in the order of the numbers in their adapters' names, with empty models for missing numbers."""
     slots: dict[int, tuple[int | None, GivenModel]] = {}
     numbered = False
     for place, encoder in enumerate(given):
@@ -309,7 +312,7 @@ def _encoders(
 
 
 def _as_they_are(given: Sequence[nn.Module | None], unet: nn.Module | None) -> PublishedModels:
-    """One text encoder alone, several as a list."""
+    """The models unchanged: one text encoder alone, several as a list."""
     encoders = {place: GivenModel(encoder) for place, encoder in enumerate(given) if encoder is not None}
     denoiser = None if unet is None else GivenModel(unet)
     return PublishedModels(denoiser, tuple(encoders.values()), tuple(encoders), len(encoders) > 1)

@@ -35,8 +35,8 @@ def adapter_file(path: str | Path) -> Path:
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """All adapter tensors of a file. Raises UserError when it is missing, damaged or holds something else.
 
-    Alphas that diffusers wrote into the header, or PEFT into adapter_config.json, come as tensors `<layer>.alpha`.
-    Embeddings that OneTrainer puts beside an adapter are left out with a warning.
+    Alphas that diffusers wrote into the header, or PEFT into adapter_config.json, become tensors `<layer>.alpha`.
+    Embeddings that OneTrainer bundles with an adapter are left out with a warning.
     """
     found = load_tensors(path)
     bundled = [key for key in found if key.startswith(BUNDLED)]
@@ -79,7 +79,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> None:
-    """Write with safetensors, or with torch (no metadata) when the suffix says so."""
+    """Write a file: with torch and without metadata for its suffixes, else with safetensors."""
     path = Path(path)
     if path.suffix in TORCH_SUFFIXES:
         torch.save(dict(tensors), path)

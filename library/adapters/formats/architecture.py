@@ -148,7 +148,7 @@ class LayerPart:
     part: int | None = None
 
     def is_comfy(self, path: str) -> bool:
-        """Whether the place was found by a name of the comfy format: a whole layer by a path with dots."""
+        """Whether `path`, by which this was found, is a name of the comfy format: a path with dots of a whole layer."""
         return self.part is None and "." in path
 
 
@@ -160,7 +160,7 @@ class NameIndex:
     places: Mapping[str, LayerPart]
 
     def find(self, path: str) -> LayerPart | None:
-        """The layer for a path, with whatever other programs write before it."""
+        """The layer for a path, which may have prefixes of other programs. None when there is none."""
         path = unwrapped(path).removeprefix("model.diffusion_model.")
         for prefix in ("", "diffusion_model.", f"{self.architecture.peft}."):
             found = self.places.get(prefix + path)
@@ -170,20 +170,20 @@ class NameIndex:
 
 
 def unwrapped(path: str) -> str:
-    """A path without what PEFT's wrapper puts before it, which SimpleTuner leaves behind the name of the model."""
+    """A path without the prefix of PEFT's wrapper, which SimpleTuner leaves behind the name of the model."""
     before, wrapper, after = path.partition(PEFT_WRAPPER)
     return before + after if wrapper and "." not in before.removesuffix(".") else path
 
 
 def blocks_in(paths: Iterable[str]) -> int:
-    """How many blocks a table needs for these paths."""
+    """Number of blocks that a table needs for these paths."""
     numbers = (int(number) for path in paths for number in re.findall(r"\d+", path))
     return 1 + max((n for n in numbers if n < MOST_BLOCKS), default=0)
 
 
 @functools.lru_cache(maxsize=48)
 def index_of(architecture: Architecture, blocks: int) -> NameIndex:
-    """The index for so many blocks. Own spellings win over aliases."""
+    """The index for a number of blocks. Own spellings override aliases."""
     places: dict[str, LayerPart] = {}
     aliases: dict[str, LayerPart] = {}
     for layer in architecture.layers(blocks):

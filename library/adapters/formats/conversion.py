@@ -71,9 +71,9 @@ def convert(
 ) -> dict[str, Tensor]:
     """An adapter's tensors in another format.
 
-    alphas: what `alphas_in` found in the file's header. norms: of `dora_norms`, for DoRA to or from comfy.
+    alphas: result of `alphas_in` for the file's header. norms: result of `dora_norms`, for DoRA to or from comfy.
     architecture: that the layers belong to; found from the keys when None.
-    Raises UserError for unknown layers, and for tensors that the format has no name for.
+    Raises UserError for unknown layers, and for tensors without a name in the format.
     """
     require_whole(tensors)
     if is_oft(tensors):
@@ -98,7 +98,7 @@ def to_kohya(
     among: Tables | None = None,
     apart: bool = False,
 ) -> dict[str, Tensor]:
-    """Any format as kohya keys, for a model; tensors that have kohya keys already are returned as they are.
+    """Tensors of any format under kohya keys; those that have kohya keys already are returned as they are.
 
     DoRA magnitudes of a comfy file stay ComfyUI's, under a name of their own: `deltas.kohya_dora` needs the weights.
     among: the architectures that are possible; None: all `tables`. apart: parts that cannot be one layer keep names
@@ -121,7 +121,7 @@ def read_adapter(
 ) -> dict[str, Tensor]:
     """An adapter file of any format with kohya keys as `to_kohya` gives them, alphas of its header included.
 
-    apart: as for `to_kohya`. advice: what to do where the layers' names do not tell the architecture; refused then.
+    apart: as for `to_kohya`. advice: given, files whose layers do not tell their architecture are refused with it.
     Raises UserError naming the file.
     """
     tensors = read_tensors(path)
@@ -137,7 +137,7 @@ def read_adapter(
 def header(
     tensors: Mapping[str, Tensor], to: str, tables: Tables, *, architecture: Architecture | None = None
 ) -> dict[str, str]:
-    """What the header of a file in format `to` must have so that the way back restores alpha."""
+    """Header entries of a file in format `to` that converting back restores alpha from."""
     if to == "kohya" or is_oft(tensors):
         return {}
     index = _index(tensors, tables, architecture)
@@ -156,7 +156,7 @@ def header(
 
 
 def alphas_in(metadata: Mapping[str, str]) -> Alphas | None:
-    """The entry that `header` made, read. Raises UserError when it is damaged."""
+    """The alphas in a header that `header` made; None without. Raises UserError when the entry is damaged."""
     if ALPHAS not in metadata:
         return None
     try:
@@ -214,7 +214,7 @@ Layers = Mapping[str, tuple[PublishedLayer, Mapping[str, Tensor]]]  # kohya name
 def _layers(
     tensors: Mapping[str, Tensor], index: NameIndex, apart: bool = False
 ) -> dict[str, tuple[PublishedLayer, dict[str, Tensor]]]:
-    """Whole published layers, or parts of them. Raises UserError for paths that the architecture has not."""
+    """Whole published layers, or parts of them. Raises UserError for paths that the architecture does not have."""
     whole: dict[str, tuple[PublishedLayer, dict[str, Tensor]]] = {}
     parts: dict[str, dict[int, dict[str, Tensor]]] = {}
     unknown: list[str] = []
@@ -254,7 +254,7 @@ def _layers(
 def _restored_layers(
     tensors: Mapping[str, Tensor], index: NameIndex, alphas: Alphas | None, apart: bool = False
 ) -> Layers:
-    """The layers, with the alphas that a header tells."""
+    """The layers, with the alphas of a header."""
     layers = _layers(tensors, index, apart)
     if alphas is None:
         return layers

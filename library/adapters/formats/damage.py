@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether the tensors of an adapter file can be what their names say, before anything is computed with them."""
+"""Checks of the tensors of an adapter file, before anything is computed with them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WHOLE_NUMBERS = (ALPHA, "on_input")  # tensors that may be integers
 
 @contextmanager
 def damaged_if_broken(name: str) -> Iterator[None]:
-    """What is computed with the tensors of layer `name`: where their shapes do not allow it, they are damaged."""
+    """Context for arithmetic with the tensors of layer `name`: errors of torch become a UserError about damage."""
     try:
         yield
     except BROKEN as error:
@@ -27,7 +27,7 @@ def damaged_if_broken(name: str) -> Iterator[None]:
 
 
 def require_whole(tensors: Mapping[str, Tensor]) -> None:
-    """Raises UserError naming the tensors that are damaged: inf or nan, not one alpha, matrices without a rank."""
+    """Raise UserError naming damaged tensors: inf or nan, an alpha that is not one number, matrices that do not fit."""
     wrong = [f"{key} {problem}" for key, value in tensors.items() if (problem := _problem(key, value))]
     wrong += [f"{name} {problem}" for name, problem in _ranks(tensors)]
     if wrong:

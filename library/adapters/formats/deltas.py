@@ -18,7 +18,7 @@ from library.adapters.formats.layer_tensors import ALPHA, COMFY_DORA, DORA, DOWN
 
 LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 GLORA = ("a1.weight", "a2.weight", "b1.weight", "b2.weight")
-TINY = 1e-8  # LyCORIS: keeps the norm of a rotation that is none from being 0
+TINY = 1e-8  # LyCORIS: keeps the norm of a rotation by nothing from being 0
 
 
 # ---- sums of factors ----------------------------------------------------------------------------------------------
@@ -80,14 +80,14 @@ def row_norms(weight: Tensor) -> Tensor:
 
 
 class HasWeight(Protocol):
-    """What knows the weight that an adapter is on, and may have to make it."""
+    """Anything with the weight that an adapter is on; reading it may be expensive."""
 
     @property
     def weight(self) -> Tensor: ...
 
 
 def kohya_dora(own: Tensors, target: HasWeight) -> dict[str, Tensor]:
-    """The tensors with magnitudes as trained, where a file in the comfy format has ComfyUI's."""
+    """The tensors with DoRA magnitudes as trained, in place of ComfyUI's."""
     if COMFY_DORA not in own:
         return dict(own)
     weight = target.weight
@@ -173,7 +173,7 @@ Rewrite = Callable[[Tensors, Tensor, float], Tensor]  # (tensors, W, strength) -
 
 
 def rewrite_of(own: Mapping[str, Tensor]) -> Rewrite | None:
-    """What a kind of LyCORIS does with a weight; None for other kinds of adapters."""
+    """The function that applies a kind of LyCORIS to a weight; None for other kinds of adapters."""
     if "oft_blocks" in own:
         return boft if own["oft_blocks"].dim() == 4 else diag_oft
     marks = (("a1.weight", glora), ("on_input", ia3), ("diff", full))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tensors of one adapter become when its layer is whole in one format and in parts in another.
+"""Splitting and fusing the tensors of an adapter, for layers that are whole in one format and parts in another.
 
 A LoRA on a fused layer has one down matrix and one up matrix whose rows belong to the parts: split, every part has the
 same A and its rows of B. A layer that was trained in parts (`split_qkv`) has an up matrix of blocks: split, every part
@@ -37,7 +37,7 @@ def scale_of(own: Tensors) -> float:
 
 
 def fold_alpha(own: Tensors) -> dict[str, Tensor]:
-    """alpha / rank inside the up matrix, for readers that do not know alpha.
+    """Multiply alpha / rank into the up matrix, for readers without alpha.
 
     The up matrix keeps its dtype where nothing is lost in it (a power of two in bfloat16 and float32); else it becomes
     float32, from which `unfold_alpha` finds every half-precision value again.
@@ -51,7 +51,7 @@ def fold_alpha(own: Tensors) -> dict[str, Tensor]:
 
 
 def unfold_alpha(own: Tensors, alpha: Tensor) -> dict[str, Tensor]:
-    """The inverse: exact, except for float32 with a scale that is no power of two (one unit in the last place)."""
+    """The inverse of `fold_alpha`, exact but for float32 with a scale that is not a power of two (1 ulp)."""
     scale = float(alpha) / len(own[DOWN])
     up = own[UP].double() if own[DOWN].dtype == torch.float64 else own[UP].float()
     return {ALPHA: alpha, **own, UP: (up / scale).to(own[DOWN].dtype) if scale else own[UP]}
@@ -134,7 +134,7 @@ def _share_down(parts: Mapping[int, Tensors]) -> bool:
 
 
 def _blocks(layer: PublishedLayer, parts: Mapping[int, Tensors]) -> dict[str, Tensor]:
-    """Downs one below the other, ups as blocks; rows of parts that are not there are zero."""
+    """Downs stacked, ups as diagonal blocks; the rows of missing parts are zero."""
     scales = {scale_of(own) for own in parts.values()}
     if len(scales) > 1:  # no alpha can say that
         parts = {i: fold_alpha(own) for i, own in parts.items()}
@@ -152,7 +152,7 @@ def _blocks(layer: PublishedLayer, parts: Mapping[int, Tensors]) -> dict[str, Te
 
 
 def _rows(layer: PublishedLayer, missing: int, parts: Mapping[int, Tensors]) -> int:
-    """Rows of a part that the file lacks, from a part that it has, the most similar one."""
+    """Number of rows of a part that the file lacks, from the most similar part that it has."""
     width = layer.widths[missing]
     like = min(parts, key=lambda i: abs(layer.widths[i] - width))
     return round(len(parts[like][UP]) * width / layer.widths[like])

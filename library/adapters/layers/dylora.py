@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DyLoRA (arXiv:2210.07558): a LoRA that is of use at every smaller rank too.
+"""DyLoRA (arXiv:2210.07558): a LoRA that works at every smaller rank too.
 
 The ranks are blocks of `unit`. Each training pass draws a block: it learns, those below it take part but are frozen
 (no gradient), those above it are left out. So block k is trained to improve on blocks 0 to k - 1, and a file cut
@@ -58,7 +58,7 @@ class DyloraSettings:
 class DyLoRALayer(WeightLayer):
     """ΔW = up · down, times alpha / rank. Each block of ranks has parameters of its own.
 
-    A block without gradient has none (not one of 0), so that an optimizer leaves it and its moments alone.
+    The gradient of a block that does not learn is None, not 0, so that optimizers leave it and its moments alone.
     """
 
     saved: ClassVar[tuple[str, ...]] = ("alpha", "lora_down.weight", "lora_up.weight")
@@ -87,7 +87,7 @@ class DyLoRALayer(WeightLayer):
 
     @classmethod
     def from_tensors(cls, target: TargetSpec, tensors: Mapping[str, Tensor], settings: DyloraSettings) -> AdapterLayer:
-        """A layer of the file's rank. Raises UserError when that is no multiple of the unit."""
+        """A layer of the file's rank. Raises UserError when it is not a multiple of the unit."""
         rank = len(tensors["lora_down.weight"])
         return cls(target, rank=rank, alpha=rank, settings=settings)
 
@@ -102,7 +102,7 @@ class DyLoRALayer(WeightLayer):
         return torch.add(y, self.place(delta, index), alpha=scale * self.multiplier)
 
     def used_ranks(self) -> int:
-        """How many ranks this pass uses, drawn from torch's generator; the same for all modules of the target."""
+        """Number of ranks in this pass, drawn from torch's generator; the same for all modules of the target."""
         drawn = self.shared.value("ranks", lambda: torch.randint(len(self.lora_down), ()))
         return (int(drawn) + 1) * self.unit
 
@@ -194,7 +194,7 @@ def dylora_settings(options: Mapping[str, Any], neuron_dropout: float | None) ->
 
 
 def dylora_blocks(options: Mapping[str, Any], dim: int, alpha: float) -> BlockOptions:
-    """Convolutions have the rank and alpha of the rest. Raises UserError when another rank is asked for."""
+    """Rank and alpha of convolutions, which are those of the other layers. Raises UserError for another rank."""
     ranks: DyloraOptions = options["ranks"]
     if ranks.conv_dim not in (None, dim):
         raise UserError(f"--network_args: conv_dim must equal --network_dim, which is {dim}; got {ranks.conv_dim}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What LoHa and LoKr have in common: a change that is a product of several factors, named as LyCORIS names them.
+"""Base class of LoHa and LoKr: a change that is a product of several factors, with the names of LyCORIS.
 
 The scale is alpha / rank (rs_lora: alpha / sqrt(rank), saved as alpha * sqrt(rank)). use_scalar: a learned number that
 starts at 0, multiplied into the first factor of the file. rank_dropout drops rows of ΔW in training, as in LyCORIS;
@@ -85,11 +85,11 @@ class FactorLayer(WeightLayer):
     # ---- at work ---------------------------------------------------------------------------------------------------
 
     def factored(self, delta: Tensor) -> Tensor:
-        """`delta` times the learned number, if there is one."""
+        """`delta` times the learned scalar, if there is one."""
         return delta if self.scalar is None else delta * self.scalar.to(delta.dtype)
 
     def drop_rows(self, delta: Tensor, index: int) -> Tensor:
-        """In training, output rows at random are 0: the same for all samples and positions of a pass."""
+        """Rank dropout: in training, random rows of the output are 0, the same ones for a whole pass."""
         rate = self.settings.rank_dropout
         if not (self.training and rate):
             return delta
@@ -102,7 +102,7 @@ class FactorLayer(WeightLayer):
 
     @torch.no_grad()
     def limit_norm(self, max_norm: float) -> tuple[Tensor, Tensor]:
-        """Every factor that is multiplied, not added up within another, takes an equal share of the ratio."""
+        """Scale the change down to `max_norm`; all factors take an equal share of the ratio."""
         scalar = 1.0 if self.scalar is None else self.scalar.abs().float()
         norm = self.whole_norm() * self.scale * scalar
         ratio = max_norm / norm.clamp_min(max_norm)
@@ -130,7 +130,7 @@ class FactorLayer(WeightLayer):
         return super().problem(tensors)
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """The file's learned number is inside its first factor: an own one becomes 1. Without alpha the scale is 1."""
+        """Load a file. The learned scalar is inside its first factor, ours becomes 1; without alpha the scale is 1."""
         super().load_tensors(tensors)
         self.alpha = float(tensors["alpha"]) if "alpha" in tensors else float(self.rank)
         self.scale = self.alpha / self.rank
@@ -140,7 +140,7 @@ class FactorLayer(WeightLayer):
 
 
 def axis_in(tensors: Mapping[str, Tensor]) -> str | None:
-    """The axis of a file's magnitudes, None without."""
+    """The axis of the DoRA magnitudes in a file; None without magnitudes."""
     return dora_axis(tensors["dora_scale"]) if "dora_scale" in tensors else None
 
 

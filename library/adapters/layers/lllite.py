@@ -59,7 +59,7 @@ class LLLiteSettings:
 
 
 def conv_strides(stride: int) -> list[int]:
-    """The kernel sizes (and strides) of conditioning1: fours, and a two at the end where one is needed."""
+    """Kernel sizes and strides of conditioning1: fours, and a two at the end where needed."""
     found = [4]
     while (rest := stride // math.prod(found)) > 1:
         found.append(min(4, rest))
@@ -102,7 +102,7 @@ class LLLiteLayer(AdapterLayer):
 
     @classmethod
     def from_tensors(cls, target: TargetSpec, tensors: Mapping[str, Tensor], settings: LLLiteSettings) -> AdapterLayer:
-        """A layer as large as a file's tensors."""
+        """A layer of the sizes that a file's tensors have."""
         rank = tensors["down.0.weight"].shape[0]
         cond_emb_dim = tensors["mid.0.weight"].shape[1] - rank
         if cond_emb_dim < 2:
@@ -115,7 +115,7 @@ class LLLiteLayer(AdapterLayer):
     # ---- at work
 
     def attach(self) -> None:
-        """From now on the layer's input is changed, as long as there is a control image."""
+        """Hook into the layer, whose input is then changed as long as there is a control image."""
         if not self._handles:
             self._handles = [self.target.modules[0].module.register_forward_pre_hook(self._change_input)]
 
@@ -126,7 +126,7 @@ class LLLiteLayer(AdapterLayer):
         return add_scaled(x, self.delta(x).to(x.dtype), self.multiplier), *args[1:]
 
     def delta(self, x: Tensor, index: int = 0) -> Tensor:
-        """What is added to the input x (B n width), before the multiplier. Computed in x's dtype, or in autocast's."""
+        """The change of the input x (B n width), before the multiplier, computed in the dtype of x or of autocast."""
         assert self.control is not None
         inner = F.relu(_linear(self.down[0], x))
         seen = self.embedded(self.control.to(x.dtype))
@@ -137,7 +137,7 @@ class LLLiteLayer(AdapterLayer):
         return _linear(self.up[0], inner)
 
     def embedded(self, control: Tensor) -> Tensor:
-        """B 3 H W as B n cond_emb_dim. Sides that are no multiple of the stride get as many tokens as the U-Net has."""
+        """Embed control images B 3 H W as B n cond_emb_dim, with sides padded to multiples of the stride."""
         height, width = (-side % self.target.stride for side in control.shape[-2:])
         if height or width:
             control = F.pad(control, (0, width, 0, height), mode="replicate")
@@ -164,7 +164,7 @@ def _linear(part: nn.Module, x: Tensor) -> Tensor:
 
 
 def sizes_of(tensors: Mapping[str, Tensor]) -> tuple[int, int] | None:
-    """(cond_emb_dim, network_dim) of a file's tensors; None when they are no ControlNet-LLLite."""
+    """(cond_emb_dim, network_dim) of a file's tensors; None for other kinds of adapters."""
     for own in by_module(tensors).values():
         if not LLLiteLayer.claims(set(own)):
             return None
@@ -189,7 +189,7 @@ class LLLiteNetwork(LayerNetwork):
 
 
 def lllite_settings(options: Mapping[str, Any], neuron_dropout: float | None) -> LLLiteSettings:
-    """Raises UserError when --network_dropout is given twice with two values."""
+    """The options of a layer. Raises UserError when --network_dropout is given twice with two values."""
     own: LLLiteNetworkOptions = options["lllite"]
     if neuron_dropout is not None and own.dropout is not None and neuron_dropout != own.dropout:
         raise UserError(f"--network_args: dropout={own.dropout} is --network_dropout, which is {neuron_dropout}")

@@ -64,7 +64,7 @@ class LoHaLayer(FactorLayer):
     # ---- the change ------------------------------------------------------------------------------------------------
 
     def delta(self, x: Tensor, index: int = 0) -> Tensor:
-        """ΔW x. ΔW is as large as the layer's weight: the backward pass computes it again instead of keeping it."""
+        """ΔW x. ΔW is as large as the weight, so the backward pass recomputes it."""
 
         def product() -> Tensor:
             weight = self._change(index, self.hada_w1_a.dtype).to(x.dtype)
@@ -81,7 +81,7 @@ class LoHaLayer(FactorLayer):
         return self.factored(self._change(index, torch.float32))
 
     def _change(self, index: int, dtype: torch.dtype) -> Tensor:
-        """ΔW of module `index` without the learned number, computed in `dtype`."""
+        """ΔW of module `index` without the learned scalar, computed in `dtype`."""
         rows = self.target.own_rows(index)
         first, second = (self._half(a.to(dtype), b.to(dtype), core, rows) for a, b, core in self._pairs())
         return (first * second).reshape(self.target.modules[index].shape)

@@ -71,7 +71,7 @@ class LokrForm:
 
     @classmethod
     def chosen(cls, out: int, inputs: int, rank: int, settings: LokrSettings) -> LokrForm:
-        """The form of a new layer: factors only where they are smaller than what they stand for."""
+        """The form of a new layer: low-rank factors only where they are smaller than the matrix."""
         out1, out2 = parts_of(out, settings.factor)
         in1, in2 = parts_of(inputs, settings.factor)
         if settings.unbalanced:
@@ -99,9 +99,10 @@ class LokrForm:
 
 
 def parts_of(size: int, factor: int) -> tuple[int, int]:
-    """`size` as a product, smaller part first. A factor that divides it is one part.
+    """`size` as a product of two parts, the smaller one first.
 
-    Else the smaller part is the largest divisor up to the factor (-1: no limit) that is not above the root of `size`.
+    A factor that divides it is one part. Otherwise the smaller part is the largest divisor that exceeds neither the
+    factor (-1: no limit) nor the square root of `size`.
     """
     if factor > 0 and size % factor == 0:
         return min(factor, size // factor), max(factor, size // factor)
@@ -111,7 +112,7 @@ def parts_of(size: int, factor: int) -> tuple[int, int]:
 
 
 class LoKrLayer(FactorLayer):
-    """One Kronecker product for all rows of a target; its modules take their rows of what is computed once."""
+    """One Kronecker product for all rows of a target, computed once and split among its modules."""
 
     saved: ClassVar[tuple[str, ...]] = (
         "alpha", "dora_scale", "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
@@ -201,7 +202,7 @@ class LoKrLayer(FactorLayer):
 
     @torch.no_grad()
     def whole_norm(self) -> Tensor:
-        """Of a Kronecker product it is the product of the norms."""
+        """The product of the norms of both matrices."""
         small, large = self._matrices()
         return small.float().norm() * large.float().norm()
 

@@ -143,7 +143,7 @@ class LoRALayer(WeightLayer):
         return self.shared.value(self, lambda: self._deltas(x))[index]
 
     def _deltas(self, x: Tensor) -> tuple[Tensor, ...]:
-        """What is added to each module's output: the up matrix meets the input once, as in one fused layer."""
+        """The change of each module's output, in one product with the up matrix, as in a fused layer."""
         inner = self._inner(x)
         up = self._up().to(inner.dtype)
         whole = F.conv2d(inner, up) if self.is_conv else F.linear(inner, up)
@@ -152,7 +152,7 @@ class LoRALayer(WeightLayer):
         return whole.split([module.width for module in self.target.modules], 1 if self.is_conv else -1)
 
     def _inner(self, x: Tensor) -> Tensor:
-        """dropout(down(x)): one draw for all modules of the target, as the rows of one fused layer would have."""
+        """dropout(down(x)), with one draw for all modules of the target, as in a fused layer."""
         module = self.target.modules[0].module
         down = self.lora_down.to(x.dtype)
         if not isinstance(module, nn.Conv2d):
@@ -183,7 +183,7 @@ class LoRALayer(WeightLayer):
 
     @torch.no_grad()
     def _perturbation(self, x: Tensor, index: int) -> Tensor:
-        """Random weights times x. A constant: for a gradient the random matrix, as large as W, would be kept."""
+        """Random weights times x, without a gradient: autograd would keep the random matrix, which is as large as W."""
         assert self.noise is not None
         module = self.target.modules[index].module
         rows = self.noise[self.target.own_rows(index)].to(x.dtype)
@@ -272,7 +272,7 @@ class LoRALayer(WeightLayer):
         return super().problem(tensors)
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """The file's factor is inside its up matrix, so an own factor becomes 1. Without alpha the scale is 1."""
+        """Load a file. The learned scalar is inside its up matrix, so ours becomes 1; without alpha the scale is 1."""
         super().load_tensors(tensors)
         self.alpha = float(tensors["alpha"]) if "alpha" in tensors else float(self.rank)
         self.scale = self.alpha / self.rank
@@ -282,9 +282,9 @@ class LoRALayer(WeightLayer):
 
 
 class SplitLoRALayer(AdapterLayer):
-    """A LoRA of its own for each Linear of a target, written as one: downs stacked, ups on the diagonal of one matrix.
+    """A LoRA for each Linear of a target, saved as one: downs stacked, ups on the diagonal of one matrix.
 
-    The file's rank is n times as large, so its alpha is too: alpha / rank stays what was trained (decision 0006).
+    The rank in the file is n times as large, and so is alpha: alpha / rank stays as trained (decision 0006).
     """
 
     saved: ClassVar[tuple[str, ...]] = LoRALayer.saved
@@ -333,7 +333,7 @@ class SplitLoRALayer(AdapterLayer):
         return self._part(index).merged_weight()
 
     def limit_norm(self, max_norm: float) -> tuple[Tensor, Tensor]:
-        """Each part has the limit; the norm is the largest one."""
+        """Limit each part. Returns the largest norm."""
         limited = [part.limit_norm(max_norm) for part in self._all()]
         return torch.stack([norm for norm, _ in limited]).max(), torch.stack([scaled for _, scaled in limited]).any()
 
@@ -393,7 +393,7 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
 
 
 def _uniform(*shape: int) -> Tensor:
-    """The usual start of a down matrix: uniform, Kaiming with a = sqrt(5)."""
+    """The usual initial values of a down matrix: uniform, Kaiming with a = sqrt(5)."""
     return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5))
 
 

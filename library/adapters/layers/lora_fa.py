@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """LoRA-FA (arXiv:2308.03303): a LoRA whose down matrix stays as it was drawn; only the up matrix learns.
 
-What is not trained needs no gradient, no optimizer state and no activations as wide as the layer's input. A file holds
-both matrices, so that it is a LoRA like any other.
+Without training it needs no gradient, no optimizer state and no activations as wide as the layer's input. A file holds
+both matrices and is a LoRA like any other.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from library.adapters.target_spec import TargetSpec
 
 
 class LoRAFALayer(LoRALayer):
-    """As LoRALayer, with the down matrix as a buffer: no parameter, but part of the state of a resumed run."""
+    """LoRALayer whose down matrix is a buffer: not trained, but part of the state of a resumed run."""
 
     def __init__(self, target: TargetSpec, *, rank: int, alpha: float, settings: LoraSettings | None = None):
         super().__init__(target, rank=rank, alpha=alpha, settings=settings)
@@ -40,7 +40,7 @@ class LoRAFALayer(LoRALayer):
 
     @torch.no_grad()
     def limit_norm(self, max_norm: float) -> tuple[Tensor, Tensor]:
-        """As for LoRA, but the whole ratio goes to the up matrix."""
+        """Limit the norm as LoRA does, but scale the up matrix alone."""
         drawn = self.lora_down.clone()
         limited = super().limit_norm(max_norm)
         # what the down matrix was multiplied with belongs to the up matrix; all elements have the same ratio

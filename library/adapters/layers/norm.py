@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is added to scale and shift of LayerNorm and GroupNorm (train_norm): tensors `w_norm` and `b_norm`."""
+"""Changes of the scale and shift of LayerNorm and GroupNorm (train_norm): tensors `w_norm` and `b_norm`."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""OFT (arXiv:2306.07280): the outputs of a layer are rotated, in blocks, instead of changed by a sum.
+"""OFT (arXiv:2306.07280): rotates the outputs of a layer in blocks, instead of adding to them.
 
 With a free matrix A per block: Q = A - Aᵀ, R = (I + Q)(I - Q)⁻¹ (Cayley), W' = Rᵀ W; the bias stays. COFT's constraint:
 ‖Q‖ over all blocks is at most alpha times the rows of the layer. At multiplier m the rotation is I + m (R - I).
-Since W' x = Rᵀ (W x), no weight is ever copied: the output that is there already is turned.
+Since W' x = Rᵀ (W x), the output itself is rotated and no weight is copied.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ class OftOptions:
 
 @dataclass(frozen=True)
 class OftSettings:
-    """How an OFT layer is written: FLUX files number the blocks, since a fused layer has several sets of them."""
+    """How an OFT layer is built and saved. numbered: FLUX files number the blocks, a fused layer has several sets."""
 
     numbered: bool = False
     module_dropout: float = 0.0
 
 
 class OFTLayer(WeightLayer):
-    """`count` rotations for the rows of each module. All modules of a target have rotations of their own."""
+    """`count` rotations for the rows of each module; every module of a target has rotations of its own."""
 
     saved: ClassVar[tuple[str, ...]] = ("oft_blocks", *(f"oft_blocks.{i}" for i in range(4)), "alpha")
 
@@ -103,7 +103,7 @@ class OFTLayer(WeightLayer):
         return True  # the bias, which is not turned
 
     def change(self, x: Tensor, y: Tensor, index: int) -> Tensor:
-        """The output without its bias, turned."""
+        """The output with everything but its bias rotated."""
         module = self.target.modules[index]
         rows = module.rows or slice(None)
         plain, bias = (y[:, rows] if self.is_conv else y[..., rows]), module.module.bias
@@ -113,7 +113,7 @@ class OFTLayer(WeightLayer):
         return add_scaled(y, self.place(delta, index), self.multiplier)
 
     def delta(self, x: Tensor, index: int = 0) -> Tensor:
-        """The same from the input, without an output that is there already."""
+        """The change, computed from the input."""
         weight, module = self.delta_weight(index).to(x.dtype), self.target.modules[index].module
         return convolve(x, weight, module) if isinstance(module, nn.Conv2d) else F.linear(x, weight)
 
@@ -157,7 +157,7 @@ def renamed_for_oft(targets: Iterable[TargetSpec]) -> list[TargetSpec]:
 
 
 def oft_sizes(count: int | None, alpha: float | None) -> tuple[int, float]:
-    """Blocks per layer and how far a layer may rotate. Raises UserError for an alpha that is not positive."""
+    """Blocks per layer, and alpha: how far a layer may rotate. Raises UserError unless alpha is positive."""
     count, alpha = default_sizes(count, ALPHA if alpha is None else alpha)
     if alpha <= 0:
         raise UserError("--network_alpha 0: nothing can rotate; for OFT alpha is how far a layer may rotate, e.g. 1e-3")

@@ -30,7 +30,7 @@ SUFFIXES: dict[Rewrite, set[str]] = {
 
 
 class RewriteLayer(WeightLayer):
-    """The tensors of a file as they are; W' is a function of them and W. `diff_b` is added to the bias."""
+    """The tensors of a file, unchanged. W' is a function of them and W; `diff_b` is added to the bias."""
 
     saved: ClassVar[tuple[str, ...]] = ()
 
@@ -38,7 +38,7 @@ class RewriteLayer(WeightLayer):
         super().__init__(target)
         self.file = dict(tensors)
         self.rewrite = rewrite_of(tensors)
-        self._whole: Tensor | None = None  # W' while its modules are written one after the other
+        self._whole: Tensor | None = None  # W' while it is written into the modules one by one
 
     @staticmethod
     def claims(names: set[str]) -> bool:
@@ -92,7 +92,7 @@ class RewriteLayer(WeightLayer):
         return add_scaled(y, self.place(self.delta(x, index).to(y.dtype), index), 1.0)
 
     def delta(self, x: Tensor, index: int = 0) -> Tensor:
-        """(W' - W) x at the multiplier, and what is added to the bias."""
+        """(W' - W) x at the multiplier, and the change of the bias."""
         weight, module = self.delta_weight(index).to(x.dtype), self.target.modules[index].module
         found = convolve(x, weight, module) if isinstance(module, nn.Conv2d) else F.linear(x, weight)
         if BIAS_ADDED not in self.file:
@@ -130,7 +130,7 @@ class RewriteLayer(WeightLayer):
         return (self.target.width, *self.target.modules[0].shape[1:])
 
     def _unfit(self, tensors: Mapping[str, Tensor], rows: int, inputs: int) -> list[str]:
-        """What does not fit a layer of rows x inputs, by kind."""
+        """Tensors that do not fit a layer of rows x inputs, as messages."""
         shapes = {name: tuple(value.shape) for name, value in tensors.items()}
         told = [f"{name} has the shape {shape}" for name, shape in shapes.items()]
         count = rows * torch.Size(self._shape[1:]).numel()

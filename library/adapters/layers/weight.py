@@ -25,7 +25,7 @@ def convolve(x: Tensor, weight: Tensor, like: nn.Conv2d) -> Tensor:
 
 
 class WeightLayer(AdapterLayer):
-    """An adapter whose change is a weight. The subclass gives `delta` and `delta_weight`; DoRA comes from here.
+    """An adapter that changes a weight. Subclasses implement `delta` and `delta_weight`; DoRA is implemented here.
 
     dora: None, or the axis that m runs along: "output" (rows; what nearly every program reads) or "input" (columns).
     """
@@ -78,7 +78,7 @@ class WeightLayer(AdapterLayer):
         return add_scaled(y, self.place(self.gate(change).to(y.dtype), index), self.multiplier)
 
     def _row_change(self, x: Tensor, y: Tensor, index: int) -> Tensor:
-        """(W' - W) x from the output y that is there already: with r = m/‖V‖, r (y - b + delta) - (y - b)."""
+        """(W' - W) x from the module's output y: with r = m/‖V‖, r (y - b + delta) - (y - b)."""
         ratio = self._ratio(index).reshape(-1, *[1] * (2 * self.is_conv))
         module = self.target.modules[index]
         rows = module.rows or slice(None)
@@ -90,7 +90,7 @@ class WeightLayer(AdapterLayer):
         return plain * (ratio - 1).to(y.dtype) + delta * ratio.to(y.dtype)
 
     def _column_change(self, x: Tensor, index: int) -> Tensor:
-        """(W' - W) x where m scales columns: W ((r - 1) x) + delta(r x), at the price of a second base product."""
+        """(W' - W) x where m scales columns: W ((r - 1) x) + delta(r x), which takes a second product with W."""
         ratio = self._ratio(index).reshape(-1, *[1] * (2 * self.is_conv)).to(x.dtype)
         weight = self.base_weight(index).to(x.dtype)
         module = self.target.modules[index].module
@@ -117,7 +117,7 @@ class WeightLayer(AdapterLayer):
         return torch.linalg.vector_norm(flat, dim=1, dtype=torch.float32)
 
     def _initial_magnitude(self) -> Tensor:
-        """‖W‖, so that training starts at the base model. Rows of all modules in order; columns need one module."""
+        """‖W‖, so that training starts at the base model: rows of all modules in order, or columns of one module."""
         indices = range(len(self.target.modules))
         if self.dora == "input" and len(indices) > 1:
             raise UserError(f"{self.target.name}: DoRA over input columns is not possible, it is {len(indices)} pieces")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which keys of an adapter file each program knows: what can be said without the model that it was trained on."""
+"""The keys of an adapter file that each program knows, found without the model that it was trained on."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def key_lines(tensors: Mapping[str, Tensor], tables: Tables) -> list[str]:
 
 
 def _as_lora(tensors: Mapping[str, Tensor], tables: Tables) -> dict[str, Tensor]:
-    """Keys by which the architecture is found: rotations have the layers of kohya's names."""
+    """Keys that the architecture is found by: OFT layers under the names of LoRA."""
     if not is_oft(tensors):
         return dict(tensors)
     own = convert(tensors, "kohya", tables)

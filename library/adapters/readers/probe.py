@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One random input for a layer, and the layer's module on the host: all that is needed to compare two changes of it."""
+"""A random input for a layer and a copy of its module in main memory, for comparing two changes of the layer."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def probe_of(module: nn.Module) -> Probe | None:
 
 
 def _of_convolution(module: nn.Conv2d) -> Probe | None:
-    """A picture that is zero but for one patch, which the kernel covers at one place of the output."""
+    """A picture of zeros with one random patch, which the kernel covers at one place of the output."""
     if module.groups != 1 or isinstance(module.padding, str) or module.dilation != (1, 1):
         return None
     (height, width), (down, right), (top, left) = module.kernel_size, module.stride, module.padding

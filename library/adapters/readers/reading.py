@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a program reads of an adapter file: which keys belong to which layer of a model, and which it leaves."""
+"""How a program reads an adapter file: the keys that it assigns to layers of a model, and those that it ignores."""
 
 from __future__ import annotations
 
@@ -71,7 +71,10 @@ class ReadLayer:
 
 @dataclass
 class Reading:
-    """entries: kohya name -> what changes that layer. unread: keys. refused: why nothing of the file is used."""
+    """What a program reads of a file.
+
+    entries: kohya name -> changes of that layer. unread: keys that it ignores. refused: why it does not use the file.
+    """
 
     decompose: str
     entries: dict[str, list[ReadLayer]] = field(default_factory=dict)
@@ -84,7 +87,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Program:
-    """A program that loads adapters. models: those that it has."""
+    """A program that loads adapters. models: those that it supports."""
 
     name: str
     models: frozenset[str]
@@ -92,7 +95,7 @@ class Program:
 
 
 def split_key(key: str) -> tuple[str, str]:
-    """(what stands before the ending, the ending); no ending where it is unknown."""
+    """(prefix, ending) of a key; the ending is empty where it is unknown."""
     for ending in BY_LENGTH:
         if key.endswith(f".{ending}"):
             return key[: -len(ending) - 1], ending
@@ -111,7 +114,7 @@ def grouped(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:
 def take(
     reading: Reading, tensors: Mapping[str, Tensor], names: Names, kinds: Iterable[str], endings: Iterable[str]
 ) -> None:
-    """Every layer whose prefix is a name, and whose tensors are of one of these kinds; other keys are unread."""
+    """Read every layer whose prefix is a name and whose tensors are of one of these kinds; other keys are unread."""
     known = set(endings)
     for prefix, keys in grouped(tensors).items():
         place = names.get(prefix)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was trained: each layer of a live network as a function from a probe to what the layer adds to the output.
+"""Layers of a live network as functions from a probe to the change of the output.
 
-The layer is copied to main memory in float64, beside a plain copy of its module; no draw is made, nothing is changed.
+The layer and its plain module are copied to main memory in float64; no random numbers are drawn, nothing is changed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class TrainedLayer:
 
 
 def trained_layer(layer: AdapterLayer) -> TrainedLayer:
-    """One of our own layers."""
+    """The function of one of our own layers."""
     target = layer.target
     shape = (target.width, *target.modules[0].shape[1:])
     return TrainedLayer(
@@ -63,9 +63,9 @@ def foreign_layer(
     name: str, layer: nn.Module, module: nn.Module, forward: Callable[..., Tensor],
     weight: Callable[[], Tensor], bias: Tensor | None,
 ) -> TrainedLayer:  # fmt: skip
-    """A layer of a third-party network: a module whose call stands for `module`, which has this weight and bias.
+    """The function of a third-party layer, which is called in place of `module` with this weight and bias.
 
-    forward: the module's own, as the layer holds it. Its class may compute otherwise than a plain copy does.
+    forward: that of the module, as the layer holds it. Its class may compute differently from a plain copy.
     """
 
     def change(probe: Probe, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -85,7 +85,7 @@ def foreign_layer(
 
 
 def _twin(layer: nn.Module, memo: dict[int, object], dtype: torch.dtype) -> nn.Module:
-    """A copy of the layer in main memory, as it is when nothing is trained."""
+    """A copy of the layer in main memory, in evaluation mode."""
     for parameter in layer.parameters():
         memo[id(parameter)] = nn.Parameter(host(parameter, dtype), requires_grad=False)
     for buffer in layer.buffers():

@@ -33,7 +33,7 @@ PLACES: dict[int, list[int]] = {
 
 
 def place_of(name: str) -> int | None:
-    """Where a layer stands in the long list, by its kohya name; None: nowhere."""
+    """Index of a layer in the long list, by its kohya name; None outside of it."""
     if name.startswith("lora_te"):
         return BASE
     if name.startswith(("lora_unet_mid_block_", "lora_unet_middle_block_")):
@@ -49,7 +49,7 @@ def place_of(name: str) -> int | None:
 
 
 def strengths(ratio: float, numbers: Sequence[float] | None) -> Callable[[str], float]:
-    """Layer -> how strongly it is merged: the ratio, times its block's number where there is one."""
+    """Layer -> strength at which it is merged: the ratio, times the number of its block if there is one."""
     if numbers is None:
         return lambda name: ratio
     by_place = dict(zip(PLACES[len(numbers)], numbers))

@@ -36,7 +36,7 @@ IN_PROJECTION = ("q", "k", "v")
 
 
 class WeightSource(Protocol):
-    """What is needed of a file of weights (library.weights.weight_files)."""
+    """The part of a weight file's interface that is needed here (library.weights.weight_files)."""
 
     shapes: Mapping[str, tuple[int, ...]]
 
@@ -119,7 +119,7 @@ class CheckpointLayers:
         return place.of(file.tensor(place.weight, dtype))
 
     def _place(self, layer: PublishedLayer, alone: str | None) -> WeightLocation | None:
-        """Where a layer lies. alone: the text encoder that the file holds and nothing else."""
+        """The location of a layer. alone: the text encoder that is all the file holds."""
         prefixes: tuple[str, ...]
         if layer.encoder is None:
             prefixes = () if alone else DENOISER_PREFIXES
@@ -161,7 +161,7 @@ class CheckpointLayers:
 
 
 def unused_block(shapes: Shapes, prefix: str, used: int | None) -> str | None:
-    """The block behind the `used` ones, which no picture depends on, by its name below `prefix`; None: there is none.
+    """Name of the block behind the `used` ones, which no picture depends on, below `prefix`; None without one.
 
     The model was trained on the output before it, and some files leave it out.
     """

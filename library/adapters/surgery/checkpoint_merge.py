@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters merged into the weights of a checkpoint, tensor by tensor, by the classes that apply them in training.
 
-Each layer of an adapter file is put on a module that holds nothing but the checkpoint's own weight, so every kind of
-adapter that can be trained can be merged, and merging is what applying is.
+Each layer of an adapter file is put on a module with the checkpoint's weight, so every kind of adapter that can be
+trained can be merged, with the same arithmetic.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NUMBERED = "oft_blocks."  # a fused layer has one set of rotations for each of i
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter file: its layers by kohya name, and how strongly each is merged."""
+    """An adapter file: its layers by kohya name, and the strength at which each is merged."""
 
     label: str  # for messages
     layers: Mapping[str, Tensors]
@@ -59,7 +59,7 @@ class MergeStep:
         return layer
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Both with the adapter in them: new tensors, float32."""
+        """Weight and bias with the adapter merged in: new tensors, float32."""
         layer = self.on(weight.float().clone(), None if bias is None else bias.float().clone())
         layer.set_multiplier(self.strength)
         layer.merge()
@@ -69,7 +69,7 @@ class MergeStep:
 
 
 class MergedWeights:
-    """A checkpoint's tensors with adapters in them, each made when it is asked for. Raises UserError when unfit.
+    """A checkpoint's tensors with adapters merged in, computed on demand. Raises UserError for unfit adapters.
 
     used: names of the adapters' layers that this file has; the others are of other parts of the model. moved: those of
     them that changed a tensor that was asked for.
@@ -115,7 +115,7 @@ class MergedWeights:
         return beside.put(whole, found)
 
     def _plan(self, adapter: Adapter) -> Iterator[str]:
-        """Puts an adapter's layers on the list; what is wrong with them, a line each."""
+        """Add the steps for an adapter's layers. Yields a line for each problem."""
         unknown: list[str] = []
         unfit: list[str] = []
         for name, own in adapter.layers.items():
@@ -144,7 +144,7 @@ class MergedWeights:
             yield f"{adapter.label}: {len(unfit)} layers do not fit the model: {first_names(unfit)}"
 
     def _step(self, name: str, layer: str, place: WeightLocation, own: Tensors, adapter: Adapter) -> MergeStep | str:
-        """What is done with a layer, or why it cannot be."""
+        """The step for a layer, or the reason why there is none."""
         reader = reader_of(name, own)
         if reader is None:
             return f"is of no kind that can be merged ({', '.join(sorted(own))})"
@@ -182,7 +182,7 @@ def target_of(name: str, weight: Tensor, bias: Tensor | None, parts: int = 0) ->
 
 
 def module_of(weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """A module around a weight (and bias) that is there already."""
+    """A module that holds an existing weight and bias."""
     module: nn.Module
     with torch.device("meta"):
         if weight.dim() == 1:
@@ -199,7 +199,7 @@ def module_of(weight: Tensor, bias: Tensor | None) -> nn.Module:
 
 
 def fitted(own: Tensors, axes: int) -> dict[str, Tensor]:
-    """A LoRA's matrices with as many axes as the weight: a 1x1 convolution and a Linear are the same layer."""
+    """A LoRA's matrices with the number of axes of the weight: a 1x1 convolution may be stored as a Linear."""
     found = dict(own)
     for name in (DOWN, UP, DORA, COMFY_DORA):
         value = found.get(name)

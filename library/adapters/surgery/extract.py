@@ -30,7 +30,7 @@ TEXT = re.compile(r"lora_te[12]?_.*_(self_attn_[kvq]_proj|self_attn_o(ut)?_proj|
 
 @dataclass(frozen=True)
 class Extraction:
-    """What is asked for."""
+    """The options of an extraction."""
 
     original: str
     tuned: str
@@ -48,7 +48,7 @@ class Extraction:
 
 
 def extract(asked: Extraction, known: KnownArchitectures) -> None:
-    """Reads both files layer by layer, decomposes, writes. Raises UserError for files that are not of one kind."""
+    """Read both files layer by layer, decompose the differences, write the LoRA. Raises UserError."""
     device = device_named(asked.device)
     original, layers = open_checkpoint("--model_org", asked.original, known)
     tuned, tuned_layers = open_checkpoint("--model_tuned", asked.tuned, known)
@@ -75,7 +75,7 @@ def extract(asked: Extraction, known: KnownArchitectures) -> None:
 
 
 def chosen_layers(layers: CheckpointLayers, *, conv: bool) -> list[str]:
-    """The layers that get a LoRA: those of a new network of the architecture. conv: those of residual blocks too."""
+    """The layers that get a LoRA, as in a new network of the architecture. conv: include those of residual blocks."""
     architecture = layers.architecture
     patterns = [TEXT, architecture.new_layers]
     if conv and architecture.conv_layers is not None:
@@ -88,7 +88,7 @@ def chosen_layers(layers: CheckpointLayers, *, conv: bool) -> list[str]:
 
 
 def _require_same_shapes(names: Sequence[str], layers: CheckpointLayers, tuned: CheckpointLayers, file: str) -> None:
-    """Raises UserError when `tuned`, the layers of `file`, lacks one. A text encoder may be left out as a whole."""
+    """Raise UserError when `tuned`, the layers of `file`, lacks some. It may lack a text encoder as a whole."""
     there = {"unet", *(name.split("_")[1] for name in names if name in tuned.places)}
     missing = [name for name in names if name not in tuned.places and name.split("_")[1] in there]
     other = [name for name in names if name in tuned.places and tuned.shape(name) != layers.shape(name)]
@@ -99,7 +99,7 @@ def _require_same_shapes(names: Sequence[str], layers: CheckpointLayers, tuned: 
 
 @dataclass(frozen=True)
 class CheckpointPair:
-    """Both checkpoints."""
+    """The original and the tuned checkpoint."""
 
     original: WeightFile
     tuned: WeightFile
@@ -134,7 +134,7 @@ class CheckpointPair:
 
 
 def _nearest(difference: Tensor, asked: Extraction) -> dict[str, Tensor]:
-    """A LoRA of the rank for a difference, as a file has it."""
+    """The LoRA of the wanted rank that is nearest to a difference."""
     shape = tuple(difference.shape)
     wanted = asked.conv_dim if has_kernel(shape) and asked.conv_dim is not None else asked.dim
     rank = min(wanted, shape[0], shape[1])

@@ -71,7 +71,7 @@ def change_of(name: str, own: Tensors, device: torch.device | str = "cpu") -> Ch
 
 
 def not_lora(name: str, own: Tensors) -> str:
-    """A line about a layer that can be neither summed nor decomposed without the model."""
+    """Error message for a layer that can be neither summed nor decomposed without the model."""
     why = "a DoRA scales the model's weights" if {DORA, COMFY_DORA} & set(own) else f"it has {', '.join(sorted(own))}"
     return f"{name} is no plain LoRA ({why}): merge the file into a model (merge_lora.py --sd_model)"
 
@@ -93,7 +93,7 @@ class Spectrum:
 
 
 def spectrum_of_change(change: Change) -> Spectrum:
-    """The exact decomposition of ΔW, by that of two thin matrices; at most `rank` values."""
+    """The exact singular values of ΔW, at most `rank`, from its two thin matrices."""
     up_q, up_r = torch.linalg.qr(change.up)
     down_q, down_r = torch.linalg.qr(change.down.T)
     found = spectrum(up_r @ down_r.T)
@@ -146,7 +146,7 @@ DYNAMIC: dict[str, Callable[[Tensor, float], int]] = {
 
 
 def choose_rank(s: Tensor, largest: int, method: str | None, target: float) -> int:
-    """How many of the singular values are kept: by the method, at least 1, at most `largest` and all there are.
+    """Number of singular values to keep by a method: at least 1, at most `largest` and all that there are.
 
     A matrix of zeros gets rank 1.
     """
@@ -158,7 +158,7 @@ def choose_rank(s: Tensor, largest: int, method: str | None, target: float) -> i
 
 @dataclass(frozen=True)
 class RankStatistics:
-    """What is left of a layer when `rank` of its singular values stay."""
+    """How much of a layer is kept with `rank` of its singular values."""
 
     rank: int
     of_sum: float  # Σ kept / Σ all
@@ -193,8 +193,8 @@ def joined(changes: Sequence[tuple[Change, float]]) -> Change:
 def summed(layers: Sequence[tuple[Tensors, float]]) -> dict[str, Tensor]:
     """Matrices of one rank, each sum on its own: up = Σ |f| √(α/α₁) up, down = Σ f √(α/α₁) down, alpha = α₁.
 
-    So sd-scripts merges files. It is no sum of the changes: up and down of different files are multiplied too, and
-    a ratio counts twice. Raises ValueError when ranks or shapes differ.
+    This is how sd-scripts merges files. It is not the sum of the changes: up and down of different files are multiplied
+    too, and a ratio counts twice. Raises ValueError when ranks or shapes differ.
     """
     first = layers[0][0]
     if any(own[name].shape != first[name].shape for own, _ in layers for name in (UP, DOWN)):

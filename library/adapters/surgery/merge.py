@@ -51,7 +51,7 @@ class ModelPart:
 
 @dataclass(frozen=True)
 class Merge:
-    """What is asked for."""
+    """The options of a merge."""
 
     models: ModelsOptions
     save: SaveOptions
@@ -62,7 +62,7 @@ class Merge:
 
 
 def merge(asked: Merge, known: KnownArchitectures) -> None:
-    """Reads, merges, writes. Raises UserError for what cannot be merged."""
+    """Read, merge, write. Raises UserError for what cannot be merged."""
     if asked.parts:
         merge_into_parts(asked, known)
     else:
@@ -112,7 +112,7 @@ def merge_into_parts(asked: Merge, known: KnownArchitectures) -> None:
 
 
 def report_merged(path: str, weights: MergedWeights) -> None:
-    """How many layers have other weights now; those of the adapters that change nothing are named."""
+    """Log the number of layers with changed weights, and warn about adapters that change nothing."""
     get_logger().info("%s: %d layers merged", path, len(weights.moved))
     same = [name for name in dict.fromkeys(weights.used) if name not in weights.moved]
     if same:
@@ -130,7 +130,7 @@ def open_part(
 
 
 def _report_left(parts: Sequence[ModelPart], merged: Sequence[MergedWeights]) -> None:
-    """About layers that none of the files has. Raises UserError when the denoiser lacks some, or nothing is merged."""
+    """Warn about layers that none of the files has. Raises UserError when the denoiser lacks some, or for no layer."""
     used = {name for weights in merged for name in weights.used}
     left = [*dict.fromkeys(name for weights in merged for name in weights.left if name not in used)]
     missing = [name for name in left if name.startswith("lora_unet_")]
@@ -148,7 +148,7 @@ def _report_left(parts: Sequence[ModelPart], merged: Sequence[MergedWeights]) ->
 def _part_metadata(
     part: ModelPart, file: WeightFile, layers: CheckpointLayers, loras: Sequence[WeightedLora], no_metadata: bool
 ) -> dict[str, str]:
-    """The source's entries; modelspec.* anew, except for what only the source knows."""
+    """Header of a merged file: the source's entries, with new modelspec.* except for what only the source knows."""
     found = checkpoint_metadata(file)
     if no_metadata or part.encoder is not None:
         return {key: value for key, value in found.items() if not key.startswith("modelspec.")}
@@ -165,7 +165,7 @@ def _part_metadata(
 
 
 def merge_into_one(asked: Merge, loras: Sequence[WeightedLora], tables: Tables) -> None:
-    """One LoRA of several: matrices summed, or with --concat put beside each other, which is exact."""
+    """Merge several LoRAs into one: by summing their matrices or, exactly, by concatenating them (--concat)."""
     found: dict[str, dict[str, Tensor]] = {}
     problems: list[str] = []
     for name, layers in same_layers(loras, tables).items():
@@ -195,7 +195,7 @@ def same_layers(loras: Sequence[WeightedLora], tables: Tables) -> dict[str, list
 
 
 def concatenated(name: str, layers: Sequence[tuple[Tensors, float]], shuffle: bool = False) -> dict[str, Tensor]:
-    """Ranks of all files beside each other: exactly the sum of the changes. Raises UserError."""
+    """The ranks of all files concatenated: exactly the sum of the changes. Raises UserError."""
     if all(set(own) <= ADDED for own, _ in layers):
         return added(layers)
     try:
@@ -224,7 +224,7 @@ def _summed(name: str, layers: Sequence[tuple[Tensors, float]]) -> dict[str, Ten
 
 
 def added(layers: Sequence[tuple[Mapping[str, Tensor], float]]) -> dict[str, Tensor]:
-    """What is added to norms, summed: that is exact."""
+    """The sum of changes of norms, which is exact."""
     names = [*dict.fromkeys(name for own, _ in layers for name in own)]
     parts = {name: [own[name].float() * factor for own, factor in layers if name in own] for name in names}
     return {name: torch.stack(values).sum(0) for name, values in parts.items()}

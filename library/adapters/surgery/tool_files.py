@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the LoRA tools read and write: adapter files, checkpoints tensor by tensor, and what a file says of itself."""
+"""Files of the LoRA tools: adapters, checkpoints tensor by tensor, and their metadata."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ADVICE = "convert it with convert_lora.py --base_model first"  # where names of 
 
 
 def dtype_named(precision: str | None) -> torch.dtype | None:
-    """--save_precision as a dtype."""
+    """The dtype of --save_precision."""
     if precision is None:
         return None
     found = getattr(torch, PRECISIONS[precision])
@@ -43,7 +43,7 @@ def dtype_named(precision: str | None) -> torch.dtype | None:
 
 
 def device_named(name: str | None) -> torch.device:
-    """--device, proved to work. Raises UserError."""
+    """The --device. Raises UserError when it does not work."""
     try:
         device = torch.device(name or "cpu")
         torch.zeros(1, device=device)
@@ -55,7 +55,7 @@ def device_named(name: str | None) -> torch.device:
 
 @dataclass(frozen=True)
 class KnownArchitectures:
-    """What the tools are told of the model families.
+    """The model families, as far as the tools need them.
 
     of_checkpoint: by the names and shapes of a file's tensors; None for an architecture without a table.
     describe: what such a file is, e.g. "a VAE, not a checkpoint"; None for names that are not known at all.
@@ -153,9 +153,9 @@ def write_checkpoint(
     metadata: Mapping[str, str],
     dtype: torch.dtype | None,
 ) -> None:
-    """All tensors of `file` as `tensor` gives them, one after the other, in `dtype` or in that of the file.
+    """Write all tensors of `file`, as `tensor` returns them, one at a time, in `dtype` or in that of the file.
 
-    fp8 weights with scales beside them, which only their own format can say, become bfloat16 without a dtype.
+    Without a dtype, fp8 weights with scales beside them become bfloat16.
     Raises UserError when a weight is not finite.
     """
     changed = set(changed)
@@ -190,7 +190,7 @@ def write_checkpoint(
 
 
 def _empty_like(file: WeightFile, name: str, dtype: torch.dtype | None) -> Tensor:
-    """A tensor without memory that has shape and dtype of what is written."""
+    """A meta tensor with the shape and dtype that are written."""
     stored = file.tensor(name).dtype
     if isinstance(file, ScaledFile) and stored == torch.float32 and len(file.shapes[name]) > 1:
         stored = torch.bfloat16
@@ -202,7 +202,7 @@ def _empty_like(file: WeightFile, name: str, dtype: torch.dtype | None) -> Tenso
 
 
 def spec_of(facts: FileFacts, save_to: str, *, lora: bool, merged_from: str | None = None) -> dict[str, str]:
-    """modelspec.* of a new file."""
+    """The modelspec.* entries of a new file."""
     spec = SpecFacts(
         architecture=facts.architecture + ("/lora" if lora else ""),
         implementation=facts.implementation if lora else facts.published,
@@ -215,7 +215,7 @@ def spec_of(facts: FileFacts, save_to: str, *, lora: bool, merged_from: str | No
 
 
 def titles(files: Iterable[tuple[str, Mapping[str, str]]]) -> str:
-    """modelspec.merged_from: the title of each file, or its base name where it has none."""
+    """modelspec.merged_from: the titles of the files, or their base names."""
     found = (meta.get("modelspec.title") or re.sub(r"\.\w+$", "", base_name(path)) for path, meta in files)
     return ", ".join(found)
 
@@ -234,7 +234,7 @@ def merged_metadata(
     arguments: str | None = None,
     with_spec: bool = True,
 ) -> dict[str, str]:
-    """What a LoRA that was made of others says: the minimum that readers need, and modelspec.* with merged_from."""
+    """Header of a merged LoRA: the minimum that readers need, and modelspec.* with merged_from."""
     facts = common_architecture(files, tables).facts((), False)
     found = {"ss_v2": str(facts.version.startswith("sd_v2")), "ss_base_model_version": facts.version}
     for file in reversed(files):  # the first one that says so

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the command lines of the LoRA tools share: options and checks of paths. Imports no torch."""
+"""Option groups and checks of paths that the LoRA tools share. Imports no torch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BLOCK_COUNTS = (12, 17, 20, 26)  # of --lbws: SDXL, SD 1/2, SDXL with every bloc
 
 @dataclass(frozen=True)
 class SaveOptions:
-    """The file that is written."""
+    """The file to write."""
 
     save_to: str | None = option(
         None, help="File to write (.safetensors; .ckpt, .pt and .pth without metadata).", path=True
@@ -42,14 +42,14 @@ class SaveOptions:
 
 @dataclass(frozen=True)
 class DeviceOptions:
-    """Where it is computed."""
+    """The device that computes."""
 
     device: str | None = option(None, help="Device that computes, such as cuda. Not given: the CPU.")
 
 
 @dataclass(frozen=True)
 class ModelsOptions:
-    """The adapters that are merged."""
+    """The adapters to merge."""
 
     models: tuple[str, ...] = option((), help="Adapter files to merge, or folders of PEFT.", path=True)
     ratios: tuple[float, ...] = option((), help="How strongly each of --models is merged, one number for each.")
@@ -79,7 +79,7 @@ class ModelsOptions:
 
 
 def block_list_problems(text: str) -> Iterator[str]:
-    """What is wrong with one list of --lbws."""
+    """Problems of one list of --lbws."""
     try:
         numbers = parse_json(text)
     except ValueError:
@@ -94,7 +94,7 @@ def block_list_problems(text: str) -> Iterator[str]:
 
 
 def missing_files(name: str, paths: Sequence[str | None]) -> Iterator[str]:
-    """A line for each path that is no file."""
+    """A line for each path that is not a file."""
     for path in paths:
         if path and Path(path).is_dir():
             yield f"{name} {path} is a folder; give a file"
@@ -111,7 +111,7 @@ def missing_adapters(name: str, paths: Sequence[str | None]) -> Iterator[str]:
 
 
 def target_problems(name: str, path: str | None, sources: Sequence[str | None]) -> Iterator[str]:
-    """What is wrong with a file to write: not given, of another kind, a folder, or one that is read."""
+    """Problems of a file to write: not given, another suffix, a folder, or one that is read."""
     if not path:
         yield f"{name} is needed: the file to write"
         return
