@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Paths whose names are not UTF-8, for libraries that know such names only."""
+"""Access to paths that are not UTF-8 for libraries that accept UTF-8 paths only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 @contextmanager
 def plain_path(path: str | Path) -> Iterator[str]:
-    """`path`, or where its name is not UTF-8 a link to it that has a plain one, as long as the context lasts."""
+    """Yield `path` or, if it is not UTF-8, a temporary link to it with a UTF-8 name."""
     text = os.path.abspath(path)
     try:
         text.encode()

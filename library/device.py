@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The accelerator of a run (processes, devices, precision) and small device facts. Takes plain values, no options."""
+"""The accelerator of a run (processes, devices, precision) and device functions. Takes plain values, not options."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 DTYPES = {"no": torch.float32, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CARDS = ("cuda", "xpu")  # kinds of devices with memory of their own; a Mac's GPU ("mps") shares the host's
-M_MMAP_THRESHOLD = -3  # of glibc's mallopt
-# What torch's RuntimeErrors say where memory ran out, besides torch.OutOfMemoryError
+M_MMAP_THRESHOLD = -3  # a parameter of glibc's mallopt
+# Texts in torch's RuntimeErrors for out of memory, besides torch.OutOfMemoryError
 OUT_OF_MEMORY = (
     "out of memory",  # "CUDA error: out of memory", "MPS backend out of memory", "HIP out of memory"
     "cudaErrorMemoryAllocation",
@@ -51,7 +51,7 @@ LAUNCH_KINDS = {  # variables by which `accelerate launch` says what its configu
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
 }
-# Settings by which it tells what the scripts have options for -> (what means nothing, the option)
+# Settings of `accelerate launch` for which the scripts have options -> (neutral value, option)
 LAUNCH_OPTIONS = {
     "GRADIENT_ACCUMULATION_STEPS": ("1", "--gradient_accumulation_steps"),
     "GRADIENT_CLIPPING": ("none", "--max_grad_norm"),
@@ -62,17 +62,17 @@ MASTER_WEIGHTS = "fp16_master_weights_and_grads"  # a key of DeepSpeed's configu
 
 @dataclass(frozen=True)
 class DistributedSettings:
-    """How several processes work together."""
+    """Settings for several processes."""
 
     timeout_minutes: int | None = None
     gradient_as_bucket_view: bool = False
     static_graph: bool = False
     deepspeed: dict[str, Any] = field(default_factory=dict)  # arguments of accelerate's DeepSpeedPlugin
-    batch_size: int = 1  # per device; DeepSpeed wants to know it
+    batch_size: int = 1  # per device; required by DeepSpeed
 
 
 def make_accelerator(mixed_precision: str, settings: DistributedSettings) -> Accelerator:
-    """The accelerator; logs what it computes on. Raises UserError where the machine cannot do what was asked for."""
+    """Create the accelerator and log its device. Raises UserError when the machine does not support the settings."""
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
 
@@ -95,7 +95,7 @@ def make_accelerator(mixed_precision: str, settings: DistributedSettings) -> Acc
     plugin = _deepspeed_plugin(settings.deepspeed, settings.batch_size) if settings.deepspeed else None
     accelerator = Accelerator(
         mixed_precision=mixed_precision,
-        cpu=not accelerator_present(),  # else processes of torchrun would not see each other on a machine without a GPU
+        cpu=not accelerator_present(),  # otherwise torchrun's processes could not communicate without a GPU
         kwargs_handlers=handlers,
         deepspeed_plugin=plugin,
         # the trainer accumulates; a number given to `accelerate launch` would only divide every loss
@@ -110,9 +110,9 @@ def make_accelerator(mixed_precision: str, settings: DistributedSettings) -> Acc
 
 
 def check_launch(*, deepspeed: bool) -> None:
-    """Raises UserError where accelerate's configuration asks for what the training does not do.
+    """Raises UserError when accelerate's configuration asks for a kind of training that is not supported.
 
-    accelerate tells its configuration in the environment, and would train otherwise without a word.
+    accelerate passes its configuration in the environment, and would apply it silently.
     """
     asked = [kind for name, kind in LAUNCH_KINDS.items() if os.environ.get(name, "").lower() in ("true", "1")]
     if "DeepSpeed" in asked and deepspeed:
@@ -128,9 +128,9 @@ def check_launch(*, deepspeed: bool) -> None:
 
 
 def overridden(mixed_precision: str) -> Iterator[tuple[int, str]]:
-    """(level, line) of each setting of `accelerate launch` that is not used, because the script has an option for it.
+    """(log level, line) for each setting of `accelerate launch` that is overridden by an option of the script.
 
-    accelerate reports "no" where nothing was asked for, which is not a choice of the user.
+    accelerate also reports "no" when the user chose nothing.
     """
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", mixed_precision).lower()
     if asked != mixed_precision:
@@ -144,7 +144,7 @@ def overridden(mixed_precision: str) -> Iterator[tuple[int, str]]:
 
 
 def _check_mac(mixed_precision: str) -> None:
-    """Raises UserError where a Mac's system or torch cannot compute so on its GPU."""
+    """Raises UserError when macOS or torch does not support this precision on a Mac's GPU."""
     if not torch.backends.mps.is_available():
         return
     if mixed_precision == "bf16" and not torch.backends.mps.is_macos_or_newer(14, 0):
@@ -158,51 +158,50 @@ def _check_mac(mixed_precision: str) -> None:
 def _deepspeed_plugin(arguments: dict[str, Any], batch_size: int) -> Any:
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError("--deepspeed: the package is not installed: pip install deepspeed (Linux with CUDA)")
-    if not accelerator_present():  # accelerate would train without it
+    if not accelerator_present():  # accelerate would train without DeepSpeed
         raise UserError("--deepspeed needs a GPU, and torch sees none: leave it out")
     from accelerate import DeepSpeedPlugin
 
     plugin = DeepSpeedPlugin(**{k: v for k, v in arguments.items() if k != MASTER_WEIGHTS})
-    if plugin.deepspeed_config.get("zero_optimization", {}).get("stage") == 3:  # of accelerate's configuration
+    if plugin.deepspeed_config.get("zero_optimization", {}).get("stage") == 3:  # set in accelerate's configuration
         raise UserError("DeepSpeed's configuration file asks for ZeRO stage 3: each save would lack weights; give 2")
-    plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = batch_size  # it sees no loader to take it from
+    plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = batch_size  # it gets no data loader to take it from
     if arguments.get(MASTER_WEIGHTS):
         plugin.deepspeed_config.setdefault("fp16", {})[MASTER_WEIGHTS] = True
     return plugin
 
 
 def accelerator_present() -> bool:
-    """True when torch sees a GPU of any kind."""
+    """Whether torch has a GPU of any kind."""
     return torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available()
 
 
 def is_card(device: torch.device) -> bool:
-    """Whether `device` has memory of its own.
+    """Whether `device` has its own memory.
 
-    Then torch counts what is taken of it, and copies to and from page-locked main memory go on while the host does
-    other things.
+    Then torch counts the memory in use, and copies to and from page-locked main memory run asynchronously.
     """
     return device.type in CARDS
 
 
 def without_rounding(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A tensor in main memory, in `dtype` where that changes no number; else as it is."""
+    """A tensor in main memory, converted to `dtype` if no number changes."""
     own = tensor.detach().cpu()
     return own if dtype is None or not torch.equal(own.to(dtype).to(own.dtype), own) else own.to(dtype)
 
 
 def exact_float(device: torch.device) -> torch.dtype:
-    """The longest floating-point dtype that every device of this kind computes with."""
+    """The widest floating-point dtype that all devices of this type support."""
     return torch.float32 if device.type in ("mps", "xpu") else torch.float64
 
 
 def indexed(device: torch.device) -> torch.device:
-    """The device as its tensors name it: "cuda", which accelerate gives a process that is alone, as "cuda:0"."""
+    """The device with its index, as on tensors: "cuda", which accelerate returns for a single process, is "cuda:0"."""
     return torch.empty(0, device=device).device
 
 
 def unscale_half_gradients(scaler: torch.amp.GradScaler) -> None:
-    """Let the scaler unscale fp16 gradients, which weights in fp16 have (--full_fp16): torch refuses them by itself."""
+    """Make the scaler accept fp16 gradients, those of fp16 weights (--full_fp16), which torch refuses by default."""
     refusing = scaler._unscale_grads_
 
     def unscale(optimizer: torch.optim.Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool) -> Any:
@@ -212,18 +211,18 @@ def unscale_half_gradients(scaler: torch.amp.GradScaler) -> None:
 
 
 def free_memory() -> None:
-    """Give freed memory back to the device and to the system, after a model was dropped."""
+    """Return freed memory to the device and the system. Call it after a model was dropped."""
     import gc
 
     gc.collect()
     empty_cache()
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # a C library other than glibc
-            ctypes.CDLL("libc.so.6").malloc_trim(0)  # glibc keeps some hundred MB otherwise
+            ctypes.CDLL("libc.so.6").malloc_trim(0)  # otherwise glibc keeps some hundred MB
 
 
 def empty_cache() -> None:
-    """Give the memory that torch keeps for later back to the accelerator."""
+    """Return the memory that torch caches to the accelerator."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     if torch.backends.mps.is_available():
@@ -233,21 +232,21 @@ def empty_cache() -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a card, a library on it, or torch's allocator of main memory had no more memory to give."""
+    """Whether an error means that the device, a library on it, or main memory is out of memory."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 def reason_of(error: BaseException) -> str:
-    """Why memory ran out, or anything else: the first sentence of an error's text."""
+    """The reason of an error, especially of one about memory: the first sentence of its text."""
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
         return "out of main memory"
     return (str(error) or type(error).__name__).partition("\n")[0].partition(". ")[0].rstrip(".")
 
 
 def fits(action: Callable[[], None]) -> bool:
-    """Run `action`. False where memory ran out in it; by then, what it had taken is free again."""
+    """Run `action`. Returns False when it runs out of memory, after freeing what it had allocated."""
     try:
         action()
     except Exception as error:
@@ -255,19 +254,19 @@ def fits(action: Callable[[], None]) -> bool:
             raise
     else:
         return True
-    free_memory()  # outside of the except clause: the error's frames hold tensors
+    free_memory()  # not in the except clause, where the error's frames still hold tensors
     return False
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that this process could take on `device` now, with what it has taken and does not use."""
+    """Bytes that this process could use on `device` now, including cached memory. Raises UserError if unknown."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
     if device.type == "xpu" and "mem_get_info" in dir(torch.xpu):  # not in torch 2.6
-        with contextlib.suppress(RuntimeError):  # some drivers do not say it
+        with contextlib.suppress(RuntimeError):  # not supported by some drivers
             free, _ = torch.xpu.mem_get_info(device)
             return free + torch.xpu.memory_reserved(device) - torch.xpu.memory_allocated(device)
     memory = main_memory(System.here()) if device.type == "cpu" else None
@@ -277,9 +276,9 @@ def free_bytes(device: torch.device) -> int:
 
 
 def limit_memory(device: torch.device, limit: int) -> None:
-    """From now on a card refuses this process more than `limit` bytes, as a smaller card would."""
+    """Limit this process to `limit` bytes of the device's memory, like a smaller card."""
     if device.type == "cuda":
-        device = indexed(device)  # torch refuses one without index here
+        device = indexed(device)  # torch requires an index here
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
     elif device.type == "mps":
@@ -290,23 +289,23 @@ def limit_memory(device: torch.device, limit: int) -> None:
 
 
 def forget_peak(device: torch.device) -> None:
-    """`peak_bytes` of a card counts from now on."""
+    """Reset `peak_bytes` of a card."""
     torch.get_device_module(device).reset_peak_memory_stats(device)
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most that tensors took of a card's memory at any moment. The host does not wait."""
+    """Peak memory of tensors on a card, in bytes, since `forget_peak`. Does not wait for the device."""
     return torch.get_device_module(device).max_memory_allocated(device)
 
 
 class HostCopy:
-    """A tensor on its way to the host. From a card it comes while the host goes on; from elsewhere it is there."""
+    """A copy of a tensor to the host: asynchronous from a card, immediate from other devices."""
 
     def __init__(self, tensor: Tensor) -> None:
         asynchronous = is_card(tensor.device)
         try:
             self._tensor = tensor.detach().to("cpu", non_blocking=asynchronous)
-        except RuntimeError:  # the system refuses to lock the memory where torch would copy it to
+        except RuntimeError:  # the system refuses to pin the target memory
             self._tensor, asynchronous = tensor.detach().to("cpu"), False
         self._arrival = torch.get_device_module(tensor.device).Event() if asynchronous else None
         if self._arrival is not None:
@@ -314,21 +313,21 @@ class HostCopy:
 
     @property
     def ready(self) -> bool:
-        """Whether `value` has nothing to wait for."""
+        """Whether the copy has arrived."""
         return self._arrival is None or self._arrival.query()
 
     def value(self) -> Tensor:
-        """The tensor on the host; waits for it."""
+        """The tensor on the host. Waits for the copy."""
         if self._arrival is not None:
             self._arrival.synchronize()
         return self._tensor
 
 
 def return_large_blocks() -> None:
-    """From now on glibc gives memory of tensors above 256 kB back as soon as they are freed.
+    """Make glibc return the memory of tensors above 256 kB to the system as soon as they are freed.
 
-    For training on the CPU with little memory, where weights and activations share it: left to itself, glibc raises
-    the size from which it does so to 32 MB and keeps what a step has used. It takes time: a fifth of a step.
+    For training on the CPU with little memory. By default glibc raises this threshold to up to 32 MB and keeps the
+    memory of a step. It costs about a fifth of a step's time.
     """
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # a C library other than glibc
@@ -337,17 +336,17 @@ def return_large_blocks() -> None:
 
 @contextlib.contextmanager
 def kept_random_state(device: torch.device) -> Iterator[None]:
-    """After it, torch's default generators of the CPU and of `device` go on as if nothing had been drawn in it."""
+    """Restore torch's default generators of the CPU and of `device` at the end of the context."""
     devices = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(devices, device_type=device.type):
         yield
 
 
 def on_device(values: Tensor, device: torch.device | str) -> Tensor:
-    """`values` on `device`, without the host waiting for the device.
+    """Copy `values` to `device` without making the host wait.
 
-    CUDA copies by itself only from page-locked memory; from any other memory, the host waits until the copy is staged.
-    So it does where the system refuses to lock this memory.
+    CUDA copies asynchronously from page-locked memory only, so `values` is pinned first. If the system refuses that,
+    the host waits until the copy is staged.
     """
     there = torch.device(device)
     has_contents = type(values) is Tensor  # not a FakeTensor of the planner, which cannot be pinned
@@ -358,5 +357,5 @@ def on_device(values: Tensor, device: torch.device | str) -> Tensor:
 
 
 def seed_everything(seed: int) -> None:
-    """torch's default generators on every device: what dropout draws from."""
+    """Seed torch's default generators, which dropout uses, on every device."""
     torch.manual_seed(seed)

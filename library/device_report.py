@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run computes on, as one line, and one line more where that is not what the machine could do."""
+"""One line about the device of a run, and a warning when a better one is not used."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from library.machine import INSTALL_TORCH, System, find_nvidia, main_memory, nvi
 
 log = get_logger()
 ENVIRONMENT = Path(__file__).resolve().parents[1] / ".venv"
-FP8_PRODUCTS = (8, 9)  # compute capability from which NVIDIA's cards multiply matrices in fp8
-CPU_WANTED = ("1", "true", "yes", "y", "t", "on")  # values of ACCELERATE_USE_CPU that accelerate takes for yes
+FP8_PRODUCTS = (8, 9)  # lowest compute capability of NVIDIA cards that multiply matrices in fp8
+CPU_WANTED = ("1", "true", "yes", "y", "t", "on")  # values of ACCELERATE_USE_CPU that mean yes to accelerate
 
 
 def report_device(device: torch.device, *, processes: int, mixed_precision: str) -> None:
-    """Log what the run computes on, and warn of a card that it does not use or that has no bf16."""
+    """Log the device of the run. Warn about a card that is not used or that does not support bf16."""
     log.info(f"running on {describe_device(device, processes)}")
     if device.type == "cpu" and (card := unused_card()):
         log.warning(f"TRAINING ON THE CPU, NOT ON THE CARD: {card}")
@@ -41,7 +41,7 @@ def describe_device(device: torch.device, processes: int = 1) -> str:
 
 
 def torch_build() -> str:
-    """Version of torch, and what it was built for: `2.13.0 (CUDA 12.8)`."""
+    """Version of torch and the platform of its build: `2.13.0 (CUDA 12.8)`."""
     version = torch.__version__.partition("+")[0]
     kinds = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip, "XPU": vars(torch.version).get("xpu")}
     built_for = next((f"{kind} {release}" for kind, release in kinds.items() if release), "CPU build")
@@ -49,13 +49,13 @@ def torch_build() -> str:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """True where a card computes in bf16 by itself."""
+    """Whether a card supports bf16 natively."""
     with torch.cuda.device(device):
         return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def has_fp8_products(device: torch.device) -> bool:
-    """True where an NVIDIA card multiplies matrices in fp8. Weights are kept in fp8 (--fp8_base) on every card."""
+    """Whether an NVIDIA card multiplies matrices in fp8. Storing weights in fp8 (--fp8_base) works on every card."""
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= FP8_PRODUCTS
 
 
@@ -86,7 +86,7 @@ def _names(device: torch.device, processes: int) -> str:
 
 
 def _gigabytes(size: int) -> str:
-    """Bytes as gigabytes of 2^30, as makers of cards count."""
+    """Bytes in units of 2^30, which vendors of cards call GB."""
     return f"{size / 2**30:.1f} GB"
 
 
@@ -94,13 +94,13 @@ def _yes(value: bool) -> str:
     return "yes" if value else "no"
 
 
-# ---- a card that is not used ----------------------------------------------------------------------------------------
+# ---- unused cards ---------------------------------------------------------------------------------------------------
 
 
 def unused_card() -> str | None:
-    """One line about an NVIDIA card that torch cannot use, and the command that mends it; None where all is well.
+    """One line about an NVIDIA card that torch cannot use, with the command that fixes it. None: there is no such card.
 
-    None also for users who asked for the CPU. NVIDIA's driver is only asked where torch sees no card.
+    Also None when the user asked for the CPU. NVIDIA's driver is queried only when torch sees no card.
     """
     if torch.cuda.is_available() or _cpu_is_wanted():
         return None
@@ -116,14 +116,14 @@ def unused_card() -> str | None:
 
 
 def _cpu_is_wanted() -> bool:
-    """True where the environment says so: no visible cards, or accelerate's own variable."""
+    """Whether environment variables ask for the CPU: no visible cards, or accelerate's variable."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     hidden = visible is not None and (not visible.strip() or visible.strip().startswith("-"))
     return hidden or os.environ.get("ACCELERATE_USE_CPU", "").lower() in CPU_WANTED
 
 
 def _why_unused() -> str:
-    """What keeps torch from a card that the driver lists."""
+    """Why torch cannot use a card that the driver lists."""
     if torch.version.cuda is None:
         return f"torch {torch_build()} is not built for CUDA"
     try:
@@ -134,6 +134,6 @@ def _why_unused() -> str:
 
 
 def _mend() -> str:
-    """The command, and which Python has the result."""
+    """The command that installs a fitting torch, and the Python to use then."""
     inside = Path(sys.prefix).resolve() == ENVIRONMENT
     return INSTALL_TORCH if inside else f"{INSTALL_TORCH}, then train with the Python in .venv"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user did wrong, said in one line each; how a run can end, and with which exit code."""
+"""Errors for the user, one line per mistake, and the exit codes of a run."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-MOST_OF_A_KIND = 10  # lines; what follows is counted
+MOST_OF_A_KIND = 10  # lines of a kind that are shown; more are only counted
 LONGEST_LINE = 2000
-LONGEST_NAME = 200  # for which a similar one is looked for
-LONGEST_LIST = 300  # letters of all known names: more of them are not listed
-# C0, C1, and what else begins a new line on a terminal
+LONGEST_NAME = 200  # letters; similar names are not searched for longer ones
+LONGEST_LIST = 300  # letters; longer lists of known names are not shown
+# C0, C1 and other characters that start a new line on a terminal -> their escapes
 CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
 CONTROLS |= {9: "\\t", 10: "\\n", 13: "\\r", 0x2028: "\\u2028", 0x2029: "\\u2029"}
-# What differs between two lines of one kind, besides paths: hints, unknown options, quoted names, numbers
+# Parts in which lines of one kind may differ, besides paths: hints, unknown options, quoted names, numbers
 NAMES = re.compile(r"Did you mean .*|(?<=nknown option )\S+|'[^']*'|\d+")
 
 EXIT_BAD_INPUT = 2
-EXIT_STOPPED = 3  # Ctrl-C, SIGTERM, SIGHUP, or the launcher is gone: the step was finished and the state saved
+EXIT_STOPPED = 3  # Ctrl-C, SIGTERM, SIGHUP, or the launcher has ended: the step was finished and the state saved
 EXIT_DIVERGED = 4  # non-finite loss or gradients
 EXIT_PROCESS_DIED = 5  # a process that the run needs was killed, for example for memory: the state was saved
 EXIT_AT_ONCE = 130  # a second signal
 
 
 class UserError(Exception):
-    """Bad input: one or more clear lines, shown without a traceback; the script ends with exit code 2.
+    """Bad input: one or more lines that are shown without a traceback; the script ends with exit code 2.
 
-    Each line names the file or option, says what is wrong and what the nearest right thing is.
+    Each line names the file or option, what is wrong with it, and the nearest valid value.
     """
 
     code = EXIT_BAD_INPUT
@@ -38,29 +38,28 @@ class UserError(Exception):
         super().__init__("\n".join(self.problems))
 
     def lines(self) -> list[str]:
-        """The problems as they are shown: each on one line, of each kind and on each file at most ten with the count
-        of the others."""
+        """Lines to show: one per problem, at most ten per kind and per file, then the number of the others."""
         found = [one_line(problem) for problem in self.problems]
         return [*_fewer(list(_fewer(found, _kind, "of this kind")), _place, "mistakes")]
 
 
 class ProcessDied(UserError):
-    """A process that the training needs was killed from outside."""
+    """A process that the training needs was killed by the system or another program."""
 
     code = EXIT_PROCESS_DIED
 
 
 class StopTraining(Exception):
-    """The run must end now and nothing may be written over a good file (non-finite loss, for example)."""
+    """The run must end now without overwriting any file, for example because the loss is not finite."""
 
 
 def how_many_shown(count: int) -> int:
-    """Number of lines shown out of `count`: all, or one fewer than the limit when a last line counts the rest."""
+    """Number of lines to show out of `count`: all, or one less than the limit, for a last line with the count."""
     return count if count <= MOST_OF_A_KIND else MOST_OF_A_KIND - 1
 
 
 def _fewer(lines: list[str], group_of: Callable[[str], str], what: str) -> Iterator[str]:
-    """The lines, of each group the first ones and a line that counts the others."""
+    """The first lines of each group, followed by a line with the number of the others."""
     groups: dict[str, list[str]] = {}
     for line in lines:
         groups.setdefault(group_of(line), []).append(line)
@@ -82,23 +81,23 @@ def _kind(line: str) -> str:
 
 
 def _place(line: str) -> str:
-    """The file or option that a line is about: what stands before its first colon, or before a line's number."""
+    """The file or option that a line is about: the text before its first colon or line number."""
     return re.split(r": |, (?:line|prompt) \d", line, maxsplit=1)[0]
 
 
 def escaped(text: str) -> str:
-    """A text whose control characters are written out: a file's name may hold a line break."""
+    """A text with its control characters escaped: file names may contain line breaks."""
     return text.translate(CONTROLS)
 
 
 def one_line(text: str) -> str:
-    """An escaped text, cut where it is long."""
+    """An escaped text, shortened to LONGEST_LINE letters."""
     shown = escaped(text)
     return shown if len(shown) <= LONGEST_LINE else f"{shown[:LONGEST_LINE]}... ({len(shown)} letters)"
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str | None:
-    """The candidate that looks most like `name`, or None when none is close."""
+    """The candidate that is most similar to `name`, None when none is close."""
     if len(name) > LONGEST_NAME:
         return None
     found = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
@@ -106,7 +105,7 @@ def nearest(name: str, candidates: Iterable[str]) -> str | None:
 
 
 def unknown(what: str, name: str, candidates: Iterable[str], *, kind: str = "key") -> str:
-    """One line about an unknown name of some kind: `what` says where it stands, for example "--network_args"."""
+    """One line about an unknown name. what: where it was given, for example "--network_args"."""
     names = sorted(set(candidates))
     hint = nearest(name, names)
     if hint is not None:
@@ -120,7 +119,7 @@ def unknown(what: str, name: str, candidates: Iterable[str], *, kind: str = "key
 
 
 def unknown_names(what: str, names: Sequence[str], candidates: Iterable[str], *, kind: str = "key") -> Iterator[str]:
-    """`unknown` of the first of several names, and how many more there are."""
+    """Lines about unknown names: `unknown` for the first ones, then the number of the others."""
     known = list(candidates)
     shown = how_many_shown(len(names))
     yield from (unknown(what, name, known, kind=kind) for name in names[:shown])
@@ -129,6 +128,6 @@ def unknown_names(what: str, names: Sequence[str], candidates: Iterable[str], *,
 
 
 def first_names(names: Sequence[str], limit: int = 3) -> str:
-    """The first few names and how many more there are: `a.png, b.png, c.png and 17 more`."""
+    """The first names and the number of the others: `a.png, b.png, c.png and 17 more`."""
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

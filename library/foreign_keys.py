@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keys that a --config_file may carry though the script at hand has no such option.
+"""Keys that are accepted in a --config_file although the script has no such option.
 
-They are options of today's other scripts and keys of the kohya_ss GUI, which writes one file for all architectures.
-They are answered in one line instead of being refused as a typing mistake.
+They are options of other sd-scripts and keys of the kohya_ss GUI, which writes one file for all architectures. They are
+reported in one line instead of being refused as typos.
 """
 
 FOREIGN_KEYS = frozenset(
@@ -56,12 +56,12 @@ zero3_save_16bit_model zero_stage zero_terminal_snr
 """.split()  # noqa: SIM905 - a list literal would be three hundred lines
 )
 
-# Options that no script has, though pages about other programs name them -> what does their job here.
+# Options that no script has, but that pages about other programs mention -> what to use instead.
 NOT_OURS = {
     "text_encoder_lr1": "give both rates as --text_encoder_lr A B",
     "text_encoder_lr2": "give both rates as --text_encoder_lr A B",
 }
-# What to do with a preset of theirs.
+# How to use a preset of a GUI.
 PRESET = (
     "load it there and give the .toml file that is written when its training starts (with kohya_ss: "
     "config_lora-<time>.toml and the like in the output folder)"

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reversible tables of weight names: the names that checkpoint files use, and the names inside our modules.
+"""Reversible tables between the weight names of checkpoint files and those of our modules.
 
-A table is a tuple of rules. `publish` turns our tensors into the file's, `read` the file's into ours, and
-`read(publish(x)) == x` bit for bit. An architecture only writes tables (see sd.py, flux.py ...); the two functions
-here are the only interpreter. Module names (`ModuleName`) come first: they also name LoRA layers; `expand` makes
-tensor rules of them.
+A table is a tuple of rules. `publish` converts our tensors to the file's, `read` the file's to ours, and
+`read(publish(x)) == x` bit for bit. A family only provides tables (its names.py); the functions here are the only
+interpreter. Tables are written as module names (`ModuleName`), which also name LoRA layers; `expand` turns them into
+rules for tensors.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Op:
-    """How one tensor changes between the two layouts. `read` gets the tensor and our shape."""
+    """The conversion of a tensor between the two layouts. read: called with the file's tensor and our shape."""
 
     publish: Callable[[Tensor], Tensor]
     read: Callable[[Tensor, tuple[int, ...]], Tensor]
-    of_bias: bool = False  # a module's bias changes like its weight
-    moves: bool = False  # what is read is a copy
-    # our shape -> those that a file may have
+    of_bias: bool = False  # also applies to a module's bias
+    moves: bool = False  # `read` returns a copy
+    # our shape -> shapes that the file's tensor may have
     shapes: Callable[[tuple[int, ...]], tuple[tuple[int, ...], ...]] = lambda shape: (shape,)
 
 
@@ -40,20 +40,20 @@ def _swap_halves(tensor: Tensor) -> Tensor:
 
 
 COPY = Op(lambda t: t, lambda t, shape: t)
-# a Linear here, a 1x1 convolution in the file
+# a Linear in our module, a 1x1 convolution in the file
 CONV_1X1 = Op(
     lambda t: t.reshape(*t.shape[:2], 1, 1),
     lambda t, shape: t.reshape(shape),
     shapes=lambda shape: ((*shape, 1, 1), shape),
 )
 TRANSPOSE = Op(lambda t: t.T, lambda t, shape: t.T, shapes=lambda shape: (shape[::-1],))
-# (scale, shift) here, (shift, scale) in the file
+# (scale, shift) in our module, (shift, scale) in the file
 SWAP_HALVES = Op(_swap_halves, lambda t, shape: _swap_halves(t), of_bias=True, moves=True)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One tensor of the file = our tensors, concatenated along the first axis."""
+    """One tensor of the file, which consists of our tensors, concatenated along the first axis."""
 
     published: str
     ours: tuple[str, ...]
@@ -62,10 +62,10 @@ class Rule:
 
 @dataclass(frozen=True)
 class ModuleName:
-    """A module under its published name and under ours. Made with `named`.
+    """The published name of a module and our name for it. Create it with `named`.
 
-    One name of ours: a leaf, everything below a module, or a single tensor. Several: Linear layers that read the same
-    input and are one Linear in the file, in the order of its rows.
+    One name of ours: a module with everything below it, or a single tensor. Several names: Linear layers with the same
+    input that are one Linear in the file, in the order of its rows.
     """
 
     published: str
@@ -74,12 +74,12 @@ class ModuleName:
 
 
 def named(published: str, *ours: str, op: Op = COPY) -> ModuleName:
-    """`ModuleName` with our names one after the other."""
+    """`ModuleName` from a published name and one or more names of ours."""
     return ModuleName(published, ours, op)
 
 
 def repeated(count: int, names: Iterable[ModuleName]) -> list[ModuleName]:
-    """The names of a block for `{i}` = 0 .. count - 1, block by block."""
+    """The names with `{i}` replaced by 0 .. count - 1, block by block."""
     table = list(names)
     return [
         ModuleName(name.published.format(i=i), tuple(own.format(i=i) for own in name.ours), name.op)
@@ -100,9 +100,10 @@ def children_of(root: nn.Module) -> ChildCount:
 
 
 def part_rows(total: int, inputs: int, parts: int) -> tuple[int, ...]:
-    """Rows of each part of a fused layer with `inputs` columns: q as wide as the input, k and v alike; then the rest.
+    """Rows of each part of a fused layer with `total` rows and `inputs` columns.
 
-    Holds for every published fused layer: q, k, v (also with fewer key heads) and q, k, v, mlp. Two parts are halves.
+    Covers all published fused layers: two halves; q, k, v, where q is as wide as the input and k and v share the rest
+    (also with fewer key heads); and q, k, v, mlp.
     """
     if parts < 3:
         return (total // parts,) * parts
@@ -112,9 +113,9 @@ def part_rows(total: int, inputs: int, parts: int) -> tuple[int, ...]:
 
 
 def expand(names: Iterable[ModuleName], tensors: Iterable[str]) -> tuple[Rule, ...]:
-    """One rule per tensor of the file, for the tensors of ours, each by the longest name that contains it.
+    """One rule per tensor of the file. tensors: our tensors, each of which belongs to the longest matching module name.
 
-    Raises ValueError naming the tensors that no module name covers: a table must be whole.
+    Raises ValueError with the tensors that no module name covers: a table must be complete.
     """
     table = {own: name for name in names for own in name.ours}
     rules, uncovered = [], []
@@ -125,7 +126,7 @@ def expand(names: Iterable[ModuleName], tensors: Iterable[str]) -> tuple[Rule, .
             uncovered.append(tensor)
             continue
         owner, ending = table[own], tensor[len(own) :]
-        if own == owner.ours[0]:  # the others of a fused layer come with the first
+        if own == owner.ours[0]:  # the first tensor of a fused layer stands for all
             op = owner.op if owner.op.of_bias or tensor.endswith(".weight") else COPY
             rules.append(Rule(owner.published + ending, tuple(name + ending for name in owner.ours), op))
     if uncovered:
@@ -134,7 +135,7 @@ def expand(names: Iterable[ModuleName], tensors: Iterable[str]) -> tuple[Rule, .
 
 
 class Published(Mapping[str, "Tensor"]):
-    """Our tensors under the file's names, contiguous; each is put together when it is asked for, and not kept."""
+    """Our tensors under the file's names, contiguous. Each is assembled when it is read, and not kept."""
 
     def __init__(self, tensors: Mapping[str, Tensor], rules: Sequence[Rule], prefix: str = "") -> None:
         self.tensors, self.rules = tensors, {prefix + rule.published: rule for rule in rules}
@@ -155,7 +156,7 @@ class Published(Mapping[str, "Tensor"]):
 
 
 def publish(tensors: Mapping[str, Tensor], rules: Sequence[Rule], prefix: str = "") -> dict[str, Tensor]:
-    """Our tensors under the file's names, all at once."""
+    """Our tensors under the file's names, all assembled at once."""
     return dict(Published(tensors, rules, prefix))
 
 
@@ -167,10 +168,10 @@ def read(
     prefix: str = "",
     keep: Callable[[str, Tensor], Mapping[str, Tensor]] = lambda own, tensor: {own: tensor},
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The file's tensors under our names, and the published names that the file lacks or has in another shape.
+    """The file's tensors under our names, and the published names that are missing in the file or have a wrong shape.
 
-    get: reads one tensor of the file. names: what the file has. shapes: of our module. keep: what is kept of a tensor
-    of ours, under which names; it is called before the next one is read.
+    get: reads one tensor of the file. names: the file's tensors. shapes: shapes of our module's tensors. keep: converts
+    one of our names and its tensor to the tensors that are kept; it is called before the next one is read.
     """
     present = set(names)
     result: dict[str, Tensor] = {}
@@ -187,14 +188,14 @@ def read(
 
 
 def file_shapes(rule: Rule, shapes: Shapes) -> tuple[tuple[int, ...], ...]:
-    """The shapes that the tensor of a rule may have in a file, the published one first. shapes: of our module."""
+    """The shapes that a rule's tensor may have in a file, the published one first. shapes: those of our tensors."""
     first, *others = (shapes[name] for name in rule.ours)
     whole = (first[0] + sum(other[0] for other in others), *first[1:]) if others else first
     return rule.op.shapes(whole)
 
 
 def read_parts(tensor: Tensor, rule: Rule, shapes: Shapes) -> dict[str, Tensor] | None:
-    """One tensor of the file as ours, by name; None when it does not fit our shapes."""
+    """One tensor of the file as our tensors, by name. None when its shape is wrong."""
     if tuple(tensor.shape) not in file_shapes(rule, shapes):
         return None
     parts = tensor.split([shapes[n][0] for n in rule.ours], 0) if len(rule.ours) > 1 else (tensor,)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Messages and progress bars. Messages are one line each, unwrapped, so that file names can be searched for."""
+"""Messages and progress bars. Each message is one unwrapped line, so that it can be searched for file names."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ LOGGER_NAME = "trainyard"
 
 
 def get_logger() -> logging.Logger:
-    """The logger that everything writes to. Nothing is printed before `setup_logging`, except warnings."""
+    """The logger of all modules. Before `setup_logging` it prints warnings only."""
     return logging.getLogger(LOGGER_NAME)
 
 
 def is_main_process() -> bool:
-    """True for rank 0, also before the accelerator exists (launchers set RANK)."""
+    """Whether this is rank 0. Works before the accelerator exists (launchers set RANK)."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def process_count() -> int:
-    """How many processes train together, also before the accelerator exists (launchers set WORLD_SIZE)."""
+    """Number of processes of the run. Works before the accelerator exists (launchers set WORLD_SIZE)."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def setup_logging(*, level: str | None, file: str | None, simple: bool) -> None:
-    """Messages to stderr (or `file`), from rank 0 at `level`, from other ranks only errors. Idempotent.
+    """Send messages to stderr, or to `file`: from rank 0 at `level`, from other ranks only errors. May be called again.
 
-    Raises UserError when `file` cannot be written.
+    simple: without time and level. Raises UserError when `file` cannot be written.
     """
     tqdm.set_lock(threading.RLock())  # its own is shared with worker processes, which may be killed while they hold it
     logger = get_logger()
@@ -67,7 +67,7 @@ class ConsoleHandler(logging.StreamHandler):
 
 
 class FileHandler(logging.FileHandler):
-    """Messages in a file. Where the disk is full, stderr says so once, and the training goes on."""
+    """Writes messages to a file. When that fails (a full disk), stderr says so once and the run goes on."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]
@@ -79,7 +79,7 @@ class FileHandler(logging.FileHandler):
             to_stderr(f"--console_log_file: {name}: {reason}; no more messages are written, the training goes on\n")
 
     def close(self) -> None:
-        """What it still holds may not fit on the disk."""
+        """Close the file, even if buffered messages cannot be written."""
         try:
             super().close()
         except OSError:
@@ -87,7 +87,7 @@ class FileHandler(logging.FileHandler):
 
 
 class LineFormatter(logging.Formatter):
-    """One line a message, whatever the names of files in it hold; a traceback follows as it is."""
+    """Formats a message as one line, with control characters of file names escaped. Tracebacks are unchanged."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         record.message = escaped(record.message)
@@ -95,7 +95,7 @@ class LineFormatter(logging.Formatter):
 
 
 class OnlyOnce(logging.Filter):
-    """Lets each warning through once: what two checks find need not be read twice."""
+    """Drops repeated warnings: two checks may find the same problem."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class OnlyOnce(logging.Filter):
 
 
 def to_stderr(text: str) -> None:
-    """Write to stderr. Where that is gone (a closed terminal, a full disk behind it), the training goes on without."""
+    """Write to stderr. If that fails (a closed terminal, a full disk), stderr is silenced and the run goes on."""
     try:
         sys.stderr.write(text)
         sys.stderr.flush()
@@ -120,7 +120,7 @@ def to_stderr(text: str) -> None:
 
 
 def silenced_stderr() -> TextIO:
-    """stderr, which leads nowhere from now on: else Python would end with code 120, unable to flush it."""
+    """Replace stderr by os.devnull and return it. Otherwise Python could not flush it and would exit with code 120."""
     sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for the rest of the process
     return sys.stderr
 

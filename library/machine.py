@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The machine as its system and drivers describe it: operating system, Python, NVIDIA, AMD, Intel and Apple GPUs.
+"""The machine as reported by its system and drivers: operating system, Python, NVIDIA, AMD, Intel and Apple GPUs.
 
-Standard library only, and runs before anything is installed. What is not there, does not answer or cannot be read is a
-value (`None`, an empty tuple, `Nvidia.problem`), never an exception.
+Uses the standard library only, since it runs before anything is installed. Missing or failing tools are reported as
+values (`None`, an empty tuple, `Nvidia.problem`), never as exceptions.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-SECONDS_TO_ANSWER = 30  # a driver that hangs must not hang the set-up
-INSTALL_TORCH = "python start.py setup --torch auto"  # the build that fits; `auto`, since an earlier --torch stays
-CARD_LINE = re.compile(r"\s*\d+(\.\d+)*\s*,.*,")  # of nvidia-smi's answer: 560.94, NVIDIA GeForce RTX 3060, 12288
-MOST_SAID = 300  # characters of what a driver's tool says is wrong
-ARCHITECTURES = {"amd64": "x86_64", "x64": "x86_64", "aarch64": "arm64"}  # other names of the two that we name
+SECONDS_TO_ANSWER = 30  # time limit of a driver's tool: a driver that hangs must not block the set-up
+INSTALL_TORCH = "python start.py setup --torch auto"  # with `auto`, since an earlier --torch is remembered
+CARD_LINE = re.compile(r"\s*\d+(\.\d+)*\s*,.*,")  # in nvidia-smi's output: 560.94, NVIDIA GeForce RTX 3060, 12288
+MOST_SAID = 300  # characters of a tool's error message that are kept
+ARCHITECTURES = {"amd64": "x86_64", "x64": "x86_64", "aarch64": "arm64"}  # aliases of x86_64 and arm64
 
 # Discrete Intel GPUs by PCI device id: Alchemist (Arc A, Flex), Battlemage (Arc B), Data Center GPU Max.
 # Source: include/drm/intel/pciids.h of the Linux kernel. Integrated graphics have other ids and are left out.
 INTEL_DISCRETE = re.compile(r"0x(56[9a-c][0-9a-f]|e2[0-2][0-9a-f]|0b[de][0-9a-f])")
-# On Windows only the name tells: "Arc(TM) B580 Graphics" is a card, "Arc(TM) 140V GPU" and "Arc(TM) Graphics" are not
+# On Windows, by name: "Arc(TM) B580 Graphics" is a card, "Arc(TM) 140V GPU" and "Arc(TM) Graphics" are not
 INTEL_DISCRETE_NAME = re.compile(r"Intel\(R\) Arc\(TM\) (Pro )?[AB]\d{2,3}M? Graphics")
 
 
@@ -34,14 +34,14 @@ INTEL_DISCRETE_NAME = re.compile(r"Intel\(R\) Arc\(TM\) (Pro )?[AB]\d{2,3}M? Gra
 class System:
     """Operating system, processor and Python."""
 
-    name: str  # as platform.system() says: Linux, Windows, Darwin
-    architecture: str  # x86_64 or arm64; anything else as the system names it
+    name: str  # value of platform.system(): Linux, Windows, Darwin
+    architecture: str  # x86_64 or arm64; for others the system's name
     python: tuple[int, int]
     root: Path = Path("/")  # where /sys and /proc are
 
     @classmethod
     def here(cls) -> System:
-        """This machine and the Python that runs this."""
+        """This machine and the running Python."""
         architecture = platform.machine().lower()
         if sys.maxsize < 2**32:
             architecture = f"32-bit {architecture}"
@@ -49,13 +49,13 @@ class System:
 
     @property
     def title(self) -> str:
-        """The system as a person would name it: `macOS arm64`."""
+        """Name of the system for people: `macOS arm64`."""
         return f"{'macOS' if self.name == 'Darwin' else self.name} {self.architecture}"
 
 
 @dataclass(frozen=True)
 class NvidiaCard:
-    """One NVIDIA GPU. None: the driver did not say."""
+    """One NVIDIA GPU. None: not reported by the driver."""
 
     name: str
     memory_mib: int | None
@@ -64,7 +64,7 @@ class NvidiaCard:
 
 @dataclass(frozen=True)
 class Nvidia:
-    """What NVIDIA's driver says. `problem`: why a GPU that is there cannot be used, "" when it can."""
+    """NVIDIA GPUs and driver. problem: why an installed GPU cannot be used, "" when it can."""
 
     cards: tuple[NvidiaCard, ...] = ()
     driver: str = ""  # "560.94"
@@ -78,7 +78,7 @@ class Nvidia:
 
 @dataclass(frozen=True)
 class AmdCard:
-    """One AMD GPU that the kernel's compute driver knows. `target`: the name of its instruction set, gfx1100."""
+    """One AMD GPU that the kernel's compute driver supports. target: name of its instruction set, such as gfx1100."""
 
     target: str
     name: str = ""
@@ -89,26 +89,26 @@ class Machine:
     """The system and its GPUs."""
 
     system: System
-    nvidia: Nvidia | None = None  # None: neither a card nor NVIDIA's driver
+    nvidia: Nvidia | None = None  # None: neither a card nor a driver
     amd: tuple[AmdCard, ...] = ()
-    intel: tuple[str, ...] = ()  # discrete cards only: integrated graphics are common and slower than they look
+    intel: tuple[str, ...] = ()  # discrete cards only: integrated graphics are common and slow
 
     @classmethod
     def here(cls, system: System | None = None) -> Machine:
-        """Look at this machine; `system` for one that is described by a test."""
+        """Detect this machine. system: for tests."""
         system = system or System.here()
         nvidia = find_nvidia(system)
-        # Windows takes seconds to name its cards: beside an NVIDIA card that works the answer would not matter
+        # not with a working NVIDIA card, beside which the result does not matter: Windows takes seconds to list cards
         intel = () if nvidia and nvidia.cards else find_intel(system)
         return cls(system, nvidia, find_amd(system), intel)
 
     @property
     def apple_gpu(self) -> bool:
-        """True on Apple silicon, whose GPU torch calls mps."""
+        """Whether this is Apple silicon, whose GPU torch calls mps."""
         return self.system.name == "Darwin" and self.system.architecture == "arm64"
 
     def describe(self) -> list[str]:
-        """One line per fact, for people: the system, then each GPU."""
+        """Lines for people: the system, then each GPU."""
         lines = [f"{self.system.title}, Python {'.'.join(map(str, self.system.python))}"]
         if self.nvidia:
             lines += [nvidia_line(card, self.nvidia.driver) for card in self.nvidia.cards]
@@ -120,7 +120,7 @@ class Machine:
 
 
 def nvidia_line(card: NvidiaCard, driver: str) -> str:
-    """`NVIDIA GeForce RTX 3060, 12288 MiB, compute capability 8.6, driver 560.94`, without what is unknown."""
+    """`NVIDIA GeForce RTX 3060, 12288 MiB, compute capability 8.6, driver 560.94`, without unknown parts."""
     parts = [card.name]
     parts += [f"{card.memory_mib} MiB"] if card.memory_mib is not None else []
     parts += [f"compute capability {card.capability[0]}.{card.capability[1]}"] if card.capability else []
@@ -131,9 +131,9 @@ def nvidia_line(card: NvidiaCard, driver: str) -> str:
 
 
 def find_nvidia(system: System) -> Nvidia | None:
-    """The NVIDIA cards of the machine, from nvidia-smi; where there is none, from the PCI bus."""
+    """The machine's NVIDIA cards, according to nvidia-smi or, without it, to the PCI bus. None: there are none."""
     if system.name == "Darwin":
-        return None  # NVIDIA has no driver for it
+        return None  # there is no NVIDIA driver for macOS
     tool = nvidia_smi(system)
     if tool is None:
         if any(vendor == "0x10de" for vendor, _ in _display_devices(system)):
@@ -143,7 +143,7 @@ def find_nvidia(system: System) -> Nvidia | None:
 
 
 def nvidia_smi(system: System) -> str | None:
-    """The path of nvidia-smi: in PATH, or where the driver puts it."""
+    """The path of nvidia-smi, from PATH or the folder where the driver installs it. None: not found."""
     if found := shutil.which("nvidia-smi"):
         return found
     if system.name == "Windows":
@@ -156,12 +156,12 @@ def nvidia_smi(system: System) -> str | None:
 
 
 def ask_nvidia_smi(tool: str) -> Nvidia:
-    """The cards and the driver's version that nvidia-smi prints."""
+    """The cards and the driver's version according to nvidia-smi."""
     fields = ["driver_version", "name", "memory.total", "compute_cap"]
     code, text = _ask([tool, f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"])
-    if code and "compute_cap" in text:  # drivers before 510 do not know that field
+    if code and "compute_cap" in text:  # drivers before 510 do not have this field
         code, text = _ask([tool, f"--query-gpu={','.join(fields[:3])}", "--format=csv,noheader,nounits"])
-    # a line of a card begins with the driver's version; warnings have commas, too
+    # a card's line starts with the driver's version; warnings also contain commas
     rows = [[cell.strip() for cell in line.split(",")] for line in text.splitlines() if CARD_LINE.match(line)]
     if code or not rows:
         said = " ".join(text.split())[:MOST_SAID] or f"it ended with code {code}"
@@ -172,8 +172,8 @@ def ask_nvidia_smi(tool: str) -> Nvidia:
 def _card(row: list[str]) -> NvidiaCard:
     capability = re.fullmatch(r"(\d+)\.(\d+)", row[3]) if len(row) > 3 else None
     return NvidiaCard(
-        name=row[1] if row[1].startswith("NVIDIA") else f"NVIDIA {row[1]}",  # older drivers leave the word out
-        memory_mib=int(row[2]) if row[2].isdecimal() else None,  # "[N/A]" where memory is shared with the processor
+        name=row[1] if row[1].startswith("NVIDIA") else f"NVIDIA {row[1]}",  # older drivers omit it
+        memory_mib=int(row[2]) if row[2].isdecimal() else None,  # "[N/A]" for memory shared with the processor
         capability=(int(capability[1]), int(capability[2])) if capability else None,
     )
 
@@ -182,7 +182,7 @@ def _card(row: list[str]) -> NvidiaCard:
 
 
 def find_amd(system: System) -> tuple[AmdCard, ...]:
-    """AMD GPUs that can compute: from rocminfo, or from the kernel's own list (Linux)."""
+    """AMD GPUs that can compute, according to rocminfo or the kernel's list (Linux only)."""
     if system.name != "Linux":
         return ()
     if tool := shutil.which("rocminfo"):
@@ -199,7 +199,7 @@ def find_amd(system: System) -> tuple[AmdCard, ...]:
 
 
 def _rocminfo_cards(text: str) -> list[AmdCard]:
-    """The agents of rocminfo's output that are GPUs."""
+    """The GPUs among the agents in rocminfo's output."""
     cards = []
     for agent in re.split(r"\n\*+\s*\nAgent \d+", text)[1:]:
         target = re.search(r"^\s*Name:\s*(gfx\w+)", agent, re.MULTILINE)
@@ -244,14 +244,14 @@ def _windows_display_names() -> list[str]:
 
 @dataclass(frozen=True)
 class MainMemory:
-    """Bytes of main memory. free: what programs could take now, None where the system does not say."""
+    """Bytes of main memory. free: bytes available to programs now, None when the system does not report it."""
 
     total: int
     free: int | None
 
 
 def main_memory(system: System) -> MainMemory | None:
-    """The machine's main memory; None where it is not known."""
+    """The machine's main memory, None when it is unknown."""
     if system.name == "Linux":
         found = dict(line.split(":", 1) for line in _read(system.root / "proc/meminfo").splitlines() if ":" in line)
         kibibytes = {name: int(found[name].split()[0]) for name in ("MemTotal", "MemAvailable") if name in found}
@@ -263,7 +263,7 @@ def main_memory(system: System) -> MainMemory | None:
 
 
 def _windows_memory() -> MainMemory | None:
-    """By GlobalMemoryStatusEx of kernel32, which fills a structure of two 32-bit and seven 64-bit numbers."""
+    """Main memory by kernel32's GlobalMemoryStatusEx, whose structure has two 32-bit and seven 64-bit numbers."""
     status = (ctypes.c_uint64 * 8)()
     ctypes.cast(status, ctypes.POINTER(ctypes.c_uint32))[0] = ctypes.sizeof(status)
     kernel = getattr(getattr(ctypes, "windll", None), "kernel32", None)
@@ -272,11 +272,11 @@ def _windows_memory() -> MainMemory | None:
     return MainMemory(status[1], status[2])
 
 
-# ---- small things ---------------------------------------------------------------------------------------------------
+# ---- helpers --------------------------------------------------------------------------------------------------------
 
 
 def _read(file: Path) -> str:
-    """A file's text, "" when it cannot be read."""
+    """Text of a file, "" when it cannot be read."""
     try:
         return file.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -284,7 +284,7 @@ def _read(file: Path) -> str:
 
 
 def _ask(command: list[str]) -> tuple[int, str]:
-    """Exit code and output of a driver's tool; -1 when it does not start or does not end."""
+    """Exit code and output of a driver's tool; -1 when it does not start or does not finish in time."""
     try:
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

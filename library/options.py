@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options: one frozen dataclass field is the CLI flag, the TOML key, the docs row and the validation.
+"""Options: one field of a frozen dataclass defines the flag, the TOML key, the row in the docs and the validation.
 
     @dataclass(frozen=True)
     class SaveOptions:
         output_dir: str = option("output", help="Folder for everything that the run writes.")
         save_every_n_steps: int | None = option(None, help="...", check=positive)
 
-        def problems(self) -> Iterator[str]: ...      # combinations that make no sense, one line each
+        def problems(self) -> Iterator[str]: ...      # invalid combinations, one line each
 
-A method's options are a dataclass of such groups. `resolve` reads command line and --config_file into it:
-default < TOML < command line. Every mistake is collected and reported at once. No torch here: `--help` is instant.
+A method's options are a dataclass of such groups. `resolve` fills it from the command line, --config_file and the
+defaults, in this order of precedence. All mistakes are reported at once. Does not import torch, so `--help` is instant.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from library.errors import UserError, how_many_shown, nearest, unknown_names
 from library.foreign_keys import FOREIGN_KEYS, NOT_OURS, PRESET
 from library.text_files import read_toml
 from library.values import (
-    Check,
     Refused,
+    ValueCheck,
     at_least,
     between,
     convert,
@@ -44,18 +44,27 @@ from library.values import (
     usual_range,
 )
 
-__all__ = [  # what the rooms need to say what their options are
-    "Check", "Idle", "at_least", "between", "convert", "int_or_fraction", "option", "positive", "read_toml", "refused",
+__all__ = [  # what modules with options need
+    "Idle",
+    "ValueCheck",
+    "at_least",
+    "between",
+    "convert",
+    "int_or_fraction",
+    "option",
+    "positive",
+    "read_toml",
+    "refused",
 ]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class OptionInfo:
-    """What `option()` stored about one field."""
+    """Properties of an option, set by `option()`."""
 
     help: str
     choices: tuple[str, ...] = ()
-    check: Check | None = None
+    check: ValueCheck | None = None
     parse: Callable[[Any], Any] | None = None
     answer: str | None = None
     secret: bool = False
@@ -68,19 +77,20 @@ def option(
     *,
     help: str,
     choices: Sequence[str] = (),
-    check: Check | None = None,
+    check: ValueCheck | None = None,
     parse: Callable[[Any], Any] | None = None,
     answer: str | None = None,
     secret: bool = False,
     zero_is_unset: bool = False,
     path: bool = False,
 ) -> Any:
-    """One option. `parse` makes the field's value of a CLI text or TOML value; ValueError says what it expects.
+    """Declare an option.
 
-    answer: the option is accepted and has nothing left to do; this line says what does its job now. It is shown once.
+    parse: converts a command-line text or TOML value; raises ValueError with what it expects.
+    answer: the option is accepted but has no effect; this line, shown once, says what replaces it.
     secret: never printed, logged, dumped or written to metadata.
-    zero_is_unset: 0 means not given, as graphical programs write it.
-    path: the name of a file or folder, which need not be UTF-8.
+    zero_is_unset: 0 means not given; graphical programs write that.
+    path: the name of a file or folder, which may not be UTF-8.
     """
     info = OptionInfo(help, tuple(choices), check, parse, answer, secret, zero_is_unset, path)
     return field(default=default, repr=not secret, metadata={"option": info})
@@ -88,7 +98,7 @@ def option(
 
 @dataclass(frozen=True)
 class Spec:
-    """One option as found in its group."""
+    """An option together with its name, group, type and default."""
 
     name: str
     group: str
@@ -106,7 +116,7 @@ class Spec:
         return self.info.parse is None and any(typing.get_origin(h) is tuple for h in hints)
 
     def read(self, value: Any) -> Any:
-        """The validated value. Raises ValueError with what is wrong."""
+        """Convert and validate a value. Raises ValueError with what is wrong."""
         result = self.info.parse(value) if self.info.parse else convert(value, self.hint)
         if self.info.zero_is_unset and result == 0:
             return self.default
@@ -119,7 +129,7 @@ class Spec:
         return result
 
     def _check(self, item: Any) -> None:
-        """Raises ValueError for a value, or one of several, that is out of range or no text."""
+        """Raises ValueError for a value, or an item of several, that is out of range or not valid text."""
         if item is None:
             return
         wrong = text_problem(item, path=self.info.path) if isinstance(item, str) else None
@@ -131,21 +141,21 @@ class Spec:
 
 
 class Idle(str):
-    """A line of `problems` about options that do nothing beside the others, which it begins with: `--a needs --b`.
+    """A problem about options without effect. The line starts with them: `--a needs --b`.
 
-    On a command line that is a mistake. Graphical programs leave such options in the files that they write: there they
-    are left out, and the line says so.
+    On the command line that is a mistake. In a config file, where graphical programs leave such options behind, they
+    are ignored and the line is logged.
     """
 
     def names(self) -> list[str]:
-        """The options that do nothing."""
+        """Names of the options without effect."""
         found = re.match(r"--(\w+)(?: and --(\w+))?", self)
         assert found is not None, self
         return [name for name in found.groups() if name]
 
 
 class Choice(NamedTuple):
-    """What a method's options yield as `choices`: an option that was not given and that they need, and a line on it."""
+    """A value for an option that was not given, and a line about it. A method's options yield these as `choices`."""
 
     name: str
     value: Any
@@ -166,14 +176,14 @@ class ConfigFileOptions:
 
 
 def group_types(method: type, overrides: Mapping[str, type]) -> dict[str, type]:
-    """Group name -> dataclass of a method's options; a family's own groups replace the more general ones."""
+    """Group name -> dataclass of a method's options. A family's groups replace the general groups that they extend."""
     hints = typing.get_type_hints(method)
     names = [f.name for f in dataclasses.fields(method)]
     return {n: hints[n] if issubclass(hints[n], overrides.get(n, hints[n])) else overrides[n] for n in names}
 
 
 def specs(groups: Mapping[str, type]) -> dict[str, Spec]:
-    """Option name -> Spec over all groups. A name may have one home only."""
+    """Option name -> Spec, over all groups. An option may be in one group only."""
     found: dict[str, Spec] = {}
     for group, cls in groups.items():
         hints = typing.get_type_hints(cls)
@@ -189,7 +199,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser(all_specs: Mapping[str, Spec], prog: str, description: str) -> argparse.ArgumentParser:
-    """The argparse parser: names, grouping and help only; values are read by `Spec.read`."""
+    """The argparse parser: names, groups and help only; `Spec.read` converts the values."""
     parser = _Parser(prog=prog, description=description, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     sections: dict[str, Any] = {}
@@ -212,7 +222,7 @@ def build_parser(all_specs: Mapping[str, Spec], prog: str, description: str) -> 
 
 
 def describe(spec: Spec) -> str:
-    """Help text with the default, or with the answer of an option that has nothing left to do."""
+    """Help text with the default, or with the answer of an option without effect."""
     text = spec.info.help
     if spec.info.answer:
         return f"{text} ({spec.info.answer})"
@@ -221,7 +231,7 @@ def describe(spec: Spec) -> str:
 
 @dataclass(frozen=True)
 class Resolved:
-    """The options object of the method, a line per option or key that was answered instead of used, what was given."""
+    """The method's options, lines to log about unused options and keys, and the source of each given option."""
 
     options: Any
     answers: tuple[str, ...]
@@ -232,9 +242,9 @@ def resolve(
     method: type, overrides: Mapping[str, type], argv: Sequence[str], *, prog: str, description: str = "",
     missing: Callable[[Any], Iterator[str]] = lambda options: iter(()),
 ) -> Resolved:  # fmt: skip
-    """Command line and --config_file -> the method's options. Raises UserError listing every mistake.
+    """Read the method's options from the command line and --config_file. Raises UserError with every mistake.
 
-    missing: what of the options is only looked at later, and is told with the mistakes where there are some.
+    missing: yields lines about required options that are checked later; they are added when there are other mistakes.
     """
     groups = group_types(method, overrides)
     all_specs = specs(groups)
@@ -246,7 +256,7 @@ def resolve(
     )
     given = _Given({**dict.fromkeys(table, str(path)), **dict.fromkeys(command_line, "command line")})
     given.read(all_specs, {**table, **command_line}, problems)
-    if problems:  # what the values say together is only looked at when each is good
+    if problems:  # combinations are checked only when all values are valid
         raise UserError(problems)
     options = given.settle(method, groups, all_specs, missing)
     answers = [
@@ -263,24 +273,24 @@ def resolve(
 
 @dataclass
 class _Given:
-    """The values that were given, and what of them is not used."""
+    """The given values, and which of them are not used."""
 
     sources: dict[str, str]  # option name -> "command line" or the config file
     values: dict[str, Any] = field(default_factory=dict)
-    meaningless: list[str] = field(default_factory=list)  # of the file, for other architectures
-    left_out: list[str] = field(default_factory=list)  # of the file: the lines that say why
+    meaningless: list[str] = field(default_factory=list)  # names in the file that are for other architectures
+    left_out: list[str] = field(default_factory=list)  # why options in the file were ignored, one line each
     chosen: list[str] = field(default_factory=list)
 
     def by_hand(self, name: str) -> bool:
         return self.sources[name] == "command line"
 
     def read(self, all_specs: Mapping[str, Spec], raws: Mapping[str, Any], problems: list[str]) -> None:
-        """`values` from texts and TOML values; what is wrong with them goes to `problems`."""
+        """Convert texts and TOML values to `values`, and add mistakes to `problems`."""
         for name, raw in raws.items():
-            if raw == "":  # not given: graphical programs write empty fields so
+            if raw == "":  # graphical programs write that for fields that are not filled in
                 continue
             spec = all_specs[name]
-            is_text = str in (spec.hint, *typing.get_args(spec.hint))  # the name of a model is always meant
+            is_text = str in (spec.hint, *typing.get_args(spec.hint))  # the name of a model is always intended
             foreign = isinstance(spec.info.check, Refused) and not self.by_hand(name) and not is_text
             try:
                 value = replace(spec, info=replace(spec.info, check=None)).read(raw) if foreign else spec.read(raw)
@@ -293,7 +303,7 @@ class _Given:
                 self.values[name] = value
 
     def build(self, method: type, groups: Mapping[str, type], all_specs: Mapping[str, Spec]) -> Any:
-        """The method's options with these values."""
+        """The method's options with the given values."""
         own = {group: {s.name: self.values[s.name] for s in all_specs.values() if s.group == group
                        and s.name in self.values} for group in groups}  # fmt: skip
         return method(**{group: cls(**own[group]) for group, cls in groups.items()})
@@ -302,9 +312,9 @@ class _Given:
         self, method: type, groups: Mapping[str, type], all_specs: Mapping[str, Spec],
         missing: Callable[[Any], Iterator[str]],
     ) -> Any:  # fmt: skip
-        """As `build`, without what does nothing in a file, and with what the options choose for each other.
+        """Like `build`, but without options in the file that have no effect, and with the options' `choices` applied.
 
-        Raises UserError listing what makes no sense.
+        Raises UserError with every invalid combination.
         """
         while True:
             options = self.build(method, groups, all_specs)
@@ -323,13 +333,13 @@ class _Given:
         return self.build(method, groups, all_specs) if self.chosen else options
 
     def _is_of_file(self, line: Idle) -> bool:
-        """Whether the options that `line` is about were all given in the file."""
+        """Whether all given options that `line` is about are from the file."""
         given = [name for name in line.names() if name in self.values]
         return bool(given) and not any(self.by_hand(name) for name in given)
 
 
 def _problems(options: Any) -> Iterator[str]:
-    """What the options say together, group by group and then over all."""
+    """Invalid combinations of options, first within each group, then over all groups."""
     parts = [getattr(options, f.name) for f in dataclasses.fields(options)]
     for part in (*parts, options):
         yield from getattr(part, "problems", lambda: ())()
@@ -374,7 +384,7 @@ def _config_path(command_line: Mapping[str, Any]) -> Path | None:
 def _read_config_file(
     path: Path, all_specs: Mapping[str, Spec], problems: list[str]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Known keys with their values, and the known keys of other programs. Tables are only headings: one level goes."""
+    """Values of known keys, and the names of other programs' keys. Tables of one level are only headings."""
     flat: dict[str, Any] = {}
     for key, value in read_toml(path, "--config_file").items():
         table = value if isinstance(value, dict) else {key: value}
@@ -391,11 +401,11 @@ def _read_config_file(
     return flat, foreign
 
 
-# ---- out again ----------------------------------------------------------------------------------------------------
+# ---- output ------------------------------------------------------------------------------------------------------
 
 
 def changed_values(options: Any, *, all_values: bool = False) -> dict[str, Any]:
-    """Option name -> value, of those that differ from their default (or of all). Secrets are left out."""
+    """Option name -> value, for options that differ from their defaults, or for all. Secrets are left out."""
     result: dict[str, Any] = {}
     for f in dataclasses.fields(options):
         part = getattr(options, f.name)
@@ -407,7 +417,7 @@ def changed_values(options: Any, *, all_values: bool = False) -> dict[str, Any]:
 
 
 def dump_toml(options: Any) -> str:
-    """The options that differ from the defaults as a --config_file, in a stable order."""
+    """The options that differ from the defaults, as the text of a --config_file, in a stable order."""
     values = changed_values(options)
     return "".join(
         _toml_line(name, value)
@@ -428,7 +438,7 @@ def _toml_line(name: str, value: Any) -> str:
 
 
 def markdown_rows(groups: Mapping[str, type]) -> Iterator[str]:
-    """docs/options.md: per group what it is about, and a table."""
+    """Lines of docs/options.md: for each group its description and a table."""
     current = None
     for spec in specs(groups).values():
         if spec.group != current:

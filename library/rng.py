@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seeds that depend on what they are for, never on how often a generator was called before.
+"""Seeds that depend on their purpose, and not on how often a generator was called before.
 
-Every draw of a run (batch order, caption choice, augmentation, timestep, noise, dropout) gets a seed derived from
-(run seed, purpose, counters such as epoch, position in the plan of all processes, sample). A resumed run therefore
+Every random draw of a run (batch order, caption choice, augmentation, timestep, noise, dropout) has a seed derived from
+the run's seed, its purpose, and counters such as epoch, sample and position in the plan of all processes. A resumed run
 draws the same values, whatever the number of processes.
 """
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed from the parts (BLAKE2b of their text form): equal parts give equal seeds on every machine."""
-    text = "\x1f".join(str(p) for p in parts).encode(errors="surrogatepass")  # of the names of files
+    """A 63-bit seed from the BLAKE2b hash of the parts as text. It is the same on every machine."""
+    text = "\x1f".join(str(p) for p in parts).encode(errors="surrogatepass")  # file names may not be UTF-8
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 

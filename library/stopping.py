@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What asks a run to stop: Ctrl-C, SIGTERM, SIGHUP (a closed terminal), and the end of the launcher.
+"""Requests to stop a run: Ctrl-C, SIGTERM, SIGHUP (a closed terminal), and the end of the launcher.
 
-Before the training it interrupts what is under way. In the training it is only noted: the step is finished and the
-state saved. A second signal ends the process at once. No torch here: the handler must be there before the imports.
+Before the training, a request raises KeyboardInterrupt. During the training it is only recorded: the step is finished
+and the state saved. A second signal ends the process at once. Does not import torch: handlers must be set before that.
 """
 
 from __future__ import annotations
@@ -21,38 +21,38 @@ from typing import Any, NoReturn
 
 from library.errors import EXIT_AT_ONCE, EXIT_STOPPED
 
-TOGETHER = 1.0  # seconds: `timeout`, systemd and torchrun signal a process, and its group again right after
+TOGETHER = 1.0  # seconds; `timeout`, systemd and torchrun signal a process and right after that its group
 SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if sys.platform != "win32" else [])]
-# set by `accelerate launch` and by torchrun for the processes that they start
+# environment variables that `accelerate launch` and torchrun set for their processes
 LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
-AGENT = "TORCHELASTIC_RUN_ID"  # its process passes Ctrl-C on, so that it comes twice
+AGENT = "TORCHELASTIC_RUN_ID"  # torchrun forwards Ctrl-C, so that it arrives twice
 
 
 class StopRequest:
-    """Whether the run was asked to stop, by whatever means."""
+    """Handles signals, and tells whether the run was asked to stop."""
 
     def __init__(self) -> None:
-        self.interrupts = True  # KeyboardInterrupt at the first signal; False: it is only noted
-        self.code_of_run: int | None = None  # of a run whose last save is done
+        self.interrupts = True  # the first signal raises KeyboardInterrupt; False: it is only recorded
+        self.code_of_run: int | None = None  # exit code, set when the last save is done
         self._process = os.getpid()
         self._parent = os.getppid() if any(name in os.environ for name in LAUNCHERS) else None
         self._told_at: float | None = None
 
     @property
     def requested(self) -> bool:
-        """True from the first signal on, or since the launcher is gone."""
+        """Whether a signal has arrived or the launcher has ended."""
         if self._told_at is None and self._parent not in (None, os.getppid()):
             self._note("the process that started this one is gone")
         return self._told_at is not None
 
     def check(self) -> None:
-        """Raises KeyboardInterrupt where the run should stop before the training."""
+        """Raises KeyboardInterrupt if the run should stop before the training."""
         if self.requested and self.interrupts:
             raise KeyboardInterrupt
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[StopRequest]:
-        """Inside it signals are handled here. In another thread than the main one, Python allows no handlers."""
+        """Handle signals inside the context. Does nothing in other threads than the main one, as Python requires."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
@@ -60,7 +60,7 @@ class StopRequest:
         hook = sys.unraisablehook
 
         def unraisable(lost: sys.UnraisableHookArgs) -> None:
-            """An interrupt that comes while an object is destroyed is lost there: `check` raises it again."""
+            """Ignore an interrupt that arrives in a destructor, where it is lost: `check` raises it again."""
             if self._told_at is None or lost.exc_type is not KeyboardInterrupt:
                 hook(lost)
 
@@ -76,7 +76,7 @@ class StopRequest:
             sys.unraisablehook = hook
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # a process forked from this one, which ends as any other
+        if os.getpid() != self._process:  # a forked process: the default action
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
@@ -96,7 +96,7 @@ class StopRequest:
 
 
 def end_early() -> None:
-    """Until a StopRequest takes over, signals end the process with its code: imports come first, and take a while."""
+    """Let signals end the process with EXIT_STOPPED until a StopRequest takes over, since imports take a while."""
     if threading.current_thread() is threading.main_thread():
         for number in SIGNALS:
             if signal.getsignal(number) == signal.SIG_DFL:
@@ -104,15 +104,15 @@ def end_early() -> None:
 
 
 def ignore_signals() -> None:
-    """Until the end of the process, which has nothing to do any more but to end."""
+    """Ignore signals while the process ends."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def end_process(code: int) -> NoReturn:
-    """Exit one of several processes: like sys.exit, but without taking the interpreter apart.
+    """Exit one of several processes: like sys.exit, but without finalizing the interpreter.
 
-    Threads of gloo may still be at work. One that asks for the interpreter's lock while the interpreter is finalized is
+    Threads of gloo may still be running. One that asks for the interpreter's lock while the interpreter is finalized is
     ended by Python in the middle of C++ code, which calls std::terminate: a finished run would end with SIGABRT.
     """
     logging.shutdown()
@@ -125,7 +125,7 @@ def end_process(code: int) -> NoReturn:
 
 @contextlib.contextmanager
 def signals_held_back() -> Iterator[None]:
-    """Inside it signals wait, where the system can do that. Processes that are started inside never see any."""
+    """Block signals inside the context, if the system supports it. Processes started inside never receive any."""
     if sys.platform == "win32":
         yield
         return
@@ -137,6 +137,6 @@ def signals_held_back() -> Iterator[None]:
 
 
 def write_at_once(text: str) -> None:
-    """To stderr from inside a signal handler. The terminal may be gone."""
+    """Write to stderr from a signal handler. Does nothing if the terminal is closed."""
     with contextlib.suppress(OSError, ValueError):
         os.write(sys.stderr.fileno(), text.encode())

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TOML and JSON as users and other programs write them: whatever is in a file, what is wrong is one line.
+"""TOML and JSON files of users and other programs. Every mistake in a file is reported in one line.
 
-Nested ten thousand deep, integers of thousands of digits and keys that stand there twice are mistakes of the file.
+Deep nesting, integers with thousands of digits and duplicate keys are mistakes, too.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-MOST_NESTED = 64  # levels; nothing that people write has more than a handful
+MOST_NESTED = 64  # levels; files in practice have a handful
 QUOTED = re.compile(r'"(?:\\.|[^"\\])*"|\'[^\']*\'')
 TOO_DEEP = "is nested too deeply"
 TOO_LONG = "holds a whole number with too many digits"
 
 
 def parse_json(text: str | bytes, *, finite: bool = False) -> Any:
-    """A JSON document. Raises ValueError that says what is wrong, after the name of a file: `line 3 is not valid JSON`.
+    """Parse a JSON document. Raises ValueError with a text to follow the file's name: `line 3 is not valid JSON`.
 
-    Bytes are UTF-8 (or what JSON allows besides). finite: NaN and infinities, which programs write all the same, are
-    refused.
+    Bytes are UTF-8 (or another encoding that JSON allows). finite: refuse NaN and infinities, which are not valid JSON,
+    but which some programs write.
     """
     try:
         constant = _refuse_constant if finite else float
@@ -43,12 +43,12 @@ def parse_json(text: str | bytes, *, finite: bool = False) -> Any:
         raise ValueError(TOO_DEEP) from None
     except _Refused:
         raise
-    except ValueError:  # of int(): only so many digits are converted
+    except ValueError:  # int() converts a limited number of digits
         raise ValueError(TOO_LONG) from None
 
 
 class _Refused(ValueError):
-    """What is well-formed and still not taken."""
+    """The document is well-formed, but not accepted."""
 
 
 def _refuse_constant(word: str) -> float:
@@ -56,7 +56,7 @@ def _refuse_constant(word: str) -> float:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Of two values under one name the first would be lost without a word."""
+    """A JSON object without duplicate keys, whose first values would be lost silently. Raises ValueError."""
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
@@ -65,7 +65,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _not_too_deep(document: Any) -> Any:
-    """`document`, when everything that walks through it can. Raises ValueError."""
+    """`document`, if it is not nested too deeply to be processed. Raises ValueError."""
     level = [document] if isinstance(document, (dict, list)) else []
     for _ in range(MOST_NESTED):
         inner = (v for item in level for v in (item.values() if isinstance(item, dict) else item))
@@ -76,7 +76,10 @@ def _not_too_deep(document: Any) -> Any:
 
 
 def read_text(path: Path, what: str, kind: str) -> str:
-    """A UTF-8 text file. Raises UserError naming `what` asked for it; `kind` says what is needed ("a TOML file")."""
+    """Read a UTF-8 text file. what: the option that names it; kind: what is expected, such as "a TOML file".
+
+    Raises UserError.
+    """
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -90,7 +93,7 @@ def read_text(path: Path, what: str, kind: str) -> str:
 
 
 def read_json(path: Path, what: str, kind: str = "a JSON file") -> Any:
-    """A JSON file. Raises UserError naming `what`, the file and the line."""
+    """Read a JSON file. Raises UserError with `what`, the file and the line."""
     try:
         return parse_json(read_text(path, what, kind))
     except ValueError as error:
@@ -98,9 +101,9 @@ def read_json(path: Path, what: str, kind: str = "a JSON file") -> Any:
 
 
 def read_toml(path: Path, what: str) -> dict[str, Any]:
-    """A TOML file as a dict. Raises UserError naming `what`, the file and the line."""
+    """Read a TOML file. Raises UserError with `what`, the file and the line."""
     text = read_text(path, what, "a TOML file")
-    if any(_long_key(line) for line in text.split("\n")):  # the parser would take minutes
+    if any(_long_key(line) for line in text.split("\n")):  # the parser would take minutes for it
         raise UserError(f"{what}: {path} {TOO_DEEP}")
     try:
         return _not_too_deep(tomllib.loads(text))
@@ -111,18 +114,18 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
         raise UserError(f"{what}: {path}, line {line} is not valid TOML: {reason}") from None
     except (RecursionError, _Refused):
         raise UserError(f"{what}: {path} {TOO_DEEP}") from None
-    except ValueError as error:  # digits again, or a date that does not exist
+    except ValueError as error:  # too many digits, or an invalid date
         reason = TOO_LONG if "digits" in str(error) else f"is not valid TOML: {error}"
         raise UserError(f"{what}: {path} {reason}") from None
 
 
 def _long_key(line: str) -> bool:
-    """Whether a line of TOML begins with a key of more parts than anything may be nested: `a.b.c...`."""
+    """Whether a line of TOML starts with a dotted key, `a.b.c...`, of more than MOST_NESTED parts."""
     parts = QUOTED.sub("_", line).partition("=")[0].split(".")
     return len(parts) > MOST_NESTED and all(part.strip() for part in parts)
 
 
 def file_and(path: str | Path, error: ValueError) -> str:
-    """`file, line 3 is ...` or `file is ...`."""
+    """Combine a file's name and an error of `parse_json`: `file, line 3 is ...` or `file is ...`."""
     reason = str(error)
     return f"{path}, {reason}" if reason.startswith("line ") else f"{path} {reason}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Values of options: texts and TOML values as the annotated type, and checks of their range."""
+"""Values of options: conversion of command-line texts and TOML values to the annotated types, and range checks."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-Check = Callable[[Any], "str | None"]  # returns what is wrong ("must be at least 1"), or None
+ValueCheck = Callable[[Any], "str | None"]  # value -> what is wrong ("must be at least 1"), or None
 
 LARGEST_FLOAT = 3.4028235e38  # float32
-MOST = 10**9  # of a number whose option does not say another limit: no run needs more steps, pixels or strength
+MOST = 10**9  # default limit of numbers: no run needs more steps, pixels or strength
 SEEDS = (-(2**63), 2**64 - 1)
 LONGEST_SHOWN = 60
-LONGEST_PATH, LONGEST_NAME = 4095, 255  # bytes, on every usual file system
+LONGEST_PATH, LONGEST_NAME = 4095, 255  # bytes, limits of the usual file systems
 
 
 # ---- checks -------------------------------------------------------------------------------------------------------
@@ -28,28 +28,28 @@ def positive(value: float) -> str | None:
     return at_most(MOST)(value) if value > 0 else "must be greater than 0"
 
 
-def at_least(low: float, most: float = MOST) -> Check:
+def at_least(low: float, most: float = MOST) -> ValueCheck:
     return lambda value: at_most(most)(value) if value >= low else f"must be at least {low}"
 
 
 def rate(value: float) -> str | None:
-    """Check of a learning rate: any value that float32 holds, since a run that diverges is found by its loss."""
+    """Check a learning rate: any float32 value is valid, since a run that diverges is detected by its loss."""
     return at_least(0, LARGEST_FLOAT)(value)
 
 
-def at_most(most: float) -> Check:
+def at_most(most: float) -> ValueCheck:
     return lambda value: None if value <= most else f"must be at most {most}"
 
 
-def between(low: float, high: float) -> Check:
+def between(low: float, high: float) -> ValueCheck:
     return lambda value: None if low <= value <= high else f"must be between {low} and {high}"
 
 
 @dataclass(frozen=True)
 class Refused:
-    """For options that other architectures have: any value that asks for something is refused, with the reason.
+    """A check for options of other architectures, which refuses every value with a reason.
 
-    0, false and the like, which graphical programs write for options that are not used, pass.
+    0, false and the like, which graphical programs write for unused options, are accepted.
     """
 
     reason: str
@@ -62,14 +62,14 @@ refused = Refused
 
 
 def usual_range(value: Any) -> str | None:
-    """The check of every option that has none of its own."""
+    """The default check of options."""
     return between(-MOST, MOST)(value) if isinstance(value, (int, float)) else None
 
 
 def text_problem(text: str, *, path: bool = False) -> str | None:
-    """What keeps a text from being written into a file or, with `path`, from naming one.
+    """Why a text cannot be written to a file or, with `path`, cannot be a path. None: there is no problem.
 
-    On Linux a path may hold bytes that are not UTF-8; Python has them as surrogates.
+    On Linux a path may contain bytes that are not UTF-8, which Python represents as surrogates.
     """
     if "\0" in text:
         return "must not hold the character NUL"
@@ -86,17 +86,17 @@ def text_problem(text: str, *, path: bool = False) -> str | None:
 
 
 def shown(value: Any) -> str:
-    """A value in quotes where it is a text, on one line, cut where it is long."""
+    """A value for messages: texts in quotes, shortened to LONGEST_SHOWN letters."""
     return cut(f"'{value}'" if isinstance(value, str) else repr(value))
 
 
 def cut(text: str, limit: int = LONGEST_SHOWN) -> str:
-    """A text, without its end where it is long."""
+    """A text, shortened to `limit` letters."""
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def convert(value: Any, hint: Any) -> Any:
-    """`value` (CLI text or TOML value) as the annotated type. Raises ValueError with "expects ..., got ..."."""
+    """Convert `value` (command-line text or TOML value) to a type. Raises ValueError: "expects ..., got ..."."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         if value is None or (isinstance(value, str) and value.lower() == "none"):
@@ -128,7 +128,7 @@ def _to_bool(value: Any) -> bool:
 
 
 def number(value: Any) -> float:
-    """A finite number. Raises ValueError."""
+    """Convert to a finite number. Raises ValueError."""
     found = _finite(value)
     if found is None:
         raise ValueError(f"expects a number, got {shown(value)}")
@@ -136,7 +136,7 @@ def number(value: Any) -> float:
 
 
 def whole_number(value: Any) -> int:
-    """An integer, exact however large it is. Raises ValueError."""
+    """Convert to an integer, exactly, whatever its size. Raises ValueError."""
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     if isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d+\s*", value):
@@ -151,7 +151,7 @@ def whole_number(value: Any) -> int:
 
 
 def _finite(value: Any) -> float | None:
-    """The number that `value` is or says, None where it says none, infinity or no number (nan)."""
+    """`value` or the number in its text; None when there is none, or when it is infinite or nan."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     if isinstance(value, str) and "_" in value:  # Python takes 1_000
@@ -164,7 +164,7 @@ def _finite(value: Any) -> float | None:
 
 
 def int_or_fraction(value: Any) -> int | float:
-    """A number of steps, a fraction of the run below 1, or "10%"."""
+    """Convert a number of steps, a fraction of the run below 1, or a percentage such as "10%". Raises ValueError."""
     text = value.strip() if isinstance(value, str) else value
     wrong = ValueError(f"expects steps, a fraction below 1 or a percentage, got {shown(str(value))}")
     if isinstance(text, str) and text.endswith("%"):

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files and folders that are whole or not there.
+"""Atomic writes: files and folders are complete or absent.
 
-A file is written beside its place under a temporary name, flushed to the disk, read back, and renamed. A folder alike;
-an older folder is first moved aside, so that at every instant a whole one exists, and `clean_leftovers` finishes what a
-kill interrupted.
+A file is written to a temporary name in the same folder, flushed to disk, read back and renamed. Folders are written
+the same way; an older folder is first moved aside, so that a complete one exists at every instant, and
+`clean_leftovers` finishes what a killed process left behind.
 
-Temporary names: `.<stem>~<stage>~<host>~<pid>~<process><number><suffix>` with the stages tmp (being written), new
-(whole, not yet in place) and old (moved aside). The ending stays: other people's writers choose the file type by it.
+Temporary names are `.<stem>~<stage>~<host>~<pid>~<process><number><suffix>`, with the stages tmp (being written), new
+(complete, not renamed yet) and old (moved aside). The suffix is kept because some writers choose the file type by it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pathlib import Path
 from library.errors import UserError
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG} if hasattr(errno, "EDQUOT") else {errno.ENOSPC, errno.EFBIG}
-# Writers in Rust and C++ tell the same in words only.
+# Messages for the same errors by writers in Rust and C++, which give no error code.
 FULL_WORDS = (
     "No space left",
     "File too large",
@@ -37,7 +37,7 @@ FULL_WORDS = (
     "PytorchStreamWriter failed",
     "unexpected pos",
 )
-FOREIGN_AGE_S = 24 * 3600.0  # a leftover of another machine is old enough to be dead
+FOREIGN_AGE_S = 24 * 3600.0  # leftovers of other machines are removed when they are older
 TEMP_NAME = re.compile(
     r"\.(?P<stem>.+)~(?P<stage>tmp|new|old)~(?P<host>[0-9a-f]{8})~(?P<pid>\d+)"
     r"~(?P<process>[0-9a-f]{8})[0-9a-f]{8}(?P<suffix>\..*)?"
@@ -45,7 +45,7 @@ TEMP_NAME = re.compile(
 
 
 class SaveError(UserError):
-    """A save did not succeed and what was there before is untouched: one line with folder, reason and bytes needed."""
+    """A save has failed and the previous file is untouched: one line with folder, reason and bytes needed."""
 
 
 # ---- files --------------------------------------------------------------------------------------------------------
@@ -54,16 +54,16 @@ class SaveError(UserError):
 def atomic_write(
     path: str | Path, write: Callable[[Path], object], check: Callable[[Path], object] | None = None, *, size: int = 0
 ) -> Path:
-    """Let `write` fill a temporary file, flush it, let `check` read it back, then give it the name `path`.
+    """Write a file atomically: `write` fills a temporary file, `check` reads it back, then it is renamed to `path`.
 
-    `size` is the number of bytes that will be written, for the message when the disk is full.
-    Raises SaveError when the file system refuses; an older file `path` is untouched until the last instant.
+    size: number of bytes to be written, for the message when the disk is full. An older file `path` stays untouched
+    until the rename. Raises SaveError when the file system refuses.
     """
     path = Path(path)
     temp = temp_name(path, "tmp")
     try:
         with saving(path, size):
-            # Created here so that it gets the mode that the umask asks for, whatever `write` does to it.
+            # Created here to get the mode of the umask, whatever `write` does to it.
             temp.touch(exist_ok=False)
             mode = temp.stat().st_mode
             write(temp)
@@ -81,8 +81,10 @@ def atomic_write(
 
 @contextlib.contextmanager
 def saving(path: Path, size: int) -> Iterator[None]:
-    """Turn what a file system says into a SaveError that names the folder."""
-    free = free_bytes(path.parent) if path.parent.is_dir() else 0  # before: what is half-written takes the rest
+    """Turn errors of the file system into a SaveError that names the folder."""
+    free = (
+        free_bytes(path.parent) if path.parent.is_dir() else 0
+    )  # measured before, since a partial file takes the rest
     try:
         yield
     except UserError:
@@ -98,7 +100,7 @@ def saving(path: Path, size: int) -> Iterator[None]:
 
 
 def _means_full(error: BaseException | None) -> bool:
-    """True when the error, or one that it came from, says that there is no room. torch.save hides the first one."""
+    """Whether the error or one of its causes says that the disk is full. torch.save hides the original error."""
     while error is not None:
         if (isinstance(error, OSError) and error.errno in FULL) or any(word in str(error) for word in FULL_WORDS):
             return True
@@ -107,12 +109,12 @@ def _means_full(error: BaseException | None) -> bool:
 
 
 def free_bytes(folder: Path) -> int:
-    """Bytes that this user may still write into `folder`."""
+    """Free bytes in `folder` for this user."""
     return shutil.disk_usage(folder).free
 
 
 def _with_retries(action: Callable[[], None]) -> None:
-    """Windows refuses to replace a file while a reader (a virus scanner, a UI) holds it for a moment."""
+    """Retry an action: Windows refuses to replace a file while a reader (a virus scanner, a UI) has it open."""
     for wait in (0.1, 0.3, 1.0):
         try:
             return action()
@@ -128,10 +130,10 @@ def _with_retries(action: Callable[[], None]) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | Path, *, size: int = 0) -> Iterator[Path]:
-    """Yield an empty temporary folder; when the block ends well, its content is flushed and takes the name `path`.
+    """Yield an empty temporary folder. When the block succeeds, the folder is flushed and renamed to `path`.
 
-    An older folder `path` is replaced as a whole. After a kill between the two renames `clean_leftovers` puts the new
-    one into place. Raises SaveError when the file system refuses.
+    An older folder `path` is replaced as a whole. If the process is killed between the two renames, `clean_leftovers`
+    renames the new folder. Raises SaveError when the file system refuses.
     """
     path = Path(path)
     temp = temp_name(path, "tmp")
@@ -149,7 +151,7 @@ def atomic_folder(path: str | Path, *, size: int = 0) -> Iterator[Path]:
 
 
 def _swap_in(temp: Path, path: Path) -> None:
-    """Rename the whole folder `temp` to `path`; another process may do so at the same time, the last one stays."""
+    """Rename the complete folder `temp` to `path`. When several processes do so at once, the last one wins."""
     new = temp_name(path, "new")
     os.rename(temp, new)
     moved = []
@@ -171,12 +173,12 @@ def _swap_in(temp: Path, path: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-# ---- what a killed run left ---------------------------------------------------------------------------------------
+# ---- leftovers of killed processes --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class TempName:
-    """What a temporary name says: `final` is the name that it stands for."""
+    """The parts of a temporary name. final: the name that it stands for."""
 
     final: str
     stage: str
@@ -187,19 +189,19 @@ class TempName:
 
 @functools.cache
 def _process() -> str:
-    """Tells this process from an earlier one with the same id, which is usual in containers."""
+    """A random id of this process: in containers, process ids are often reused."""
     return uuid.uuid4().hex[:8]
 
 
 def temp_name(path: Path, stage: str) -> Path:
-    """A new temporary name beside `path`, on the same file system, short enough for every file system."""
+    """A new temporary name in the folder of `path`, short enough for every file system."""
     suffix = path.suffix if len(path.suffix) < 20 else ""
     stem = path.name[: len(path.name) - len(suffix)]
     return path.with_name(f".{stem}~{stage}~{_host()}~{os.getpid()}~{_process()}{uuid.uuid4().hex[:8]}{suffix}")
 
 
 def read_temp_name(name: str) -> TempName | None:
-    """The parts of one of our temporary names, None for every other name."""
+    """The parts of a temporary name made by `temp_name`, None for all other names."""
     found = TEMP_NAME.fullmatch(name)
     if found is None:
         return None
@@ -229,16 +231,16 @@ def _is_dead(temp: TempName, path: Path) -> bool:
 
 
 def clean_leftovers(folder: str | Path) -> list[str]:
-    """Remove what killed runs left half-written in `folder`, and put whole folders back to their name.
+    """Remove partial files of killed processes from `folder`, and rename complete folders to their final names.
 
-    Returns the final names that were affected. Temporary files of running processes, and everything that is not named
-    by `temp_name`, stay. Raises nothing: what cannot be removed stays.
+    Returns the final names that were affected. Temporary files of running processes and everything that is not named
+    by `temp_name` are kept. Never raises: what cannot be removed is left.
     """
     folder = Path(folder)
     if not folder.is_dir():
         return []
     found = [(p, t) for p in folder.iterdir() if (t := read_temp_name(p.name)) and _is_dead(t, p)]
-    # A whole new folder goes first, so that it, and not the older one, gets the name.
+    # A complete new folder goes first, so that it gets the name, and not the older one.
     for path, temp in sorted(found, key=lambda item: ("new", "old", "tmp").index(item[1].stage)):
         with contextlib.suppress(OSError):
             final = folder / temp.final
@@ -252,30 +254,30 @@ def clean_leftovers(folder: str | Path) -> list[str]:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder so that it is whole or gone at every instant: it loses its name first."""
+    """Remove a folder atomically: it is renamed first, so that it is complete or gone at every instant."""
     gone = temp_name(path, "tmp")
     os.rename(path, gone)
     shutil.rmtree(gone, ignore_errors=True)
 
 
-# ---- to the disk --------------------------------------------------------------------------------------------------
+# ---- flushing -----------------------------------------------------------------------------------------------------
 
 
 def sync_file(path: Path) -> None:
-    """Flush a file's content to the disk."""
+    """Flush a file's content to disk."""
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
 
 
 def sync_folder(path: Path) -> None:
-    """Flush a folder's entries to the disk, where the system has such a thing."""
+    """Flush a folder's entries to disk, on systems that support it."""
     if os.name == "nt":
         return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems have no such call
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems do not support it
             raise
     finally:
         os.close(handle)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saves of the trained weights: names, how long they are kept, checks before the training, and the writing itself."""
+"""Saves of the trained weights: names, retention, checks before the training, and writing."""
 
 from __future__ import annotations
 
@@ -32,44 +32,44 @@ MODEL_INDEX = "model_index.json"  # in every diffusers folder
 
 
 def last_name(output_name: str | None, extension: str = "") -> str:
-    """`name.safetensors`: the result of a run."""
+    """Name of the final save: `name.safetensors`."""
     return f"{output_name or 'last'}{extension}"
 
 
 def epoch_name(output_name: str | None, epoch: int, extension: str = "") -> str:
-    """`name-000001.safetensors`: the save after an epoch (1 is the first)."""
+    """Name of the save after an epoch, counted from 1: `name-000001.safetensors`."""
     return f"{output_name or 'epoch'}-{epoch:06d}{extension}"
 
 
 def step_name(output_name: str | None, step: int, extension: str = "") -> str:
-    """`name-step00000500.safetensors`: the save after an optimizer step."""
+    """Name of the save after an optimizer step: `name-step00000500.safetensors`."""
     return f"{output_name or 'at'}-step{step:08d}{extension}"
 
 
 def state_name(save_name: str) -> str:
-    """The state folder that belongs to a save: `state_name(epoch_name("a", 3))` is `a-000003-state`."""
+    """Name of a save's state folder: `state_name(epoch_name("a", 3))` is `a-000003-state`."""
     return f"{save_name}-state"
 
 
 def is_save_of(name: str, output_name: str | None, extension: str) -> bool:
-    """Whether a run of that --output_name gives this name to one of its saves."""
+    """Whether a run with this --output_name may give one of its saves this name."""
     own = [re.escape(last_name(output_name)), f"{re.escape(output_name or 'epoch')}-[0-9]{{6,}}"]
     own.append(f"{re.escape(output_name or 'at')}-step[0-9]{{8,}}")
     return re.fullmatch(f"({'|'.join(own)}){re.escape(extension)}", name) is not None
 
 
-# --save_model_as -> file ending; diffusers layouts are folders
+# --save_model_as -> file extension; diffusers layouts are folders
 EXTENSIONS = {"safetensors": ".safetensors", "ckpt": ".ckpt", "pt": ".pt", "diffusers": "", "diffusers_safetensors": ""}
 
 
 def extension_of(save_model_as: str) -> str:
-    """File ending of --save_model_as, empty where a save is a folder."""
+    """File extension for --save_model_as, empty if a save is a folder."""
     return EXTENSIONS[save_model_as]
 
 
 @dataclass(frozen=True)
 class CheckpointForm:
-    """How a whole model is written. Epochs and steps are what a .ckpt says of the training."""
+    """Form of a saved model. epochs and steps are recorded in a .ckpt."""
 
     kind: str = "safetensors"  # a key of EXTENSIONS
     epochs: int = 0
@@ -81,32 +81,32 @@ class CheckpointForm:
 
     @property
     def weights_ending(self) -> str:
-        """Of the files of weights inside a folder."""
+        """Extension of the weight files in a folder."""
         return ".safetensors" if self.kind == "diffusers_safetensors" else ".bin"
 
 
-# ---- when to save, and what to remove then ------------------------------------------------------------------------
+# ---- when to save, and which saves to remove ----------------------------------------------------------------------
 
 
 def epochs_between_saves(options: SaveOptions, total_epochs: int) -> int | None:
-    """Every how many epochs to save, from --save_every_n_epochs or --save_n_epoch_ratio; None: never."""
+    """Number of epochs between saves, from --save_every_n_epochs or --save_n_epoch_ratio; None: no such saves."""
     if options.save_n_epoch_ratio:
         return max(1, total_epochs // options.save_n_epoch_ratio)
     return options.save_every_n_epochs or None
 
 
 def saves_after_epoch(epoch: int, *, total: int, every: int | None) -> bool:
-    """Whether epoch (1 is the first) ends with a save; the last one is saved under the run's own name only."""
+    """Whether an epoch, counted from 1, ends with a save. The last one is saved under the run's own name only."""
     return every is not None and every > 0 and epoch % every == 0 and epoch < total
 
 
 def saves_after_step(step: int, *, every: int | None) -> bool:
-    """Whether optimizer step (1 is the first) ends with a save."""
+    """Whether an optimizer step, counted from 1, ends with a save."""
     return every is not None and every > 0 and step > 0 and step % every == 0
 
 
 def outdated_epoch(epoch: int, *, every: int, keep: int | None) -> int | None:
-    """The epoch whose save goes when `epoch` was saved, so that the newest `keep` stay."""
+    """The epoch whose save is removed after that of `epoch`, so that the newest `keep` remain. None: none."""
     if not keep:
         return None
     old = epoch - every * keep
@@ -114,7 +114,7 @@ def outdated_epoch(epoch: int, *, every: int, keep: int | None) -> int | None:
 
 
 def outdated_step(step: int, *, every: int, keep: int | None) -> int | None:
-    """The step whose save goes when `step` was saved: the newest one that is more than `keep` steps old."""
+    """The step whose save is removed after that of `step`: the newest one that is more than `keep` steps old."""
     if not keep:
         return None
     old = step - keep - 1
@@ -123,13 +123,13 @@ def outdated_step(step: int, *, every: int, keep: int | None) -> int | None:
 
 
 def states_to_keep(save: SaveOptions, state: StateOptions) -> tuple[int | None, int | None]:
-    """(epochs, steps) for which states are kept: their own numbers, else those of the saves."""
+    """(epochs, steps) for which states are kept: the options for states, or else those for saves."""
     epochs = state.save_last_n_epochs_state or save.save_last_n_epochs or None
     return epochs, state.save_last_n_steps_state or save.save_last_n_steps or None
 
 
 def remove_save(folder: str | Path, name: str) -> bool:
-    """Remove an outdated save: a plain file of exactly that name, or a diffusers folder. True when there was one."""
+    """Remove an outdated save: a file of exactly this name or a diffusers folder. Returns whether there was one."""
     path = Path(folder) / name
     if path.is_file():
         path.unlink(missing_ok=True)
@@ -152,11 +152,11 @@ def check_output(
     states: Iterable[str] = (),
     needed_bytes: int = 0,
 ) -> list[str]:
-    """Make the output folder and prove that the run will be able to write there, before anything expensive is done.
+    """Create the output folder and check that the run can write to it, before anything expensive is done.
 
-    files, models (diffusers folders), states: names that the run will write; needed_bytes: room for the largest save
-    and what it replaces.
-    Removes what killed runs left half-written and returns the names concerned. Raises UserError with every problem.
+    files, models (diffusers folders), states: names that the run will write. needed_bytes: room for the largest save
+    while the save that it replaces still exists. Removes leftovers of killed runs and returns their final names. Raises
+    UserError with every problem.
     """
     folder = Path(folder)
     problems = list(name_problems(output_name))
@@ -180,7 +180,7 @@ def check_output(
 
 
 def _model_problem(path: Path) -> str | None:
-    """What keeps us from putting a diffusers folder there: only such a one is replaced."""
+    """Why a diffusers folder cannot be written to `path`; None when it can. Only diffusers folders are replaced."""
     if path.exists() and not path.is_dir():
         return f"--output_name: {path} is a file, where the run wants to write a folder"
     if path.is_dir() and not (path / MODEL_INDEX).is_file() and any(path.iterdir()):
@@ -189,7 +189,7 @@ def _model_problem(path: Path) -> str | None:
 
 
 def _folder_problem(folder: Path) -> str | None:
-    """What keeps us from writing into `folder` (made if it is not there); None when a trial file went well."""
+    """Why files cannot be written to `folder`, which is created if necessary; None when a trial file succeeds."""
     for part in (folder, *folder.parents):
         if part.exists() and not part.is_dir():
             return f"--output_dir: {part} is a file; give a folder"
@@ -209,7 +209,7 @@ def _folder_problem(folder: Path) -> str | None:
 
 
 def nonfinite_names(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names of the tensors that hold inf or nan."""
+    """Names of the tensors with infinite or nan values."""
     return [name for name, tensor in tensors.items() if not is_finite(tensor)]
 
 
@@ -218,12 +218,12 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def require_finite(tensors: Mapping[str, Tensor], path: str | Path) -> None:
-    """Raises StopTraining when a weight is inf or nan, so that it never replaces a good file."""
+    """Raises StopTraining when a weight is infinite or nan, so that it never replaces a good file."""
     _refuse(nonfinite_names(tensors), len(tensors), "are not finite", path)
 
 
 def require_present(tensors: Mapping[str, Tensor], path: str | Path) -> None:
-    """Raises StopTraining when a trained weight is empty: another process has it."""
+    """Raises StopTraining when a trained weight is empty because another process holds it."""
     _refuse([name for name, tensor in tensors.items() if not tensor.numel()], len(tensors), "are empty", path)
 
 
@@ -233,9 +233,10 @@ def _refuse(bad: list[str], total: int, what: str, path: str | Path) -> None:
 
 
 class Ready(Mapping[str, Tensor]):
-    """Tensors as a file holds them, each brought to main memory when it is asked for: no model is there twice.
+    """Tensors in the dtype of a file, each moved to main memory when it is read, so that no model is in memory twice.
 
-    What has no place in `dtype` is in float32: a value too large, or with `keep_small` values all too small.
+    Tensors that `dtype` cannot represent are in float32: those with a value that overflows and, with `keep_small`,
+    those whose values all underflow.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype | None, *, keep_small: bool = False) -> None:
@@ -254,7 +255,7 @@ class Ready(Mapping[str, Tensor]):
         return len(self.tensors)
 
     def check(self, path: str | Path) -> None:
-        """Look at every tensor once. Raises StopTraining for weights that are inf or nan."""
+        """Find the tensors that must be in float32, and warn. Raises StopTraining for infinite or nan weights."""
         broken: list[str] = []
         wide: list[str] = []
         for name, tensor in self.tensors.items():
@@ -274,9 +275,9 @@ class Ready(Mapping[str, Tensor]):
 
 
 def in_precision(tensors: Mapping[str, Tensor], dtype: torch.dtype | None, path: str | Path) -> dict[str, Tensor]:
-    """An adapter's tensors in main memory in `dtype`; in float32, with a warning, where that has no place for one.
+    """An adapter's tensors in main memory in `dtype`, or in float32, with a warning, if `dtype` cannot represent them.
 
-    Alphas are never rounded. Raises StopTraining for weights that are inf or nan.
+    Alphas are never rounded. Raises StopTraining for infinite or nan weights.
     """
     alphas = {name: without_rounding(tensor, dtype) for name, tensor in tensors.items() if name.endswith(".alpha")}
     weights = {name: tensor for name, tensor in tensors.items() if name not in alphas}
@@ -295,14 +296,15 @@ def save_tensors(
     others: Mapping[str, Tensor] | None = None,
     beside: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write weights atomically, one after the other, in `dtype` if given and if it has a place for them.
+    """Write weights atomically, one tensor at a time, in `dtype` if given (see `Ready`).
 
-    The ending of `path` says how.
+    The extension of `path` selects the format:
 
-    .safetensors: with `metadata`, and for adapters (`hashes`) with the identities of `metadata.tensor_hashes`.
-    .ckpt, .pt, .bin: a pickle of the tensors only; with `beside` these lie below `state_dict`, and it beside them.
-    others: further tensors, which may be anything, where `tensors` has none of that name.
-    Raises SaveError (disk, permissions), StopTraining (a weight is inf or nan).
+    .safetensors: with `metadata` and, for adapters (`hashes`), the hashes of `metadata.tensor_hashes`.
+    .ckpt, .pt, .bin: a pickle of the tensors; with `beside`, they are under "state_dict" next to the items of `beside`.
+
+    others: more tensors, which may have any values, for names that are not in `tensors`. Raises SaveError (disk,
+    permissions) and StopTraining (a weight is infinite or nan).
     """
     path = Path(path)
     ready: Any = Ready(tensors, dtype)
@@ -325,7 +327,7 @@ def save_tensors(
 
 
 def _alone(tensor: Tensor) -> Tensor:
-    """The tensor in a storage of its own: a slice would drag the whole one into the pickle."""
+    """The tensor in its own storage: of a slice, the whole storage would be pickled."""
     own = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
     return tensor if own else tensor.clone()
 
@@ -347,7 +349,7 @@ def _check_pickle(path: Path, content: dict[str, Any]) -> None:
 
 
 def remove_state(folder: str | Path, name: str, marker: str = "train_state.json") -> bool:
-    """Remove an outdated state folder. Only a folder that holds a state goes; True when there was one."""
+    """Remove an outdated state folder, if it contains a state. Returns whether there was one."""
     path = Path(folder) / name
     if not (path / marker).is_file():
         return False

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Upload of saves to a Hugging Face repository, and resuming from one. A failed upload is only a warning."""
+"""Upload of saves to a Hugging Face repository and download of states. A failed upload is only a warning."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log = get_logger()
 
 
 class Hub(Protocol):
-    """What is used of `huggingface_hub.HfApi`."""
+    """The part of `huggingface_hub.HfApi` that is used."""
 
     def create_repo(self, repo_id: str, *, repo_type: str, private: bool, exist_ok: bool) -> Any: ...
     def upload_file(self, *, path_or_fileobj: str, path_in_repo: str, repo_id: str, repo_type: str) -> Any: ...
@@ -28,23 +28,23 @@ class Hub(Protocol):
 
 
 def connect(token: str | None) -> Hub:
-    """The real hub. The token stays in this object: it is not put into the environment or a file."""
+    """The Hugging Face hub. The token is kept in this object only, not in the environment or a file."""
     from huggingface_hub import HfApi
 
     return HfApi(token=token)
 
 
 def hide(text: str, token: str | None) -> str:
-    """One line of `text`, without the token."""
+    """`text` on one line, with the token masked."""
     line = " ".join(text.split())[:300]
     return line.replace(token, "***") if token else line
 
 
-# ---- up -----------------------------------------------------------------------------------------------------------
+# ---- upload ---------------------------------------------------------------------------------------------------------
 
 
 class Uploader:
-    """Uploads files and folders one by one, with --async_upload in a background thread. Close it at the end."""
+    """Uploads files and folders one by one; with --async_upload in a background thread. Close it at the end."""
 
     def __init__(self, options: HubOptions, hub: Hub | None = None) -> None:
         assert options.huggingface_repo_id, "an uploader needs --huggingface_repo_id"
@@ -64,13 +64,13 @@ class Uploader:
         self.running[path] = self.worker.submit(self._try, path)
 
     def release(self, path: str | Path) -> None:
-        """Wait until `path` is not being uploaded: to be called before it is removed or written anew."""
+        """Wait until `path` is not being uploaded. Call it before the path is removed or rewritten."""
         future = self.running.pop(Path(path), None)
         if future is not None:
             future.result()
 
     def close(self) -> None:
-        """Wait for all uploads."""
+        """Wait for all uploads to finish."""
         if self.worker is not None:
             if any(not f.done() for f in self.running.values()):
                 log.info(f"waiting for uploads to {self.repo_id}")
@@ -80,7 +80,7 @@ class Uploader:
     def _try(self, path: Path) -> None:
         try:
             self._upload(path)
-        except Exception as error:  # network, rights, quota, ...: the file is on disk, the training matters more
+        except Exception as error:  # network, permissions, quota ...: the file is on disk, and the training goes on
             reason = hide(f"{type(error).__name__}: {error}", self.options.huggingface_token)
             log.warning(f"upload of {path.name} to {self.repo_id} failed, the file stays on disk: {reason}")
 
@@ -96,17 +96,17 @@ class Uploader:
             self.hub.upload_file(path_or_fileobj=str(path), **target)
 
     def path_in_repo(self, name: str) -> str:
-        """Where a save of that name lies in the repository."""
+        """Path in the repository of a save with this name."""
         folder = (self.options.huggingface_path_in_repo or "").strip("/")
         return f"{folder}/{name}" if folder else name
 
 
-# ---- down ---------------------------------------------------------------------------------------------------------
+# ---- download -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class HubFolder:
-    """`user/name/folder[:revision[:type]]`"""
+    """A folder on the hub: `user/name/folder[:revision[:type]]`."""
 
     repo_id: str
     path: str
@@ -115,7 +115,7 @@ class HubFolder:
 
 
 def read_hub_folder(text: str) -> HubFolder:
-    """The parts of --resume with --resume_from_huggingface. Raises UserError."""
+    """Parse --resume with --resume_from_huggingface. Raises UserError."""
     place, *rest = text.split(":")
     parts = [part for part in place.split("/") if part]
     if len(parts) < 3 or len(rest) > 2:
@@ -129,7 +129,7 @@ def read_hub_folder(text: str) -> HubFolder:
 
 
 def download_state(text: str, token: str | None, hub: Hub | None = None) -> Path:
-    """Download the state folder that `text` names; returns the local folder. Raises UserError with one line."""
+    """Download the state folder that `text` names. Returns the local folder. Raises UserError."""
     wanted = read_hub_folder(text)
     hub = hub if hub is not None else connect(token)
     try:

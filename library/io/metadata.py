@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a saved adapter says about itself: ss_* training facts, modelspec.* (sai_model_spec 1.0.1) and file identities.
+"""Metadata of saved files: ss_* facts about the training, modelspec.* (sai_model_spec 1.0.1) and hashes.
 
-Every value is a text: `str()` of the Python value, JSON for tables. Only base names of files and folders get in, and
-nothing that an option marks as secret. Spec of modelspec.*: https://github.com/Stability-AI/ModelSpec
+Every value is a text: `str()` of the Python value, or JSON for tables. Of files and folders only base names are
+included, and no secret options. Specification of modelspec.*: https://github.com/Stability-AI/ModelSpec
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SPEC_VERSION = "1.0.1"
 PUBLISHED_LAYOUT = "https://github.com/Stability-AI/generative-models"
 LEGACY_START, LEGACY_LENGTH = 1 << 20, 1 << 16
 
-# Metadata key -> option whose value it shows. A method that lacks the option leaves the key out.
+# Metadata key -> name of the option with its value. Methods without the option leave the key out.
 OPTION_KEYS = {
     "ss_adaptive_noise_scale": "adaptive_noise_scale",
     "ss_cache_latents": "cache_latents",
@@ -92,7 +92,7 @@ OPTION_KEYS = {
     "ss_timestep_sampling": "timestep_sampling",
     "ss_weighting_scheme": "weighting_scheme",
 }
-# What --no_metadata keeps, because readers and the merge tools need it.
+# Keys that --no_metadata keeps because readers and the merge tools need them.
 MINIMUM_KEYS = (
     "ss_v2",
     "ss_base_model_version",
@@ -102,12 +102,12 @@ MINIMUM_KEYS = (
     "ss_network_args",
 )
 
-# ---- what the trainer knows ---------------------------------------------------------------------------------------
+# ---- facts from the trainer ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class SubsetFacts:
-    """One folder or metadata file of pictures, under its base name. Field names are the keys in ss_datasets."""
+    """Facts about one folder or metadata file of pictures. Field names are keys of ss_datasets."""
 
     source: str  # folder or metadata file; only the base name is written
     img_count: int
@@ -136,7 +136,7 @@ class SubsetFacts:
 
 @dataclass(frozen=True)
 class DatasetFacts:
-    """One dataset. Image counts include repeats. Sizes are (width, height)."""
+    """Facts about one dataset. Image counts include repeats; sizes are (width, height) in pixels."""
 
     is_dreambooth: bool
     batch_size: int
@@ -154,14 +154,14 @@ class DatasetFacts:
     resize_interpolation: str | None = None
 
     def bucket_info(self) -> dict[str, Any] | None:
-        """ss_bucket_info: None without buckets."""
+        """The value of ss_bucket_info, None without buckets."""
         if not self.enable_bucket:
             return None
         rows = {str(i): {"resolution": list(size), "count": count} for i, (size, count) in enumerate(self.buckets)}
         return {"buckets": rows, "mean_img_ar_error": self.mean_img_ar_error}
 
     def tags(self) -> dict[str, dict[str, int]]:
-        """Tag frequency under the base names of the folders; folders of one name are counted together."""
+        """Tag frequency by base name of the folder; folders with the same base name are added up."""
         return named_tags(self.tag_frequency)
 
     def row(self) -> dict[str, Any]:
@@ -184,7 +184,7 @@ class DatasetFacts:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """Everything of a run that its saves tell. Times are Unix seconds."""
+    """Facts about a run for the metadata of its saves. Times are in Unix seconds."""
 
     options: Mapping[str, Any]  # name -> value, no secrets: library.options.changed_values(..., all_values=True)
     base_model_version: str  # "sd_v1"
@@ -208,13 +208,13 @@ class RunFacts:
 
 @dataclass(frozen=True)
 class SpecFacts:
-    """What modelspec.* needs besides --metadata_*."""
+    """Facts for modelspec.* besides the --metadata_* options."""
 
     architecture: str  # "stable-diffusion-v1/lora"
     implementation: str  # "diffusers"
     prediction_type: str | None  # "epsilon", "v"; None leaves the key out
     resolution: tuple[int, int]  # (width, height) of the largest dataset
-    version: str  # of Trainyard
+    version: str  # version of Trainyard
     kind: str = "LoRA"  # LoRA, TextualInversion, Checkpoint: for the title of a run without a name
 
 
@@ -241,7 +241,7 @@ def build_metadata(
     if minimum:
         keys = {k: v for k, v in keys.items() if k in MINIMUM_KEYS}
     found = {k: _text(v) for k, v in keys.items()} | modelspec(run.options, spec, metadata, now=now)
-    # names of folders need not be UTF-8, the header of the file must be
+    # names of folders may not be UTF-8, but the header of the file must be
     return {k: v.encode(errors="backslashreplace").decode() for k, v in found.items()}
 
 
@@ -351,7 +351,7 @@ def _timestep_range(options: Mapping[str, Any]) -> str | None:
 
 
 def data_url(thumbnail: str) -> str:
-    """A picture file as `data:image/png;base64,...`; a text that is one already stays. Raises UserError."""
+    """A picture file as a data URL, `data:image/png;base64,...`. A data URL is returned unchanged. Raises UserError."""
     if thumbnail.startswith("data:"):
         return thumbnail
     path = Path(thumbnail)
@@ -364,7 +364,7 @@ def data_url(thumbnail: str) -> str:
 
 
 def named_tags(tag_frequency: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:
-    """Base name of a folder -> tag -> count."""
+    """Tag frequency by base name of the folder: base name -> tag -> count."""
     found: dict[str, Counter[str]] = {}
     for folder, counts in tag_frequency.items():
         found.setdefault(base_name(folder), Counter()).update(counts)
@@ -372,19 +372,19 @@ def named_tags(tag_frequency: Mapping[str, Mapping[str, int]]) -> dict[str, dict
 
 
 def base_name(path: str) -> str:
-    """The last part of a path of any system: metadata never shows where on a disk something was."""
+    """The last part of a path of any operating system. Metadata never contains whole paths."""
     name = PureWindowsPath(path).name if "\\" in path else PurePosixPath(path).name
     return name or path
 
 
-# ---- identities ---------------------------------------------------------------------------------------------------
+# ---- hashes -------------------------------------------------------------------------------------------------------
 
 
 def tensor_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-    """sshs_model_hash and sshs_legacy_hash of an adapter file, for the tensors as they will be saved.
+    """sshs_model_hash and sshs_legacy_hash of an adapter file. tensors: in their final dtype.
 
-    model: sha256 of all tensor data. legacy: first 8 digits of the sha256 over 64 KiB from byte 1 MiB of the file that
-    holds the tensors and the ss_* metadata only.
+    sshs_model_hash is the sha256 of all tensor data. sshs_legacy_hash is the first 8 digits of the sha256 of 64 KiB
+    from offset 1 MiB in a file with these tensors and only the ss_* metadata.
     """
     digest = hashlib.sha256()
     window = bytearray()
@@ -401,14 +401,14 @@ def tensor_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) ->
 
 
 def legacy_hash(path: str | Path) -> str:
-    """The short hash of a checkpoint on disk: 8 digits of the sha256 over 64 KiB from byte 1 MiB."""
+    """The short hash of a checkpoint on disk: the first 8 digits of the sha256 of 64 KiB from offset 1 MiB."""
     with open(path, "rb") as file:
         file.seek(LEGACY_START)
         return hashlib.sha256(file.read(LEGACY_LENGTH)).hexdigest()[:8]
 
 
 def model_hash(path: str | Path) -> str:
-    """sha256 of a whole file."""
+    """The sha256 of a whole file."""
     with open(path, "rb") as file:
         return stream_digest(file)
 
@@ -416,7 +416,7 @@ def model_hash(path: str | Path) -> str:
 def file_facts(kind: str, name: str) -> dict[str, str]:
     """Name and hashes of the model (`kind` "sd_model") or VAE ("vae") that a run starts from.
 
-    A file is hashed, a folder says so, a hub id has no hash.
+    Hashes of a folder are "IsADirectory"; a hub id has no hashes.
     """
     path = Path(name)
     if not path.exists():

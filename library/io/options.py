@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options of saving, states, file metadata and the Hugging Face hub. No torch here: `--help` reads this file."""
+"""Options of saving, states, file metadata and the Hugging Face hub. `--help` imports it, so it must not need torch."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 
 from library.options import Idle, at_least, option
 
-LATEST = "latest"  # --resume: the newest state of this output_dir and output_name
-AUTO = "auto"  # --resume: the same, or a start where there is none
+LATEST = "latest"  # value of --resume: the newest state of this output_dir and output_name
+AUTO = "auto"  # value of --resume: the same, or a new run when there is none
 RESUME_IS_EXACT = "nothing left to do: --resume always continues exactly where the state was"
 
 
@@ -50,7 +50,7 @@ class SaveOptions:
 
 
 def name_problems(name: str | None) -> Iterator[str]:
-    """What keeps `name` from being a file name on every system."""
+    """Why `name` cannot be a file name on every system, one line each."""
     if name is None:
         return
     bad = sorted({c for c in name if c in '/\\:*?"<>|' or ord(c) < 32})
@@ -91,7 +91,7 @@ class StateOptions:
 
     @property
     def at_end(self) -> bool:
-        """Whether a finished run writes its state. By it, --resume auto knows that nothing is left to do."""
+        """Whether a finished run writes its state. It tells --resume auto that nothing is left to do."""
         return self.save_state or self.save_state_on_train_end or self.resume == AUTO
 
     def problems(self) -> Iterator[str]:
@@ -124,7 +124,7 @@ class MetadataOptions:
     metadata_is_negative_embedding: str | None = option(None, help="Say true for an embedding of negative prompts.")
 
     def problems(self) -> Iterator[str]:
-        """A thumbnail that cannot be read is found before the training."""
+        """Thumbnails that cannot be read."""
         thumbnail = self.metadata_thumbnail
         if thumbnail and not thumbnail.startswith("data:"):
             if not Path(thumbnail).is_file():
@@ -175,7 +175,7 @@ class HubOptions:
 
 
 def cross_problems(save: SaveOptions, state: StateOptions, hub: HubOptions) -> Iterator[str]:
-    """Combinations over several groups that make no sense; a method's options yield these in their own `problems`."""
+    """Invalid combinations of options in several groups, one line each, for the `problems` of a method's options."""
     if state.save_last_n_epochs_state and not (save.save_every_n_epochs or save.save_n_epoch_ratio):
         yield Idle("--save_last_n_epochs_state has no effect without --save_every_n_epochs")
     if state.save_last_n_steps_state and not save.save_every_n_steps:

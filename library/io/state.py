@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The resumable state of a run: all that the next step depends on, whole or not there, read without running code.
+"""The resumable state of a run: everything that the next step depends on, saved atomically, read without running code.
 
 A state is a folder:
-    weights.safetensors   the weights that learn
+    weights.safetensors   the trained weights
     optimizer.pt          optimizer, scheduler, scaler and EMA
-    train_state.json      position in the run, loss history, and the fingerprint of what must be the same on resume
+    train_state.json      position in the run, loss history, and a fingerprint of everything that must not change
     manifest.json         size and sha256 of the other files
 
-train_state.json also names the sha256 of the other two, so that parts of two states do not pass for one.
-
-Seeds come from counters (`library.rng`), so position and fingerprint are all that data order and draws need.
+train_state.json also contains the sha256 of weights.safetensors and optimizer.pt, so that parts of different states are
+not mixed up. Seeds are derived from counters (`library.rng`), so data order and random draws need no more than the
+position and the fingerprint.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from library.text_files import parse_json
 
 FORMAT, VERSION = "trainyard state", 1
 WEIGHTS, OPTIMIZER, FACTS, MANIFEST = "weights.safetensors", "optimizer.pt", "train_state.json", "manifest.json"
-# What optimizers may keep beside tensors and plain values: these hold numbers only, and loading them runs no code.
+# Types that optimizers may keep besides tensors and plain values. They hold numbers only; loading them runs no code.
 NUMPY_TYPES: list[Any] = [
     numpy.dtype,
     numpy.ndarray,
-    numpy.float64(0).__reduce__()[0],  # functions that numpy names in a pickle; their module differs by version
+    numpy.float64(0).__reduce__()[0],  # functions that numpy refers to in pickles; their module depends on the version
     numpy.zeros(0).__reduce__()[0],
     *{type(numpy.dtype(name)) for name in ("float16", "float32", "float64", "int32", "int64", "bool")},
 ]
@@ -49,16 +49,18 @@ NUMPY_TYPES: list[Any] = [
 
 @dataclass
 class StateParts:
-    """The parts of a state, taken between two optimizer steps.
+    """The content of a state, taken between two optimizer steps.
 
-    `optimizer` ... `rng` hold numbers, texts, tensors and containers of them.
+    `optimizer`, `scheduler`, `scaler` and `ema` contain numbers, texts, tensors and containers of them.
     """
 
     weights: dict[str, Tensor]
     step: int  # optimizer steps done
     epoch: int  # epochs finished
     batch: int  # the next micro-batch of the epoch under way
-    fingerprint: dict[str, Any]  # "--network_dim" -> 16, "dataset" -> digest ...: must be equal on resume; JSON values
+    fingerprint: dict[
+        str, Any
+    ]  # "--network_dim" -> 16, "dataset" -> digest ...: JSON values that must be equal on resume
     optimizer: dict[str, Any] = field(default_factory=dict)
     scheduler: dict[str, Any] = field(default_factory=dict)
     scaler: dict[str, Any] | None = None
@@ -69,9 +71,9 @@ class StateParts:
 JSON_PARTS = ("step", "epoch", "batch", "fingerprint", "losses")
 TORCH_PARTS = ("optimizer", "scheduler", "scaler", "ema")
 OPTIONAL_PARTS = ("scaler", "ema")
-BELONGS = "parts"  # key of train_state.json: sha256 of the weights and of the optimizer it belongs to
-MOST_JSON = 64 << 20  # bytes
-# What reading JSON of any content raises: nesting is a RecursionError, a number of 5,000 digits a ValueError
+BELONGS = "parts"  # key of train_state.json: sha256 of the files that belong to it
+MOST_JSON = 64 << 20  # bytes; larger files are refused
+# Errors of reading arbitrary JSON: deep nesting is a RecursionError, a number of 5,000 digits a ValueError
 DAMAGED_JSON = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
@@ -79,10 +81,10 @@ DAMAGED_JSON = (OSError, ValueError, KeyError, TypeError, AttributeError, Recurs
 
 
 def save_state(folder: str | Path, parts: StateParts) -> Path:
-    """Write a state; an older one of that name is replaced as a whole.
+    """Write a state. An older one with that name is replaced as a whole. Returns the folder.
 
     Raises SaveError (disk), StopTraining (a weight is not finite, or empty), TypeError (an optimizer keeps something
-    that is neither number nor tensor, which could not be read back).
+    that is neither a number nor a tensor and could not be read back).
     """
     folder = Path(folder)
     weights = {n: t.detach().to("cpu").contiguous() for n, t in parts.weights.items()}
@@ -106,7 +108,7 @@ def _write_bundle(path: Path, bundle: dict[str, Any], folder: Path) -> None:
     with open(path, "wb") as file:
         torch.save(bundle, file)
     try:
-        _read_bundle(path, mmap=True)  # not only the resume must show that a part cannot be read back
+        _read_bundle(path, mmap=True)  # what cannot be read back must fail now, not on resume
     except pickle.UnpicklingError as error:
         raise TypeError(f"a part of the state cannot be read back without running code: {error}") from error
     except RuntimeError as error:
@@ -119,7 +121,7 @@ def _read_bundle(path: Path, *, mmap: bool = False) -> dict[str, Any]:
 
 
 def _alone(value: Any) -> Any:
-    """A copy on the CPU in which no tensor drags a larger storage along; containers become plain ones."""
+    """A copy on the CPU in which no tensor is a view of a larger storage. Containers become plain dicts and lists."""
     if isinstance(value, Tensor):
         tensor = value.detach().to("cpu")
         return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size() else tensor
@@ -147,7 +149,7 @@ def _identity(path: Path) -> dict[str, Any]:
 
 
 def load_state(folder: str | Path) -> StateParts:
-    """Read a state back, tensors on the CPU. Raises UserError when it is missing, damaged or of another program."""
+    """Read a state, with tensors on the CPU. Raises UserError when it is missing, damaged or from another program."""
     folder = Path(folder)
     clean_leftovers(folder.parent)
     verify_state(folder)
@@ -171,7 +173,7 @@ def _bundle(path: Path) -> dict[str, Any]:
         bundle = _read_bundle(path)
     except pickle.UnpicklingError:
         raise UserError(f"--resume: {path} holds more than numbers; it is not loaded") from None
-    except Exception as error:  # what a pickle of any content raises has no end
+    except Exception as error:  # reading an arbitrary pickle may raise anything
         raise UserError(_damaged(path, f"{type(error).__name__}: {error}")) from None
     if not isinstance(bundle, dict) or bundle.keys() != set(TORCH_PARTS):
         raise UserError(_damaged(path, f"it does not hold {', '.join(TORCH_PARTS)}"))
@@ -187,9 +189,9 @@ def _damaged(path: Path, reason: str) -> str:
 
 
 def read_facts(folder: str | Path) -> dict[str, Any]:
-    """step, epoch, batch, fingerprint and losses of a state: for checks before a model is loaded.
+    """Step, epoch, batch, fingerprint and losses of a state, for checks before a model is loaded.
 
-    Sizes of all files are checked, their content is not. Raises UserError.
+    Checks the sizes of all files, not their content. Raises UserError.
     """
     folder = Path(folder)
     clean_leftovers(folder.parent)
@@ -229,7 +231,7 @@ def _json_of(path: Path) -> Any:
 
 
 def verify_state(folder: Path, *, content: bool = True) -> None:
-    """Compare the files with the manifest: sizes, and with `content` the sha256, too. Raises UserError."""
+    """Compare the files with the manifest: sizes and, with `content`, sha256. Raises UserError."""
     if not folder.is_dir():
         raise UserError(_not_there(folder))
     if not (folder / MANIFEST).is_file():
@@ -249,7 +251,7 @@ def verify_state(folder: Path, *, content: bool = True) -> None:
 
 
 def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    """Name of each part -> its size and sha256. Raises UserError."""
+    """File name -> size and sha256, from the manifest. Raises UserError."""
     try:
         manifest = _json_of(folder / MANIFEST)
         files, version = manifest["files"], manifest["version"]
@@ -288,11 +290,11 @@ def _foreign(folder: Path) -> str:
     return f"--resume: {folder} is not a state: {MANIFEST} is missing"
 
 
-# ---- does it fit --------------------------------------------------------------------------------------------------
+# ---- comparing with the current run -------------------------------------------------------------------------------
 
 
 def compare(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """What differs between two fingerprints, one line each: "--network_dim was 16, is 32". Tables go key by key."""
+    """Differences between two fingerprints, one line each: "--network_dim was 16, is 32". Tables go key by key."""
     return list(_differences(json.loads(json.dumps(saved)), json.loads(json.dumps(current)), ""))
 
 
@@ -302,14 +304,14 @@ def _differences(saved: Mapping[str, Any], current: Mapping[str, Any], prefix: s
         if isinstance(old, dict) and isinstance(new, dict):
             yield from _differences(old, new, f"{prefix}{key} ")
         elif old != new:
-            was = _short(old) if key in saved else "not noted"  # the state is older than the fact
+            was = _short(old) if key in saved else "not noted"  # the state was saved before this was recorded
             yield f"{prefix}{key} was {was}, is {_short(new)}"
 
 
 def unlike(own: Any, found: Any, where: str) -> str | None:
-    """The first place at which `found` has another form than `own`: a text for a number, another number of items.
+    """The first place where `found` differs from `own` in structure: a text for a number, another number of items.
 
-    Only what both have is compared: what else a state holds is its reader's to judge.
+    Compares only keys that both have; whoever reads the state handles the others. None: there is no difference.
     """
     if isinstance(own, Mapping):
         if not isinstance(found, Mapping):
@@ -331,7 +333,7 @@ def _short(value: Any) -> str:
 
 
 def newest_state(output_dir: str | Path, output_name: str | None) -> Path | None:
-    """The state of a run with the most steps done (of several, the one written last), None when there is none."""
+    """The state with the most steps of this --output_name; among equals the newest. None when there is none."""
     output_dir = Path(output_dir)
     clean_leftovers(output_dir)
     if not output_dir.is_dir():

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The safetensors format, written tensor by tensor: 8 bytes header length, JSON header, tensor data.
+"""Writer of the safetensors format, tensor by tensor: 8 bytes of header length, JSON header, tensor data.
 
-Writing it here, instead of through the safetensors package, means one tensor in memory at a time, the disk's own error
-code when it is full, and one place that knows the order of the data, which the hashes of `metadata.py` depend on.
-Reading is the package's. Format: https://github.com/huggingface/safetensors#format
+In contrast to the safetensors package, this keeps one tensor in memory at a time, reports the system's error code when
+the disk is full, and defines the order of the data, on which the hashes of `metadata.py` depend. Reading is done by the
+package. Format: https://github.com/huggingface/safetensors#format
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def ordered_names(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def header_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """The file's bytes before the tensor data: length and JSON header, padded with spaces to a multiple of 8."""
+    """The bytes before the tensor data: length and JSON header, padded with spaces to a multiple of 8."""
     table: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     offset = 0
     for name in ordered_names(tensors):
@@ -70,12 +70,12 @@ def data_chunks(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
 
 
 def data_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """Bytes of all tensor data."""
+    """Number of bytes of all tensor data."""
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """Write the file; returns the sha256 of its tensor data. Raises OSError."""
+    """Write the file. Returns the sha256 of its tensor data. Raises OSError."""
     digest = hashlib.sha256()
     with open(path, "wb") as file:
         file.write(header_bytes(tensors, metadata))
@@ -86,9 +86,9 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
 
 
 def check_safetensors(path: Path, expected_digest: str) -> None:
-    """Read a file back through the safetensors package and compare its data with what was meant to be written.
+    """Read a file back with the safetensors package and compare the sha256 of its tensor data.
 
-    Raises SaveError when the disk gave back something else.
+    Raises SaveError when it differs from `expected_digest`.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -102,7 +102,7 @@ def check_safetensors(path: Path, expected_digest: str) -> None:
 
 
 def data_digest(path: Path) -> str:
-    """sha256 over the tensor data of a safetensors file on disk."""
+    """sha256 of the tensor data of a safetensors file on disk."""
     with open(path, "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         file.seek(8 + length)

@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Block swap: the weights of some blocks wait in main memory and come to the device when the block runs.
+"""Block swap: the weights of some blocks are kept in main memory and copied to the device when the block runs.
 
     swap = BlockSwap(blocks, swapped=spread(len(blocks), 20), device=device)
-    swap.install()     # from here on passes forward and backward are what they were, in less memory
-    swap.home()        # before weights are read: a save, a state
-    swap.change(...)   # other blocks from now on
+    swap.install()     # forward and backward passes give the same results from here on, in less memory
+    swap.home()        # before weights are read, for example by a save
+    swap.change(...)   # swap other blocks from now on
     swap.remove()
 
-Each swapped block has one image in main memory (host_image.py); a few slots on the device (ring.py) take the images in
-turn. A block is made present before its forward pass and before the first node of its backward pass, and then the
-next ones are sent for. That order is a prediction only: whatever needs a block makes it present, or finds it so.
+Each swapped block has one image in main memory (host_image.py); the images share a few slots on the device (ring.py).
+A block is loaded before its forward pass and before the first node of its backward pass, and the blocks that are
+expected next are prefetched. Prefetching is a prediction only: whatever needs a block loads it if it is not there.
 
-The backward pass needs the weights that the forward pass saved (`F.linear` saves W^T). While a swapped block runs, what
-lies in a slot is therefore saved as a place in the block's image, and looked up where the block is by then. Where
-activations are recomputed, autograd saves what recomputation starts from; unpacking that makes the block present, too.
+The backward pass needs the weights that the forward pass saved (`F.linear` saves W^T). While a swapped block runs, a
+tensor in a slot is therefore saved as its position in the block's image, and looked up in the slot that holds the
+block by then. With recomputation, autograd saves the inputs of the block; unpacking them loads the block, too.
 
-Weights that learn must be updated while their block is present: in the backward pass, from hooks on the gradients.
-Whoever updates them says so (`changed`), and then what learns is copied home when the block loses its slot. Frozen
-bytes are never copied home. Hooks lie on the modules, outside of whatever replaces their `forward`.
+Weights that learn must be updated while their block is in a slot: in the backward pass, by hooks on the gradients.
+Their updates must be reported (`changed`); then the learning part is copied home when the block loses its slot. Frozen
+bytes are never copied home. The hooks are on the modules, outside of whatever replaces their `forward`.
 """
 
 from __future__ import annotations
@@ -34,53 +34,53 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from library.memory.host_image import HostImage, is_placeholder, tensors_of
 from library.memory.pinning import Pinning
-from library.memory.ring import CudaWay, Ring
+from library.memory.ring import CudaCopyQueue, Ring
 from library.memory.slots import SLOTS
 
 
 def spread(total: int, count: int) -> list[int]:
-    """`count` of the indices 0 ... total - 1, evenly spaced, in order."""
+    """`count` of the indices 0 ... total - 1, evenly spaced, ascending."""
     return [(2 * i + 1) * total // (2 * count) for i in range(count)]
 
 
 @dataclass(frozen=True)
-class SavedPlace:
-    """A tensor that autograd saved and that is part of a block: where it lies in the block's image."""
+class SavedView:
+    """A tensor that autograd saved and that is a view of a block's weights: its position in the block's image."""
 
     size: torch.Size
     stride: tuple[int, ...]
-    start: int  # in elements of dtype
+    start: int  # offset in elements of dtype
     dtype: torch.dtype
 
 
 @dataclass
 class OpenForward:
-    """A block that is in its forward pass."""
+    """A block whose forward pass is running."""
 
     index: int
     hooks: saved_tensors_hooks | None = None  # None: without gradient
-    inputs: frozenset[int] = frozenset()  # ids of its tensors
+    inputs: frozenset[int] = frozenset()  # ids of its input tensors
 
 
 def shared_tensors(blocks: Iterable[nn.Module], without: Collection[int] = ()) -> dict[int, Tensor]:
-    """Tensors that several of the blocks have, by id. They stay on the device."""
+    """Tensors that belong to several of the blocks, by id. They stay on the device."""
     owned = [tensor for block in blocks for tensor in tensors_of(block, without)]
     owners = Counter(id(tensor) for tensor in owned)
     return {id(tensor): tensor for tensor in owned if owners[id(tensor)] > 1}
 
 
 def moved_bytes(blocks: Sequence[nn.Module], without: Iterable[Tensor] = ()) -> list[int]:
-    """Bytes of each block that move when it is swapped, wherever they are now. without: as for BlockSwap."""
+    """Bytes of each block that are moved when it is swapped. without: see BlockSwap."""
     left_alone = frozenset(id(tensor) for tensor in without)
     left_alone |= shared_tensors(blocks, left_alone).keys()
     return [sum(tensor.nbytes for tensor in tensors_of(block, left_alone)) for block in blocks]
 
 
 class BlockSwap:
-    """Swaps blocks[i] for i in `swapped`. Nothing else may swap or join these weights at the same time.
+    """Swaps blocks[i] for i in `swapped`. Nothing else may swap or flatten these weights at the same time.
 
-    without: tensors of these blocks that someone else moves (modulation hoisting). They are left alone. What several
-    blocks share stays on the device. pinning: of the run.
+    without: tensors of these blocks that are moved by other code (modulation hoisting) and left alone here. Tensors
+    that several blocks share stay on the device. pinning: the run's, shared by all its users.
     """
 
     ring_class: ClassVar[type[Ring]] = Ring
@@ -104,14 +104,14 @@ class BlockSwap:
         self._shared = shared_tensors(blocks, left_alone)
         self._without = left_alone | self._shared.keys()
         self.before_leaving: Callable[[Sequence[nn.Parameter]], None] | None = None
-        # what is done with saved tensors that are no weights, and undone: only one pair of hooks can be in force
+        # pack and unpack hooks for saved tensors that are not weights: only one pair of hooks can be active at a time
         self.rest: tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] = (_itself, _itself)
-        self._image_of: dict[int, HostImage] = {}  # by the block's place in `blocks`
+        self._image_of: dict[int, HostImage] = {}  # by the block's index in `blocks`
         self._images: list[HostImage] = []  # of `swapped`
         self._ring: Ring | None = None
         self._handles: list[Any] = []
         self._open: list[OpenForward] = []
-        self._with_backward: set[int] = set()  # blocks that the last forward pass with gradient left a backward pass of
+        self._with_backward: set[int] = set()  # blocks that the last forward pass with gradient gave a backward pass
         self._went_backward: set[int] = set()  # blocks whose last pass was a backward pass
         self._changed: set[int] = set()
         self._block_of: dict[int, int] = {}  # id of a learning parameter -> its block
@@ -126,9 +126,9 @@ class BlockSwap:
     # ---- life -------------------------------------------------------------------------------------------------------
 
     def install(self) -> None:
-        """Move the swapped blocks' weights into images, those of all others to the device.
+        """Move the weights of swapped blocks into images, and those of all other blocks to the device.
 
-        What learns is what needs a gradient now.
+        The weights that require a gradient now are those that learn.
         """
         others = (block for i, block in enumerate(self.blocks) if i not in self._chosen)
         staying = [tensor for block in others for tensor in tensors_of(block, self._without)]
@@ -137,17 +137,17 @@ class BlockSwap:
         self._exchange(room=0)
 
     def change(self, swapped: Collection[int]) -> None:
-        """Swap these blocks from now on, between two steps. What is in the images of blocks that stay swapped stays.
+        """Swap these blocks from now on. Call it between two steps. Blocks that stay swapped keep their images.
 
-        On the way the device never holds more than before or afterwards, and main memory at most one image more, as
-        long as fewer blocks do not become more bytes. Whatever stops it halfway (no more memory), no weight is lost,
-        and it can be called again; until it has succeeded, no pass can run.
+        While it runs, the device never holds more than before or afterwards, and main memory at most one more image,
+        unless fewer blocks have more bytes. When it fails halfway (out of memory), no weight is lost and it can be
+        called again; no pass can run until it has succeeded.
         """
         self._choose(swapped)
         self._exchange(room=self._stop())
 
     def _exchange(self, room: int) -> None:
-        """Make images of the chosen blocks, and bring others back. room: bytes that are free on the device for that."""
+        """Make images of the chosen blocks and bring the others back. room: bytes of the device to use meanwhile."""
         coming = [index for index in self._image_of if index not in self._chosen]
         for index in self._chosen:
             if index in self._image_of:
@@ -160,14 +160,14 @@ class BlockSwap:
         self._start()
 
     def _send_away(self, index: int) -> int:
-        """Move a block's weights into an image. Returns their bytes."""
+        """Move a block's weights into an image. Returns the number of bytes."""
         image = HostImage(tensors_of(self.blocks[index], self._without), self.pinning)
         image.point(image.at_home)
         self._image_of[index] = image
         return image.nbytes
 
     def _bring_back(self, index: int) -> int:
-        """Move a block's weights from its image to the device, and drop the image. Returns their bytes."""
+        """Move a block's weights from its image to the device and drop the image. Returns the number of bytes."""
         image = self._image_of[index]
         image.bring(self.device)
         image.release()
@@ -175,7 +175,7 @@ class BlockSwap:
         return image.nbytes
 
     def _start(self) -> None:
-        """Passes go through a ring of the images."""
+        """Make a ring for the images and put hooks on the swapped blocks."""
         self._images = [self._image_of[index] for index in self._chosen]
         self._ring = self.ring_class(self._images, self.device, min(self._slots, len(self.swapped)))
         self._block_of = {id(p): index for index, image in enumerate(self._images) for p in image.learning}
@@ -186,7 +186,7 @@ class BlockSwap:
             ]
 
     def _stop(self) -> int:
-        """Every weight is at home, and there is no ring. Returns the bytes that it had."""
+        """Copy every weight home and drop the ring and the hooks. Returns the bytes of the ring."""
         if self._ring is None:
             return 0
         self.reset()
@@ -198,25 +198,25 @@ class BlockSwap:
         return room
 
     def remove(self) -> None:
-        """The swapped weights are ordinary tensors of the host, those of the other blocks stay on the device."""
+        """Undo `install`: swapped weights become ordinary tensors in main memory; all others stay on the device."""
         self._stop()
         for image in self._image_of.values():
             image.release()
         self._image_of = {}
 
     def home(self) -> None:
-        """Every tensor of swapped blocks is its image now, and the images are whole: for reading and writing weights.
+        """Point every tensor of swapped blocks to its image and complete the images, to read or write weights.
 
-        Waits for the device. The next pass goes on by itself.
+        Waits for the device. The next pass loads blocks again by itself.
         """
-        if self._ring is None:  # a change did not come to its end
+        if self._ring is None:  # a change has failed halfway
             return
         self.ring.vacate_all(self._goes_home)
         for image in self._images:
             image.point(image.at_home)
 
     def reset(self) -> None:
-        """Forget a pass that ended in an exception. What was updated in it is kept; the next pass starts clean."""
+        """Forget a pass that ended with an exception. Its updates are kept, and the next pass starts clean."""
         while self._open:
             self._close(self._open.pop())
         self._with_backward.clear()
@@ -225,9 +225,9 @@ class BlockSwap:
             self.ring.vacate_all(self._goes_home)
 
     def changed(self, parameters: Iterable[Tensor]) -> None:
-        """These parameters have just been updated. Those that are in no swapped block do not matter.
+        """Report that these parameters have just been updated. Parameters outside of swapped blocks are ignored.
 
-        Raises RuntimeError when the block of one is away: what was written then is lost.
+        Raises RuntimeError when the block of one of them is not in a slot: the update is lost.
         """
         for parameter in parameters:
             index = self._block_of.get(id(parameter))
@@ -247,37 +247,37 @@ class BlockSwap:
 
     @property
     def host_bytes(self) -> int:
-        """Of main memory that images take."""
+        """Bytes of main memory that the images take."""
         return sum(image.nbytes for image in self._image_of.values())
 
     @property
     def ring_bytes(self) -> int:
-        """Of the device that slots take."""
+        """Bytes of the device that the slots take."""
         return self.ring.nbytes_of_slot * len(self.ring.slots)
 
     @property
     def copies(self) -> int:
-        """Blocks copied to the device so far."""
+        """Number of copies of blocks to the device so far."""
         return self.ring.copies
 
     @property
     def copies_home(self) -> int:
-        """Blocks copied back so far, after an update."""
+        """Number of copies of updated blocks to main memory so far."""
         return self.ring.copies_home
 
     def measure(self) -> None:
-        """From now on note for how long the computation waits for copies, where they run beside it."""
-        if isinstance(self.ring.way_in, CudaWay):
-            self.ring.way_in.stalls = []
+        """Start to measure for how long the computation waits for copies (CUDA only)."""
+        if isinstance(self.ring.queue_in, CudaCopyQueue):
+            self.ring.queue_in.stalls = []
 
     def stalled(self) -> float:
-        """Seconds since `measure`. The host waits for the device: not for use in a step."""
-        return self.ring.way_in.stalled() if isinstance(self.ring.way_in, CudaWay) else 0.0
+        """Seconds that the computation has waited since `measure`. Synchronizes the device."""
+        return self.ring.queue_in.stalled() if isinstance(self.ring.queue_in, CudaCopyQueue) else 0.0
 
-    # ---- who is present ---------------------------------------------------------------------------------------------
+    # ---- which blocks are loaded ------------------------------------------------------------------------------------
 
     def _need(self, index: int, ahead: Iterable[int], *, backward: bool) -> None:
-        """Make block `index` present and send for what comes next, as far as there are slots."""
+        """Load block `index` and prefetch what comes next, as far as there are slots."""
         wanted = [index]
         for following in ahead:
             if len(wanted) == len(self.ring.slots):
@@ -288,7 +288,7 @@ class BlockSwap:
         self.ring.use(index)
 
     def _forward_from(self, index: int) -> Iterator[int]:
-        """The blocks after this one; in a pass without gradient the next pass follows."""
+        """The blocks after this one and, without gradient, those that the next pass begins with."""
         yield from range(index + 1, len(self.swapped))
         if not torch.is_grad_enabled():
             yield from range(index)
@@ -303,14 +303,14 @@ class BlockSwap:
 
     def _loses_slot_in_backward(self, index: int) -> bool:
         learning = self._images[index].learning
-        # gradients of a block whose own backward pass is still to come are not whole yet
+        # the gradients of a block are not complete before its own backward pass
         if learning and self.before_leaving is not None and index in self._went_backward:
             self.before_leaving(learning)
         self._went_backward.discard(index)
         return self._goes_home(index)
 
     def _goes_home(self, index: int) -> bool:
-        """Whether what learns in the block, which loses its slot, is to be copied home."""
+        """Whether the learning part of the block, which loses its slot, must be copied home."""
         was_changed = index in self._changed
         self._changed.discard(index)
         return was_changed
@@ -328,9 +328,9 @@ class BlockSwap:
         self._open.append(OpenForward(index, hooks, frozenset(id(tensor) for tensor in _tensors((args, kwargs)))))
 
     def _leave(self, index: int, block: nn.Module, args: Any, output: Any) -> None:
-        """Also called when the forward pass failed, then without output."""
+        """Also called when the forward pass has failed, then without output."""
         if not self._open or self._open[-1].index != index:
-            return  # it failed in a hook before `_enter` was done
+            return  # a hook failed before `_enter` was done
         opened = self._open.pop()
         self._close(opened)
         if opened.hooks is None:
@@ -354,10 +354,10 @@ class BlockSwap:
 
     def _pack(self, index: int, tensor: Tensor) -> tuple[int, Any]:
         slot = self.ring.slot_in(tensor)
-        if slot is None:  # with its history, an output would keep its own node alive
+        if slot is None:  # not detached, an output would keep its own node alive
             return index, self.rest[0](tensor.detach())
         assert slot.holds is not None
-        return slot.holds, SavedPlace(tensor.shape, tensor.stride(), int(tensor.storage_offset()), tensor.dtype)
+        return slot.holds, SavedView(tensor.shape, tensor.stride(), int(tensor.storage_offset()), tensor.dtype)
 
     def _unpack(self, saved: tuple[int, Any]) -> Tensor:
         index, value = saved
@@ -365,7 +365,7 @@ class BlockSwap:
         if slot is None or slot.arrival is not None:  # the prediction was wrong
             self._need_backward(index)
             slot = self.ring.use(index)
-        if not isinstance(value, SavedPlace):
+        if not isinstance(value, SavedView):
             return self.rest[1](value)
         return slot.memory.view(value.dtype).as_strided(value.size, value.stride, value.start)
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recomputation as a budget: the share of the activations that is kept for the backward pass.
+"""Activation checkpointing with a budget: the share of the activations that is kept for the backward pass.
 
     recomputation = Recomputation(family.blocks(denoiser))
-    recomputation.set_budget(0.5)  # half of the blocks, evenly spread, are computed again in the backward pass
-    recomputation.set_budget(0)  # out of memory: all of them
+    recomputation.set_budget(0.5)  # recompute half of the blocks, evenly spread, in the backward pass
+    recomputation.set_budget(0)  # recompute all of them
     recomputation.undo()
 
-Of a block that is recomputed only the inputs are kept. Random draws are repeated as they were.
+Only the inputs of a recomputed block are kept. Random draws are repeated exactly.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-Forward = Callable[..., Any]
+ForwardFunction = Callable[..., Any]
 
 
-class Forwards:
-    """The `forward` of each block, replaced on the instance and put back."""
+class ReplacedForwards:
+    """Replaces the `forward` methods of blocks on their instances, and restores them."""
 
     def __init__(self, blocks: Iterable[nn.Module]) -> None:
         self.blocks = list(blocks)
-        self.before: list[Forward] = [block.forward for block in self.blocks]
-        self._instances = [vars(block).get("forward") for block in self.blocks]  # None: the method of the class
+        self.before: list[ForwardFunction] = [block.forward for block in self.blocks]
+        self._instances = [vars(block).get("forward") for block in self.blocks]  # None: the class's method
 
-    def replace(self, index: int, forward: Forward) -> None:
-        """From now on block `index` computes `forward`."""
+    def replace(self, index: int, forward: ForwardFunction) -> None:
+        """Make block `index` compute `forward`."""
         self.blocks[index].forward = forward
 
     def restore(self, index: int) -> None:
-        """Block `index` as it was."""
+        """Restore the `forward` of block `index`."""
         block, instance = self.blocks[index], self._instances[index]
         if instance is not None:
             block.forward = instance
@@ -42,28 +42,28 @@ class Forwards:
             del block.forward
 
     def undo(self) -> None:
-        """All blocks as they were."""
+        """Restore all blocks."""
         for index in range(len(self.blocks)):
             self.restore(index)
 
 
 class Recomputation:
-    """Which blocks are computed again in the backward pass.
+    """Recomputes some blocks in the backward pass.
 
-    weights: bytes of activations that each block would keep, or anything in proportion to them; None: all the same.
+    weights: bytes of activations of each block, or anything proportional to them; None: all blocks are equal.
     """
 
     def __init__(self, blocks: Iterable[nn.Module], weights: Sequence[float] | None = None) -> None:
-        self.forwards = Forwards(blocks)
+        self.forwards = ReplacedForwards(blocks)
         count = len(self.forwards.blocks)
         self.weights = [1.0] * count if weights is None else [float(weight) for weight in weights]
         if len(self.weights) != count:
             raise ValueError(f"{count} blocks have {len(self.weights)} weights")
 
     def set_budget(self, budget: float) -> list[int]:
-        """Keep about this share of the activations; may be called again at any time between two steps.
+        """Keep about this share of the activations. May be called again between any two steps.
 
-        Returns the numbers of the blocks that are recomputed.
+        Returns the indices of the blocks that are recomputed.
         """
         again = recomputed_blocks(self.weights, budget)
         self.forwards.undo()
@@ -72,15 +72,15 @@ class Recomputation:
         return again
 
     def undo(self) -> None:
-        """Recompute nothing."""
+        """Stop recomputing."""
         self.forwards.undo()
 
 
 def recomputed_blocks(weights: Sequence[float], budget: float) -> list[int]:
-    """Numbers of the blocks to recompute, evenly spread, so that about `budget` of the sum of `weights` is kept.
+    """Indices of the blocks to recompute, evenly spread, so that about `budget` of the sum of `weights` is kept.
 
-    Like drawing a line with pixels: a block is kept where the line budget * (weight so far) crosses the middle of what
-    would be kept with it.
+    Works like drawing a line in pixels: a block is kept when that brings the weight kept so far closer to the line
+    budget * (weight so far). Raises ValueError unless 0 <= budget <= 1.
     """
     if not 0 <= budget <= 1:
         raise ValueError(f"a budget is from 0 to 1, got {budget}")
@@ -94,11 +94,11 @@ def recomputed_blocks(weights: Sequence[float], budget: float) -> list[int]:
     return again if budget < 1 else []
 
 
-def recomputed(forward: Forward) -> Forward:
-    """`forward`, of which only the inputs are kept for the backward pass.
+def recomputed(forward: ForwardFunction) -> ForwardFunction:
+    """`forward` with recomputation: only its inputs are kept for the backward pass.
 
-    The non-reentrant kind: it takes keyword arguments, gradients flow when no input needs one, and a backward pass
-    that needs only a part of the block computes no more than that.
+    Uses non-reentrant checkpointing, which takes keyword arguments, lets gradients flow when no input requires one, and
+    recomputes only as much of the block as the backward pass needs.
     """
 
     def again(*args: Any, **kwargs: Any) -> Any:
@@ -110,7 +110,7 @@ def recomputed(forward: Forward) -> Forward:
 
 
 def recompute_encoders(encoders: Sequence[nn.Module]) -> None:
-    """The same for text encoders that learn, in the way of transformers. They are put into training mode for it."""
+    """Recompute text encoders that learn, through transformers. Puts them into training mode, which that requires."""
     for encoder in encoders:
         encoder.train()  # transformers recomputes in training mode only
         encoder.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run does to save memory: given by the options, or chosen by the planner. Imports no torch."""
+"""How a run saves memory: given by the options or chosen by the planner. Does not import torch."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from dataclasses import dataclass
 
 from library.memory.options import MemoryOptions
 
-STORAGES = ("plain", "fp8", "int8", "nf4")  # how frozen matrices are kept; plain: in the dtype of the computation
+STORAGES = ("plain", "fp8", "int8", "nf4")  # formats of frozen matrices; plain: the dtype of the computation
 
 
 @dataclass(frozen=True)
 class MemoryChoice:
-    """Everything that decides how much a step takes, besides model, method and batch."""
+    """Everything that determines the memory of a step, apart from model, method and batch."""
 
-    storage: str = "plain"  # of the frozen denoiser, one of STORAGES
-    encoder_storage: str = "plain"  # of frozen text encoders
-    activation_budget: float = 1.0  # share of the activations that is kept for the backward pass
-    offload: bool = False  # what recomputation starts from waits in main memory
+    storage: str = "plain"  # format of the frozen denoiser, one of STORAGES
+    encoder_storage: str = "plain"  # format of frozen text encoders
+    activation_budget: float = 1.0  # share of the activations that is kept for the backward pass, 0 to 1
+    offload: bool = False  # inputs of recomputed blocks are kept in main memory
     blocks_to_swap: int = 0  # as --blocks_to_swap counts them
-    hoist: bool = False  # modulation weights wait in main memory
+    hoist: bool = False  # modulation weights are kept in main memory
     compiled: bool = False
 
     @classmethod
     def of(cls, options: MemoryOptions) -> MemoryChoice:
-        """What is given; "auto" counts as if it were not."""
+        """The choice that the options give; "auto" counts as not given."""
         budget = 0.0 if options.gradient_checkpointing else options.activation_budget
         return cls(
             storage=options.denoiser_storage,
@@ -38,7 +38,7 @@ class MemoryChoice:
         )
 
     def flags(self) -> Iterator[str]:
-        """The options that ask for this choice."""
+        """The command-line options for this choice."""
         if self.storage == "fp8":
             yield "--fp8_base" if self.encoder_storage == "fp8" else "--fp8_base_unet"
         elif self.storage != "plain":

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiled blocks, with the recomputation inside: each kind of block is compiled once, by torch.compile.
+"""Compiled blocks with recomputation inside: torch.compile compiles each kind of block once.
 
     compiled = CompiledBlocks(family.blocks(denoiser), backend="inductor", budget=0.0, dynamic=False)
     warm(passes, trained)  # before the first step, so that no step waits for a compiler
     compiled.set_budget(0.0); compiled.undo()
 
-What a block computes must not depend on what was compiled before, or a resumed run would differ in the last digits.
-So shapes are static, or dynamic from the beginning (torch's own way is to begin static, and to prefer what was used
-last), and without gradients (previews, validation) blocks run as they were.
+The result of a block must not depend on what was compiled before, or a resumed run would differ in the last digits.
+Shapes are therefore static, or dynamic from the start (by default torch starts static and prefers the latest variant),
+and without gradients (previews, validation) blocks run uncompiled.
 
 A block that draws random numbers (dropout) is recomputed from outside: partitioners do not repeat draws.
 """
@@ -30,22 +30,22 @@ from torch._dynamo.exc import TorchDynamoException
 
 from library.device import kept_random_state
 from library.log import get_logger, progress
-from library.memory.checkpointing import Forward, Forwards, recomputed, recomputed_blocks
+from library.memory.checkpointing import ForwardFunction, ReplacedForwards, recomputed, recomputed_blocks
 
 log = get_logger()
 
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 DEFAULT_CACHE = Path("~/.cache/trainyard/compiled")
 PARTITIONING = ("inductor", "aot_eager")  # backends that split forward and backward by activation_memory_budget
-MOST_VARIANTS = 4096  # of one kind of block: each shape, rank and strength of adapters is one
+MOST_VARIANTS = 4096  # variants of one kind of block: one per shape, adapter rank and adapter strength
 DRAWS = {"rand", "randn", "randint", "rand_like", "randn_like", "randint_like", "bernoulli", "normal", "uniform"}
 
 
-# ---- where there is a compiler --------------------------------------------------------------------------------------
+# ---- is there a compiler? -------------------------------------------------------------------------------------------
 
 
 def missing_compiler(backend: str, device: torch.device) -> str | None:
-    """What `backend` needs and this machine has not, or None."""
+    """The compiler that `backend` needs and this machine lacks; None when nothing is missing."""
     if backend != "inductor":
         return None
     from torch._inductor.cpp_builder import get_cpp_compiler
@@ -62,7 +62,7 @@ def missing_compiler(backend: str, device: torch.device) -> str | None:
 
 
 def keep_compiled(folder: str | Path | None) -> Path:
-    """Keep what inductor compiles in `folder`, so that the next run finds it. None: torch's variable, or our default.
+    """Make inductor cache compiled code in `folder`, for later runs. None: torch's variable, or our default folder.
 
     Call it before the first compilation. Returns the folder.
     """
@@ -79,44 +79,44 @@ def keep_compiled(folder: str | Path | None) -> Path:
 class CompiledBlocks:
     """The blocks of a denoiser, compiled when they are first called with gradients.
 
-    budget: share of the activations that is kept for the backward pass. dynamic: one graph for all shapes, instead of
-    one per shape: for runs with more than a few of them. Attach adapters first: their hooks become part of the block.
+    budget: share of the activations that is kept for the backward pass. dynamic: one graph for all shapes instead of
+    one per shape, for runs with more than a few shapes. Attach adapters first: their hooks become part of the block.
     """
 
     def __init__(
         self, blocks: Sequence[nn.Module], backend: str = "inductor", *, budget: float = 1.0, dynamic: bool = False
     ) -> None:
-        self.forwards = Forwards(blocks)
+        self.forwards = ReplacedForwards(blocks)
         self.backend, self.dynamic = backend, dynamic
-        self.kinds: list[Kind] = []
+        self.kinds: list[BlockKind] = []
         _make_repeatable()
         self.set_budget(budget)
 
     def set_budget(self, budget: float) -> None:
-        """Keep about this share of the activations. Everything is compiled anew, so call it seldom."""
+        """Keep about this share of the activations. Everything is compiled again, so call it rarely."""
         self.forwards.undo()
         again = set(recomputed_blocks([1.0] * len(self.forwards.blocks), budget))
-        kinds: dict[Hashable, Kind] = {}
+        kinds: dict[Hashable, BlockKind] = {}
         for index, block in enumerate(self.forwards.blocks):
             signature = _signature(block)
             if signature not in kinds:
-                kinds[signature] = Kind(type(block).__name__, self.backend, budget, self.dynamic)
+                kinds[signature] = BlockKind(type(block).__name__, self.backend, budget, self.dynamic)
             plain = self.forwards.before[index]
             self.forwards.replace(index, kinds[signature].forward(plain, again=index in again))
         self.kinds = list(kinds.values())
 
     def undo(self) -> None:
-        """All blocks as they were."""
+        """Restore the uncompiled blocks."""
         self.forwards.undo()
 
 
-class Kind:
-    """Blocks of one class and one set of shapes: they share what is compiled."""
+class BlockKind:
+    """Blocks of one class with the same shapes, which share compiled code."""
 
     def __init__(self, name: str, backend: str, budget: float, dynamic: bool) -> None:
         self.name, self.backend, self.dynamic = name, backend, dynamic
-        self.broken = False  # it cannot be compiled
-        self.outside = backend not in PARTITIONING  # recomputation surrounds what is compiled, instead of being in it
+        self.broken = False  # compilation has failed
+        self.outside = backend not in PARTITIONING  # recomputation is around the compiled code instead of inside
         self.budget = budget
         self._code: dict[FunctionType, FunctionType] = {}
         self._backend = self._make_backend()
@@ -128,15 +128,17 @@ class Kind:
             inside = 1.0 if self.outside else float(self.budget)
             if inside < 1 and draws(graph):
                 self.outside = True
-                raise RuntimeError("draws random numbers")  # `forward` begins again
+                raise RuntimeError("draws random numbers")  # makes `forward` start again
             with functorch_config.patch(activation_memory_budget=inside):
                 return compile_graph(graph, inputs)
 
         return compile_with_budget
 
-    def forward(self, plain: Forward, *, again: bool) -> Forward:
-        """What takes the place of `plain`. again: it is recomputed where the budget cannot be kept inside."""
-        compiled: Forward = torch.compile(self._own(plain), backend=self._backend, fullgraph=True, dynamic=self.dynamic)
+    def forward(self, plain: ForwardFunction, *, again: bool) -> ForwardFunction:
+        """The replacement of `plain`. again: recompute it from outside when the budget cannot be applied inside."""
+        compiled: ForwardFunction = torch.compile(
+            self._own(plain), backend=self._backend, fullgraph=True, dynamic=self.dynamic
+        )
         eager, surrounded = (recomputed(plain), recomputed(compiled)) if again else (plain, compiled)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -153,14 +155,14 @@ class Kind:
         return forward
 
     def give_up(self, error: BaseException) -> None:
-        """Blocks of this kind run as they were from now on."""
+        """Run blocks of this kind uncompiled from now on, and log why."""
         self.broken = True
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = " ".join(lines[:2])  # the first says where it came from, the second what it was
+        reason = " ".join(lines[:2])  # the first line says where the error came from, the second what it is
         log.warning(f"--compile: {self.name} cannot be compiled and runs without: {reason}")
 
-    def _own(self, plain: Forward) -> Forward:
-        """`plain` with a code object of this kind's own: torch keeps and searches compiled code per code object."""
+    def _own(self, plain: ForwardFunction) -> ForwardFunction:
+        """`plain` with its own code object for this kind: torch stores and looks up compiled code by code object."""
         if not isinstance(plain, MethodType) or not isinstance(plain.__func__, FunctionType):
             return plain
         function = plain.__func__
@@ -175,14 +177,14 @@ class Kind:
 
 
 def _signature(block: nn.Module) -> Hashable:
-    """Equal for blocks that are likely to share a graph. What it misses, torch's guards tell apart."""
+    """A key that is equal for blocks that are likely to share a graph; torch's guards catch what it misses."""
     weights = tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in block.named_parameters())
     hooks = tuple(len(module._forward_hooks) for module in block.modules())
     return type(block), weights, hooks
 
 
 def draws(graph: fx.GraphModule) -> bool:
-    """Whether a graph draws random numbers."""
+    """Whether a graph draws random numbers, for example for dropout."""
     graphs = [module.graph for module in graph.modules() if isinstance(module, fx.GraphModule)]
     return any(_draws(node) for inner in graphs for node in inner.nodes)
 
@@ -201,22 +203,24 @@ def _draws(node: fx.Node) -> bool:
 
 
 def _make_repeatable() -> None:
-    """What torch compiles depends on the shapes of a call, and not on the calls before it."""
+    """Configure torch so that compiled code depends on the shapes of a call, and not on earlier calls."""
     dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, MOST_VARIANTS)
     dynamo_config.accumulated_recompile_limit = max(dynamo_config.accumulated_recompile_limit, MOST_VARIANTS)
-    dynamo_config.specialize_float = True  # else the second strength of an adapter makes it a variable
-    shape_config.use_duck_shape = False  # else sides that are equal in the first call are taken to be always equal
+    dynamo_config.specialize_float = True  # otherwise a second adapter strength turns it into a variable
+    shape_config.use_duck_shape = (
+        False  # otherwise sizes that are equal in the first call are assumed to be always equal
+    )
 
 
 # ---- before the first step ------------------------------------------------------------------------------------------
 
 
 def warm(passes: Sequence[Callable[[], Tensor]], trained: Sequence[Tensor], device: torch.device) -> None:
-    """Run each forward pass (one per shape; it returns a loss) and its backward pass, for what is compiled in them.
+    """Compile ahead of the first step: run each forward pass (one per shape, returns a loss) and its backward pass.
 
-    Leaves no trace: random states stay, and no gradient reaches a parameter or the hooks that step in the backward
-    pass. trained: tensors that gradients are asked for, so that the backward pass goes through all blocks; those of
-    the first block are enough, and spare the memory for all gradients at once.
+    Leaves no trace: random states are restored, and no gradient reaches a parameter or the hooks that step in the
+    backward pass. trained: tensors whose gradients are computed, so that the backward pass goes through all blocks;
+    those of the first block are enough and save the memory for all gradients.
     """
     with kept_random_state(device), progress(len(passes), "compiling", "shape") as bar:
         for run in passes:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The peak of a training step for each way of saving memory, from the figures of one step without any. Arithmetic only.
+"""Peak memory of a training step for each way of saving memory, computed from the figures of one plain step.
 
-A step is a row of segments: the blocks' forward passes, what lies between them, their backward passes. Of each the
-bytes of activations and gradients at its start and at its peak are known. A block that is recomputed keeps less from
-the end of its forward pass to the start of its backward pass, and every segment in between is lower by that much; at
-the start of its backward pass it comes up again. Swapping, hoisting and fewer bits per weight move the whole row.
+A step is a sequence of segments: the blocks' forward passes, the code in between, and their backward passes. For each
+one the bytes of activations and gradients at its start and at its peak are known. A recomputed block keeps less from
+the end of its forward pass to the start of its backward pass, which lowers every segment in between by that much; at
+the start of its backward pass the activations come back. Swapping, hoisting and quantisation lower all segments alike.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from library.memory.slots import slot_bytes
 from library.memory.work import Work
 
 NO_WORK = Work()
-CUDA_CONTEXT = 600 << 20  # bytes of a process on a card before its first tensor: 0.5 to 0.8 GB by card and driver
-# of a compiled block's activations, by budget: inductor makes cheap ones again at once, then those that cost products.
-# Means of both kinds of FLUX.1's blocks (PERFORMANCE.md 2.4); at 0, only what the block starts from is kept
+CUDA_CONTEXT = 600 << 20  # bytes that a process takes on a card before its first tensor: 0.5 to 0.8 GB
+# (budget, share of a compiled block's activations that is kept): inductor recomputes cheap ones first, then those that
+# need matrix products. Means over both kinds of FLUX.1 blocks (PERFORMANCE.md 2.4); at 0, only the inputs are kept
 COMPILED_KEEPS = ((0.0, 0.0), (0.2, 0.31), (0.3, 0.43), (0.5, 0.52), (0.8, 0.52), (1.0, 0.9))
 
 
@@ -29,55 +29,55 @@ COMPILED_KEEPS = ((0.0, 0.0), (0.2, 0.31), (0.3, 0.43), (0.5, 0.52), (0.8, 0.52)
 
 @dataclass(frozen=True)
 class Segment:
-    """Bytes above what is always there."""
+    """A part of a step. Bytes are counted above those that are always allocated."""
 
     phase: str  # "forward" or "backward"
-    block: int | None  # None: outside of all blocks. In the backward pass a block's segment lasts to the next block's
+    block: int | None  # None: outside of all blocks. A backward segment lasts until the next block's
     start: int
     peak: int
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A storage that goes into or out of a block."""
+class BoundaryStorage:
+    """A storage that is an input or output of a block."""
 
     size: int
-    block: int | None  # which made it
-    kept: bool  # whether it is still there when the backward pass begins
+    block: int | None  # the block that made it; None: made outside of all blocks
+    kept: bool  # whether it is alive when the backward pass begins
 
 
 @dataclass(frozen=True)
 class BlockFigures:
-    """What one block's forward pass does."""
+    """Figures of one block's forward pass."""
 
-    kept: int  # bytes it made that are still there when the backward pass begins, its output included
-    inputs: frozenset[int] = frozenset()  # of StepFigures.stored
+    kept: int  # bytes that it made and that are alive when the backward pass begins, including its output
+    inputs: frozenset[int] = frozenset()  # keys of StepFigures.stored
     outputs: frozenset[int] = frozenset()
     work: Work = NO_WORK
 
 
 @dataclass(frozen=True)
 class StepFigures:
-    """One step in which nothing is recomputed."""
+    """Figures of one step in which nothing is recomputed."""
 
     segments: tuple[Segment, ...]
     blocks: tuple[BlockFigures, ...]
-    stored: Mapping[int, Stored]
-    base: int  # bytes that were there before: weights, inputs
+    stored: Mapping[int, BoundaryStorage]
+    base: int  # bytes that were allocated before: weights, inputs
     kept: int  # bytes of activations when the backward pass begins
     work: Work = NO_WORK
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Bytes of a model's weights by the way its frozen matrices are kept ("plain", "fp8", ...)."""
+    """Bytes of a model's weights by the format of its frozen matrices ("plain", "fp8", ...)."""
 
-    blocks: Mapping[str, tuple[int, ...]]  # of each block
+    blocks: Mapping[str, tuple[int, ...]]  # per block
     rest: Mapping[str, int]  # outside of blocks
-    cast: Mapping[str, int] = field(default_factory=dict)  # the largest matrix as it is computed with
-    modulations: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # of each layer that can be hoisted
-    modulations_in: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # the same, summed up by block
-    modulation_outputs: int = 0  # bytes that they give in one step
+    cast: Mapping[str, int] = field(default_factory=dict)  # the largest matrix in the dtype of the computation
+    modulations: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # per layer that can be hoisted
+    modulations_in: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # the same, summed by block
+    modulation_outputs: int = 0  # bytes of their outputs in one step
 
     def total(self, storage: str) -> int:
         return sum(self.blocks[storage]) + self.rest[storage]
@@ -85,37 +85,37 @@ class Weights:
 
 @dataclass(frozen=True)
 class Fixed:
-    """Bytes that do not depend on how the denoiser is kept and run."""
+    """Bytes that do not depend on the format of the denoiser and the way it is run."""
 
-    others: int = 0  # models besides it that stay on the card, the batch
-    encoders: Mapping[str, int] = field(default_factory=dict)  # frozen text encoders, by the way they are kept
-    learning: int = 0  # adapters; 0 where the models' own weights learn
-    average: int = 0  # of weights, --ema_decay
-    gradients: int = 0  # when all are there, from the backward pass to the optimizer's step
-    gradients_stay: bool = False  # they are always there, and no part of the segments
-    optimizer: int = 0  # states
-    update: int = 0  # what a step of the optimizer takes besides
-    in_backward: bool = False  # it is stepped during the backward pass
-    context: int = 0  # CUDA_CONTEXT on a card
+    others: int = 0  # other models that stay on the card, and the batch
+    encoders: Mapping[str, int] = field(default_factory=dict)  # frozen text encoders, by format
+    learning: int = 0  # adapters; 0 when the models' own weights learn
+    average: int = 0  # moving average of the weights, --ema_decay
+    gradients: int = 0  # all gradients, from the end of the backward pass to the optimizer's step
+    gradients_stay: bool = False  # they are always allocated, and not counted in the segments
+    optimizer: int = 0  # optimizer states
+    update: int = 0  # temporary memory of the optimizer's step
+    in_backward: bool = False  # the optimizer steps during the backward pass
+    context: int = 0  # CUDA_CONTEXT on a card, else 0
 
 
 @dataclass(frozen=True)
 class Case:
-    """Everything that a prediction needs."""
+    """Inputs of a prediction."""
 
     step: StepFigures
     weights: Weights
     fixed: Fixed
-    # (blocks, choice) -> the blocks of `step` that are recomputed, whole
+    # (number of blocks, choice) -> indices of the blocks of `step` that are recomputed as a whole
     recomputed: Callable[[int, MemoryChoice], Collection[int]] = lambda count, choice: ()
     swapped: Callable[[int], Sequence[int]] = lambda count: ()  # --blocks_to_swap -> indices into Weights.blocks
     most_swapped: int = 0  # the largest number that --blocks_to_swap takes
-    has_host: bool = True  # whether main memory is another memory than the device's
+    has_host: bool = True  # whether main memory is separate from the device's memory
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Bytes by part at the moment of the peak."""
+    """Bytes by purpose at the moment of the peak."""
 
     weights: int
     gradients: int
@@ -133,7 +133,7 @@ class Prediction:
 
 
 def predict(case: Case, choice: MemoryChoice) -> Prediction:
-    """The peak of a step, the optimizer's states being there already: in one of the passes, or in the update."""
+    """Peak of a step with allocated optimizer states: in one of the two passes, or in the update."""
     weights, fixed = case.weights, case.fixed
     resident = weights.total(choice.storage) - moved(case, choice) - _hoisted(case, choice)
     resident += fixed.others + fixed.encoders.get(choice.encoder_storage, 0) + fixed.learning + fixed.average
@@ -144,7 +144,7 @@ def predict(case: Case, choice: MemoryChoice) -> Prediction:
     ends = update > passes
     return Prediction(
         weights=resident,
-        gradients=fixed.gradients if ends else always,  # otherwise those that are there count with the activations
+        gradients=fixed.gradients if ends else always,  # in the passes, they count as activations
         optimizer=fixed.optimizer,
         activations=0 if ends else passes,
         ring=_ring(case, choice),
@@ -153,7 +153,7 @@ def predict(case: Case, choice: MemoryChoice) -> Prediction:
 
 
 def moved(case: Case, choice: MemoryChoice) -> int:
-    """Bytes of weights of swapped blocks, hoisted ones excepted."""
+    """Bytes of the weights of swapped blocks, without hoisted ones."""
     return sum(_swapped_sizes(case, choice))
 
 
@@ -174,11 +174,11 @@ def _ring(case: Case, choice: MemoryChoice) -> int:
 
 
 def tops(case: Case, choice: MemoryChoice) -> Iterator[int]:
-    """The peak of each segment, in order."""
+    """Peak of each segment in bytes, in order."""
     savings = _savings(case, choice)
     recomputed = frozenset(case.recomputed(len(case.step.blocks), choice))
     rises = {s.block: s.peak - s.start for s in case.step.segments if s.phase == "forward"}
-    gone = 0  # bytes that are not there because they will be made again
+    gone = 0  # bytes that are freed and will be recomputed
     for segment in case.step.segments:
         block = segment.block
         if block is None:
@@ -187,19 +187,19 @@ def tops(case: Case, choice: MemoryChoice) -> Iterator[int]:
             yield segment.peak - gone
             gone += savings[block]
         else:
-            if block in recomputed:  # its forward pass again, above what is there
+            if block in recomputed:  # its forward pass runs again, on top of what is allocated
                 yield segment.start - gone + rises[block]
             gone -= savings[block]
             yield segment.peak - gone
 
 
 def _savings(case: Case, choice: MemoryChoice) -> list[int]:
-    """Bytes of each block that are not kept between its two passes."""
+    """Bytes per block that are not kept between its two passes."""
     step = case.step
     recomputed = frozenset(case.recomputed(len(step.blocks), choice))
-    starts = frozenset().union(*(step.blocks[i].inputs for i in recomputed))  # what recomputation starts from
+    starts = frozenset().union(*(step.blocks[i].inputs for i in recomputed))  # inputs that recomputation needs
     savings = [_own_savings(step, index, index in recomputed, choice) for index in range(len(step.blocks))]
-    first: dict[int, int] = {}  # what is in `starts` -> the first block that has it
+    first: dict[int, int] = {}  # key in `starts` -> the first block that has it
     for index, block in enumerate(step.blocks):
         for ident in (block.outputs | (block.inputs if index in recomputed else frozenset())) & starts:
             first.setdefault(ident, index)
@@ -209,12 +209,12 @@ def _savings(case: Case, choice: MemoryChoice) -> list[int]:
         if stored.kept and offloaded:
             savings[index] += stored.size
         elif not stored.kept and not offloaded:
-            savings[index] -= stored.size  # it is kept for the recomputation alone
+            savings[index] -= stored.size  # kept only for the recomputation
     return savings
 
 
 def _own_savings(step: StepFigures, index: int, is_recomputed: bool, choice: MemoryChoice) -> int:
-    """Of what the block made: all but its outputs, or what a compiled block does without."""
+    """Bytes made by the block that are not kept: all but its outputs, or what a compiled block recomputes."""
     block = step.blocks[index]
     outputs = [step.stored[ident] for ident in block.outputs]
     inner = block.kept - sum(stored.size for stored in outputs if stored.kept and stored.block == index)
@@ -224,7 +224,7 @@ def _own_savings(step: StepFigures, index: int, is_recomputed: bool, choice: Mem
 
 
 def compiled_share(budget: float) -> float:
-    """Share of a compiled block's activations that is kept under a budget."""
+    """Share of a compiled block's activations that is kept under a budget, 0 to 1."""
     for (low, least), (high, most) in pairwise(COMPILED_KEEPS):
         if budget <= high:
             return least + (most - least) * (budget - low) / (high - low)
@@ -232,6 +232,6 @@ def compiled_share(budget: float) -> float:
 
 
 def total_work(case: Case, choice: MemoryChoice) -> Work:
-    """Of a step, recomputation included."""
+    """Work of a step, including recomputation."""
     again = [case.step.blocks[i].work for i in case.recomputed(len(case.step.blocks), choice)]
     return sum(again, case.step.work)

@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modulation hoisting: Linears that every block applies to the time embedding, computed once at the start of a pass.
+"""Modulation hoisting: the Linears that all blocks apply to the time embedding are computed at the start of a pass.
 
 FLUX.1 and SD3 modulate each block by `linear(silu(temb))`: a quarter to a third of all weights, each used on one vector
-per sample. As long as nothing learns before temb, the results are constants of the pass. Here these weights live in
-main memory and pass through two buffers of the device right after the embedder gave temb; what comes out is kept, and
-is the answer of each Linear when its block calls it. Adapters on such a Linear see its real input and add their change
-to the kept answer, so they learn as ever. Those that read its weight (DoRA, OFT ...) cannot: it is away, and is NaN.
+per sample. As long as nothing before temb learns, the results are constants of the pass. Here these weights are kept in
+main memory and go through two buffers on the device right after the embedder has computed temb. The outputs are kept,
+and each Linear returns its own when its block calls it. Adapters on such a Linear see its real input and add to the
+kept output, so they train as usual. Adapters that read its weight (DoRA, OFT ...) cannot be used: it is NaN by then.
 
     hoisting = Hoisting(embedder, linears, device, blocks=family.blocks(denoiser))
     hoisting.install()
-    BlockSwap(..., without=hoisting.tensors)  # where blocks are swapped besides
+    BlockSwap(..., without=hoisting.tensors)  # if blocks are swapped as well
 
-On a CUDA device weights are copied on one stream and used on another, beside the blocks before; each block waits for
-its own answers only. Recomputation finds the answers of the latest pass with gradient, whatever ran without since.
+On a CUDA device weights are copied on one stream and used on another, in parallel with the blocks that already run;
+each block waits only for its own outputs. Recomputation uses the outputs of the latest pass with gradient, even when
+passes without gradient have run since.
 """
 
 from __future__ import annotations
@@ -30,25 +31,25 @@ from library.memory.ring import Ring
 from library.memory.slots import SLOTS
 
 
-class Kept:
-    """The answers of one Linear: of the latest pass with gradient, and of the latest without."""
+class ModulationOutputs:
+    """The outputs of one Linear in the latest pass with gradient and in the latest pass without."""
 
     def __init__(self) -> None:
         self.with_gradient: Tensor | None = None
         self.without: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """In place of the Linear's own. A method of an object, so that equal blocks share one compiled graph."""
+        """Replaces the Linear's `forward`. It is a method, so that equal blocks share one compiled graph."""
         value = self.with_gradient if torch.is_grad_enabled() else self.without
         assert value is not None, "the embedder has not run"
         return value
 
 
 class Hoisting:
-    """The Linears `linears`, in the order of execution, fed with silu of what `embedder` gives.
+    """Hoists `linears`, in the order of execution, whose input is the silu of the output of `embedder`.
 
-    blocks: the modules that call them; without them, whatever follows the embedder waits for all answers. pinning: of
-    the run.
+    blocks: the modules that call them; without them, everything after the embedder waits for all outputs. pinning: the
+    run's, shared by all its users.
     """
 
     ring_class: ClassVar[type[Ring]] = Ring
@@ -69,10 +70,10 @@ class Hoisting:
         # block -> its last Linear
         self._last_of = {inside[id(m)]: i for i, m in enumerate(self.linears) if id(m) in inside}
         self._waits_in_blocks = all(id(linear) in inside for linear in linears)
-        self._kept = [Kept() for _ in self.linears]
+        self._kept = [ModulationOutputs() for _ in self.linears]
         self._images: list[HostImage] = []
         self._ring: Ring | None = None
-        self._own: list[Any] = []  # the Linears' own forward methods
+        self._own: list[Any] = []  # the original forward methods of the Linears
         self._on_instance: list[bool] = []
         self._handles: list[Any] = []
         self._stream: torch.cuda.Stream | None = None
@@ -81,7 +82,7 @@ class Hoisting:
     # ---- life -------------------------------------------------------------------------------------------------------
 
     def install(self) -> None:
-        """Move the weights to main memory. Raises ValueError when one of them learns."""
+        """Move the weights to main memory and replace the Linears. Raises ValueError when one of the weights learns."""
         if any(tensor.requires_grad for tensor in self.tensors):
             raise ValueError("modulation weights that learn cannot be hoisted")
         on_cuda = self.device.type == "cuda"
@@ -99,7 +100,7 @@ class Hoisting:
             self._handles += [block.register_forward_pre_hook(self._wait) for block in self._last_of]
 
     def remove(self) -> None:
-        """The weights are ordinary tensors of the host again, and the Linears answer for themselves."""
+        """Undo `install`: the weights become ordinary tensors in main memory, and the Linears compute again."""
         self.home()
         for handle in self._handles:
             handle.remove()
@@ -111,10 +112,10 @@ class Hoisting:
         for image in self._images:
             image.release()
         self._handles, self._images, self._own, self._on_instance, self._ring = [], [], [], [], None
-        self._kept = [Kept() for _ in self.linears]
+        self._kept = [ModulationOutputs() for _ in self.linears]
 
     def home(self) -> None:
-        """Every weight is its image now: for reading and writing. Waits for the device; the next pass goes on."""
+        """Point every weight to its image, to read or write it. Waits for the device; the next pass goes on."""
         assert self._ring is not None, "not installed"
         self._ring.vacate_all(lambda index: False)
         for image in self._images:
@@ -122,25 +123,25 @@ class Hoisting:
 
     @property
     def host_bytes(self) -> int:
-        """Of main memory that the weights take."""
+        """Bytes of main memory that the weights take."""
         return sum(image.nbytes for image in self._images)
 
     @property
     def ring_bytes(self) -> int:
-        """Of the device that buffers take."""
+        """Bytes of the device that the buffers take."""
         assert self._ring is not None, "not installed"
         return self._ring.nbytes_of_slot * len(self._ring.slots)
 
     @property
     def copies(self) -> int:
-        """Weights copied to the device so far."""
+        """Number of copies of weights to the device so far."""
         assert self._ring is not None, "not installed"
         return self._ring.copies
 
     # ---- a pass -----------------------------------------------------------------------------------------------------
 
     def _compute(self, embedder: nn.Module, args: Any, embedding: Tensor) -> None:
-        """All answers for this embedding (B, width). Raises ValueError when it depends on something that learns."""
+        """Compute all outputs for this embedding (B, width). Raises ValueError when it requires a gradient."""
         if embedding.requires_grad:
             raise ValueError("something learns before the modulations, so they cannot be hoisted")
         with_gradient = torch.is_grad_enabled()
@@ -152,7 +153,7 @@ class Hoisting:
         embedding.record_stream(stream)
         with torch.cuda.stream(stream):
             values = self._answer(embedding, with_gradient)
-        for value in values:  # made on one stream, used on the other: not to be given to others too early
+        for value in values:  # made on one stream and used on the other: the allocator must not reuse it too early
             value.record_stream(current)
         if not self._waits_in_blocks:
             current.wait_stream(stream)
@@ -176,5 +177,5 @@ class Hoisting:
         return values
 
     def _wait(self, block: nn.Module, args: Any) -> None:
-        """Before a block: its answers must be there."""
+        """Before a block: let the computation wait for its outputs."""
         torch.cuda.current_stream(self.device).wait_event(self._ready[self._last_of[block]])

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much memory tensors take while a program runs, by the storages that are alive: for real and for fake tensors.
+"""Memory that tensors take while a program runs, measured by their live storages, for real and fake tensors.
 
     meter = Meter()
-    meter.hold(model.parameters())  # what is there already
+    meter.hold(model.parameters())  # tensors that exist already
     with meter, watched(meter, blocks) as watch:
         loss = step()  # forward pass
         watch.forward_done()
         loss.backward()
     meter.peak, watch.figures()
 
-The same meter measures a real step on the CPU and, inside a FakeTensorMode, a step of a model that no memory would
-hold. It sees what goes through torch's dispatcher: every tensor that an operation returns, until its storage is freed.
-The scratch memory of a kernel and what an allocator keeps for later are not in it.
+The same meter measures a real step on the CPU and, inside a FakeTensorMode, a step of a model of any size.
+It sees what goes through torch's dispatcher: every tensor that an operation returns, until its storage is freed.
+Scratch memory of kernels and memory that an allocator caches are not counted.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from library.memory.estimate import BlockFigures, Segment, StepFigures, Stored
+from library.memory.estimate import BlockFigures, BoundaryStorage, Segment, StepFigures
 from library.memory.work import Work, work_of
 
-OUTSIDE = "outside"  # tag of what is made outside of all blocks
+OUTSIDE = "outside"  # tag of storages that are made outside of all blocks
 
 
 class _Entry:
-    """One storage that is alive."""
+    """A live storage."""
 
     __slots__ = ("ident", "size", "tag", "weak")
 
@@ -43,10 +43,10 @@ class _Entry:
 
 
 class Meter(TorchDispatchMode):
-    """Bytes of living storages: now, at most, and by tag. Everything that is made has the tag of that moment.
+    """Bytes of live storages: current, peak, and by tag. A new storage gets the tag that is set at that moment.
 
-    counts_work: also count operations, matmul FLOPs and bytes moved (see library.memory.work). device: only what is on
-    a device of this kind has bytes; None: all devices.
+    counts_work: also count operations, matmul FLOPs and bytes moved (see library.memory.work). device: count only
+    storages on devices of this type; None: all devices.
     """
 
     def __init__(self, *, counts_work: bool = False, device: torch.device | None = None) -> None:
@@ -59,10 +59,10 @@ class Meter(TorchDispatchMode):
         self._entries: dict[int, _Entry] = {}  # address of the storage -> entry
         self._count = 0
 
-    # ---- what is alive
+    # ---- live storages
 
     def hold(self, tensors: Iterable[Tensor], tag: Hashable = "held") -> int:
-        """Count tensors that were made before; a storage counts once. Returns the bytes that are new."""
+        """Count tensors that exist already; each storage counts once. Returns the bytes that are new."""
         before = self.live
         for tensor in tensors:
             self._entry(tensor, tag)
@@ -75,15 +75,15 @@ class Meter(TorchDispatchMode):
         entry.tag = tag
 
     def ident(self, tensor: Tensor) -> int:
-        """A number of the tensor's storage that no other one has, also after it is gone."""
+        """A number for the tensor's storage that is never used for another one, even after it is freed."""
         return self._entry(tensor, self.tag).ident
 
     def living(self) -> dict[int, tuple[int, Hashable]]:
-        """Number -> (bytes, tag) of every storage that is alive."""
+        """Number -> (bytes, tag) of every live storage."""
         return {entry.ident: (entry.size, entry.tag) for entry in self._entries.values()}
 
     def restart(self) -> None:
-        """From now on `peak` is the peak from now on."""
+        """Reset `peak` to the current bytes."""
         self.peak = self.live
 
     def _entry(self, tensor: Tensor, tag: Hashable) -> _Entry:
@@ -108,7 +108,7 @@ class Meter(TorchDispatchMode):
         return entry
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.prim.device.default:  # of a fake tensor, which is asked for at every other line
+        if func is torch.ops.prim.device.default:  # fake tensors ask for it all the time
             return args[0].fake_device
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
@@ -123,7 +123,7 @@ class Meter(TorchDispatchMode):
 
 
 class Watch:
-    """Cuts one forward and backward pass into segments at the borders of blocks. Each block runs once in each."""
+    """Cuts a forward and backward pass into segments at the boundaries of blocks. Each block may run once per pass."""
 
     def __init__(self, meter: Meter, blocks: Sequence[nn.Module]) -> None:
         self.meter, self.blocks = meter, blocks
@@ -131,26 +131,26 @@ class Watch:
         self.segments: list[Segment] = []
         self.inputs: list[frozenset[int]] = [frozenset()] * len(blocks)
         self.outputs: list[frozenset[int]] = [frozenset()] * len(blocks)
-        self.work = [Work()] * len(blocks)  # of each block's forward pass
-        self.stored: dict[int, Stored] = {}
+        self.work = [Work()] * len(blocks)  # work of each block's forward pass
+        self.stored: dict[int, BoundaryStorage] = {}
         self.kept = 0
         self._seen: dict[int, tuple[int, Hashable]] = {}
         self._returned: set[int] = set()  # blocks whose backward pass has begun
         self._begin("forward", None)
 
     def forward_done(self) -> None:
-        """All activations are there; the backward pass comes next."""
+        """Call it between the forward and the backward pass, when all activations are allocated."""
         alive = self.meter.living()
         wanted = frozenset().union(*self.inputs, *self.outputs)
         for ident in wanted:
             size, tag = self._seen[ident]
-            self.stored[ident] = Stored(size, tag if isinstance(tag, int) else None, ident in alive)
+            self.stored[ident] = BoundaryStorage(size, tag if isinstance(tag, int) else None, ident in alive)
         self.kept_in = [sum(size for size, tag in alive.values() if tag == i) for i in range(len(self.blocks))]
         self.kept = self.meter.live - self.base
         self._cut("backward", None)
 
     def figures(self) -> StepFigures:
-        """What was found. Call it once, after the backward pass."""
+        """The figures of the step. Call it once, after the backward pass."""
         self._end()
         blocks = tuple(
             BlockFigures(kept, inputs, outputs, work)
@@ -158,7 +158,7 @@ class Watch:
         )
         return StepFigures(tuple(self.segments), blocks, self.stored, self.base, self.kept, self.meter.work)
 
-    # ---- borders
+    # ---- boundaries
 
     def _begin(self, phase: str, block: int | None) -> None:
         self._phase, self._block, self._start = phase, block, self.meter.live
@@ -173,14 +173,14 @@ class Watch:
         self._begin(phase, block)
 
     def _idents(self, values: Any) -> frozenset[int]:
-        """Of all tensors in (nested) arguments or results."""
+        """Numbers of the storages of all tensors in (nested) arguments or results."""
         found = frozenset(self.meter.ident(tensor) for tensor in _tensors(values))
         if not self._seen.keys() >= found:
             self._seen |= self.meter.living()
         return found
 
     def hooks(self, index: int) -> Iterator[Any]:
-        """Put the hooks of one block in place; their handles."""
+        """Register the hooks of one block. Yields their handles."""
         block = self.blocks[index]
 
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -198,7 +198,7 @@ class Watch:
             self._cut("forward", None)
 
         def back(gradients: Any) -> None:
-            if index not in self._returned:  # the first of its outputs begins the block's backward pass
+            if index not in self._returned:  # the first output whose gradient arrives begins the block's backward pass
                 self._returned.add(index)
                 self._cut("backward", index)
 
@@ -208,7 +208,7 @@ class Watch:
 
 @contextmanager
 def watched(meter: Meter, blocks: Sequence[nn.Module]) -> Iterator[Watch]:
-    """Inside it the passes through `blocks` are watched."""
+    """Watch the passes through `blocks` inside the context."""
     watch = Watch(meter, blocks)
     handles = [handle for index in range(len(blocks)) for handle in watch.hooks(index)]
     try:
@@ -223,5 +223,5 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the storages of tensors, each storage once."""
+    """Bytes of the storages of tensors; each storage counts once."""
     return sum({tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}.values())

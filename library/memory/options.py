@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options of memory and speed: what is kept in few bits, recomputed, moved away or compiled. Imports no torch."""
+"""Options of memory and speed: quantisation, recomputation, offloading, compilation. Does not import torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from library.values import number, shown
 
 AUTO = "auto"
 GIB = 1 << 30
-BACKENDS = ("eager", "aot_eager", "inductor", "cudagraphs")  # of torch today
+BACKENDS = ("eager", "aot_eager", "inductor", "cudagraphs")  # backends that torch has now
 GONE = ("aot_ts_nvfuser", "nvprims_nvfuser", "ofi", "fx2trt", "onnxrt", "tensort", "ipex", "tvm")
 
 
@@ -108,17 +108,17 @@ class MemoryOptions:
 
     @property
     def denoiser_storage(self) -> str:
-        """How matrices of the frozen denoiser are kept: "plain" (in the dtype of the computation), fp8, int8, nf4."""
+        """Format of the frozen denoiser's matrices: "plain" (the dtype of the computation), fp8, int8 or nf4."""
         return self.base_quant or ("fp8" if self.fp8_base or self.fp8_base_unet else "plain")
 
     @property
     def encoder_storage(self) -> str:
-        """The same of frozen text encoders."""
+        """Format of the frozen text encoders' matrices: "plain" or fp8."""
         return "fp8" if self.fp8_base else "plain"
 
     @property
     def asks_planner(self) -> bool:
-        """Whether something is to be chosen from the memory that there is."""
+        """Whether the planner must choose something to fit the available memory."""
         return self.vram_budget is not None or AUTO in (self.activation_budget, self.blocks_to_swap)
 
     def problems(self) -> Iterator[str]:

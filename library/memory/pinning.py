@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Main memory that stays in place, so that a CUDA device copies it by itself; ordinary memory where that is refused.
+"""Page-locked ("pinned") main memory, which a CUDA device copies by itself; ordinary memory where that is refused.
 
     pinning = Pinning(device)  # one for a whole run
     buffer = pinning.empty(size)  # pinned by torch's allocator, which rounds up to a power of two
     memory = pages(size)
-    unlock = pinning.lock(memory)  # pinned in place, without rounding; None: it is ordinary memory
+    unlock = pinning.lock(memory)  # pinned in place, without rounding; None: it stays ordinary memory
 
-A system may refuse either (Windows and WSL at a limit of their own, containers). Copies from and to ordinary memory
-give the same bytes, but the computation waits for them.
+A system may refuse either (Windows and WSL above a limit, containers). Copies to and from ordinary memory give the same
+bytes, but the computation waits for them.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from torch import Tensor
 from library.device import is_card, reason_of
 from library.log import get_logger
 
-PAGE = 4096  # bytes: what the driver locks in place
-PORTABLE = 1  # cudaHostRegisterPortable: for every context
+PAGE = 4096  # bytes; the driver locks whole pages
+PORTABLE = 1  # cudaHostRegisterPortable: pinned for all contexts
 
 log = get_logger()
 
 
 class Pinning:
-    """Pins main memory for `device` until the system refuses it for the first time, which is one warning."""
+    """Pins main memory for `device`, until the system refuses it for the first time, with one warning."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.active = is_card(device)
 
     def empty(self, size: int) -> Tensor:
-        """`size` bytes, pinned where that is possible."""
+        """A buffer of `size` bytes, pinned if possible."""
         if self.active:
             try:
                 return torch.empty(size, dtype=torch.uint8, pin_memory=True)
@@ -44,7 +44,7 @@ class Pinning:
         return torch.empty(size, dtype=torch.uint8)
 
     def lock(self, memory: Tensor) -> Callable[[], None] | None:
-        """Lock pages of `pages` in place: what undoes it, or None where they are ordinary memory."""
+        """Pin memory from `pages` in place. Returns the function that unpins it; None: it stays ordinary memory."""
         if not self.active or self.device.type != "cuda" or not memory.numel():
             return None
         size = -(-memory.numel() // PAGE) * PAGE
@@ -56,7 +56,7 @@ class Pinning:
         return partial(_unlock, memory.data_ptr())
 
     def works(self) -> bool:
-        """Whether a little memory can be pinned now; warns where it cannot."""
+        """Whether memory can be pinned. Tries a page, and warns when that is refused."""
         self.empty(PAGE)
         return self.active
 
@@ -69,7 +69,7 @@ class Pinning:
 
 
 def pages(size: int) -> Tensor:
-    """`size` bytes of main memory, which share no page with anything else."""
+    """`size` bytes of main memory on pages of their own."""
     buffer = torch.empty(-(-size // PAGE) * PAGE + PAGE, dtype=torch.uint8)
     start = -buffer.data_ptr() % PAGE
     return buffer[start : start + size]
@@ -80,7 +80,7 @@ def _unlock(address: int) -> None:
 
 
 def _forget_error(device: torch.device) -> None:
-    """Take the refusal from the driver's record, where the next kernel would find it and fail in its place."""
+    """Clear the refusal from the driver's error state, so that the next kernel does not report it."""
     try:
         torch.ones((), device=device).add_(1)
     except RuntimeError as error:

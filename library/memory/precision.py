@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frozen Linear and Conv2d weights in the half precision or fp8 of their file while the computation is in float32.
+"""Frozen Linear and Conv2d weights that keep the half precision or fp8 of their file in a float32 computation.
 
-Casting float16, bfloat16 or fp8 to float32 is exact, so the results are bit-identical to weights kept in float32, at
-half their memory or a quarter of it. Casting at each use is all it costs; autograd keeps the weight as it is stored,
-never the float32 copy, and not the input either, which only a weight's gradient would need.
+Casting float16, bfloat16 or fp8 to float32 is exact, so the results are bit-identical to those of float32 weights, with
+a half or a quarter of the memory. The only cost is a cast at each use. Autograd keeps the stored weight, not the
+float32 copy, and not the input, which only the weight's gradient would need.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SMALL = (*HALF, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 class Scratch:
-    """Memory for the cast weight of one layer at a time: taking new memory for each costs more than the cast."""
+    """A buffer for the cast weight of one layer at a time: allocating a new one each time costs more than the cast."""
 
     def __init__(self) -> None:
         self._buffer: Tensor | None = None
@@ -35,7 +35,7 @@ class Scratch:
 
 
 class _CastLinear(torch.autograd.Function):
-    """y = x W^T + b with W cast to x's dtype, in the backward pass again. W and b get no gradient."""
+    """y = x W^T + b with W cast to x's dtype in each pass. W and b get no gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scratch: Scratch) -> Tensor:
@@ -51,7 +51,7 @@ class _CastLinear(torch.autograd.Function):
 
 
 class _CastConv2d(torch.autograd.Function):
-    """A 2-D convolution, likewise."""
+    """A 2-D convolution with the weight cast to x's dtype in each pass. Weight and bias get no gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, conv: nn.Conv2d, scratch: Scratch) -> Tensor:
@@ -64,7 +64,7 @@ class _CastConv2d(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         (gradient,) = gradients
         conv, only_input = ctx.conv, [True, False, False]
-        like_x = gradient.new_zeros(()).expand(ctx.shape)  # only its shape is looked at
+        like_x = gradient.new_zeros(()).expand(ctx.shape)  # only its shape is used
         result = torch.ops.aten.convolution_backward(
             gradient, like_x, ctx.scratch.cast(weight, gradient.dtype), None,
             conv.stride, conv.padding, conv.dilation, False, (0, 0), conv.groups, only_input,
@@ -73,14 +73,14 @@ class _CastConv2d(torch.autograd.Function):
 
 
 def cast_when_used(module: nn.Module) -> int:
-    """Make every frozen Linear and Conv2d inside `module` whose weight is stored small compute in its input's dtype.
+    """Make every frozen Linear and Conv2d in `module` with a half-precision or fp8 weight compute in its input's dtype.
 
-    Returns how many there are. Biases must have the computation's dtype.
+    Returns the number of these layers. Biases must have the computation's dtype.
     """
     count, scratch = 0, Scratch()
     for child in module.modules():
         if isinstance(child, QuantLinear):
-            continue  # it does so already
+            continue  # does so by itself
         if isinstance(child, (nn.Linear, nn.Conv2d)) and child.weight.dtype in SMALL:
             child.forward = _linear(child, scratch) if isinstance(child, nn.Linear) else _conv(child, scratch)  # type: ignore[method-assign]
             count += 1
@@ -97,9 +97,9 @@ def _conv(conv: nn.Conv2d, scratch: Scratch) -> Any:
 
 
 def never_in_float16(linear: nn.Linear) -> None:
-    """Compute this layer in float32 where it would be in float16: for layers whose outputs exceed 65504.
+    """Compute this layer in float32 where it would be computed in float16, since its outputs exceed 65504.
 
-    The weight stays as it is. The output is float32 then, and autocast does not change that.
+    The weight keeps its dtype. The output is float32, also under autocast.
     """
     plain, scratch = linear.forward, Scratch()
 
@@ -111,7 +111,7 @@ def never_in_float16(linear: nn.Linear) -> None:
             return plain(x)
         with torch.autocast(device, enabled=False):
             if is_quantised:
-                return plain(x.float())  # it computes in its input's dtype
+                return plain(x.float())  # QuantLinear computes in its input's dtype
             weight = linear.weight
             if weight.requires_grad or weight.dtype == torch.float32:
                 return F.linear(x.float(), weight.float(), None if linear.bias is None else linear.bias.float())
@@ -121,5 +121,5 @@ def never_in_float16(linear: nn.Linear) -> None:
 
 
 def castable_weights(module: nn.Module) -> set[str]:
-    """Names of the weights that `cast_when_used` can serve. An embedding is none: it is not cast when it is used."""
+    """Names of the weights that `cast_when_used` supports: those of Linear and Conv2d, not of embeddings."""
     return {f"{n}.weight" for n, child in module.named_modules() if isinstance(child, (nn.Linear, nn.Conv2d))}

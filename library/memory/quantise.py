@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frozen Linear weights in 8 or 4 bits: W = stored * scale, made large again at each use and never kept so.
+"""Frozen Linear weights in 8 or 4 bits: W = stored * scale, dequantised at each use and not kept.
 
 fp8: e4m3 floats (https://arxiv.org/abs/2209.05433), int8: integers, both with one scale per output channel, the row's
 largest magnitude / 448 or / 127. nf4: the 16 values of NF4 (https://arxiv.org/abs/2305.14314), one scale per 64
-weights, by bitsandbytes. Activations stay as they are; autograd keeps what is stored, not a large copy.
+weights, by bitsandbytes. Activations are not quantised; autograd keeps the quantised weight, not a dequantised copy.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 
-Kind = Literal["fp8", "int8", "nf4"]
-Storage = Literal["plain", "half", "fp8", "int8", "nf4"]  # half: see library.memory.precision
+QuantKind = Literal["fp8", "int8", "nf4"]
+Storage = Literal["plain", "half", "fp8", "int8", "nf4"]  # half: see precision.py
 
-ROW_KINDS: dict[str, tuple[torch.dtype, float]] = {  # dtype, and the magnitude that the largest weight of a row gets
+ROW_KINDS: dict[str, tuple[torch.dtype, float]] = {  # dtype, and the stored magnitude of the largest weight in a row
     "fp8": (torch.float8_e4m3fn, 448.0),
     "int8": (torch.int8, 127.0),
 }
 NF4_BLOCK = 64  # weights that share a scale
 NF4_VALUES = 16
 IN_A_BLOCK = re.compile(r"\.\d+\.")  # a name inside an nn.ModuleList: "transformer_blocks.3.attn.to_q"
-EMBEDDER = re.compile(r"embed|guidance")  # in a name: all that a block does hangs on its numbers, and it is small
-AT_A_TIME = 1 << 24  # weights that are in float32 while they are quantised
+EMBEDDER = re.compile(r"embed|guidance")  # in a name: all blocks depend on its output, and it is small
+AT_A_TIME = 1 << 24  # weights that are in float32 at a time while a matrix is quantised
 
 
-class Stored(NamedTuple):
+class QuantisedWeight(NamedTuple):
     """A quantised matrix (out, in)."""
 
     data: Tensor  # fp8 or int8: (out, in); nf4: uint8, two weights in each, flat
@@ -41,26 +41,26 @@ class Stored(NamedTuple):
 
 
 def quantised_names(module: nn.Module) -> list[str]:
-    """The Linears that are quantised: those of the repeated blocks. First and last layers, which need more, stay.
+    """Names of the Linears to quantise: those of the repeated blocks.
 
-    So do those of an embedder that has repeated layers of its own (Chroma's `distilled_guidance_layer`), and a Linear
-    that computes in a way of its own (`never_in_float16`).
+    First and last layers need more precision and are left out. So are the layers of an embedder with repeated layers
+    (Chroma's `distilled_guidance_layer`) and Linears whose `forward` is replaced (`never_in_float16`).
     """
     plain = {name: child for name, child in module.named_modules() if type(child) is nn.Linear}
     inside = [name for name in plain if IN_A_BLOCK.search(name) and not EMBEDDER.search(name)]
     return [name for name in inside if "forward" not in vars(plain[name])]
 
 
-def stored_bytes(linear: nn.Linear, kind: Kind) -> int:
-    """Bytes of a Linear's weight, with its scales, when it is quantised. Its bias is not counted."""
+def stored_bytes(linear: nn.Linear, kind: QuantKind) -> int:
+    """Bytes of a Linear's quantised weight with its scales, without the bias."""
     rows, columns = linear.out_features, linear.in_features
     if kind in ROW_KINDS:
         return rows * columns + 4 * rows
     return -(-rows * columns // 2) + 4 * -(-rows * columns // NF4_BLOCK) + 4 * NF4_VALUES
 
 
-def check_available(kind: Kind) -> None:
-    """Raises UserError when what a kind needs is not installed."""
+def check_available(kind: QuantKind) -> None:
+    """Raises UserError when a package that this kind needs is not installed."""
     if kind == "nf4":
         _bitsandbytes()
 
@@ -73,36 +73,36 @@ def _bitsandbytes() -> Any:
     return bitsandbytes.functional
 
 
-# ---- to fewer bits and back -----------------------------------------------------------------------------------------
+# ---- quantising and dequantising ------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def quantised(weight: Tensor, kind: Kind) -> Stored:
-    """A matrix (out, in) in fewer bits, on its device. The arithmetic is float32, some rows at a time."""
+def quantised(weight: Tensor, kind: QuantKind) -> QuantisedWeight:
+    """Quantise a matrix (out, in) on its device, in float32 arithmetic, some rows at a time."""
     if kind == "nf4":
         if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32):
             weight = weight.to(torch.bfloat16 if weight.dtype.itemsize == 1 else torch.float32)
         settings = {"blocksize": NF4_BLOCK, "quant_type": "nf4", "compress_statistics": False}
         packed, state = _bitsandbytes().quantize_4bit(weight.contiguous(), **settings)
-        return Stored(packed.flatten(), state.absmax, state.code.float())
+        return QuantisedWeight(packed.flatten(), state.absmax, state.code.float())
     dtype, largest = ROW_KINDS[kind]
     result = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     scale = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
     count = max(1, AT_A_TIME // max(1, weight.shape[1]))
     for rows, stored, own in zip(weight.split(count), result.split(count), scale.split(count)):
         part = rows.to(torch.float32, copy=True)
-        # a row of zeros has a scale, too: 0 / 0 is none
+        # a row of zeros needs a scale above 0: 0 / 0 is nan
         own.copy_(part.abs().amax(1) / largest).clamp_(min=torch.finfo(torch.float32).tiny)
         part /= own[:, None]
         stored.copy_(part if dtype.is_floating_point else part.round_())
-    return Stored(result, scale)
+    return QuantisedWeight(result, scale)
 
 
-def dequantised(stored: Stored, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """The matrix (out, in): stored * scale in float32, rounded to `dtype` once."""
+def dequantised(stored: QuantisedWeight, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """The matrix (out, in): stored * scale in float32, rounded once to `dtype`."""
     data, scale, code = stored
     if code is None:
-        return data.to(dtype).mul_(scale[:, None])  # 8 bits are exact in every dtype
+        return data.to(dtype).mul_(scale[:, None])  # the 8-bit values are exact in every dtype
     functional = _bitsandbytes()
     state = functional.QuantState(
         absmax=scale, shape=torch.Size(shape), code=code, blocksize=NF4_BLOCK, quant_type="nf4", dtype=dtype
@@ -113,28 +113,28 @@ def dequantised(stored: Stored, shape: tuple[int, int], dtype: torch.dtype) -> T
 # ---- the layer ------------------------------------------------------------------------------------------------------
 
 
-def _scales_outputs(stored: Stored, dtype: torch.dtype) -> bool:
-    """Whether a scale per row is applied to outputs instead of weights: cheaper, and exact.
+def _scales_outputs(stored: QuantisedWeight, dtype: torch.dtype) -> bool:
+    """Whether row scales are applied to the outputs instead of the weights, which is cheaper and exact.
 
-    Not in float16: before it, outputs are larger than they are meant to be by 1 / scale, and 65504 is soon reached.
+    Not in float16: unscaled outputs are larger by 1 / scale and may exceed 65504.
     """
     return stored.code is None and dtype != torch.float16
 
 
-def _times(x: Tensor, kept: Stored, shape: tuple[int, int], *, transposed: bool) -> Tensor:
-    """x W^T, or x W where it is not transposed; before the scale where outputs are scaled."""
+def _times(x: Tensor, kept: QuantisedWeight, shape: tuple[int, int], *, transposed: bool) -> Tensor:
+    """x W^T, or x W when `transposed` is False. The scale is left out when it is applied to the outputs."""
     matrix = kept.data.to(x.dtype) if _scales_outputs(kept, x.dtype) else dequantised(kept, shape, x.dtype)
     return F.linear(x, matrix) if transposed else x @ matrix
 
 
 class _Product(torch.autograd.Function):
-    """y = x W^T + b with W made at each use, in the backward pass again. W and b get no gradient."""
+    """y = x W^T + b with W dequantised in each pass. W and b get no gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, shape: tuple[int, int], *stored: Tensor | None) -> Tensor:
         ctx.save_for_backward(*stored)
         ctx.shape = shape
-        kept = Stored(*cast(Any, stored))
+        kept = QuantisedWeight(*cast(Any, stored))
         y = _times(x, kept, shape, transposed=True)
         if _scales_outputs(kept, x.dtype):
             y.mul_(kept.scale)  # float32 factors, rounded once
@@ -142,21 +142,21 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        kept, (gradient,) = Stored(*ctx.saved_tensors), gradients
+        kept, (gradient,) = QuantisedWeight(*ctx.saved_tensors), gradients
         if _scales_outputs(kept, gradient.dtype):
             gradient = (gradient * kept.scale).to(gradient.dtype)
         return _times(gradient, kept, ctx.shape, transposed=False), None, None, None, None, None
 
 
-# Compiled, these two are opaque. Of an expression, the compiler keeps the large weight for the backward pass: it takes
-# whatever both passes multiply with for too dear to be made again.
+# These two are opaque to the compiler. It would keep the dequantised weight for the backward pass, because it considers
+# everything that both passes multiply with too expensive to recompute.
 
 
 @torch.library.custom_op("trainyard::quantised_product", mutates_args=())
 def _opaque_product(
     x: Tensor, data: Tensor, scale: Tensor, code: Tensor | None, rows: int, columns: int, transposed: bool
 ) -> Tensor:
-    return _times(x, Stored(data, scale, code), (rows, columns), transposed=transposed)
+    return _times(x, QuantisedWeight(data, scale, code), (rows, columns), transposed=transposed)
 
 
 @_opaque_product.register_fake
@@ -181,7 +181,7 @@ _opaque_product.register_autograd(_product_backward, setup_context=_keep_for_bac
 def _opaque_dequantised(
     data: Tensor, scale: Tensor, code: Tensor | None, rows: int, columns: int, dtype: torch.dtype
 ) -> Tensor:
-    return dequantised(Stored(data, scale, code), (rows, columns), dtype)
+    return dequantised(QuantisedWeight(data, scale, code), (rows, columns), dtype)
 
 
 @_opaque_dequantised.register_fake
@@ -190,18 +190,18 @@ def _(data: Tensor, scale: Any, code: Any, rows: int, columns: int, dtype: torch
 
 
 class QuantLinear(nn.Linear):
-    """A frozen Linear whose weight is stored in fewer bits, in buffers: `stored`, `scale`, and for nf4 `code`.
+    """A frozen Linear with a quantised weight in the buffers `stored`, `scale` and, for nf4, `code`.
 
-    `weight` is made large when it is read: a new tensor each time, so that writing to it changes nothing here.
+    `weight` is dequantised when it is read: a new tensor each time, so writing to it has no effect on the layer.
     """
 
     stored: Tensor
     scale: Tensor
     code: Tensor | None
 
-    def __init__(self, like: nn.Linear, kind: Kind, stored: Stored, dtype: torch.dtype) -> None:
+    def __init__(self, like: nn.Linear, kind: QuantKind, stored: QuantisedWeight, dtype: torch.dtype) -> None:
         """like: sizes and bias. dtype: of `weight`; the layer computes in the dtype of its input."""
-        nn.Module.__init__(self)  # nn.Linear's own would make a weight
+        nn.Module.__init__(self)  # nn.Linear.__init__ would allocate a weight
         self.in_features, self.out_features = like.in_features, like.out_features
         self.kind, self.dtype = kind, dtype
         self.bias = like.bias
@@ -211,19 +211,19 @@ class QuantLinear(nn.Linear):
         self.train(like.training)
 
     @classmethod
-    def empty(cls, like: nn.Linear, kind: Kind, dtype: torch.dtype) -> QuantLinear:
-        """One whose stored tensors are on the meta device."""
+    def empty(cls, like: nn.Linear, kind: QuantKind, dtype: torch.dtype) -> QuantLinear:
+        """A layer whose stored tensors are on the meta device."""
         rows, columns = like.out_features, like.in_features
         if kind in ROW_KINDS:
             sizes, smaller = ((rows, columns), (rows,)), ROW_KINDS[kind][0]
-            return cls(like, kind, Stored(*_meta(*sizes, dtypes=(smaller, torch.float32))), dtype)
+            return cls(like, kind, QuantisedWeight(*_meta(*sizes, dtypes=(smaller, torch.float32))), dtype)
         packed, blocks = -(-rows * columns // 2), -(-rows * columns // NF4_BLOCK)
         dtypes = (torch.uint8, torch.float32, torch.float32)
-        return cls(like, kind, Stored(*_meta((packed,), (blocks,), (NF4_VALUES,), dtypes=dtypes)), dtype)
+        return cls(like, kind, QuantisedWeight(*_meta((packed,), (blocks,), (NF4_VALUES,), dtypes=dtypes)), dtype)
 
     @property
-    def tensors(self) -> Stored:
-        return Stored(self.stored, self.scale, self.code)
+    def tensors(self) -> QuantisedWeight:
+        return QuantisedWeight(self.stored, self.scale, self.code)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -231,7 +231,7 @@ class QuantLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The dequantised weight (out, in) in `dtype`: a tensor of its own."""
+        """The dequantised weight (out, in) in `dtype`, a new tensor."""
         with torch.no_grad():
             if torch.compiler.is_compiling():
                 return _opaque_dequantised(*self.tensors, *self.shape, self.dtype)
@@ -256,7 +256,7 @@ class QuantLinear(nn.Linear):
         return (y if bias is None else y + bias).to(x.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
-        """`to(dtype)` and the like change `dtype`, never how the weight is stored."""
+        """`to(dtype)` and the like change `dtype`, but not the stored weight."""
         kept = {id(buffer) for buffer in self.buffers(recurse=False)}
 
         def move(tensor: Tensor) -> Tensor:
@@ -279,7 +279,7 @@ def _meta(*sizes: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> list[Tens
 
 
 def replace_linears(module: nn.Module, make: Callable[[nn.Linear], QuantLinear]) -> dict[str, QuantLinear]:
-    """Put what `make` gives in the place of every Linear of `quantised_names`, one after the other. By name."""
+    """Replace every Linear of `quantised_names` by what `make` returns, one after the other. Returns them by name."""
     made = {}
     for name in quantised_names(module):
         parent, _, child = name.rpartition(".")
@@ -290,10 +290,10 @@ def replace_linears(module: nn.Module, make: Callable[[nn.Linear], QuantLinear])
     return made
 
 
-def quantise(module: nn.Module, kind: Kind) -> int:
-    """Quantise a model that is loaded already, in place, Linear by Linear. Returns how many there are.
+def quantise(module: nn.Module, kind: QuantKind) -> int:
+    """Quantise a loaded model in place, Linear by Linear. Returns the number of quantised Linears.
 
-    Before adapters are put on it: they hold the Linears that are replaced. Works on the meta device, too.
+    Call it before adapters are attached: they refer to the Linears that are replaced. Also works on the meta device.
     """
     check_available(kind)
 

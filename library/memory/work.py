@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an operation costs a card: floating-point operations of its matrix products, and bytes that it moves."""
+"""Cost of an operation on a device: floating-point operations of its matrix products, and bytes that it moves."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# what an attention's backward pass takes of its forward pass: the four products of the gradients. Kernels that make the
-# scores again take a fifth product, which is not counted: it is the price of not keeping them
+# FLOPs of attention's backward pass relative to its forward pass: the four matrix products of the gradients. Kernels
+# that recompute the scores need a fifth, which is not counted: it is the price of not storing them
 ATTENTION_BACKWARD = 2
 
 
 @dataclass(frozen=True)
 class Work:
-    """Sums over operations."""
+    """Totals over operations."""
 
-    flops: int = 0  # of matrix products, convolutions and attention; a multiplication with its addition counts as two
-    moved: int = 0  # bytes that all other operations read and write, each tensor once per operation
-    calls: int = 0  # operations that are no views
+    flops: int = 0  # in matrix products, convolutions and attention; a multiply-add counts as two
+    moved: int = 0  # bytes that all other operations read and write; each tensor counts once per operation
+    calls: int = 0  # operations, without views
 
     def __add__(self, other: Work) -> Work:
         return Work(self.flops + other.flops, self.moved + other.moved, self.calls + other.calls)
@@ -32,7 +32,7 @@ class Work:
 
 
 def work_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> Work:
-    """Of one call of an operation. Views and allocations are free."""
+    """Work of one call of an operation. Views and allocations are free."""
     packet = func._overloadpacket
     count = _formulas().get(packet)
     if count is not None:
@@ -48,14 +48,14 @@ def work_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: An
 
 @cache
 def _formulas() -> Mapping[Any, Callable[..., int]]:
-    """torch's own, for everything but attention, whose fifth product they count."""
+    """torch's FLOP formulas, except those for attention, which count the fifth product."""
     from torch.utils.flop_counter import flop_registry
 
     return {k: v for k, v in flop_registry.items() if not k.__name__.startswith("_scaled_dot_product")}
 
 
 def _attention(name: str, args: tuple[Any, ...]) -> int:
-    """Scores, and values weighted with them. query B H Q D, key B H K D, value B H K V."""
+    """FLOPs of scores and weighted values. query B H Q D, key B H K D, value B H K V."""
     backward = name.endswith("_backward")
     query, key, value = args[1:4] if backward else args[:3]
     batch, heads, queries, width = query.shape

@@ -16,7 +16,7 @@ from library.types import Batch, Noised
 class Sampler(Protocol):
     """Denoises a latent: `x = randn * init_noise_sigma`, then one `step` per entry of `timesteps`."""
 
-    timesteps: Tensor  # in the order of use; some samplers visit a time twice
+    timesteps: Tensor  # in the order of use; some samplers visit a timestep twice
     init_noise_sigma: float
 
     def scale_input(self, x: Tensor, t: Tensor) -> Tensor:
@@ -30,17 +30,17 @@ class Sampler(Protocol):
 
 @dataclass(frozen=True)
 class Predict:
-    """The model's predictions for one batch, B C h w float32: `predict(noised)` is that of the model in training."""
+    """Predictions of the model for one batch, B C h w float32. `predict(noised)` is that of the model in training."""
 
     trained: Callable[[Noised], Tensor]
-    untrained: Callable[[Noised], Tensor]  # of the model as it was before the training; carries no gradient
+    untrained: Callable[[Noised], Tensor]  # the model as it was before the training, without gradient
 
     def __call__(self, noised: Noised) -> Tensor:
         return self.trained(noised)
 
     @classmethod
     def of(cls, pred: Tensor) -> Predict:
-        """A prediction that was made already, whatever is asked."""
+        """A prediction that exists already, for both models."""
         return cls(lambda noised: pred, lambda noised: pred)
 
 
@@ -50,20 +50,20 @@ class Objective(Protocol):
     def sample_t(
         self, count: int, size: tuple[int, int], generator: torch.Generator, device: torch.device | str
     ) -> Tensor:
-        """Times of a batch, (B,), drawn from `generator`, which must be on `device`. size: (h, w) of its latents.
+        """Draw timesteps for a batch, (B,), from `generator`, which must be on `device`. size: (h, w) of the latents.
 
         DDPM: int64 timesteps; flow: float32 noise levels in [0, 1].
         """
         ...
 
     def noise(self, latents: Tensor, t: Tensor, generator: torch.Generator) -> Noised:
-        """Noise the clean latents (B C h w) to time `t` (B)."""
+        """Add noise to clean latents (B C h w) for timesteps `t` (B)."""
         ...
 
     def loss(self, predict: Predict, noised: Noised, batch: Batch) -> Tensor:
         """Weighted loss per sample, (B,) float32. The trainer takes the mean over the batch.
 
-        predict: asked for as many predictions as the objective needs, in an order that is always the same.
+        predict: called for as many predictions as the objective needs, always in the same order.
         """
         ...
 
@@ -72,8 +72,8 @@ class Objective(Protocol):
         ...
 
     def sampler(self, name: str, steps: int, *, size: tuple[int, int], shift: float | None = None) -> Sampler:
-        """A fresh sampler for one picture (it keeps state between steps). Raises UserError for an unknown name.
+        """A new sampler for one picture (samplers keep state between steps). Raises UserError for an unknown name.
 
-        size: (h, w) of the latent. shift: of the noise levels, in place of the model's own; flow only.
+        size: (h, w) of the latent. shift: shift of the noise levels in place of the model's own; flow only.
         """
         ...

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Denoising diffusion with discrete timesteps: SD 1.x, SD 2.x, SDXL.
 
-a_t below is the cumulated product written alpha-bar in Ho et al. 2020; SNR_t = a_t / (1 - a_t).
+Below, a_t is the cumulative product that Ho et al. 2020 write as alpha-bar, and SNR_t = a_t / (1 - a_t).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from library.objectives.samplers import build_sampler
 from library.types import Batch, Noised, like
 
 NUM_TIMESTEPS = 1000
-SNR_CAP = 1000.0  # weights that divide by the SNR take it as at most this: t = 0 is nearly noise-free
+SNR_CAP = 1000.0  # upper bound of the SNR in some weights: t = 0 is nearly noise-free
 VALIDATION_POINTS = 4
 
 
@@ -30,12 +30,12 @@ VALIDATION_POINTS = 4
 
 
 def scaled_linear_betas(count: int = NUM_TIMESTEPS, start: float = 0.00085, end: float = 0.012) -> Tensor:
-    """Betas of Stable Diffusion, (T,): the square of a line (Rombach et al. 2022, published configuration)."""
+    """Betas of Stable Diffusion, (T,), linear in their square roots (Rombach et al. 2022, published configuration)."""
     return torch.linspace(start**0.5, end**0.5, count) ** 2
 
 
 def cumulated_alphas(betas: Tensor) -> Tensor:
-    """a_t = prod_{s<=t} (1 - beta_s), Ho et al. 2020, above eq. 4."""
+    """a_t = prod_{s<=t} (1 - beta_s), (T,); Ho et al. 2020, above eq. 4."""
     return torch.cumprod(1 - betas, dim=0)
 
 
@@ -54,7 +54,7 @@ def signal_to_noise(alphas_cumprod: Tensor) -> Tensor:
 
 
 def snr_weights(snr: Tensor, prediction_type: str, options: DDPMOptions) -> Tensor:
-    """Weight of each timestep, (T,): the product of all weightings that are switched on; 1 without any."""
+    """Weight of each timestep, (T,): the product of all enabled weightings, 1 without any."""
     is_v = prediction_type == "v_prediction"
     capped = snr.clamp(max=SNR_CAP)
     like_noise = capped / (capped + 1)  # |v error|^2 * this = |noise error|^2 (Salimans & Ho 2022, appendix D)
@@ -73,7 +73,7 @@ def snr_weights(snr: Tensor, prediction_type: str, options: DDPMOptions) -> Tens
 
 @dataclass(frozen=True)
 class Tables:
-    """Everything that depends on the timestep only, (T,) float32 each, on one device."""
+    """Quantities that depend on the timestep only, (T,) float32 each, on one device."""
 
     signal: Tensor  # sqrt(a_t)
     sigma: Tensor  # sqrt(1 - a_t)
@@ -88,9 +88,9 @@ class Tables:
 
 
 class DDPMObjective:
-    """Predict the noise (epsilon, Ho et al. 2020 eq. 14) or the velocity v (Salimans & Ho 2022, appendix D).
+    """The model predicts the noise (epsilon, Ho et al. 2020 eq. 14) or the velocity v (Salimans & Ho 2022, appendix D).
 
-    All arithmetic is float32 whatever the dtype of the latents. The weights follow the betas as they are trained, that
+    All arithmetic is float32, whatever the dtype of the latents. Loss weights are computed from the betas in use, that
     is after the zero-terminal-SNR change (decision 0002). Raises UserError for options that do not fit the prediction.
     """
 
@@ -132,21 +132,21 @@ class DDPMObjective:
     def sample_t(
         self, count: int, size: tuple[int, int], generator: torch.Generator, device: torch.device | str
     ) -> Tensor:
-        """Timesteps, (B,) int64, uniform over [min_timestep, max_timestep) at every size; both equal: that one."""
+        """Timesteps, (B,) int64, uniform over [min_timestep, max_timestep); if both are equal, always that one."""
         low, high = self.options.timestep_range
         return torch.randint(low, max(high, low + 1), (count,), generator=generator, device=device)
 
     def noise(self, latents: Tensor, t: Tensor, generator: torch.Generator) -> Noised:
-        """Noise latents (B C h w, any float dtype) to timestep t (B). The result is float32.
+        """Add noise to latents (B C h w, any float dtype) for timesteps t (B). The result is float32.
 
-        Order of the draws: see `make_noise`, then `perturb`.
+        Order of the draws: those of `make_noise`, then those of `perturb`.
         """
         latents = latents.float()
         noise = make_noise(latents, self.options, generator)
         return self.noised(latents, t, noise, seen=perturb(noise, self.options, generator))
 
     def noised(self, latents: Tensor, t: Tensor, noise: Tensor, *, seen: Tensor) -> Noised:
-        """The pure part of `noise`: `seen` is the noise in the input, `noise` the one in the target."""
+        """The part of `noise` without random draws. seen: the noise in the input; noise: the noise in the target."""
         tables = self.tables(latents.device)
         signal, sigma = like(tables.signal[t], latents), like(tables.sigma[t], latents)
         x_t = signal * latents + sigma * seen  # Ho et al. 2020, eq. 4
@@ -154,19 +154,19 @@ class DDPMObjective:
         return Noised(x_t=x_t, t=t, noise=noise, target=target, weight=tables.weight[t])
 
     def loss(self, predict: Predict, noised: Noised, batch: Batch) -> Tensor:
-        """Weighted loss of each sample, (B,) float32: mask, mean over C h w, prior weight, SNR weight."""
+        """Weighted loss per sample, (B,) float32: mask, mean over C h w, prior weight, SNR weight."""
         pred = predict(noised).float()
         c = like(self.tables(noised.t.device).huber_c[noised.t], pred)
         elements = MEASURES[self.loss_options.loss_type](pred, noised.target, c)
         return per_sample(elements, batch.masks) * batch.loss_weights.to(elements.device) * noised.weight
 
     def validation_t(self) -> list[int | float]:
-        """The inner points that cut the timestep range into equal parts: 200, 400, 600, 800."""
+        """Timesteps that divide the timestep range into equal parts: 200, 400, 600, 800 by default."""
         low, high = self.options.timestep_range
         return [low + (high - low) * i // (VALIDATION_POINTS + 1) for i in range(1, VALIDATION_POINTS + 1)]
 
     def sampler(self, name: str, steps: int, *, size: tuple[int, int], shift: float | None = None) -> Sampler:
-        """A sampler over the betas that this objective trains, the same for every size; a shift is of flow models."""
+        """A sampler over the betas of this objective. size and shift are used by flow models only."""
         return build_sampler(
             name,
             steps,
@@ -177,7 +177,7 @@ class DDPMObjective:
 
 
 def prediction_problems(options: DDPMOptions, prediction_type: str) -> list[str]:
-    """What does not fit the prediction type of the model, one line each."""
+    """Options that do not fit the prediction type of the model, one line each."""
     problems = []
     is_v = prediction_type == "v_prediction"
     if options.scale_v_pred_loss_like_noise_pred and not is_v:

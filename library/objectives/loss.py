@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far a prediction is from its target: element-wise measures, the Huber threshold, masks."""
+"""Difference between prediction and target: element-wise losses, Huber thresholds, masks."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def huber_thresholds(options: LossOptions, alphas_cumprod: Tensor) -> Tensor:
 
 
 def apply_mask(loss: Tensor, masks: Tensor) -> Tensor:
-    """Multiply an element-wise loss (B C h w) by masks (B 1 H W, in [0, 1]) averaged over each latent pixel's area."""
+    """Multiply an element-wise loss (B C h w) by masks (B 1 H W in [0, 1]), averaged over the area of latent pixels."""
     return loss * F.interpolate(masks.to(loss.dtype), size=loss.shape[-2:], mode="area")
 
 
 def per_sample(loss: Tensor, masks: Tensor | None) -> Tensor:
-    """Mean over C h w of the masked element-wise loss, (B,). Masked pixels count as 0 and stay in the mean."""
+    """Mean over C h w of the masked element-wise loss, (B,). Masked pixels count as 0 in the mean."""
     if masks is not None:
         loss = apply_mask(loss, masks)
     return loss.flatten(1).mean(dim=1)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The noise that is added to latents: plain, offset, multi-resolution, and input perturbation.
 
-Every function takes its generator; all draws are float32 on the generator's device. No function waits for the device.
+Every function takes its generator. All draws are float32 on the generator's device, and the host never waits for it.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from library.rng import python_rng
 
 
 def draw(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Standard normal float32 on the generator's device."""
+    """Standard normal numbers, float32, on the generator's device."""
     return torch.randn(shape, generator=generator, device=generator.device)
 
 
 def draw_strength(strength: float, random: bool, generator: torch.Generator) -> float | Tensor:
-    """`strength`, or with `random` a (1,) tensor uniform in [0, strength)."""
+    """`strength` itself or, with `random`, a (1,) tensor that is uniform in [0, strength)."""
     if not random:
         return strength
     return strength * torch.rand(1, generator=generator, device=generator.device)
 
 
 def offset_strength(strength: float | Tensor, latents: Tensor, adaptive_scale: float | None) -> float | Tensor:
-    """Strength of the offset: with an adaptive scale it grows with |mean| of each channel and never falls below 0."""
+    """Strength of the offset: with an adaptive scale it grows with each channel's |mean|, and it is at least 0."""
     if not adaptive_scale:
         return strength
     channel_mean = latents.mean(dim=tuple(range(2, latents.dim())), keepdim=True).abs()  # B C 1 1
@@ -35,27 +35,27 @@ def offset_strength(strength: float | Tensor, latents: Tensor, adaptive_scale: f
 
 
 def add_offset(noise: Tensor, offset: Tensor, strength: float | Tensor) -> Tensor:
-    """Offset noise (Guttenberg 2023, "Diffusion with Offset Noise"): one shift (B C 1 1) per channel."""
+    """Offset noise (Guttenberg 2023, "Diffusion with Offset Noise"). offset: one shift per channel, B C 1 1."""
     return noise + strength * offset
 
 
 def multires_levels(size: tuple[int, int], iterations: int, seed: int) -> list[tuple[int, int]]:
-    """Sizes (h, w) of the coarser noises: level i is smaller by r**i with r uniform in [2, 4), drawn anew per level.
+    """Sizes (h, w) of the coarser levels: level i is smaller by r**i, with r drawn uniformly in [2, 4) for each level.
 
-    The factors come from a Python generator: shapes that depended on a device tensor would make the host wait.
+    The factors come from a Python generator: if shapes depended on a device tensor, the host would wait.
     """
     rng = python_rng(seed, "multires noise")
     levels = []
     for i in range(iterations):
         r = 2 + 2 * rng.random()
         levels.append((max(1, int(size[0] / r**i)), max(1, int(size[1] / r**i))))
-        if 1 in levels[-1]:  # one pixel along a side: coarser levels would add nothing new
+        if 1 in levels[-1]:  # a side of one pixel: coarser levels would add nothing
             break
     return levels
 
 
 def add_levels(noise: Tensor, levels: list[Tensor], discount: float) -> Tensor:
-    """Multi-resolution noise (Whitaker 2023): noise + discount**i * level i, upsampled, scaled to unit deviation."""
+    """Multi-resolution noise (Whitaker 2023): noise + discount**i * upsampled level i, scaled to unit deviation."""
     for i, level in enumerate(levels):
         noise = noise + discount**i * F.interpolate(level, size=noise.shape[-2:], mode="bilinear")
     return noise / noise.std()
@@ -80,7 +80,7 @@ def make_noise(latents: Tensor, options: DDPMOptions, generator: torch.Generator
 
 
 def perturb(noise: Tensor, options: NoisingOptions, generator: torch.Generator) -> Tensor:
-    """Input perturbation (Ning et al. 2023): the noise that the model sees; the target stays `noise`.
+    """Input perturbation (Ning et al. 2023): the noise in the model's input. The target remains `noise`.
 
     Order of the draws: [strength], perturbation.
     """

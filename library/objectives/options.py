@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options of the objective: how noise is made, which timesteps learn, how the loss is measured and weighted."""
+"""Options of the objective: noise, timesteps, and the measure and weights of the loss."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class NoisingOptions:
 
     @property
     def timestep_range(self) -> tuple[int, int]:
-        """Lowest timestep and the end (excluded unless both are equal)."""
+        """(lowest timestep, end): the end is excluded unless both are equal."""
         low = 0 if self.min_timestep is None else self.min_timestep
         high = 1000 if self.max_timestep is None else self.max_timestep
         return low, high

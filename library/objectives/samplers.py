@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The samplers of previews: the names that users know, on the schedulers of diffusers."""
+"""Samplers of previews: diffusers' schedulers under the names that users know."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torch import Tensor
 from library.errors import UserError, unknown
 from library.objectives.base import Sampler
 
-# Sampling divides by the signal: the last step of a zero-terminal-SNR schedule gets a tiny one instead of 0.
+# Sampling divides by the signal, so the last step of a zero-terminal-SNR schedule gets a tiny signal instead of 0.
 SMALLEST_ALPHA = 2.0**-24
 
 
 @dataclass(frozen=True)
-class Row:
-    """One sampler: class in diffusers, its settings, whether its step draws noise, whether its spacing can be set."""
+class SamplerRow:
+    """A sampler: class in diffusers, its settings, whether its step draws noise, whether its spacing can be set."""
 
     scheduler: str
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -29,19 +29,21 @@ class Row:
     spaced: bool = True
 
 
-DDIM = Row("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}, noisy=True)
-PNDM = Row("PNDMScheduler", {"skip_prk_steps": True})
-LMS = Row("LMSDiscreteScheduler")
-EULER = Row("EulerDiscreteScheduler")
-EULER_ANCESTRAL = Row("EulerAncestralDiscreteScheduler", noisy=True)
-HEUN = Row("HeunDiscreteScheduler")
-DPM_2 = Row("KDPM2DiscreteScheduler")
-DPM_2_ANCESTRAL = Row("KDPM2AncestralDiscreteScheduler", noisy=True)
-DPM_SOLVER = Row("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"})
-DPM_SOLVER_PP = Row("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"})
-DPM_SINGLE = Row("DPMSolverSinglestepScheduler", {"lower_order_final": True}, spaced=False)
+DDIM = SamplerRow("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}, noisy=True)
+PNDM = SamplerRow("PNDMScheduler", {"skip_prk_steps": True})
+LMS = SamplerRow("LMSDiscreteScheduler")
+EULER = SamplerRow("EulerDiscreteScheduler")
+EULER_ANCESTRAL = SamplerRow("EulerAncestralDiscreteScheduler", noisy=True)
+HEUN = SamplerRow("HeunDiscreteScheduler")
+DPM_2 = SamplerRow("KDPM2DiscreteScheduler")
+DPM_2_ANCESTRAL = SamplerRow("KDPM2AncestralDiscreteScheduler", noisy=True)
+DPM_SOLVER = SamplerRow(
+    "DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}
+)
+DPM_SOLVER_PP = SamplerRow("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"})
+DPM_SINGLE = SamplerRow("DPMSolverSinglestepScheduler", {"lower_order_final": True}, spaced=False)
 
-SAMPLERS: dict[str, Row] = {
+SAMPLERS: dict[str, SamplerRow] = {
     "ddim": DDIM,
     "pndm": PNDM,
     "lms": LMS,
@@ -62,7 +64,7 @@ SAMPLERS: dict[str, Row] = {
 
 
 class DiffusersSampler:
-    """A diffusers scheduler behind the `Sampler` protocol. One per picture: multistep methods remember."""
+    """A diffusers scheduler as a `Sampler`. One per picture: multistep methods keep earlier outputs."""
 
     def __init__(self, scheduler: Any, *, noisy: bool) -> None:
         self.scheduler, self.noisy = scheduler, noisy
@@ -70,7 +72,7 @@ class DiffusersSampler:
         self.init_noise_sigma = float(scheduler.init_noise_sigma)
 
     def scale_input(self, x: Tensor, t: Tensor) -> Tensor:
-        """What the model is shown."""
+        """The model's input for the state `x` at `t`."""
         return self.scheduler.scale_model_input(x, t.to(self.timesteps.device))
 
     def step(self, pred: Tensor, t: Tensor, x: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -84,8 +86,8 @@ def build_sampler(
 ) -> Sampler:
     """A sampler with `steps` steps over the schedule `alphas_cumprod` (T,).
 
-    Spacing: as Stable Diffusion's published scheduler configuration; with zero terminal SNR the last timestep has to be
-    visited ("trailing", Lin et al. 2024, section 3.3). Raises UserError for an unknown name.
+    Spacing: that of Stable Diffusion's published scheduler configuration. With zero terminal SNR, the last timestep
+    must be visited ("trailing", Lin et al. 2024, section 3.3). Raises UserError for an unknown name.
     """
     row = SAMPLERS.get(name)
     if row is None:
@@ -94,7 +96,7 @@ def build_sampler(
     if zero_terminal_snr:
         spacing = {"timestep_spacing": "trailing"}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # "dpmsolver" is to go from diffusers some day
+        warnings.simplefilter("ignore", FutureWarning)  # diffusers has deprecated "dpmsolver"
         scheduler = scheduler_class(row.scheduler)(
             num_train_timesteps=len(alphas_cumprod),
             trained_betas=sampling_betas(alphas_cumprod).tolist(),
@@ -110,10 +112,10 @@ def build_sampler(
 
 
 @dataclass(frozen=True)
-class FlowRow:
-    """One sampler of flow models: class in diffusers, its settings, how often it visits a noise level but the first.
+class FlowSamplerRow:
+    """A sampler of flow models: class in diffusers, its settings, how often it visits each noise level after the first.
 
-    highest: noise level that its formulas read in place of 1, for those that divide by 1 - s.
+    highest: noise level that its formulas get in place of 1, for those that divide by 1 - s.
     """
 
     scheduler: str
@@ -123,20 +125,20 @@ class FlowRow:
 
 
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-FLOW_EULER = FlowRow("FlowMatchEulerDiscreteScheduler")  # DDIM of a flow is Euler's method
+FLOW_EULER = FlowSamplerRow("FlowMatchEulerDiscreteScheduler")  # for a flow, DDIM is Euler's method
 
-FLOW_SAMPLERS: dict[str, FlowRow] = {
+FLOW_SAMPLERS: dict[str, FlowSamplerRow] = {
     "ddim": FLOW_EULER,
     "euler": FLOW_EULER,
     "k_euler": FLOW_EULER,
-    "heun": FlowRow("FlowMatchHeunDiscreteScheduler", visits=2),
-    "dpmsolver++": FlowRow("DPMSolverMultistepScheduler", FLOW),
-    "dpmsingle": FlowRow("DPMSolverSinglestepScheduler", {**FLOW, "lower_order_final": True}, highest=0.999),
+    "heun": FlowSamplerRow("FlowMatchHeunDiscreteScheduler", visits=2),
+    "dpmsolver++": FlowSamplerRow("DPMSolverMultistepScheduler", FLOW),
+    "dpmsingle": FlowSamplerRow("DPMSolverSinglestepScheduler", {**FLOW, "lower_order_final": True}, highest=0.999),
 }
 
 
 class FlowSampler:
-    """A diffusers scheduler for flows behind the `Sampler` protocol: the steps are taken in order, once."""
+    """A diffusers scheduler for flows as a `Sampler`. The steps are taken in order, once."""
 
     init_noise_sigma = 1.0
 
@@ -144,7 +146,7 @@ class FlowSampler:
         self.scheduler, self.timesteps = scheduler, timesteps
 
     def scale_input(self, x: Tensor, t: Tensor) -> Tensor:
-        """The state itself."""
+        """The state itself: flow models need no scaling."""
         return x
 
     def step(self, pred: Tensor, t: Tensor, x: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -163,7 +165,7 @@ def build_flow_sampler(name: str, sigmas: Tensor) -> Sampler:
     scheduler = scheduler_class(row.scheduler)(**row.settings)
     scheduler.set_timesteps(len(sigmas) - 1)
     visited = torch.cat([sigmas[:1], sigmas[1:-1].repeat_interleave(row.visits), sigmas[-1:]])
-    # Our noise levels in place of the scheduler's own, which differ from class to class; counted, not looked up.
+    # Our noise levels replace the scheduler's own, which differ between classes; steps are counted, not looked up.
     scheduler.sigmas = visited.clamp(max=row.highest)
     scheduler.set_begin_index(0)
     return FlowSampler(scheduler, visited[:-1])
@@ -173,20 +175,20 @@ def build_flow_sampler(name: str, sigmas: Tensor) -> Sampler:
 
 
 def sampling_betas(alphas_cumprod: Tensor) -> Tensor:
-    """Betas, (T,), of the schedule with every a_t at least `SMALLEST_ALPHA`."""
+    """Betas, (T,), of the schedule in which every a_t is at least `SMALLEST_ALPHA`."""
     kept = alphas_cumprod.double().clamp(min=SMALLEST_ALPHA)
     return 1 - torch.cat([kept[:1], kept[1:] / kept[:-1]])
 
 
 def scheduler_class(name: str) -> type:
-    """The scheduler class of diffusers. LMS gets its coefficients from us: diffusers would need scipy for them."""
+    """The diffusers class of that name. LMS uses our own coefficients, for which diffusers would need scipy."""
     import diffusers
 
     return exact_lms_scheduler() if name == LMS.scheduler else getattr(diffusers, name)
 
 
 def exact_lms_scheduler() -> type:
-    """The LMS scheduler with `lms_coefficient`. Raises UserError where an older diffusers needs scipy."""
+    """The LMS scheduler with `lms_coefficient`. Raises UserError when an older diffusers needs scipy."""
     try:
         from diffusers.schedulers.scheduling_lms_discrete import LMSDiscreteScheduler
     except ModuleNotFoundError:
@@ -204,7 +206,7 @@ def exact_lms_scheduler() -> type:
 def lms_coefficient(sigmas: list[float], back: int) -> float:
     """Adams-Bashforth weight of the derivative `back` steps ago, for the step from sigmas[-2] to sigmas[-1].
 
-    The integral over that step of the Lagrange polynomial through sigmas[:-1] that is 1 at the point `back` steps ago.
+    It is the integral over that step of the Lagrange polynomial on sigmas[:-1] that is 1 at the point `back` steps ago.
     """
     points = sigmas[:-1][::-1]  # newest first
     center = points[back]

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Updates of bf16 weights that lose nothing on average (stochastic rounding) or nothing at all (a kept remainder).
+"""Updates of bf16 weights that are exact on average (stochastic rounding) or exact (the remainder is kept).
 
-A bf16 number has 8 significant bits: an update below 1/512 of its weight rounds to no update, however often it comes.
-Here the optimizer sees float32 copies of weights and gradients, a few weights at a time, and what it made of them goes
-back in one of two ways:
+A bf16 number has 8 significant bits: an update smaller than 1/512 of its weight rounds to nothing, however often it is
+repeated. Here the optimizer works on float32 copies of weights and gradients, a few weights at a time, and the result
+is written back in one of two ways:
 
-    stochastic   up or down at random, so that the expected value is the float32 one
-    kahan        the nearest bf16 number; what that cuts off is kept in 16 bits more and comes back in the next step,
-                 as in Kahan's sum (1965). Both parts together are exactly the float32 weight
+    stochastic   rounded up or down at random, so that the expected value is the float32 one
+    kahan        rounded to nearest; the remainder is kept in 16 more bits and added in the next step, as in Kahan
+                 summation (1965). Both parts together are exactly the float32 weight
 
     built = build_bf16(choice, groups, "stochastic", seed=run_seed)       # in place of choice.build(groups)
 
-The optimizer's own states are float32. Both ways are elementwise, take no value to the host, and are the same on every
-process: the draws for a weight depend on (seed, its steps so far, its number), so that it makes no difference which
-weights are stepped together and in which order.
+The optimizer's states are float32. Both ways are elementwise, never read a value on the host, and are the same in every
+process: the random numbers for a weight depend on (seed, its number of steps, its index), and not on which weights are
+stepped together or in which order.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from library.optim.in_backward import only
 from library.optim.optimizers import BuiltOptimizer, OptimizerChoice
 from library.rng import torch_generator
 
-LOW_BITS = 16  # of a float32 below a bf16 number
-CHUNK = 1 << 24  # float32 numbers that are on the device at a time, beside at most one weight that is larger
+LOW_BITS = 16  # bits that a float32 has beyond a bf16
+CHUNK = 1 << 24  # float32 numbers in memory at a time; a single larger weight may exceed it
 STATE_KEY = "bf16_update"
 
 
@@ -39,9 +39,9 @@ STATE_KEY = "bf16_update"
 
 
 def round_stochastic(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    """float32 -> bf16 neighbours of x, the nearer one more often: the expected value is x. Infinities and nan stay.
+    """Round float32 to a neighbouring bf16 at random; the expected value is x. Infinities and nan are kept.
 
-    Equally distributed noise below the last bf16 digit, then a cut: the bits of a float order magnitudes.
+    Adds uniform noise below the last bf16 digit and truncates: the bits of floats are ordered like their magnitudes.
     """
     noise = torch.randint(0, 1 << LOW_BITS, x.shape, dtype=torch.int32, device=x.device, generator=generator)
     rounded = (noise.add_(x.view(torch.int32)) >> LOW_BITS).to(torch.int16).view(torch.bfloat16)
@@ -49,9 +49,9 @@ def round_stochastic(x: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def split(x: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 -> (nearest bf16, int16 remainder in units of the last float32 digit); `join` is the exact inverse.
+    """Split float32 into (nearest bf16, int16 remainder in units of the last float32 digit). `join` is the inverse.
 
-    Infinities and nan have remainder 0.
+    The remainder of infinities and nan is 0.
     """
     bits = x.view(torch.int32)
     high = (bits + (1 << LOW_BITS - 1)) >> LOW_BITS
@@ -62,7 +62,7 @@ def split(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def join(high: Tensor, low: Tensor) -> Tensor:
-    """The float32 numbers whose parts `split` gave."""
+    """The float32 numbers that `split` took apart, exactly."""
     return ((high.view(torch.int16).to(torch.int32) << LOW_BITS) + low).view(torch.float32)
 
 
@@ -70,7 +70,7 @@ def join(high: Tensor, low: Tensor) -> Tensor:
 
 
 class Weight:
-    """A bf16 weight and the float32 parameter that the optimizer knows it by, which has memory only while in use."""
+    """A bf16 weight and its float32 shadow: a parameter of the inner optimizer that has memory only while in use."""
 
     def __init__(self, real: Tensor, number: int, *, keeps_rest: bool) -> None:
         self.real, self.number = real, number
@@ -80,13 +80,13 @@ class Weight:
         self.rest = torch.zeros_like(real, dtype=torch.int16) if keeps_rest else None
 
     def show(self) -> None:
-        """Let the optimizer see the weight and its gradient."""
+        """Fill the shadow with the weight and its gradient."""
         real = self.real.detach()
         self.shadow.data = real.float() if self.rest is None else join(real, self.rest)
         self.shadow.grad = None if self.real.grad is None else self.real.grad.float()
 
     def take(self, seed: int) -> None:
-        """Take over what the optimizer made of it."""
+        """Write the updated shadow back to the weight."""
         real, value = self.real.detach(), self.shadow.detach()
         if self.rest is None:
             generator = torch_generator(seed, "bf16 update", self.steps, self.number, device=value.device)
@@ -98,11 +98,11 @@ class Weight:
         self.steps += 1
 
     def look(self) -> None:
-        """Show what the optimizer made of it, for a while: the remainder stays that of the weight in training."""
+        """Write the shadow to the weight for evaluation; the remainder stays that of the training weight."""
         self.real.detach().copy_(self.shadow.detach())
 
     def hide(self) -> None:
-        """Give the float32 memory back."""
+        """Free the float32 memory."""
         self.shadow.grad = None
         self.shadow.data = self.empty
 
@@ -111,10 +111,10 @@ class Weight:
 
 
 class Bf16Optimizer(torch.optim.Optimizer):
-    """An optimizer of the float32 shadows of bf16 weights; seen from outside it is one of the weights themselves.
+    """An optimizer of bf16 weights that runs an inner optimizer on their float32 shadows.
 
-    whole: the inner optimizer has to see all weights at once (it computes something over all of them, or counts its
-    steps per group); all float32 copies are then in memory together.
+    whole: the inner optimizer needs all weights at once (it computes something over all of them, or counts its steps
+    per group); all float32 copies are then in memory together.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class Bf16Optimizer(torch.optim.Optimizer):
         whole: bool = True,
         chunk: int = CHUNK,
     ) -> None:
-        # not super().__init__: groups, defaults and states are those of the inner optimizer
+        # super().__init__ is not called: groups, defaults and states are those of the inner optimizer
         self.seed, self.whole, self.chunk = seed, whole, chunk
         numbers, kahan = count(), rounding == "kahan"
         self.weights = [[Weight(p, next(numbers), keeps_rest=kahan) for p in group["params"]] for group in groups]
@@ -149,7 +149,7 @@ class Bf16Optimizer(torch.optim.Optimizer):
         finally:
             self._name(lambda weight: weight.real)
 
-    # ---- what the rest of the program uses of an optimizer
+    # ---- the interface of torch.optim.Optimizer
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -165,7 +165,7 @@ class Bf16Optimizer(torch.optim.Optimizer):
 
     @property
     def state(self) -> dict[Tensor, Any]:  # type: ignore[override]
-        """The inner optimizer's states by the weights that they belong to."""
+        """The inner optimizer's states, by weight."""
         pairs = ((w.real, w.shadow) for own in self.weights for w in own)
         return {real: self.inner.state[shadow] for real, shadow in pairs if shadow in self.inner.state}
 
@@ -179,7 +179,7 @@ class Bf16Optimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One step over all weights, a chunk of them at a time; inside `only`, over those that it names."""
+        """Step all weights, a chunk at a time; inside `only`, the weights that it names."""
         assert closure is None, "the loss is evaluated once per step"
         for parts in self._chunks():
             weights = [weight for part in parts.values() for weight in part]
@@ -192,7 +192,7 @@ class Bf16Optimizer(torch.optim.Optimizer):
                 weight.hide()
 
     def _chunks(self) -> Iterator[dict[int, list[Weight]]]:
-        """Group number -> weights that are shown together."""
+        """The weights that are stepped together, by index of their group."""
         visible = [[self._weight_of[p] for p in group["params"]] for group in self.param_groups]
         if self.whole:
             yield dict(enumerate(visible))
@@ -209,7 +209,7 @@ class Bf16Optimizer(torch.optim.Optimizer):
             if part:
                 yield {i: part}
 
-    # ---- schedule-free optimizers have weights for training and others to look at
+    # ---- train and eval modes of schedule-free optimizers
 
     def train(self) -> None:
         self._change_mode("train")
@@ -231,15 +231,15 @@ class Bf16Optimizer(torch.optim.Optimizer):
     # ---- states
 
     def state_dict(self) -> dict[str, Any]:
-        """The inner optimizer's state, and what the next step needs besides the weights."""
+        """The inner optimizer's state, the number of steps and the remainders."""
         with self._inside() as inner:
             state = inner.state_dict()
         weights = self._weight_of.values()
-        steps = max(weight.steps for weight in weights)  # the same of all, between steps
+        steps = max(weight.steps for weight in weights)  # between steps it is the same for all
         return {**state, STATE_KEY: {"steps": steps, "rests": [weight.rest for weight in weights]}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state`. Raises ValueError when it belongs to other weights or another way of rounding."""
+        """Restore `state`. Raises ValueError when it was saved for other weights or another --bf16_update."""
         own = dict(state)
         kept = own.pop(STATE_KEY)
         with self._inside() as inner:
@@ -255,7 +255,7 @@ class Bf16Optimizer(torch.optim.Optimizer):
 def build_bf16(
     choice: OptimizerChoice, groups: list[dict[str, Any]], rounding: str, *, seed: int, chunk: int = CHUNK
 ) -> BuiltOptimizer:
-    """As `choice.build(groups)`, for bf16 weights. rounding: "stochastic", "kahan", or "plain" for ordinary rounding.
+    """Like `choice.build(groups)`, for bf16 weights. rounding: "stochastic", "kahan", or "plain" (to nearest).
 
     Raises UserError when the optimizer refuses its settings.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A moving average of the trained weights. Where these are joined in flat buffers, so are their averages."""
+"""Exponential moving average of the trained weights. Weights in flat buffers have their averages in flat buffers."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from torch import Tensor
 
 from library.optim.flat import FlatParameters
 
-CHUNK = 1 << 24  # numbers of which a float32 copy is in memory at a time, beside single weights that are larger
+CHUNK = 1 << 24  # numbers in a float32 copy at a time; a single larger weight may exceed it
 
 
 def warm_decay(decay: float, step: int) -> float:
-    """Decay in force at optimizer step `step` (from 0): min(decay, (1 + n) / (10 + n)), so that early weights fade."""
+    """Decay at optimizer step `step` (from 0): min(decay, (1 + step) / (10 + step)); early weights fade fast."""
     return min(decay, (1 + step) / (10 + step))
 
 
 class Ema:
-    """average = d * average + (1 - d) * weight after each optimizer step, kept in float32 beside the weights.
+    """Averages in float32: average = d * average + (1 - d) * weight after each optimizer step.
 
-    flat: the buffers that `parameters` are views of, all of them and in this order. States are the same either way.
+    flat: the buffers of which `parameters` are all the views, in this order. States are the same with and without it.
     """
 
     def __init__(self, parameters: Iterable[Tensor], decay: float, flat: FlatParameters | None = None) -> None:
         weights = [p.detach() for p in parameters]
         self.decay = decay
-        self.tensors = [group.buffer.detach() for group in flat.groups] if flat else weights  # share their storage
+        self.tensors = [group.buffer.detach() for group in flat.groups] if flat else weights  # shared storage
         self._sums = [p.float().clone() for p in self.tensors]
-        self.averages = self._sums  # of each parameter
+        self.averages = self._sums  # one per parameter
         if flat is not None:
             pairs = zip(flat.groups, self._sums, strict=True)
             self.averages = [view for group, average in pairs for view in group.views(average)]
@@ -39,13 +39,13 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after optimizer step `step`, counted from 0 over the whole run."""
+        """Update the averages after optimizer step `step`, counted from 0 over the whole run."""
         weight = 1 - warm_decay(self.decay, step)
         for part in self._parts():
             torch._foreach_lerp_(self._sums[part], [p.float() for p in self.tensors[part]], weight)
 
     def _parts(self) -> Iterator[slice]:
-        """Tensors that are taken in together: all float32 ones need no copy, so the limit is for the others."""
+        """Slices of tensors to update together. Only tensors that need a float32 copy count towards the limit."""
         start = size = 0
         for i, p in enumerate(self.tensors):
             cost = 0 if p.dtype == torch.float32 else p.numel()
@@ -57,8 +57,8 @@ class Ema:
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """The weights hold the averages inside the block, and exactly what they held before afterwards."""
-        kept = [p.to("cpu", copy=True) for p in self.tensors]  # the card may have no room for it
+        """Inside the context the weights are the averages; afterwards they are restored exactly."""
+        kept = [p.to("cpu", copy=True) for p in self.tensors]  # the card may be full
         try:
             torch._foreach_copy_(self.tensors, self._sums)
             yield
@@ -66,11 +66,11 @@ class Ema:
             torch._foreach_copy_(self.tensors, kept)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averages by position of the parameter."""
+        """The averages, by index of the parameter."""
         return {str(i): average for i, average in enumerate(self.averages)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from `state`. Raises ValueError when it belongs to other weights."""
+        """Restore `state`. Raises ValueError when it was saved for other weights."""
         shapes = [tuple(state[key].shape) for key in sorted(state, key=int)]
         if shapes != [tuple(average.shape) for average in self.averages]:
             raise ValueError("the moving average was saved for other weights")

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many small parameters as one buffer per learning-rate group, so that clip and step are a few calls, not thousands.
+"""Many small parameters in one buffer per learning-rate group, so that clip and step take a few calls, not thousands.
 
 The parameters stay ordinary tensors: views of the buffer, whose gradients are views of a second buffer. Only for
-optimizers whose update is elementwise (`BuiltOptimizer.elementwise`). Build it when the parameters are on their device
-and in their dtype: a later `module.to(...)` would cut the views.
+optimizers whose update is elementwise (`BuiltOptimizer.elementwise`). Build it once the parameters have their final
+device and dtype: a later `module.to(...)` would detach them from the buffer.
 
-A parameter that receives no gradient in a step counts as one with gradient 0, and `p.grad` is never None. One that
-never received any stays as it is, as torch leaves it (`silent_kept`). Nobody else may give a parameter another gradient
-tensor, or other memory: the buffers would not see it, and a step would change nothing. `require_joined` finds that.
+A parameter without a gradient in a step counts as one with gradient 0, and `p.grad` is never None. A parameter that
+never had a gradient is not changed, as in torch (`silent_kept`). Nothing else may replace a parameter's gradient tensor
+or memory: the buffers would not see it, and the step would have no effect. `require_joined` detects that.
 
 Several processes exchange whole buffers (`average_gradients`), so the model needs no DistributedDataParallel around it.
 """
@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-ALIGNMENT = 64  # elements between the starts of tensors are a multiple of this: kernels want 16-byte aligned operands
+ALIGNMENT = 64  # elements; tensors start at multiples of it, since kernels want 16-byte aligned operands
 
 
 @dataclass(frozen=True)
 class FlatGroup:
-    """One buffer and where each parameter lies in it."""
+    """One buffer, its parameters and their offsets in it."""
 
     buffer: nn.Parameter  # 1-D; its .grad is the gradient buffer
     params: tuple[Tensor, ...]
@@ -39,12 +39,12 @@ class FlatGroup:
         return self.buffer.grad
 
     def views(self, buffer: Tensor) -> list[Tensor]:
-        """Of another buffer of this layout, the parts that belong to the parameters, in their shapes."""
+        """Views of another buffer with this layout, one per parameter, in the parameters' shapes."""
         pairs = zip(self.params, self.offsets, strict=True)
         return [buffer[start : start + p.numel()].view(p.shape) for p, start in pairs]
 
     def strangers(self) -> list[int]:
-        """Numbers of the parameters that lie elsewhere now, or whose gradients do. Compares addresses on the host."""
+        """Indices of the parameters whose memory or gradient is outside of the buffers, by their addresses."""
         gradients = self.buffer.grad
         if gradients is None:
             return list(range(len(self.params)))
@@ -59,7 +59,7 @@ class FlatGroup:
 
 
 def flatten(params: Sequence[Tensor]) -> FlatGroup:
-    """Move parameters of one dtype and device into one buffer. They become views, and so do their gradients.
+    """Move parameters of one dtype and device into one buffer. They become views of it, and so do their gradients.
 
     Raises ValueError for mixed dtypes or devices.
     """
@@ -71,7 +71,7 @@ def flatten(params: Sequence[Tensor]) -> FlatGroup:
         offsets.append(size)
         size += -(-p.numel() // ALIGNMENT) * ALIGNMENT
     ((dtype, device),) = kinds
-    data = torch.zeros(size, dtype=dtype, device=device)  # the gaps stay 0: no gradient, no update
+    data = torch.zeros(size, dtype=dtype, device=device)  # the padding stays 0: it has no gradient and no update
     buffer = nn.Parameter(data)
     buffer.grad = torch.zeros_like(data)
     for p, start in zip(params, offsets, strict=True):
@@ -86,14 +86,14 @@ def flatten(params: Sequence[Tensor]) -> FlatGroup:
 
 
 class FlatParameters:
-    """The flat buffers of all groups: hand `param_groups` to the optimizer in place of the original groups."""
+    """The flat buffers of all groups. Pass `param_groups` to the optimizer in place of the original groups."""
 
     def __init__(self, param_groups: Sequence[dict[str, Any]]) -> None:
         self.groups = [flatten(list(group["params"])) for group in param_groups]
         self.param_groups: list[dict[str, Any]] = [
             {**group, "params": [flat.buffer]} for group, flat in zip(param_groups, self.groups, strict=True)
         ]
-        self._silent = [p for flat in self.groups for p in flat.params]  # no process has had a gradient of them yet
+        self._silent = [p for flat in self.groups for p in flat.params]  # without a gradient in any process so far
         self._heard: set[int] = set()
         self._hooks = {id(p): p.register_post_accumulate_grad_hook(self._hear) for p in self._silent}
 
@@ -103,7 +103,7 @@ class FlatParameters:
 
     @contextmanager
     def silent_kept(self, *, processes: int) -> Iterator[None]:
-        """Around a step: weight decay does not act on what never received a gradient, in any of the processes."""
+        """Use it around a step: weight decay leaves alone the parameters that never had a gradient in any process."""
         if self._silent:
             heard = [id(p) in self._heard for p in self._silent]
             if processes > 1:
@@ -117,11 +117,11 @@ class FlatParameters:
             p.detach().copy_(value)
 
     def zero_grad(self) -> None:
-        """Set all gradients to 0. Use it instead of the optimizer's or the module's, which would drop the views."""
+        """Set all gradients to 0. Use it in place of the optimizer's or the module's, which would drop the views."""
         torch._foreach_zero_([flat.grad for flat in self.groups])
 
     def require_joined(self) -> None:
-        """Raise RuntimeError when a step would skip parameters that are not views of the buffers any more."""
+        """Raises RuntimeError when a step would skip parameters that are no longer views of the buffers."""
         for number, flat in enumerate(self.groups):
             found = flat.strangers()
             if found:
@@ -133,23 +133,23 @@ class FlatParameters:
                 )
 
     def broadcast_weights(self) -> None:
-        """All processes take the weights of the first one."""
+        """Copy the weights of the first process to all others."""
         for flat in self.groups:
             distributed.broadcast(flat.buffer.detach(), src=0)
 
     def average_gradients(self) -> None:
-        """All processes get the mean of their gradients: one exchange per buffer, which the host does not wait for."""
+        """Average the gradients over all processes: one all-reduce per buffer, which the host does not wait for."""
         torch._foreach_div_([flat.grad for flat in self.groups], distributed.get_world_size())
         for flat in self.groups:
             distributed.all_reduce(flat.grad)
 
     def clip_grad_norm(self, max_norm: float) -> Tensor:
-        """Scale all gradients to a common norm of at most `max_norm`; the norm before, as a tensor (no wait)."""
+        """Clip the norm of all gradients together to `max_norm`. Returns the norm before, 0-dim, on the device."""
         gradients = [flat.grad for flat in self.groups]
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
         torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
     def layout(self) -> list[list[list[int]]]:
-        """Shapes per group, in order: what a saved optimizer state of these buffers belongs to."""
+        """Shapes of the parameters by group, in order. A saved optimizer state fits buffers of the same layout."""
         return [[list(p.shape) for p in flat.params] for flat in self.groups]

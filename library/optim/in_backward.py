@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights that are stepped during the backward pass, so that the gradients of a model are never all in memory.
+"""Optimizer steps during the backward pass, so that the gradients of a model are never all in memory.
 
-A unit is some weights that are stepped together, as soon as the last of their gradients is there; the gradients are
-freed at once. The step is that of the run's one optimizer, which sees only the weights of the unit for the call. So
-states, their file, learning rates, schedule and resume are those of the plain step, and a run may change from one to
-the other. Only for optimizers whose update of a weight depends on that weight alone (`Row.by_weight`).
+A unit is a set of weights that are stepped together, as soon as the last of their gradients has arrived; the gradients
+are freed at once. The step is taken by the run's one optimizer, which sees only the weights of the unit during the
+call. States, their file, learning rates, schedule and resume are therefore those of the plain step, and a run may
+switch between the two. Only for optimizers that update each weight on its own (`OptimizerRow.by_weight`).
 
-Clipping differs: the norm of all gradients is known only when the last of them is there, and the first are gone by
-then. Each gradient is therefore scaled down to the limit by its own norm. Without a limit the result is the plain one,
-to the last bit.
+Clipping differs: the norm of all gradients is known only when the last has arrived, and the first are freed by then.
+Each gradient is clipped by its own norm instead. Without clipping the result is bit-identical to the plain step.
 
     in_backward = InBackward(optimizer, units(groups, blocks, options), max_norm)
     for each micro-batch:
@@ -29,13 +28,13 @@ from torch import Tensor, nn
 from library.errors import UserError
 from library.optim.options import FullOptimizerOptions
 
-SIZE = 1 << 25  # numbers in a unit of --fused_backward_pass, beside single weights that are larger
-EPS = 1e-6  # as torch's clip_grad_norm_ has it
+SIZE = 1 << 25  # numbers in a unit of --fused_backward_pass; a single larger weight may exceed it
+EPS = 1e-6  # the same as in torch's clip_grad_norm_
 
 
 @contextmanager
 def only(optimizer: torch.optim.Optimizer, parts: Mapping[int, Sequence[Tensor]]) -> Iterator[None]:
-    """Inside it the optimizer knows these weights and no others. parts: number of a group -> some of its weights."""
+    """Restrict the optimizer to some weights inside the context. parts: index of a group -> some of its weights."""
     groups = optimizer.param_groups
     kept = {i: groups[i]["params"] for i in parts}
     optimizer.param_groups = [groups[i] for i in parts]
@@ -59,7 +58,7 @@ class InBackward:
         max_norm: float,
         changed: Callable[[Sequence[Tensor]], None] | None = None,
     ) -> None:
-        """max_norm: of each gradient; 0 does not clip. changed: is told which weights have just been stepped.
+        """max_norm: limit of each gradient's norm; 0 does not clip. changed: called with the weights after their step.
 
         Raises ValueError when the units are not exactly the optimizer's weights.
         """
@@ -73,24 +72,24 @@ class InBackward:
         self._handles = [p.register_post_accumulate_grad_hook(self._arrived) for p in self._unit]
 
     def _start(self) -> None:
-        self._missing = [len(unit) for unit in self.units]  # gradients that have not come yet
+        self._missing = [len(unit) for unit in self.units]  # gradients that have not arrived yet
         self._here: set[Tensor] = set()
         self._stepped: set[Tensor] = set()
-        self.started = False  # whether weights of this step may have changed: it cannot be done again from the start
+        self.started = False  # weights may have changed in this step, so it cannot be repeated from the start
         self._norms: list[Tensor] = []
 
     def last_micro_batch(self, is_last: bool) -> None:
-        """Before each backward pass. In all but the last of a step, gradients add up as usual."""
+        """Call it before each backward pass. Gradients accumulate in all but the last one of a step."""
         self._armed = is_last
         self._start()
 
     def step_now(self, parameters: Sequence[Tensor]) -> None:
-        """Step what of these has a gradient and was not stepped, in the last backward pass: no more will come."""
+        """Step those of these weights that have a gradient, in the last backward pass: no more gradients will come."""
         if self._armed:
             self._step([p for p in parameters if p.grad is not None and p in self._unit and p not in self._stepped])
 
     def finish(self) -> Tensor:
-        """After the last backward pass: step what is left, weights without a gradient among it.
+        """Step the remaining weights, with or without a gradient. Call it after the last backward pass.
 
         Returns the norm of all gradients before clipping, 0-dim, float32, on the device.
         """
@@ -101,7 +100,7 @@ class InBackward:
         return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), device=first.device)
 
     def remove(self) -> None:
-        """Backward passes are the usual ones again."""
+        """Remove the hooks: backward passes no longer step weights."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -111,7 +110,7 @@ class InBackward:
             return
         if parameter in self._stepped:
             raise RuntimeError("a weight got another gradient after its step in the same backward pass")
-        if parameter in self._here:  # used in several parts that were recomputed one by one
+        if parameter in self._here:  # used in several blocks that were recomputed one by one
             return
         self._here.add(parameter)
         number = self._unit[parameter]
@@ -139,7 +138,7 @@ class InBackward:
             self.changed(parameters)
 
     def _clip(self, gradients: list[Tensor]) -> None:
-        """Collect the norms, and scale each gradient down to the limit."""
+        """Record the norms and clip each gradient by its own."""
         norms = torch._foreach_norm(gradients, 2, torch.float32)
         self._norms += norms
         if self.max_norm:
@@ -153,10 +152,10 @@ class InBackward:
 def units(
     groups: Sequence[Mapping[str, Any]], blocks: Sequence[nn.Module], options: FullOptimizerOptions
 ) -> list[list[nn.Parameter]]:
-    """The weights of the optimizer's groups, as the options want them stepped together.
+    """The weights of the optimizer's groups, divided into units as the options say.
 
-    blocks: of the model in the order of execution. Weights outside of them (embedders, text encoders) are taken in the
-    order of the groups, as those of one more block that comes first.
+    blocks: the model's blocks in the order of execution. Weights outside of them (embedders, text encoders) count as
+    one more block, which comes first, in the order of the groups.
     """
     learning = {p: None for group in groups for p in group["params"]}
     inside: list[list[nn.Parameter]] = []
@@ -173,7 +172,7 @@ def units(
 
 
 def _runs(parameters: Sequence[nn.Parameter], size: int = SIZE) -> list[list[nn.Parameter]]:
-    """Neighbours together, up to `size` numbers: many small weights cost as much time as few large ones."""
+    """Consecutive weights of up to `size` numbers: stepping many small weights one by one is slow."""
     runs: list[list[nn.Parameter]] = []
     room = 0
     for p in parameters:
@@ -186,7 +185,7 @@ def _runs(parameters: Sequence[nn.Parameter], size: int = SIZE) -> list[list[nn.
 
 
 def _shares(parameters: Sequence[nn.Parameter], count: int) -> list[list[nn.Parameter]]:
-    """At most `count` runs of nearly as many numbers each."""
+    """At most `count` runs of consecutive weights with about the same number of elements."""
     total, before = sum(p.numel() for p in parameters), 0
     shares: list[list[nn.Parameter]] = [[] for _ in range(count)]
     for p in parameters:
@@ -198,9 +197,9 @@ def _shares(parameters: Sequence[nn.Parameter], count: int) -> list[list[nn.Para
 def check_in_backward(
     option: str, optimizer: str, *, by_weight: bool, scaled: bool, processes: int, deepspeed: bool
 ) -> None:
-    """Raises UserError, naming the option, where this run cannot step weights during the backward pass.
+    """Raises UserError when this run cannot step weights during the backward pass as `option` asks.
 
-    optimizer: its name. scaled: fp16 gradients with a scale that is known to be right only after the pass.
+    optimizer: its name. scaled: gradients are scaled (fp16), and only after the pass is it known whether that worked.
     """
     problems = []
     if not by_weight:

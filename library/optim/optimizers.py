@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optimizers by name: a table, the check of their settings, and one interface for all of them.
+"""Optimizers by name: a table, the checks of their settings, and one interface to all of them.
 
-    choice = choose_optimizer(options)          # cheap: before any model is loaded; every mistake is found here
+    choice = choose_optimizer(options)          # cheap, before any model is loaded; every mistake is found here
     built = choice.build(network.param_groups(...))
 
-New optimizer: one row of OPTIMIZERS.
+To add an optimizer, add a row to OPTIMIZERS.
 """
 
 from __future__ import annotations
@@ -28,64 +28,72 @@ TRAINING_WEIGHTS = "training_weights"  # key of a state that was taken in eval m
 
 
 @dataclass(frozen=True)
-class Row:
-    """One optimizer."""
+class OptimizerRow:
+    """An entry of the table: the class of an optimizer and what the trainer needs to know about it."""
 
     path: str  # module.Class
-    package: str = ""  # what pip installs it from ("" comes with the project)
+    package: str = ""  # what to pip install; "": a dependency of the project
     defaults: Mapping[str, Any] = field(default_factory=dict)  # settings that --optimizer_args may change
-    fixed: Mapping[str, Any] = field(default_factory=dict)  # settings that make the name what it is
-    quick: Mapping[str, Any] = field(default_factory=dict)  # how it is computed where --optimizer_args do not say
-    elementwise: bool = False  # an element's update depends on that element only: tensors may be joined (flat.py)
-    finds_rate: bool = False  # estimates its step size; the learning rate is one factor near 1 for all groups
-    schedule_free: bool = False  # has train() and eval() weights and its own schedule
-    adjust: Callable[[torch.optim.Optimizer], None] | None = None  # done to each that is built
-    foreign: bool = False  # a class that this table and torch do not have: nothing is known of it
+    fixed: Mapping[str, Any] = field(default_factory=dict)  # settings that the name stands for
+    quick: Mapping[str, Any] = field(default_factory=dict)  # the fast implementation, unless --optimizer_args choose
+    elementwise: bool = False  # each element is updated on its own: tensors may share a buffer (flat.py)
+    finds_rate: bool = False  # estimates its step size; the learning rate is a factor near 1, the same for all groups
+    schedule_free: bool = False  # has train() and eval() modes and a schedule of its own
+    adjust: Callable[[torch.optim.Optimizer], None] | None = None  # called with each new optimizer
+    foreign: bool = False  # neither in this table nor in torch: nothing is known about it
 
     @property
     def by_weight(self) -> bool:
-        """Whether a weight's update depends on that weight only, and nothing is counted per group."""
+        """Whether each weight is updated on its own, and nothing is counted per group."""
         return not (self.finds_rate or self.schedule_free or self.foreign)
 
     @property
     def paged(self) -> bool:
-        """Whether its states leave the card by themselves where there is no room."""
+        """Whether its states move to main memory by themselves when the card is full."""
         return ".Paged" in self.path
 
 
 MOMENTUM: Mapping[str, Any] = {"momentum": 0.9}
 NESTEROV: Mapping[str, Any] = {"nesterov": True}
 BNB, DADAPT, SCHEDULE_FREE = "bitsandbytes", "dadaptation", "schedulefree"
-PREPRINT = Row("dadaptation.experimental.DAdaptAdamPreprint", DADAPT, finds_rate=True)
+PREPRINT = OptimizerRow("dadaptation.experimental.DAdaptAdamPreprint", DADAPT, finds_rate=True)
 
-OPTIMIZERS: dict[str, Row] = {
-    "AdamW": Row("torch.optim.AdamW", quick={"fused": True}, elementwise=True),  # the others need a second buffer
-    "SGDNesterov": Row("torch.optim.SGD", defaults=MOMENTUM, fixed=NESTEROV, elementwise=True),
-    "AdamW8bit": Row(
+OPTIMIZERS: dict[str, OptimizerRow] = {
+    "AdamW": OptimizerRow(
+        "torch.optim.AdamW", quick={"fused": True}, elementwise=True
+    ),  # torch's other implementations need a second buffer
+    "SGDNesterov": OptimizerRow("torch.optim.SGD", defaults=MOMENTUM, fixed=NESTEROV, elementwise=True),
+    "AdamW8bit": OptimizerRow(
         "bitsandbytes.optim.AdamW8bit", BNB, adjust=without_synchronizing
     ),  # not elementwise: 8-bit states share a scale per 256
-    "PagedAdamW8bit": Row("bitsandbytes.optim.PagedAdamW8bit", BNB),
-    "PagedAdamW": Row("bitsandbytes.optim.PagedAdamW", BNB, elementwise=True),
-    "PagedAdamW32bit": Row("bitsandbytes.optim.PagedAdamW32bit", BNB, elementwise=True),
-    "Lion8bit": Row("bitsandbytes.optim.Lion8bit", BNB, adjust=without_synchronizing),
-    "PagedLion8bit": Row("bitsandbytes.optim.PagedLion8bit", BNB),
-    "SGDNesterov8bit": Row(
+    "PagedAdamW8bit": OptimizerRow("bitsandbytes.optim.PagedAdamW8bit", BNB),
+    "PagedAdamW": OptimizerRow("bitsandbytes.optim.PagedAdamW", BNB, elementwise=True),
+    "PagedAdamW32bit": OptimizerRow("bitsandbytes.optim.PagedAdamW32bit", BNB, elementwise=True),
+    "Lion8bit": OptimizerRow("bitsandbytes.optim.Lion8bit", BNB, adjust=without_synchronizing),
+    "PagedLion8bit": OptimizerRow("bitsandbytes.optim.PagedLion8bit", BNB),
+    "SGDNesterov8bit": OptimizerRow(
         "bitsandbytes.optim.SGD8bit", BNB, defaults=MOMENTUM, fixed=NESTEROV, adjust=without_synchronizing
     ),
-    "Lion": Row("lion_pytorch.Lion", "lion-pytorch", elementwise=True),
+    "Lion": OptimizerRow("lion_pytorch.Lion", "lion-pytorch", elementwise=True),
     "DAdaptation": PREPRINT,
     "DAdaptAdamPreprint": PREPRINT,
-    "DAdaptAdaGrad": Row("dadaptation.DAdaptAdaGrad", DADAPT, finds_rate=True),
-    "DAdaptAdam": Row("dadaptation.DAdaptAdam", DADAPT, finds_rate=True),
-    "DAdaptAdan": Row("dadaptation.DAdaptAdan", DADAPT, finds_rate=True),
-    "DAdaptAdanIP": Row("dadaptation.experimental.DAdaptAdanIP", DADAPT, finds_rate=True),
-    "DAdaptLion": Row("dadaptation.DAdaptLion", DADAPT, finds_rate=True),
-    "DAdaptSGD": Row("dadaptation.DAdaptSGD", DADAPT, finds_rate=True),
-    "Prodigy": Row("prodigyopt.Prodigy", "prodigyopt", finds_rate=True),
-    "Adafactor": Row("transformers.optimization.Adafactor", adjust=rate_on_device),
-    "RAdamScheduleFree": Row("schedulefree.RAdamScheduleFree", SCHEDULE_FREE, elementwise=True, schedule_free=True),
-    "AdamWScheduleFree": Row("schedulefree.AdamWScheduleFree", SCHEDULE_FREE, elementwise=True, schedule_free=True),
-    "SGDScheduleFree": Row("schedulefree.SGDScheduleFree", SCHEDULE_FREE, elementwise=True, schedule_free=True),
+    "DAdaptAdaGrad": OptimizerRow("dadaptation.DAdaptAdaGrad", DADAPT, finds_rate=True),
+    "DAdaptAdam": OptimizerRow("dadaptation.DAdaptAdam", DADAPT, finds_rate=True),
+    "DAdaptAdan": OptimizerRow("dadaptation.DAdaptAdan", DADAPT, finds_rate=True),
+    "DAdaptAdanIP": OptimizerRow("dadaptation.experimental.DAdaptAdanIP", DADAPT, finds_rate=True),
+    "DAdaptLion": OptimizerRow("dadaptation.DAdaptLion", DADAPT, finds_rate=True),
+    "DAdaptSGD": OptimizerRow("dadaptation.DAdaptSGD", DADAPT, finds_rate=True),
+    "Prodigy": OptimizerRow("prodigyopt.Prodigy", "prodigyopt", finds_rate=True),
+    "Adafactor": OptimizerRow("transformers.optimization.Adafactor", adjust=rate_on_device),
+    "RAdamScheduleFree": OptimizerRow(
+        "schedulefree.RAdamScheduleFree", SCHEDULE_FREE, elementwise=True, schedule_free=True
+    ),
+    "AdamWScheduleFree": OptimizerRow(
+        "schedulefree.AdamWScheduleFree", SCHEDULE_FREE, elementwise=True, schedule_free=True
+    ),
+    "SGDScheduleFree": OptimizerRow(
+        "schedulefree.SGDScheduleFree", SCHEDULE_FREE, elementwise=True, schedule_free=True
+    ),
 }
 BY_LOWER_NAME = {name.lower(): row for name, row in OPTIMIZERS.items()}
 ELEMENTWISE_IN_TORCH = {"Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "SGD"}
@@ -94,7 +102,7 @@ NOT_HERE = {
     "differentiable": "nothing is learned through the steps",
     "maximize": "the loss is made smaller, not larger",
 }
-WAYS = {"fused", "foreach", "capturable", "differentiable"}  # settings of torch's optimizers that exclude each other
+IMPLEMENTATIONS = {"fused", "foreach", "capturable", "differentiable"}  # of torch's optimizers; at most one is set
 NOT_FOR_TRAINING = {
     "LBFGS": "it evaluates the loss several times per step",
     "SparseAdam": "it takes sparse gradients only",
@@ -103,28 +111,28 @@ NOT_FOR_TRAINING = {
 
 @dataclass
 class BuiltOptimizer:
-    """An optimizer and what the trainer has to know about it."""
+    """An optimizer and what the trainer needs to know about it."""
 
     optimizer: torch.optim.Optimizer
     name_for_metadata: str  # "torch.optim.adamw.AdamW(weight_decay=0.1)"
     elementwise: bool
     schedule_free: bool
-    schedule: str | None  # the schedule that this optimizer asks for instead of --lr_scheduler
+    schedule: str | None  # the schedule that this optimizer requires in place of --lr_scheduler
 
     _training_weights: list[Tensor] | None = field(default=None, init=False, repr=False)  # kept while in eval mode
 
     def train_mode(self) -> None:
-        """Weights as training needs them: bit for bit those that `eval_mode` left. The mode after building."""
+        """Switch to the training weights, bit-identical to those before `eval_mode`. This is the initial mode."""
         if not self.schedule_free:
             return
         self.optimizer.train()  # type: ignore[attr-defined]
         if self._training_weights is not None:
-            # there and back again is only nearly the identity: a run must not depend on how often it was looked at
+            # eval() and train() are not exact inverses: without this, a run would depend on how often it is previewed
             torch._foreach_copy_(self._weights(), self._training_weights)
             self._training_weights = None
 
     def eval_mode(self) -> None:
-        """Weights as they are shown and saved."""
+        """Switch to the weights that previews and saves use."""
         if self.schedule_free and self._training_weights is None:
             self._training_weights = [p.to("cpu", copy=True) for p in self._weights()]  # the card may be full
             self.optimizer.eval()  # type: ignore[attr-defined]
@@ -133,14 +141,17 @@ class BuiltOptimizer:
         return [p.detach() for group in self.optimizer.param_groups for p in group["params"]]
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next step depends on besides the weights, in either mode."""
+        """Everything that the next step depends on except the weights. Works in both modes."""
         state = self.optimizer.state_dict()
         if self._training_weights is not None:
             state[TRAINING_WEIGHTS] = self._training_weights
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state` exactly, in train mode. Load the weights first. Raises ValueError when sizes differ."""
+        """Restore `state` exactly and switch to train mode. Load the weights first.
+
+        Raises ValueError for a state of other sizes.
+        """
         own = dict(state)
         self._training_weights = own.pop(TRAINING_WEIGHTS, None)
         self.optimizer.load_state_dict(own)
@@ -149,7 +160,7 @@ class BuiltOptimizer:
 
 
 def _restore_dtypes(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Undo a rounding: `load_state_dict` casts states to their parameter's dtype (fp32 moments of bf16 weights)."""
+    """Restore the dtypes of `state`, such as fp32 moments of bf16 weights, which `load_state_dict` casts to bf16."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     ids = [i for group in state["param_groups"] for i in group["params"]]
     for parameter, number in zip(parameters, ids, strict=True):
@@ -161,13 +172,13 @@ def _restore_dtypes(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) 
 
 @dataclass(frozen=True)
 class OptimizerChoice:
-    """A checked optimizer, not built yet."""
+    """An optimizer whose settings have been checked and that has not been built yet."""
 
     name: str  # as the user wrote it
     cls: type[torch.optim.Optimizer]
-    row: Row
-    settings: Mapping[str, Any]  # given and default settings
-    learning_rate: float | None  # None: the optimizer makes its own
+    row: OptimizerRow
+    settings: Mapping[str, Any]  # given settings and defaults
+    learning_rate: float | None  # None: the optimizer computes its own
     schedule: str | None
 
     @property
@@ -177,16 +188,16 @@ class OptimizerChoice:
         return f"{self.cls.__module__}.{self.cls.__name__}" + (f"({text})" if text else "")
 
     def build(self, param_groups: list[dict[str, Any]], *, quick: bool = True) -> BuiltOptimizer:
-        """The optimizer over groups of {"params", "lr", ...}. Raises UserError when it refuses its settings.
+        """Build the optimizer over groups of {"params", "lr", ...}. Raises UserError when it refuses its settings.
 
-        quick: compute it in the quick way, unless the settings choose one.
+        quick: use the fast implementation, unless the settings choose one.
         """
         groups = [dict(group) for group in param_groups]
         if self.learning_rate is None:
             groups = [{k: v for k, v in group.items() if k != "lr"} for group in groups]
         elif self.row.finds_rate:
             self._one_rate(groups)
-        way = {} if WAYS & self.settings.keys() or not quick else self.row.quick
+        way = {} if IMPLEMENTATIONS & self.settings.keys() or not quick else self.row.quick
         try:
             optimizer = self.cls(groups, lr=self.learning_rate, **way, **self.row.fixed, **self.settings)  # type: ignore[call-arg]
         except Exception as error:  # the class is another project's: it may end with anything
@@ -199,23 +210,23 @@ class OptimizerChoice:
         return built
 
     def toy(self) -> BuiltOptimizer:
-        """The same over four numbers, for checks. Raises UserError as `build` does."""
+        """The same optimizer over four numbers, for checks. Raises UserError like `build`."""
         return self.build([{"params": [torch.nn.Parameter(torch.zeros(2, 2))]}])
 
     def check_dtype(self, dtype: torch.dtype) -> None:
-        """Weights of this dtype stay finite where gradients are 0 or small. Raises UserError.
+        """Check that weights of this dtype stay finite when gradients are 0 or small. Raises UserError.
 
-        In fp16 the squares of usual gradients and eps are 0, so that Adam and its kin divide 0 by 0; bitsandbytes, Lion
-        and others keep float32 states or divide by nothing.
+        In fp16 eps and the squares of typical gradients underflow, so Adam and its relatives divide 0 by 0;
+        bitsandbytes, Lion and others keep float32 states or do not divide.
         """
         weight = torch.nn.Parameter(torch.zeros(2, 2, dtype=dtype))
-        # the plain way: the quick one computes in float32, and hides that squares are 0 in the states
+        # not the fast implementation: it computes in float32, which hides that squares underflow in the states
         optimizer = self.build([{"params": [weight]}], quick=False).optimizer
         for gradient in (0.0, 1e-4):
             weight.grad = torch.full_like(weight, gradient)
             try:
                 optimizer.step()
-            except Exception:  # foreign code, perhaps only for a GPU: then this machine cannot tell
+            except Exception:  # foreign code, perhaps for GPUs only: it cannot be checked on this machine
                 return
         if not bool(torch.isfinite(weight).all()):
             raise UserError(
@@ -224,11 +235,11 @@ class OptimizerChoice:
             )
 
     def described(self) -> str:
-        """The settings as the user knows them."""
+        """The settings in the user's terms, for messages."""
         return ", ".join([f"learning_rate={self.learning_rate}", *(f"{k}={v!r}" for k, v in self.settings.items())])
 
     def _one_rate(self, groups: list[dict[str, Any]]) -> None:
-        """Give all groups that learn the highest rate: these optimizers know one step size, some stop otherwise."""
+        """Set the highest rate for all groups that learn: these optimizers have one step size, some refuse several."""
         base = self.learning_rate or 0.0
         rates = {float(group.get("lr", base)) for group in groups} - {0.0}
         if len(rates) > 1:
@@ -242,7 +253,7 @@ class OptimizerChoice:
 
 
 def choose_optimizer(options: OptimizerOptions) -> OptimizerChoice:
-    """The optimizer that the options name, with its settings checked on a toy. Raises UserError."""
+    """The optimizer named by the options. Its settings are tried on a toy. Raises UserError."""
     name = options.name
     row, cls = find_optimizer(name)
     given = read_settings(options.optimizer_args or (), ARGS_FLAG)
@@ -265,7 +276,7 @@ def choose_optimizer(options: OptimizerOptions) -> OptimizerChoice:
 
 
 def _check_steps(choice: OptimizerChoice) -> None:
-    """A toy is built and makes two steps. Raises UserError where it is the settings with which it does not."""
+    """Take two steps with a toy. Raises UserError when they fail because of the settings."""
     toy = choice.toy()
     if choice.settings == choice.row.defaults:
         return
@@ -276,22 +287,25 @@ def _check_steps(choice: OptimizerChoice) -> None:
 
 
 def _error_of_steps(optimizer: torch.optim.Optimizer) -> Exception | None:
-    """What a toy's steps end with: some of those for cards only do so here, whatever their settings."""
+    """The error that a toy's steps end with. Optimizers for GPUs may fail on the CPU whatever their settings."""
     try:
         for _ in range(2):
             for group in optimizer.param_groups:
                 for weight in group["params"]:
                     weight.grad = torch.full_like(weight, 1e-3)
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of what is slower without a card
+                warnings.simplefilter("ignore")  # about being slow without a GPU
                 optimizer.step()
     except Exception as error:
         return error
     return None
 
 
-def find_optimizer(name: str) -> tuple[Row, type[torch.optim.Optimizer]]:
-    """Row and class of a name: of the table whatever its case, of torch.optim, or module.Class. Raises UserError."""
+def find_optimizer(name: str) -> tuple[OptimizerRow, type[torch.optim.Optimizer]]:
+    """The table row and the class of an optimizer, by its name.
+
+    The name is one of the table in any case, a class of torch.optim, or module.Class. Raises UserError.
+    """
     row = BY_LOWER_NAME.get(name.lower())
     base = torch.optim.Optimizer
     if row is not None:
@@ -304,16 +318,16 @@ def find_optimizer(name: str) -> tuple[Row, type[torch.optim.Optimizer]]:
         raise UserError(unknown(FLAG, name, [*OPTIMIZERS, *in_torch], kind="name"))
     cls = import_class(name, default_module="torch.optim", base=base, flag=FLAG)
     elementwise, foreign = short in ELEMENTWISE_IN_TORCH, short not in in_torch
-    return Row(name, elementwise=elementwise, schedule_free=_has_modes(cls), foreign=foreign), cls
+    return OptimizerRow(name, elementwise=elementwise, schedule_free=_has_modes(cls), foreign=foreign), cls
 
 
 def _has_modes(cls: type) -> bool:
-    """A foreign class with train() and eval(), which torch's own optimizers do not have, is schedule-free."""
+    """Whether a class is schedule-free: it has train() and eval(), which torch's own optimizers do not."""
     return callable(getattr(cls, "train", None)) and callable(getattr(cls, "eval", None))
 
 
 def _adafactor_rules(settings: dict[str, Any], learning_rate: float) -> tuple[float | None, str | None]:
-    """Rate and schedule of Adafactor. With relative_step (the default) it makes its own rate (Shazeer & Stern 2018)."""
+    """Rate and schedule of Adafactor. With relative_step (the default) it computes its rate (Shazeer & Stern 2018)."""
     settings.setdefault("relative_step", True)
     if settings.get("warmup_init") and not settings["relative_step"]:
         get_logger().warning(f"{ARGS_FLAG}: warmup_init needs relative_step: it is switched on")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learning-rate schedules: one formula per name, each a factor on the base rate as a function of the optimizer step.
+"""Learning-rate schedules: one formula per name, which maps the optimizer step to a factor of the base rate.
 
-`step()` is called once per optimizer step, whatever the number of processes: all lengths are in optimizer steps.
+`step()` is called once per optimizer step, whatever the number of processes, so all lengths are in optimizer steps.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from library.values import MOST, cut, number, whole_number
 FLAG, TYPE_FLAG, ARGS_FLAG = "--lr_scheduler", "--lr_scheduler_type", "--lr_scheduler_args"
 LOWEST_POLYNOMIAL_LR = 1e-7
 INVERSE_SQRT_TIMESCALE = 10_000
-TINY = 1e-6  # below 0: what rounding makes of a rate of 0
-MOST_TRIED = 10_000  # steps of a class that is not ours
+TINY = 1e-6  # a rate of 0 may come out this far below 0 through rounding
+MOST_TRIED = 10_000  # steps for which a foreign class is tried
 
 Factor = Callable[[int], float]
 
 
 @dataclass(frozen=True)
 class ScheduleInputs:
-    """What the formulas are computed from: lengths in optimizer steps, and the numbers of the options."""
+    """Inputs of the formulas: lengths in optimizer steps, and the values of the options."""
 
     total: int
     warmup: int
@@ -46,7 +46,7 @@ class ScheduleInputs:
     base_lr: float
 
     def progress(self, step: int) -> float:
-        """How much of the run after the warm-up is over, from 0 to 1 (and on)."""
+        """Fraction of the run after the warm-up that has passed: 0 to 1, and beyond after the end."""
         return (step - self.warmup) / max(1, self.total - self.warmup)
 
 
@@ -93,7 +93,7 @@ def cosine_with_min_lr(inputs: ScheduleInputs, *, min_lr: float | None = None) -
 def cosine_warmup_with_min_lr(
     inputs: ScheduleInputs, *, min_lr: float | None = None, warmup_lr_rate: float | None = None
 ) -> Factor:
-    """As cosine_with_min_lr, one step ahead; the warm-up starts at `warmup_lr_rate`, or at one step's share."""
+    """Like cosine_with_min_lr, one step ahead; the warm-up starts at `warmup_lr_rate`, or at 1 / warm-up steps."""
     low = lowest(inputs, min_lr, "cosine_warmup_with_min_lr")
 
     def factor(step: int) -> float:
@@ -121,7 +121,7 @@ FALLS: dict[str, Callable[[float, int], float]] = {
 
 
 def warmup_stable_decay(inputs: ScheduleInputs, *, warmup_type: str = "linear", decay_type: str = "cosine") -> Factor:
-    """Rise from the minimum, stay at 1, fall to the minimum over the last `decay` steps."""
+    """Rise from the minimum to 1, stay there, and fall to the minimum over the last `decay` steps."""
     for name, value in (("warmup_type", warmup_type), ("decay_type", decay_type)):
         if value not in RISES:
             raise UserError(unknown(f"{ARGS_FLAG} {name}", str(value), RISES))
@@ -147,7 +147,7 @@ def warmup_stable_decay(inputs: ScheduleInputs, *, warmup_type: str = "linear", 
 
 
 def piecewise_constant(inputs: ScheduleInputs, *, step_rules: str = "") -> Factor:
-    """step_rules "1:10,0.1:20,0.01": factor 1 before step 10, 0.1 before step 20, 0.01 from there."""
+    """Factors by step: "1:10,0.1:20,0.01" is 1 before step 10, 0.1 before step 20, and 0.01 afterwards."""
     *rules, last = step_rules.split(",")
     try:
         factors = [(whole_number(end), number(value)) for value, end in (rule.split(":") for rule in rules)]
@@ -161,12 +161,12 @@ def piecewise_constant(inputs: ScheduleInputs, *, step_rules: str = "") -> Facto
 
 
 def cosine_wave(turns: float) -> float:
-    """1 at 0, 0 at 1, 1 at 2."""
+    """A cosine from 0 to 1: 1 at 0, 0 at 1, 1 at 2."""
     return 0.5 * (1 + math.cos(math.pi * turns))
 
 
 def lowest(inputs: ScheduleInputs, min_lr: float | None, name: str) -> float:
-    """The lowest factor: of the option, or `min_lr` over the base rate."""
+    """The lowest factor: --lr_scheduler_min_lr_ratio, or `min_lr` divided by the base rate. Raises UserError."""
     if inputs.min_ratio is not None:
         return inputs.min_ratio
     if min_lr is not None:
@@ -175,25 +175,25 @@ def lowest(inputs: ScheduleInputs, min_lr: float | None, name: str) -> float:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One schedule: its formula, and whether the common linear warm-up from 0 comes before it."""
+class ScheduleRow:
+    """An entry of the table: a formula, and whether the common linear warm-up from 0 precedes it."""
 
     formula: Callable[..., Factor]
     warms_up: bool = True
 
 
-SCHEDULES: dict[str, Row] = {
-    "constant": Row(constant, warms_up=False),
-    "constant_with_warmup": Row(constant),
-    "linear": Row(linear),
-    "cosine": Row(cosine),
-    "cosine_with_restarts": Row(cosine_with_restarts),
-    "polynomial": Row(polynomial),
-    "inverse_sqrt": Row(inverse_sqrt),
-    "cosine_with_min_lr": Row(cosine_with_min_lr),
-    "cosine_warmup_with_min_lr": Row(cosine_warmup_with_min_lr, warms_up=False),
-    "warmup_stable_decay": Row(warmup_stable_decay, warms_up=False),
-    "piecewise_constant": Row(piecewise_constant, warms_up=False),
+SCHEDULES: dict[str, ScheduleRow] = {
+    "constant": ScheduleRow(constant, warms_up=False),
+    "constant_with_warmup": ScheduleRow(constant),
+    "linear": ScheduleRow(linear),
+    "cosine": ScheduleRow(cosine),
+    "cosine_with_restarts": ScheduleRow(cosine_with_restarts),
+    "polynomial": ScheduleRow(polynomial),
+    "inverse_sqrt": ScheduleRow(inverse_sqrt),
+    "cosine_with_min_lr": ScheduleRow(cosine_with_min_lr),
+    "cosine_warmup_with_min_lr": ScheduleRow(cosine_warmup_with_min_lr, warms_up=False),
+    "warmup_stable_decay": ScheduleRow(warmup_stable_decay, warms_up=False),
+    "piecewise_constant": ScheduleRow(piecewise_constant, warms_up=False),
 }
 NO_WARMUP = {"constant": "use constant_with_warmup", "reduce_lr_on_plateau": "leave it out"}
 ONLY_FOR = {  # option -> the schedules that read it
@@ -206,12 +206,12 @@ ONLY_FOR = {  # option -> the schedules that read it
         "reduce_lr_on_plateau",
     ),
 }
-OF_OPTIONS = ("min_lrs",)  # what a schedule of torch keeps in its state although options give it
+OF_OPTIONS = ("min_lrs",)  # attributes that torch's schedules save in their state although options set them
 OTHER_NAMES = ("reduce_lr_on_plateau", "adafactor:<learning rate>")
 
 
 def with_warmup(factor: Factor, warmup: int) -> Factor:
-    """Linear from 0 over `warmup` steps, then `factor`."""
+    """A linear rise from 0 over `warmup` steps, followed by `factor`."""
     return lambda step: step / warmup if step < warmup else factor(step)
 
 
@@ -219,9 +219,9 @@ def with_warmup(factor: Factor, warmup: int) -> Factor:
 
 
 class RelativeStepRate(LRScheduler):
-    """Shows the rate that Adafactor makes for itself: `initial` before the first step, then min(1e-2, 1/sqrt(step)).
+    """The rate that Adafactor computes for itself: `initial` before the first step, then min(1e-2, 1/sqrt(step)).
 
-    It changes nothing. The tensors' own scale (scale_parameter) is left out: reading it would wait for the device.
+    For display only. The scale of each tensor (scale_parameter) is left out: reading it would wait for the device.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, initial: float) -> None:
@@ -247,18 +247,18 @@ class RelativeStepRate(LRScheduler):
 
 
 class BuiltScheduler:
-    """A schedule with one interface: some need to know the loss."""
+    """A learning-rate schedule. Wraps torch's schedules, some of which take the loss, in one interface."""
 
     def __init__(self, scheduler: LRScheduler) -> None:
         self.scheduler = scheduler
 
     @property
     def needs_loss(self) -> bool:
-        """True: `step` wants the averaged loss (a number on the host)."""
+        """Whether `step` takes the averaged loss (a number on the host)."""
         return isinstance(self.scheduler, ReduceLROnPlateau)
 
     def step(self, loss: float | None = None) -> None:
-        """After every optimizer step."""
+        """Advance the schedule. Call it after every optimizer step."""
         if not self.needs_loss:
             self.scheduler.step()
         elif loss is None:
@@ -267,17 +267,17 @@ class BuiltScheduler:
             self.scheduler.step(loss)  # type: ignore[arg-type]
 
     def get_last_lr(self) -> list[float]:
-        """The rate of each group, as the next step uses it."""
+        """The rate of each group for the next step."""
         return [float(rate) for rate in self.scheduler.get_last_lr()]
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next `step` depends on, besides the optimizer's own groups."""
+        """Everything that the next `step` depends on except the optimizer's groups."""
         return self.scheduler.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state` exactly. Load the optimizer's state first: recursive schedules read its rates.
+        """Restore `state` exactly. Load the optimizer's state first: recursive schedules read its rates.
 
-        The rate of the next step is that of this schedule, which may be another one than when the state was saved.
+        The rate of the next step is that of this schedule, which may differ from the one that was saved.
         """
         own = {name: vars(self.scheduler)[name] for name in OF_OPTIONS if name in vars(self.scheduler)}
         self.scheduler.load_state_dict(dict(state))
@@ -294,7 +294,7 @@ class BuiltScheduler:
 
 
 def rates_of(options: SchedulerOptions, choice: OptimizerChoice, total_steps: int, steps: Sequence[int]) -> list[Any]:
-    """What the schedule of a run depends on the options by: the factors of some thousand of these steps."""
+    """A fingerprint of the schedule that the options describe: its factors at up to a few thousand of these steps."""
     scheduler = build_scheduler(options, choice.toy(), total_steps=total_steps).scheduler
     if type(scheduler) is LambdaLR:
         chosen = steps[:: max(1, len(steps) // 2000)]
@@ -306,7 +306,7 @@ def rates_of(options: SchedulerOptions, choice: OptimizerChoice, total_steps: in
 
 
 def check_scheduler(options: SchedulerOptions, choice: OptimizerChoice, *, total_steps: int) -> None:
-    """Find every mistake before a model is loaded, and warn of what has no effect. Raises UserError."""
+    """Find every mistake before a model is loaded, and warn about options without effect. Raises UserError."""
     toy = choice.toy()
     built = build_scheduler(options, toy, total_steps=total_steps)
     if options.lr_scheduler_type and toy.schedule is None:
@@ -328,14 +328,14 @@ def check_scheduler(options: SchedulerOptions, choice: OptimizerChoice, *, total
         )
     elif options.lr_warmup_steps and name == "piecewise_constant":
         get_logger().warning("--lr_warmup_steps: --lr_scheduler piecewise_constant has no warm-up; step_rules say all")
-    elif (warmup := schedule_inputs(options, toy.optimizer, total_steps).warmup) > total_steps:
+    elif (warmup := inputs_of(options, toy.optimizer, total_steps).warmup) > total_steps:
         get_logger().warning(
             f"--lr_warmup_steps {warmup} is longer than the run of {total_steps} steps: the full rate is never reached"
         )
 
 
 def build_scheduler(options: SchedulerOptions, built: BuiltOptimizer, *, total_steps: int) -> BuiltScheduler:
-    """The schedule of a run of `total_steps` optimizer steps. Raises UserError for bad names and settings."""
+    """Build the schedule of a run of `total_steps` optimizer steps. Raises UserError for bad names and settings."""
     name = effective_name(options, built)
     given = read_settings(options.lr_scheduler_args or (), ARGS_FLAG)
     if built.schedule is None and options.lr_warmup_steps:
@@ -346,19 +346,19 @@ def build_scheduler(options: SchedulerOptions, built: BuiltOptimizer, *, total_s
         return BuiltScheduler(RelativeStepRate(built.optimizer, _adafactor_rate(name, built.optimizer)))
     if name == "reduce_lr_on_plateau":
         return BuiltScheduler(_plateau(options, built.optimizer, given))
-    if built.schedule is not None:  # the schedule is the optimizer's own: settings and warm-up were for the other one
+    if built.schedule is not None:  # the optimizer brings its own schedule: settings and warm-up do not apply to it
         return BuiltScheduler(LambdaLR(built.optimizer, lambda step: 1.0))
-    factor = schedule_factor(name, schedule_inputs(options, built.optimizer, total_steps), given)
+    factor = schedule_factor(name, inputs_of(options, built.optimizer, total_steps), given)
     return BuiltScheduler(LambdaLR(built.optimizer, factor))
 
 
 def effective_name(options: SchedulerOptions, built: BuiltOptimizer) -> str:
-    """The schedule that will run: some optimizers bring their own."""
+    """Name of the schedule in effect: some optimizers bring their own."""
     return options.lr_scheduler.lower() if built.schedule is None else built.schedule
 
 
 def _refuse_warmup(options: SchedulerOptions, name: str) -> None:
-    """Raise UserError where a warm-up was given and the schedule has none."""
+    """Raises UserError when the schedule cannot use --lr_warmup_steps."""
     if options.lr_scheduler_type:
         raise UserError(f"--lr_warmup_steps: {TYPE_FLAG} {options.lr_scheduler_type} has no warm-up: leave one out")
     if name in NO_WARMUP:
@@ -366,7 +366,7 @@ def _refuse_warmup(options: SchedulerOptions, name: str) -> None:
 
 
 def schedule_factor(name: str, inputs: ScheduleInputs, given: Mapping[str, Any]) -> Factor:
-    """The formula of a name, with its warm-up. Raises UserError."""
+    """The formula with this name, including its warm-up. Raises UserError."""
     row = SCHEDULES.get(name)
     if row is None:
         raise UserError(unknown(FLAG, name, [*SCHEDULES, *OTHER_NAMES], kind="name"))
@@ -374,7 +374,7 @@ def schedule_factor(name: str, inputs: ScheduleInputs, given: Mapping[str, Any])
     try:
         factor = row.formula(inputs, **given)
         factor = with_warmup(factor, inputs.warmup) if row.warms_up else factor
-        for step in {0, inputs.warmup, inputs.total // 2, inputs.total}:  # settings of a wrong type or size show here
+        for step in {0, inputs.warmup, inputs.total // 2, inputs.total}:  # shows settings of a wrong type or size
             if not 0 <= factor(step) <= MOST:
                 raise ValueError(f"the rate is multiplied by {factor(step):g} at step {step}")
     except UserError:
@@ -385,7 +385,7 @@ def schedule_factor(name: str, inputs: ScheduleInputs, given: Mapping[str, Any])
     return factor
 
 
-def schedule_inputs(options: SchedulerOptions, optimizer: torch.optim.Optimizer, total_steps: int) -> ScheduleInputs:
+def inputs_of(options: SchedulerOptions, optimizer: torch.optim.Optimizer, total_steps: int) -> ScheduleInputs:
     """Options as numbers of steps: a float is a fraction of the run."""
 
     def steps(value: int | float) -> int:
@@ -404,20 +404,23 @@ def schedule_inputs(options: SchedulerOptions, optimizer: torch.optim.Optimizer,
 
 
 def _foreign(path: str, optimizer: torch.optim.Optimizer, given: Mapping[str, Any]) -> LRScheduler:
-    """A class of torch.optim.lr_scheduler or module.Class."""
+    """An instance of a class of torch.optim.lr_scheduler, or of module.Class. Raises UserError."""
     cls = import_class(path, default_module="torch.optim.lr_scheduler", base=LRScheduler, flag=TYPE_FLAG)
     check_settings(given, cls, ARGS_FLAG, {"self", "optimizer"})
     return _construct(cls, path, optimizer, given)
 
 
 def _try_foreign(options: SchedulerOptions, built: BuiltScheduler, total_steps: int) -> None:
-    """Go through the run with a toy: some classes end with an error after so many steps. Raises UserError."""
-    step, steps = 0, min(total_steps, MOST_TRIED) if total_steps < MOST else 1  # MOST: the length is not known yet
+    """Run through the schedule with a toy: some classes fail after a number of steps. Raises UserError."""
+    step, steps = (
+        0,
+        min(total_steps, MOST_TRIED) if total_steps < MOST else 1,
+    )  # MOST: the length of the run is not known yet
     try:
         while step < steps:
             step += 1
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of the toy, whose weights stay as they are
+                warnings.simplefilter("ignore")  # the toy's weights are never stepped
                 built.step(0.0)
             if not all(-TINY <= rate <= MOST for rate in built.get_last_lr()):
                 raise ValueError(f"the learning rate becomes {built.get_last_lr()[0]:g}")
@@ -428,7 +431,7 @@ def _try_foreign(options: SchedulerOptions, built: BuiltScheduler, total_steps: 
 
 
 def _plateau(options: SchedulerOptions, optimizer: torch.optim.Optimizer, given: Mapping[str, Any]) -> LRScheduler:
-    """Lower the rate when the averaged loss has stopped falling; its patience counts optimizer steps."""
+    """A schedule that lowers the rate when the averaged loss stops falling; patience is in optimizer steps."""
     check_settings(given, ReduceLROnPlateau, ARGS_FLAG, {"self", "optimizer"})
     settings = dict(given)
     if options.lr_scheduler_min_lr_ratio is not None:
@@ -452,7 +455,7 @@ def _construct(cls: type, name: str, optimizer: torch.optim.Optimizer, settings:
 
 
 def _adafactor_rate(name: str, optimizer: torch.optim.Optimizer) -> float:
-    """The number in `adafactor:<learning rate>`; only Adafactor with relative_step takes that schedule."""
+    """The number in `adafactor:<learning rate>`. Raises UserError for optimizers without relative_step."""
     if not all(group.get("relative_step") for group in optimizer.param_groups):
         raise UserError(f"{FLAG} {name} is for --optimizer_type Adafactor with relative_step=True")
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""name=value settings of optimizers and schedules, and classes named by text."""
+"""Settings of optimizers and schedules in the form name=value, and classes given by name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ PLAIN = "a number, True, False, None, text in quotes, or a (tuple) of them"
 
 
 def read_settings(items: Iterable[str], flag: str) -> dict[str, Any]:
-    """`["weight_decay=0.01", "betas=(0.9, 0.99)"]` as a dict; values are Python literals. Raises UserError."""
+    """Parse settings such as `["weight_decay=0.01", "betas=(0.9, 0.99)"]`; values are Python literals.
+
+    Raises UserError with every mistake.
+    """
     settings: dict[str, Any] = {}
     problems = []
     for item in items:
@@ -39,11 +42,17 @@ def read_settings(items: Iterable[str], flag: str) -> dict[str, Any]:
 
 
 def _plain_value(text: str) -> Any:
-    """Parse a Python literal. Raises ValueError for anything else, for infinities and for absurdly large numbers."""
+    """Parse a Python literal. Raises ValueError for anything else, infinities and absurdly large numbers."""
     wrong = ValueError(f"expects {PLAIN}")
     try:
         value = ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # what Python's own parser ends with
+    except (
+        ValueError,
+        SyntaxError,
+        TypeError,
+        MemoryError,
+        RecursionError,
+    ):  # everything that Python's parser may raise
         raise wrong from None
     for item in value if isinstance(value, (tuple, list)) else [value]:
         if not isinstance(item, (int, float, str, type(None))):
@@ -54,7 +63,7 @@ def _plain_value(text: str) -> Any:
 
 
 def _misfit(name: str, value: Any, default: Any) -> str | None:
-    """What is wrong with a value, as far as the parameter's default tells: `expects a number, got 'x'`."""
+    """What is wrong with a value, judged by the parameter's default: `expects a number, got 'x'`. None: nothing."""
     if isinstance(default, bool):
         return None if value in (True, False) else f"expects True or False, got {shown(value)}"
     if isinstance(default, (int, float)):
@@ -77,7 +86,7 @@ def _is_number(value: Any) -> bool:
 
 
 def check_settings(settings: Mapping[str, Any], target: Callable[..., Any], flag: str, taken: Collection[str]) -> None:
-    """Compare settings with the parameters of `target`; those in `taken` are set elsewhere. Raises UserError."""
+    """Check settings against the parameters of `target`; those in `taken` are set elsewhere. Raises UserError."""
     parameters = inspect.signature(target).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         allowed = None
@@ -101,7 +110,7 @@ def check_settings(settings: Mapping[str, Any], target: Callable[..., Any], flag
 def import_class(path: str, *, default_module: str, base: type, flag: str, package: str = "") -> type:
     """The class named by `module.Class`, or by `Class` in `default_module`; it must derive from `base`.
 
-    package: what to install when the module is missing (the first part of the module's name when empty).
+    package: what to pip install when the module is missing; "": the first part of the module's name.
     Raises UserError with the install command or the nearest name.
     """
     if not all(part.isidentifier() for part in path.split(".")):
@@ -116,7 +125,7 @@ def import_class(path: str, *, default_module: str, base: type, flag: str, packa
             raise UserError(f"{flag} {path}: there is no module {missing}") from None
         wanted = package if package and module_name.startswith(missing) else missing.partition(".")[0]
         raise UserError(f"{flag} {path}: package {wanted} is not installed: pip install {wanted}") from None
-    except (Exception, SystemExit) as error:  # a module does what it likes when it is imported
+    except (Exception, SystemExit) as error:  # importing a module may raise anything
         raise UserError(f"{flag} {path}: {module_name} cannot be imported: {first_line(error)}") from None
     found = getattr(module, class_name, None)
     if not (isinstance(found, type) and issubclass(found, base) and found is not base):
@@ -134,5 +143,5 @@ def class_names(module: Any, base: type) -> list[str]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type when it has none."""
+    """The first line of an error's message, or the name of its type when the message is empty."""
     return cut((str(error).splitlines() or [""])[0] or type(error).__name__, 300)

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optimizers of other packages, changed so that the host does not wait for the device at each weight.
-
-What they compute stays the same.
-"""
+"""Changes to optimizers of other packages that remove a wait for the device at each weight. Results are the same."""
 
 from __future__ import annotations
 
@@ -16,10 +13,10 @@ from torch import Tensor
 
 
 def rate_on_device(optimizer: Any) -> None:
-    """Let transformers' Adafactor compute the rate of a weight where the weight is (Shazeer & Stern 2018, algorithm 4).
+    """Make transformers' Adafactor compute rates on the weights' device (Shazeer & Stern 2018, algorithm 4).
 
-    With scale_parameter the rate grows with the weight: max(eps, RMS(weight)), of which transformers reads the larger
-    one on the host. What is left is weight_decay together with scale_parameter, which reads the rate itself.
+    With scale_parameter the rate is proportional to max(eps, RMS(weight)), which transformers evaluates on the host.
+    weight_decay together with scale_parameter still waits: it reads the rate itself.
     """
     step_size = optimizer._get_lr
 
@@ -34,10 +31,10 @@ def rate_on_device(optimizer: Any) -> None:
 
 
 def without_synchronizing(optimizer: Any) -> None:
-    """Let an optimizer of bitsandbytes step without a synchronization of the device after each weight.
+    """Make a bitsandbytes optimizer step without synchronizing the device after each weight.
 
-    Its kernels run in the current stream, where everything that follows comes after them. Only paged optimizers, whose
-    states the host may read too, need it. Versions before `sync_gpu` (0.45) stay as they are.
+    Its kernels run in the current stream, so everything that follows is ordered after them. Only paged optimizers,
+    whose states the host may read, need the synchronization. Versions before `sync_gpu` (0.45) are not changed.
     """
     module: Any = sys.modules["bitsandbytes.optim.optimizer"]
     if "sync_gpu" not in vars(module):
@@ -51,4 +48,4 @@ def without_synchronizing(optimizer: Any) -> None:
         finally:
             module.sync_gpu = synchronize
 
-    optimizer.step = MethodType(quick_step, optimizer)  # schedules of torch want a method
+    optimizer.step = MethodType(quick_step, optimizer)  # torch's schedules expect a method

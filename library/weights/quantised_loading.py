@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from library.key_tables import TRANSPOSE, Rule, Shapes, read_parts
-from library.memory.quantise import Kind, QuantLinear, Stored, check_available, quantised, replace_linears
+from library.memory.quantise import QuantisedWeight, QuantKind, QuantLinear, check_available, quantised, replace_linears
 from library.weights.weight_files import WeightFile
 
 
@@ -19,7 +19,7 @@ class Quantiser:
     dtype: of the computation; None: as the file has each weight.
     """
 
-    def __init__(self, module: nn.Module, kind: Kind, dtype: torch.dtype | None) -> None:
+    def __init__(self, module: nn.Module, kind: QuantKind, dtype: torch.dtype | None) -> None:
         check_available(kind)
         self.kind, self.dtype = kind, dtype
         make = lambda linear: QuantLinear.empty(linear, kind, dtype or torch.float32)
@@ -69,11 +69,11 @@ def _stored_parts(
     scales = read_parts(scale, scale_rule, {own: shapes[own][:1] for own in rule.ours})
     if parts is None or scales is None:
         return None
-    named = (_named(own, Stored(parts[own].view(data.dtype), scales[own])) for own in rule.ours)
+    named = (_named(own, QuantisedWeight(parts[own].view(data.dtype), scales[own])) for own in rule.ours)
     return {name: tensor for tensors in named for name, tensor in tensors.items()}
 
 
-def _named(weight: str, stored: Stored) -> dict[str, Tensor]:
+def _named(weight: str, stored: QuantisedWeight) -> dict[str, Tensor]:
     """The tensors of a QuantLinear under its names for them. weight: the name that its weight would have."""
     name = weight.removesuffix(".weight")
     found = {f"{name}.stored": stored.data, f"{name}.scale": stored.scale}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from library.memory.block_swap import BlockSwap, spread
 from library.memory.checkpointing import Recomputation
 from library.memory.compiling import CompiledBlocks
-from library.memory.ring import Ring, Slot
+from library.memory.ring import Ring, RingSlot
 from tests.families import CASES
 from tests.families.base import Case
 from tests.trainers.finetune_runs import finetune
@@ -40,7 +40,7 @@ QUANT_ERRORS = {"fp8": 0.05, "int8": 0.03, "nf4": 0.25}
 class PoisonedRing(Ring):
     """Each slot is full of NaN before a block comes into it: whoever reads what was there before shows."""
 
-    def emptied(self, slot: Slot) -> None:
+    def emptied(self, slot: RingSlot) -> None:
         slot.memory.fill_(0xFF)
 
 

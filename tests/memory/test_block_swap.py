@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from library.memory.block_swap import BlockSwap, spread
 from library.memory.host_image import NOTHING, HostImage, is_placeholder, tensors_of
-from library.memory.ring import Ring, Slot, Way
+from library.memory.ring import CopyQueue, Ring, RingSlot
 from tests.memory.swap_models import MODELS, Sample, recompute, stack
 
 CPU = torch.device("cpu")
@@ -27,10 +27,10 @@ class PoisonedRing(Ring):
         self.order: list[int] = []
         super().__init__(*args)  # type: ignore[arg-type]
 
-    def emptied(self, slot: Slot) -> None:
+    def emptied(self, slot: RingSlot) -> None:
         slot.memory.fill_(NOTHING)
 
-    def _load(self, index: int, slot: Slot) -> None:
+    def _load(self, index: int, slot: RingSlot) -> None:
         self.order.append(index)
         super()._load(index, slot)
 
@@ -263,7 +263,7 @@ def test_blocks_without_a_backward_pass_are_not_sent_for() -> None:
     assert swap.order == [0, 1, 2, 3, 4, 5, 3, 0]
 
 
-class LateWay(Way):
+class LateQueue(CopyQueue):
     """Copies that are as late as their order allows: when the computation, another way or the host waits for them."""
 
     def __init__(self, device: torch.device) -> None:
@@ -271,9 +271,9 @@ class LateWay(Way):
         self.told: list[Callable[[], Any]] = []
         self.done = 0
 
-    def follow(self, *others: Way) -> None:
+    def follow(self, *others: CopyQueue) -> None:
         for other in others:
-            assert isinstance(other, LateWay)
+            assert isinstance(other, LateQueue)
             self.told.append(partial(other.reach, other.mark()))
 
     def run(self, function: Callable[[], Any]) -> None:
@@ -292,7 +292,7 @@ class LateWay(Way):
 
 
 class LateRing(PoisonedRing):
-    ways: ClassVar = {"cpu": LateWay}
+    queues: ClassVar = {"cpu": LateQueue}
 
 
 class LateSwap(PoisonedSwap):
@@ -459,8 +459,8 @@ def test_an_image_holds_every_dtype_layout_and_size() -> None:
         name: value.detach().clone() for name, value in module.named_parameters()
     }
     image = HostImage(tensors_of(module))
-    assert image.places[0].tensor is module.weight and image.learning_bytes == 256
-    assert len({place.start for place in image.places}) >= len(image.places) - 1  # the empty one takes no room
+    assert image.slices[0].tensor is module.weight and image.learning_bytes == 256
+    assert len({place.start for place in image.slices}) >= len(image.slices) - 1  # the empty one takes no room
     memory = torch.full((image.nbytes,), NOTHING, dtype=torch.uint8)
     memory.copy_(image.memory)
     for values in (image.at_home, image.views(memory)):

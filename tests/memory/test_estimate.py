@@ -10,11 +10,11 @@ import pytest
 from library.memory.choice import MemoryChoice
 from library.memory.estimate import (
     BlockFigures,
+    BoundaryStorage,
     Case,
     Fixed,
     Segment,
     StepFigures,
-    Stored,
     Weights,
     compiled_share,
     predict,
@@ -24,7 +24,7 @@ from library.memory.estimate import (
 from library.memory.work import Work
 
 # Three blocks. Each makes 100 inside, 10 more while it runs, and an output of 7, which the next one needs.
-STORED = {i: Stored(7, i, kept=True) for i in range(3)}
+STORED = {i: BoundaryStorage(7, i, kept=True) for i in range(3)}
 BLOCKS = tuple(
     BlockFigures(107, inputs=frozenset({i - 1} if i else ()), outputs=frozenset({i}), work=Work(5, 3, 1))
     for i in range(3)
@@ -76,7 +76,7 @@ def test_half_recomputed() -> None:
 
 def test_an_input_that_nobody_else_keeps() -> None:
     """What recomputation alone needs is there in addition."""
-    stored = {**STORED, 0: Stored(7, 0, kept=False)}
+    stored = {**STORED, 0: BoundaryStorage(7, 0, kept=False)}
     blocks = (replace(BLOCKS[0], kept=100), *BLOCKS[1:])
     case = replace(CASE, step=replace(STEP, stored=stored, blocks=blocks))
     plain, again = (list(tops(case, MemoryChoice(activation_budget=b))) for b in (1.0, 0.0))

@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from library.memory.block_swap import BlockSwap
 from library.memory.hoisting import Hoisting
 from library.memory.host_image import is_placeholder
-from library.memory.quantise import Kind, quantise
+from library.memory.quantise import QuantKind, quantise
 from networks import lora_flux
 from tests.adapters.models import randomize
 from tests.memory.swap_models import MODELS, Sample, recompute
@@ -125,7 +125,7 @@ def test_quantised_in_their_own_way() -> None:
 
 
 @pytest.mark.parametrize("kind", ["fp8", "int8"])
-def test_real_adapters_on_quantised_weights_with_blocks_swapped(kind: Kind) -> None:
+def test_real_adapters_on_quantised_weights_with_blocks_swapped(kind: QuantKind) -> None:
     sample = MODELS["flux"]()
     quantise(sample.denoiser, kind)
     args = dict.fromkeys(("img_mod_dim", "txt_mod_dim", "single_mod_dim"), "2")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parked activations come back as they were, once per storage, one ahead, and nothing is left of them."""
+"""ParkedStorage activations come back as they were, once per storage, one ahead, and nothing is left of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from library.memory.block_swap import BlockSwap
 from library.memory.checkpointing import Recomputation
 from library.memory.host_image import is_placeholder
-from library.memory.offload import Offload, Parked, Place
+from library.memory.offload import Offload, PackedView, ParkedStorage
 
 CPU = torch.device("cpu")
 WIDTH, ROWS = 16, 8
@@ -58,8 +58,8 @@ def step(blocks: nn.ModuleList, offload: Offload | None) -> tuple[Tensor, list[T
     return loss.detach(), list(torch.autograd.grad(loss, [time, *blocks.parameters()]))
 
 
-def alive() -> list[Parked]:
-    return [thing for thing in gc.get_objects() if type(thing) is Parked]
+def alive() -> list[ParkedStorage]:
+    return [thing for thing in gc.get_objects() if type(thing) is ParkedStorage]
 
 
 @pytest.mark.parametrize("budget", [0, 0.5, 1])
@@ -93,7 +93,7 @@ def test_small_tensors_and_weights_stay() -> None:
     with offload.forward():
         assert isinstance(offload.pack(weight), Tensor) and isinstance(offload.pack(weight.t()[:3]), Tensor)
         assert isinstance(offload.pack(small), Tensor)
-        assert isinstance(offload.pack(torch.randn(64, 64)), Place)
+        assert isinstance(offload.pack(torch.randn(64, 64)), PackedView)
 
 
 def test_weights_that_have_moved_stay_when_that_is_said() -> None:
@@ -104,7 +104,7 @@ def test_weights_that_have_moved_stay_when_that_is_said() -> None:
     offload = Offload(CPU, blocks.parameters(), smallest=1)
     swap.change([1, 2, 3])
     with offload.forward():
-        assert isinstance(offload.pack(blocks[0].first.weight), Place)
+        assert isinstance(offload.pack(blocks[0].first.weight), PackedView)
         offload.keep(blocks.parameters())
         assert isinstance(offload.pack(blocks[0].first.weight), Tensor)
     left = blocks[1].first.weight
@@ -119,7 +119,7 @@ def test_strides_and_what_was_written_between() -> None:
         expected = x[1:5].t().clone()
         x.mul_(2)
         second = offload.pack(x[::2, 1])
-    assert isinstance(first, Place) and isinstance(second, Place) and first.parked is not second.parked
+    assert isinstance(first, PackedView) and isinstance(second, PackedView) and first.parked is not second.parked
     assert torch.equal(first.tensor(), expected) and first.tensor().stride() == (1, 4)
     assert torch.equal(second.tensor(), x[::2, 1])
 
@@ -129,14 +129,14 @@ def test_an_address_that_is_used_again_is_another_tensor() -> None:
     with offload.forward():
         places = [offload.pack(torch.full((1024,), float(i))) for i in range(20)]
     for i, place in enumerate(places):
-        assert isinstance(place, Place) and torch.equal(place.tensor(), torch.full((1024,), float(i)))
+        assert isinstance(place, PackedView) and torch.equal(place.tensor(), torch.full((1024,), float(i)))
 
 
 def test_the_newest_is_still_there_and_the_one_before_is_fetched_ahead() -> None:
     offload = Offload(CPU, smallest=1)
     with offload.forward():
         places = [offload.pack(torch.full((16,), float(i))) for i in range(4)]
-    parked = [place.parked for place in places if isinstance(place, Place)]
+    parked = [place.parked for place in places if isinstance(place, PackedView)]
     assert [p.there is not None for p in parked] == [False, False, False, True]
     places[3].tensor()  # type: ignore[union-attr]
     assert [p.there is not None for p in parked] == [False, False, True, True]

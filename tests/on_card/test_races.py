@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from library.memory.block_swap import BlockSwap
 from library.memory.hoisting import Hoisting
-from library.memory.offload import Lane, Offload
-from library.memory.ring import CudaWay
+from library.memory.offload import CopyStream, Offload
+from library.memory.ring import CudaCopyQueue
 from tests.memory.swap_models import Sample
 from tests.on_card.samples import attach_lora, on_card
 
@@ -152,35 +152,35 @@ def test_hoisted_modulations(name: str, recomputed: bool, swap: bool) -> None:
 # ---- each wait is needed --------------------------------------------------------------------------------------------
 
 
-def out_without_follow(lane: Lane, source: Tensor, host: Tensor) -> None:
-    with torch.cuda.stream(lane.stream):
+def out_without_follow(copies: CopyStream, source: Tensor, host: Tensor) -> None:
+    with torch.cuda.stream(copies.stream):
         host.copy_(source, non_blocking=True)
-    source.record_stream(lane.stream)
+    source.record_stream(copies.stream)
 
 
-def out_without_record(lane: Lane, source: Tensor, host: Tensor) -> None:
-    lane.stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(lane.stream):
+def out_without_record(copies: CopyStream, source: Tensor, host: Tensor) -> None:
+    copies.stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(copies.stream):
         host.copy_(source, non_blocking=True)
 
 
-def follow_others_alone(way: CudaWay, *others: CudaWay) -> None:
+def follow_others_alone(queue: CudaCopyQueue, *others: CudaCopyQueue) -> None:
     for other in others:
-        way.stream.wait_stream(other.stream)
+        queue.stream.wait_stream(other.stream)
 
 
-def follow_computation_alone(way: CudaWay, *others: CudaWay) -> None:
-    way.stream.wait_stream(torch.cuda.current_stream())
+def follow_computation_alone(queue: CudaCopyQueue, *others: CudaCopyQueue) -> None:
+    queue.stream.wait_stream(torch.cuda.current_stream())
 
 
 FAULTS: dict[str, tuple[type, str, Callable[..., Any], Callable[[], None]]] = {
-    "the computation does not wait for a block": (CudaWay, "reach", lambda way, mark: None, swapped()),
-    "a copy does not wait for the computation": (CudaWay, "follow", follow_others_alone, swapped()),
-    "a way in does not wait for the way out": (CudaWay, "follow", follow_computation_alone, swapped()),
-    "the host does not wait for blocks at home": (CudaWay, "finish", lambda way: None, swapped()),
-    "the computation does not wait for activations": (Lane, "arrive", lambda lane, event: None, offloaded()),
-    "activations leave before they are computed": (Lane, "out", out_without_follow, offloaded()),
-    "activations are freed while they leave": (Lane, "out", out_without_record, offloaded()),
+    "the computation does not wait for a block": (CudaCopyQueue, "reach", lambda queue, mark: None, swapped()),
+    "a copy does not wait for the computation": (CudaCopyQueue, "follow", follow_others_alone, swapped()),
+    "a copy in does not wait for the copy out": (CudaCopyQueue, "follow", follow_computation_alone, swapped()),
+    "the host does not wait for blocks at home": (CudaCopyQueue, "finish", lambda queue: None, swapped()),
+    "the computation does not wait for activations": (CopyStream, "arrive", lambda copies, event: None, offloaded()),
+    "activations leave before they are computed": (CopyStream, "out", out_without_follow, offloaded()),
+    "activations are freed while they leave": (CopyStream, "out", out_without_record, offloaded()),
     "blocks do not wait for modulations": (Hoisting, "_wait", lambda hoisting, block, args: None, hoisted()),
 }
 
