@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from library.families.flux.options import FluxFlowOptions
 from library.objectives.base import Predict
 from library.objectives.flow import FlowObjective, constant_shift
-from library.objectives.flow_options import FluxFlowOptions
 from library.objectives.options import LossOptions
 from library.objectives.prior_preservation import PriorPreservation
 from library.types import Batch, Noised
