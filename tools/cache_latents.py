@@ -27,7 +27,7 @@ log = get_logger()
 
 
 def fill(run: caching.CacheRun) -> None:
-    """Encode the latents that are missing; the VAE is only loaded when there are any."""
+    """Encode the missing latents. The VAE is loaded only if there are any."""
     latents = run.caches.latents
     assert latents is not None
     jobs = run.data.encoding_jobs() + run.data.reference_jobs()

@@ -29,7 +29,7 @@ log = get_logger()
 
 
 def fill(run: caching.CacheRun) -> None:
-    """Encode the captions that are missing; a text encoder is only loaded when it has any."""
+    """Encode the missing captions. A text encoder is loaded only if it has any."""
     from library.device import free_memory
 
     caches = run.caches

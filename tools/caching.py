@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What cache_latents.py and cache_text_encoder_outputs.py share: the options and the preparation of a training run.
+"""Common part of cache_latents.py and cache_text_encoder_outputs.py: options and preparation of a training run.
 
-They take every option of the training scripts, so that the same --config_file serves both; of saving, optimizer and
-network nothing has an effect here. What is cached, under which keys and by which code, is library.trainers.caching's.
+Both accept every option of the training scripts, so that a --config_file can be used for both. Options of saving,
+optimizer and network have no effect. Caching itself is the code of the training, library.trainers.caching.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class CachingOptions(TrainerOptions):
 
 
 def option_groups_of(family: str) -> dict[str, type]:
-    """The groups of `CachingOptions` that an architecture has its own of."""
+    """The option groups that an architecture replaces in `CachingOptions`."""
     groups = dict(FAMILIES[family].option_groups)
     own = specs(group_types(CachingOptions, groups))
     methods = ["network", *(method for method, name in SCRIPTS.values() if name == family)]
@@ -97,7 +97,7 @@ def option_groups_of(family: str) -> dict[str, type]:
 
 
 def chosen_family(options: Any) -> str:
-    """The architecture that `ArchitectureOptions` name. Raises UserError when they name several."""
+    """The architecture given by `ArchitectureOptions`. Raises UserError when there are several."""
     named = [name for name in with_scripts() if vars(options)[name]]
     named += [options.architecture] if options.architecture else []
     if len(set(named)) > 1:
@@ -106,7 +106,7 @@ def chosen_family(options: Any) -> str:
 
 
 def read_options(argv: Sequence[str], *, prog: str, description: str) -> tuple[str, Resolved]:
-    """(architecture, options): which options there are depends on the architecture, so that is read first."""
+    """(architecture, options). The architecture is read first, since it determines which options exist."""
     found = specs({"architecture": ArchitectureOptions})
     words = [word for word in argv if word not in ("-h", "--help")]
     given = vars(build_parser(found, prog, "").parse_known_args(words)[0])
@@ -132,13 +132,13 @@ def read_options(argv: Sequence[str], *, prog: str, description: str) -> tuple[s
 
 
 def run(argv: Sequence[str], fill: Callable[[CacheRun], None], *, prog: str, description: str, **cached: bool) -> int:
-    """Read the options, prepare the datasets, let `fill` encode. cached: fields of CacheOptions that this tool sets."""
+    """Read the options, prepare the datasets and call `fill`, which encodes. cached: fields of CacheOptions to set."""
     name, resolved = read_options(argv, prog=prog, description=description)
     options = resolved.options
     logging = options.logging
     setup_logging(level=logging.console_log_level, file=logging.console_log_file, simple=logging.console_log_simple)
     for line in resolved.answers:
-        if line.startswith("--skip_existing"):  # the others are about the training
+        if line.startswith("--skip_existing"):  # the other lines concern the training
             log.info(line)
     nothing = {"cache_latents": False, "cache_text_encoder_outputs": False}
     options = replace(options, cache=replace(options.cache, **nothing, **cached))
@@ -199,7 +199,7 @@ class CacheRun:
 
 
 def has_control_images(family: str, options: Any) -> bool:
-    """Whether the training looks at control images. Raises UserError for a network module that does not fit."""
+    """Whether the training uses control images. Raises UserError for a network module of another family."""
     from library.families.adapters import load_network_module
 
     module = options.method.network_module
@@ -210,7 +210,7 @@ def has_control_images(family: str, options: Any) -> bool:
 
 
 def seed_warnings(options: TrainerOptions, stats: Sequence[Any]) -> Iterator[str]:
-    """What may be missing in the training because it chooses other pictures."""
+    """Warn that the training may hold out other pictures for validation and find some of its own not encoded."""
     held_out = any(dataset.validation_images for dataset in stats)
     if held_out and options.train.seed is None and options.data.validation_seed is None:
         yield (

@@ -34,9 +34,9 @@ from library.options import at_least, option, resolve, specs  # noqa: E402
 FILE_ENDINGS = (".safetensors", ".ckpt")
 PRECISIONS = ("no", "fp16", "bf16", "float")
 LINEAR = "always so where the source has linear layers there, as the published models do"
-# Header entries that describe the tensors of the source, number for number
+# Metadata that depend on the exact tensors of the source
 HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
-FOLDERS = {True: "diffusers_safetensors", False: "diffusers"}  # --use_safetensors -> form of a folder
+FOLDERS = {True: "diffusers_safetensors", False: "diffusers"}  # --use_safetensors -> kind of folder
 SCHEDULER = "scheduler/scheduler_config.json"
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 
@@ -44,7 +44,7 @@ log = get_logger()
 
 
 def _metadata(value: Any) -> str:
-    """A Python dictionary of texts, checked. Raises ValueError."""
+    """Check that a value is a Python dict of texts. Raises ValueError."""
     try:
         found = ast.literal_eval(str(value))
     except (SyntaxError, ValueError):
@@ -94,7 +94,7 @@ class ConvertOptions:
         return bool(Path(self.model_to_save or "").suffix)
 
     def problems(self) -> Iterator[str]:
-        """What is missing, and combinations that make no sense."""
+        """Missing options and invalid combinations, one line each."""
         for name in ("model_to_load", "model_to_save"):
             if vars(self)[name] is None:
                 yield f"--{name} is needed"
@@ -136,7 +136,7 @@ class ConvertModelOptions:
 
 
 def kind_of(path: Path) -> str:
-    """ "v1", "v2" or "sdxl", from names and shapes. Raises UserError for other architectures."""
+    """Detect "v1", "v2" or "sdxl" from names and shapes. Raises UserError for other architectures."""
     from library.families.detect import architecture, context_dim
     from library.families.sd.names import OPEN_CLIP_PREFIX
     from library.families.sd.parts import CONTEXT_DIMS
@@ -180,7 +180,7 @@ def open_family(options: ConvertOptions, path: Path, reference: Path | None) -> 
 
 
 def predicts_v(path: Path) -> bool:
-    """Whether the model says so: a folder in its scheduler's configuration, a file by an empty tensor (SDXL)."""
+    """Whether the model declares v-prediction: in a folder's scheduler configuration, or by an empty tensor (SDXL)."""
     from library.families.sdxl.parts import V_MARK
     from library.weights.loading import read_json
     from library.weights.weight_files import open_weights
@@ -192,9 +192,9 @@ def predicts_v(path: Path) -> bool:
 
 
 def located_source(options: ConvertOptions, reference: Path | None, temporary: Path) -> Path:
-    """The model to read, with the weights of --variant and the tokenizer of --reference_model in their places.
+    """Path of the model to read, with the weights of --variant and the tokenizers of --reference_model.
 
-    temporary: an empty folder for links, where one of these is given.
+    temporary: an empty folder, used for links when one of these is given.
     """
     from library.weights.loading import PIPELINE_FILES, locate
 
@@ -223,7 +223,7 @@ def located_source(options: ConvertOptions, reference: Path | None, temporary: P
 
 
 def link_variant(path: Path, variant: str, place: Path) -> None:
-    """Make `place` a view of a folder in which the weights of one variant have the usual names.
+    """Fill `place` with links to a folder, in which the weights of one variant have the usual names.
 
     `unet/diffusion_pytorch_model.fp16.safetensors` becomes `unet/diffusion_pytorch_model.safetensors`.
     """
@@ -244,7 +244,7 @@ def link_variant(path: Path, variant: str, place: Path) -> None:
 
 
 def located_reference(name: str) -> Path:
-    """The folder of --reference_model. Raises UserError when there is none, or no scheduler and tokenizer in it."""
+    """The folder of --reference_model. Raises UserError if it does not exist or lacks scheduler or tokenizer."""
     from library.weights.loading import HUB_ID
 
     path = Path(name).expanduser()
@@ -257,7 +257,7 @@ def located_reference(name: str) -> Path:
 
 
 def download_reference(name: str) -> Path:
-    """Scheduler and tokenizers of a hub repository, without weights."""
+    """Download scheduler and tokenizers of a hub repository, without weights. Raises UserError."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
@@ -274,7 +274,7 @@ def download_reference(name: str) -> Path:
 
 
 def convert(options: ConvertOptions) -> None:
-    """Read headers, check, then write the whole model or nothing. Raises UserError and SaveError."""
+    """Read headers, check, and write the model atomically. Raises UserError and SaveError."""
     from library.device import DTYPES
     from library.io.checkpoint import CheckpointForm
     from library.weights.quick_import import import_diffusers
@@ -288,7 +288,7 @@ def convert(options: ConvertOptions) -> None:
         family = open_family(options, located_source(options, reference, Path(temporary)), reference)
         kind = target.suffix[1:] if options.to_file else FOLDERS[options.use_safetensors]
         if not options.to_file:
-            family.check()  # a file has no tokenizer, which this looks for
+            family.check()  # checks the tokenizer, which a file does not contain
         family.check_weights()
         dtype = None if options.precision == "no" else DTYPES[options.precision]
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -298,7 +298,7 @@ def convert(options: ConvertOptions) -> None:
 
 
 def check_target(target: Path, *, to_file: bool) -> None:
-    """Nothing that is no model is written over. Raises UserError."""
+    """Raises UserError when the target is something else than a model, which must not be overwritten."""
     from library.io.checkpoint import MODEL_INDEX
 
     if to_file and target.is_dir():
@@ -312,7 +312,7 @@ def check_target(target: Path, *, to_file: bool) -> None:
 
 
 def header(options: ConvertOptions) -> dict[str, str]:
-    """Metadata of the new file: those of the source file, without what names its numbers, and --metadata."""
+    """Metadata of the new file: those of the source file, without its hashes, and --metadata."""
     from library.weights.weight_files import SafetensorsFile, open_weights
 
     source = Path(options.model_to_load or "")
@@ -326,7 +326,7 @@ def header(options: ConvertOptions) -> dict[str, str]:
 
 
 def with_flags(words: Sequence[str]) -> list[str]:
-    """`source target --v2` or `--v2 source target`, as today's script takes them, with the flags of these two."""
+    """Add the flags of source and target to `source target --v2` or `--v2 source target`, as sd-scripts takes them."""
     flags = [i for i, word in enumerate(words) if word.startswith("--")]
     first = flags[0] if flags else len(words)
     start = 0

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Lock the requirements with hashes, transitive ones too, for every Python and system that this project names.
+"""Lock all requirements, including transitive ones, with hashes for every supported Python version and system.
 
-    python tools/lock_requirements.py              make requirements.lock and requirements-test.lock anew from the pins
-    python tools/lock_requirements.py --upgrade    and take the newest version of everything that is not pinned
-    python tools/lock_requirements.py --check      before a release: every Python on every system can install the locks
+    python tools/lock_requirements.py              write requirements.lock and requirements-test.lock from the pins
+    python tools/lock_requirements.py --upgrade    the same, with the newest version of everything that is not pinned
+    python tools/lock_requirements.py --check      check that every Python on every system can install the locks
 
-It needs uv (pip install uv). torch is left out, with the CUDA libraries and compilers that its builds bring: they
-differ by machine, and `python start.py` installs the build that fits (tools/setup/torch_choice.py).
+Requires uv (pip install uv). torch is left out, together with the CUDA libraries and compilers that its builds need:
+these depend on the machine, and `python start.py` installs the right build (tools/setup/torch_choice.py).
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
-SYSTEMS = {  # as uv names them
+SYSTEMS = {  # name -> uv's name
     "Linux x86_64": "x86_64-manylinux_2_28",
     "Linux arm64": "aarch64-manylinux_2_28",
     "Windows x86_64": "x86_64-pc-windows-msvc",
     "macOS arm64": "aarch64-apple-darwin",
 }
 LOCKS = {"requirements.lock": "requirements.txt", "requirements-test.lock": "requirements-test.txt"}
-MACOS_OF_TORCH = "14.0"  # the oldest that torch's wheels run on; uv would ask for 13
+MACOS_OF_TORCH = "14.0"  # oldest macOS for torch's wheels; uv's default is 13
 OF_TORCH = re.compile(r"torch|triton|nvidia-.*|cuda-.*")
 
 
 def uv(*arguments: str) -> str:
-    """What `uv pip compile` prints. Ends the script with uv's own message when it fails."""
+    """Output of `uv pip compile`. Exits with uv's message when it fails."""
     command = [sys.executable, "-m", "uv", "pip", "compile", "--no-python-downloads", "--no-annotate", "--no-header"]
     here = {**os.environ, "MACOSX_DEPLOYMENT_TARGET": MACOS_OF_TORCH}
     done = subprocess.run([*command, *arguments], cwd=ROOT, env=here, capture_output=True, text=True)
@@ -46,23 +46,23 @@ def uv(*arguments: str) -> str:
 
 
 def names(lines: str) -> set[str]:
-    """`name==version` of each requirement in a file's text, without markers and hashes."""
+    """The requirements in a file's text as `name==version`, without markers and hashes."""
     return set(re.findall(r"^([\w.\-]+==[\w.\-+!]+)", lines, re.MULTILINE))
 
 
 def without_torch(pins: set[str]) -> set[str]:
-    """The pins without torch and what its builds bring."""
+    """The pins without torch and the packages that its builds need."""
     return {pin for pin in pins if not OF_TORCH.fullmatch(pin.partition("==")[0])}
 
 
 def lock(upgrade: bool) -> None:
-    """Write the lock files. The second is held to the first, so that both install the same versions."""
+    """Write the lock files. The second is constrained by the first, so that both install the same versions."""
     for name, source in LOCKS.items():
         held = ["-c", "requirements.lock"] if name != "requirements.lock" else []
         universal = [source, *held, "--universal", "--python-version", PYTHONS[0]]
         universal += ["--upgrade"] if upgrade else []
         with tempfile.TemporaryDirectory() as folder:
-            # uv keeps to the versions of the file that it writes: to this copy, as it must end with all or nothing
+            # uv prefers the versions in its output file, so it gets a copy: the lock is written only when all succeeds
             copy = Path(folder) / name
             if (ROOT / name).exists():
                 shutil.copy(ROOT / name, copy)
@@ -77,7 +77,7 @@ def lock(upgrade: bool) -> None:
 
 
 def check() -> None:
-    """For each Python and system: the locked versions fit each other, nothing is missing, and there are wheels."""
+    """Check for each Python and system that the locks are consistent and complete, and that wheels exist."""
     for name, source in LOCKS.items():
         for python in PYTHONS:
             for title, system in SYSTEMS.items():

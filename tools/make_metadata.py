@@ -29,7 +29,7 @@ from library.errors import UserError, first_names  # noqa: E402
 from library.log import get_logger, progress, setup_logging  # noqa: E402
 from library.options import option, resolve  # noqa: E402
 
-Entries = dict[str, dict[str, Any]]  # of tools/metadata_file.py, which need not be imported for --help
+Entries = dict[str, dict[str, Any]]  # the same as in tools/metadata_file.py, which --help should not import
 
 log = get_logger()
 
@@ -57,12 +57,12 @@ class MetadataOptions:
 
     @property
     def suffixes(self) -> dict[str, str]:
-        """Key of an entry -> suffix of the files that it comes from."""
+        """Key of an entry -> suffix of the files with its values."""
         given = {"caption": self.caption_extension or self.caption_extention, "tags": self.tags_extension}
         return {key: suffix for key, suffix in given.items() if suffix}
 
     def problems(self) -> Iterator[str]:
-        """What is missing, and combinations that make no sense."""
+        """Missing options and invalid combinations, one line each."""
         if self.out_json is None:
             yield "--out_json is needed: the metadata file to write"
         elif Path(self.out_json).suffix.lower() not in (".json", ".jsonl"):
@@ -88,7 +88,7 @@ class MakeMetadataOptions:
 
 
 def pictures_in(folder: Path, *, recursive: bool) -> list[Path]:
-    """The pictures, sorted; folders whose name begins with a dot are left out. Raises UserError."""
+    """The pictures in a folder, sorted, without folders whose name starts with a dot. Raises UserError."""
     from library.data.folder import IMAGE_EXTENSIONS
 
     if not folder.is_dir():
@@ -107,9 +107,9 @@ def pictures_in(folder: Path, *, recursive: bool) -> list[Path]:
 
 
 def keys_of(pictures: Sequence[Path], entries: Entries, *, full_path: bool) -> dict[Path, str]:
-    """The key of each picture: that of its entry where there is one, whatever way it names the picture.
+    """The key of each picture: that of its existing entry, which may name it in several ways, or a new one.
 
-    Raises UserError where two pictures would have one key, or two entries are of one picture.
+    Raises UserError when two pictures would have the same key, or two entries belong to one picture.
     """
     named: dict[str, Path] = {}
     problems: list[str] = []
@@ -129,7 +129,7 @@ def keys_of(pictures: Sequence[Path], entries: Entries, *, full_path: bool) -> d
 
 
 def read_texts(pictures: Sequence[Path], suffix: str) -> dict[Path, str]:
-    """The text beside each picture that has one, stripped. Raises UserError naming the files that cannot be read."""
+    """The stripped text of each picture with a text file. Raises UserError with the files that cannot be read."""
     texts: dict[Path, str] = {}
     problems: list[str] = []
     with progress(len(pictures), f"reading {suffix} files") as bar:
@@ -153,7 +153,7 @@ def read_texts(pictures: Sequence[Path], suffix: str) -> dict[Path, str]:
 
 
 def merge(options: MetadataOptions, entries: Entries) -> None:
-    """Put the texts beside the pictures into their entries."""
+    """Copy the texts of the pictures' text files into their entries."""
     pictures = pictures_in(Path(options.train_data_dir or ""), recursive=options.recursive)
     keys = keys_of(pictures, entries, full_path=options.full_path)
     names = [name for name in dict.fromkeys(picture.stem for picture in pictures) if name in entries]
@@ -201,7 +201,7 @@ def clean(entries: Entries, *, debug: bool) -> None:
 
 
 def make_metadata(options: MetadataOptions) -> None:
-    """All steps that are asked for. Nothing is written when one of them finds a mistake."""
+    """Run the requested steps. Nothing is written when one of them finds a mistake."""
     from tools.metadata_file import read_entries, write_entries
 
     assert options.out_json is not None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Metadata files of pictures (--in_json of the training): read with all their keys, written whole or not at all.
+"""Metadata files of pictures (--in_json of the training), read with all their keys and written atomically.
 
 JSON: an object, picture key -> {"caption", "tags", ...}. JSON Lines (.jsonl): the key is `image_path` of each line.
 """
@@ -19,11 +19,11 @@ from library.text_files import parse_json
 Entries = dict[str, dict[str, Any]]
 
 LINES = ".jsonl"
-KEY = "image_path"  # of a line
+KEY = "image_path"  # the picture's key in a line
 
 
 def read_entries(path: Path) -> Entries:
-    """The entries by picture key. Raises UserError with everything that is wrong with the file."""
+    """Read the entries by picture key. Raises UserError with every mistake in the file."""
     try:
         rows, problems = read_metadata(str(path))
     except OSError as error:
@@ -41,7 +41,7 @@ def read_entries(path: Path) -> Entries:
 
 
 def write_entries(path: Path, entries: Entries) -> None:
-    """Write the file that `read_entries` reads; its ending says in which form. Raises SaveError."""
+    """Write a file for `read_entries`; its extension selects the format. Raises SaveError."""
     if path.suffix.lower() == LINES:
         lines = (json.dumps({KEY: key, **values}, ensure_ascii=False) for key, values in entries.items())
         text = "".join(f"{line}\n" for line in lines)

@@ -10,13 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-FACE = "^_^"  # the one tag whose underscore is no space
-RATING = "rating"  # DeepDanbooru ends its list with a tag that begins so
-SEVERAL = ("girls", "boys")  # words that tell of several people
+FACE = "^_^"  # the one tag whose underscore is not a space
+RATING = "rating"  # DeepDanbooru's last tag starts with it
+SEVERAL = ("girls", "boys")  # words for several people
 
 LENGTH = re.compile(r"(?:long|short|medium) hair")
 HAIR = re.compile(r"[\w-]+ hair")
-# Kinds of tags that contradict each other when a picture of several people has more than one of a kind
+# Kinds of tags of which a picture of several people may have more than one, for different people
 OF_ONE_PERSON = (
     LENGTH,
     re.compile(r"(?:bob|hime) cut"),
@@ -26,18 +26,18 @@ OF_ONE_PERSON = (
         r"ponytail|braid|ahoge|twintails|sidelocks|two side up|two tails|single (?:hair|side) bun|[\w-]+ (?:bun|braid)"
     ),
 )
-GENERAL = re.compile(r"[\w-]+|hair ornament")  # left out where another tag says it more exactly
+GENERAL = re.compile(r"[\w-]+|hair ornament")  # removed if a longer tag ends with it
 
 
 def clean_tags(text: str) -> str:
-    """Tags without underscores, rating, contradictions and words that another tag contains: "white shirt", "shirt"."""
+    """Tags without underscores, rating, contradictions, and words that end a longer tag: "shirt" in "white shirt"."""
     tags = [FACE.join(part.replace("_", " ") for part in tag.split(FACE)) for tag in split(text)]
     rating = next((i for i, tag in enumerate(tags) if i and tag.startswith(RATING)), len(tags))
     tags = tags[:rating]
     if any(word in tag for tag in tags for word in SEVERAL):
         for kind in OF_ONE_PERSON:
             tags = without_kind(tags, kind)
-        # a length that all of them share says something, whatever the colours
+        # a single hair length is kept, whatever the colours
         tags = without_kind(tags, HAIR, keep=LENGTH)
     endings = {tag.split(" ", i)[i] for tag in tags for i in range(1, tag.count(" ") + 1) if _plain(tag, i)}
     return ", ".join(tag for tag in tags if not (GENERAL.fullmatch(tag) and tag in endings))
@@ -49,7 +49,7 @@ def split(text: str) -> list[str]:
 
 
 def without_kind(tags: list[str], kind: re.Pattern[str], *, keep: re.Pattern[str] | None = None) -> list[str]:
-    """The tags without those of a kind, if there are several; those that `keep` describes are none of the kind."""
+    """The tags without those of a kind, if there are several. Tags that match `keep` do not count as that kind."""
     found = [tag for tag in tags if kind.fullmatch(tag) and not (keep and keep.fullmatch(tag))]
     return [tag for tag in tags if tag not in found] if len(found) > 1 else tags
 
@@ -66,7 +66,7 @@ def _each(words: str, replacement: str) -> list[tuple[str, str]]:
     return [(word, replacement) for word in words.split("|")]
 
 
-# In this order, each until it finds nothing more; a plural stays one.
+# Applied in this order, each until nothing changes. Plurals stay plurals.
 REPLACEMENTS: tuple[tuple[str, str], ...] = (
     ("anime anime", "anime"),
     ("young ", ""),
@@ -96,7 +96,7 @@ _RULES = _compiled(REPLACEMENTS)
 
 
 def clean_caption(text: str) -> str:
-    """A caption in which people and drawings are called by one name each."""
+    """A caption with a single name each for people and for drawings."""
     for pattern, new in _RULES:
         before = None
         while before != text:

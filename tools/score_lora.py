@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How well a LoRA of the built-in model draws the rocket, and whether it still knows what the model knew.
+"""Score how well a LoRA of the built-in model draws the rocket, and whether the model still knows everything else.
 
     python tools/score_lora.py output/demo/rocket.safetensors
 
-The criterion is tools/base_model/score.py: nearest drawing after normalising place and size; no learned model. Pictures
-before and after start from the same noise.
+The score (tools/base_model/score.py) finds the nearest drawing after normalising position and size; it needs no learned
+model. Pictures before and after start from the same noise.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BACKGROUNDS = ("blue", "black", "green", "purple", "orange", "red", "white", "ye
 
 @dataclass(frozen=True)
 class LoraScore:
-    """One state of the model: as shipped, or with the LoRA merged into it."""
+    """Scores of the model as shipped or with the LoRA merged into it."""
 
     concept: ConceptReport
     known: KnownReport

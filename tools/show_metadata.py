@@ -28,11 +28,11 @@ from library.errors import UserError, nearest  # noqa: E402
 from library.options import at_least, option, resolve  # noqa: E402
 from library.text_files import parse_json  # noqa: E402
 
-LONGEST = 300  # letters of a value that are shown; thumbnails are pictures in letters
-UNSET = "None"  # Python's, which options that were not given have
+LONGEST = 300  # letters of a value that are shown; thumbnails are long
+UNSET = "None"  # value of options that were not given
 LISTED = ("ss_datasets", "ss_dataset_dirs", "ss_reg_dataset_dirs", "ss_tag_frequency", "ss_bucket_info")  # as tables
 TIMES = ("ss_training_started_at", "ss_training_finished_at")  # Unix seconds
-# Group -> beginnings of its keys; a key belongs to the first group that has one, all others to the training
+# Group -> prefixes of its keys; a key belongs to the first group with a matching prefix
 GROUPS = {
     "description": ("modelspec.",),
     "network": ("ss_network_",),
@@ -73,15 +73,15 @@ class ShowMetadataOptions:
 
 @dataclass(frozen=True)
 class Header:
-    """What the header of a file says."""
+    """The content of a file's header."""
 
     metadata: Mapping[str, str]
-    types: Mapping[str, int]  # number format -> numbers in all tensors of it
+    types: Mapping[str, int]  # dtype -> number of elements in all tensors of that dtype
     tensors: int
 
 
 def read_header(path: Path) -> Header:
-    """Raises UserError for what is no .safetensors file."""
+    """Read the header of a .safetensors file. Raises UserError for other files."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -111,7 +111,7 @@ def _similar(path: Path) -> str:
 
 
 def lines(path: Path, header: Header, *, top: int) -> Iterator[str]:
-    """The page, line by line."""
+    """The lines to print."""
     contents = ", ".join(f"{count:,} numbers in {kind}" for kind, count in header.types.items())
     yield f"{path.name}: {path.stat().st_size:,} bytes, {header.tensors} tensors, {contents or 'no numbers'}"
     if not header.metadata:
@@ -133,7 +133,7 @@ def lines(path: Path, header: Header, *, top: int) -> Iterator[str]:
 
 
 def grouped(metadata: Mapping[str, str]) -> dict[str, list[str]]:
-    """Group -> its keys, sorted; groups without any are left out."""
+    """Group -> its sorted keys, without empty groups."""
     found: dict[str, list[str]] = {title: [] for title in (*GROUPS, OTHER)}
     for key in sorted(metadata):
         title = next((title for title, starts in GROUPS.items() if key.startswith(starts)), OTHER)
@@ -151,13 +151,13 @@ def shown(key: str, value: str) -> str:
         try:
             return f"{datetime.fromtimestamp(float(value)):%Y-%m-%d %H:%M:%S}"
         except (ValueError, OverflowError, OSError):
-            pass  # shown as it stands there
+            pass  # shown unchanged
     line = " ".join(value.split())
     return line if len(line) <= LONGEST else f"{line[:LONGEST]} ... ({len(value):,} letters)"
 
 
 def table_lines(key: str, text: str, top: int) -> Iterator[str]:
-    """A table that is kept as JSON; one that is broken is shown as it stands there."""
+    """The lines of a table that is stored as JSON. Invalid tables are shown unchanged."""
     try:
         yield from [*TABLES[key](parse_json(text), top)]
     except (ValueError, TypeError, AttributeError, KeyError):
@@ -165,7 +165,7 @@ def table_lines(key: str, text: str, top: int) -> Iterator[str]:
 
 
 def dataset_lines(datasets: Any, top: int) -> Iterator[str]:
-    """ss_datasets: each dataset with its subsets."""
+    """Lines for ss_datasets: each dataset with its subsets."""
     for number, dataset in enumerate(datasets, start=1):
         width, height = dataset["resolution"]
         yield (
@@ -180,20 +180,20 @@ def dataset_lines(datasets: Any, top: int) -> Iterator[str]:
 
 
 def folder_lines(folders: Any, top: int) -> Iterator[str]:
-    """ss_dataset_dirs: the folders of the pictures."""
+    """Lines for ss_dataset_dirs: the folders of the pictures."""
     for name, facts in folders.items():
         yield f"  folder {name}: {facts['img_count']} pictures, repeated {facts['n_repeats']} times"
 
 
 def bucket_lines(info: Any, top: int) -> Iterator[str]:
-    """ss_bucket_info: how many pictures have which size."""
+    """Lines for ss_bucket_info: the number of pictures of each size."""
     for bucket in ((info or {}).get("buckets") or {}).values():
         width, height = bucket["resolution"]
         yield f"  size {width}x{height}: {bucket['count']} pictures with repeats"
 
 
 def tag_lines(folders: Any, top: int) -> Iterator[str]:
-    """ss_tag_frequency: the most frequent tags of each folder."""
+    """Lines for ss_tag_frequency: the most frequent tags of each folder."""
     for name, tags in folders.items():
         frequent = Counter({tag.strip(): count for tag, count in tags.items()}).most_common(top or None)
         more = f", the first {len(frequent)}" if len(frequent) < len(tags) else ""
@@ -212,7 +212,7 @@ TABLES = {
 
 
 def show(options: ShowOptions) -> None:
-    """Print the page, or the entries as JSON."""
+    """Print the metadata as text or as JSON."""
     assert options.model is not None
     path = Path(options.model)
     header = read_header(path)

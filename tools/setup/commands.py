@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The words of `python start.py`: one function each, which takes the arguments after the word."""
+"""The commands of `python start.py`: one function each, called with the arguments after the command."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIMULATED_CARD = ROOT / "tests" / "cuda_simulation" / "plugin.py"
 
 
 def setup(arguments: list[str]) -> None:
-    """The environment only. Tries torch even when nothing has changed: this is the command that mends it."""
+    """Make the environment only. Checks torch even when nothing has changed: this command repairs it."""
     asked, rest = take_torch_option(arguments)
     if rest:
         raise UserError(f"setup takes only --torch, not {rest[0]}")
@@ -30,7 +30,7 @@ def demo(arguments: list[str]) -> None:
     """Train a LoRA of a rocket on the built-in base model and say where everything is."""
     environment, rest = prepare(arguments, RUN)
     started = time.monotonic()
-    # so small a model is slower, not faster, with many threads
+    # many threads slow down such a small model
     os.environ.setdefault("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))
     run([str(environment.python), "train_network.py", "--config_file", DEMO_CONFIG, *rest])
     if rest:  # --help, another folder, other steps: what follows need not hold
@@ -47,7 +47,7 @@ def demo(arguments: list[str]) -> None:
 
 
 def test(arguments: list[str]) -> None:
-    """The whole test run, as CI does it: style, types, tests, tests on a simulated card (left out with arguments)."""
+    """Run what CI runs: style, types, tests, and tests on a simulated card (left out when arguments are given)."""
     environment, rest = prepare(arguments, TEST)
     python = str(environment.python)
     run([python, "-m", "ruff", "check", "."])
@@ -75,7 +75,7 @@ def gpu(arguments: list[str]) -> None:
 
 
 def prepare(arguments: list[str], lock: str) -> tuple[Environment, list[str]]:
-    """The environment, up to date, and the arguments that are not for it (--torch)."""
+    """Update the environment. Returns it and the arguments other than --torch."""
     asked, rest = take_torch_option(arguments)
     environment = Environment()
     set_up(environment, lock, asked)
@@ -83,7 +83,7 @@ def prepare(arguments: list[str], lock: str) -> tuple[Environment, list[str]]:
 
 
 def take_torch_option(arguments: list[str]) -> tuple[str | None, list[str]]:
-    """The value of --torch, None when it is not given, and the other arguments."""
+    """The value of --torch, None if it is not given, and the other arguments."""
     asked, rest = None, []
     words = iter(arguments)
     for word in words:

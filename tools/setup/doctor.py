@@ -24,7 +24,7 @@ from pathlib import Path
 from library.machine import INSTALL_TORCH, Machine, main_memory, nvidia_line
 from tools.setup.environment import ROOT, Environment
 
-MISSING = "missing"  # the name of a fact that is a thing to mend
+MISSING = "missing"  # name of a fact that the user has to fix
 SETUP = "python start.py setup"
 SECONDS_TO_ANSWER = 300  # of a torch that was never loaded before, from a slow disk
 LEAST_DISK = 10  # GB: a model, its caches and what is saved
@@ -36,7 +36,7 @@ VARIABLES = (  # of the environment; they change a run and hold no secrets
 
 @dataclass
 class Report:
-    """Facts in their order, and what is missing, each with the command that mends it."""
+    """Facts in order, and problems with the command that fixes each."""
 
     facts: list[tuple[str, str]] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
@@ -56,7 +56,7 @@ class Report:
 
 
 def doctor(environment: Environment) -> Report:
-    """All that can be found out."""
+    """Collect all facts."""
     report = Report()
     machine = Machine.here()
     for name, value in (*project(), *system(machine), *cards(machine), *variables()):
@@ -72,7 +72,7 @@ def doctor(environment: Environment) -> Report:
 
 
 def private(text: str) -> str:
-    """Without home folder and user name: ~ in their place."""
+    """Replace the home folder and the user's name in a text by ~."""
     try:
         homes = {str(Path.home()), str(Path.home().resolve())}
     except RuntimeError:  # neither HOME nor a user whom the system knows

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The project's own environment, .venv, with what the lock files name and a torch that fits the machine."""
+"""The project's environment, .venv, with the packages of the lock files and a torch that fits the machine."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SECONDS_TO_IMPORT = 300  # of a torch that was never loaded before, from a slow 
 
 @dataclass
 class Record:
-    """What was installed, kept in the environment so that a second call has nothing to do."""
+    """Record of what was installed, stored in the environment so that a second call does nothing."""
 
     locks: dict[str, str] = field(default_factory=dict)  # lock file -> hash of its content
     torch_asked: str = AUTO  # the last --torch: it stays until another is given
@@ -35,7 +35,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Torch:
-    """The torch that is in an environment."""
+    """The torch installed in an environment."""
 
     version: str
     build: str
@@ -87,7 +87,7 @@ class Environment:
             raise UserError(f"{self.python} does not start: {reason}: delete {self.folder}, then try again") from None
 
     def torch(self) -> Torch | None:
-        """The torch in it; None when there is none or it cannot be imported."""
+        """The installed torch, None if it is missing or cannot be imported."""
         if not self.python.exists():
             return None
         command = [str(self.python), "-I", str(Path(__file__).with_name("torch_check.py"))]
@@ -105,7 +105,7 @@ class Environment:
         return (done.stderr.strip().splitlines() or ["it does not compute"])[-1]
 
     def holds_torch(self) -> bool:
-        """True when pip has a torch in it, whether that can be imported or not."""
+        """Whether torch is installed, even if it cannot be imported."""
         places = ("lib/python*/site-packages", "Lib/site-packages")
         return any(True for place in places for _ in self.folder.glob(f"{place}/torch-*.dist-info"))
 
@@ -247,7 +247,7 @@ def index_answers(environment: Environment, choice: TorchChoice) -> bool:
 
 
 def _what_to_do(choice: TorchChoice, there: Torch) -> str:
-    """For a GPU that torch does not see although nothing was found to be wrong beforehand."""
+    """Advice for a GPU that torch does not see although no problem was found before."""
     if there.build != choice.build.name:
         return f"run `python start.py setup` again when {choice.index} can be reached"
     if choice.build.name.startswith("rocm"):

@@ -100,7 +100,7 @@ class TorchChoice:
 
     @property
     def pip_arguments(self) -> list[str]:
-        """What `pip install` is given."""
+        """Arguments of `pip install`."""
         if self.system.title in self.build.on_pypi:
             return [f"torch=={TORCH}"]
         # with the build's name, so that no other configured index can answer with another build of the same release
@@ -117,12 +117,12 @@ class TorchChoice:
 
 
 def fallback_arguments() -> list[str]:
-    """What `pip install` is given where pytorch.org's index cannot be reached."""
+    """Arguments of `pip install` when pytorch.org's index cannot be reached."""
     return [f"torch=={TORCH}"]
 
 
 def choose_torch(machine: Machine, asked: str = AUTO) -> TorchChoice:
-    """The build that fits the machine, or the one that was asked for by name."""
+    """The build that fits the machine, or the build with the given name. Raises UserError."""
     builds = builds_for(machine.system)
     if asked not in (AUTO, KEEP):
         check_name(asked, machine.system)
@@ -140,7 +140,7 @@ def choose_torch(machine: Machine, asked: str = AUTO) -> TorchChoice:
 
 
 def builds_for(system: System) -> tuple[Build, ...]:
-    """The builds published for a system. UserError where there is none."""
+    """The builds published for a system. Raises UserError if there is none."""
     builds = tuple(build for build in BUILDS if system.title in build.systems)
     if builds:
         return builds
@@ -155,7 +155,7 @@ def builds_for(system: System) -> tuple[Build, ...]:
 
 
 def check_name(asked: str, system: System) -> None:
-    """UserError unless `asked` is a value of --torch on this system."""
+    """Raises UserError unless `asked` is a valid --torch on this system."""
     names = [AUTO, KEEP, *(build.name for build in builds_for(system))]
     if asked in BUILD and asked not in names:
         raise UserError(
