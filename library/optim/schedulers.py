@@ -328,7 +328,7 @@ def check_scheduler(options: SchedulerOptions, choice: OptimizerChoice, *, total
         )
     elif options.lr_warmup_steps and name == "piecewise_constant":
         get_logger().warning("--lr_warmup_steps: --lr_scheduler piecewise_constant has no warm-up; step_rules say all")
-    elif (warmup := inputs_of(options, toy.optimizer, total_steps).warmup) > total_steps:
+    elif (warmup := schedule_inputs(options, toy.optimizer, total_steps).warmup) > total_steps:
         get_logger().warning(
             f"--lr_warmup_steps {warmup} is longer than the run of {total_steps} steps: the full rate is never reached"
         )
@@ -348,7 +348,7 @@ def build_scheduler(options: SchedulerOptions, built: BuiltOptimizer, *, total_s
         return BuiltScheduler(_plateau(options, built.optimizer, given))
     if built.schedule is not None:  # the optimizer brings its own schedule: settings and warm-up do not apply to it
         return BuiltScheduler(LambdaLR(built.optimizer, lambda step: 1.0))
-    factor = schedule_factor(name, inputs_of(options, built.optimizer, total_steps), given)
+    factor = schedule_factor(name, schedule_inputs(options, built.optimizer, total_steps), given)
     return BuiltScheduler(LambdaLR(built.optimizer, factor))
 
 
@@ -385,7 +385,7 @@ def schedule_factor(name: str, inputs: ScheduleInputs, given: Mapping[str, Any])
     return factor
 
 
-def inputs_of(options: SchedulerOptions, optimizer: torch.optim.Optimizer, total_steps: int) -> ScheduleInputs:
+def schedule_inputs(options: SchedulerOptions, optimizer: torch.optim.Optimizer, total_steps: int) -> ScheduleInputs:
     """Options as numbers of steps: a float is a fraction of the run."""
 
     def steps(value: int | float) -> int:

@@ -424,4 +424,4 @@ def test_latents_of_any_number_of_axes():
         noised = flow().noise(latents, T, seeded())
         for i, s in enumerate(T):
             torch.testing.assert_close(noised.x_t[i], (1 - s) * latents[i] + s * noised.noise[i])
-        assert torch.count_nonzero(flow().loss(noised.target, noised, batch_of(3))) == 0
+        assert torch.count_nonzero(flow().loss(Predict.of(noised.target), noised, batch_of(3))) == 0
