@@ -252,7 +252,7 @@ def located_reference(name: str) -> Path:
         path = download_reference(name)
     missing = [part for part in (SCHEDULER, "tokenizer") if not (path / part).exists()]
     if missing:
-        raise UserError(f"--reference_model: {name} is no diffusers folder: {' and '.join(missing)} missing there")
+        raise UserError(f"--reference_model: {name} is not a diffusers folder: {' and '.join(missing)} missing there")
     return path
 
 

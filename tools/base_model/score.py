@@ -34,7 +34,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A caption for sampling and what must be seen."""
+    """A caption for sampling and what the picture must show."""
 
     caption: str
     thing: str
@@ -84,7 +84,7 @@ def _scoring_pixels(image: Image.Image | np.ndarray) -> np.ndarray:
 
 
 def _border_colour(pixels: np.ndarray) -> np.ndarray:
-    """Median of the outermost two rows and columns."""
+    """The background colour: the median of the outermost two rows and columns."""
     sides = (pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:])
     return np.median(np.concatenate([side.reshape(-1, 3) for side in sides]), axis=0)
 
