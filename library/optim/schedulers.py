@@ -33,7 +33,7 @@ Factor = Callable[[int], float]
 
 
 @dataclass(frozen=True)
-class ScheduleInputs:
+class ScheduleConfig:
     """Inputs of the formulas: lengths in optimizer steps, and the values of the options."""
 
     total: int
@@ -53,55 +53,55 @@ class ScheduleInputs:
 # ---- formulas: factor after the warm-up ---------------------------------------------------------------------------
 
 
-def constant(inputs: ScheduleInputs) -> Factor:
+def constant(config: ScheduleConfig) -> Factor:
     return lambda step: 1.0
 
 
-def linear(inputs: ScheduleInputs) -> Factor:
-    return lambda step: max(0.0, (inputs.total - step) / max(1, inputs.total - inputs.warmup))
+def linear(config: ScheduleConfig) -> Factor:
+    return lambda step: max(0.0, (config.total - step) / max(1, config.total - config.warmup))
 
 
-def cosine(inputs: ScheduleInputs, *, num_cycles: float = 0.5) -> Factor:
-    return lambda step: max(0.0, cosine_wave(num_cycles * 2 * inputs.progress(step)))
+def cosine(config: ScheduleConfig, *, num_cycles: float = 0.5) -> Factor:
+    return lambda step: max(0.0, cosine_wave(num_cycles * 2 * config.progress(step)))
 
 
-def cosine_with_restarts(inputs: ScheduleInputs) -> Factor:
+def cosine_with_restarts(config: ScheduleConfig) -> Factor:
     def factor(step: int) -> float:
-        progress = inputs.progress(step)
-        return 0.0 if progress >= 1 else cosine_wave((inputs.cycles * progress) % 1)
+        progress = config.progress(step)
+        return 0.0 if progress >= 1 else cosine_wave((config.cycles * progress) % 1)
 
     return factor
 
 
-def polynomial(inputs: ScheduleInputs, *, lr_end: float = LOWEST_POLYNOMIAL_LR) -> Factor:
-    if inputs.base_lr <= lr_end:
-        raise UserError(f"{FLAG} polynomial ends at {lr_end:g}: --learning_rate {inputs.base_lr:g} must be greater")
-    end = lr_end / inputs.base_lr
-    return lambda step: end if step > inputs.total else (1 - end) * (1 - inputs.progress(step)) ** inputs.power + end
+def polynomial(config: ScheduleConfig, *, lr_end: float = LOWEST_POLYNOMIAL_LR) -> Factor:
+    if config.base_lr <= lr_end:
+        raise UserError(f"{FLAG} polynomial ends at {lr_end:g}: --learning_rate {config.base_lr:g} must be greater")
+    end = lr_end / config.base_lr
+    return lambda step: end if step > config.total else (1 - end) * (1 - config.progress(step)) ** config.power + end
 
 
-def inverse_sqrt(inputs: ScheduleInputs, *, timescale: int | None = None) -> Factor:
-    scale = timescale or inputs.timescale or inputs.warmup or INVERSE_SQRT_TIMESCALE
-    return lambda step: 1 / math.sqrt((step + scale - inputs.warmup) / scale)
+def inverse_sqrt(config: ScheduleConfig, *, timescale: int | None = None) -> Factor:
+    scale = timescale or config.timescale or config.warmup or INVERSE_SQRT_TIMESCALE
+    return lambda step: 1 / math.sqrt((step + scale - config.warmup) / scale)
 
 
-def cosine_with_min_lr(inputs: ScheduleInputs, *, min_lr: float | None = None) -> Factor:
-    low = lowest(inputs, min_lr, "cosine_with_min_lr")
-    return lambda step: low + (1 - low) * cosine_wave(inputs.cycles * inputs.progress(step))
+def cosine_with_min_lr(config: ScheduleConfig, *, min_lr: float | None = None) -> Factor:
+    low = lowest(config, min_lr, "cosine_with_min_lr")
+    return lambda step: low + (1 - low) * cosine_wave(config.cycles * config.progress(step))
 
 
 def cosine_warmup_with_min_lr(
-    inputs: ScheduleInputs, *, min_lr: float | None = None, warmup_lr_rate: float | None = None
+    config: ScheduleConfig, *, min_lr: float | None = None, warmup_lr_rate: float | None = None
 ) -> Factor:
     """Like cosine_with_min_lr, one step ahead; the warm-up starts at `warmup_lr_rate`, or at 1 / warm-up steps."""
-    low = lowest(inputs, min_lr, "cosine_warmup_with_min_lr")
+    low = lowest(config, min_lr, "cosine_warmup_with_min_lr")
 
     def factor(step: int) -> float:
-        if step >= inputs.warmup:
-            return low + (1 - low) * cosine_wave(inputs.cycles * inputs.progress(step + 1))
+        if step >= config.warmup:
+            return low + (1 - low) * cosine_wave(config.cycles * config.progress(step + 1))
         if warmup_lr_rate is None:
-            return (step + 1) / inputs.warmup
-        return warmup_lr_rate + (1 - warmup_lr_rate) * step / max(1, inputs.warmup - 1)
+            return (step + 1) / config.warmup
+        return warmup_lr_rate + (1 - warmup_lr_rate) * step / max(1, config.warmup - 1)
 
     return factor
 
@@ -120,33 +120,33 @@ FALLS: dict[str, Callable[[float, int], float]] = {
 }
 
 
-def warmup_stable_decay(inputs: ScheduleInputs, *, warmup_type: str = "linear", decay_type: str = "cosine") -> Factor:
+def warmup_stable_decay(config: ScheduleConfig, *, warmup_type: str = "linear", decay_type: str = "cosine") -> Factor:
     """Rise from the minimum to 1, stay there, and fall to the minimum over the last `decay` steps."""
     for name, value in (("warmup_type", warmup_type), ("decay_type", decay_type)):
         if value not in RISES:
             raise UserError(unknown(f"{ARGS_FLAG} {name}", str(value), RISES))
-    if inputs.warmup + inputs.decay > inputs.total:
+    if config.warmup + config.decay > config.total:
         raise UserError(
-            f"{FLAG} warmup_stable_decay: --lr_warmup_steps {inputs.warmup} and --lr_decay_steps {inputs.decay} "
-            f"are longer than the run of {inputs.total} steps"
+            f"{FLAG} warmup_stable_decay: --lr_warmup_steps {config.warmup} and --lr_decay_steps {config.decay} "
+            f"are longer than the run of {config.total} steps"
         )
-    low = inputs.min_ratio or 0.0
-    stable_end = inputs.total - inputs.decay
+    low = config.min_ratio or 0.0
+    stable_end = config.total - config.decay
 
     def shape(step: int) -> float:
-        if step < inputs.warmup:
-            return RISES[warmup_type](step / inputs.warmup)
+        if step < config.warmup:
+            return RISES[warmup_type](step / config.warmup)
         if step < stable_end:
             return 1.0
-        progress = (step - stable_end) / max(1, inputs.decay)
+        progress = (step - stable_end) / max(1, config.decay)
         if progress >= 1:
             return 0.0
-        return FALLS[decay_type](progress, inputs.cycles)
+        return FALLS[decay_type](progress, config.cycles)
 
     return lambda step: low + (1 - low) * shape(step)
 
 
-def piecewise_constant(inputs: ScheduleInputs, *, step_rules: str = "") -> Factor:
+def piecewise_constant(config: ScheduleConfig, *, step_rules: str = "") -> Factor:
     """Factors by step: "1:10,0.1:20,0.01" is 1 before step 10, 0.1 before step 20, and 0.01 afterwards."""
     *rules, last = step_rules.split(",")
     try:
@@ -165,12 +165,12 @@ def cosine_wave(turns: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * turns))
 
 
-def lowest(inputs: ScheduleInputs, min_lr: float | None, name: str) -> float:
+def lowest(config: ScheduleConfig, min_lr: float | None, name: str) -> float:
     """The lowest factor: --lr_scheduler_min_lr_ratio, or `min_lr` divided by the base rate. Raises UserError."""
-    if inputs.min_ratio is not None:
-        return inputs.min_ratio
+    if config.min_ratio is not None:
+        return config.min_ratio
     if min_lr is not None:
-        return min_lr / inputs.base_lr
+        return min_lr / config.base_lr
     raise UserError(f"{FLAG} {name} needs its lowest rate: give --lr_scheduler_min_lr_ratio (0.1, for example)")
 
 
@@ -328,7 +328,7 @@ def check_scheduler(options: SchedulerOptions, choice: OptimizerChoice, *, total
         )
     elif options.lr_warmup_steps and name == "piecewise_constant":
         get_logger().warning("--lr_warmup_steps: --lr_scheduler piecewise_constant has no warm-up; step_rules say all")
-    elif (warmup := schedule_inputs(options, toy.optimizer, total_steps).warmup) > total_steps:
+    elif (warmup := config_of(options, toy.optimizer, total_steps).warmup) > total_steps:
         get_logger().warning(
             f"--lr_warmup_steps {warmup} is longer than the run of {total_steps} steps: the full rate is never reached"
         )
@@ -348,7 +348,7 @@ def build_scheduler(options: SchedulerOptions, built: BuiltOptimizer, *, total_s
         return BuiltScheduler(_plateau(options, built.optimizer, given))
     if built.schedule is not None:  # the optimizer brings its own schedule: settings and warm-up do not apply to it
         return BuiltScheduler(LambdaLR(built.optimizer, lambda step: 1.0))
-    factor = schedule_factor(name, schedule_inputs(options, built.optimizer, total_steps), given)
+    factor = schedule_factor(name, config_of(options, built.optimizer, total_steps), given)
     return BuiltScheduler(LambdaLR(built.optimizer, factor))
 
 
@@ -365,16 +365,16 @@ def _refuse_warmup(options: SchedulerOptions, name: str) -> None:
         raise UserError(f"--lr_warmup_steps: {FLAG} {name} has no warm-up: {NO_WARMUP[name]}")
 
 
-def schedule_factor(name: str, inputs: ScheduleInputs, given: Mapping[str, Any]) -> Factor:
+def schedule_factor(name: str, config: ScheduleConfig, given: Mapping[str, Any]) -> Factor:
     """The formula with this name, including its warm-up. Raises UserError."""
     row = SCHEDULES.get(name)
     if row is None:
         raise UserError(unknown(FLAG, name, [*SCHEDULES, *OTHER_NAMES], kind="name"))
-    check_settings(given, row.formula, f"{ARGS_FLAG} ({name})", {"inputs"})
+    check_settings(given, row.formula, f"{ARGS_FLAG} ({name})", {"config"})
     try:
-        factor = row.formula(inputs, **given)
-        factor = with_warmup(factor, inputs.warmup) if row.warms_up else factor
-        for step in {0, inputs.warmup, inputs.total // 2, inputs.total}:  # shows settings of a wrong type or size
+        factor = row.formula(config, **given)
+        factor = with_warmup(factor, config.warmup) if row.warms_up else factor
+        for step in {0, config.warmup, config.total // 2, config.total}:  # shows settings of a wrong type or size
             if not 0 <= factor(step) <= MOST:
                 raise ValueError(f"the rate is multiplied by {factor(step):g} at step {step}")
     except UserError:
@@ -385,13 +385,13 @@ def schedule_factor(name: str, inputs: ScheduleInputs, given: Mapping[str, Any])
     return factor
 
 
-def schedule_inputs(options: SchedulerOptions, optimizer: torch.optim.Optimizer, total_steps: int) -> ScheduleInputs:
+def config_of(options: SchedulerOptions, optimizer: torch.optim.Optimizer, total_steps: int) -> ScheduleConfig:
     """Options as numbers of steps: a float is a fraction of the run."""
 
     def steps(value: int | float) -> int:
         return int(value * total_steps) if isinstance(value, float) else value
 
-    return ScheduleInputs(
+    return ScheduleConfig(
         total=total_steps,
         warmup=steps(options.lr_warmup_steps),
         decay=steps(options.lr_decay_steps),

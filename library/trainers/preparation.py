@@ -41,7 +41,7 @@ from library.options import changed_values
 from library.sampling.options import SampleOptions
 from library.sampling.prompts import Prompt, load_prompts
 from library.trainers.options import TrainerOptions
-from library.trainers.plan import RunPlan
+from library.trainers.run_plan import RunPlan
 from library.trainers.settings import trained_dtype
 from library.trainers.tracking import check_trackers
 

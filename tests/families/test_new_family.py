@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import networks
 from library.errors import UserError
+from library.families.adapters import adapter_tables, every_family
 from library.families.detect import foreign_file
 from library.families.registry import FAMILIES, misfit, scripts
 from library.key_tables import publish
@@ -32,7 +33,11 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setitem(FAMILIES, SHEET.name, SHEET)
     own = Path(__file__).parent / "example_family" / "networks"
     monkeypatch.setattr(networks, "__path__", [*networks.__path__, str(own)])
+    for cached in (adapter_tables, every_family):
+        cached.cache_clear()
     yield
+    for cached in (adapter_tables, every_family):
+        cached.cache_clear()
 
 
 def make(folder: Path) -> Path:

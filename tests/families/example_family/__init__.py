@@ -6,7 +6,7 @@ A transformer over picture and text tokens, trained with flow matching, in the l
 
 from __future__ import annotations
 
-from library.families.sheet import FileMarks, ModelFacts, PreviewDefaults, Sheet, Variant
+from library.families.sheet import EVERYWHERE, FileMarks, ModelFacts, PreviewDefaults, Sheet, Variant
 from tests.families.example_family.options import ExampleFlowOptions, ExampleOptions
 
 SHEET = Sheet(
@@ -15,7 +15,7 @@ SHEET = Sheet(
     path="tests.families.example_family.model:Example",
     option_groups={"model": ExampleOptions, "objective": ExampleFlowOptions},
     files=FileMarks("an Example", tensors=("example_embedder.",), pipelines=("ExamplePipeline",)),
-    networks={"lora": "networks.lora_example"},
+    networks={"lora": "networks.lora_example", **EVERYWHERE},
     variants={
         "example": Variant(
             ModelFacts("example1", "example-1", "https://example.org/example", prediction_type=None),

@@ -3,33 +3,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from library.adapters.build import NetworkBuilder
+from library.adapters.layers.lora import LORA
+from library.families.adapters import adapter_tables
+from tests.families.example_family.targets import TARGETS
 
-from library.adapters.spec import TargetSpec
-from torch import nn
-
-from library.adapters.lora_family import LoraFamily
-from library.adapters.table_targets import count, table_targets
-from library.adapters.type_dims import TypeDims
-from tests.families.example_family.names import example_names
-
-
-@dataclass(frozen=True)
-class ExampleRankOptions:
-    """Ranks by the kind of a layer: there are none."""
-
-
-def denoiser_targets(model: nn.Module) -> list[TargetSpec]:
-    return table_targets(example_names(count(model, "blocks")), model)
-
-
-def type_dims(options: ExampleRankOptions, dim: int, targets: list[TargetSpec]) -> TypeDims:
-    return TypeDims(dim, kinds=("blocks_",))
-
-
-FAMILY = LoraFamily(
-    "networks.lora_example", ("ExampleTransformer",), ExampleRankOptions, denoiser_targets, type_dims, {}
-)
-ARGUMENTS = FAMILY.arguments
-create_network = FAMILY.create_network
-create_network_from_weights = FAMILY.create_network_from_weights
+BUILDER = NetworkBuilder("networks.lora_example", LORA, TARGETS, adapter_tables())
+ARGUMENTS = BUILDER.arguments
+create_network = BUILDER.create_network
+create_network_from_weights = BUILDER.create_network_from_weights

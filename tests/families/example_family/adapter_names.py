@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names of the example's layers in adapter files."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from library.adapters.formats.architecture import Architecture, FileFacts, beginning
+from library.families.text_encoder_names import CLIP_L
+from tests.families.example_family.names import example_names
+
+
+def example_facts(names: Collection[str], v_prediction: bool) -> FileFacts:
+    return FileFacts("example1", "example-1", "https://example.org/example", network="networks.lora_example")
+
+
+TABLES = (Architecture("example", "Example 1", example_names, (CLIP_L,), example_facts, beginning("blocks_")),)
