@@ -33,7 +33,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Prompt:
+class ScoredPrompt:
     """A caption for sampling and what the picture must show."""
 
     caption: str
@@ -120,7 +120,7 @@ def _prototypes(background: str) -> tuple[list[tuple[str, str]], np.ndarray]:
     return [*labels, (CONCEPT, "")], np.stack(patches)
 
 
-def known_prompts(per_thing: int = 12) -> list[Prompt]:
+def known_prompts(per_thing: int = 12) -> list[ScoredPrompt]:
     """Every known thing equally often, with colours and backgrounds spread evenly."""
     names, prompts = list(COLOURS), []
     for row in range(per_thing):
@@ -128,11 +128,11 @@ def known_prompts(per_thing: int = 12) -> list[Prompt]:
             colour = (3 * row + column) % len(names)
             background = (colour + 1 + (row + column) % (len(names) - 1)) % len(names)
             caption = caption_of(thing, names[colour], names[background])
-            prompts.append(Prompt(caption, thing, names[colour], names[background]))
+            prompts.append(ScoredPrompt(caption, thing, names[colour], names[background]))
     return prompts
 
 
-def known_report(images: Sequence[Image.Image | np.ndarray], prompts: Sequence[Prompt]) -> KnownReport:
+def known_report(images: Sequence[Image.Image | np.ndarray], prompts: Sequence[ScoredPrompt]) -> KnownReport:
     """How often pictures of known things show the right thing, colour and background."""
     scores = [score(image, prompt.background) for image, prompt in zip(images, prompts, strict=True)]
     right = [s.thing == p.thing for s, p in zip(scores, prompts)]
