@@ -55,7 +55,7 @@ def _metadata(value: Any) -> str:
 
 
 @dataclass(frozen=True)
-class ConvertOptions:
+class ConversionOptions:
     """What to convert."""
 
     model_to_load: str | None = option(None, help="Model to read: file, diffusers folder or hub id.", path=True)
@@ -129,7 +129,7 @@ class ConvertOptions:
 class ConvertModelOptions:
     """All options of this script."""
 
-    convert: ConvertOptions = field(default_factory=ConvertOptions)
+    convert: ConversionOptions = field(default_factory=ConversionOptions)
 
 
 # ---- the source -----------------------------------------------------------------------------------------------------
@@ -158,7 +158,7 @@ def kind_of(path: Path) -> str:
     return f"v{CONTEXT_DIMS.get(context_dim(shapes) or 0, 1)}"
 
 
-def open_family(options: ConvertOptions, path: Path, reference: Path | None) -> Any:
+def open_family(options: ConversionOptions, path: Path, reference: Path | None) -> Any:
     """The family of the model at `path`, its headers read, with the scheduler that a new folder gets."""
     from library.weights.loading import read_json
 
@@ -191,7 +191,7 @@ def predicts_v(path: Path) -> bool:
     return file.is_file() and read_json(file).get("prediction_type") == "v_prediction"
 
 
-def located_source(options: ConvertOptions, reference: Path | None, temporary: Path) -> Path:
+def located_source(options: ConversionOptions, reference: Path | None, temporary: Path) -> Path:
     """Path of the model to read, with the weights of --variant and the tokenizers of --reference_model.
 
     temporary: an empty folder, used for links when one of these is given.
@@ -252,7 +252,7 @@ def located_reference(name: str) -> Path:
         path = download_reference(name)
     missing = [part for part in (SCHEDULER, "tokenizer") if not (path / part).exists()]
     if missing:
-        raise UserError(f"--reference_model: {name} is no diffusers folder: {' and '.join(missing)} missing there")
+        raise UserError(f"--reference_model: {name} is not a diffusers folder: {' and '.join(missing)} missing there")
     return path
 
 
@@ -273,7 +273,7 @@ def download_reference(name: str) -> Path:
 # ---- the result -----------------------------------------------------------------------------------------------------
 
 
-def convert(options: ConvertOptions) -> None:
+def convert(options: ConversionOptions) -> None:
     """Read headers, check, and write the model atomically. Raises UserError and SaveError."""
     from library.device import DTYPES
     from library.io.checkpoint import CheckpointForm
@@ -311,7 +311,7 @@ def check_target(target: Path, *, to_file: bool) -> None:
         raise UserError(f"--model_to_save {target} is a folder of other things: give another name")
 
 
-def header(options: ConvertOptions) -> dict[str, str]:
+def header(options: ConversionOptions) -> dict[str, str]:
     """Metadata of the new file: those of the source file, without its hashes, and --metadata."""
     from library.weights.weight_files import SafetensorsFile, open_weights
 
@@ -331,7 +331,7 @@ def with_flags(words: Sequence[str]) -> list[str]:
     first = flags[0] if flags else len(words)
     start = 0
     if first != 2 and flags:
-        known = specs({"convert": ConvertOptions})
+        known = specs({"convert": ConversionOptions})
         last = known.get(words[flags[-1]][2:])
         start = flags[-1] + (1 if last is not None and last.hint is bool else 2)
     names = words[start : start + 2]

@@ -65,7 +65,7 @@ def make_vae(options: argparse.Namespace) -> None:
 
 
 def polish_vae(options: argparse.Namespace) -> None:
-    """On the captioned pictures and as many piles of shapes, so that the decoder also serves other pictures."""
+    """Train the autoencoder on captioned pictures and as many random shapes, so that it can encode other pictures."""
     vae = AutoencoderKL.from_pretrained(options.work / "vae")
     known, _ = picture_chunk(POLISH_SEED, options.polish_pictures)
     pictures = np.concatenate([known, shape_piles(POLISH_SEED, options.polish_pictures)])

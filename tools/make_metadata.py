@@ -35,7 +35,7 @@ log = get_logger()
 
 
 @dataclass(frozen=True)
-class MetadataOptions:
+class MetadataFileOptions:
     """What is read and written."""
 
     train_data_dir: str | None = option(None, help="Folder of the pictures.", path=True)
@@ -81,7 +81,7 @@ class MetadataOptions:
 class MakeMetadataOptions:
     """All options of this script."""
 
-    metadata: MetadataOptions = field(default_factory=MetadataOptions)
+    metadata: MetadataFileOptions = field(default_factory=MetadataFileOptions)
 
 
 # ---- pictures and their texts ---------------------------------------------------------------------------------------
@@ -152,7 +152,7 @@ def read_texts(pictures: Sequence[Path], suffix: str) -> dict[Path, str]:
 # ---- the steps ------------------------------------------------------------------------------------------------------
 
 
-def merge(options: MetadataOptions, entries: Entries) -> None:
+def merge(options: MetadataFileOptions, entries: Entries) -> None:
     """Copy the texts of the pictures' text files into their entries."""
     pictures = pictures_in(Path(options.train_data_dir or ""), recursive=options.recursive)
     keys = keys_of(pictures, entries, full_path=options.full_path)
@@ -200,7 +200,7 @@ def clean(entries: Entries, *, debug: bool) -> None:
     log.info(f"cleaning changed {changed} captions and tag lists")
 
 
-def make_metadata(options: MetadataOptions) -> None:
+def make_metadata(options: MetadataFileOptions) -> None:
     """Run the requested steps. Nothing is written when one of them finds a mistake."""
     from tools.metadata_file import read_entries, write_entries
 

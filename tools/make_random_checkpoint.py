@@ -74,14 +74,14 @@ MODEL_INDEX = {
 
 @dataclass(frozen=True)
 class RandomModel:
-    """Modules without memory, and where the values of their tensors come from."""
+    """Modules on the meta device, and the source of their tensors' values."""
 
     modules: Mapping[str, nn.Module]  # folder name -> module on the meta device
     version: int
     seed: int
 
     def value(self, part: str, name: str) -> Tensor:
-        """One tensor: a function of seed, part and name only, so that every layout holds the same weights."""
+        """One tensor, which depends on seed, part and name only, so that all layouts contain the same weights."""
         return random_values(self.modules[part].state_dict()[name], self.seed, part, name)
 
     def published_value(self, part: str, rule: Rule) -> Tensor:
@@ -120,7 +120,7 @@ def write_tensors(path: Path, shapes: Mapping[str, Tensor], make: Callable[[str]
 
 
 def write_single(model: RandomModel, path: Path) -> None:
-    """The file in published names."""
+    """Write the single file with published names."""
     text = (OPEN_CLIP_PREFIX, open_clip_rules)
     layout: dict[str, tuple[str, Callable[[nn.Module], tuple[Rule, ...]]]] = {
         "unet": (UNET_PREFIX, unet_rules),
@@ -146,7 +146,7 @@ def write_single(model: RandomModel, path: Path) -> None:
 
 
 def write_folder(model: RandomModel, folder: Path) -> None:
-    """The diffusers folder, without its tokenizer."""
+    """Write the diffusers folder, without its tokenizer."""
     for part, module in model.modules.items():
         name = "model" if part == "text_encoder" else "diffusion_pytorch_model"
         shapes = module.state_dict()

@@ -62,12 +62,12 @@ def clip_rules(module: nn.Module) -> tuple[Rule, ...]:
 
 
 def t5_rules(module: nn.Module) -> tuple[Rule, ...]:
-    """One embedding for the two names of it."""
+    """Use one embedding for both of its names."""
     return tuple(Rule(name, (name,)) for name in module.state_dict() if name != "encoder.embed_tokens.weight")
 
 
 def write_part(path: Path, module: nn.Module, rules: Sequence[Rule], *, dtype: torch.dtype, seed: int) -> None:
-    """A file in published names. Every value is a function of seed, file name and tensor name."""
+    """Write a file with published names. Values depend on seed, file name and tensor name only."""
     state = nn.Module.to(module, dtype).state_dict()  # on the meta device; the `to` of diffusers warns about casts
     table = {rule.published: rule for rule in rules}
 

@@ -72,7 +72,7 @@ class ShowMetadataOptions:
 
 
 @dataclass(frozen=True)
-class Header:
+class FileHeader:
     """The content of a file's header."""
 
     metadata: Mapping[str, str]
@@ -80,7 +80,7 @@ class Header:
     tensors: int
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Path) -> FileHeader:
     """Read the header of a .safetensors file. Raises UserError for other files."""
     from safetensors import SafetensorError, safe_open
 
@@ -96,7 +96,7 @@ def read_header(path: Path) -> Header:
                 for side in part.get_shape():
                     count *= side
                 types[part.get_dtype()] += count
-            return Header(file.metadata() or {}, types, len(names))
+            return FileHeader(file.metadata() or {}, types, len(names))
     except (OSError, SafetensorError) as error:
         raise UserError(f"--model: {path} is no readable .safetensors file ({error})") from None
 
@@ -110,7 +110,7 @@ def _similar(path: Path) -> str:
 # ---- text -----------------------------------------------------------------------------------------------------------
 
 
-def lines(path: Path, header: Header, *, top: int) -> Iterator[str]:
+def lines(path: Path, header: FileHeader, *, top: int) -> Iterator[str]:
     """The lines to print."""
     contents = ", ".join(f"{count:,} numbers in {kind}" for kind, count in header.types.items())
     yield f"{path.name}: {path.stat().st_size:,} bytes, {header.tensors} tensors, {contents or 'no numbers'}"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What saves and states ask of the way in which weights are spread over processes.
+"""Access of saves and states to weights that are distributed over processes.
 
-Every method is a collective operation: all processes call it, in the same order, whether or not they write anything.
+Every method is a collective operation: all processes call it, in the same order, even if they write nothing.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from library.io.state import StateParts
 
 
 class WeightsPort(Protocol):
-    """Gathers weights and optimizer states where a file is written, and scatters them where one was read."""
+    """Gathers weights and optimizer states before a file is written, and scatters them after one was read."""
 
     def whole(self, modules: list[nn.Module]) -> AbstractContextManager[None]:
-        """Inside it, the parameters of `modules` are whole in the main process, which may write them to a file."""
+        """Inside the context, the main process has the complete parameters of `modules` and may write them."""
         ...
 
     def gather(self, parts: StateParts) -> StateParts:
-        """From this process's part of a state to the whole one; the result counts in the main process only."""
+        """Combine the processes' parts of a state. The result is valid in the main process only."""
         ...
 
     def scatter(self, parts: StateParts) -> StateParts:
-        """From a whole state, which every process has read, to this process's part of it."""
+        """This process's part of a complete state, which every process has read."""
         ...
 
 
 class ReplicatedWeights:
-    """One process, or several that each hold all weights and states (DistributedDataParallel): nothing is exchanged."""
+    """Weights and states that are complete in every process (one process, or DistributedDataParallel)."""
 
     def whole(self, modules: list[nn.Module]) -> AbstractContextManager[None]:
-        """Nothing to do: the parameters are whole in every process."""
+        """Does nothing: the parameters are complete in every process."""
         return nullcontext()
 
     def gather(self, parts: StateParts) -> StateParts:

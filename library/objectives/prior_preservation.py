@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An objective around another one: some samples learn to stay what the untrained model says of them."""
+"""An objective around another one that trains some samples to keep the untrained model's prediction."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from library.types import Batch, Noised, like
 
 @dataclass(frozen=True)
 class PriorPreservation:
-    """custom_attributes.diff_output_preservation: `inner`, with the untrained model's prediction as the target.
+    """`inner` with the untrained model's prediction as the target of the samples in `Batch.keep_prior`.
 
-    Only of the samples that `Batch.keep_prior` names. A batch without any costs nothing.
+    For custom_attributes.diff_output_preservation. Batches without such samples have no extra cost.
     """
 
     inner: Objective
 
     def loss(self, predict: Predict, noised: Noised, batch: Batch) -> Tensor:
-        """Weighted loss per sample, (B,) float32. The prediction that learns comes first, then the untrained one."""
+        """Weighted loss per sample, (B,) float32. The trained model predicts first, then the untrained one."""
         if not any(batch.keep_prior):
             return self.inner.loss(predict, noised, batch)
         pred, prior = predict(noised), predict.untrained(noised)
@@ -31,7 +31,7 @@ class PriorPreservation:
         kept = replace(noised, target=torch.where(keep, prior, noised.target))
         return self.inner.loss(replace(predict, trained=lambda _: pred), kept, batch)
 
-    # ---- as `inner` has it -------------------------------------------------------------------------------------------
+    # ---- delegated to `inner` ----------------------------------------------------------------------------------------
 
     def sample_t(
         self, count: int, size: tuple[int, int], generator: torch.Generator, device: torch.device | str

@@ -29,7 +29,7 @@ def environment(folder: Path, script: str) -> Environment:
     return made
 
 
-def lines_of(report: doctor.Report, name: str) -> list[str]:
+def lines_of(report: doctor.DoctorReport, name: str) -> list[str]:
     return [value for fact, value in report.facts if fact == name]
 
 

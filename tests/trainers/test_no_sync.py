@@ -28,7 +28,6 @@ from library.optim.options import OptimizerOptions
 from library.trainers.guards import StepReader
 from library.trainers.trainer import Trainer
 from library.types import Batch
-from tests.contracts.test_families import CASES
 from tests.families import CASES
 from tests.trainers.wait_cases import MASKED, Ground, WaitCase, run_watched
 

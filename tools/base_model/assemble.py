@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The diffusers folder of the base model: putting it together, loading it, sampling from it."""
+"""The diffusers folder of the base model: writing, loading and sampling."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ from .unet import build_scheduler
 
 
 def assemble(folder: Path, *, vae: AutoencoderKL, text_encoder: CLIPTextModel, unet: UNet2DConditionModel) -> None:
-    """Write the pipeline in fp16; the given models are left in fp16 too."""
+    """Write the pipeline in fp16. The given models are converted to fp16, too."""
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
@@ -31,7 +31,7 @@ def assemble(folder: Path, *, vae: AutoencoderKL, text_encoder: CLIPTextModel, u
 
 
 def load_pipeline(folder: Path) -> StableDiffusionPipeline:
-    """In fp32, for sampling on a CPU."""
+    """Load the pipeline in fp32, for sampling on a CPU."""
     pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -46,7 +46,7 @@ def sample(
     guidance: float = 4.0,
     batch_size: int = 16,
 ) -> list[Image.Image]:
-    """One 128-px picture per caption; picture i starts from noise of its own, seed + i."""
+    """One 128-px picture per caption. Picture i starts from noise with seed + i."""
     images: list[Image.Image] = []
     for part in batches(len(captions), batch_size):
         generators = [torch.Generator().manual_seed(seed + index) for index in range(part.start, part.stop)]
@@ -63,7 +63,7 @@ def sample(
 
 
 def folder_bytes(folder: Path) -> dict[str, int]:
-    """Size of each part of the folder, and of it all."""
+    """Sizes of the parts of the folder and of the whole folder."""
     sizes = {
         part.name: sum(f.stat().st_size for f in part.rglob("*") if f.is_file())
         for part in folder.iterdir()

@@ -50,7 +50,7 @@ class Scene:
 
 
 class Canvas:
-    """A square picture that is drawn on in coordinates relative to a centre and a radius."""
+    """A square picture with drawing functions in coordinates relative to a centre and a radius."""
 
     def __init__(self, size: int, background: RGB, centre: tuple[float, float], radius: float) -> None:
         self._size = size
@@ -129,7 +129,7 @@ def _tree(canvas: Canvas, colour: RGB) -> None:
 
 
 def _rocket(canvas: Canvas, colour: RGB) -> None:
-    """The unknown concept; its colours are its own, so `colour` is not used."""
+    """The unknown concept. It has fixed colours, so `colour` is ignored."""
     hull, fins, window, flame = (235, 235, 240), (210, 35, 45), (40, 90, 200), (255, 175, 40)
     canvas.polygon([(-0.2, 0.62), (0.2, 0.62), (0, 1.2)], flame)
     canvas.polygon([(-0.36, 0.05), (-0.85, 0.75), (-0.36, 0.62)], fins)
@@ -213,7 +213,7 @@ def picture_chunk(seed: int, count: int, size: int = PICTURE_SIZE) -> tuple[np.n
 
 
 def picture_set(seed: int, count: int, *, chunk: int = 500, map_fn: Callable = map) -> tuple[np.ndarray, list[Scene]]:
-    """As `picture_chunk`, in chunks that `map_fn` (such as that of a process pool) may spread."""
+    """Like `picture_chunk`, in chunks that `map_fn` (of a process pool, for example) may distribute."""
     seeds = [seed + index for index in range(math.ceil(count / chunk))]
     parts = list(map_fn(partial(picture_chunk, count=chunk), seeds))
     scenes = [scene for _, part in parts for scene in part]
@@ -240,13 +240,13 @@ def shape_pile(rng: random.Random, size: int = PICTURE_SIZE) -> Image.Image:
 
 
 def shape_piles(seed: int, count: int, size: int = PICTURE_SIZE) -> np.ndarray:
-    """uint8 [count, size, size, 3]."""
+    """Pictures of `shape_pile`, uint8 [count, size, size, 3]."""
     rng = random.Random(seed)
     return np.stack([np.asarray(shape_pile(rng, size)) for _ in range(count)])
 
 
 def write_captioned(folder: Path, scenes: Sequence[Scene], rng: random.Random) -> None:
-    """`NN_thing.png` with `NN_thing.txt` beside it, the layout of a training folder."""
+    """Write `NN_thing.png` and `NN_thing.txt` files, the layout of a training folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for index, scene in enumerate(scenes):
         name = f"{index:02d}_{scene.thing}"
@@ -275,7 +275,7 @@ def write_known_examples(folder: Path, seed: int = 6, per_thing: int = 6) -> Non
 
 
 def contact_sheet(pictures: Sequence[Image.Image | np.ndarray], columns: int, gap: int = 2) -> Image.Image:
-    """Pictures of one size side by side on grey, for looking at."""
+    """A contact sheet: pictures of one size side by side on grey."""
     images = [p if isinstance(p, Image.Image) else Image.fromarray(p) for p in pictures]
     step = images[0].width + gap
     sheet = Image.new("RGB", (columns * step, math.ceil(len(images) / columns) * step), (90, 90, 90))

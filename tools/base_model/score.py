@@ -33,8 +33,8 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """A caption for sampling and what must be seen."""
+class ScoredPrompt:
+    """A caption for sampling and what the picture must show."""
 
     caption: str
     thing: str
@@ -84,7 +84,7 @@ def _scoring_pixels(image: Image.Image | np.ndarray) -> np.ndarray:
 
 
 def _border_colour(pixels: np.ndarray) -> np.ndarray:
-    """Median of the outermost two rows and columns."""
+    """The background colour: the median of the outermost two rows and columns."""
     sides = (pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:])
     return np.median(np.concatenate([side.reshape(-1, 3) for side in sides]), axis=0)
 
@@ -120,7 +120,7 @@ def _prototypes(background: str) -> tuple[list[tuple[str, str]], np.ndarray]:
     return [*labels, (CONCEPT, "")], np.stack(patches)
 
 
-def known_prompts(per_thing: int = 12) -> list[Prompt]:
+def known_prompts(per_thing: int = 12) -> list[ScoredPrompt]:
     """Every known thing equally often, with colours and backgrounds spread evenly."""
     names, prompts = list(COLOURS), []
     for row in range(per_thing):
@@ -128,11 +128,11 @@ def known_prompts(per_thing: int = 12) -> list[Prompt]:
             colour = (3 * row + column) % len(names)
             background = (colour + 1 + (row + column) % (len(names) - 1)) % len(names)
             caption = caption_of(thing, names[colour], names[background])
-            prompts.append(Prompt(caption, thing, names[colour], names[background]))
+            prompts.append(ScoredPrompt(caption, thing, names[colour], names[background]))
     return prompts
 
 
-def known_report(images: Sequence[Image.Image | np.ndarray], prompts: Sequence[Prompt]) -> KnownReport:
+def known_report(images: Sequence[Image.Image | np.ndarray], prompts: Sequence[ScoredPrompt]) -> KnownReport:
     """How often pictures of known things show the right thing, colour and background."""
     scores = [score(image, prompt.background) for image, prompt in zip(images, prompts, strict=True)]
     right = [s.thing == p.thing for s, p in zip(scores, prompts)]

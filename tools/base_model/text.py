@@ -32,7 +32,7 @@ class TextOptions:
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """0.26 M parameters."""
+    """The CLIP text model, 0.26 M parameters."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=HIDDEN_SIZE,
@@ -50,13 +50,13 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def token_ids(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
-    """N x 77."""
+    """Token ids of captions, N x 77."""
     encoded = tokenizer(list(captions), padding="max_length", max_length=CONTEXT_LENGTH, truncation=True)
     return torch.tensor(encoded["input_ids"])
 
 
 def _labels(scenes: Sequence[Scene]) -> Tensor:
-    """Thing, colour and background as named by the captions, N x 3; a background left out is a class too."""
+    """Class indices of thing, colour and background in captions, N x 3. "No background" is a class."""
     things, colours = list(THINGS), list(COLOURS)
     backgrounds = [colours.index(s.background) if "background" in s.caption else len(colours) for s in scenes]
     rows = [(things.index(s.thing), colours.index(s.colour), b) for s, b in zip(scenes, backgrounds)]
@@ -64,7 +64,7 @@ def _labels(scenes: Sequence[Scene]) -> Tensor:
 
 
 def _end_and_pad_positions(ends: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """The end token's position and `count` random ones behind it, N x (1 + count)."""
+    """Positions of the end token and of `count` random pad tokens after it, N x (1 + count)."""
     share = torch.rand(len(ends), count, generator=generator)
     behind = ends[:, None] + (share * (CONTEXT_LENGTH - ends[:, None])).long()
     return torch.cat([ends[:, None], behind], dim=1)
@@ -73,7 +73,7 @@ def _end_and_pad_positions(ends: Tensor, count: int, generator: torch.Generator)
 def pretrain_text_encoder(
     tokenizer: CLIPTokenizer, budget: Budget, options: TextOptions = TextOptions()
 ) -> CLIPTextModel:
-    """Linear heads, thrown away afterwards, must read the caption's meaning at the end and pad tokens."""
+    """Train the encoder: temporary linear heads must read a caption's meaning from its end and pad tokens."""
     torch.manual_seed(options.seed)
     generator = torch.Generator().manual_seed(options.seed)
     encoder = build_text_encoder(tokenizer)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the trainings share: budget, learning-rate schedule, averaged weights, safe files, progress lines."""
+"""Common parts of the trainings: budget, learning-rate schedule, averaged weights, atomic files, progress lines."""
 
 import os
 import time
@@ -67,7 +67,7 @@ class WeightAverage:
 
 
 class Stopwatch:
-    """Minutes of training, going on from those of earlier runs."""
+    """Minutes of training, including those of earlier runs."""
 
     def __init__(self, earlier_minutes: float = 0.0) -> None:
         self._start = time.monotonic() - 60 * earlier_minutes

@@ -39,7 +39,7 @@ class TrainingSet:
 
 
 def build_unet() -> UNet2DConditionModel:
-    """2.5 M parameters: the kind of Stable Diffusion, cut down to two levels and four attention heads.
+    """The U-Net, 2.5 M parameters: Stable Diffusion's architecture with two levels and four attention heads.
 
     As in SDXL, the upper level has no attention: 81 instead of 53 samples/s in training on two cores.
     """
@@ -51,7 +51,7 @@ def build_unet() -> UNet2DConditionModel:
         mid_block_type="UNetMidBlock2DCrossAttn",
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=HIDDEN_SIZE,
-        attention_head_dim=4,  # in this class the number of heads, by an old naming mistake of diffusers
+        attention_head_dim=4,  # the number of heads in this class, despite its name in diffusers
         norm_num_groups=8,
     )
 
@@ -71,12 +71,12 @@ def build_scheduler() -> DDIMScheduler:
 
 
 def stratified_timesteps(count: int, generator: torch.Generator) -> Tensor:
-    """Uniform over 0..999, one in each of `count` equal parts: less spread between batches."""
+    """Random timesteps, one in each of `count` equal parts of 0..999: less variance between batches."""
     return ((torch.arange(count) + torch.rand(count, generator=generator)) / count * 1000).long()
 
 
 def loss_weights(alphas_bar: Tensor) -> Tensor:
-    """min(1 / alpha_bar, 25) / 4.
+    """Loss weight of each timestep: min(1 / alpha_bar, 25) / 4.
 
     v-prediction's weighting (Salimans & Ho 2022, arXiv:2202.00512: SNR + 1 on the error of the picture, hence
     1 + 1 / SNR = 1 / alpha_bar on that of the noise), cut off near pure noise. With the plain loss, which cares
@@ -86,7 +86,7 @@ def loss_weights(alphas_bar: Tensor) -> Tensor:
 
 
 class DenoiserTraining:
-    """Denoiser, text encoder, their optimizer, averages and random state: all that a save must hold."""
+    """Denoiser, text encoder, their optimizer, averages and random state: everything that a checkpoint contains."""
 
     def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, options: UnetOptions) -> None:
         self.options = options
@@ -131,13 +131,13 @@ class DenoiserTraining:
         self.step, self.samples, self.minutes = state["step"], state["samples"], state["minutes"]
 
     def use_averages(self) -> None:
-        """Put the averaged weights into the models, for sampling or saving; training cannot go on."""
+        """Copy the averaged weights to the models, for sampling or saving. Training cannot continue afterwards."""
         self._average.copy_to_parameters()
         self.unet.eval()
         self.text_encoder.eval()
 
     def train_step(self, data: TrainingSet, learning_rate: float) -> float:
-        """One optimizer step; returns the plain epsilon error.
+        """Take one optimizer step. Returns the unweighted epsilon error.
 
         All processes draw the same random numbers for the whole batch, then each takes its share of it, so
         that the saved state is that of any of them.
@@ -172,12 +172,12 @@ class DenoiserTraining:
 
 
 def _rank() -> int:
-    """Of this process among those that train together; 0 when there is one."""
+    """Rank of this process, 0 if there is only one."""
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
 def _average_gradients(parameters: list[nn.Parameter]) -> None:
-    """Over all processes, in one message; every parameter has a gradient."""
+    """Average gradients over all processes, in one message. Every parameter must have a gradient."""
     gradients = [parameter.grad for parameter in parameters]
     joined = torch.cat([gradient.flatten() for gradient in gradients])
     distributed.all_reduce(joined)
@@ -206,7 +206,7 @@ def train_denoiser(training: DenoiserTraining, data: TrainingSet, budget: Budget
 
 
 def _first_process_value(value: float) -> float:
-    """The first process's clock decides for all, else they would stop at different steps."""
+    """The value of the first process, in all processes: its clock decides when all of them stop."""
     if not distributed.is_initialized():
         return value
     shared = torch.tensor(value, dtype=torch.float64)

@@ -48,7 +48,7 @@ def build_vae() -> AutoencoderKL:
 
 
 def to_tensor(pictures: np.ndarray) -> Tensor:
-    """uint8 N h w 3 -> float N 3 h w in -1..1."""
+    """Convert pictures, uint8 N h w 3, to float N 3 h w in -1..1."""
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
 
@@ -106,7 +106,7 @@ def train_vae(pictures: np.ndarray, budget: Budget, options: VaeOptions = VaeOpt
 def polish_decoder(
     vae: AutoencoderKL, pictures: np.ndarray, budget: Budget, options: VaeOptions = VaeOptions()
 ) -> None:
-    """Train the decoder on, the encoder as it is: cached latents and the denoiser stay valid."""
+    """Continue to train the decoder with a fixed encoder: cached latents and the denoiser stay valid."""
     generator, rng = torch.Generator().manual_seed(options.seed), np.random.default_rng(options.seed)
     noise_scale = options.polish_noise / vae.config.scaling_factor
     vae.decoder.to(memory_format=torch.channels_last)
@@ -154,7 +154,7 @@ def _optimize(
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pictures: np.ndarray) -> Tensor:
-    """Scaled posterior means, N 4 h/8 w/8."""
+    """Latents of pictures: scaled posterior means, N 4 h/8 w/8."""
     parts = [vae.encode(to_tensor(pictures[part])).latent_dist.mean for part in batches(len(pictures), 50)]
     return torch.cat(parts) * vae.config.scaling_factor
 

@@ -35,7 +35,7 @@ VARIABLES = (  # of the environment; they change a run and hold no secrets
 
 
 @dataclass
-class Report:
+class DoctorReport:
     """Facts in order, and problems with the command that fixes each."""
 
     facts: list[tuple[str, str]] = field(default_factory=list)
@@ -55,9 +55,9 @@ class Report:
         return "\n".join(private(line) for line in [*lines, *(f"- {line}" for line in self.missing)])
 
 
-def doctor(environment: Environment) -> Report:
+def doctor(environment: Environment) -> DoctorReport:
     """Collect all facts."""
-    report = Report()
+    report = DoctorReport()
     machine = Machine.here()
     for name, value in (*project(), *system(machine), *cards(machine), *variables()):
         report.add(name, value)
