@@ -26,8 +26,6 @@ from library.io.tensor_file import data_chunks, header_bytes, stream_digest
 
 VERSION = "0.1.0"  # of this program
 SPEC_VERSION = "1.0.1"
-# modelspec.implementation of checkpoints whose adapters say "diffusers"
-PUBLISHED_LAYOUT = "https://github.com/Stability-AI/generative-models"
 LEGACY_START, LEGACY_LENGTH = 1 << 20, 1 << 16
 
 # Metadata key -> name of the option with its value. Methods without the option leave the key out.

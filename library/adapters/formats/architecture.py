@@ -16,7 +16,6 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from library.io.metadata import PUBLISHED_LAYOUT
 from library.key_tables import SWAP_HALVES, ModuleName
 
 # Prefixes of flattened diffusers paths: OneTrainer; older FLUX trainers and OneTrainer's U-Nets; LyCORIS, SimpleTuner
@@ -71,11 +70,11 @@ class FileFacts:
 
     version: str  # ss_base_model_version
     architecture: str  # modelspec.architecture without "/lora"
-    implementation: str = "diffusers"  # modelspec.implementation of adapters
-    prediction: str | None = "epsilon"
-    size: int = 1024
-    network: str = "networks.lora"
-    published: str = PUBLISHED_LAYOUT  # modelspec.implementation of checkpoints
+    implementation: str  # modelspec.implementation of adapters
+    prediction: str | None  # modelspec.prediction_type
+    size: int  # modelspec.resolution, of both sides
+    network: str  # ss_network_module
+    published: str  # modelspec.implementation of checkpoints
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,13 +7,14 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from library.adapters.formats.architecture import READS_STATES, Architecture, FileFacts, beginning
+from library.families.chroma import SHEET as CHROMA
+from library.families.file_facts import file_facts
+from library.families.flux import SHEET
 from library.families.flux.names import flux_names
 from library.families.text_encoder_names import CLIP_L, T5_XXL
 from library.key_tables import ModuleName
 
 DOUBLE, SINGLE = "double_blocks_", "single_blocks_"
-FLUX_CODE, CHROMA_CODE = "https://github.com/black-forest-labs/flux", "https://huggingface.co/lodestones/Chroma"
-NETWORK = "networks.lora_flux"
 
 
 def flux_denoiser(blocks: int) -> list[ModuleName]:
@@ -23,10 +24,9 @@ def flux_denoiser(blocks: int) -> list[ModuleName]:
 def flux_facts(names: Collection[str], v_prediction: bool) -> FileFacts:
     """FLUX.1 dev, schnell or Chroma, by the layers of a checkpoint; without names FLUX.1 dev."""
     if any("distilled_guidance_layer." in name for name in names):
-        return FileFacts("chroma", "chroma", CHROMA_CODE, None, network=NETWORK, published=CHROMA_CODE)
+        return file_facts(CHROMA, "chroma")
     is_dev = not names or any("guidance_in." in name for name in names)
-    kind = "flux-1-dev" if is_dev else "flux-1-schnell"
-    return FileFacts("flux1", kind, FLUX_CODE, None, network=NETWORK, published=FLUX_CODE)
+    return file_facts(SHEET, "dev" if is_dev else "schnell")
 
 
 TABLES = (

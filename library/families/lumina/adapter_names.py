@@ -6,10 +6,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from library.adapters.formats.architecture import READS_STATES, Architecture, Encoder, FileFacts, beginning
+from library.families.file_facts import file_facts
+from library.families.lumina import SHEET
 from library.families.lumina.names import lumina_names
 
 NOISE, CONTEXT, LAYERS, FINAL = "noise_refiner_", "context_refiner_", "layers_", "final_layer_"
-LUMINA_CODE = "https://github.com/Alpha-VLLM/Lumina-Image-2.0"
 
 
 def gemma2_paths(blocks: int) -> Iterator[str]:
@@ -19,7 +20,7 @@ def gemma2_paths(blocks: int) -> Iterator[str]:
 
 
 def lumina_facts(names: Collection[str], v_prediction: bool) -> FileFacts:
-    return FileFacts("lumina2", "lumina-2", LUMINA_CODE, network="networks.lora_lumina", published=LUMINA_CODE)
+    return file_facts(SHEET, "lumina2")
 
 
 GEMMA2 = Encoder("lora_te", "text_encoders.gemma2_2b.transformer.model", "text_encoder", gemma2_paths)

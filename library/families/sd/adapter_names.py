@@ -12,6 +12,8 @@ from torch import nn
 
 from library.adapters.formats.architecture import Architecture, Encoder, FileFacts
 from library.families.detect import context_dim
+from library.families.file_facts import file_facts
+from library.families.sd import SHEET
 from library.families.sd.names import unet_module_names
 from library.families.text_encoder_names import CLIP_L_IN_CHECKPOINTS, OPEN_CLIP_NAMES, clip_paths
 from library.key_tables import ModuleName, Shapes, expand, named
@@ -88,13 +90,11 @@ CLIP_H = Encoder(
 
 
 def sd1_facts(names: Collection[str], v_prediction: bool) -> FileFacts:
-    return FileFacts("sd_v1", "stable-diffusion-v1", size=512)
+    return file_facts(SHEET, "sd1")
 
 
 def sd2_facts(names: Collection[str], v_prediction: bool) -> FileFacts:
-    if v_prediction:
-        return FileFacts("sd_v2_v", "stable-diffusion-v2-768-v", prediction="v", size=768)
-    return FileFacts("sd_v2", "stable-diffusion-v2-512", size=512)
+    return file_facts(SHEET, "sd2 v", size=768) if v_prediction else file_facts(SHEET, "sd2")
 
 
 SD1 = Architecture(

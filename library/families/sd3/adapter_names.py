@@ -7,13 +7,14 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from library.adapters.formats.architecture import READS_STATES, Architecture, FileFacts, beginning
+from library.families.file_facts import file_facts
+from library.families.sd3 import SHEET
 from library.families.sd3.names import sd3_names
 from library.families.text_encoder_names import CLIP_G, CLIP_L, T5_XXL
 from library.key_tables import SWAP_HALVES, ModuleName
 
 BLOCKS = "joint_blocks_"
 LARGE_BLOCKS = 38  # joint blocks of SD 3.5 Large
-NETWORK = "networks.lora_sd3"
 
 
 def sd3_denoiser(blocks: int) -> list[ModuleName]:
@@ -25,10 +26,10 @@ def sd3_denoiser(blocks: int) -> list[ModuleName]:
 def sd3_facts(names: Collection[str], v_prediction: bool) -> FileFacts:
     """SD3 medium, SD3.5 medium or large, by the layers of a checkpoint; without names SD3 medium."""
     if any(".attn2." in name for name in names):
-        return FileFacts("5-medium", "stable-diffusion-3-5-medium", network=NETWORK)
+        return file_facts(SHEET, "5-medium")
     if any(f"joint_blocks.{LARGE_BLOCKS - 1}." in name for name in names):
-        return FileFacts("5-large", "stable-diffusion-3-5-large", network=NETWORK)
-    return FileFacts("medium", "stable-diffusion-3-medium", network=NETWORK)
+        return file_facts(SHEET, "5-large")
+    return file_facts(SHEET, "medium")
 
 
 TABLES = (

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 
 from library.adapters.formats.architecture import Architecture, FileFacts
+from library.families.file_facts import file_facts
 from library.families.sd.adapter_names import (
     ATTENTION,
     CONVOLUTIONS,
@@ -14,6 +16,7 @@ from library.families.sd.adapter_names import (
     UnetShape,
     unet_names,
 )
+from library.families.sdxl import SHEET
 from library.families.text_encoder_names import CLIP_G, CLIP_L
 
 LABELS = ("add_embedding.linear_1", "add_embedding.linear_2")
@@ -21,7 +24,8 @@ SDXL_UNET = UnetShape((0, 2, 10), 10, (10, 2, 0), (*UNET_OUTSIDE, *LABELS))
 
 
 def sdxl_facts(names: Collection[str], v_prediction: bool) -> FileFacts:
-    return FileFacts("sdxl_base_v1-0", "stable-diffusion-xl-v1-base")
+    """Adapters that the tools write say "diffusers", unlike those of a training."""
+    return replace(file_facts(SHEET, "sdxl"), implementation="diffusers")
 
 
 TABLES = (
