@@ -8,6 +8,7 @@ values (`None`, an empty tuple, `Nvidia.problem`), never as exceptions.
 from __future__ import annotations
 
 import ctypes
+import getpass
 import os
 import platform
 import re
@@ -295,3 +296,23 @@ def _ask(command: list[str]) -> tuple[int, str]:
     except OSError as error:
         return -1, f"it did not start: {error.strerror or error}"
     return done.returncode, done.stdout
+
+
+def private(text: str) -> str:
+    """Replace the home folder and the user's name in a text by ~."""
+    try:
+        homes = {str(Path.home()), str(Path.home().resolve())}
+    except RuntimeError:  # neither HOME nor a user whom the system knows
+        homes = set()
+    for home in sorted((home for home in homes if len(home) > 1), key=len, reverse=True):
+        text = re.sub(re.escape(home) + r"(?![\w-])", "~", text)
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError, ImportError):  # a user whom the system does not know, in a container
+        user = ""
+    # also other users' folders: with sudo, or in a container, the project may lie in one
+    text = re.sub(r"(?i)(?<![\w.-])((?:[A-Z]:)?[/\\](?:home|Users)[/\\])[^/\\\s]+", r"\1~", text)
+    if not user:
+        return text
+    text = re.sub(rf"(?<=torchinductor_){re.escape(user)}(?![\w.-])", "~", text)  # torch's name of its own cache
+    return re.sub(rf"(?<=[/\\]){re.escape(user)}(?=[/\\\s]|$)", "~", text)

@@ -32,8 +32,7 @@ from benchmarks.gpu.jobs import JOBS, Card, Way, card_of, chosen, ways, zero_sta
 from library.cli import guarded
 from library.errors import UserError, unknown
 from library.families.recipes import BenchmarkJob
-from library.machine import System, find_nvidia
-from tools.setup.doctor import private
+from library.machine import System, find_nvidia, private
 
 WARMUP, STEPS = 5, 30
 TINY_WARMUP, TINY_STEPS = 1, 2

@@ -23,7 +23,7 @@ from benchmarks.common import ROOT
 from benchmarks.gpu import run
 from library.cli import EXIT_STOPPED, guarded
 from library.errors import UserError
-from tools.setup.doctor import private
+from library.machine import private
 
 EXIT_TESTS_FAILED = 1  # of pytest, and of this
 

@@ -29,7 +29,12 @@ FIRST = ("sd", "flux", "sdxl", "sd3")
 
 def load_network_module(name: str) -> NetworkModule:
     """A --network_module by its dotted name. Raises UserError when it is not there, or is not a network module."""
-    return import_network_module(name, every_family(), adapter_tables())
+    return import_network_module(name, every_family(), adapter_tables(), own_modules())
+
+
+def own_modules() -> list[str]:
+    """The network modules of this project."""
+    return sorted({module for sheet in FAMILIES.values() for module in sheet.networks.values()})
 
 
 @functools.cache

@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 
 from library.adapters.block_ranks import BlockLayout, block_lr_weights
-from library.adapters.foreign.network_module import own_modules
 from library.adapters.options import BlockOptions, read_network_args
 from library.errors import UserError
-from library.families.adapters import load_network_module
+from library.families.adapters import load_network_module, own_modules
 from library.families.sd.targets import SD_BLOCKS, sd_block
 from library.options import specs
 from networks.lora import create_network, create_network_from_weights

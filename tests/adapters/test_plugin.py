@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from library.adapters.adapter_network import AdapterNetwork
-from library.adapters.foreign.network_module import PluginNetwork, own_modules
+from library.adapters.foreign.network_module import PluginNetwork
 from library.adapters.layer_network import LayerNetwork
 from library.errors import UserError
-from library.families.adapters import load_network_module
+from library.families.adapters import load_network_module, own_modules
 from tests.adapters.models import distance, randomize, run_unet, tiny_clip, tiny_unet
 
 IDS = torch.tensor([[48, 1, 2, 3, 49]])

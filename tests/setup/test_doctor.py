@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from library.machine import INSTALL_TORCH
+from library.machine import INSTALL_TORCH, private
 from tests.setup.fakes import FakeMachine
 from tools.setup import doctor
 from tools.setup.environment import ROOT, Environment
@@ -103,5 +103,5 @@ def test_private(monkeypatch):
     """Home folder and user name where they are parts of paths; words that only begin so stay."""
     monkeypatch.setenv("HOME", "/home/ann")
     monkeypatch.setenv("LOGNAME", "ann")
-    said = doctor.private("/home/ann/x /home/annette/x /mnt/ann/models annual C:\\Users\\ann")
+    said = private("/home/ann/x /home/annette/x /mnt/ann/models annual C:\\Users\\ann")
     assert said == "~/x /home/~/x /mnt/~/models annual C:\\Users\\~"

@@ -7,7 +7,6 @@ Python (environment_facts.py), in a process of its own. Shows neither the user's
 
 from __future__ import annotations
 
-import getpass
 import importlib.util
 import json
 import os
@@ -21,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from library.machine import INSTALL_TORCH, Machine, main_memory, nvidia_line
+from library.machine import INSTALL_TORCH, Machine, main_memory, nvidia_line, private
 from tools.setup.environment import ROOT, Environment
 
 MISSING = "missing"  # name of a fact that the user has to fix
@@ -69,26 +68,6 @@ def doctor(environment: Environment) -> DoctorReport:
     for name, value in environment_facts(python):
         report.add(name, value)
     return report
-
-
-def private(text: str) -> str:
-    """Replace the home folder and the user's name in a text by ~."""
-    try:
-        homes = {str(Path.home()), str(Path.home().resolve())}
-    except RuntimeError:  # neither HOME nor a user whom the system knows
-        homes = set()
-    for home in sorted((home for home in homes if len(home) > 1), key=len, reverse=True):
-        text = re.sub(re.escape(home) + r"(?![\w-])", "~", text)
-    try:
-        user = getpass.getuser()
-    except (OSError, KeyError, ImportError):  # a user whom the system does not know, in a container
-        user = ""
-    # also other users' folders: with sudo, or in a container, the project may lie in one
-    text = re.sub(r"(?i)(?<![\w.-])((?:[A-Z]:)?[/\\](?:home|Users)[/\\])[^/\\\s]+", r"\1~", text)
-    if not user:
-        return text
-    text = re.sub(rf"(?<=torchinductor_){re.escape(user)}(?![\w.-])", "~", text)  # torch's name of its own cache
-    return re.sub(rf"(?<=[/\\]){re.escape(user)}(?=[/\\\s]|$)", "~", text)
 
 
 # ---- facts that need no environment ---------------------------------------------------------------------------------

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import pkgutil
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -32,8 +30,6 @@ from library.adapters.targets import AdaptedModels, AnyFamily, TextEncoders
 from library.errors import UserError, nearest
 
 INSTALL = {"lycoris": "pip install lycoris-lora"}
-
-DEFINITION = re.compile(r"^(def create_network\(|create_network = )", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -133,34 +129,23 @@ def _without_layers(network: Any, models: PublishedModels) -> list[int | None]:
     return [place for place, prefix in known.items() if not any(name.startswith(prefix) for name in names)]
 
 
-def import_network_module(name: str, families: AnyFamily, tables: Tables) -> NetworkModule:
-    """Import a --network_module by its dotted name. Raises UserError when it is missing or not a network module."""
+def import_network_module(name: str, families: AnyFamily, tables: Tables, own: Sequence[str]) -> NetworkModule:
+    """Import a --network_module by its dotted name. own: the modules of this project, for the error message.
+
+    Raises UserError when it is missing or not a network module.
+    """
     try:
         module = importlib.import_module(name)
     except (Exception, SystemExit) as error:  # importing runs foreign code
         reason = str(error) if isinstance(error, ModuleNotFoundError) else describe(error)
-        raise UserError(f"--network_module {name} cannot be imported: {reason}{_hint(name)}") from None
+        raise UserError(f"--network_module {name} cannot be imported: {reason}{_hint(name, own)}") from None
     if not callable(module.__dict__.get("create_network")):
-        raise UserError(f"--network_module {name} has no create_network(){_hint(name)}")
+        raise UserError(f"--network_module {name} has no create_network(){_hint(name, own)}")
     return NetworkModule(name, module, families, tables)
 
 
-def own_modules() -> list[str]:
-    """Names of our own network modules."""
-    package = importlib.import_module("networks")
-    names = [f"networks.{info.name}" for info in pkgutil.iter_modules(package.__path__)]
-    return [name for name in names if _defines_create_network(name)]
-
-
-def _defines_create_network(name: str) -> bool:
-    spec = importlib.util.find_spec(name)
-    origin = spec.origin if spec is not None else None
-    return origin is not None and DEFINITION.search(Path(origin).read_text("utf-8")) is not None
-
-
-def _hint(name: str) -> str:
+def _hint(name: str, own: Sequence[str]) -> str:
     root = name.partition(".")[0]
     if root in INSTALL:
         return f" (install it: {INSTALL[root]})"
-    names = own_modules()
-    return f". Did you mean {nearest(name, names) or ' or '.join(names)}?"
+    return f". Did you mean {nearest(name, own) or ' or '.join(own)}?"
