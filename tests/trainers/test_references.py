@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from library.errors import UserError
-from library.families.registry import FAMILIES
 from library.families.sd.model import StableDiffusion
 from library.types import Batch, Cond, ReferenceSpec, Size, Tokens
 from tests.trainers.helpers import Run, differing, make_pictures, subset, train, write_dataset
@@ -52,8 +50,7 @@ class Editing(StableDiffusion):
 @pytest.fixture(autouse=True)
 def editing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The family "sd" takes references."""
-    path = f"{Editing.__module__}:{Editing.__qualname__}"
-    monkeypatch.setitem(FAMILIES, "sd", dataclasses.replace(FAMILIES["sd"], path=path))
+    monkeypatch.setattr("library.families.sd.model.StableDiffusion", Editing)
 
 
 def plain(path: Path, colour: int, size: Size = (80, 48)) -> None:
