@@ -56,7 +56,9 @@ def known_architectures() -> KnownArchitectures:
 
     def of_checkpoint(shapes: Shapes) -> Architecture | None:
         found = architecture(shapes)
-        return sd_table(shapes) if found is None else table_named(adapter_tables(), found.name)
+        if found is None or found.name == "sd":
+            return sd_table(shapes)  # 1.x or 2.x
+        return table_named(adapter_tables(), found.name)
 
     return KnownArchitectures(adapter_tables(), of_checkpoint, foreign_file)
 
