@@ -22,6 +22,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+# What a run of train_network.py imports, from its first line to its end
+IMPORTED = (
+    "library.cli", "library.families.sd.model", "library.trainers.methods.network", "library.trainers.checks",
+    "library.trainers.trainer", "library.planner.memory_plan", "torch.utils.tensorboard", "numpy.ma",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ def serve() -> None:
     """Answer each request on stdin with an exit code on stdout."""
     from library.weights.quick_import import import_diffusers
 
-    for name in ("library.families.sd.model", "library.trainers.methods.network"):
+    for name in IMPORTED:
         importlib.import_module(name)
     import_diffusers()
     answers = os.fdopen(os.dup(1), "w")
