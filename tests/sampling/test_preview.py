@@ -327,9 +327,8 @@ def test_options_that_the_family_cannot_honour_are_named_once(
     prompts = [replace(CAT, guidance_scale=3.5), replace(CAT, flow_shift=2.0)]
     with caplog.at_level(logging.WARNING, "trainyard"):
         for honoured in (("flow_shift",), ("flow_shift", "guidance_scale")):
-            family_with = StableDiffusion(family.options)
-            family_with.preview = PreviewDefaults(honoured=honoured)  # type: ignore[misc]
-            previewer(family_with, prompts, tmp_path)
+            own = type("Honouring", (StableDiffusion,), {"preview": PreviewDefaults(honoured=honoured)})
+            previewer(own(family.options), prompts, tmp_path)
     assert [r.getMessage() for r in caplog.records] == ["--sample_prompts: --g has no effect with sd models"]
 
 
