@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import cpu_seconds
-from library.data.store import PackedStore
+from library.data.caches.store import PackedStore
 
 SHAPES = {"SDXL 4x128x128": (4, 128, 128), "FLUX 16x128x128": (16, 128, 128)}
 STAGES = ("write", "check at start", "first read", "read")

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from library.data.store import TensorStore
-from library.data.store_index import FileRow
+from library.data.caches.store import TensorStore
+from library.data.caches.store_index import FileRow
 from library.errors import UserError
 from library.log import progress
 

@@ -13,10 +13,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from library.data.caches.latent_cache import LatentCache, LatentFolders
+from library.data.caches.text_cache import TextCache, TextCaches, text_store
 from library.data.dataset import TrainingData
 from library.data.encoding import Text, reference_pixels
-from library.data.latent_cache import LatentCache, LatentFolders
-from library.data.text_cache import TextCache, TextCaches, text_store
 from library.device import fits, free_memory, on_device
 from library.families.family import ModelFamily
 from library.log import get_logger

@@ -22,12 +22,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from library.data import legacy_npz, store
 from library.data.buckets import Bucket
+from library.data.caches import legacy_npz, store
+from library.data.caches.latent_cache import LatentCache, LatentFolders
 from library.data.dataset import TrainingData
 from library.data.encoding import LatentJob, encoding_input, latent_seed
 from library.data.file_hashes import FileHashes, FileState, state_of
-from library.data.latent_cache import LatentCache, LatentFolders
 from library.data.records import BucketRules, DatasetConfig, ImageRules, Sample, SubsetConfig
 from library.errors import UserError
 from library.rng import derive_seed, torch_generator

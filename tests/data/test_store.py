@@ -21,11 +21,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from library.data import store as store_module
-from library.data import store_index
-from library.data.store import MemoryStore, PackedStore
-from library.data.store_index import FileRow
-from library.data.tensor_bytes import DTYPES
+from library.data.caches import store as store_module
+from library.data.caches import store_index
+from library.data.caches.store import MemoryStore, PackedStore
+from library.data.caches.store_index import FileRow
+from library.data.caches.tensor_bytes import DTYPES
 from library.errors import UserError
 from library.rng import python_rng, torch_generator
 from tests.damage import damaged_copies

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from library.data.caches.text_cache import TextCache, text_store
 from library.data.encoding import Text
-from library.data.text_cache import TextCache, text_store
 from library.errors import UserError
 from library.rng import torch_generator
 from library.types import Cond

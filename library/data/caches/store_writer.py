@@ -8,8 +8,8 @@ import threading
 from collections.abc import Callable
 from types import TracebackType
 
-from library.data.store import TensorStore
-from library.data.tensor_bytes import Tensors
+from library.data.caches.store import TensorStore
+from library.data.caches.tensor_bytes import Tensors
 
 MOST_WAITING = 64  # records
 

@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from library.data.caches.store import CHECKED_BYTES, TensorStore
+from library.data.caches.store_index import FileRow
 from library.data.encoding import LatentJob
-from library.data.store import CHECKED_BYTES, TensorStore
-from library.data.store_index import FileRow
 from library.errors import UserError, first_names
 from library.log import get_logger
 from library.types import LatentSpec

@@ -14,8 +14,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from library.data.store_index import Entry
-from library.data.tensor_bytes import layout_bytes, view_bytes
+from library.data.caches.store_index import Entry
+from library.data.caches.tensor_bytes import layout_bytes, view_bytes
 
 HAS_PREADV = hasattr(os, "preadv")  # not on Windows; reads without a lock
 

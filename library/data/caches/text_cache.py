@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
+from library.data.caches.latent_cache import sample_state
+from library.data.caches.store import MemoryStore, PackedStore, TensorStore
+from library.data.caches.store_writer import StoreWriter
 from library.data.encoding import Text
 from library.data.file_hashes import FileHashes
-from library.data.latent_cache import sample_state
-from library.data.store import MemoryStore, PackedStore, TensorStore
-from library.data.store_writer import StoreWriter
 from library.errors import UserError, first_names
 from library.log import get_logger, progress
 from library.types import Cond

@@ -20,14 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from library.data.buckets import Bucket, center_crop
+from library.data.caches.legacy_npz import LegacyFiles
+from library.data.caches.store import MemoryStore, PackedStore, TensorStore
+from library.data.caches.store_writer import StoreWriter
 from library.data.encoding import EncodingInput, LatentJob, encoding_input, latent_seed
 from library.data.file_hashes import FileHashes, FileState, state_of
 from library.data.images import wants_mask
-from library.data.legacy_npz import LegacyFiles
 from library.data.manifest import FOLDER
 from library.data.records import Sample
-from library.data.store import MemoryStore, PackedStore, TensorStore
-from library.data.store_writer import StoreWriter
 from library.errors import UserError, first_names
 from library.log import get_logger, progress
 from library.types import EncodeImages, LatentSpec

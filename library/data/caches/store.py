@@ -27,9 +27,9 @@ from typing import BinaryIO, Protocol
 
 from torch import Tensor
 
-from library.data.store_index import Entry, FileRow, Index, ShardState, no_space, unwritable
-from library.data.store_reader import Reader, is_sound, seal
-from library.data.tensor_bytes import Packed, Tensors, pack, unpack, view_bytes
+from library.data.caches.store_index import Entry, FileRow, Index, ShardState, no_space, unwritable
+from library.data.caches.store_reader import Reader, is_sound, seal
+from library.data.caches.tensor_bytes import Packed, Tensors, pack, unpack, view_bytes
 from library.errors import UserError
 
 SHARD_BYTES = 1 << 30
