@@ -59,9 +59,9 @@ class ModelFamily(ABC):
         """Find the files and read their headers. Raises UserError for whatever a header can tell."""
 
     def check_weights(self) -> None:
-        """Every weight of every part is in its file, and nothing is left over. Reads headers, builds empty modules.
+        """Check that each part's file has every weight and nothing more. Reads headers, builds empty modules.
 
-        Raises UserError naming the weights. After `check`, and before anything is loaded.
+        Raises UserError naming the weights. Called after `check`, and before anything is loaded.
         """
         import_diffusers()
         parts = {name: self.part(name) for name in ("denoiser", "vae", *self.encoders)}
@@ -96,7 +96,7 @@ class ModelFamily(ABC):
         """Where "denoiser", "vae" or a text encoder comes from."""
 
     def empty_denoiser(self, dtype: torch.dtype | None = None, storage: Storage = "plain") -> nn.Module:
-        """As `load_denoiser` makes it, but without memory for its weights, which are on the meta device."""
+        """The module of `load_denoiser` with its weights on the meta device, without memory for them."""
         return self.part("denoiser").empty(dtype, storage)
 
     # ---- text
@@ -211,14 +211,14 @@ class ModelFamily(ABC):
     def modulations(self, denoiser: nn.Module) -> tuple[nn.Module, list[nn.Linear]] | None:
         """The module that gives the time embedding, and the Linears in blocks, in order, that are given its silu.
 
-        None: there are none, or they are no large part of the weights.
+        None: the model has none, or they are a small part of the weights.
         """
         return None
 
     # ---- textual inversion
 
     def add_word(self, word: str, count: int, like: str | None) -> dict[str, NewWord]:
-        """From now on `word` in captions stands for `count` new tokens. Returns what they are to each text encoder.
+        """Make `word` in captions stand for `count` new tokens. Returns what they are to each text encoder.
 
         like: text whose tokens they begin as. Reads headers only, so that it can come before any model is loaded.
         Raises UserError when the vocabulary has the word, or when the model cannot be taught one.

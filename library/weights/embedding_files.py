@@ -2,7 +2,7 @@
 """Files of textual inversion: the rows of one word, for each text encoder of a model.
 
 Written: `emb_params` (count, width) for models of one text encoder, `clip_l` and `clip_g` for SDXL, which A1111/Forge,
-ComfyUI and diffusers read. Read besides: A1111's own .pt (`string_to_param`), diffusers' `learned_embeds` (the word is
+ComfyUI and diffusers read. Also read: A1111's own .pt (`string_to_param`), diffusers' `learned_embeds` (the word is
 the key), and a tensor alone. The word itself is the file's name in most programs.
 """
 

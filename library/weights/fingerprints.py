@@ -20,7 +20,7 @@ import torch
 from library.text_files import parse_json
 from library.weights.weight_files import WeightFile, open_weights
 
-FORMAT = "1"  # of what is hashed; a change makes all that is remembered worthless
+FORMAT = "1"  # of what is hashed; a change makes all remembered hashes void
 MOST_ENTRIES = 1000  # the oldest are forgotten
 # A file written to so recently may be written to again without a new time: some file systems count in steps of 2 s
 SETTLED_NS = 2_000_000_000
@@ -37,7 +37,7 @@ def weights_fingerprint(file: WeightFile, prefix: str, settings: str) -> str:
 
 
 def hash_weights(path: Path, prefix: str, settings: str) -> str:
-    """The same, by reading all of it."""
+    """The hash of `weights_fingerprint`, computed by reading all weights."""
     digest = hashlib.blake2b(settings.encode(), digest_size=16)
     file = open_weights(path)  # a mapping of its own: what it touches is given back at the end
     for name in sorted(n for n in file.shapes if n.startswith(prefix)):

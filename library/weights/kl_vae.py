@@ -27,21 +27,21 @@ CLASS = "AutoencoderKL"
 
 
 @dataclass(frozen=True)
-class Needed:
+class RequiredVae:
     """The VAE that a model needs. Those of one number of channels look alike, and only their pictures differ."""
 
     channels: int  # of latents
     whose: str
 
 
-SD = Needed(4, "Stable Diffusion 1.x or 2.x")
-SDXL = Needed(4, "SDXL")
-SD3 = Needed(16, "SD3")
-FLUX = Needed(16, "FLUX.1 (ae.safetensors)")
+SD = RequiredVae(4, "Stable Diffusion 1.x or 2.x")
+SDXL = RequiredVae(4, "SDXL")
+SD3 = RequiredVae(16, "SD3")
+FLUX = RequiredVae(16, "FLUX.1 (ae.safetensors)")
 
 
 def vae_part(
-    path: Path, default_config: Mapping[str, Any], *, needed: Needed | None = None, option: str = "--vae"
+    path: Path, default_config: Mapping[str, Any], *, needed: RequiredVae | None = None, option: str = "--vae"
 ) -> Part:
     """A VAE in a file (published or diffusers names, alone or inside a checkpoint) or in a folder (its own, a model's).
 
@@ -64,8 +64,8 @@ def vae_part(
     return part if needed is None else with_channels(part, path, needed, option)
 
 
-def with_channels(part: Part, path: Path, needed: Needed, option: str = "") -> Part:
-    """The same part. Raises UserError for the VAE of another kind of model, by its latents."""
+def with_channels(part: Part, path: Path, needed: RequiredVae, option: str = "") -> Part:
+    """`part`, checked. Raises UserError when its latents have not the number of channels that is needed."""
     with reading_sizes(part.file.path, part.prefix, option):
         channels = shape_of(below(part.file.shapes, part.prefix), "encoder.conv_out.weight", 4)[0] // 2
     if channels != needed.channels:
@@ -76,7 +76,7 @@ def with_channels(part: Part, path: Path, needed: Needed, option: str = "") -> P
     return part
 
 
-def inner_part(file: WeightFile, default_config: Mapping[str, Any], needed: Needed) -> Part:
+def inner_part(file: WeightFile, default_config: Mapping[str, Any], needed: RequiredVae) -> Part:
     """The VAE inside a checkpoint. Raises UserError when there is none, or one of another kind of model."""
     return with_channels(published_part(file, default_config), file.path, needed)
 
@@ -155,7 +155,7 @@ def encode(vae: Any, pixels: Tensor, seeds: Sequence[int] | None) -> Tensor:
 
     sample = mean + std * noise (Kingma & Welling 2014, https://arxiv.org/abs/1312.6114, section 2.4). The noise of each
     picture comes from its own seed on the CPU, so that a latent depends neither on its batch nor on the device. Without
-    seeds there is no noise: the mean alone.
+    seeds the mean is used.
     """
     parameter = next(vae.parameters())
     with torch.autocast(parameter.device.type, enabled=False):  # the VAE's own dtype decides: see --no_half_vae

@@ -48,7 +48,7 @@ class Part:
     settings: str = ""  # what else its outputs depend on: part of the fingerprint
     finish: Callable[[nn.Module], None] | None = None  # what is done to the module when its weights are in
     spare: str = ""  # start of names below the prefix that belong to it and are not used
-    extras: tuple[str, ...] = ()  # what published files have besides its weights: regular expressions on whole names
+    extras: tuple[str, ...] = ()  # further tensors of published files: regular expressions on whole names
     # width of a published model -> the numbers of its blocks by their names in the configuration
     published_depths: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
 
@@ -57,7 +57,7 @@ class Part:
         return build_empty(self.build)
 
     def expected(self) -> dict[str, tuple[tuple[int, ...], ...]]:
-        """Every weight by its name in the file, with the shapes that it may have there. Remembered."""
+        """Weights by their names in the file, each with the shapes that it may have there. Cached."""
         found = _expected(_Maker((_key(self.build), _key(self.rules)), self.build, self.rules))
         return {self.prefix + name: shapes for name, shapes in found.items()}
 

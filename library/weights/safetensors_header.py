@@ -39,7 +39,7 @@ LARGEST = 1 << 63  # number of a header
 METADATA = "__metadata__"
 
 
-class Entry(NamedTuple):
+class TensorEntry(NamedTuple):
     """Where one tensor lies, in bytes from the end of the header."""
 
     dtype: torch.dtype
@@ -48,15 +48,15 @@ class Entry(NamedTuple):
     end: int
 
 
-class Header(NamedTuple):
+class SafetensorsHeader(NamedTuple):
     """What a file says of its tensors."""
 
     metadata: dict[str, str]
-    entries: dict[str, Entry]
+    entries: dict[str, TensorEntry]
     start: int  # of the data in the file
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Path) -> SafetensorsHeader:
     """Raises UserError when the file is not a safetensors file, is damaged or is cut short."""
     with path.open("rb") as file:
         head = file.read(64)
@@ -78,12 +78,14 @@ def read_header(path: Path) -> Header:
     metadata = content.pop(METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise UserError(f"{path} is damaged: {METADATA} of its header is not a table of strings")
-    header = Header(metadata, {name: _entry(path, name, value) for name, value in content.items()}, 8 + length)
+    header = SafetensorsHeader(
+        metadata, {name: _entry(path, name, value) for name, value in content.items()}, 8 + length
+    )
     _check_places(path, header, size)
     return header
 
 
-def _entry(path: Path, name: str, value: Any) -> Entry:
+def _entry(path: Path, name: str, value: Any) -> TensorEntry:
     if not name.isprintable():
         raise UserError(f"{path} is damaged: a tensor in its header is called {reprlib.repr(name)}")
     try:
@@ -100,14 +102,14 @@ def _entry(path: Path, name: str, value: Any) -> Entry:
     if end - begin != needed:
         needs = str(needed) if needed < LARGEST else "more than there are"
         raise UserError(f"{path} is damaged: {_short(name)} has {end - begin} bytes, its shape needs {needs}")
-    return Entry(known, shape, begin, end)
+    return TensorEntry(known, shape, begin, end)
 
 
 def _short(name: str) -> str:
     return name if len(name) < 200 else f"{name[:200]}..."
 
 
-def _check_places(path: Path, header: Header, size: int) -> None:
+def _check_places(path: Path, header: SafetensorsHeader, size: int) -> None:
     """The tensors lie inside the file, one after the other."""
     end, before = 0, ""
     for name, entry in sorted(header.entries.items(), key=lambda item: item[1][2:]):

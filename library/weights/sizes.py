@@ -25,7 +25,7 @@ class SizeError(Exception):
         self.what, self.name, self.rest = what, name, rest
 
     def line(self, prefix: str) -> str:
-        """With the whole name of the tensor in the file where it has a prefix there."""
+        """The message; with a prefix, the tensor's whole name in the file too."""
         whole = f" ({prefix}{self.name})" if prefix else ""
         return f"{self.what} {self.name}{whole}{self.rest}"
 

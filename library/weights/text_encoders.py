@@ -146,7 +146,7 @@ def _build_projected_clip(config: Mapping[str, Any]) -> nn.Module:
 
 
 def _clip_name(name: str) -> str:
-    """With the level `text_model.`, which a CLIPTextModel of transformers 5 has not."""
+    """The name with the level `text_model.`, which a CLIPTextModel of transformers 5 does not have."""
     return name if name.startswith((CLIP_LEVEL, PROJECTION)) else CLIP_LEVEL + name
 
 

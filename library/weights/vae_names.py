@@ -24,7 +24,7 @@ VAE_RESNET = (
     ("nin_shortcut", "conv_shortcut"),
 )
 VAE_ATTENTION = (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("proj_out", "to_out.0"))
-# VAE folders written before diffusers 0.12 (the hub's SD 1.x among them) -> today's names
+# VAE folders written before diffusers 0.12 (the hub's SD 1.x among them) -> the names since then
 OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 

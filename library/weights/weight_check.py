@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether a model's files hold its weights: each of them, in its shape, and nothing that should have been one.
 
-Headers only, so that it comes before anything is loaded. A tensor that is gone, has another shape or is no
-floating-point number is named. What is left over below a part's prefix is something that published files have and no
+Headers only, so that it comes before anything is loaded. A tensor that is missing, has another shape or is not
+floating-point is named. What is left over below a part's prefix is something that published files have and no
 picture depends on (EXTRAS, `Part.extras`), or it is named too: most often it belongs to a block of which the rest is
 gone. What lies outside of every part is of other programs: it is carried over into saved checkpoints, and said once.
 """

@@ -21,7 +21,7 @@ from torch import Tensor
 from library.byte_paths import plain_path
 from library.errors import UserError, first_names
 from library.text_files import parse_json
-from library.weights.safetensors_header import Entry, read_header
+from library.weights.safetensors_header import TensorEntry, read_header
 from library.weights.torch_files import named_tensors, read_pickle
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -42,7 +42,7 @@ class WeightFile(ABC):
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """All files that its weights are read from."""
+        """Files that its weights are read from."""
         return (self.path,)
 
     @abstractmethod
@@ -54,11 +54,11 @@ class WeightFile(ABC):
         """One tensor; integers keep their dtype. Without a cast it is mapped if possible: do not overwrite the file."""
 
     def copy(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
-        """The same, not mapped: for a tensor of which only another arrangement is kept."""
+        """`tensor`, but never mapped: for a tensor of which only another arrangement is kept."""
         return self.tensor(name, dtype, device)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Of `tensor(name)`."""
+        """Dtype of `tensor(name)`."""
         return self.tensor(name).dtype
 
     def stored(self, name: str, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor] | None:
@@ -97,7 +97,7 @@ class SafetensorsFile(WeightFile):
     def release(self) -> None:
         self._mapped = None
 
-    def _map(self, entry: Entry) -> Tensor:
+    def _map(self, entry: TensorEntry) -> Tensor:
         if self._mapped is None:
             # a private mapping: training in place changes our pages, never the file
             with plain_path(self.path) as path:
@@ -106,7 +106,7 @@ class SafetensorsFile(WeightFile):
         flat = torch.asarray(self._mapped[self._start + entry.begin : self._start + entry.end], dtype=torch.uint8)
         return flat.view(entry.dtype).reshape(entry.shape)
 
-    def _read(self, entry: Entry, dtype: torch.dtype) -> Tensor:
+    def _read(self, entry: TensorEntry, dtype: torch.dtype) -> Tensor:
         """Read and cast through a small buffer, so that nothing but the result takes memory."""
         result = torch.empty(entry.shape, dtype=dtype)
         flat, buffer = result.view(-1), torch.empty(READ_NUMBERS, dtype=entry.dtype)

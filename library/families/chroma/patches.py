@@ -18,7 +18,7 @@ def mask_keys_only(denoiser: nn.Module) -> None:
     """Chroma's blocks mask padding as query and as key. Nobody reads its query, and the empty row may become NaN."""
 
     def keys_only(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        mask = kwargs.get("attention_mask")  # B 1 S S: query and key are no padding
+        mask = kwargs.get("attention_mask")  # B 1 S S: True where neither query nor key is padding
         return args, kwargs if mask is None else {**kwargs, "attention_mask": mask.any(-2, keepdim=True)}
 
     for blocks in ("transformer_blocks", "single_transformer_blocks"):
@@ -42,7 +42,7 @@ def embed_guidance_on_device(denoiser: nn.Module) -> None:
 
 
 def patch_chroma(denoiser: nn.Module) -> None:
-    """All of it that Chroma needs."""
+    """Install all hooks that Chroma needs."""
     keep_time_exact(denoiser)
     embed_guidance_on_device(denoiser)
     mask_keys_only(denoiser)

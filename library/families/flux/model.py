@@ -117,7 +117,7 @@ class Flux(ModelFamily):
         if CLIP not in self.tokenizers:
             return tokens
         clip = self._clip_tokenizer(captions, max_tokens=CHUNK, weighted=False, name=CLIP)
-        # what CLIP cuts is no loss that a user could avoid: T5 reads the whole
+        # that CLIP cuts a caption is not worth a warning: T5 reads all of it
         return Tokens({**clip.ids, **tokens.ids}, {**clip.lengths, **tokens.lengths}, truncated=tokens.truncated)
 
     @property

@@ -20,16 +20,16 @@ from library.device import exact_float
 
 
 def use_device_lengths(denoiser: nn.Module) -> None:
-    """From now on diffusers' Lumina2Transformer2DModel `denoiser` runs the pass of this file."""
+    """Let diffusers' Lumina2Transformer2DModel `denoiser` run the forward pass of this file."""
     denoiser.forward = MethodType(_forward, denoiser)
 
 
 def _forward(
     self: Any, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, mask: Tensor | None
 ) -> Tensor:
-    """What the model says to latents (B C h w) at times (B,) with texts (B, length, width): B C h w.
+    """Velocity B C h w for latents (B C h w) at times (B,) with texts (B, length, width).
 
-    mask: (B, length) bool, False where a shorter text is padded; None where none is.
+    mask: (B, length) bool, False at the padding of shorter texts; None without padding.
     """
     batch, _, height, width = hidden_states.shape
     patch, length = self.config.patch_size, encoder_hidden_states.shape[1]
@@ -64,9 +64,9 @@ def _forward(
 
 
 def _order(seen: Tensor, patches: int) -> tuple[Tensor, Tensor]:
-    """Of [padded text, picture]: which entry stands where in the joint sequence, and whether it is none of the padding.
+    """Order of the entries of [padded text, picture] in the joint sequence, and a mask that is False at the padding.
 
-    seen: (B, length) bool. Both are (B, length + patches).
+    seen: (B, length) bool. Both results are (B, length + patches).
     """
     length = seen.shape[1]
     own = seen.sum(1, keepdim=True)
@@ -77,7 +77,7 @@ def _order(seen: Tensor, patches: int) -> tuple[Tensor, Tensor]:
 
 
 def _taken(x: Tensor, order: Tensor) -> Tensor:
-    """Of each sample the entries `order` (B, n), out of x (B, m, ...)."""
+    """Entries of x (B, m, ...) at the indices `order` (B, n), sample by sample: (B, n, ...)."""
     first = torch.arange(len(x), device=x.device).unsqueeze(1) * x.shape[1]
     return x.flatten(0, 1).index_select(0, (first + order).flatten()).unflatten(0, order.shape)
 
@@ -88,7 +88,7 @@ def _to_patches(latents: Tensor, patch: int) -> Tensor:
 
 
 def _to_picture(x: Tensor, rows: int, columns: int, patch: int) -> Tensor:
-    """The inverse."""
+    """The inverse of `_to_patches`: B C h w."""
     return rearrange(
         x, "b (rows columns) (i j c) -> b c (rows i) (columns j)", rows=rows, columns=columns, i=patch, j=patch
     )

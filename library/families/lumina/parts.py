@@ -73,7 +73,7 @@ def open_parts(options: LuminaOptions) -> LuminaParts:
 
 
 def _locate_model(options: LuminaOptions) -> Path:
-    """Of a hub repository, only what is not given by another option."""
+    """File or folder of the model. Of a hub repository, only what is not given by another option is downloaded."""
     files = list(MODEL_FILES)
     files += [] if options.gemma2 else ["text_encoder/*.safetensors"]
     files += [] if options.ae else ["vae/*.safetensors"]

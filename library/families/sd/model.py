@@ -53,7 +53,7 @@ ENCODER = "clip"  # name of the text encoder in Tokens
 CONTEXT = "context"  # name of its states in a Cond: (B, 77, width), or 152 and 227 long with more chunks
 MASK = "context_mask"  # (B, longest) bool: which of them are not padding, with --no_token_padding
 # further entries of a folder's model_index.json
-EXTRAS = {
+FURTHER_COMPONENTS = {
     "feature_extractor": NOTHING, "image_encoder": NOTHING, "requires_safety_checker": False, "safety_checker": NOTHING
 }  # fmt: skip
 MODEL_FILES = (*PIPELINE_FILES, "unet/*.safetensors", "vae/*.safetensors", "text_encoder/*.safetensors")
@@ -221,7 +221,9 @@ class StableDiffusion(ModelFamily):
         if form.is_folder:
             modules = {"unet": denoiser, "vae": vae, "text_encoder": encoder}
             scheduler = scheduler_config(parts.scheduler, v_prediction=self.options.v_parameterization)
-            pipeline = Pipeline("StableDiffusionPipeline", modules, {"tokenizer": self.tokenizer}, scheduler, EXTRAS)
+            pipeline = Pipeline(
+                "StableDiffusionPipeline", modules, {"tokenizer": self.tokenizer}, scheduler, FURTHER_COMPONENTS
+            )
             save_pipeline(path, pipeline, form, dtype=dtype)
             return
         tensors = published_tensors(denoiser, encoder, vae, version=self.version)

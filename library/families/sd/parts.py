@@ -238,7 +238,10 @@ def clip_layout(shapes: Shapes) -> dict[str, Any]:
 
 
 def open_clip_layout(shapes: Shapes) -> dict[str, Any]:
-    """The same for SD 2.x. The last block of the file is left out: the model was trained on the output before it."""
+    """The part of the config of SD 2.x's text encoder that the shapes tell, without the last block of the file.
+
+    The model was trained on the output of the block before it.
+    """
     vocabulary, width = shape_of(shapes, "token_embedding.weight", 2)
     blocks = depth(shapes, OPEN_CLIP_BLOCKS)
     return {

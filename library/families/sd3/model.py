@@ -75,7 +75,7 @@ class StableDiffusion3(ModelFamily):
 
     @cached_property
     def clip_tokenizers(self) -> dict[str, ClipTokenizer]:
-        """Those of the encoders of this run."""
+        """Tokenizers of the CLIPs of this run."""
         settings = {CLIP_L: (CLIP_ID, None), CLIP_G: (CLIP_G_ID, CLIP_G_PADDING)}
         cache = self.options.tokenizer_cache_dir
         return {
@@ -122,7 +122,7 @@ class StableDiffusion3(ModelFamily):
         return " and ".join(str(self.parts.encoders[n].part.file.path) for n in names if n in self.parts.encoders)
 
     def _tokenizers(self) -> dict[str, ClipTokenizer | TextTokenizer]:
-        """Of the encoders of this run."""
+        """Tokenizers of all encoders of this run."""
         return {**self.clip_tokenizers, **({T5: self.t5_tokenizer} if T5 in self.encoders else {})}
 
     @property

@@ -172,7 +172,7 @@ def build_mmdit(config: Mapping[str, Any]) -> nn.Module:
 
 
 def mmdit_rules(module: nn.Module) -> tuple[Rule, ...]:
-    """From published names to those of diffusers."""
+    """The published names of an MMDiT's tensors."""
     blocks = len(list(module.get_submodule("transformer_blocks").children()))
     return expand(sd3_names(blocks), module.state_dict())
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 def use_random_crop(denoiser: nn.Module, rate: float) -> None:
-    """From now on, with probability `rate`, a batch sees a part of the table from anywhere instead of its middle.
+    """Crop the table of positions at a random place, with probability `rate` for each batch, and not at its middle.
 
     Only where gradients are recorded: validation and previews always see the middle. torch's global generator of the
     CPU decides, so that no device has to be asked.
@@ -25,7 +25,7 @@ def use_random_crop(denoiser: nn.Module, rate: float) -> None:
 
 
 def use_scaled_positions(denoiser: nn.Module, base: int) -> None:
-    """From now on the positions of a picture of base x base patches are stretched over pictures of other sizes.
+    """Stretch the positions of a picture of base x base patches over pictures of other sizes.
 
     A picture of base x base patches sees what it always saw. One of another area sees the same values at the same
     relative places, interpolated linearly between the entries of the table; the longer side reaches further out.

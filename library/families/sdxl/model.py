@@ -66,7 +66,7 @@ log = get_logger()
 
 POOLED = f"{CLIP_G}_pooled"  # (B, width), beside the states (B, 77, width) under the encoders' own names
 # further entries of a folder's model_index.json
-EXTRAS = {"feature_extractor": NOTHING, "force_zeros_for_empty_prompt": True, "image_encoder": NOTHING}
+FURTHER_COMPONENTS = {"feature_extractor": NOTHING, "force_zeros_for_empty_prompt": True, "image_encoder": NOTHING}
 ADVICE = "give --no_half_vae, or a VAE made for fp16 with --vae"
 
 
@@ -91,7 +91,7 @@ class StableDiffusionXL(ModelFamily):
 
     @cached_property
     def tokenizers(self) -> dict[str, ClipTokenizer]:
-        """Of both encoders. Their vocabularies are equal, so that one folder is enough: only the padding differs."""
+        """Tokenizers of both encoders. They differ in the padding only, so that one folder is enough."""
         path = self.parts.path
         first = clip_tokenizer(tokenizer_folders(path, names=("tokenizer",)), cache=self.options.tokenizer_cache_dir)
         own = (path if path.is_dir() else path.parent) / "tokenizer_2"
@@ -281,7 +281,7 @@ class StableDiffusionXL(ModelFamily):
             scheduler = scheduler_config(parts.scheduler, v_prediction=self.options.v_parameterization)
             scheduler |= {"rescale_betas_zero_snr": True} if parts.is_zero_snr else {}
             modules = {"unet": denoiser, "vae": vae, **folders}
-            pipeline = Pipeline("StableDiffusionXLPipeline", modules, tokenizers, scheduler, EXTRAS)
+            pipeline = Pipeline("StableDiffusionXLPipeline", modules, tokenizers, scheduler, FURTHER_COMPONENTS)
             save_pipeline(path, pipeline, form, dtype=dtype)
             return
         tensors: Any = ChainMap(*published(denoiser, vae, clips), marks(parts))

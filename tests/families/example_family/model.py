@@ -66,7 +66,7 @@ class Example(ModelFamily):
         with reading_sizes(file.path):
             config = sizes(file.shapes)
         denoiser = Part("transformer", file, "", partial(build, config), rules)
-        vae = kl_vae.vae_part(path, {}, needed=kl_vae.Needed(4, "the example"))
+        vae = kl_vae.vae_part(path, {}, needed=kl_vae.RequiredVae(4, "the example"))
         clip = clip_encoder(path / "text_encoder", option="--clip_l", projection=False)
         return ExampleParts(path, denoiser, vae, clip)
 
