@@ -42,12 +42,21 @@ MakeLayer = Callable[[TargetSpec, int, float], AdapterLayer]  # (target, rank, a
 
 @dataclass(frozen=True)
 class NetworkBuilder:
-    """The two functions of a network module, for one kind of adapters on the targets of some architectures."""
+    """The two functions of a network module, for one kind of adapters on the targets of some architectures.
+
+    Raises ValueError for a kind and targets that do not go together.
+    """
 
     module: str  # the --network_module
     kind: AdapterKind
     targets: Targets
     tables: Tables  # of every architecture: names of layers in files
+
+    def __post_init__(self) -> None:
+        if self.kind.prefix != self.targets.prefix:
+            raise ValueError(f"{self.module}: {self.kind.prefix} adapters do not go with {self.targets.prefix} targets")
+        if self.kind.blocks is not None and self.targets.options.get("blocks") is not BlockOptions:
+            raise ValueError(f"{self.module}: these adapters need targets with the option group BlockOptions")
 
     @property
     def arguments(self) -> dict[str, type]:

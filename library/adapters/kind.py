@@ -14,6 +14,7 @@ from library.adapters.adapter_layer import AdapterLayer
 from library.adapters.layer_network import LayerNetwork
 from library.adapters.options import BlockOptions
 from library.adapters.target_spec import TargetSpec
+from library.adapters.targets import DENOISER_PREFIX
 from library.errors import UserError
 
 
@@ -46,6 +47,7 @@ class AdapterKind:
     readers: Sequence[LayerReader]  # of the layers that a file may have
     settings: Callable[[Mapping[str, Any], float | None], Any]  # (options, --network_dropout)
     make: Callable[[TargetSpec, int, float, Any], AdapterLayer]  # (target, rank, alpha, settings)
+    prefix: str = DENOISER_PREFIX  # of the names of a denoiser's layers in files
     fused_options: Mapping[str, type] = field(default_factory=dict)  # in place of `options`, where layers are fused
     sizes: Callable[[int | None, float | None], tuple[int, float]] = default_sizes
     blocks: Callable[[Mapping[str, Any], int, float], BlockOptions] | None = None

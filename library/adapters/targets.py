@@ -76,6 +76,7 @@ class Targets(ABC):
 
     classes: tuple[str, ...]  # of the denoisers
     fused: bool = False  # published layers may be several modules
+    prefix: str = DENOISER_PREFIX  # of the names of the denoiser's layers in files
 
     @property
     @abstractmethod

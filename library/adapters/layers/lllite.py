@@ -32,6 +32,7 @@ from library.adapters.target_spec import TargetSpec
 from library.errors import UserError
 from library.options import at_least, between, option
 
+PREFIX = "lllite_unet"  # of layers in files
 DEFAULT_DIM = 64
 DEFAULT_COND_EMB_DIM = 32
 NO_MERGE = "ControlNet-LLLite cannot be merged into a model: what it changes depends on the control image"
@@ -202,6 +203,7 @@ LLLITE = AdapterKind(
     settings=lllite_settings,
     make=lambda target, rank, alpha, settings: LLLiteLayer(target, rank=rank, settings=settings),
     sizes=lambda dim, alpha: (DEFAULT_DIM if dim is None else dim, 1.0),  # there is no alpha
+    prefix=PREFIX,
     decided_by_file=("cond_emb_dim",),
     in_file="comes from {file}; leave it out",
     reads_every_kind=False,

@@ -184,6 +184,7 @@ OFT = AdapterKind(
     readers=(OFTLayer,),
     settings=oft_settings,
     make=lambda target, count, alpha, settings: OFTLayer(target, count=count, alpha=alpha, settings=settings),
+    prefix=PREFIX,
     sizes=oft_sizes,
     in_file="the blocks come from {file}; leave it out",
     reads_every_kind=False,

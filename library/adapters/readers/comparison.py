@@ -229,5 +229,5 @@ class _Formats:
     def _tensors(self, form: str) -> Mapping[str, Tensor] | None:
         try:
             return self.rewritten(form, self.check.layers.keys())
-        except Exception:  # a format that has no names for this network is no advice
+        except Exception:  # a format without names for this network is not advised
             return None

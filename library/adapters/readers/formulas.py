@@ -90,7 +90,7 @@ def full(own: Tensors, x: Tensor | None, base: BaseWeight) -> Tensor:
 
 
 def _rotations(own: Tensors) -> Tensor:
-    """R of every block, by Cayley's formula; alpha bounds the norm of Q over all blocks, 0 is no bound."""
+    """R of every block, by Cayley's formula; alpha bounds the norm of Q over all blocks, 0: no bound."""
     blocks = own["oft_blocks"]
     skew = blocks - blocks.transpose(-1, -2)
     bound, norm = float(own[ALPHA]) if ALPHA in own else 0.0, float(skew.norm()) + 1e-8

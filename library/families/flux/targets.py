@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from library.adapters.foreign.published_classes import class_names
+from library.adapters.layers.oft import PREFIX as OFT_PREFIX
 from library.adapters.layers.oft import OftOptions, renamed_for_oft
 from library.adapters.options import block_ranges, rank_list
 from library.adapters.table_targets import TableTargets, count, table_targets
@@ -51,7 +52,7 @@ CLASS_NAMES = class_names(
 
 @dataclass(frozen=True)
 class FluxRankOptions:
-    """Ranks by the kind of a layer, and which blocks learn. A rank of 0 is no adapter."""
+    """Ranks by the type of a layer, and which blocks learn. Rank 0: no adapter."""
 
     img_attn_dim: int | None = option(None, help="Rank of the picture's attention in double blocks.", check=at_least(0))
     txt_attn_dim: int | None = option(None, help="Rank of the text's attention in double blocks.", check=at_least(0))
@@ -109,6 +110,7 @@ class FluxOftTargets(Targets):
     """Rotated layers: attention of the double blocks, or all Linear layers of all blocks; text encoders have none."""
 
     classes = CLASSES
+    prefix = OFT_PREFIX
     decided_by_file = ()
 
     @property

@@ -39,7 +39,7 @@ CLASS_NAMES = class_names(
 
 @dataclass(frozen=True)
 class LuminaRankOptions:
-    """Ranks by the kind of a layer, and which blocks learn. A rank of 0 is no adapter; the first that fits counts."""
+    """Ranks by the type of a layer, and which blocks learn. Rank 0: no adapter; the first that fits counts."""
 
     attn_dim: int | None = option(None, help="Rank of attention.", check=at_least(0))
     mlp_dim: int | None = option(

@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import nn
 
+from library.adapters.layers.lllite import PREFIX
 from library.adapters.target_spec import TargetModule, TargetSpec
 from library.adapters.targets import AdaptedModels, Selection, Targets
 from library.errors import UserError
 from library.families.sd.names import unet_module_names
 from library.families.sd.targets import CLASSES
 
-PREFIX = "lllite_unet"
 LATENT_FACTOR = 8  # pixels per latent pixel along one side
 CONTROLLED = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn2.to_q")  # in this order within each transformer block
 
@@ -25,6 +25,7 @@ class LLLiteTargets(Targets):
     """The controlled layers, in the order of the blocks, all of one rank."""
 
     classes = CLASSES
+    prefix = PREFIX
     decided_by_file = ()
 
     @property

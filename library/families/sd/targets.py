@@ -15,6 +15,7 @@ from torch import nn
 
 from library.adapters.block_ranks import BlockLayout, block_lr_weights, plan_ranks
 from library.adapters.foreign.published_classes import ClassNames, class_names
+from library.adapters.layers.oft import PREFIX as OFT_PREFIX
 from library.adapters.layers.oft import OftOptions, renamed_for_oft
 from library.adapters.options import SIZES_BY_BLOCK, BlockOptions
 from library.adapters.target_spec import TargetSpec
@@ -188,6 +189,7 @@ class UnetOftTargets(Targets):
     unets: AnyFamily
 
     classes = CLASSES
+    prefix = OFT_PREFIX
     decided_by_file = ()
 
     @property

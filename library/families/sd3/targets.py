@@ -43,7 +43,7 @@ CLASS_NAMES = class_names(
 
 @dataclass(frozen=True)
 class SD3RankOptions:
-    """Ranks by the kind of a layer, and which blocks learn. A rank of 0 is no adapter."""
+    """Ranks by the type of a layer, and which blocks learn. Rank 0: no adapter."""
 
     context_attn_dim: int | None = option(None, help="Rank of the text's attention.", check=at_least(0))
     context_mlp_dim: int | None = option(None, help="Rank of the text's MLP.", check=at_least(0))
