@@ -14,13 +14,12 @@ import importlib
 from types import ModuleType
 
 from library.adapters.foreign.network_module import NetworkModule, import_network_module
-from library.adapters.formats.architecture import Architecture, Tables, table_named
+from library.adapters.formats.architecture import Architecture, Tables
 from library.adapters.options import BlockOptions, T5Options
 from library.adapters.surgery.tool_files import KnownArchitectures
 from library.adapters.targets import AnyFamily, FamilyTargets
 from library.families.detect import architecture, foreign_file
 from library.families.registry import FAMILIES
-from library.families.sd.adapter_names import sd_table
 from library.key_tables import Shapes
 
 # Files with adapters of text encoders only fit several families, of which the first one counts; others come after
@@ -56,9 +55,8 @@ def known_architectures() -> KnownArchitectures:
 
     def of_checkpoint(shapes: Shapes) -> Architecture | None:
         found = architecture(shapes)
-        if found is None or found.name == "sd":
-            return sd_table(shapes)  # 1.x or 2.x
-        return table_named(adapter_tables(), found.name)
+        tables = None if found is None else tables_of(found.name)
+        return next((table for table in tables or () if table.holds(shapes)), None)
 
     return KnownArchitectures(adapter_tables(), of_checkpoint, foreign_file)
 

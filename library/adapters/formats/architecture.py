@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from library.key_tables import SWAP_HALVES, ModuleName
+from library.key_tables import SWAP_HALVES, ModuleName, Shapes
 
 # Prefixes of flattened diffusers paths: OneTrainer; older FLUX trainers and OneTrainer's U-Nets; LyCORIS, SimpleTuner
 FLAT_DIFFUSERS = ("lora_transformer", "lora_unet", "lycoris")
@@ -97,6 +97,8 @@ class Architecture:
     inputs: Mapping[str, frozenset[int]] = field(default_factory=dict)
     family: str = ""  # its model family, where that has another name
     variants: tuple[str, ...] = ()  # other names of models with the same layers
+    # Whether a checkpoint of the family, by names and shapes, is of this architecture: where a family has several
+    holds: Callable[[Shapes], bool] = lambda shapes: True
     not_in_last_block: str = ""  # a layer that all joint blocks but the last one have
 
     def layers(self, blocks: int) -> Iterator[PublishedLayer]:

@@ -97,22 +97,26 @@ def sd2_facts(names: Collection[str], v_prediction: bool) -> FileFacts:
     return file_facts(SHEET, "sd2 v", size=768) if v_prediction else file_facts(SHEET, "sd2")
 
 
+def is_published(shapes: Shapes) -> bool:
+    """Whether a checkpoint is a single file in published names."""
+    return "model.diffusion_model.input_blocks.0.0.weight" in shapes
+
+
+def is_sd2(shapes: Shapes) -> bool:
+    """Whether a checkpoint is of 2.x: by the width of the text states, or by its text encoder, which is OpenCLIP's."""
+    return context_dim(shapes) == SD2_WIDTH or any("cond_stage_model.model." in name for name in shapes)
+
+
 SD1 = Architecture(
     "sd1", "Stable Diffusion 1.x", lambda blocks: unet_names(SD_UNET), (CLIP_L,), sd1_facts, ATTENTION, CONVOLUTIONS,
     peft="unet", kohya_is_diffusers=True, family="sd",
     inputs={READS_TEXT: frozenset({768}), "self_attn_[qkv]_proj$": frozenset({768})},
+    holds=lambda shapes: is_published(shapes) and not is_sd2(shapes),
 )  # fmt: skip
 SD2 = Architecture(
     "sd2", "Stable Diffusion 2.x", lambda blocks: unet_names(SD_UNET), (CLIP_H,), sd2_facts, ATTENTION, CONVOLUTIONS,
     peft="unet", kohya_is_diffusers=True, family="sd",
     inputs={READS_TEXT: frozenset({1024}), "self_attn_[qkv]_proj$": frozenset({1024})},
+    holds=lambda shapes: is_published(shapes) and is_sd2(shapes),
 )  # fmt: skip
 TABLES = (SD1, SD2)
-
-
-def sd_table(shapes: Shapes) -> Architecture | None:
-    """The table for a checkpoint with a U-Net of Stable Diffusion 1.x or 2.x; None for others."""
-    if "model.diffusion_model.input_blocks.0.0.weight" not in shapes:
-        return None
-    is_sd2 = context_dim(shapes) == SD2_WIDTH or any("cond_stage_model.model." in name for name in shapes)
-    return SD2 if is_sd2 else SD1
