@@ -28,68 +28,22 @@ VERSION = "0.1.0"  # of this program
 SPEC_VERSION = "1.0.1"
 LEGACY_START, LEGACY_LENGTH = 1 << 20, 1 << 16
 
-# Metadata key -> name of the option with its value. Methods without the option leave the key out.
-OPTION_KEYS = {
-    "ss_adaptive_noise_scale": "adaptive_noise_scale",
-    "ss_cache_latents": "cache_latents",
-    "ss_caption_dropout_every_n_epochs": "caption_dropout_every_n_epochs",
-    "ss_caption_dropout_rate": "caption_dropout_rate",
-    "ss_caption_tag_dropout_rate": "caption_tag_dropout_rate",
-    "ss_clip_skip": "clip_skip",
-    "ss_debiased_estimation": "debiased_estimation_loss",
-    "ss_face_crop_aug_range": "face_crop_aug_range",
-    "ss_fp8_base": "fp8_base",
-    "ss_fp8_base_unet": "fp8_base_unet",
-    "ss_full_fp16": "full_fp16",
-    "ss_gradient_accumulation_steps": "gradient_accumulation_steps",
-    "ss_gradient_checkpointing": "gradient_checkpointing",
-    "ss_huber_c": "huber_c",
-    "ss_huber_scale": "huber_scale",
-    "ss_huber_schedule": "huber_schedule",
-    "ss_ip_noise_gamma": "ip_noise_gamma",
-    "ss_ip_noise_gamma_random_strength": "ip_noise_gamma_random_strength",
-    "ss_learning_rate": "learning_rate",
-    "ss_loss_type": "loss_type",
-    "ss_lowram": "lowram",
-    "ss_lr_scheduler": "lr_scheduler",
-    "ss_lr_warmup_steps": "lr_warmup_steps",
-    "ss_max_grad_norm": "max_grad_norm",
-    "ss_max_token_length": "max_token_length",
-    "ss_max_validation_steps": "max_validation_steps",
-    "ss_min_snr_gamma": "min_snr_gamma",
-    "ss_mixed_precision": "mixed_precision",
-    "ss_multires_noise_discount": "multires_noise_discount",
-    "ss_multires_noise_iterations": "multires_noise_iterations",
-    "ss_network_dropout": "network_dropout",
-    "ss_noise_offset": "noise_offset",
-    "ss_noise_offset_random_strength": "noise_offset_random_strength",
-    "ss_output_name": "output_name",
-    "ss_prior_loss_weight": "prior_loss_weight",
-    "ss_resize_interpolation": "resize_interpolation",
-    "ss_scale_weight_norms": "scale_weight_norms",
-    "ss_text_encoder_lr": "text_encoder_lr",
-    "ss_training_comment": "training_comment",
-    "ss_unet_lr": "unet_lr",
-    "ss_v2": "v2",
-    "ss_validate_every_n_epochs": "validate_every_n_epochs",
-    "ss_validate_every_n_steps": "validate_every_n_steps",
-    "ss_validation_seed": "validation_seed",
-    "ss_validation_split": "validation_split",
-    "ss_zero_terminal_snr": "zero_terminal_snr",
+# Options whose values are in the metadata, as ss_<name>. Methods without the option leave the key out.
+OPTION_NAMES = (
+    "adaptive_noise_scale", "cache_latents", "caption_dropout_every_n_epochs", "caption_dropout_rate",
+    "caption_tag_dropout_rate", "clip_skip", "debiased_estimation_loss", "face_crop_aug_range", "fp8_base",
+    "fp8_base_unet", "full_fp16", "gradient_accumulation_steps", "gradient_checkpointing", "huber_c", "huber_scale",
+    "huber_schedule", "ip_noise_gamma", "ip_noise_gamma_random_strength", "learning_rate", "loss_type", "lowram",
+    "lr_scheduler", "lr_warmup_steps", "max_grad_norm", "max_token_length", "max_validation_steps", "min_snr_gamma",
+    "mixed_precision", "multires_noise_discount", "multires_noise_iterations", "network_dropout", "noise_offset",
+    "noise_offset_random_strength", "output_name", "prior_loss_weight", "resize_interpolation", "scale_weight_norms",
+    "text_encoder_lr", "training_comment", "unet_lr", "v2", "validate_every_n_epochs", "validate_every_n_steps",
+    "validation_seed", "validation_split", "zero_terminal_snr",
     # options that only some architectures have
-    "ss_apply_lg_attn_mask": "apply_lg_attn_mask",
-    "ss_apply_t5_attn_mask": "apply_t5_attn_mask",
-    "ss_discrete_flow_shift": "discrete_flow_shift",
-    "ss_guidance_scale": "guidance_scale",
-    "ss_logit_mean": "logit_mean",
-    "ss_logit_std": "logit_std",
-    "ss_mode_scale": "mode_scale",
-    "ss_model_prediction_type": "model_prediction_type",
-    "ss_model_type": "model_type",
-    "ss_sigmoid_scale": "sigmoid_scale",
-    "ss_timestep_sampling": "timestep_sampling",
-    "ss_weighting_scheme": "weighting_scheme",
-}
+    "apply_lg_attn_mask", "apply_t5_attn_mask", "discrete_flow_shift", "guidance_scale", "logit_mean", "logit_std",
+    "mode_scale", "model_prediction_type", "model_type", "sigmoid_scale", "timestep_sampling", "weighting_scheme",
+)  # fmt: skip
+OTHER_KEYS = {"debiased_estimation_loss": "ss_debiased_estimation"}  # option -> its key where that is another
 # Keys that --no_metadata keeps because readers and the merge tools need them.
 MINIMUM_KEYS = (
     "ss_v2",
@@ -158,10 +112,6 @@ class DatasetFacts:
         rows = {str(i): {"resolution": list(size), "count": count} for i, (size, count) in enumerate(self.buckets)}
         return {"buckets": rows, "mean_img_ar_error": self.mean_img_ar_error}
 
-    def tags(self) -> dict[str, dict[str, int]]:
-        """Tag frequency by base name of the folder; folders with the same base name are added up."""
-        return named_tags(self.tag_frequency)
-
     def row(self) -> dict[str, Any]:
         """The dataset's entry in ss_datasets."""
         return {
@@ -173,7 +123,7 @@ class DatasetFacts:
             "enable_bucket": self.enable_bucket,
             "min_bucket_reso": self.min_bucket_reso,
             "max_bucket_reso": self.max_bucket_reso,
-            "tag_frequency": self.tags(),
+            "tag_frequency": named_tags(self.tag_frequency),
             "bucket_info": self.bucket_info(),
             "resize_interpolation": self.resize_interpolation,
             "subsets": [subset.row(self.is_dreambooth) for subset in self.subsets],
@@ -233,7 +183,8 @@ def build_metadata(
 
     step, epoch: optimizer steps done and epochs finished; now: Unix seconds of the save; minimum: --no_metadata.
     """
-    keys: dict[str, Any] = {key: run.options[name] for key, name in OPTION_KEYS.items() if name in run.options}
+    given = [name for name in OPTION_NAMES if name in run.options]
+    keys: dict[str, Any] = {OTHER_KEYS.get(name, f"ss_{name}"): run.options[name] for name in given}
     keys |= {**_run_keys(run), **_network_keys(run), **_dataset_keys(run), **run.files}
     keys |= {"ss_steps": step, "ss_epoch": epoch, "ss_training_finished_at": now}
     if minimum:
@@ -316,7 +267,8 @@ def _single_dataset_keys(run: RunFacts) -> dict[str, Any]:
 
 def modelspec(options: Mapping[str, Any], spec: SpecFacts, metadata: MetadataOptions, *, now: float) -> dict[str, str]:
     """The modelspec.* keys. Raises UserError when the thumbnail cannot be read."""
-    keys: dict[str, Any] = {
+    keys: dict[str, Any] = {name.removeprefix("metadata_"): value for name, value in vars(metadata).items()}
+    keys |= {
         "sai_model_spec": SPEC_VERSION,
         "architecture": spec.architecture,
         "implementation": spec.implementation,
@@ -325,16 +277,7 @@ def modelspec(options: Mapping[str, Any], spec: SpecFacts, metadata: MetadataOpt
         "date": datetime.fromtimestamp(int(now)).isoformat(),
         "implementation_version": f"trainyard/{spec.version}",
         "prediction_type": spec.prediction_type,
-        "author": metadata.metadata_author,
-        "description": metadata.metadata_description,
-        "license": metadata.metadata_license,
-        "tags": metadata.metadata_tags,
-        "usage_hint": metadata.metadata_usage_hint,
         "thumbnail": data_url(metadata.metadata_thumbnail) if metadata.metadata_thumbnail else None,
-        "merged_from": metadata.metadata_merged_from,
-        "trigger_phrase": metadata.metadata_trigger_phrase,
-        "preprocessor": metadata.metadata_preprocessor,
-        "is_negative_embedding": metadata.metadata_is_negative_embedding,
         "encoder_layer": options.get("clip_skip"),
         "timestep_range": _timestep_range(options),
     }
@@ -362,7 +305,7 @@ def data_url(thumbnail: str) -> str:
 
 
 def named_tags(tag_frequency: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:
-    """Tag frequency by base name of the folder: base name -> tag -> count."""
+    """Tag frequency by base name of the folder: base name -> tag -> count. Equal base names are added up."""
     found: dict[str, Counter[str]] = {}
     for folder, counts in tag_frequency.items():
         found.setdefault(base_name(folder), Counter()).update(counts)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -24,61 +24,20 @@ from library.data.encoding import Text, TextSource, pixels_of, reference_pixels
 from library.data.images import load_control, resize
 from library.device import empty_cache, kept_random_state, on_device
 from library.errors import first_names
+from library.families.family import ModelFamily
 from library.io.atomic import atomic_write
 from library.log import get_logger
-from library.objectives.base import Sampler
+from library.objectives.base import Objective, Sampler
 from library.rng import derive_seed
 from library.sampling.options import SampleOptions
 from library.sampling.prompts import INLINE, Prompt, given_fields
 from library.sampling.references import references_of, shown_of, size_of
-from library.types import Batch, Cond, LatentSpec, ReferenceSpec, Size, Tokens, like
+from library.types import Batch, Cond, Size, like
 
 log = get_logger()
 
-# Fields that only some architectures can honour.
+# Fields of prompts that only some architectures support.
 SPECIAL_FIELDS = ("guidance_scale", "controlnet_image", "cfg_trunc_ratio", "renorm_cfg", "flow_shift", "references")
-
-
-class SamplerSource(Protocol):
-    """The part of an objective that previews need."""
-
-    def sampler(self, name: str, steps: int, *, size: tuple[int, int], shift: float | None = None) -> Sampler: ...
-
-
-class Defaults(Protocol):
-    """The part of `library.families.family.PreviewDefaults` that previews need."""
-
-    @property
-    def steps(self) -> int: ...
-    @property
-    def scale(self) -> float: ...
-    @property
-    def guidance(self) -> float | None: ...
-    @property
-    def cfg_trunc_ratio(self) -> float | None: ...
-    @property
-    def renorm_cfg(self) -> float | None: ...
-    @property
-    def honoured(self) -> tuple[str, ...]: ...
-
-
-class Family(Protocol):
-    """The part of a model family that previews need."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def latent(self) -> LatentSpec: ...
-    @property
-    def preview(self) -> Defaults: ...
-    @property
-    def references(self) -> ReferenceSpec | None: ...
-    def tokenize_with(self, captions: list[str], pictures: Sequence[Sequence[Tensor]]) -> Tokens: ...
-    def encode_text(self, tokens: Tokens, encoders: Mapping[str, nn.Module]) -> Cond: ...
-    def join_conds(self, conds: list[Cond]) -> Cond: ...
-    def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Cond, batch: Batch | None) -> Tensor: ...
-    def encode_reference(self, vae: nn.Module, pixels: Tensor) -> Tensor: ...
-    def decode_latent(self, vae: nn.Module, latents: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -120,8 +79,8 @@ class Previewer:
 
     def __init__(
         self,
-        family: Family,
-        objective: SamplerSource,
+        family: ModelFamily,
+        objective: Objective,
         prompts: Sequence[Prompt],
         *,
         output_dir: str | Path,

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from library.errors import UserError, nearest, unknown
 from library.options import convert
@@ -22,57 +22,35 @@ from library.text_files import read_json, read_text, read_toml
 from library.values import cut, shown, text_problem
 
 
+def _inline(name: str, low: float = 0, high: float = 1000) -> Any:
+    """A field of `Prompt` with the name of its inline option; numbers are from `low` to `high`."""
+    return field(default=None, metadata={"inline": name, "limits": (low, high)})
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One preview picture. None: the previewer's own value. Sizes in pixels."""
 
     prompt: str
-    negative_prompt: str = ""
-    width: int | None = None
-    height: int | None = None
-    seed: int | None = None
-    sample_steps: int | None = None
-    scale: float | None = None  # of classifier-free guidance
-    guidance_scale: float | None = None  # of distilled models
-    sample_sampler: str | None = None
-    controlnet_image: str | None = None
-    cfg_trunc_ratio: float | None = None
-    renorm_cfg: float | None = None
-    flow_shift: float | None = None
-    references: tuple[str, ...] | None = None  # files of reference pictures
+    width: int | None = _inline("w", 8, 16384)
+    height: int | None = _inline("h", 8, 16384)
+    seed: int | None = _inline("d", 0, 2**64 - 1)
+    sample_steps: int | None = _inline("s", 1)
+    scale: float | None = _inline("l")  # of classifier-free guidance
+    guidance_scale: float | None = _inline("g")  # of distilled models
+    negative_prompt: str = field(default="", metadata={"inline": "n"})
+    sample_sampler: str | None = _inline("ss")
+    controlnet_image: str | None = _inline("cn")
+    cfg_trunc_ratio: float | None = _inline("ctr", 0, 1)
+    renorm_cfg: float | None = _inline("rcfg")
+    flow_shift: float | None = _inline("fs")
+    references: tuple[str, ...] | None = _inline("ref")  # files of reference pictures
 
 
-# Inline option -> field
-INLINE = {
-    "w": "width",
-    "h": "height",
-    "d": "seed",
-    "s": "sample_steps",
-    "l": "scale",
-    "g": "guidance_scale",
-    "n": "negative_prompt",
-    "ss": "sample_sampler",
-    "cn": "controlnet_image",
-    "ctr": "cfg_trunc_ratio",
-    "rcfg": "renorm_cfg",
-    "fs": "flow_shift",
-    "ref": "references",
-}
-INTEGERS = ("width", "height", "seed", "sample_steps")
-TEXTS = ("prompt", "negative_prompt", "sample_sampler", "controlnet_image")
-LISTS = ("references",)  # inline options that may stand several times
-FIELDS = tuple(f.name for f in fields(Prompt))
-LIMITS: dict[str, tuple[float, float]] = {
-    "width": (8, 16384),
-    "height": (8, 16384),
-    "seed": (0, 2**64 - 1),
-    "sample_steps": (1, 1000),
-    "scale": (0, 1000),
-    "guidance_scale": (0, 1000),
-    "cfg_trunc_ratio": (0, 1),
-    "renorm_cfg": (0, 1000),
-    "flow_shift": (0, 1000),
-}
+FIELDS = {f.name: f for f in fields(Prompt)}
+TYPES = get_type_hints(Prompt)
+INLINE = {f.metadata["inline"]: name for name, f in FIELDS.items() if f.metadata}  # inline option -> field
+LISTS = ("references",)  # fields whose inline option may be given several times
 
 
 def load_prompts(path: str | Path) -> tuple[Prompt, ...]:
@@ -210,12 +188,13 @@ def _read_value(key: str, raw: Any) -> Any:
     """The value of a field. Raises ValueError with what it expects."""
     if key in LISTS:
         return tuple(_picture(convert(path, str)) for path in (raw if isinstance(raw, list) else [raw]))
-    value = convert(raw, str if key in TEXTS else int if key in INTEGERS else float)
-    wrong = text_problem(value) if key in TEXTS and key != "controlnet_image" else None
-    if wrong:
-        raise ValueError(wrong)
-    if key in LIMITS:
-        low, high = LIMITS[key]
+    value = convert(raw, next((kind for kind in (int, float) if kind in get_args(TYPES[key])), str))
+    if isinstance(value, str):
+        wrong = text_problem(value) if key != "controlnet_image" else None
+        if wrong:
+            raise ValueError(wrong)
+    else:
+        low, high = FIELDS[key].metadata["limits"]
         if not low <= value <= high:
             raise ValueError(f"must be between {low} and {high}, got {cut(str(value))}")
     if key == "sample_sampler" and value not in SAMPLER_NAMES:

@@ -7,11 +7,12 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from library.data.dataset import TrainingData
 from library.data.parts import DatasetStats
-from library.data.records import DatasetConfig, Sample
+from library.data.records import DatasetConfig, Sample, SubsetConfig
 from library.families.sheet import ModelFacts
 from library.io.metadata import (
     VERSION,
@@ -58,27 +59,13 @@ class FileHashes:
 def subset_facts(config: DatasetConfig, samples: Sequence[Sample]) -> tuple[SubsetFacts, ...]:
     """The facts of each subset of a dataset."""
     counts = Counter(id(sample.subset) for sample in samples)
-    return tuple(
-        SubsetFacts(
-            source=subset.name,
-            img_count=counts[id(subset)],
-            num_repeats=subset.num_repeats,
-            color_aug=subset.images.color_aug,
-            flip_aug=subset.images.flip_aug,
-            random_crop=subset.images.random_crop,
-            shuffle_caption=subset.captions.shuffle_caption,
-            keep_tokens=subset.captions.keep_tokens,
-            keep_tokens_separator=subset.captions.keep_tokens_separator,
-            secondary_separator=subset.captions.secondary_separator,
-            enable_wildcard=subset.captions.enable_wildcard,
-            caption_prefix=subset.captions.caption_prefix,
-            caption_suffix=subset.captions.caption_suffix,
-            resize_interpolation=subset.images.resize_interpolation,
-            class_tokens=subset.class_tokens,
-            is_reg=subset.is_reg,
-        )
-        for subset in config.subsets
-    )
+    return tuple(_subset_facts(subset, counts[id(subset)]) for subset in config.subsets)
+
+
+def _subset_facts(subset: SubsetConfig, img_count: int) -> SubsetFacts:
+    settings = {**vars(subset.captions), **vars(subset.images), **vars(subset)}
+    same = {f.name: settings[f.name] for f in fields(SubsetFacts) if f.name in settings}
+    return SubsetFacts(source=subset.name, img_count=img_count, **same)
 
 
 def tag_frequency(trained: Sequence[Sample], texts: Callable[[Sample], Sequence[str]]) -> dict[str, dict[str, int]]:

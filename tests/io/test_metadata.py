@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from library.errors import UserError
 from library.io.checkpoint import save_tensors
 from library.io.metadata import (
-    OPTION_KEYS,
+    OPTION_NAMES,
     DatasetFacts,
     RunFacts,
     SpecFacts,
@@ -47,7 +47,7 @@ FLOW = (  # options that train_network.py has not
     "mode_scale", "model_prediction_type", "model_type", "sigmoid_scale", "timestep_sampling", "weighting_scheme",
 )  # fmt: skip
 DEFAULTS: dict[str, Any] = {
-    **{name: None for name in OPTION_KEYS.values() if name not in FLOW},
+    **{name: None for name in OPTION_NAMES if name not in FLOW},
     **dict.fromkeys(SWITCHES, False),
     "caption_dropout_every_n_epochs": 0, "caption_dropout_rate": 0.0, "caption_tag_dropout_rate": 0.0,
     "gradient_accumulation_steps": 1, "huber_c": 0.1, "huber_scale": 1.0, "huber_schedule": "snr",

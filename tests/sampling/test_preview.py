@@ -58,7 +58,7 @@ def previewer(family: Any, prompts: Sequence[Prompt], folder: Path, **changes: A
     return Previewer(family, OBJECTIVE, prompts, **{**known, **changes})
 
 
-CAT = Prompt("red cat", "blue dog", seed=7, sample_steps=3, scale=4.0)
+CAT = Prompt("red cat", negative_prompt="blue dog", seed=7, sample_steps=3, scale=4.0)
 
 
 # ---- the picture --------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from library.sampling.prompts import Prompt, given_fields, load_prompts
 FULL_LINE = (
     "a cat, 2girls --n bad, worse --w 640 --h 448 --d 7 --s 12 --l 6.5 --g 3.5 --ss euler_a --ctr 0.25 --rcfg 1 --fs 3"
 )
-FULL = Prompt("a cat, 2girls", "bad, worse", 640, 448, 7, 12, 6.5, 3.5, "euler_a", None, 0.25, 1.0, 3.0)
+FULL = Prompt("a cat, 2girls", 640, 448, 7, 12, 6.5, 3.5, "bad, worse", "euler_a", None, 0.25, 1.0, 3.0)
 
 
 def write(path: Path, text: str) -> Path:
