@@ -52,8 +52,9 @@ def ours(algo: str, unet: nn.Module, encoder: nn.Module | None = None, dim: int 
 def own_layer(algo: str, module: nn.Module, rank: int, **arguments: str) -> Any:
     """A new layer of ours on a module."""
     target = TargetSpec("lora_unet_x", (TargetModule("x", module),), "denoiser")
-    kind = MODULES[algo].KIND
-    return kind.make(target, rank, 3.0, kind.settings(read_network_args(kind.arguments, arguments), None))
+    builder = MODULES[algo].BUILDER
+    options = read_network_args(builder.arguments, arguments)
+    return builder.kind.make(target, rank, 3.0, builder.kind.settings(options, None))
 
 
 def their_layer(algo: str, module: nn.Module, rank: int, **arguments: str) -> Any:
