@@ -53,8 +53,8 @@ def own_layer(algo: str, module: nn.Module, rank: int, **arguments: str) -> Any:
     """A new layer of ours on a module."""
     target = TargetSpec("lora_unet_x", (TargetModule("x", module),), "denoiser")
     builder = MODULES[algo].BUILDER
-    settings = builder.kind.settings(read_network_args(builder.arguments, arguments), None)
-    return builder.kind.make(target, rank, 3.0, settings)
+    options = read_network_args(builder.arguments, arguments)
+    return builder.kind.make(target, rank, 3.0, builder.kind.settings(options, None))
 
 
 def their_layer(algo: str, module: nn.Module, rank: int, **arguments: str) -> Any:
