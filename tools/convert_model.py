@@ -292,8 +292,8 @@ def convert(options: ConversionOptions) -> None:
         family.check_weights()
         dtype = None if options.precision == "no" else DTYPES[options.precision]
         target.parent.mkdir(parents=True, exist_ok=True)
-        form = CheckpointForm(kind, epochs=options.epoch, steps=options.global_step)
-        family.save_as(form, family.load_denoiser(None, "cpu"), {}, target, dtype, header(options))
+        form = CheckpointForm(kind, options.epoch, options.global_step, dtype, header(options))
+        family.save(family.load_denoiser(None, "cpu"), {}, target, form)
     log.info(f"wrote {target}")
 
 

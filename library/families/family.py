@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,8 +25,22 @@ from library.weights import kl_vae, weight_check
 from library.weights.loading import Part
 from library.weights.new_tokens import NewWord
 from library.weights.quick_import import import_diffusers
+from library.weights.text import ClipTokenizer
+from library.weights.text_encoders import EncoderPart
+from library.weights.tokenizers import TextTokenizer
 
 STAYING_BLOCKS = 2  # that are never swapped, as in sd-scripts
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelParts:
+    """Where each module of a model comes from."""
+
+    path: Path  # of the model: a file or a folder
+    denoiser: Part
+    config: Mapping[str, Any]  # of the denoiser, as diffusers has it
+    vae: Part
+    encoders: Mapping[str, EncoderPart]  # those that were found, in the order of adapter files
 
 
 class ModelFamily(ABC):
@@ -54,6 +70,16 @@ class ModelFamily(ABC):
 
     # ---- loading
 
+    @property
+    @abstractmethod
+    def parts(self) -> ModelParts:
+        """Headers of the files. The first use downloads what is given as a hub id."""
+
+    @property
+    @abstractmethod
+    def tokenizers(self) -> Mapping[str, ClipTokenizer | TextTokenizer]:
+        """The tokenizer of each text encoder of this run."""
+
     @abstractmethod
     def check(self) -> None:
         """Find the files and read their headers. Raises UserError for whatever a header can tell."""
@@ -68,32 +94,37 @@ class ModelFamily(ABC):
         weight_check.check_weights(parts, self.part("denoiser").file.path)
 
     @property
-    @abstractmethod
     def encoders(self) -> tuple[str, ...]:
         """Names of the text encoders of this run, in the order of adapter files and learning rates.
 
         Optional ones that were not given are left out. Known after `check`.
         """
+        return tuple(self.sheet.adapter_prefixes)
 
-    @abstractmethod
     def load_text_encoder(
         self, name: str, dtype: torch.dtype | None, device: torch.device | str, *, storage: Storage = "plain"
     ) -> nn.Module:
         """Frozen, in evaluation mode. dtype None: as the file has it. storage: as in `loading.Part.load`."""
+        return self.part(name).load(dtype, device, storage=storage)
 
-    @abstractmethod
     def load_vae(self, dtype: torch.dtype | None, device: torch.device | str) -> nn.Module:
-        """Frozen, in evaluation mode. dtype None: as the file has it."""
+        """Frozen, in evaluation mode, in `vae_dtype(dtype)`. dtype None: as the file has it."""
+        return self.parts.vae.load(self.vae_dtype(dtype), device)
 
-    @abstractmethod
+    def vae_dtype(self, dtype: torch.dtype | None) -> torch.dtype | None:
+        """The dtype of the VAE where that of the run is `dtype`: float32 with --no_half_vae."""
+        return torch.float32 if self.options.no_half_vae else dtype
+
     def load_denoiser(
         self, dtype: torch.dtype | None, device: torch.device | str, *, storage: Storage = "plain"
     ) -> nn.Module:
         """Frozen, in evaluation mode. dtype None: as the file has it. storage: as in `loading.Part.load`."""
+        return self.parts.denoiser.load(dtype, device, storage=storage)
 
-    @abstractmethod
     def part(self, name: str) -> Part:
         """Where "denoiser", "vae" or a text encoder comes from."""
+        own = {"denoiser": self.parts.denoiser, "vae": self.parts.vae}
+        return own[name] if name in own else self.parts.encoders[name].part
 
     def empty_denoiser(self, dtype: torch.dtype | None = None, storage: Storage = "plain") -> nn.Module:
         """The module of `load_denoiser` with its weights on the meta device, without memory for them."""
@@ -246,42 +277,31 @@ class ModelFamily(ABC):
         return self.name
 
     @abstractmethod
-    def save(
-        self,
-        denoiser: nn.Module,
-        encoders: Mapping[str, nn.Module],
-        path: Path,
-        dtype: torch.dtype | None,
-        metadata: Mapping[str, str] | None,
-    ) -> None:
-        """Write a checkpoint in published names (.safetensors), whole or not at all. dtype None: as it is.
+    def save(self, denoiser: nn.Module, encoders: Mapping[str, nn.Module], path: Path, form: CheckpointForm) -> None:
+        """Write a checkpoint in published names, whole or not at all. form: one of the sheet's `formats`.
 
-        encoders: those that learned. What else belongs into the file is taken from the source.
+        encoders: those that learned. What else belongs into the file is taken from the source. `path` is a folder
+        where the form is one.
         """
 
-    def save_as(
-        self,
-        form: CheckpointForm,
-        denoiser: nn.Module,
-        encoders: Mapping[str, nn.Module],
-        path: Path,
-        dtype: torch.dtype | None,
-        metadata: Mapping[str, str] | None,
-    ) -> None:
-        """`save` in one of `formats`; `path` is a folder where the form is one."""
-        self.save(denoiser, encoders, path, dtype, metadata)
-
-    @abstractmethod
     def vae_fingerprint(self) -> str:
         """A hash of all that cached latents depend on besides the pictures."""
+        return self.parts.vae.fingerprint()
 
-    @abstractmethod
     def text_fingerprint(self, name: str) -> str:
         """A hash of all that cached outputs of encoder `name` depend on besides the captions."""
+        settings = self.text_settings(name)
+        text = f"{self.part(name).fingerprint()} {self.tokenizers[name].fingerprint()} {settings}"
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     @abstractmethod
+    def text_settings(self, name: str) -> tuple[Any, ...]:
+        """The options that change the outputs of encoder `name`: part of the key of their cache."""
+
     def model_names(self) -> dict[str, str]:
         """What was given for "sd_model" and "vae": `library.io.metadata.file_facts` makes names and hashes of it."""
+        names = {"sd_model": self.options.pretrained_model_name_or_path, "vae": self.options.own_vae}
+        return {kind: name for kind, name in names.items() if name}
 
     def facts(self) -> ModelFacts:
         """What the metadata of saved files say about the model."""

@@ -39,6 +39,11 @@ class ModelOptions:
         path=True,
     )
 
+    @property
+    def own_vae(self) -> str | None:
+        """The VAE that takes the place of the model's own."""
+        return self.vae
+
     def problems(self) -> Iterator[str]:
         if not self.pretrained_model_name_or_path:
             yield "--pretrained_model_name_or_path is missing: give a checkpoint file, a diffusers folder or a hub id"

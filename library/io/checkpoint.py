@@ -8,7 +8,7 @@ import re
 import uuid
 from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,8 @@ class CheckpointForm:
     kind: str = "safetensors"  # a key of EXTENSIONS
     epochs: int = 0
     steps: int = 0
+    dtype: torch.dtype | None = None  # None: each weight keeps its own
+    metadata: Mapping[str, str] = field(default_factory=dict)  # of a .safetensors file
 
     @property
     def is_folder(self) -> bool:

@@ -80,8 +80,7 @@ def _models(planned: Planned) -> Models:
     encoders = {name: empty(name) for name in family.encoders if name in planned.learning.parts}
     vae = None
     if not planned.caches_latents:
-        half = not vars(family.options).get("no_half_vae", False)
-        vae = family.part("vae").empty(planned.dtype if half else torch.float32)
+        vae = family.part("vae").empty(family.vae_dtype(planned.dtype))
     models = Models(denoiser, encoders, vae)
     for module in models.all():
         materialise(module, device)

@@ -59,6 +59,11 @@ class EncoderPart:
     vocabulary: int  # rows of the token embedding
     width: int  # of the states
 
+    @classmethod
+    def of_clip(cls, part: Part, config: Mapping[str, Any]) -> EncoderPart:
+        """A CLIP whose whole configuration is known."""
+        return cls(part, config["num_hidden_layers"], config["vocab_size"], config["hidden_size"])
+
     def published(self, module: nn.Module) -> dict[str, Tensor]:
         """The module's tensors under transformers' names, CLIP's below `text_model.`, for a file of its own."""
         seen: set[int] = set()

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from library.errors import UserError
+from library.io.checkpoint import CheckpointForm
 from tests.families import CASES
 from tests.families.base import Case
 from tests.trainers.finetune_runs import Recorded, finetune, finetune_with_stop, open_adapters
@@ -136,7 +137,7 @@ def published_gradients(run: Run, file: Path) -> dict[str, Tensor]:
     with torch.no_grad():
         for name, parameter in denoiser.named_parameters():
             parameter.copy_(trainer.gradients[0].get(f"denoiser.{name}", torch.zeros(())))
-    trainer.family.save(denoiser, {}, file, None, {})
+    trainer.family.save(denoiser, {}, file, CheckpointForm())
     own = {name: p.detach() for name, p in denoiser.named_parameters()}
     published = {key.removeprefix("model.diffusion_model."): value for key, value in load_file(file).items()}
     return {DENOISER + k.removesuffix(".weight").replace(".", "_"): v for k, v in {**own, **published}.items()}

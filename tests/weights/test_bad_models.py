@@ -238,5 +238,5 @@ def test_a_tokenizer_of_the_hub_is_kept(single, tmp_path, monkeypatch):
     shutil.rmtree(hub)
     second = family(path, tokenizer_cache_dir=str(cache))
     second.check()
-    assert second.tokenizer.folder == cache / "openai_clip-vit-large-patch14"
-    assert second.tokenizer.fingerprint() == first.tokenizer.fingerprint()
+    assert second.tokenizers["clip"].folder == cache / "openai_clip-vit-large-patch14"
+    assert second.tokenizers["clip"].fingerprint() == first.tokenizers["clip"].fingerprint()

@@ -15,6 +15,7 @@ from library.families.flux.model import pack, picture_ids, unpack
 from library.families.flux.options import FluxFlowOptions, FluxOptions
 from library.families.flux.parts import FLUX, PUBLISHED, denoiser_rules, rotary_axes, sizes
 from library.families.registry import FAMILIES, open_family
+from library.io.checkpoint import CheckpointForm
 from library.key_tables import publish
 from library.memory.checkpointing import Recomputation
 from library.objectives.flow import resolution_shift
@@ -131,7 +132,7 @@ def test_text_encoders_are_the_same_from_every_layout(models):
 def test_published_file_comes_out_bit_equal(models, tmp_path, variant, layout):
     options = models(variant, layout)
     flux = family(options)
-    flux.save(flux.load_denoiser(None, "cpu"), {}, tmp_path / "m.safetensors", None, {"a": "b"})
+    flux.save(flux.load_denoiser(None, "cpu"), {}, tmp_path / "m.safetensors", CheckpointForm(metadata={"a": "b"}))
     source, result = load_file(options["pretrained_model_name_or_path"]), load_file(tmp_path / "m.safetensors")
     prefix = "model.diffusion_model." if layout == "comfy" else ""
     assert {name.removeprefix(prefix) for name in source} == set(result)
@@ -146,7 +147,7 @@ def test_save_casts_and_loads_again(models, tmp_path):
     options, path = models("dev", "diffusers"), tmp_path / "m.safetensors"
     flux = family(options)
     denoiser = flux.load_denoiser(None, "cpu")
-    flux.save(denoiser, {}, path, torch.bfloat16, None)
+    flux.save(denoiser, {}, path, CheckpointForm(dtype=torch.bfloat16))
     assert {tensor.dtype for tensor in load_file(path).values()} == {torch.bfloat16}
     again = family(models("dev", "files"), pretrained_model_name_or_path=path).load_denoiser(None, "cpu").state_dict()
     assert all(torch.equal(again[name], tensor.bfloat16()) for name, tensor in denoiser.state_dict().items())

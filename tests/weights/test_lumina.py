@@ -15,6 +15,7 @@ from library.families.lumina.model import ENCODER, MASK, Lumina
 from library.families.lumina.options import LuminaFlowOptions, LuminaOptions
 from library.families.lumina.parts import build_denoiser, denoiser_rules, layout, rope_axes
 from library.families.registry import FAMILIES
+from library.io.checkpoint import CheckpointForm
 from library.key_tables import publish
 from library.memory.checkpointing import Recomputation, recompute_encoders
 from library.objectives.base import Predict
@@ -487,7 +488,9 @@ def test_objective_and_the_noise_levels_of_previews(models):
 def test_save_gives_back_the_file(models, tmp_path):
     source = models["files"]["pretrained_model_name_or_path"]
     lumina = family(models["files"])
-    lumina.save(lumina.load_denoiser(None, "cpu"), {}, tmp_path / "out.safetensors", None, {"a": "b"})
+    lumina.save(
+        lumina.load_denoiser(None, "cpu"), {}, tmp_path / "out.safetensors", CheckpointForm(metadata={"a": "b"})
+    )
     before, after = load_file(source), load_file(tmp_path / "out.safetensors")
     assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
     from library.weights.weight_files import open_weights
@@ -497,7 +500,9 @@ def test_save_gives_back_the_file(models, tmp_path):
 
 def test_save_from_a_pipeline_in_half_precision(models, tmp_path):
     lumina = family(models["diffusers"])
-    lumina.save(lumina.load_denoiser(None, "cpu"), {}, tmp_path / "out.safetensors", torch.bfloat16, None)
+    lumina.save(
+        lumina.load_denoiser(None, "cpu"), {}, tmp_path / "out.safetensors", CheckpointForm(dtype=torch.bfloat16)
+    )
     expected, saved = (
         load_file(models["files"]["pretrained_model_name_or_path"]),
         load_file(tmp_path / "out.safetensors"),

@@ -83,7 +83,7 @@ def test_fingerprint_knows_the_word(plain: ClipTokenizer) -> None:
 
 
 def test_family_learns_a_word(family: StableDiffusion) -> None:
-    before = family.tokenizer
+    before = family.tokenizers["clip"]
     (word,) = family.add_word("zap", 2, "cat dog").values()
     cat, dog = before.tokenizer("cat dog", add_special_tokens=False).input_ids
     assert word == NewWord((FIRST, SECOND), 32, (cat, dog))
@@ -100,7 +100,7 @@ def test_known_words_are_refused(word: str, other: str, family: StableDiffusion)
 
 def test_start_without_a_word_is_refused(family: StableDiffusion) -> None:
     with pytest.raises(UserError, match="--init_word ' ': the tokenizer finds no word in it"):
-        add_word(family.tokenizer, family.parts.text_encoder, "zip", 1, " ")
+        add_word(family.tokenizers["clip"], family.part("clip"), "zip", 1, " ")
 
 
 # ---- rows -----------------------------------------------------------------------------------------------------------

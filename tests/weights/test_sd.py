@@ -17,8 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from library.families.options import ModelOptions
 from library.families.registry import FAMILIES
-from library.families.sd.model import StableDiffusion, betas
+from library.families.sd.model import StableDiffusion
 from library.families.sd.options import SDOptions
+from library.families.sd.unet_family import betas
+from library.io.checkpoint import CheckpointForm
 from library.memory.checkpointing import Recomputation, recompute_encoders
 from library.objectives.options import DDPMOptions, LossOptions
 from tests.tiny import LAYERS, WIDTH, make_tiny_sd, tiny_modules, vocabulary
@@ -149,7 +151,7 @@ def test_diffusers_opens_our_single_file(models, tmp_path, version):
     sd = family(models[version, "diffusers"], v2=version == 2)
     unet, vae, encoder = load_all(sd)
     path = tmp_path / "out.safetensors"
-    sd.save(unet, {"clip": encoder}, path, None, {"modelspec.title": "t"})
+    sd.save(unet, {"clip": encoder}, path, CheckpointForm(metadata={"modelspec.title": "t"}))
     pipeline = StableDiffusionPipeline.from_single_file(
         str(path), config=str(models[version, "diffusers"]), local_files_only=True
     )
@@ -384,7 +386,7 @@ def test_save_gives_back_the_file(models, tmp_path, version):
     source = models[version, "single"]
     sd = family(source, v2=version == 2)
     unet, _, encoder = load_all(sd)
-    sd.save(unet, {"clip": encoder}, tmp_path / "out.safetensors", None, {"a": "b"})
+    sd.save(unet, {"clip": encoder}, tmp_path / "out.safetensors", CheckpointForm(metadata={"a": "b"}))
     before, after = load_file(source), load_file(tmp_path / "out.safetensors")
     assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
     from library.weights.weight_files import open_weights
@@ -402,7 +404,7 @@ def test_save_in_half_precision_and_what_sd2_keeps_of_its_source(models, tmp_pat
     unet, _, encoder = load_all(sd)
     with torch.no_grad():
         encoder.final_layer_norm.bias.fill_(3)
-    sd.save(unet, {"clip": encoder}, tmp_path / "out.safetensors", torch.float16, None)
+    sd.save(unet, {"clip": encoder}, tmp_path / "out.safetensors", CheckpointForm(dtype=torch.float16))
     saved = load_file(tmp_path / "out.safetensors")
     assert saved.keys() == tensors.keys() and {t.dtype for t in saved.values()} == {torch.float16}
     assert torch.equal(saved[kept], tensors[kept].half())

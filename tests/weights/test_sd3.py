@@ -16,6 +16,7 @@ from library.errors import UserError
 from library.families.sd3.model import StableDiffusion3
 from library.families.sd3.options import SD3FineTuneOptions, SD3FlowOptions, SD3Options
 from library.families.sd3.parts import PUBLISHED, build_mmdit, kind, layout, mmdit_rules
+from library.io.checkpoint import CheckpointForm
 from library.key_tables import publish
 from library.objectives.base import Predict
 from library.objectives.options import LossOptions
@@ -175,7 +176,9 @@ def rule_shapes(module, rules):
 def test_published_to_ours_to_published_is_bit_equal(models, tmp_path, kind, layout):
     sd3 = family(models[kind, layout])
     path = tmp_path / "out.safetensors"
-    sd3.save(sd3.load_denoiser(None, "cpu"), load_encoders(sd3), path, None, {"modelspec.title": "t"})
+    sd3.save(
+        sd3.load_denoiser(None, "cpu"), load_encoders(sd3), path, CheckpointForm(metadata={"modelspec.title": "t"})
+    )
     whole = load_file(models[kind, "single"]["pretrained_model_name_or_path"])
     found = load_file(path)
     assert found.keys() == {k for k in whole if not k.startswith("text_encoders.")}
@@ -195,7 +198,7 @@ def test_only_what_learned_is_beside_and_everything_loads_again(models, tmp_path
         for parameter in module.parameters():
             parameter.data.add_(0.125)
     path = tmp_path / "out.safetensors"
-    sd3.save(denoiser, {"clip_g": clip_g}, path, torch.bfloat16, None)
+    sd3.save(denoiser, {"clip_g": clip_g}, path, CheckpointForm(dtype=torch.bfloat16))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.safetensors", "out_clip_g.safetensors"]
     again = family(
         {**options, "vae": None, "pretrained_model_name_or_path": path, "clip_g": tmp_path / "out_clip_g.safetensors"}
@@ -214,7 +217,7 @@ def test_diffusers_opens_our_checkpoint(models, tmp_path):
 
     sd3 = family(models["5-medium", "single"])
     denoiser = sd3.load_denoiser(None, "cpu")
-    sd3.save(denoiser, {}, tmp_path / "out.safetensors", None, None)
+    sd3.save(denoiser, {}, tmp_path / "out.safetensors", CheckpointForm())
     config = pipeline_of(models["5-medium", "single"]) / "transformer"
     found = SD3Transformer2DModel.from_single_file(
         str(tmp_path / "out.safetensors"), config=str(config), local_files_only=True
@@ -424,7 +427,7 @@ def test_position_options_change_the_prediction_and_nothing_in_the_file(models, 
     one, two = (f.predict(f.load_denoiser(None, "cpu"), x_t, t, {}, None) for f in (plain, other))
     assert one.shape == two.shape and not torch.allclose(one, two, atol=1e-4)
     for f, name in ((plain, "a"), (other, "b")):
-        f.save(f.load_denoiser(None, "cpu"), {}, tmp_path / f"{name}.safetensors", None, None)
+        f.save(f.load_denoiser(None, "cpu"), {}, tmp_path / f"{name}.safetensors", CheckpointForm())
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
     with pytest.raises(ValueError, match="24 x 24 patches"):
         other.predict(other.load_denoiser(None, "cpu"), torch.randn(1, 16, 64, 8), t[:1], {}, None)

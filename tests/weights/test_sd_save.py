@@ -51,8 +51,8 @@ def trained(sd: StableDiffusion) -> dict[str, nn.Module]:
 
 
 def write(sd: StableDiffusion, modules: dict[str, nn.Module], path: Path, kind: str, **values: Any) -> Path:
-    form = CheckpointForm(kind, **values)
-    sd.save_as(form, modules["unet"], {"clip": modules["text_encoder"]}, path, None, {"modelspec.title": "t"})
+    form = CheckpointForm(kind, metadata={"modelspec.title": "t"}, **values)
+    sd.save(modules["unet"], {"clip": modules["text_encoder"]}, path, form)
     return path
 
 
@@ -109,8 +109,8 @@ def test_folder_is_a_pipeline(models: Any, tmp_path: Path, case: str, layout: st
     assert_equal(pipeline.unet, modules["unet"])
     assert_equal(pipeline.vae, sd.load_vae(None, "cpu"))
     assert_equal(pipeline.text_encoder, modules["text_encoder"])
-    assert pipeline.tokenizer.pad_token_id == sd.tokenizer.padding
-    assert pipeline.tokenizer(PROMPT).input_ids == sd.tokenizer.tokenizer(PROMPT).input_ids
+    assert pipeline.tokenizer.pad_token_id == sd.tokenizers["clip"].padding
+    assert pipeline.tokenizer(PROMPT).input_ids == sd.tokenizers["clip"].tokenizer(PROMPT).input_ids
     assert pipeline.scheduler.config.prediction_type == ("v_prediction" if case == "sd2 v" else "epsilon")
     if layout == "single":
         assert isinstance(pipeline.scheduler, DDIMScheduler)
@@ -141,13 +141,13 @@ def test_folder_is_read_again_bit_for_bit_also_in_half_precision(models: Any, tm
     sd = family(models["sd2 v", "diffusers"], "sd2 v")
     modules = trained(sd)
     folder = tmp_path / "half"
-    sd.save_as(CheckpointForm(kind), modules["unet"], {}, folder, torch.float16, None)
+    sd.save(modules["unet"], {}, folder, CheckpointForm(kind, dtype=torch.float16))
     again = family(folder, "sd2 v")
     again.check()
     assert_equal(again.load_denoiser(None, "cpu"), modules["unet"].half())
     assert_equal(again.load_text_encoder("clip", None, "cpu"), sd.load_text_encoder("clip", None, "cpu").half())
     assert_equal(again.load_vae(None, "cpu"), sd.load_vae(None, "cpu").half())
-    assert again.tokenizer.fingerprint() == sd.tokenizer.fingerprint()
+    assert again.tokenizers["clip"].fingerprint() == sd.tokenizers["clip"].fingerprint()
 
 
 def test_tokenizer_of_a_single_sd2_file_names_its_padding(models: Any, tmp_path: Path) -> None:
@@ -163,10 +163,10 @@ def test_tokenizer_of_a_single_sd2_file_names_its_padding(models: Any, tmp_path:
             (place / "tokenizer" / "merges.txt").write_text("\n".join(lines))
         (place / "model.safetensors").symlink_to(models["sd2 v", "single"])
         sd = family(place / "model.safetensors", "sd2 v")
-        assert sd.tokenizer.padding == 0 != sd.tokenizer.tokenizer.pad_token_id
+        assert sd.tokenizers["clip"].padding == 0 != sd.tokenizers["clip"].tokenizer.pad_token_id
         write(sd, trained(sd), place / "out", "diffusers_safetensors")
         again = family(place / "out", "sd2 v")
-        assert again.tokenizer.fingerprint() == sd.tokenizer.fingerprint()
+        assert again.tokenizers["clip"].fingerprint() == sd.tokenizers["clip"].fingerprint()
         assert torch.equal(again.tokenize([PROMPT]).ids["clip"], sd.tokenize([PROMPT]).ids["clip"])
 
 

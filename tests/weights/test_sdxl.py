@@ -70,7 +70,7 @@ def changed_file(folder, target, change):
 
 
 def saved(sdxl, path, encoders=None):
-    sdxl.save(sdxl.load_denoiser(None, "cpu"), encoders or {}, path, None, {"a": "b"})
+    sdxl.save(sdxl.load_denoiser(None, "cpu"), encoders or {}, path, CheckpointForm(metadata={"a": "b"}))
     return load_file(path)
 
 
@@ -174,7 +174,7 @@ def test_saved_as_a_folder(folder, tmp_path, is_v):
     marks = {"v_pred": torch.empty(0), "ztsnr": torch.empty(0)} if is_v else {}
     sdxl = family(changed_file(folder, tmp_path, lambda tensors: tensors.update(marks)), v_parameterization=is_v)
     form = CheckpointForm("diffusers_safetensors")
-    sdxl.save_as(form, sdxl.load_denoiser(None, "cpu"), {}, tmp_path / "out", None, None)
+    sdxl.save(sdxl.load_denoiser(None, "cpu"), {}, tmp_path / "out", form)
     again = family(tmp_path / "out", v_parameterization=is_v)
     assert (again.parts.is_v, again.parts.is_zero_snr) == (is_v, is_v)
     back = saved(again, tmp_path / "back.safetensors")

@@ -7,7 +7,6 @@ states, which is also told CLIP-L's pooled output, and in dev a guidance.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -23,14 +22,12 @@ from library.families.family import STAYING_BLOCKS, ModelFamily, require_blocks
 from library.families.flux import SHEET, VARIANTS, FluxVariant
 from library.families.flux.options import FluxFineTuneOptions, FluxFlowOptions, FluxOptions
 from library.families.flux.parts import CLIP, FLUX, T5, Design, FluxParts, denoiser_rules, open_parts
-from library.io.checkpoint import save_tensors
+from library.io.checkpoint import CheckpointForm, save_tensors
 from library.key_tables import Published
 from library.memory.block_swap import spread
-from library.memory.quantise import Storage
 from library.objectives.flow import FlowObjective, constant_shift, resolution_shift
 from library.objectives.options import LossOptions
 from library.types import Batch, Cond, LatentSpec, Tokens
-from library.weights.loading import Part
 from library.weights.text import CHUNK, ClipTokenizer
 from library.weights.text_encoders import t5_states
 from library.weights.tokenizers import TextTokenizer, clip_tokenizer, t5_tokenizer, tokenizer_folders
@@ -79,27 +76,6 @@ class Flux(ModelFamily):
                     f"the tokenizer of {name} has {tokens} tokens, {self.parts.places[name]} only "
                     f"{encoder.vocabulary}; it belongs to another model"
                 )
-
-    @property
-    def encoders(self) -> tuple[str, ...]:
-        return tuple(self.sheet.adapter_prefixes)
-
-    def load_text_encoder(
-        self, name: str, dtype: torch.dtype | None, device: torch.device | str, *, storage: Storage = "plain"
-    ) -> nn.Module:
-        return self.parts.encoders[name].part.load(dtype, device, storage=storage)
-
-    def load_vae(self, dtype: torch.dtype | None, device: torch.device | str) -> nn.Module:
-        return self.parts.ae.load(torch.float32 if self.options.no_half_vae else dtype, device)
-
-    def load_denoiser(
-        self, dtype: torch.dtype | None, device: torch.device | str, *, storage: Storage = "plain"
-    ) -> nn.Module:
-        return self.parts.denoiser.load(dtype, device, storage=storage)
-
-    def part(self, name: str) -> Part:
-        own = {"denoiser": self.parts.denoiser, "vae": self.parts.ae}
-        return own[name] if name in own else self.parts.encoders[name].part
 
     # ---- text
 
@@ -235,28 +211,12 @@ class Flux(ModelFamily):
 
     # ---- files
 
-    def save(
-        self,
-        denoiser: nn.Module,
-        encoders: Mapping[str, nn.Module],
-        path: Path,
-        dtype: torch.dtype | None,
-        metadata: Mapping[str, str] | None,
-    ) -> None:
+    def save(self, denoiser: nn.Module, encoders: Mapping[str, nn.Module], path: Path, form: CheckpointForm) -> None:
         tensors = Published(denoiser.state_dict(), denoiser_rules(denoiser))
-        save_tensors(path, tensors, metadata or {}, dtype=dtype, hashes=False)
+        save_tensors(path, tensors, form.metadata, dtype=form.dtype, hashes=False)
 
-    def vae_fingerprint(self) -> str:
-        return self.parts.ae.fingerprint()
-
-    def text_fingerprint(self, name: str) -> str:
-        settings = (self.text_length, self.masks_text, self.extra_tokens) if name == T5 else ()
-        parts = f"{self.parts.encoders[name].part.fingerprint()} {self.tokenizers[name].fingerprint()} {settings}"
-        return hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
-
-    def model_names(self) -> dict[str, str]:
-        names = {"sd_model": self.options.pretrained_model_name_or_path, "vae": self.options.ae}
-        return {kind: name for kind, name in names.items() if name}
+    def text_settings(self, name: str) -> tuple[Any, ...]:
+        return (self.text_length, self.masks_text, self.extra_tokens) if name == T5 else ()
 
     # ---- tokenizers by kind
 

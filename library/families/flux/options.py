@@ -71,6 +71,10 @@ class FluxOptions(ModelOptions):
         None, help="Not for this model.", answer="--t5xxl_max_token_length is the limit here; CLIP-L reads 75 tokens"
     )
 
+    @property
+    def own_vae(self) -> str | None:
+        return self.ae
+
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         if self.model_type == "chroma" and self.clip_l:

@@ -17,6 +17,7 @@ from torch import nn
 
 from library.errors import UserError
 from library.families.detect import PREFIXES, architecture, foreign_file, foreign_pipeline, pipeline_architecture
+from library.families.family import ModelParts
 from library.families.flux.names import flux_names
 from library.families.flux.options import FluxOptions
 from library.families.flux.patches import keep_time_exact
@@ -24,7 +25,7 @@ from library.key_tables import Rule, Shapes, expand
 from library.weights import kl_vae
 from library.weights.loading import PIPELINE_FILES, Part, locate, own_names, part_file, read_json, shipped_config
 from library.weights.sizes import below, depth, has, reading_sizes, shape_of
-from library.weights.text_encoders import EncoderPart, clip_encoder, t5_encoder
+from library.weights.text_encoders import clip_encoder, t5_encoder
 from library.weights.weight_files import WeightFile, open_weights
 
 CLIP, T5 = "clip_l", "t5xxl"  # names of the text encoders
@@ -33,15 +34,10 @@ PUBLISHED_DEPTHS = {3072: {"num_layers": 19, "num_single_layers": 38}}  # of FLU
 WEIGHTS = "diffusion_pytorch_model*.safetensors"  # of a repository that is a transformer only
 
 
-@dataclass(frozen=True)
-class FluxParts:
+@dataclass(frozen=True, kw_only=True)
+class FluxParts(ModelParts):
     """Where each module comes from."""
 
-    path: Path  # of the model: a file or a folder
-    denoiser: Part
-    config: Mapping[str, Any]  # of the denoiser, as diffusers has it
-    ae: Part
-    encoders: Mapping[str, EncoderPart]
     places: Mapping[str, Path]  # file or folder of each encoder
 
 
@@ -106,7 +102,7 @@ def open_parts(options: FluxOptions, design: Design) -> FluxParts:
         clip = clip_encoder(found[CLIP], option="--clip_l", projection=False, prefixes=(CLIP_SOURCE.prefix, ""))
         encoders = {CLIP: clip, **encoders}
     vae = kl_vae.vae_part(found["ae"], shipped_config("flux_ae"), needed=kl_vae.FLUX, option="--ae")
-    return FluxParts(path, denoiser, config, vae, encoders, found)
+    return FluxParts(path=path, denoiser=denoiser, config=config, vae=vae, encoders=encoders, places=found)
 
 
 # ---- denoiser -------------------------------------------------------------------------------------------------------

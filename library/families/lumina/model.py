@@ -8,11 +8,11 @@ text is the states of Gemma 2 2B. Trained with flow matching: the model's time r
 
 from __future__ import annotations
 
-import hashlib
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,17 +22,14 @@ from library.errors import UserError
 from library.families.family import ModelFamily
 from library.families.lumina import LUMINA2, SHEET
 from library.families.lumina.options import LuminaFlowOptions, LuminaOptions
-from library.families.lumina.parts import LATENT_CHANNELS, UNUSED, LuminaParts, denoiser_rules, open_parts
-from library.io.checkpoint import save_tensors
+from library.families.lumina.parts import ENCODER, LATENT_CHANNELS, UNUSED, LuminaParts, denoiser_rules, open_parts
+from library.io.checkpoint import CheckpointForm, save_tensors
 from library.key_tables import Published
-from library.memory.quantise import Storage
 from library.objectives.flow import FlowObjective, constant_shift
 from library.objectives.options import LossOptions
 from library.types import Batch, Cond, LatentSpec, Tokens
-from library.weights.loading import Part
 from library.weights.tokenizers import TextTokenizer, gemma2_tokenizer, tokenizer_folders
 
-ENCODER = "gemma2"  # name of the text encoder, and of its states in a Cond: (B, length, width)
 MASK = "gemma2_mask"  # (B, length) bool, False where a shorter text is padded; batches in which none is lack it
 LAYER = -2  # of hidden_states: what the last layer reads
 PREVIEW_SHIFT = 6.0  # of the noise levels, at every size: the model's own scheduler has it
@@ -56,48 +53,28 @@ class Lumina(ModelFamily):
         return open_parts(self.options)
 
     @cached_property
-    def tokenizer(self) -> TextTokenizer:
+    def tokenizers(self) -> dict[str, TextTokenizer]:
         gemma2 = self.parts.gemma2_path
         folders = tokenizer_folders(self.parts.path, gemma2, names=("tokenizer",))
-        return gemma2_tokenizer(folders, cache=self.options.tokenizer_cache_dir, file=gemma2)
+        return {ENCODER: gemma2_tokenizer(folders, cache=self.options.tokenizer_cache_dir, file=gemma2)}
 
     def check(self) -> None:
-        parts, tokens = self.parts, len(self.tokenizer.tokenizer)
-        if parts.gemma2.width != parts.text_width:
+        parts, gemma2, tokenizer = self.parts, self.parts.encoders[ENCODER], self.tokenizers[ENCODER]
+        if gemma2.width != parts.config["cap_feat_dim"]:
             raise UserError(
-                f"{parts.gemma2_path} gives states {parts.gemma2.width} wide, and {parts.path} reads "
-                f"{parts.text_width}: Lumina-Image 2.0 needs Gemma 2 2B"
+                f"{parts.gemma2_path} gives states {gemma2.width} wide, and {parts.path} reads "
+                f"{parts.config['cap_feat_dim']}: Lumina-Image 2.0 needs Gemma 2 2B"
             )
-        if tokens > parts.gemma2.vocabulary:
+        if len(tokenizer.tokenizer) > gemma2.vocabulary:
             raise UserError(
-                f"{self.tokenizer.folder}: this tokenizer has {tokens} tokens, the text encoder {parts.gemma2_path} "
-                f"only {parts.gemma2.vocabulary}; it belongs to another model"
+                f"{tokenizer.folder}: this tokenizer has {len(tokenizer.tokenizer)} tokens, the text encoder "
+                f"{parts.gemma2_path} only {gemma2.vocabulary}; it belongs to another model"
             )
         if self.token_limit < 1:
             length = self.options.gemma2_max_token_length
             raise UserError(
                 f"--system_prompt fills all {length} tokens of --gemma2_max_token_length and leaves none to captions"
             )
-
-    @property
-    def encoders(self) -> tuple[str, ...]:
-        return (ENCODER,)
-
-    def load_text_encoder(
-        self, name: str, dtype: torch.dtype | None, device: torch.device | str, *, storage: Storage = "plain"
-    ) -> nn.Module:
-        return self.parts.gemma2.part.load(dtype, device, storage=storage)
-
-    def load_vae(self, dtype: torch.dtype | None, device: torch.device | str) -> nn.Module:
-        return self.parts.vae.load(torch.float32 if self.options.no_half_vae else dtype, device)
-
-    def load_denoiser(
-        self, dtype: torch.dtype | None, device: torch.device | str, *, storage: Storage = "plain"
-    ) -> nn.Module:
-        return self.parts.denoiser.load(dtype, device, storage=storage)
-
-    def part(self, name: str) -> Part:
-        return {"denoiser": self.parts.denoiser, "vae": self.parts.vae, ENCODER: self.parts.gemma2.part}[name]
 
     # ---- text
 
@@ -108,20 +85,22 @@ class Lumina(ModelFamily):
     def tokenize(self, captions: list[str]) -> Tokens:
         """The system prompt stands before every caption, the empty one too."""
         texts = [self.prefix + caption for caption in captions]
-        return self.tokenizer(texts, length=self.options.gemma2_max_token_length, name=ENCODER)
+        return self.tokenizers[ENCODER](texts, length=self.options.gemma2_max_token_length, name=ENCODER)
 
     @property
     def token_limit(self) -> int:
         """What the system prompt leaves of --gemma2_max_token_length."""
-        return self.tokenizer.limit(self.options.gemma2_max_token_length) - self.tokenizer.count([self.prefix])[0]
+        tokenizer = self.tokenizers[ENCODER]
+        return tokenizer.limit(self.options.gemma2_max_token_length) - tokenizer.count([self.prefix])[0]
 
     def count_tokens(self, captions: Sequence[str]) -> list[int]:
-        empty, *counts = self.tokenizer.count([self.prefix, *(self.prefix + caption for caption in captions)])
+        texts = [self.prefix, *(self.prefix + caption for caption in captions)]
+        empty, *counts = self.tokenizers[ENCODER].count(texts)
         return [count - empty for count in counts]
 
     def blank_cond(self, count: int, dtype: torch.dtype = torch.float32) -> Cond:
         length = self.options.gemma2_max_token_length
-        states = torch.zeros(count, length, self.parts.text_width, dtype=dtype)
+        states = torch.zeros(count, length, self.parts.config["cap_feat_dim"], dtype=dtype)
         return {ENCODER: states, MASK: torch.ones(count, length, dtype=torch.bool)}
 
     def encode_part(self, name: str, encoder: nn.Module, tokens: Tokens) -> Cond:
@@ -165,17 +144,10 @@ class Lumina(ModelFamily):
 
     # ---- files
 
-    def save(
-        self,
-        denoiser: nn.Module,
-        encoders: Mapping[str, nn.Module],
-        path: Path,
-        dtype: torch.dtype | None,
-        metadata: Mapping[str, str] | None,
-    ) -> None:
+    def save(self, denoiser: nn.Module, encoders: Mapping[str, nn.Module], path: Path, form: CheckpointForm) -> None:
         tensors = Published(denoiser.state_dict(), denoiser_rules(denoiser))
         whole = ChainMap({UNUSED: self._unused(tensors)}, tensors)  # type: ignore[arg-type]
-        save_tensors(path, whole, metadata or {}, dtype=dtype, hashes=False)
+        save_tensors(path, whole, form.metadata, dtype=form.dtype, hashes=False)
 
     def _unused(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """What readers of such files expect and no picture depends on: from the source, else made up."""
@@ -185,14 +157,5 @@ class Lumina(ModelFamily):
         weight = tensors["x_embedder.weight"]
         return torch.ones(len(weight), dtype=weight.dtype)
 
-    def vae_fingerprint(self) -> str:
-        return self.parts.vae.fingerprint()
-
-    def text_fingerprint(self, name: str) -> str:
-        settings = (self.prefix, self.options.gemma2_max_token_length)
-        parts = f"{self.parts.gemma2.part.fingerprint()} {self.tokenizer.fingerprint()} {settings}"
-        return hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
-
-    def model_names(self) -> dict[str, str]:
-        names = {"sd_model": self.options.pretrained_model_name_or_path, "vae": self.options.ae}
-        return {kind: name for kind, name in names.items() if name}
+    def text_settings(self, name: str) -> tuple[Any, ...]:
+        return self.prefix, self.options.gemma2_max_token_length

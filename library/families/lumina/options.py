@@ -71,6 +71,10 @@ class LuminaOptions(ModelOptions):
         None, help="Not for this model.", answer="--gemma2_max_token_length is the limit here"
     )
 
+    @property
+    def own_vae(self) -> str | None:
+        return self.ae
+
 
 @dataclass(frozen=True)
 class LuminaFlowOptions(SampledFlowOptions):

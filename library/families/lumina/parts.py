@@ -18,6 +18,7 @@ from torch import nn
 
 from library.errors import UserError
 from library.families.detect import foreign_file, foreign_pipeline
+from library.families.family import ModelParts
 from library.families.lumina.forward import use_device_lengths
 from library.families.lumina.names import lumina_names
 from library.families.lumina.options import LuminaOptions
@@ -25,9 +26,10 @@ from library.key_tables import Rule, Shapes, expand, part_rows
 from library.weights import kl_vae
 from library.weights.loading import PIPELINE_FILES, Part, locate, own_names, part_file, read_json, shipped_config
 from library.weights.sizes import SizeError, below, depth, has, reading_sizes, shape_of
-from library.weights.text_encoders import EncoderPart, gemma2_encoder
+from library.weights.text_encoders import gemma2_encoder
 from library.weights.weight_files import open_weights
 
+ENCODER = "gemma2"  # name of the text encoder, and of its states in a Cond: (B, length, width)
 LATENT_CHANNELS = 16
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 GEMMA_PREFIX = "text_encoders.gemma2_2b.transformer.model."  # in a file that holds everything
@@ -40,35 +42,26 @@ PUBLISHED_DEPTHS = {2304: {"num_layers": 26}}
 MODEL_CLASS = "Lumina2Transformer2DModel"
 
 
-@dataclass(frozen=True)
-class LuminaParts:
+@dataclass(frozen=True, kw_only=True)
+class LuminaParts(ModelParts):
     """Where each module comes from."""
 
-    path: Path  # of the model
-    denoiser: Part
-    gemma2: EncoderPart
     gemma2_path: Path
-    vae: Part
-    text_width: int  # of the states that the denoiser reads
 
 
 def open_parts(options: LuminaOptions) -> LuminaParts:
     """Reads headers and configurations only. Raises UserError for files of another kind and where parts are missing."""
     path = _locate_model(options)
-    denoiser, text_width = _denoiser(path)
+    denoiser, config = _denoiser(path)
     missing = [*_missing(path, options)]
     if missing:
         raise UserError(missing)
     gemma2 = _inside(locate(options.gemma2, "--gemma2", GEMMA_FILES) if options.gemma2 else path, "text_encoder")
     ae = locate(options.ae, "--ae", kl_vae.VAE_FILES) if options.ae else path
     vae = kl_vae.vae_part(ae, shipped_config("flux_ae"), needed=kl_vae.FLUX, option="--ae")
+    encoder = gemma2_encoder(gemma2, option="--gemma2", prefixes=(GEMMA_PREFIX, ""))
     return LuminaParts(
-        path,
-        denoiser,
-        gemma2=gemma2_encoder(gemma2, option="--gemma2", prefixes=(GEMMA_PREFIX, "")),
-        gemma2_path=gemma2,
-        vae=vae,
-        text_width=text_width,
+        path=path, denoiser=denoiser, config=config, vae=vae, encoders={ENCODER: encoder}, gemma2_path=gemma2
     )
 
 
@@ -99,8 +92,8 @@ def _inside(path: Path, folder: str) -> Path:
 # ---- denoiser -------------------------------------------------------------------------------------------------------
 
 
-def _denoiser(path: Path) -> tuple[Part, int]:
-    """The denoiser of a file or folder, and the width of the text states that it reads."""
+def _denoiser(path: Path) -> tuple[Part, dict[str, Any]]:
+    """The denoiser of a file or folder, and its configuration."""
     if path.is_dir():
         file, config = _folder(path)
         prefix, rules = "", own_names
@@ -119,7 +112,7 @@ def _denoiser(path: Path) -> tuple[Part, int]:
             "denoiser", file, prefix, partial(build_denoiser, config), rules,
             extras=(re.escape(UNUSED),), published_depths=PUBLISHED_DEPTHS,
         )  # fmt: skip
-        return part, config["cap_feat_dim"]
+        return part, config
 
 
 def _naming(shapes: Shapes) -> tuple[str, str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,35 +18,23 @@ from torch import nn
 from library.errors import UserError
 from library.families.detect import context_dim, foreign_file, foreign_pipeline
 from library.families.sd.names import CLIP_PREFIX, OPEN_CLIP_PREFIX, UNET_PREFIX, unet_rules
+from library.families.sd.unet_family import UnetParts
 from library.key_tables import Shapes
 from library.weights import kl_vae
 from library.weights.clip_names import clip_rules, open_clip_rules
 from library.weights.loading import Part, own_names, part_file, read_json, shipped_config
 from library.weights.sizes import SizeError, below, depth, has, reading_sizes, shape_of
+from library.weights.text_encoders import EncoderPart
 from library.weights.weight_files import WeightFile, open_weights
 
+ENCODER = "clip"  # name of the text encoder in Tokens
 CONTEXT_DIMS = {768: 1, 1024: 2}
 OPEN_CLIP_BLOCKS = "transformer.resblocks.{}."
 CUT_OPEN_CLIP_BLOCKS = 23  # files that left out the last block already; whole ones have 24
 HEAD_DIM = 64  # of the attention heads of SD 2.x's U-Net and of both text encoders
 
 
-@dataclass(frozen=True)
-class SDParts:
-    """Where each module comes from. `scheduler` is the noise schedule's configuration."""
-
-    path: Path
-    version: int
-    unet: Part
-    vae: Part
-    text_encoder: Part
-    text_layers: int
-    text_vocabulary: int  # rows of the token embedding
-    text_width: int  # of the states
-    scheduler: Mapping[str, Any]
-
-
-def open_parts(path: Path, *, version: int, vae: Path | None) -> SDParts:
+def open_parts(path: Path, *, version: int, vae: Path | None) -> UnetParts:
     """Reads headers and configurations only. Raises UserError for files of another architecture or version."""
     with reading_sizes(path):
         return _open_folder(path, version, vae) if path.is_dir() else _open_file(path, version, vae)
@@ -56,7 +43,7 @@ def open_parts(path: Path, *, version: int, vae: Path | None) -> SDParts:
 # ---- diffusers folder -----------------------------------------------------------------------------------------------
 
 
-def _open_folder(path: Path, version: int, vae: Path | None) -> SDParts:
+def _open_folder(path: Path, version: int, vae: Path | None) -> UnetParts:
     _check_folder(path)
     defaults = shipped_config(f"sd{version}")
     unet_config = read_json(path / "unet" / "config.json")
@@ -66,15 +53,13 @@ def _open_folder(path: Path, version: int, vae: Path | None) -> SDParts:
     text_config = read_json(path / "text_encoder" / "config.json")
     prefix = "text_model." if any(name.startswith("text_model.") for name in text_file.shapes) else ""
     scheduler_file = path / "scheduler" / "scheduler_config.json"
-    return SDParts(
-        path,
-        version,
-        unet=Part("U-Net", part_file(path / "unet"), "", partial(build_unet, unet_config), own_names),
+    text_encoder = Part("text encoder", text_file, prefix, partial(build_text_encoder, text_config), clip_rules)
+    return UnetParts(
+        path=path,
+        denoiser=Part("U-Net", part_file(path / "unet"), "", partial(build_unet, unet_config), own_names),
+        config=unet_config,
         vae=kl_vae.vae_part(vae or path, defaults["vae"], needed=kl_vae.SD),
-        text_encoder=Part("text encoder", text_file, prefix, partial(build_text_encoder, text_config), clip_rules),
-        text_layers=text_config["num_hidden_layers"],
-        text_vocabulary=text_config["vocab_size"],
-        text_width=text_config["hidden_size"],
+        encoders={ENCODER: EncoderPart.of_clip(text_encoder, text_config)},
         scheduler=read_json(scheduler_file) if scheduler_file.is_file() else defaults["scheduler"],
     )
 
@@ -93,7 +78,7 @@ def _check_folder(path: Path) -> None:
 # ---- single file ----------------------------------------------------------------------------------------------------
 
 
-def _open_file(path: Path, version: int, vae: Path | None) -> SDParts:
+def _open_file(path: Path, version: int, vae: Path | None) -> UnetParts:
     file = open_weights(path)
     foreign = foreign_file(file.shapes)
     if foreign:
@@ -106,24 +91,20 @@ def _open_file(path: Path, version: int, vae: Path | None) -> SDParts:
     with reading_sizes(path, UNET_PREFIX):
         _check_channels(str(path), shape_of(unet_shapes, "input_blocks.0.0.weight", 4)[1])
         unet_config = {**defaults["unet"], **unet_layout(unet_shapes, version)}
-    text_encoder, text_config = _text_part(file, version, defaults["text_encoder"])
-    return SDParts(
-        path,
-        version,
-        unet=Part("U-Net", file, UNET_PREFIX, partial(build_unet, unet_config), unet_rules),
+    return UnetParts(
+        path=path,
+        denoiser=Part("U-Net", file, UNET_PREFIX, partial(build_unet, unet_config), unet_rules),
+        config=unet_config,
         vae=kl_vae.vae_part(vae, defaults["vae"], needed=kl_vae.SD)
         if vae
         else kl_vae.inner_part(file, defaults["vae"], kl_vae.SD),
-        text_encoder=text_encoder,
-        text_layers=text_config["num_hidden_layers"],
-        text_vocabulary=text_config["vocab_size"],
-        text_width=text_config["hidden_size"],
+        encoders={ENCODER: _text_part(file, version, defaults["text_encoder"])},
         # the noise of all of them is the same; what a model predicts, a single file does not say
         scheduler={key: value for key, value in defaults["scheduler"].items() if key != "prediction_type"},
     )
 
 
-def _text_part(file: WeightFile, version: int, defaults: Mapping[str, Any]) -> tuple[Part, dict[str, Any]]:
+def _text_part(file: WeightFile, version: int, defaults: Mapping[str, Any]) -> EncoderPart:
     if version == 2:
         prefix, rules, layout = OPEN_CLIP_PREFIX, open_clip_rules, open_clip_layout
     else:
@@ -134,7 +115,8 @@ def _text_part(file: WeightFile, version: int, defaults: Mapping[str, Any]) -> t
     with reading_sizes(file.path, prefix):
         config = {**defaults, **layout(shapes)}
         spare = spare_block(shapes, config["num_hidden_layers"]) if version == 2 else ""
-    return Part("text encoder", file, prefix, partial(build_text_encoder, config), rules, spare=spare), config
+    part = Part("text encoder", file, prefix, partial(build_text_encoder, config), rules, spare=spare)
+    return EncoderPart.of_clip(part, config)
 
 
 def spare_block(shapes: Shapes, used: int) -> str:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from library.io.atomic import atomic_folder
@@ -55,8 +54,8 @@ def names_read(part: Part, module: nn.Module) -> set[str]:
 
 
 def save_single(
-    path: Path, tensors: Mapping[str, Tensor], form: CheckpointForm, *, dtype: torch.dtype | None,
-    metadata: Mapping[str, str] | None, source: WeightFile | None = None, known: Collection[str] = (),
+    path: Path, tensors: Mapping[str, Tensor], form: CheckpointForm, *, source: WeightFile | None = None,
+    known: Collection[str] = (),
 ) -> None:  # fmt: skip
     """One checkpoint. What `source` has besides the names `known` survives, and a .ckpt counts on from its own.
 
@@ -65,11 +64,8 @@ def save_single(
     others = Unread(source, known) if source is not None else None
     before = source.counts if source is not None else {}
     trained = dict(zip(COUNTS, (form.epochs, form.steps)))
-    beside = {name: before.get(name, 0) + count for name, count in trained.items()}
-    is_pickle = form.kind == "ckpt"
-    save_tensors(
-        path, tensors, metadata or {}, dtype=dtype, hashes=False, others=others, beside=beside if is_pickle else None
-    )
+    counts = {name: before.get(name, 0) + count for name, count in trained.items()} if form.kind == "ckpt" else None
+    save_tensors(path, tensors, form.metadata, dtype=form.dtype, hashes=False, others=others, beside=counts)
     if source is not None:
         source.release()
 
@@ -94,11 +90,11 @@ def scheduler_config(source: Mapping[str, Any], *, v_prediction: bool) -> dict[s
     return {**own, "prediction_type": "v_prediction" if v_prediction else "epsilon"}
 
 
-def save_pipeline(folder: Path, pipeline: Pipeline, form: CheckpointForm, *, dtype: torch.dtype | None) -> None:
+def save_pipeline(folder: Path, pipeline: Pipeline, form: CheckpointForm) -> None:
     """Write the folder; an older one of that name is replaced as a whole. Raises SaveError and StopTraining."""
     import diffusers
 
-    size = sum(p.numel() * (dtype or p.dtype).itemsize for m in pipeline.modules.values() for p in m.parameters())
+    size = sum(p.numel() * (form.dtype or p.dtype).itemsize for m in pipeline.modules.values() for p in m.parameters())
     index: dict[str, Any] = {
         "_class_name": pipeline.name,
         "_diffusers_version": diffusers.__version__,
@@ -109,7 +105,7 @@ def save_pipeline(folder: Path, pipeline: Pipeline, form: CheckpointForm, *, dty
     }
     with atomic_folder(folder, size=size) as temp:
         for place, module in pipeline.modules.items():
-            _save_module(temp / place, module, form, dtype)
+            _save_module(temp / place, module, form)
         for place, tokenizer in pipeline.tokenizers.items():
             save_tokenizer(temp / place, tokenizer)
         (temp / "scheduler").mkdir()
@@ -121,7 +117,7 @@ def _library(module: nn.Module) -> str:
     return type(module).__module__.partition(".")[0]
 
 
-def _save_module(folder: Path, module: Any, form: CheckpointForm, dtype: torch.dtype | None) -> None:
+def _save_module(folder: Path, module: Any, form: CheckpointForm) -> None:
     """config.json and weights, as `save_pretrained` of diffusers or transformers lays them out."""
     folder.mkdir()
     tensors = module.state_dict()
@@ -136,7 +132,7 @@ def _save_module(folder: Path, module: Any, form: CheckpointForm, dtype: torch.d
         level = "" if clip_level(module) else "text_model."  # every version of transformers reads the names with it
         tensors = {level + name: tensor for name, tensor in tensors.items()}
     # transformers refuses files that do not say which framework wrote them
-    save_tensors(folder / f"{base}{form.weights_ending}", tensors, {"format": "pt"}, dtype=dtype, hashes=False)
+    save_tensors(folder / f"{base}{form.weights_ending}", tensors, {"format": "pt"}, dtype=form.dtype, hashes=False)
 
 
 def save_tokenizer(folder: Path, tokenizer: ClipTokenizer) -> None:

@@ -9,7 +9,6 @@ side, then those of T5, and the pooled states of both CLIPs. An encoder may be m
 
 from __future__ import annotations
 
-import hashlib
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -25,17 +24,26 @@ from library.errors import UserError
 from library.families.family import ModelFamily
 from library.families.sd3 import SHEET
 from library.families.sd3.options import SD3FineTuneOptions, SD3FlowOptions
-from library.families.sd3.parts import CLIP_G, CLIP_L, ENCODERS, MMDIT_PREFIX, T5, SD3Parts, mmdit_rules, open_parts
+from library.families.sd3.parts import (
+    CLIP_G,
+    CLIP_L,
+    ENCODERS,
+    MMDIT_PREFIX,
+    T5,
+    SD3Parts,
+    kind,
+    mmdit_rules,
+    open_parts,
+)
 from library.families.sd3.positions import use_random_crop, use_scaled_positions
 from library.families.sheet import Variant
-from library.io.checkpoint import save_tensors
+from library.io.checkpoint import CheckpointForm, save_tensors
 from library.key_tables import Published
 from library.log import get_logger
 from library.memory.quantise import Storage
 from library.objectives.flow import FlowObjective, constant_shift
 from library.objectives.options import LossOptions
 from library.types import Batch, Cond, LatentSpec, Tokens
-from library.weights.loading import Part
 from library.weights.text import CHUNK, CLIP_ID, ClipTokenizer
 from library.weights.text_encoders import t5_states
 from library.weights.tokenizers import (
@@ -64,7 +72,7 @@ class StableDiffusion3(ModelFamily):
 
     @property
     def variant(self) -> Variant:
-        return self.sheet.variants[self.parts.kind]
+        return self.sheet.variants[kind(self.parts.config)]
 
     # ---- loading
 
@@ -106,7 +114,7 @@ class StableDiffusion3(ModelFamily):
                 f"{self._sources((T5,))} makes states {encoders[T5].width} wide, {self.parts.path} reads "
                 f"{config['joint_attention_dim']}: SD3 needs T5-XXL"
             )
-        for name, tokenizer in self._tokenizers().items():
+        for name, tokenizer in self.tokenizers.items():
             tokens, vocabulary = len(tokenizer.tokenizer), encoders[name].vocabulary
             if tokens > vocabulary:
                 problems.append(f"--{name}: the tokenizer has {tokens} tokens, the encoder only {vocabulary}")
@@ -121,36 +129,24 @@ class StableDiffusion3(ModelFamily):
     def _sources(self, names: Sequence[str]) -> str:
         return " and ".join(str(self.parts.encoders[n].part.file.path) for n in names if n in self.parts.encoders)
 
-    def _tokenizers(self) -> dict[str, ClipTokenizer | TextTokenizer]:
-        """Tokenizers of all encoders of this run."""
+    @property
+    def tokenizers(self) -> dict[str, ClipTokenizer | TextTokenizer]:
         return {**self.clip_tokenizers, **({T5: self.t5_tokenizer} if T5 in self.encoders else {})}
 
     @property
     def encoders(self) -> tuple[str, ...]:
         return tuple(self.parts.encoders)
 
-    def load_text_encoder(
-        self, name: str, dtype: torch.dtype | None, device: torch.device | str, *, storage: Storage = "plain"
-    ) -> nn.Module:
-        return self.parts.encoders[name].part.load(dtype, device, storage=storage)
-
-    def load_vae(self, dtype: torch.dtype | None, device: torch.device | str) -> nn.Module:
-        return self.parts.vae.load(torch.float32 if self.options.no_half_vae else dtype, device)
-
     def load_denoiser(
         self, dtype: torch.dtype | None, device: torch.device | str, *, storage: Storage = "plain"
     ) -> nn.Module:
-        denoiser = self.parts.denoiser.load(dtype, device, storage=storage)
+        denoiser = super().load_denoiser(dtype, device, storage=storage)
         if self.options.pos_emb_random_crop_rate:
             use_random_crop(denoiser, self.options.pos_emb_random_crop_rate)
         if self.options.enable_scaled_pos_embed:
             config = self.parts.config
             use_scaled_positions(denoiser, config["sample_size"] // config["patch_size"])
         return denoiser
-
-    def part(self, name: str) -> Part:
-        own = {"denoiser": self.parts.denoiser, "vae": self.parts.vae}
-        return own[name] if name in own else self.parts.encoders[name].part
 
     # ---- text
 
@@ -301,34 +297,17 @@ class StableDiffusion3(ModelFamily):
 
     # ---- files
 
-    def save(
-        self,
-        denoiser: nn.Module,
-        encoders: Mapping[str, nn.Module],
-        path: Path,
-        dtype: torch.dtype | None,
-        metadata: Mapping[str, str] | None,
-    ) -> None:
+    def save(self, denoiser: nn.Module, encoders: Mapping[str, nn.Module], path: Path, form: CheckpointForm) -> None:
         """MMDiT and VAE in `path`; each text encoder that learned beside it, in `<name>_<encoder>.safetensors`."""
         vae = self.parts.vae.load(None, "cpu")
         mmdit = Published(denoiser.state_dict(), mmdit_rules(denoiser), MMDIT_PREFIX)
         whole: Any = ChainMap(mmdit, Published(vae.state_dict(), vae_rules(vae), VAE_PREFIX))  # type: ignore[arg-type]
-        save_tensors(path, whole, metadata or {}, dtype=dtype, hashes=False)
+        save_tensors(path, whole, form.metadata, dtype=form.dtype, hashes=False)
         for name, encoder in encoders.items():
             beside = path.with_name(f"{path.stem}_{name}{path.suffix}")
-            save_tensors(beside, self.parts.encoders[name].published(encoder), {}, dtype=dtype, hashes=False)
+            save_tensors(beside, self.parts.encoders[name].published(encoder), {}, dtype=form.dtype, hashes=False)
 
-    def vae_fingerprint(self) -> str:
-        return self.parts.vae.fingerprint()
-
-    def text_fingerprint(self, name: str) -> str:
-        is_t5 = name == T5
-        settings: tuple[Any, ...] = (self.options.apply_lg_attn_mask,)
-        if is_t5:
-            settings = (self.options.apply_t5_attn_mask, self.options.t5xxl_max_token_length)
-        parts = f"{self.parts.encoders[name].part.fingerprint()} {self._tokenizers()[name].fingerprint()} {settings}"
-        return hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
-
-    def model_names(self) -> dict[str, str]:
-        names = {"sd_model": self.options.pretrained_model_name_or_path, "vae": self.options.vae}
-        return {kind: name for kind, name in names.items() if name}
+    def text_settings(self, name: str) -> tuple[Any, ...]:
+        if name == T5:
+            return self.options.apply_t5_attn_mask, self.options.t5xxl_max_token_length
+        return (self.options.apply_lg_attn_mask,)

@@ -20,6 +20,7 @@ from torch import nn
 
 from library.errors import UserError
 from library.families.detect import PREFIXES, foreign_file, foreign_pipeline
+from library.families.family import ModelParts
 from library.families.sd3.names import sd3_names
 from library.families.sd3.options import SD3Options
 from library.key_tables import Rule, Shapes, expand
@@ -60,16 +61,10 @@ DIFFUSERS = {
 }
 
 
-@dataclass(frozen=True)
-class SD3Parts:
-    """Where each module comes from. `encoders` has those that were found, in the order of adapter files."""
+@dataclass(frozen=True, kw_only=True)
+class SD3Parts(ModelParts):
+    """Where each module comes from."""
 
-    path: Path
-    kind: str  # "medium", "5-medium", "5-large"
-    denoiser: Part
-    config: Mapping[str, Any]  # of the MMDiT, as diffusers has it
-    vae: Part
-    encoders: Mapping[str, EncoderPart]
     places: Mapping[str, Path]  # file or folder of each encoder
 
 
@@ -82,7 +77,8 @@ def open_parts(options: SD3Options) -> SD3Parts:
     if not places:
         raise UserError(f"{path} has no text encoders inside: give --clip_l, --clip_g and --t5xxl")
     encoders = {name: _encoder(name, place) for name, place in places.items()}
-    return SD3Parts(path, kind(config), denoiser, config, _vae(path, file, options), encoders, places)
+    vae = _vae(path, file, options)
+    return SD3Parts(path=path, denoiser=denoiser, config=config, vae=vae, encoders=encoders, places=places)
 
 
 def kind(config: Mapping[str, Any]) -> str:

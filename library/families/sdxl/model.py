@@ -9,11 +9,9 @@ and the size that it was given.
 
 from __future__ import annotations
 
-import hashlib
 from collections import ChainMap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,43 +19,21 @@ from torch import Tensor, nn
 
 from library.device import on_device
 from library.errors import UserError
-from library.families.family import ModelFamily
-from library.families.sd.model import betas
 from library.families.sd.names import UNET_PREFIX, unet_rules
-from library.families.sd.save import (
-    NOTHING,
-    Pipeline,
-    names_read,
-    save_pipeline,
-    save_single,
-    scheduler_config,
-)
-from library.families.sd.unet_blocks import unet_blocks
+from library.families.sd.save import NOTHING
+from library.families.sd.unet_family import UnetFamily
 from library.families.sdxl import SHEET
 from library.families.sdxl.names import BLOCK_COUNT, CLIP_G_PREFIX, CLIP_L_PREFIX, sdxl_block
-from library.families.sdxl.options import SDXLFineTuneOptions, SDXLOptions
-from library.families.sdxl.parts import (
-    ADDED_NUMBERS,
-    CLIP_G,
-    CLIP_L,
-    ENCODERS,
-    SDXLParts,
-    is_left_out,
-    marks,
-    open_parts,
-)
+from library.families.sdxl.options import SDXLFineTuneOptions
+from library.families.sdxl.parts import ADDED_NUMBERS, CLIP_G, CLIP_L, ENCODERS, SDXLParts, marks, open_parts
 from library.families.sheet import Variant
-from library.io.checkpoint import CheckpointForm
 from library.key_tables import Published
 from library.log import get_logger
-from library.memory.quantise import Storage
 from library.objectives.ddpm import DDPMObjective
 from library.objectives.options import DDPMOptions, LossOptions
 from library.types import Batch, Cond, LatentSpec, Tokens
 from library.weights import kl_vae
 from library.weights.clip_names import clip_g_rules, clip_rules
-from library.weights.loading import Part
-from library.weights.new_tokens import NewWord, add_word
 from library.weights.text import CHUNK, ClipTokenizer, join_chunks, read_tokenizer
 from library.weights.tokenizers import CLIP_G_PADDING, clip_tokenizer, tokenizer_folders
 from library.weights.vae_names import VAE_PREFIX, vae_rules
@@ -70,13 +46,12 @@ FURTHER_COMPONENTS = {"feature_extractor": NOTHING, "force_zeros_for_empty_promp
 ADVICE = "give --no_half_vae, or a VAE made for fp16 with --vae"
 
 
-class StableDiffusionXL(ModelFamily):
+class StableDiffusionXL(UnetFamily):
     sheet = SHEET
+    folders = ENCODERS
+    pipeline = "StableDiffusionXLPipeline"
+    further_components = FURTHER_COMPONENTS
     latent = LatentSpec("sdxl", channels=4, factor=8, npz_suffix="_sdxl.npz")
-
-    def __init__(self, options: SDXLOptions) -> None:
-        super().__init__(options)
-        self.max_tokens = options.max_token_length or CHUNK
 
     @property
     def variant(self) -> Variant:
@@ -98,7 +73,7 @@ class StableDiffusionXL(ModelFamily):
         return {CLIP_L: first, CLIP_G: read_tokenizer(own if own.is_dir() else first.folder, padding=CLIP_G_PADDING)}
 
     def check(self) -> None:
-        parts, config = self.parts, self.parts.unet_config
+        parts, config = self.parts, self.parts.config
         problems = []
         widths = sum(encoder.width for encoder in parts.encoders.values())
         if widths != config["cross_attention_dim"]:
@@ -106,13 +81,8 @@ class StableDiffusionXL(ModelFamily):
                 f"{parts.path} reads text states {config['cross_attention_dim']} wide, and its text encoders make "
                 f"{widths}: its parts belong to different models"
             )
-        for name, tokenizer in self.tokenizers.items():
-            tokens, vocabulary = len(tokenizer.tokenizer), parts.encoders[name].vocabulary
-            if tokens > vocabulary:
-                problems.append(
-                    f"{tokenizer.folder}: this tokenizer has {tokens} tokens, {name} of {parts.path} only "
-                    f"{vocabulary}; it belongs to another model"
-                )
+        for name in self.encoders:
+            problems += self.surplus_tokens(name, name)
         if problems:
             raise UserError(problems)
         if parts.is_v and not self.options.v_parameterization:
@@ -120,52 +90,10 @@ class StableDiffusionXL(ModelFamily):
         if parts.path.is_dir() and self.options.v_parameterization and not parts.is_v:  # a single file need not say it
             log.warning(f"{parts.path} says that it predicts the noise, and this run is with --v_parameterization")
 
-    @property
-    def encoders(self) -> tuple[str, ...]:
-        return tuple(ENCODERS)
-
-    def load_text_encoder(
-        self, name: str, dtype: torch.dtype | None, device: torch.device | str, *, storage: Storage = "plain"
-    ) -> nn.Module:
-        return self.parts.encoders[name].part.load(dtype, device, storage=storage)
-
-    def load_vae(self, dtype: torch.dtype | None, device: torch.device | str) -> nn.Module:
-        return self.parts.vae.load(torch.float32 if self.options.no_half_vae else dtype, device)
-
-    def load_denoiser(
-        self, dtype: torch.dtype | None, device: torch.device | str, *, storage: Storage = "plain"
-    ) -> nn.Module:
-        return self.parts.unet.load(dtype, device, storage=storage)
-
-    def part(self, name: str) -> Part:
-        own = {"denoiser": self.parts.unet, "vae": self.parts.vae}
-        return own[name] if name in own else self.parts.encoders[name].part
-
     # ---- text
 
-    def tokenize(self, captions: list[str]) -> Tokens:
-        weighted = self.options.weighted_captions
-        found = [
-            tokenizer(captions, max_tokens=self.max_tokens, weighted=weighted, name=name)
-            for name, tokenizer in self.tokenizers.items()
-        ]
-        weights = {name: own for tokens in found for name, own in (tokens.weights or {}).items()}
-        return Tokens(
-            {name: ids for tokens in found for name, ids in tokens.ids.items()},
-            {name: lengths for tokens in found for name, lengths in tokens.lengths.items()},
-            weights or None,
-            found[0].truncated,
-        )
-
-    @property
-    def token_limit(self) -> int:
-        return self.max_tokens
-
-    def count_tokens(self, captions: Sequence[str]) -> list[int]:
-        return self.tokenizers[CLIP_L].count(captions, weighted=self.options.weighted_captions)
-
     def blank_cond(self, count: int, dtype: torch.dtype = torch.float32) -> Cond:
-        length, config = self.max_tokens // CHUNK * CHUNK + 2, self.parts.unet_config
+        length, config = self.max_tokens // CHUNK * CHUNK + 2, self.parts.config
         pooled = config["projection_class_embeddings_input_dim"] - ADDED_NUMBERS * config["addition_time_embed_dim"]
         widths = {name: encoder.width for name, encoder in self.parts.encoders.items()}
         states = {name: torch.zeros(count, length, width, dtype=dtype) for name, width in widths.items()}
@@ -181,12 +109,6 @@ class StableDiffusionXL(ModelFamily):
         if name != CLIP_G:
             return {name: states}
         return {name: states, POOLED: output.text_embeds.unflatten(0, ids.shape[:2])[:, 0]}
-
-    def add_word(self, word: str, count: int, like: str | None) -> dict[str, NewWord]:
-        found = {}
-        for name, tokenizer in self.tokenizers.items():
-            self.tokenizers[name], found[name] = add_word(tokenizer, self.parts.encoders[name].part, word, count, like)
-        return found
 
     # ---- pictures
 
@@ -205,8 +127,7 @@ class StableDiffusionXL(ModelFamily):
     def objective(self, options: DDPMOptions, loss: LossOptions) -> DDPMObjective:
         if self.parts.is_zero_snr and not options.zero_terminal_snr:
             log.warning(f"{self.parts.path} says that it was trained with zero terminal SNR: give --zero_terminal_snr")
-        prediction = "v_prediction" if self.options.v_parameterization else "epsilon"
-        return DDPMObjective(options, loss, prediction_type=prediction, betas=betas(self.parts.scheduler))
+        return super().objective(options, loss)
 
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Cond, batch: Batch | None) -> Tensor:
         context = torch.cat([cond[CLIP_L], cond[CLIP_G]], -1)
@@ -224,9 +145,6 @@ class StableDiffusionXL(ModelFamily):
             return sizes.expand(len(x_t), 6)
         given = (batch.original_sizes, batch.crop_top_lefts, batch.target_sizes)
         return torch.cat([size for size in given if size is not None], 1).to(x_t.device, torch.float32)
-
-    def blocks(self, denoiser: nn.Module) -> list[nn.Module]:
-        return unet_blocks(denoiser)
 
     # ---- full training
 
@@ -253,56 +171,17 @@ class StableDiffusionXL(ModelFamily):
 
     # ---- files
 
-    def save(
-        self,
-        denoiser: nn.Module,
-        encoders: Mapping[str, nn.Module],
-        path: Path,
-        dtype: torch.dtype | None,
-        metadata: Mapping[str, str] | None,
-    ) -> None:
-        self.save_as(CheckpointForm(), denoiser, encoders, path, dtype, metadata)
+    def scheduler(self) -> dict[str, Any]:
+        return super().scheduler() | ({"rescale_betas_zero_snr": True} if self.parts.is_zero_snr else {})
 
-    def save_as(
-        self,
-        form: CheckpointForm,
-        denoiser: nn.Module,
-        encoders: Mapping[str, nn.Module],
-        path: Path,
-        dtype: torch.dtype | None,
-        metadata: Mapping[str, str] | None,
-    ) -> None:
-        """The whole model. Of a single file survives what nobody here reads, such as the marks of v-prediction."""
-        parts, vae = self.parts, self.parts.vae.load(None, "cpu")
-        clips = {name: encoders.get(name) or self.load_text_encoder(name, None, "cpu") for name in self.encoders}
-        if form.is_folder:
-            folders = {folder: clips[name] for name, folder in ENCODERS.items()}
-            tokenizers = {"tokenizer": self.tokenizers[CLIP_L], "tokenizer_2": self.tokenizers[CLIP_G]}
-            scheduler = scheduler_config(parts.scheduler, v_prediction=self.options.v_parameterization)
-            scheduler |= {"rescale_betas_zero_snr": True} if parts.is_zero_snr else {}
-            modules = {"unet": denoiser, "vae": vae, **folders}
-            pipeline = Pipeline("StableDiffusionXLPipeline", modules, tokenizers, scheduler, FURTHER_COMPONENTS)
-            save_pipeline(path, pipeline, form, dtype=dtype)
-            return
-        tensors: Any = ChainMap(*published(denoiser, vae, clips), marks(parts))
-        source = None if parts.path.is_dir() else parts.unet.file
-        pairs = [(parts.unet, denoiser), (parts.vae, vae), *((parts.encoders[n].part, clips[n]) for n in clips)]
-        known = {name for part, module in pairs if part.file is source for name in names_read(part, module)}
-        if source is not None:
-            known |= {name for name in source.shapes if is_left_out(name)}
-        save_single(path, tensors, form, dtype=dtype, metadata=metadata, source=source, known=known)
+    @classmethod
+    def is_left_out(cls, name: str) -> bool:
+        """Averages of untrained weights, and a table of 0, 1, 2 ..."""
+        return name.startswith("model_ema.") or name.endswith("embeddings.position_ids")
 
-    def vae_fingerprint(self) -> str:
-        return self.parts.vae.fingerprint()
-
-    def text_fingerprint(self, name: str) -> str:
-        settings = (self.max_tokens, self.options.weighted_captions)
-        parts = f"{self.parts.encoders[name].part.fingerprint()} {self.tokenizers[name].fingerprint()} {settings}"
-        return hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
-
-    def model_names(self) -> dict[str, str]:
-        names = {"sd_model": self.options.pretrained_model_name_or_path, "vae": self.options.vae}
-        return {kind: name for kind, name in names.items() if name}
+    def file_tensors(self, denoiser: nn.Module, vae: nn.Module, clips: Mapping[str, nn.Module]) -> Mapping[str, Tensor]:
+        tensors: Any = ChainMap(*published(denoiser, vae, clips), marks(self.parts))
+        return tensors
 
 
 def overflows(vae: nn.Module, result: Tensor) -> bool:

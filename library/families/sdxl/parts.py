@@ -20,6 +20,7 @@ from library.errors import UserError
 from library.families.detect import foreign_file, foreign_pipeline
 from library.families.sd.names import UNET_PREFIX, unet_rules
 from library.families.sd.parts import OPEN_CLIP_BLOCKS, build_unet, input_levels, unet_layout
+from library.families.sd.unet_family import UnetParts
 from library.families.sdxl.names import CLIP_G_PREFIX, CLIP_L_PREFIX
 from library.families.sdxl.options import SDXLOptions
 from library.key_tables import Shapes
@@ -41,23 +42,12 @@ TRANSFORMERS = "{}.1.transformer_blocks.{{}}."  # of an attention of the U-Net, 
 ADDED_NUMBERS = 6  # of the size and crop that the U-Net is told
 
 
-@dataclass(frozen=True)
-class SDXLParts:
-    """Where each module comes from. `scheduler` is the noise schedule's configuration."""
+@dataclass(frozen=True, kw_only=True)
+class SDXLParts(UnetParts):
+    """Where each module comes from, and what the model says of itself."""
 
-    path: Path
-    unet: Part
-    unet_config: Mapping[str, Any]
-    vae: Part
-    encoders: Mapping[str, EncoderPart]
-    scheduler: Mapping[str, Any]
     is_v: bool  # whether the model says that it predicts v
     is_zero_snr: bool  # whether it says that its last timestep is pure noise
-
-
-def is_left_out(name: str) -> bool:
-    """What of a source file is not in one that was trained: averages of untrained weights, a table of 0, 1, 2 ..."""
-    return name.startswith("model_ema.") or name.endswith("embeddings.position_ids")
 
 
 def marks(parts: SDXLParts) -> dict[str, Tensor]:
@@ -94,15 +84,15 @@ def _open_folder(path: Path, vae: Path | None) -> SDXLParts:
     scheduler_file = path / "scheduler" / "scheduler_config.json"
     scheduler = read_json(scheduler_file) if scheduler_file.is_file() else defaults["scheduler"]
     return SDXLParts(
-        path,
-        Part("U-Net", part_file(path / "unet"), "", partial(build_unet, config), own_names),
-        config,
-        kl_vae.vae_part(vae or path, defaults["vae"], needed=kl_vae.SDXL),
-        {
+        path=path,
+        denoiser=Part("U-Net", part_file(path / "unet"), "", partial(build_unet, config), own_names),
+        config=config,
+        vae=kl_vae.vae_part(vae or path, defaults["vae"], needed=kl_vae.SDXL),
+        encoders={
             name: clip_encoder(path / folder, option=OPTION, projection=name == CLIP_G, config=name)
             for name, folder in ENCODERS.items()
         },
-        scheduler,
+        scheduler=scheduler,
         is_v=scheduler.get("prediction_type") == "v_prediction",
         is_zero_snr=bool(scheduler.get("rescale_betas_zero_snr")),
     )
@@ -139,17 +129,17 @@ def _open_file(path: Path, vae: Path | None) -> SDXLParts:
     with reading_sizes(path, UNET_PREFIX):
         config = {**defaults["unet"], **sdxl_layout(shapes, clip_g.projected)}
     return SDXLParts(
-        path,
-        Part("U-Net", file, UNET_PREFIX, partial(build_unet, config), unet_rules),
-        config,
-        kl_vae.vae_part(vae, defaults["vae"], needed=kl_vae.SDXL)
+        path=path,
+        denoiser=Part("U-Net", file, UNET_PREFIX, partial(build_unet, config), unet_rules),
+        config=config,
+        vae=kl_vae.vae_part(vae, defaults["vae"], needed=kl_vae.SDXL)
         if vae
         else kl_vae.inner_part(file, defaults["vae"], kl_vae.SDXL),
-        {
+        encoders={
             CLIP_L: clip_encoder(file, option=OPTION, projection=False, prefixes=(CLIP_L_FILE_PREFIX,), config=CLIP_L),
             CLIP_G: clip_g.encoder,
         },
-        defaults["scheduler"],
+        scheduler=defaults["scheduler"],
         is_v=V_MARK in file.shapes,
         is_zero_snr=ZERO_SNR_MARK in file.shapes,
     )
@@ -179,8 +169,7 @@ def open_clip_part(file: WeightFile) -> OpenClip:
         partial(clip_g_rules, projection=projection),
         f"{config['hidden_act']} {config['num_attention_heads']} {config['eos_token_id']}",
     )
-    encoder = EncoderPart(part, config["num_hidden_layers"], config["vocab_size"], config["hidden_size"])
-    return OpenClip(encoder, config["projection_dim"])
+    return OpenClip(EncoderPart.of_clip(part, config), config["projection_dim"])
 
 
 def _build_clip_g(config: Mapping[str, Any]) -> nn.Module:

@@ -177,8 +177,9 @@ class FineTuneMethod(Method[FineTuneTrainerOptions]):
     ) -> None:  # fmt: skip
         """The model in its format, with the text encoders that learned."""
         precision = self.options.save.save_precision
-        form = CheckpointForm(self.format, position.epoch, position.step)
-        self.family.save_as(form, denoiser, encoders, path, DTYPES[precision] if precision else None, metadata)
+        dtype = DTYPES[precision] if precision else None
+        form = CheckpointForm(self.format, position.epoch, position.step, dtype, metadata)
+        self.family.save(denoiser, encoders, path, form)
 
 
 class DreamBoothMethod(FineTuneMethod):

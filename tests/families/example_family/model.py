@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -16,10 +14,9 @@ from torch import Tensor, nn
 from library.device import on_device
 from library.errors import UserError
 from library.families.detect import foreign_file
-from library.families.family import ModelFamily
-from library.io.checkpoint import save_tensors
+from library.families.family import ModelFamily, ModelParts
+from library.io.checkpoint import CheckpointForm, save_tensors
 from library.key_tables import Published, Rule, expand
-from library.memory.quantise import Storage
 from library.objectives.flow import FlowObjective, constant_shift
 from library.objectives.options import LossOptions
 from library.types import Batch, Cond, LatentSpec, Tokens
@@ -27,7 +24,7 @@ from library.weights import kl_vae
 from library.weights.loading import Part, locate, part_file
 from library.weights.sizes import depth, reading_sizes, shape_of
 from library.weights.text import CHUNK, ClipTokenizer
-from library.weights.text_encoders import EncoderPart, clip_encoder
+from library.weights.text_encoders import clip_encoder
 from library.weights.tokenizers import clip_tokenizer, tokenizer_folders
 from tests.families.example_family import SHEET
 from tests.families.example_family.names import example_names
@@ -38,26 +35,15 @@ CLIP = "clip_l"  # name of the text encoder, and of its states in a Cond: (B, 77
 MODEL = "--pretrained_model_name_or_path"
 
 
-@dataclass(frozen=True)
-class ExampleParts:
-    """Where each module comes from."""
-
-    path: Path
-    denoiser: Part
-    vae: Part
-    clip: EncoderPart
-
-
 class Example(ModelFamily):
     sheet = SHEET
     latent = LatentSpec("example", channels=4, factor=8, npz_suffix="_example.npz", npz_sized_keys=True)
     variant = SHEET.variants["example"]
-    encoders = (CLIP,)
 
     # ---- loading
 
     @cached_property
-    def parts(self) -> ExampleParts:
+    def parts(self) -> ModelParts:
         """Headers of the files."""
         path = locate(self.options.pretrained_model_name_or_path, MODEL, ("*/*.json", "*/*.safetensors"))
         file = part_file(path / "transformer")
@@ -68,32 +54,16 @@ class Example(ModelFamily):
         denoiser = Part("transformer", file, "", partial(build, config), rules)
         vae = kl_vae.vae_part(path, {}, needed=kl_vae.RequiredVae(4, "the example"))
         clip = clip_encoder(path / "text_encoder", option="--clip_l", projection=False)
-        return ExampleParts(path, denoiser, vae, clip)
+        return ModelParts(path=path, denoiser=denoiser, config=config, vae=vae, encoders={CLIP: clip})
 
     @cached_property
-    def tokenizer(self) -> ClipTokenizer:
+    def tokenizers(self) -> dict[str, ClipTokenizer]:
         folders = tokenizer_folders(self.parts.path, names=("tokenizer",))
-        return clip_tokenizer(folders, cache=self.options.tokenizer_cache_dir)
+        return {CLIP: clip_tokenizer(folders, cache=self.options.tokenizer_cache_dir)}
 
     def check(self) -> None:
-        if len(self.tokenizer.tokenizer) > self.parts.clip.vocabulary:
+        if len(self.tokenizers[CLIP].tokenizer) > self.parts.encoders[CLIP].vocabulary:
             raise UserError(f"{self.parts.path}: tokenizer and text encoder belong to different models")
-
-    def part(self, name: str) -> Part:
-        return {"denoiser": self.parts.denoiser, "vae": self.parts.vae, CLIP: self.parts.clip.part}[name]
-
-    def load_text_encoder(
-        self, name: str, dtype: torch.dtype | None, device: torch.device | str, *, storage: Storage = "plain"
-    ) -> nn.Module:
-        return self.parts.clip.part.load(dtype, device, storage=storage)
-
-    def load_vae(self, dtype: torch.dtype | None, device: torch.device | str) -> nn.Module:
-        return self.parts.vae.load(dtype, device)
-
-    def load_denoiser(
-        self, dtype: torch.dtype | None, device: torch.device | str, *, storage: Storage = "plain"
-    ) -> nn.Module:
-        return self.parts.denoiser.load(dtype, device, storage=storage)
 
     # ---- text
 
@@ -102,17 +72,17 @@ class Example(ModelFamily):
         return CHUNK
 
     def tokenize(self, captions: list[str]) -> Tokens:
-        return self.tokenizer(captions, max_tokens=CHUNK, weighted=False, name=CLIP)
+        return self.tokenizers[CLIP](captions, max_tokens=CHUNK, weighted=False, name=CLIP)
 
     def count_tokens(self, captions: Sequence[str]) -> list[int]:
-        return self.tokenizer.count(captions, weighted=False)
+        return self.tokenizers[CLIP].count(captions, weighted=False)
 
     def encode_part(self, name: str, encoder: nn.Module, tokens: Tokens) -> Cond:
         ids = on_device(tokens.ids[CLIP], next(encoder.parameters()).device)
         return {CLIP: encoder(ids[:, 0]).last_hidden_state}
 
     def blank_cond(self, count: int, dtype: torch.dtype = torch.float32) -> Cond:
-        return {CLIP: torch.zeros(count, CHUNK + 2, self.parts.clip.width, dtype=dtype)}
+        return {CLIP: torch.zeros(count, CHUNK + 2, self.parts.encoders[CLIP].width, dtype=dtype)}
 
     # ---- training
 
@@ -132,25 +102,12 @@ class Example(ModelFamily):
 
     # ---- files
 
-    def save(
-        self,
-        denoiser: nn.Module,
-        encoders: Mapping[str, nn.Module],
-        path: Path,
-        dtype: torch.dtype | None,
-        metadata: Mapping[str, str] | None,
-    ) -> None:
-        save_tensors(path, Published(denoiser.state_dict(), rules(denoiser)), metadata or {}, dtype=dtype, hashes=False)
+    def save(self, denoiser: nn.Module, encoders: Mapping[str, nn.Module], path: Path, form: CheckpointForm) -> None:
+        tensors = Published(denoiser.state_dict(), rules(denoiser))
+        save_tensors(path, tensors, form.metadata, dtype=form.dtype, hashes=False)
 
-    def vae_fingerprint(self) -> str:
-        return self.parts.vae.fingerprint()
-
-    def text_fingerprint(self, name: str) -> str:
-        both = f"{self.parts.clip.part.fingerprint()} {self.tokenizer.fingerprint()}"
-        return hashlib.blake2b(both.encode(), digest_size=16).hexdigest()
-
-    def model_names(self) -> dict[str, str]:
-        return {"sd_model": self.options.pretrained_model_name_or_path}
+    def text_settings(self, name: str) -> tuple[Any, ...]:
+        return ()
 
 
 def sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:

@@ -15,6 +15,7 @@ class ExampleOptions(ModelOptions):
     """The example."""
 
     clip_l: str | None = option(None, help="CLIP-L: file or folder. Without it, that of the model.", path=True)
+    no_half_vae: bool = option(False, help="Run the VAE in float32 also under mixed precision.")
     weighted_captions: bool = option(False, help="Not for this model.", check=refused("it cannot weight words"))
 
 
