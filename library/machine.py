@@ -214,12 +214,8 @@ def find_intel(system: System) -> tuple[str, ...]:
     """Discrete Intel GPUs (Arc A and B, Flex, Max)."""
     if system.name == "Windows":
         return tuple(name for name in _windows_display_names() if INTEL_DISCRETE_NAME.search(name))
-    devices = _display_devices(system)
-    return tuple(f"Intel GPU {device}" for vendor, device in devices if vendor == "0x8086" and _is_discrete(device))
-
-
-def _is_discrete(device: str) -> bool:
-    return INTEL_DISCRETE.fullmatch(device) is not None
+    devices = [device for vendor, device in _display_devices(system) if vendor == "0x8086"]
+    return tuple(f"Intel GPU {device}" for device in devices if INTEL_DISCRETE.fullmatch(device))
 
 
 def _display_devices(system: System) -> list[tuple[str, str]]:

@@ -60,40 +60,22 @@ __all__ = [  # what modules with options need
 
 @dataclass(frozen=True)
 class OptionInfo:
-    """Properties of an option, set by `option()`."""
+    """What `option` says about an option besides its default."""
 
     help: str
-    choices: tuple[str, ...] = ()
+    choices: Sequence[str] = ()
     check: ValueCheck | None = None
-    parse: Callable[[Any], Any] | None = None
-    answer: str | None = None
-    secret: bool = False
-    zero_is_unset: bool = False
-    path: bool = False
+    parse: Callable[[Any], Any] | None = None  # converts text or a TOML value; raises ValueError with what it expects
+    answer: str | None = None  # the option is accepted without effect; this line, shown once, says what replaces it
+    secret: bool = False  # never printed, logged, dumped or written to metadata
+    zero_is_unset: bool = False  # 0, which graphical programs write, means not given
+    path: bool = False  # the name of a file or folder, which may not be UTF-8
 
 
-def option(
-    default: Any = None,
-    *,
-    help: str,
-    choices: Sequence[str] = (),
-    check: ValueCheck | None = None,
-    parse: Callable[[Any], Any] | None = None,
-    answer: str | None = None,
-    secret: bool = False,
-    zero_is_unset: bool = False,
-    path: bool = False,
-) -> Any:
-    """Declare an option.
-
-    parse: converts a command-line text or TOML value; raises ValueError with what it expects.
-    answer: the option is accepted but has no effect; this line, shown once, says what replaces it.
-    secret: never printed, logged, dumped or written to metadata.
-    zero_is_unset: 0 means not given; graphical programs write that.
-    path: the name of a file or folder, which may not be UTF-8.
-    """
-    info = OptionInfo(help, tuple(choices), check, parse, answer, secret, zero_is_unset, path)
-    return field(default=default, repr=not secret, metadata={"option": info})
+def option(default: Any = None, **properties: Any) -> Any:
+    """Declare an option. properties: those of `OptionInfo`; `help` is required."""
+    info = OptionInfo(**properties)
+    return field(default=default, repr=not info.secret, metadata={"option": info})
 
 
 @dataclass(frozen=True)

@@ -144,36 +144,39 @@ def unreadable(path: str, error: OSError) -> str:
     return f"cannot be read ({error.strerror})"
 
 
-def _read_image(path: str) -> ImageRow | str:
+def _read_file(path: str, kind: str, read: Callable[[str, int, int], tuple | str]) -> Any:
+    """(size, modification time in ns, *what `read` finds), or what is wrong. read: takes path, file handle and size."""
     try:
         handle = os.open(path, _OPEN_FLAGS)
         try:
             status = os.fstat(handle)
-            size = status.st_size
             if what := no_file(status):
-                return f"is {what}, not a picture"
-            width, height, flags, problem = read_header(path, handle, size)
+                return f"is {what}, not a {kind}"
+            found = read(path, handle, status.st_size)
         finally:
             os.close(handle)
     except OSError as error:
         return unreadable(path, error)
-    return problem or (size, status.st_mtime_ns, width, height, flags)
+    return found if isinstance(found, str) else (status.st_size, status.st_mtime_ns, *found)
+
+
+def _read_image(path: str) -> ImageRow | str:
+    return _read_file(path, "picture", _header)
+
+
+def _header(path: str, handle: int, size: int) -> tuple[int, int, int] | str:
+    width, height, flags, problem = read_header(path, handle, size)
+    return problem or (width, height, flags)
 
 
 def _read_text(path: str) -> TextRow | str:
+    return _read_file(path, "text file", _text)
+
+
+def _text(path: str, handle: int, size: int) -> tuple[str] | str:
+    data = os.read(handle, size + 1)
     try:
-        handle = os.open(path, _OPEN_FLAGS)
-        try:
-            status = os.fstat(handle)
-            size = status.st_size
-            if what := no_file(status):
-                return f"is {what}, not a text file"
-            data = os.read(handle, size + 1)
-        finally:
-            os.close(handle)
-        return size, status.st_mtime_ns, data.decode("utf-8").removeprefix("\ufeff")
-    except OSError as error:
-        return unreadable(path, error)
+        return (data.decode("utf-8").removeprefix("\ufeff"),)
     except UnicodeDecodeError as error:
         hint = "; it looks like UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
         return f"is not UTF-8 text (byte {error.start}{hint}): save it as UTF-8"

@@ -9,6 +9,7 @@ an animation the first frame is used.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
 import os
@@ -141,14 +142,12 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
 def _cmyk_to_rgb(image: Image.Image) -> Image.Image:
     """CMYK converted to sRGB by its embedded colour profile, or by PIL's formula where there is no readable one."""
     profile = image.info.get("icc_profile")
+    converted = None
     if profile:
-        try:
+        with contextlib.suppress(ImageCms.PyCMSError, OSError):
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-            return converted if converted is not None else image.convert("RGB")
-        except (ImageCms.PyCMSError, OSError):
-            return image.convert("RGB")
-    return image.convert("RGB")
+    return image.convert("RGB") if converted is None else converted
 
 
 # ---- resize, crop, flip, colour -----------------------------------------------------------------------------------
@@ -185,13 +184,11 @@ class Window:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A picture ready for training. Sizes are (height, width), as SDXL's micro-conditioning wants them."""
+    """A picture ready for training."""
 
     rgb: np.ndarray  # H W 3 uint8
     mask: np.ndarray | None  # H W uint8, 255 where the loss counts
-    original_size: Size
     crop_top_left: tuple[float, float]
-    target_size: Size
     control: np.ndarray | None = None  # H W 3 uint8
 
 
@@ -263,9 +260,7 @@ def resize_and_crop(
     return Prepared(
         rgb=np.ascontiguousarray(pixels),
         mask=None if mask is None else np.ascontiguousarray(mask),
-        original_size=(size[1], size[0]),
         crop_top_left=window.told_flipped if flipped else window.told,
-        target_size=(bucket.reso[1], bucket.reso[0]),
         control=control,
     )
 
@@ -294,12 +289,9 @@ def choose_window(size: Size, bucket: Bucket, rules: ImageRules, rng: random.Ran
         left, top = center_crop(bucket)
         told, told_flipped = (fixed_conditioning(bucket, size, flipped=flipped) for flipped in (False, True))
         return Window(bucket.resized, left, top, told, told_flipped)
-    left, top = (_draw_offset(full - part, rng) for full, part in zip(bucket.resized, bucket.reso))
+    rooms = (full - part for full, part in zip(bucket.resized, bucket.reso))
+    left, top = (rng.randint(0, room) if room > 0 else 0 for room in rooms)
     return Window.at(bucket.resized, bucket.reso, left, top)
-
-
-def _draw_offset(room: int, rng: random.Random) -> int:
-    return rng.randint(0, room) if room > 0 else 0
 
 
 def _face_window(size: Size, reso: Size, rules: ImageRules, rng: random.Random, face: Face) -> Window:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import NamedTuple, Protocol, overload
+from typing import NamedTuple, overload
 
 import numpy as np
 
@@ -109,19 +109,10 @@ def regularisation_repeats(repeats: np.ndarray, wanted: int) -> np.ndarray:
     return used
 
 
-class Order(Protocol):
-    """The batches of an epoch by their position."""
-
-    def __len__(self) -> int: ...
-    def batch(self, position: int) -> BatchPlan: ...
-    def each_shape(self) -> list[BatchPlan]:
-        """A batch for each (shape, number of samples) that there is."""
-
-
 class EpochPlan(Sequence[BatchPlan]):
     """The batches of one epoch in order; slices (`plan[start:]`, `plan[rank::world]`) are plans too."""
 
-    def __init__(self, order: Order, positions: range | None = None):
+    def __init__(self, order: _Listed | _Computed, positions: range | None = None):
         self.order = order
         self.positions = range(len(order)) if positions is None else positions
 
@@ -195,6 +186,7 @@ class _Listed:
         return BatchPlan(dataset, bucket, samples, self.epoch, position, self.validation, references)
 
     def each_shape(self) -> list[BatchPlan]:
+        """The first batch of each (shape, number of samples)."""
         kinds = np.concatenate([self.table[:, :2], self.table[:, 3:] - self.table[:, 2:3]], axis=1)
         _, first = np.unique(kinds, axis=0, return_index=True)
         return _first_of_each([self.batch(position) for position in sorted(first.tolist())])

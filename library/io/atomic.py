@@ -30,13 +30,8 @@ from library.errors import UserError
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG} if hasattr(errno, "EDQUOT") else {errno.ENOSPC, errno.EFBIG}
 # Messages for the same errors by writers in Rust and C++, which give no error code.
 FULL_WORDS = (
-    "No space left",
-    "File too large",
-    "Disk quota",
-    "not enough space",
-    "PytorchStreamWriter failed",
-    "unexpected pos",
-)
+    "No space left", "File too large", "Disk quota", "not enough space", "PytorchStreamWriter failed", "unexpected pos",
+)  # fmt: skip
 FOREIGN_AGE_S = 24 * 3600.0  # leftovers of other machines are removed when they are older
 TEMP_NAME = re.compile(
     r"\.(?P<stem>.+)~(?P<stage>tmp|new|old)~(?P<host>[0-9a-f]{8})~(?P<pid>\d+)"
@@ -82,9 +77,8 @@ def atomic_write(
 @contextlib.contextmanager
 def saving(path: Path, size: int) -> Iterator[None]:
     """Turn errors of the file system into a SaveError that names the folder."""
-    free = (
-        free_bytes(path.parent) if path.parent.is_dir() else 0
-    )  # measured before, since a partial file takes the rest
+    # measured before, since a partial file takes the rest
+    free = free_bytes(path.parent) if path.parent.is_dir() else 0
     try:
         yield
     except UserError:

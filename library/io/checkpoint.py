@@ -62,11 +62,6 @@ def is_save_of(name: str, output_name: str | None, extension: str) -> bool:
 EXTENSIONS = {"safetensors": ".safetensors", "ckpt": ".ckpt", "pt": ".pt", "diffusers": "", "diffusers_safetensors": ""}
 
 
-def extension_of(save_model_as: str) -> str:
-    """File extension for --save_model_as, empty if a save is a folder."""
-    return EXTENSIONS[save_model_as]
-
-
 @dataclass(frozen=True)
 class CheckpointForm:
     """Form of a saved model. epochs and steps are recorded in a .ckpt."""

@@ -6,28 +6,20 @@ from __future__ import annotations
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
 from library.errors import UserError
 from library.io.options import HubOptions
 from library.io.state import MANIFEST
 from library.log import get_logger
 
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
 log = get_logger()
 
 
-class Hub(Protocol):
-    """The part of `huggingface_hub.HfApi` that is used."""
-
-    def create_repo(self, repo_id: str, *, repo_type: str, private: bool, exist_ok: bool) -> Any: ...
-    def upload_file(self, *, path_or_fileobj: str, path_in_repo: str, repo_id: str, repo_type: str) -> Any: ...
-    def upload_folder(self, *, folder_path: str, path_in_repo: str, repo_id: str, repo_type: str) -> Any: ...
-    def snapshot_download(
-        self, repo_id: str, *, repo_type: str, revision: str | None, allow_patterns: list[str]
-    ) -> str: ...
-
-
-def connect(token: str | None) -> Hub:
+def connect(token: str | None) -> HfApi:
     """The Hugging Face hub. The token is kept in this object only, not in the environment or a file."""
     from huggingface_hub import HfApi
 
@@ -46,7 +38,7 @@ def hide(text: str, token: str | None) -> str:
 class Uploader:
     """Uploads files and folders one by one; with --async_upload in a background thread. Close it at the end."""
 
-    def __init__(self, options: HubOptions, hub: Hub | None = None) -> None:
+    def __init__(self, options: HubOptions, hub: HfApi | None = None) -> None:
         assert options.huggingface_repo_id, "an uploader needs --huggingface_repo_id"
         self.options = options
         self.repo_id, self.repo_type = options.huggingface_repo_id, options.huggingface_repo_type or "model"
@@ -89,11 +81,11 @@ class Uploader:
             private = self.options.huggingface_repo_visibility != "public"
             self.hub.create_repo(self.repo_id, repo_type=self.repo_type, private=private, exist_ok=True)
             self.repo_ready = True
-        target = {"path_in_repo": self.path_in_repo(path.name), "repo_id": self.repo_id, "repo_type": self.repo_type}
+        place, repo, kind = self.path_in_repo(path.name), self.repo_id, self.repo_type
         if path.is_dir():
-            self.hub.upload_folder(folder_path=str(path), **target)
+            self.hub.upload_folder(folder_path=str(path), path_in_repo=place, repo_id=repo, repo_type=kind)
         else:
-            self.hub.upload_file(path_or_fileobj=str(path), **target)
+            self.hub.upload_file(path_or_fileobj=str(path), path_in_repo=place, repo_id=repo, repo_type=kind)
 
     def path_in_repo(self, name: str) -> str:
         """Path in the repository of a save with this name."""
@@ -128,7 +120,7 @@ def read_hub_folder(text: str) -> HubFolder:
     return HubFolder("/".join(parts[:2]), "/".join(parts[2:]), revision, repo_type)
 
 
-def download_state(text: str, token: str | None, hub: Hub | None = None) -> Path:
+def download_state(text: str, token: str | None, hub: HfApi | None = None) -> Path:
     """Download the state folder that `text` names. Returns the local folder. Raises UserError."""
     wanted = read_hub_folder(text)
     hub = hub if hub is not None else connect(token)

@@ -27,6 +27,7 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from library.byte_paths import plain_path
 from library.errors import UserError, nearest
@@ -58,9 +59,7 @@ class StateParts:
     step: int  # optimizer steps done
     epoch: int  # epochs finished
     batch: int  # the next micro-batch of the epoch under way
-    fingerprint: dict[
-        str, Any
-    ]  # "--network_dim" -> 16, "dataset" -> digest ...: JSON values that must be equal on resume
+    fingerprint: dict[str, Any]  # "--network_dim" -> 16, "dataset" -> digest ...: must be equal on resume; JSON values
     optimizer: dict[str, Any] = field(default_factory=dict)
     scheduler: dict[str, Any] = field(default_factory=dict)
     scaler: dict[str, Any] | None = None
@@ -91,7 +90,7 @@ def save_state(folder: str | Path, parts: StateParts) -> Path:
     require_present(weights, folder)
     require_finite(weights, folder)
     bundle = {name: _alone(getattr(parts, name)) for name in TORCH_PARTS}
-    size = data_bytes(weights) + sum(t.numel() * t.element_size() for t in _tensors(bundle))
+    size = data_bytes(weights) + sum(leaf.nbytes for leaf in tree_leaves(bundle) if isinstance(leaf, Tensor))
     facts = {"format": FORMAT, "version": VERSION, **{name: getattr(parts, name) for name in JSON_PARTS}}
     with atomic_folder(folder, size=size) as temp:
         write_safetensors(temp / WEIGHTS, weights, {"format": "pt"})
@@ -130,14 +129,6 @@ def _alone(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(_alone(v) for v in value)
     return value
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (Mapping, list, tuple)):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(item)
 
 
 def _identity(path: Path) -> dict[str, Any]:

@@ -28,8 +28,8 @@ class MemoryChoice:
         """The choice that the options give; "auto" counts as not given."""
         budget = 0.0 if options.gradient_checkpointing else options.activation_budget
         return cls(
-            storage=options.denoiser_storage,
-            encoder_storage=options.encoder_storage,
+            storage=options.base_quant or ("fp8" if options.fp8_base or options.fp8_base_unet else "plain"),
+            encoder_storage="fp8" if options.fp8_base else "plain",
             activation_budget=budget if isinstance(budget, (int, float)) else 1.0,
             offload=options.cpu_offload_checkpointing,
             blocks_to_swap=options.blocks_to_swap if isinstance(options.blocks_to_swap, int) else 0,

@@ -168,9 +168,8 @@ class BlockKind:
         function = plain.__func__
         if function not in self._code:
             code = function.__code__.replace()
-            copy = FunctionType(
-                code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
-            )
+            parts = function.__globals__, function.__name__, function.__defaults__, function.__closure__
+            copy = FunctionType(code, *parts)
             copy.__kwdefaults__ = function.__kwdefaults__
             self._code[function] = copy
         return MethodType(self._code[function], plain.__self__)
@@ -207,9 +206,7 @@ def _make_repeatable() -> None:
     dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, MOST_VARIANTS)
     dynamo_config.accumulated_recompile_limit = max(dynamo_config.accumulated_recompile_limit, MOST_VARIANTS)
     dynamo_config.specialize_float = True  # otherwise a second adapter strength turns it into a variable
-    shape_config.use_duck_shape = (
-        False  # otherwise sizes that are equal in the first call are assumed to be always equal
-    )
+    shape_config.use_duck_shape = False  # otherwise sizes that are equal in the first call have to be so in all
 
 
 # ---- before the first step ------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from library.memory.checkpointing import ReplacedForwards
 from library.memory.host_image import HostImage, tensors_of
 from library.memory.pinning import Pinning
 from library.memory.ring import Ring
@@ -73,8 +74,7 @@ class Hoisting:
         self._kept = [ModulationOutputs() for _ in self.linears]
         self._images: list[HostImage] = []
         self._ring: Ring | None = None
-        self._own: list[Any] = []  # the original forward methods of the Linears
-        self._on_instance: list[bool] = []
+        self._forwards = ReplacedForwards([])  # of the Linears
         self._handles: list[Any] = []
         self._stream: torch.cuda.Stream | None = None
         self._ready: dict[int, torch.cuda.Event] = {}
@@ -87,13 +87,12 @@ class Hoisting:
             raise ValueError("modulation weights that learn cannot be hoisted")
         on_cuda = self.device.type == "cuda"
         self._stream = torch.cuda.Stream(self.device) if on_cuda else None
-        for linear, kept in zip(self.linears, self._kept):
+        self._forwards = ReplacedForwards(self.linears)
+        for index, (linear, kept) in enumerate(zip(self.linears, self._kept)):
             image = HostImage(tensors_of(linear), self.pinning)
             image.point(image.at_home)
             self._images.append(image)
-            self._own.append(linear.forward)
-            self._on_instance.append("forward" in vars(linear))
-            linear.forward = kept.forward  # type: ignore[method-assign, assignment]
+            self._forwards.replace(index, kept.forward)
         self._ring = self.ring_class(self._images, self.device, min(SLOTS, len(self._images)))
         self._handles = [self.embedder.register_forward_hook(self._compute)]
         if on_cuda:
@@ -104,14 +103,10 @@ class Hoisting:
         self.home()
         for handle in self._handles:
             handle.remove()
-        for linear, own, on_instance in zip(self.linears, self._own, self._on_instance):
-            if on_instance:
-                linear.forward = own  # type: ignore[method-assign]
-            else:
-                del linear.forward
+        self._forwards.undo()
         for image in self._images:
             image.release()
-        self._handles, self._images, self._own, self._on_instance, self._ring = [], [], [], [], None
+        self._handles, self._images, self._ring = [], [], None
         self._kept = [ModulationOutputs() for _ in self.linears]
 
     def home(self) -> None:
@@ -163,7 +158,7 @@ class Hoisting:
         assert self._ring is not None
         x, count, values = F.silu(embedding), len(self.linears), []
         last = set(self._last_of.values())
-        for index, (own, kept) in enumerate(zip(self._own, self._kept)):
+        for index, (own, kept) in enumerate(zip(self._forwards.before, self._kept)):
             self._ring.arrange([index, *([(index + 1) % count] if count > 1 else [])], lambda leaving: False)
             self._ring.use(index)
             value = own(x)

@@ -66,9 +66,8 @@ class CopyStream:
             return
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
-            host.copy_(
-                source, non_blocking=host.is_pinned()
-            )  # ordinary memory is copied synchronously: `back` might read it too early
+            # ordinary memory is copied synchronously: `back` might read it too early
+            host.copy_(source, non_blocking=host.is_pinned())
         source.record_stream(self.stream)
 
     def back(self, host: Tensor) -> tuple[Tensor, Any]:

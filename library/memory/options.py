@@ -98,23 +98,11 @@ class MemoryOptions:
         path=True,
     )
     torch_compile: bool = option(False, help="The same as --compile.")
-    dynamo_backend: str = option(
-        "inductor", help="Backend of --compile.", choices=("no", *BACKENDS, *GONE)
-    )  # fmt: skip
+    dynamo_backend: str = option("inductor", help="Backend of --compile.", choices=("no", *BACKENDS, *GONE))
 
     @property
     def compiles(self) -> bool:
         return self.compile or self.torch_compile
-
-    @property
-    def denoiser_storage(self) -> str:
-        """Format of the frozen denoiser's matrices: "plain" (the dtype of the computation), fp8, int8 or nf4."""
-        return self.base_quant or ("fp8" if self.fp8_base or self.fp8_base_unet else "plain")
-
-    @property
-    def encoder_storage(self) -> str:
-        """Format of the frozen text encoders' matrices: "plain" or fp8."""
-        return "fp8" if self.fp8_base else "plain"
 
     @property
     def asks_planner(self) -> bool:

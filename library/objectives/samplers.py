@@ -29,38 +29,23 @@ class SamplerRow:
     spaced: bool = True
 
 
-DDIM = SamplerRow("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}, noisy=True)
-PNDM = SamplerRow("PNDMScheduler", {"skip_prk_steps": True})
-LMS = SamplerRow("LMSDiscreteScheduler")
-EULER = SamplerRow("EulerDiscreteScheduler")
-EULER_ANCESTRAL = SamplerRow("EulerAncestralDiscreteScheduler", noisy=True)
-HEUN = SamplerRow("HeunDiscreteScheduler")
-DPM_2 = SamplerRow("KDPM2DiscreteScheduler")
-DPM_2_ANCESTRAL = SamplerRow("KDPM2AncestralDiscreteScheduler", noisy=True)
-DPM_SOLVER = SamplerRow(
-    "DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}
-)
-DPM_SOLVER_PP = SamplerRow("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"})
-DPM_SINGLE = SamplerRow("DPMSolverSinglestepScheduler", {"lower_order_final": True}, spaced=False)
-
+LMS = "LMSDiscreteScheduler"
 SAMPLERS: dict[str, SamplerRow] = {
-    "ddim": DDIM,
-    "pndm": PNDM,
-    "lms": LMS,
-    "k_lms": LMS,
-    "euler": EULER,
-    "k_euler": EULER,
-    "euler_a": EULER_ANCESTRAL,
-    "k_euler_a": EULER_ANCESTRAL,
-    "heun": HEUN,
-    "dpm_2": DPM_2,
-    "k_dpm_2": DPM_2,
-    "dpm_2_a": DPM_2_ANCESTRAL,
-    "k_dpm_2_a": DPM_2_ANCESTRAL,
-    "dpmsolver": DPM_SOLVER,
-    "dpmsolver++": DPM_SOLVER_PP,
-    "dpmsingle": DPM_SINGLE,
+    "ddim": SamplerRow("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}, noisy=True),
+    "pndm": SamplerRow("PNDMScheduler", {"skip_prk_steps": True}),
+    "lms": SamplerRow(LMS),
+    "euler": SamplerRow("EulerDiscreteScheduler"),
+    "euler_a": SamplerRow("EulerAncestralDiscreteScheduler", noisy=True),
+    "heun": SamplerRow("HeunDiscreteScheduler"),
+    "dpm_2": SamplerRow("KDPM2DiscreteScheduler"),
+    "dpm_2_a": SamplerRow("KDPM2AncestralDiscreteScheduler", noisy=True),
+    "dpmsolver": SamplerRow(
+        "DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}
+    ),
+    "dpmsolver++": SamplerRow("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "dpmsingle": SamplerRow("DPMSolverSinglestepScheduler", {"lower_order_final": True}, spaced=False),
 }
+SAMPLERS |= {f"k_{name}": SAMPLERS[name] for name in ("lms", "euler", "euler_a", "dpm_2", "dpm_2_a")}
 
 
 class DiffusersSampler:
@@ -184,7 +169,7 @@ def scheduler_class(name: str) -> type:
     """The diffusers class of that name. LMS uses our own coefficients, for which diffusers would need scipy."""
     import diffusers
 
-    return exact_lms_scheduler() if name == LMS.scheduler else getattr(diffusers, name)
+    return exact_lms_scheduler() if name == LMS else getattr(diffusers, name)
 
 
 def exact_lms_scheduler() -> type:

@@ -166,16 +166,15 @@ class Bf16Optimizer(torch.optim.Optimizer):
     @property
     def state(self) -> dict[Tensor, Any]:  # type: ignore[override]
         """The inner optimizer's states, by weight."""
-        pairs = ((w.real, w.shadow) for own in self.weights for w in own)
+        pairs = ((real, weight.shadow) for real, weight in self._weight_of.items())
         return {real: self.inner.state[shadow] for real, shadow in pairs if shadow in self.inner.state}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        for own in self.weights:
-            for weight in own:
-                if set_to_none:
-                    weight.real.grad = None
-                elif weight.real.grad is not None:
-                    weight.real.grad.zero_()
+        for real in self._weight_of:
+            if set_to_none:
+                real.grad = None
+            elif real.grad is not None:
+                real.grad.zero_()
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -219,7 +218,7 @@ class Bf16Optimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _change_mode(self, mode: str) -> None:
-        weights = [weight for own in self.weights for weight in own]
+        weights = self._weight_of.values()
         with self._inside() as inner:
             for weight in weights:
                 weight.show()

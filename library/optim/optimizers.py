@@ -55,17 +55,15 @@ class OptimizerRow:
 
 MOMENTUM: Mapping[str, Any] = {"momentum": 0.9}
 NESTEROV: Mapping[str, Any] = {"nesterov": True}
-BNB, DADAPT, SCHEDULE_FREE = "bitsandbytes", "dadaptation", "schedulefree"
+BNB, DADAPT = "bitsandbytes", "dadaptation"
 PREPRINT = OptimizerRow("dadaptation.experimental.DAdaptAdamPreprint", DADAPT, finds_rate=True)
 
 OPTIMIZERS: dict[str, OptimizerRow] = {
-    "AdamW": OptimizerRow(
-        "torch.optim.AdamW", quick={"fused": True}, elementwise=True
-    ),  # torch's other implementations need a second buffer
+    # fused: torch's other implementations need a second buffer
+    "AdamW": OptimizerRow("torch.optim.AdamW", quick={"fused": True}, elementwise=True),
     "SGDNesterov": OptimizerRow("torch.optim.SGD", defaults=MOMENTUM, fixed=NESTEROV, elementwise=True),
-    "AdamW8bit": OptimizerRow(
-        "bitsandbytes.optim.AdamW8bit", BNB, adjust=without_synchronizing
-    ),  # not elementwise: 8-bit states share a scale per 256
+    # not elementwise: 8-bit states share a scale per 256
+    "AdamW8bit": OptimizerRow("bitsandbytes.optim.AdamW8bit", BNB, adjust=without_synchronizing),
     "PagedAdamW8bit": OptimizerRow("bitsandbytes.optim.PagedAdamW8bit", BNB),
     "PagedAdamW": OptimizerRow("bitsandbytes.optim.PagedAdamW", BNB, elementwise=True),
     "PagedAdamW32bit": OptimizerRow("bitsandbytes.optim.PagedAdamW32bit", BNB, elementwise=True),
@@ -85,15 +83,12 @@ OPTIMIZERS: dict[str, OptimizerRow] = {
     "DAdaptSGD": OptimizerRow("dadaptation.DAdaptSGD", DADAPT, finds_rate=True),
     "Prodigy": OptimizerRow("prodigyopt.Prodigy", "prodigyopt", finds_rate=True),
     "Adafactor": OptimizerRow("transformers.optimization.Adafactor", adjust=rate_on_device),
-    "RAdamScheduleFree": OptimizerRow(
-        "schedulefree.RAdamScheduleFree", SCHEDULE_FREE, elementwise=True, schedule_free=True
-    ),
-    "AdamWScheduleFree": OptimizerRow(
-        "schedulefree.AdamWScheduleFree", SCHEDULE_FREE, elementwise=True, schedule_free=True
-    ),
-    "SGDScheduleFree": OptimizerRow(
-        "schedulefree.SGDScheduleFree", SCHEDULE_FREE, elementwise=True, schedule_free=True
-    ),
+    **{
+        f"{name}ScheduleFree": OptimizerRow(
+            f"schedulefree.{name}ScheduleFree", "schedulefree", elementwise=True, schedule_free=True
+        )
+        for name in ("RAdam", "AdamW", "SGD")
+    },
 }
 BY_LOWER_NAME = {name.lower(): row for name, row in OPTIMIZERS.items()}
 ELEMENTWISE_IN_TORCH = {"Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "SGD"}

@@ -200,12 +200,9 @@ ONLY_FOR = {  # option -> the schedules that read it
     "lr_decay_steps": ("warmup_stable_decay",),
     "lr_scheduler_timescale": ("inverse_sqrt",),
     "lr_scheduler_min_lr_ratio": (
-        "cosine_with_min_lr",
-        "cosine_warmup_with_min_lr",
-        "warmup_stable_decay",
-        "reduce_lr_on_plateau",
+        "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay", "reduce_lr_on_plateau",
     ),
-}
+}  # fmt: skip
 OF_OPTIONS = ("min_lrs",)  # attributes that torch's schedules save in their state although options set them
 OTHER_NAMES = ("reduce_lr_on_plateau", "adafactor:<learning rate>")
 
@@ -412,10 +409,8 @@ def _foreign(path: str, optimizer: torch.optim.Optimizer, given: Mapping[str, An
 
 def _try_foreign(options: SchedulerOptions, built: BuiltScheduler, total_steps: int) -> None:
     """Run through the schedule with a toy: some classes fail after a number of steps. Raises UserError."""
-    step, steps = (
-        0,
-        min(total_steps, MOST_TRIED) if total_steps < MOST else 1,
-    )  # MOST: the length of the run is not known yet
+    steps = min(total_steps, MOST_TRIED) if total_steps < MOST else 1  # MOST: the run's length is not known yet
+    step = 0
     try:
         while step < steps:
             step += 1

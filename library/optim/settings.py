@@ -46,13 +46,7 @@ def _plain_value(text: str) -> Any:
     wrong = ValueError(f"expects {PLAIN}")
     try:
         value = ast.literal_eval(text.strip())
-    except (
-        ValueError,
-        SyntaxError,
-        TypeError,
-        MemoryError,
-        RecursionError,
-    ):  # everything that Python's parser may raise
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # whatever Python's parser may raise
         raise wrong from None
     for item in value if isinstance(value, (tuple, list)) else [value]:
         if not isinstance(item, (int, float, str, type(None))):

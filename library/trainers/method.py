@@ -9,7 +9,7 @@ from typing import ClassVar, Generic, TypeVar
 
 from library.data.scan import Scan
 from library.families.family import ModelFamily
-from library.io.checkpoint import extension_of
+from library.io.checkpoint import EXTENSIONS
 from library.learning import Learning, Models, Trainables
 from library.memory.choice import MemoryChoice
 from library.trainers.options import TrainerOptions
@@ -50,7 +50,7 @@ class Method(ABC, Generic[Options]):
     @property
     def extension(self) -> str:
         """File ending of the saves; empty where each is a folder."""
-        return extension_of(self.options.save.save_model_as)
+        return EXTENSIONS[self.options.save.save_model_as]
 
     def explained(self, error: Exception) -> str | None:
         """One line for an error that third-party code of the method raised; None for any other error."""

@@ -23,7 +23,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 from torch import Tensor
 
@@ -48,28 +48,10 @@ class Found:
     damaged: frozenset[bytes] = frozenset()
 
 
-class TensorStore(Protocol):
-    """A store as the latent cache and the text cache use it."""
-
-    shared: bool  # other processes see what this one writes
-
-    def put(self, key: bytes, tensors: Tensors, owner: bytes = b"") -> None: ...
-    def flush(self) -> None: ...
-    def get(self, key: bytes) -> dict[str, Tensor]: ...
-    def discard(self, key: bytes) -> None: ...
-    def check(self, keys: Iterable[bytes], *, quick: bool = False) -> Found: ...
-    def is_empty(self) -> bool: ...
-    def require_space(self, needed: int) -> None: ...
-    def prune(self) -> int: ...
-    def file_rows(self, paths: Sequence[str]) -> dict[str, FileRow]: ...
-    def set_file_rows(self, rows: Sequence[FileRow]) -> None: ...
-    def close(self) -> None: ...
-
-
 class MemoryStore:
     """A store that lives as long as its process."""
 
-    shared = False
+    shared = False  # other processes do not see what this one writes
 
     def __init__(self) -> None:
         self._records: dict[bytes, dict[str, Tensor]] = {}
@@ -404,3 +386,6 @@ class PackedStore:
         with contextlib.suppress(OSError):  # on Windows a reader may have it open: then the next prune removes it
             os.unlink(self.folder / shard)
         return moved
+
+
+TensorStore = MemoryStore | PackedStore

@@ -3,7 +3,8 @@
 
 A row is committed only after its bytes are on the disk, so whatever is in the index can be read. sqlite serialises the
 writers; the rollback journal (not WAL) is used because it also works on network folders and on read-only ones. A file
-that is damaged, or no index of ours, is kept under another name and a new one begun: all records are encoded again.
+that is damaged, or that something else wrote, is kept under another name and a new index begun: all records are encoded
+again.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from library.data.config import load_dataset_config
 from library.device import DTYPES
 from library.errors import UserError, first_names
-from library.io.checkpoint import CheckpointForm, extension_of, is_save_of
+from library.io.checkpoint import EXTENSIONS, CheckpointForm, is_save_of
 from library.learning import DENOISER, Learning, Models, Trainables
 from library.log import get_logger, process_count
 from library.memory.choice import MemoryChoice
@@ -169,7 +169,7 @@ class FineTuneMethod(Method[FineTuneTrainerOptions]):
 
     @property
     def extension(self) -> str:
-        return extension_of(self.format)
+        return EXTENSIONS[self.format]
 
     def write(
         self, denoiser: nn.Module, encoders: dict[str, nn.Module], path: Path, metadata: dict[str, str],
