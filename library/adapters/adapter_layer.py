@@ -75,15 +75,15 @@ class AdapterLayer(nn.Module, ABC):
 
     def problem(self, tensors: Mapping[str, Tensor]) -> str | None:
         """Why `tensors` (suffix -> value, of a file) do not fit this layer, or None."""
-        own = self.named_tensors()
+        own = {name: value.shape for name, value in self.tensors().items() if name != "alpha"}
         for name in own:
             if name not in tensors:
                 return f"has no {name}"
         for name, value in tensors.items():
             if name not in own and name not in self.saved:
                 return f"has an unknown tensor {name}"
-            if name in own and value.shape != own[name].shape:
-                return f"{name} has the shape {tuple(value.shape)}, here it is {tuple(own[name].shape)}"
+            if name in own and value.shape != own[name]:
+                return f"{name} has the shape {tuple(value.shape)}, here it is {tuple(own[name])}"
         return None
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from library.adapters.adapter_layer import AdapterLayer
 from library.adapters.kind import AdapterKind
-from library.adapters.layers.weight import WeightLayer, convolve
+from library.adapters.layers.ranked import RankedLayer, RankedSettings
+from library.adapters.layers.weight import convolve
 from library.adapters.options import BlockOptions, LoraPlusOptions, NoDropoutOptions, PatternOptions, warn_dropout
 from library.adapters.target_spec import TargetSpec
 from library.errors import UserError
@@ -48,14 +49,13 @@ class DyloraOptions:
 
 
 @dataclass(frozen=True)
-class DyloraSettings:
+class DyloraSettings(RankedSettings):
     """How a DyLoRA layer is built."""
 
     unit: int = 1  # ranks that learn together
-    module_dropout: float = 0.0
 
 
-class DyLoRALayer(WeightLayer):
+class DyLoRALayer(RankedLayer):
     """ΔW = up · down, times alpha / rank. Each block of ranks has parameters of its own.
 
     The gradient of a block that does not learn is None, not 0, so that optimizers leave it and its moments alone.
@@ -64,15 +64,14 @@ class DyLoRALayer(WeightLayer):
     saved: ClassVar[tuple[str, ...]] = ("alpha", "lora_down.weight", "lora_up.weight")
     plus: ClassVar[tuple[str, ...]] = ("lora_up",)
     sparse: ClassVar[bool] = True
+    length_is_rank: ClassVar[str | None] = "lora_down.weight"
 
     def __init__(self, target: TargetSpec, *, rank: int, alpha: float, settings: DyloraSettings | None = None):
         settings = settings or DyloraSettings()
-        super().__init__(target, module_dropout=settings.module_dropout)
+        super().__init__(target, rank=rank, alpha=alpha, settings=settings)
         if rank % settings.unit:
             raise UserError(f"--network_args: unit={settings.unit} does not divide the rank {rank} of {target.name}")
-        self.rank, self.unit = rank, settings.unit
-        self.alpha = torch.tensor(float(alpha or rank)).item()  # as a file rounds it
-        self.scale = self.alpha / rank
+        self.unit = settings.unit
         _, inputs, *kernel = target.modules[0].shape
         count, ones = rank // self.unit, [1] * len(kernel)
         self.lora_down = nn.ParameterList(torch.empty(self.unit, inputs, *kernel) for _ in range(count))
@@ -144,10 +143,7 @@ class DyLoRALayer(WeightLayer):
         """Both matrices times sqrt(max / norm) where the norm of the change at full rank is above max."""
         down, up = (matrix.float().flatten(1) for matrix in self._whole())
         norm = ((up.T @ up) * (down @ down.T)).sum().clamp_min(0).sqrt() * self.scale
-        ratio = max_norm / norm.clamp_min(max_norm)
-        for block in (*self.lora_down, *self.lora_up):
-            block.mul_(ratio.sqrt().to(block.dtype))
-        return norm * ratio, norm > max_norm
+        return self.shrink((*self.lora_down, *self.lora_up), norm, max_norm, count=2)
 
     # ---- files -----------------------------------------------------------------------------------------------------
 
@@ -159,29 +155,13 @@ class DyLoRALayer(WeightLayer):
         down, up = self._whole()
         return {"alpha": torch.tensor(self.alpha), "lora_down.weight": down, "lora_up.weight": up}
 
-    def problem(self, tensors: Mapping[str, Tensor]) -> str | None:
-        for name, own in self.tensors().items():
-            if name == "alpha":
-                continue
-            if name not in tensors:
-                return f"has no {name}"
-            found = tensors[name]
-            if name == "lora_down.weight" and found.dim() == own.dim() and len(found) != self.rank:
-                advice = "set --network_dim, or use --dim_from_weights"
-                return f"has rank {len(found)}, this network has {self.rank} ({advice})"
-            if found.shape != own.shape:
-                return f"{name} has the shape {tuple(found.shape)}, here it is {tuple(own.shape)}"
-        foreign = [name for name in tensors if name not in self.saved]
-        return f"has an unknown tensor {foreign[0]}" if foreign else None
-
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
             downs = tensors["lora_down.weight"].split(self.unit)
             ups = tensors["lora_up.weight"].split(self.unit, 1)
             for own, value in zip((*self.lora_down, *self.lora_up), (*downs, *ups), strict=True):
                 own.copy_(value)
-        self.alpha = float(tensors["alpha"]) if "alpha" in tensors else float(self.rank)
-        self.scale = self.alpha / self.rank
+        self.load_alpha(tensors)
 
 
 # ---- the kind -----------------------------------------------------------------------------------------------------
@@ -190,7 +170,7 @@ class DyLoRALayer(WeightLayer):
 def dylora_settings(options: Mapping[str, Any], neuron_dropout: float | None) -> DyloraSettings:
     dropout = options["dropout"]
     warn_dropout("networks.dylora", neuron_dropout, dropout.dropout)
-    return DyloraSettings(options["ranks"].ranks_per_block, dropout.module_dropout or 0.0)
+    return DyloraSettings(unit=options["ranks"].ranks_per_block, module_dropout=dropout.module_dropout or 0.0)
 
 
 def dylora_blocks(options: Mapping[str, Any], dim: int, alpha: float) -> BlockOptions:

@@ -19,8 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from library.adapters.adapter_layer import AdapterLayer
 from library.adapters.kind import AdapterKind
-from library.adapters.layers.factor import FactorLayer, FactorOptions, FactorSettings, axis_in, factor_values
+from library.adapters.layers.factor import FactorLayer, FactorOptions, FactorSettings, factor_values
 from library.adapters.layers.norm import NormLayer
+from library.adapters.layers.ranked import axis_in
 from library.adapters.layers.weight import convolve
 from library.adapters.options import DropoutOptions, PatternOptions
 from library.adapters.target_spec import TargetSpec
@@ -33,6 +34,7 @@ class LoHaLayer(FactorLayer):
 
     saved: ClassVar[tuple[str, ...]] = ("alpha", "dora_scale", *(name for pair in PAIRS for name in pair))
     first: ClassVar[tuple[str, ...]] = ("hada_w1_a",)
+    length_is_rank: ClassVar[str | None] = "hada_w1_b"
 
     def __init__(self, target: TargetSpec, *, rank: int, alpha: float, settings: FactorSettings | None = None):
         settings = settings or FactorSettings()
@@ -56,8 +58,7 @@ class LoHaLayer(FactorLayer):
     @classmethod
     def from_tensors(cls, target: TargetSpec, tensors: Mapping[str, Tensor], settings: FactorSettings) -> AdapterLayer:
         """A layer of the form and rank that a file's tensors have."""
-        dora = axis_in(tensors)
-        settings = replace(settings, tucker="hada_t1" in tensors, dora=dora, rs_lora=False)
+        settings = replace(settings, tucker="hada_t1" in tensors, dora=axis_in(tensors), rs_lora=False)
         rank = len(tensors["hada_w1_b"])
         return cls(target, rank=rank, alpha=rank, settings=settings)
 
@@ -111,14 +112,11 @@ class LoHaLayer(FactorLayer):
             own |= {"hada_t1": self.hada_t1, "hada_t2": self.hada_t2}
         return own
 
-    def problem(self, tensors: Mapping[str, Tensor]) -> str | None:
-        found = tensors.get("hada_w1_b")
-        if found is not None and found.dim() == 2 and len(found) != self.rank:
-            return f"has rank {len(found)}, this network has {self.rank} (set --network_dim, or use --dim_from_weights)"
+    def form_problem(self, tensors: Mapping[str, Tensor]) -> str | None:
         if ("hada_t1" in tensors) != self.tucker:
             form, own = ("is", "is not") if "hada_t1" in tensors else ("is not", "is")
             return f"{form} in Tucker form (hada_t1), this network {own} (--network_args use_tucker)"
-        return super().problem(tensors)
+        return super().form_problem(tensors)
 
 
 def loha_settings(options: Mapping[str, Any], neuron_dropout: float | None) -> FactorSettings:

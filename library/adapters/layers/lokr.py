@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from library.adapters.adapter_layer import AdapterLayer
 from library.adapters.kind import AdapterKind
-from library.adapters.layers.factor import FactorLayer, FactorOptions, FactorSettings, axis_in, factor_values
+from library.adapters.layers.factor import FactorLayer, FactorOptions, FactorSettings, factor_values
 from library.adapters.layers.norm import NormLayer
+from library.adapters.layers.ranked import axis_in
 from library.adapters.layers.weight import convolve
 from library.adapters.options import DropoutOptions, PatternOptions
 from library.adapters.target_spec import TargetSpec
@@ -156,8 +157,7 @@ class LoKrLayer(FactorLayer):
     @classmethod
     def from_tensors(cls, target: TargetSpec, tensors: Mapping[str, Tensor], settings: LokrSettings) -> AdapterLayer:
         """A layer of the form and rank that a file's tensors have."""
-        dora = axis_in(tensors)
-        settings = replace(settings, tucker="lokr_t2" in tensors, dora=dora, rs_lora=False)
+        settings = replace(settings, tucker="lokr_t2" in tensors, dora=axis_in(tensors), rs_lora=False)
         inner = tensors.get("lokr_w1_b", tensors.get("lokr_w2_b"))
         rank = 1 if inner is None else len(inner)
         form = LokrForm.of_file(tensors, math.prod(target.modules[0].shape[2:]))
@@ -211,7 +211,7 @@ class LoKrLayer(FactorLayer):
     def factors(self) -> dict[str, nn.Parameter]:
         return dict(self.parts.items())
 
-    def problem(self, tensors: Mapping[str, Tensor]) -> str | None:
+    def form_problem(self, tensors: Mapping[str, Tensor]) -> str | None:
         made = tuple(a * b for a, b in zip(self.form.small, self.form.large))
         if made != (self.target.width, self.inputs):
             return f"is a product of {made[0]} x {made[1]}, the layer has {self.target.width} x {self.inputs}"
@@ -219,10 +219,10 @@ class LoKrLayer(FactorLayer):
         if own != set(self.parts):
             names = ", ".join(sorted(own)) or "no lokr tensors"
             return f"has {names}, this network {', '.join(sorted(self.parts))} (its form depends on rank and factor)"
-        return super().problem(tensors)
+        return super().form_problem(tensors)
 
-    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        super().load_tensors(tensors)
+    def load_alpha(self, tensors: Mapping[str, Tensor]) -> None:
+        super().load_alpha(tensors)
         if not (self.form.small_factored or self.form.large_factored):
             self.alpha, self.scale = float(self.rank), 1.0
 

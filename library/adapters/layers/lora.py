@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.adapters.adapter_layer import AdapterLayer
-from library.adapters.formats.layer_tensors import dora_axis
 from library.adapters.kind import AdapterKind
 from library.adapters.layers.norm import NormLayer
-from library.adapters.layers.weight import WeightLayer, convolve
+from library.adapters.layers.ranked import RankedLayer, RankedOptions, RankedSettings, axis_in, ranked_values
+from library.adapters.layers.weight import convolve
 from library.adapters.options import BlockOptions, DropoutOptions, LoraPlusOptions, PatternOptions
 from library.adapters.target_spec import TargetSpec
 from library.errors import UserError
@@ -32,14 +32,11 @@ from library.options import at_least, option
 
 
 @dataclass(frozen=True)
-class LoraLayerOptions:
+class LoraLayerOptions(RankedOptions):
     """How a LoRA layer is built."""
 
     use_tucker: bool = option(False, help="3x3 convolutions as 1x1, 3x3 in the small space, 1x1 (Tucker form).")
     use_scalar: bool = option(False, help="A learned factor that starts at 0, instead of an up matrix of zeros.")
-    dora_wd: bool = option(False, help="DoRA: learn the length of the weight's rows apart from their direction.")
-    wd_on_output: bool = option(True, help="DoRA over output rows; false: over input columns, which few programs read.")
-    rs_lora: bool = option(False, help="Scale by alpha / sqrt(rank) instead of alpha / rank.")
     ggpo_sigma: float | None = option(
         None, help="GGPO: in training, noise in proportion to the norms of the weight's rows, e.g. 0.03.",
         check=at_least(0),
@@ -55,14 +52,8 @@ class LoraLayerOptions:
         found = (self.ggpo_sigma or 0.0, self.ggpo_beta or 0.0)
         return found if any(found) else None
 
-    @property
-    def form(self) -> list[str]:
-        """The options given that decide which tensors a file has."""
-        return [name for name in ("use_tucker", "use_scalar", "dora_wd", "rs_lora") if getattr(self, name)]
-
     def problems(self) -> Iterator[str]:
-        if not self.wd_on_output and not self.dora_wd:
-            yield "wd_on_output has no effect without dora_wd"
+        yield from super().problems()
         if self.noise and (self.use_tucker or self.use_scalar):
             yield "ggpo_sigma and ggpo_beta do not go with use_tucker or use_scalar"
 
@@ -78,32 +69,25 @@ class FusedLayerOptions(LoraLayerOptions):
 
 
 @dataclass(frozen=True)
-class LoraSettings:
+class LoraSettings(RankedSettings):
     """How a LoRA layer is built and what it drops in training."""
 
-    tucker: bool = False
-    scalar: bool = False
-    dora: str | None = None
-    rs_lora: bool = False
     neuron_dropout: float = 0.0
-    rank_dropout: float = 0.0
-    module_dropout: float = 0.0
     noise: tuple[float, float] | None = None  # (sigma, beta) of GGPO
 
 
-class LoRALayer(WeightLayer):
+class LoRALayer(RankedLayer):
     """ΔW = scalar · up · (mid ·) down, times alpha / rank. The modules of a target share down and split up's rows."""
 
     saved: ClassVar[tuple[str, ...]] = ("alpha", "lora_down.weight", "lora_up.weight", "lora_mid.weight", "dora_scale")
     plus: ClassVar[tuple[str, ...]] = ("lora_up",)
+    first: ClassVar[tuple[str, ...]] = ("lora_up.weight",)
+    length_is_rank: ClassVar[str | None] = "lora_down.weight"
 
     def __init__(self, target: TargetSpec, *, rank: int, alpha: float, settings: LoraSettings | None = None):
         settings = settings or LoraSettings()
-        super().__init__(target, module_dropout=settings.module_dropout, dora=settings.dora)
-        self.rank, self.settings = rank, settings
-        # rounded as the file rounds it: a network read back from its file has exactly the same scale
-        self.alpha = torch.tensor((alpha or rank) * (math.sqrt(rank) if settings.rs_lora else 1.0)).item()
-        self.scale = self.alpha / rank
+        super().__init__(target, rank=rank, alpha=alpha, settings=settings)
+        self.settings = settings
         _, inputs, *sizes = target.modules[0].shape
         kernel = torch.Size(sizes)  # kernel: (kh, kw) of a convolution, () of Linear
         point = torch.Size([1] * len(kernel))
@@ -124,10 +108,8 @@ class LoRALayer(WeightLayer):
     @classmethod
     def from_tensors(cls, target: TargetSpec, tensors: Mapping[str, Tensor], settings: LoraSettings) -> AdapterLayer:
         """A layer of the form and rank that a file's tensors have, with their values."""
-        magnitude = tensors.get("dora_scale")
         rank = tensors["lora_down.weight"].shape[0] // (len(target.modules) if target.split else 1)
-        dora = None if magnitude is None else dora_axis(magnitude)
-        settings = replace(settings, tucker="lora_mid.weight" in tensors, dora=dora, rs_lora=False)
+        settings = replace(settings, tucker="lora_mid.weight" in tensors, dora=axis_in(tensors), rs_lora=False)
         return lora_layer(target, rank=rank, alpha=rank, settings=settings)
 
     # ---- forward ---------------------------------------------------------------------------------------------------
@@ -243,10 +225,7 @@ class LoRALayer(WeightLayer):
         up, down = torch.cat([f[0] for f in factors]), factors[0][1]
         # ‖B A‖² = Σ (BᵀB) ∘ (AAᵀ): two small matrices instead of one as large as the weight
         norm = ((up.T @ up) * (down @ down.T)).sum().clamp_min(0).sqrt() * self.scale
-        ratio = max_norm / norm.clamp_min(max_norm)
-        self.lora_up.mul_(ratio.sqrt().to(self.lora_up.dtype))
-        self.lora_down.mul_(ratio.sqrt().to(self.lora_down.dtype))
-        return norm * ratio, norm > max_norm
+        return self.shrink((self.lora_up, self.lora_down), norm, max_norm, count=2)
 
     # ---- files -----------------------------------------------------------------------------------------------------
 
@@ -255,30 +234,10 @@ class LoRALayer(WeightLayer):
         found = {name: parameter for name, parameter in optional.items() if parameter is not None}
         return {"lora_down.weight": self.lora_down, "lora_up.weight": self.lora_up, **found}
 
-    def tensors(self) -> dict[str, Tensor]:
-        own = super().tensors()
-        if self.scalar is not None:
-            own["lora_up.weight"] = own["lora_up.weight"] * self.scalar.detach()
-        return {"alpha": torch.tensor(float(self.alpha)), **own}
-
-    def problem(self, tensors: Mapping[str, Tensor]) -> str | None:
-        down = tensors.get("lora_down.weight")
-        if down is not None and down.dim() == self.lora_down.dim() and len(down) != self.rank:
-            return f"has rank {len(down)}, this network has {self.rank} (set --network_dim, or use --dim_from_weights)"
-        if "dora_scale" in tensors and self.dora is None:
-            return "is a DoRA (dora_scale), this network is not (--network_args dora_wd=True)"
-        if "lora_mid.weight" in tensors and self.lora_mid is None:
-            return "is in Tucker form (lora_mid), this network is not (--network_args use_tucker=True)"
-        return super().problem(tensors)
-
-    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Load a file. The learned scalar is inside its up matrix, so ours becomes 1; without alpha the scale is 1."""
-        super().load_tensors(tensors)
-        self.alpha = float(tensors["alpha"]) if "alpha" in tensors else float(self.rank)
-        self.scale = self.alpha / self.rank
-        if self.scalar is not None:
-            with torch.no_grad():
-                self.scalar.fill_(1.0)
+    def form_problem(self, tensors: Mapping[str, Tensor]) -> str | None:
+        tucker = "lora_mid.weight" in tensors and self.lora_mid is None
+        text = "is in Tucker form (lora_mid), this network is not (--network_args use_tucker=True)"
+        return super().form_problem(tensors) or (text if tucker else None)
 
 
 class SplitLoRALayer(AdapterLayer):
@@ -402,18 +361,13 @@ def _uniform(*shape: int) -> Tensor:
 
 def lora_settings(options: Mapping[str, Any], neuron_dropout: float | None) -> LoraSettings:
     """The options of a LoRA layer. Raises UserError when --network_dropout is given twice with two values."""
-    layer, dropout = options["layer"], options["dropout"]
+    dropout = options["dropout"]
     if neuron_dropout is not None and dropout.dropout is not None and neuron_dropout != dropout.dropout:
         raise UserError(f"--network_args: dropout={dropout.dropout} is --network_dropout, which is {neuron_dropout}")
     return LoraSettings(
-        tucker=layer.use_tucker,
-        scalar=layer.use_scalar,
-        dora=("output" if layer.wd_on_output else "input") if layer.dora_wd else None,
-        rs_lora=layer.rs_lora,
+        **ranked_values(options),
         neuron_dropout=neuron_dropout or dropout.dropout or 0.0,
-        rank_dropout=dropout.rank_dropout or 0.0,
-        module_dropout=dropout.module_dropout or 0.0,
-        noise=layer.noise,
+        noise=options["layer"].noise,
     )
 
 
