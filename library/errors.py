@@ -7,6 +7,7 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 MOST_OF_A_KIND = 10  # lines of a kind that are shown; more are only counted
 LONGEST_LINE = 2000
@@ -41,6 +42,15 @@ class UserError(Exception):
         """Lines to show: one per problem, at most ten per kind and per file, then the number of the others."""
         found = [one_line(problem) for problem in self.problems]
         return [*_fewer(list(_fewer(found, _kind, "of this kind")), _place, "mistakes")]
+
+
+@contextmanager
+def retold(line: Callable[[str], str]) -> Iterator[None]:
+    """Context in which `line` rewrites every problem of a UserError, for example to put the file's name before it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(map(line, error.problems)) from None
 
 
 class ProcessDied(UserError):

@@ -13,6 +13,5 @@ from library.families.sd.lllite_targets import TARGETS
 
 CONDITIONED = True  # the network looks at control images, and changes the denoiser only
 BUILDER = NetworkBuilder("networks.control_net_lllite", LLLITE, TARGETS, adapter_tables())
-ARGUMENTS = BUILDER.arguments
 create_network = BUILDER.create_network
 create_network_from_weights = BUILDER.create_network_from_weights

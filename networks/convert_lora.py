@@ -23,7 +23,7 @@ if str(ROOT) not in sys.path:  # started as a script, from any folder
 from library.adapters.formats.peft_folder import PEFT_FILES  # noqa: E402
 from library.byte_paths import plain_path  # noqa: E402
 from library.cli import guarded  # noqa: E402
-from library.errors import UserError  # noqa: E402
+from library.errors import UserError, retold  # noqa: E402
 from library.options import option, resolve  # noqa: E402
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def convert_file(options: ConvertOptions) -> None:
         raise UserError(f"--dst {options.dst} is a folder; give a file")
     tables = adapter_tables()
     source, metadata = read_tensors(options.src), read_metadata(options.src)
-    try:
+    with retold(lambda line: f"{options.src}: {line}"):
         with ExitStack() as files:
             base = BaseWeights(options.base_model, files)
             tensors = to_kohya(source, tables, alphas=alphas_in(metadata), among=architectures(source, tables, base))
@@ -111,8 +111,6 @@ def convert_file(options: ConvertOptions) -> None:
             weights = {key: value for key, value in tensors.items() if not key.endswith(".alpha")}
             tensors |= in_precision(weights, dtype, options.dst)
         result = convert(tensors, options.to, tables, norms=norms)
-    except UserError as error:
-        raise UserError([f"{options.src}: {problem}" for problem in error.problems]) from None
     kept = {key: value for key, value in metadata.items() if key not in OF_ONE_FORMAT}
     Path(options.dst).parent.mkdir(parents=True, exist_ok=True)
     save_tensors(options.dst, result, {**kept, **header(tensors, options.to, tables)})

@@ -12,6 +12,5 @@ from library.adapters.layers.dylora import DYLORA
 from library.families.adapters import adapter_tables, every_family
 
 BUILDER = NetworkBuilder("networks.dylora", DYLORA, every_family(), adapter_tables())
-ARGUMENTS = BUILDER.arguments
 create_network = BUILDER.create_network
 create_network_from_weights = BUILDER.create_network_from_weights

@@ -11,6 +11,5 @@ from library.adapters.layers.loha import LOHA
 from library.families.adapters import adapter_tables, every_family
 
 BUILDER = NetworkBuilder("networks.loha", LOHA, every_family(), adapter_tables())
-ARGUMENTS = BUILDER.arguments
 create_network = BUILDER.create_network
 create_network_from_weights = BUILDER.create_network_from_weights

@@ -11,6 +11,5 @@ from library.adapters.layers.lora import LORA
 from library.families.adapters import adapter_tables, unets
 
 BUILDER = NetworkBuilder("networks.lora", LORA, unets(), adapter_tables())
-ARGUMENTS = BUILDER.arguments
 create_network = BUILDER.create_network
 create_network_from_weights = BUILDER.create_network_from_weights

@@ -11,6 +11,5 @@ from library.adapters.layers.lora_fa import LORA_FA
 from library.families.adapters import adapter_tables, every_family
 
 BUILDER = NetworkBuilder("networks.lora_fa", LORA_FA, every_family(), adapter_tables())
-ARGUMENTS = BUILDER.arguments
 create_network = BUILDER.create_network
 create_network_from_weights = BUILDER.create_network_from_weights

@@ -12,6 +12,5 @@ from library.families.adapters import adapter_tables
 from library.families.sd3.targets import TARGETS
 
 BUILDER = NetworkBuilder("networks.lora_sd3", LORA, TARGETS, adapter_tables())
-ARGUMENTS = BUILDER.arguments
 create_network = BUILDER.create_network
 create_network_from_weights = BUILDER.create_network_from_weights

@@ -13,6 +13,5 @@ from library.families.adapters import adapter_tables, unets
 from library.families.sd.targets import UnetOftTargets
 
 BUILDER = NetworkBuilder("networks.oft", OFT, UnetOftTargets(unets()), adapter_tables())
-ARGUMENTS = BUILDER.arguments
 create_network = BUILDER.create_network
 create_network_from_weights = BUILDER.create_network_from_weights

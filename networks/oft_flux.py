@@ -13,6 +13,5 @@ from library.families.adapters import adapter_tables
 from library.families.flux.targets import OFT_TARGETS
 
 BUILDER = NetworkBuilder("networks.oft_flux", NUMBERED_OFT, OFT_TARGETS, adapter_tables())
-ARGUMENTS = BUILDER.arguments
 create_network = BUILDER.create_network
 create_network_from_weights = BUILDER.create_network_from_weights

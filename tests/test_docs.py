@@ -24,7 +24,7 @@ from library.options import read_toml, resolve, specs
 from library.sampling.options import SAMPLER_NAMES
 from library.sampling.prompts import INLINE
 from library.trainers.options import NetworkTrainerOptions
-from networks.lora import ARGUMENTS
+from networks.lora import BUILDER
 from tests.script_runner import ROOT, Ended, run_script
 from tests.tiny import make_tiny_sd
 from tests.trainers.helpers import argv, make_pictures, quick_previews
@@ -102,7 +102,7 @@ def test_options_that_pages_name_exist(text: str) -> None:
     ("what", "names"),
     {
         "keys of a dataset file": key_specs(),
-        "keys of --network_args": specs(ARGUMENTS),
+        "keys of --network_args": specs(BUILDER.arguments),
         "optimizers": OPTIMIZERS,
         "schedules": {**SCHEDULES, OTHER_NAMES[0]: None},
         "samplers": SAMPLER_NAMES,

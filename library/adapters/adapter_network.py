@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from library.adapters.formats.adapter_files import read_tensors, write_tensors
 from library.adapters.target_spec import ReachedLayer, TargetSpec
 from library.device import without_rounding
-from library.errors import UserError, first_names
+from library.errors import UserError, first_names, retold
 
 if TYPE_CHECKING:
     from library.adapters.readers.trained_layer import TrainedLayer
@@ -104,10 +104,8 @@ class AdapterNetwork(nn.Module, ABC):
 
     def load_file(self, path: str | Path) -> None:
         """`load` from a file. Raises UserError naming it."""
-        try:
+        with retold(lambda line: line if str(path) in line else f"{path}: {line}"):
             self.load(read_tensors(path))
-        except UserError as error:
-            raise UserError([p if str(path) in p else f"{path}: {p}" for p in error.problems]) from None
 
     def exact_tensors(self) -> dict[str, Tensor]:
         """The tensors that an exact resume needs, by name."""

@@ -25,7 +25,7 @@ from library.adapters.layers.norm import NormLayer
 from library.adapters.options import BlockOptions, LoraPlusOptions, PatternOptions, read_network_args
 from library.adapters.target_spec import TargetSpec
 from library.adapters.targets import AdaptedModels, RankRule, Targets, TextEncoders
-from library.errors import UserError, first_names
+from library.errors import UserError, first_names, retold
 from library.log import get_logger
 
 # Tensor that tells a kind of adapters -> the network module that reads it
@@ -200,10 +200,8 @@ def layers_from_weights(
     Raises UserError for what does not belong to the model.
     """
     known = {target.name: target for target in targets}
-    try:
+    with retold(lambda line: f"{file}: {line}"):
         files = by_module(to_kohya(weights, tables, among=architectures_with(known, tables)))
-    except UserError as error:
-        raise UserError([f"{file}: {problem}" for problem in error.problems]) from None
     _refuse_foreign(files, known, file)
     problems: list[str] = []
     reading: dict[str, None] = {}

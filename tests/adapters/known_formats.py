@@ -26,8 +26,7 @@ def among_tables(among: Sequence[str] | None) -> list[Architecture] | None:
 def convert(
     tensors: Mapping[str, Tensor], to: str, *, architecture: str | None = None, **more: Any
 ) -> dict[str, Tensor]:
-    known = None if architecture is None else BY_NAME[architecture]
-    return conversion.convert(tensors, to, TABLES, architecture=known, **more)
+    return conversion.convert(tensors, to, TABLES if architecture is None else [BY_NAME[architecture]], **more)
 
 
 def to_kohya(tensors: Mapping[str, Tensor], *, among: Sequence[str] | None = None, **more: Any) -> dict[str, Tensor]:

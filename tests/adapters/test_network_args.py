@@ -78,14 +78,14 @@ def test_a_conv_dim_of_zero_leaves_3x3_convolutions_out() -> None:
 def test_every_number_is_finite(name: str, number: str) -> None:
     """In each argument of each module that takes a fraction: alone, in a list, on a curve, behind a pattern."""
     module = load_network_module(name)
-    for key, spec in specs(module.module.ARGUMENTS).items():
+    for key, spec in specs(module.builder.arguments).items():
         kinds = "float" in str(spec.hint), "Pattern" in str(spec.hint)
         given = [f"x={number}"] if kinds[1] else [number, f"1,{number}", f"sine+{number}"] if kinds[0] else []
         for value in given:
             with pytest.raises(UserError) as error:
                 module.check_arguments({key: value})
             assert error.value.problems[0].startswith(f"--network_args: {key} "), (key, value)
-    if "blocks" in module.module.ARGUMENTS and "lora_" not in name:
+    if "blocks" in module.builder.arguments and "lora_" not in name:
         with pytest.raises(UserError, match=r"down_lr_weight must be a finite number|down_lr_weight expects"):
             module.check_arguments({"down_lr_weight": f"{number},1,1"})
     if name != "networks.control_net_lllite" and number != "-inf":

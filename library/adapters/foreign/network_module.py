@@ -45,9 +45,14 @@ class NetworkModule:
     tables: Tables
 
     @property
+    def builder(self) -> NetworkBuilder | None:
+        """What a module of our own kind calls; None for third-party modules."""
+        return self.module.__dict__.get("BUILDER")
+
+    @property
     def is_own(self) -> bool:
         """Whether it is one of ours, which take the models and the list of encoders as they are."""
-        return self.module.__name__.startswith("networks.") and "ARGUMENTS" in self.module.__dict__
+        return self.module.__name__.startswith("networks.") and self.builder is not None
 
     @property
     def conditioned(self) -> bool:
@@ -56,9 +61,8 @@ class NetworkModule:
 
     def check_arguments(self, arguments: Mapping[str, Any]) -> None:
         """Raises UserError listing every mistake in --network_args; third-party modules check their own when built."""
-        groups = self.module.__dict__.get("ARGUMENTS")
-        if groups is not None:
-            read_network_args(groups, arguments)
+        if self.builder is not None:
+            read_network_args(self.builder.arguments, arguments)
 
     def create_network(
         self, multiplier: float, network_dim: int | None, network_alpha: float | None, vae: nn.Module | None,

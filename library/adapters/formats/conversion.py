@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from library.adapters.formats.adapter_files import by_module, read_metadata, read_tensors, write_tensors
-from library.adapters.formats.architecture import Architecture, NameIndex, PublishedLayer, Tables, blocks_in, index_of
+from library.adapters.formats.architecture import NameIndex, PublishedLayer, Tables, blocks_in, index_of
 from library.adapters.formats.damage import damaged_if_broken, require_whole
 from library.adapters.formats.deltas import adapted_weight, row_norms, scaled_rows
 from library.adapters.formats.layer_tensors import (
@@ -42,7 +42,7 @@ from library.adapters.formats.layer_tensors import (
 from library.adapters.formats.oft_files import convert_oft, is_bounded, is_oft
 from library.adapters.formats.peft_config import ALPHAS
 from library.adapters.formats.recognition import FORMATS, Format, architecture_of, format_of, paths_in, require_one
-from library.errors import UserError, first_names
+from library.errors import UserError, first_names, retold
 from library.text_files import parse_json
 
 __all__ = [
@@ -67,25 +67,23 @@ def convert(
     *,
     alphas: Alphas | None = None,
     norms: Norms | None = None,
-    architecture: Architecture | None = None,
 ) -> dict[str, Tensor]:
     """An adapter's tensors in another format.
 
     alphas: result of `alphas_in` for the file's header. norms: result of `dora_norms`, for DoRA to or from comfy.
-    architecture: that the layers belong to; found from the keys when None.
     Raises UserError for unknown layers, and for tensors without a name in the format.
     """
     require_whole(tensors)
     if is_oft(tensors):
-        return convert_oft(tensors, to, tables if architecture is None else [architecture])
+        return convert_oft(tensors, to, tables)
     if (
         to == "kohya"
         and format_of(tensors, tables) == to
         and not any(key.endswith(f".{COMFY_DORA}") for key in tensors)
     ):
-        _layers(tensors, _index(tensors, tables, architecture))  # raises for unknown layers
+        _layers(tensors, _index(tensors, tables))  # raises for unknown layers
         return dict(tensors)
-    index = _index(tensors, tables, architecture)
+    index = _index(tensors, tables)
     layers = _restored_layers(tensors, index, alphas)
     return WRITERS[to]({n: (layer, _dora_for(own, n, norms, to)) for n, (layer, own) in layers.items()}, index)
 
@@ -125,22 +123,18 @@ def read_adapter(
     Raises UserError naming the file.
     """
     tensors = read_tensors(path)
-    try:
+    with retold(lambda line: line if str(path) in line else f"{path}: {line}"):
         found = to_kohya(tensors, tables, alphas=alphas_in(read_metadata(path)), among=among, apart=apart)
         if advice is not None:
             require_one(tensors, tables, among, advice)
-        return found
-    except UserError as error:
-        raise UserError([p if str(path) in p else f"{path}: {p}" for p in error.problems]) from None
+    return found
 
 
-def header(
-    tensors: Mapping[str, Tensor], to: str, tables: Tables, *, architecture: Architecture | None = None
-) -> dict[str, str]:
+def header(tensors: Mapping[str, Tensor], to: str, tables: Tables) -> dict[str, str]:
     """Header entries of a file in format `to` that converting back restores alpha from."""
     if to == "kohya" or is_oft(tensors):
         return {}
-    index = _index(tensors, tables, architecture)
+    index = _index(tensors, tables)
     if to == "comfy" and index.architecture.comfy_alpha:
         return {}
     found = {
@@ -204,8 +198,8 @@ def layers_in(tensors: Mapping[str, Tensor], tables: Tables) -> dict[str, Publis
     return {name: layer for name, (layer, _) in _layers(tensors, _index(tensors, tables)).items()}
 
 
-def _index(tensors: Mapping[str, Tensor], tables: Tables, architecture: Architecture | None = None) -> NameIndex:
-    return index_of(architecture or architecture_of(tensors, tables), blocks_in(paths_in(tensors)))
+def _index(tensors: Mapping[str, Tensor], tables: Tables) -> NameIndex:
+    return index_of(architecture_of(tensors, tables), blocks_in(paths_in(tensors)))
 
 
 Layers = Mapping[str, tuple[PublishedLayer, Mapping[str, Tensor]]]  # kohya name -> (layer, kohya's suffix -> tensor)

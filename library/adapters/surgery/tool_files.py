@@ -20,7 +20,7 @@ from library.adapters.formats.layer_tensors import DOWN, Tensors
 from library.adapters.surgery.checkpoint_layers import CheckpointLayers
 from library.adapters.surgery.lora_math import has_kernel
 from library.adapters.surgery.tool_options import PRECISIONS
-from library.errors import StopTraining, UserError
+from library.errors import StopTraining, UserError, retold
 from library.io.atomic import atomic_write
 from library.io.checkpoint import save_tensors
 from library.io.metadata import VERSION, SpecFacts, base_name, modelspec
@@ -81,10 +81,8 @@ class LoraFile:
         """The architecture that it is for. Raises UserError when none has these layers."""
         names = {name: f"lora_{name.removeprefix(OFT)}" if name.startswith(OFT) else name for name in self.layers}
         tensors = {f"{names[n]}.{suffix}": value for n, own in self.layers.items() for suffix, value in own.items()}
-        try:
+        with retold(lambda line: f"{self.path}: {line}"):
             return architecture_of(tensors, tables)
-        except UserError as error:
-            raise UserError([f"{self.path}: {problem}" for problem in error.problems]) from None
 
 
 def read_lora(path: str, tables: Tables, architecture: Architecture | None = None) -> LoraFile:
@@ -93,10 +91,8 @@ def read_lora(path: str, tables: Tables, architecture: Architecture | None = Non
     architecture: of the model at hand, into which parts of a layer can be merged each on its own.
     """
     among = None if architecture is None else (architecture,)
-    try:
+    with retold(lambda line: line if path in line else f"{path}: {line}"):
         tensors = read_adapter(path, tables, among, advice=ADVICE, apart=architecture is not None)
-    except UserError as error:
-        raise UserError([p if path in p else f"{path}: {p}" for p in error.problems]) from None
     return LoraFile(path, by_module(tensors), read_metadata(path))
 
 

@@ -13,7 +13,7 @@ from library.adapters.adapter_network import AdapterNetwork
 from library.adapters.formats.conversion import read_tensors
 from library.adapters.layers.lllite import sizes_of
 from library.device import DTYPES
-from library.errors import UserError
+from library.errors import UserError, retold
 from library.families.adapters import load_network_module
 from library.io.checkpoint import save_tensors
 from library.learning import DENOISER, Learning, Models, Trainables
@@ -88,10 +88,8 @@ class LLLiteMethod(Method[LLLiteTrainerOptions]):
     def given_weights(self) -> dict[str, Tensor] | None:
         """--network_weights. Raises UserError when it cannot be read."""
         file = self.options.lllite.network_weights
-        try:
+        with retold(lambda line: f"--network_weights: {line}"):
             return None if file is None else read_tensors(file)
-        except UserError as error:
-            raise UserError(f"--network_weights: {line}" for line in error.problems) from None
 
     def write(self, network: AdapterNetwork, path: Path, metadata: dict[str, str], position: Position) -> None:
         """The network's weights."""

@@ -17,7 +17,7 @@ from library.adapters.foreign.plugin_network import foreign_error
 from library.adapters.formats.conversion import read_adapter
 from library.adapters.formats.recognition import parse
 from library.adapters.layer_network import encoder_rate
-from library.errors import UserError
+from library.errors import UserError, retold
 from library.families.adapters import adapter_tables, load_network_module, tables_of
 from library.families.registry import misfit
 from library.learning import DENOISER, Learning, Models, Trainables
@@ -108,14 +108,11 @@ class NetworkMethod(Method[NetworkTrainerOptions]):
     def read_adapter(self, flag: str, file: str) -> dict[str, Tensor]:
         """An adapter file for this run's model, with kohya keys. Raises UserError naming option and file."""
         own = self.network_module.startswith("networks.") and not self.conditioned
-        try:
+        with retold(lambda line: f"{flag} {file}: {line.removeprefix(f'{file}: ')}"):
             tensors = read_adapter(file, adapter_tables(), tables_of(self.family.name))
             if own and not any(parse(key) for key in tensors):
                 raise UserError(f"holds no adapter: none of its {len(tensors)} keys is one of an adapter's")
-            return tensors
-        except UserError as error:
-            lines = (problem.removeprefix(f"{file}: ") for problem in error.problems)
-            raise UserError(f"{flag} {file}: {line}" for line in lines) from None
+        return tensors
 
     def check_caches(self) -> None:
         """Cached text outputs leave something to cache."""
@@ -214,11 +211,8 @@ class NetworkMethod(Method[NetworkTrainerOptions]):
     def load_weights(self, network: AdapterNetwork) -> None:
         """--network_weights, into a network of its own sizes."""
         file = self.options.network.network_weights
-        try:
+        with retold(lambda line: f"--network_weights {file}: {line.removeprefix(f'{file}: ')}"):
             network.load(self.given_weights())
-        except UserError as error:
-            lines = (problem.removeprefix(f"{file}: ") for problem in error.problems)
-            raise UserError(f"--network_weights {file}: {line}" for line in lines) from None
 
     def report_reach(self, network: AdapterNetwork, models: Models) -> None:
         """Log what a third-party module adapts. Raises UserError where that is nothing of what is to learn."""

@@ -9,6 +9,5 @@ from library.families.adapters import adapter_tables
 from tests.families.example_family.targets import TARGETS
 
 BUILDER = NetworkBuilder("networks.lora_example", LORA, TARGETS, adapter_tables())
-ARGUMENTS = BUILDER.arguments
 create_network = BUILDER.create_network
 create_network_from_weights = BUILDER.create_network_from_weights
