@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # started as a script, from any folder
@@ -31,12 +32,23 @@ from library.options import at_least, between, option  # noqa: E402
 
 
 @dataclass(frozen=True)
-class ExtractModelsOptions:
+class PairOptions:
     """The two models, and the rank."""
 
     model_org: str | None = option(None, help="The original checkpoint (one file, published names).", path=True)
     model_tuned: str | None = option(None, help="The tuned checkpoint.", path=True)
     dim: int = option(4, help="Rank of the LoRA.", check=at_least(1))
+
+    def problems(self) -> Iterator[str]:
+        yield from needed(self, "model_org", "model_tuned")
+        yield from missing_files("--model_org", [self.model_org])
+        yield from missing_files("--model_tuned", [self.model_tuned])
+
+
+@dataclass(frozen=True)
+class ExtractModelsOptions(PairOptions):
+    """The two models, and the rank."""
+
     conv_dim: int | None = option(
         None, help="Rank of 3x3 convolutions, which get a LoRA only with it (SD 1/2 and SDXL).", check=at_least(1)
     )
@@ -56,18 +68,16 @@ class ExtractModelsOptions:
     )
 
     def problems(self) -> Iterator[str]:
-        yield from needed(self, "model_org", "model_tuned")
-        yield from missing_files("--model_org", [self.model_org])
-        yield from missing_files("--model_tuned", [self.model_tuned])
+        yield from super().problems()
         if self.v2 and self.sdxl:
             yield "--v2 and --sdxl exclude each other"
 
 
 @dataclass(frozen=True)
-class ExtractLoraOptions:
-    """All options of this script."""
+class ExtractionOptions:
+    """All options of a script that extracts a LoRA."""
 
-    extract: ExtractModelsOptions = field(default_factory=ExtractModelsOptions)
+    extract: PairOptions = field(default_factory=PairOptions)
     save: SaveOptions = field(default_factory=SaveOptions)
     device: DeviceOptions = field(default_factory=DeviceOptions)
 
@@ -76,30 +86,45 @@ class ExtractLoraOptions:
         yield from target_problems("--save_to", self.save.save_to, [self.extract.model_org, self.extract.model_tuned])
 
 
-def act(options: ExtractLoraOptions) -> None:
+@dataclass(frozen=True)
+class ExtractLoraOptions(ExtractionOptions):
+    """All options of this script."""
+
+    extract: ExtractModelsOptions = field(default_factory=ExtractModelsOptions)
+
+
+def run_extraction(options: ExtractionOptions, **more: Any) -> None:
+    """Extract a LoRA, as all extraction scripts do with their options. more: further fields of `Extraction`."""
     from library.adapters.surgery.extract import Extraction, extract
     from library.families.adapters import known_architectures
 
     asked, save = options.extract, options.save
     assert asked.model_org and asked.model_tuned and save.save_to
-    wanted = ("sd2",) if asked.v2 else ("sdxl",) if asked.sdxl else None
     extract(
         Extraction(
             asked.model_org,
             asked.model_tuned,
             save.save_to,
-            dim=asked.dim,
-            conv_dim=asked.conv_dim,
-            clamp_quantile=asked.clamp_quantile,
-            min_diff=asked.min_diff,
-            load_precision=asked.load_precision,
+            asked.dim,
             save_precision=save.save_precision,
             device=options.device.device,
             no_metadata=save.no_metadata,
-            v_prediction=asked.v_parameterization is not False,
-            architectures=wanted,
+            **more,
         ),
         known_architectures(),
+    )
+
+
+def act(options: ExtractLoraOptions) -> None:
+    asked = options.extract
+    run_extraction(
+        options,
+        conv_dim=asked.conv_dim,
+        clamp_quantile=asked.clamp_quantile,
+        min_diff=asked.min_diff,
+        load_precision=asked.load_precision,
+        v_prediction=asked.v_parameterization is not False,
+        architectures=("sd2",) if asked.v2 else ("sdxl",) if asked.sdxl else None,
     )
 
 

@@ -19,7 +19,7 @@ if str(ROOT) not in sys.path:  # started as a script, from any folder
 from library.adapters.surgery.tool_options import ModelsOptions, SaveOptions  # noqa: E402
 from library.cli import run_tool  # noqa: E402
 from library.options import option  # noqa: E402
-from networks.merge_lora import merge_problems, run_merge  # noqa: E402
+from networks.merge_lora import Parts, merge_problems, run_merge  # noqa: E402
 
 STREAMED = "files are read and written tensor by tensor, which needs the memory of one tensor"
 
@@ -56,8 +56,8 @@ class FluxMergeOptions:
     save: SaveOptions = field(default_factory=SaveOptions)
 
     @property
-    def parts(self) -> dict[str, tuple[str | None, str | None]]:
-        """Option -> the file that is read and the file that is written."""
+    def parts(self) -> Parts:
+        """The denoiser and the text encoders."""
         asked = self.merge
         return {
             "flux_model": (asked.flux_model, self.save.save_to),
@@ -67,18 +67,11 @@ class FluxMergeOptions:
 
     def problems(self) -> Iterator[str]:
         """Options that are missing, make no sense or would destroy a file."""
-        yield from merge_problems("flux_model", self.parts, self.models, self.merge.concat, self.merge.shuffle)
+        return merge_problems(self)
 
 
 def act(options: FluxMergeOptions) -> None:
-    run_merge(
-        "flux_model",
-        options.parts,
-        (options.models, options.save),
-        concat=options.merge.concat,
-        shuffle=options.merge.shuffle,
-        architectures=("flux",),
-    )
+    run_merge(options, architectures=("flux",))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

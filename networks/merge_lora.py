@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # started as a script, from any folder
@@ -28,7 +29,7 @@ from library.adapters.surgery.tool_options import (  # noqa: E402
 from library.cli import run_tool  # noqa: E402
 from library.options import option  # noqa: E402
 
-ENCODERS = ("clip_l", "clip_g", "t5xxl", "gemma2")
+Parts = dict[str, tuple[str | None, str | None]]  # option of a model -> the file that is read, the file that is written
 TABLE_NAMES = {"gemma2": "gemma2_2b"}  # where the table of layers has another name
 
 
@@ -69,31 +70,50 @@ class MergeLoraOptions:
     encoders: EncoderOptions = field(default_factory=EncoderOptions)
     save: SaveOptions = field(default_factory=SaveOptions)
 
+    @property
+    def parts(self) -> Parts:
+        """The denoiser and the text encoders."""
+        encoders = self.encoders
+        return {
+            "sd_model": (self.merge.sd_model, self.save.save_to),
+            "clip_l": (encoders.clip_l, encoders.clip_l_save_to),
+            "clip_g": (encoders.clip_g, encoders.clip_g_save_to),
+            "t5xxl": (encoders.t5xxl, encoders.t5xxl_save_to),
+            "gemma2": (encoders.gemma2, encoders.gemma2_save_to),
+        }
+
     def problems(self) -> Iterator[str]:
         """Options that are missing, make no sense or would destroy a file."""
-        parts = {"sd_model": (self.merge.sd_model, self.save.save_to), **encoder_files(self.encoders)}
-        yield from merge_problems("sd_model", parts, self.models, self.merge.concat, self.merge.shuffle)
+        return merge_problems(self)
 
 
-def encoder_files(options: EncoderOptions) -> dict[str, tuple[str | None, str | None]]:
-    """Text encoder -> the file that is read and the file that is written."""
-    return {
-        "clip_l": (options.clip_l, options.clip_l_save_to),
-        "clip_g": (options.clip_g, options.clip_g_save_to),
-        "t5xxl": (options.t5xxl, options.t5xxl_save_to),
-        "gemma2": (options.gemma2, options.gemma2_save_to),
-    }
+class JoinOptions(Protocol):
+    """How several LoRAs become one."""
+
+    @property
+    def concat(self) -> bool: ...
+    @property
+    def shuffle(self) -> bool: ...
 
 
-def merge_problems(
-    model: str,
-    parts: dict[str, tuple[str | None, str | None]],
-    models: ModelsOptions,
-    concat: bool,
-    shuffle: bool,
-) -> Iterator[str]:
-    """Problems with the files of a merge. parts: option -> (read, write). model: the option of the denoiser."""
-    sources = [*models.models, *(read for read, _ in parts.values())]
+class MergeOptions(Protocol):
+    """The options of a merge script. The first of `parts` is the denoiser."""
+
+    @property
+    def models(self) -> ModelsOptions: ...
+    @property
+    def merge(self) -> JoinOptions: ...
+    @property
+    def save(self) -> SaveOptions: ...
+    @property
+    def parts(self) -> Parts: ...
+
+
+def merge_problems(options: MergeOptions) -> Iterator[str]:
+    """Problems with the files of a merge."""
+    parts, concat, shuffle = options.parts, options.merge.concat, options.merge.shuffle
+    model = next(iter(parts))
+    sources = [*options.models.models, *(read for read, _ in parts.values())]
     into_model = any(read for read, _ in parts.values())
     for name, (read, write) in parts.items():
         yield from missing_files(f"--{name}", [read])
@@ -111,36 +131,24 @@ def merge_problems(
         yield "--shuffle needs --concat: summed matrices would no longer fit each other"
 
 
-def run_merge(
-    model: str,
-    parts: dict[str, tuple[str | None, str | None]],
-    options: tuple[ModelsOptions, SaveOptions],
-    *,
-    concat: bool,
-    shuffle: bool,
-    architectures: tuple[str, ...] | None = None,
-) -> None:
-    """Merge, as all merge scripts do with their options."""
+def run_merge(options: MergeOptions, architectures: tuple[str, ...] | None = None) -> None:
+    """Merge, as all merge scripts do with their options. architectures: that the script is for; None: all."""
     from library.adapters.surgery.merge import Merge, ModelPart, merge
     from library.families.adapters import known_architectures
 
+    model = next(iter(options.parts))
     found = tuple(
         ModelPart(name, read, write, None if name == model else TABLE_NAMES.get(name, name))
-        for name, (read, write) in parts.items()
+        for name, (read, write) in options.parts.items()
         if read and write
     )
-    merge(Merge(*options, found, concat, shuffle, architectures), known_architectures())
-
-
-def act(options: MergeLoraOptions) -> None:
-    parts = {"sd_model": (options.merge.sd_model, options.save.save_to), **encoder_files(options.encoders)}
-    asked = options.merge
-    run_merge("sd_model", parts, (options.models, options.save), concat=asked.concat, shuffle=asked.shuffle)
+    join = options.merge
+    merge(Merge(options.models, options.save, found, join.concat, join.shuffle, architectures), known_architectures())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code: 0, or 2 for bad input."""
-    return run_tool(MergeLoraOptions, act, argv, "merge_lora.py", __doc__ or "")
+    return run_tool(MergeLoraOptions, run_merge, argv, "merge_lora.py", __doc__ or "")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ if str(ROOT) not in sys.path:  # started as a script, from any folder
 from library.adapters.surgery.tool_options import ModelsOptions, SaveOptions  # noqa: E402
 from library.cli import run_tool  # noqa: E402
 from library.options import option  # noqa: E402
-from networks.merge_lora import merge_problems, run_merge  # noqa: E402
+from networks.merge_lora import Parts, merge_problems, run_merge  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -41,21 +41,18 @@ class SdxlMergeOptions:
     merge: MergeSdxlModelOptions = field(default_factory=MergeSdxlModelOptions)
     save: SaveOptions = field(default_factory=SaveOptions)
 
+    @property
+    def parts(self) -> Parts:
+        """The denoiser."""
+        return {"sd_model": (self.merge.sd_model, self.save.save_to)}
+
     def problems(self) -> Iterator[str]:
         """Options that are missing, make no sense or would destroy a file."""
-        parts = {"sd_model": (self.merge.sd_model, self.save.save_to)}
-        yield from merge_problems("sd_model", parts, self.models, self.merge.concat, self.merge.shuffle)
+        return merge_problems(self)
 
 
 def act(options: SdxlMergeOptions) -> None:
-    run_merge(
-        "sd_model",
-        {"sd_model": (options.merge.sd_model, options.save.save_to)},
-        (options.models, options.save),
-        concat=options.merge.concat,
-        shuffle=options.merge.shuffle,
-        architectures=("sdxl",),
-    )
+    run_merge(options, architectures=("sdxl",))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
