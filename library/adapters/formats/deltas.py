@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from library.adapters.formats.layer_tensors import ALPHA, COMFY_DORA, DORA, DOWN, MID, UP, Tensors, scale_of
@@ -21,47 +22,54 @@ GLORA = ("a1.weight", "a2.weight", "b1.weight", "b2.weight")
 TINY = 1e-8  # LyCORIS: keeps the norm of a rotation by nothing from being 0
 
 
-# ---- sums of factors ----------------------------------------------------------------------------------------------
+# ---- sums of factors: scale * ΔW x; without x scale * ΔW as a matrix (rows, columns) --------------------------------
 
 
-def added(own: Tensors, shape: torch.Size) -> Tensor | None:
-    """scale * ΔW of a LoRA, LoHa or LoKr in the shape of its weight; None for other kinds."""
-    own = {name: value.float() for name, value in own.items()}
-    if {DOWN, UP} <= set(own):
-        return (_lora(own) * scale_of(own)).reshape(shape)
-    if set(LOHA) <= set(own):
-        first, second = (_tucker(own, f"hada_{w}_a", f"hada_{w}_b", f"hada_t{w[1]}") for w in ("w1", "w2"))
-        return (first.reshape(shape) * second.reshape(shape)) * _scale(own, len(own["hada_w1_b"]))
-    if any(name.startswith("lokr_") for name in own):
-        return _lokr(own, shape)
-    return None
-
-
-def _lora(own: Tensors) -> Tensor:
+def lora(own: Tensors, x: Tensor | None = None) -> Tensor:
     down = own[DOWN]
     if MID in own:  # 1x1, kernel, 1x1
-        down = torch.einsum("rskl,si->rikl", own[MID], down.flatten(1))
-    return own[UP].flatten(1) @ down.flatten(1)
+        down = torch.einsum("rs...,si->ri...", own[MID], down.flatten(1))
+    return scale_of(own) * (own[UP].flatten(1) @ times(down.flatten(1), x))
+
+
+def loha(own: Tensors, x: Tensor | None = None) -> Tensor:
+    scale = scale_of(own, len(own["hada_w1_b"]))
+    if x is not None and "hada_t1" not in own:  # row by row a1 (b1 * x) b2ᵀ a2ᵀ, without a matrix as large as W
+        a1, b1, a2, b2 = (own[name] for name in LOHA)
+        return scale * ((a1 @ ((b1 * x) @ b2.T)) * a2).sum(1)
+    first, second = (_tucker(own, f"hada_w{i}_a", f"hada_w{i}_b", f"hada_t{i}") for i in (1, 2))
+    return scale * times(first * second, x)
+
+
+def lokr(own: Tensors, x: Tensor | None = None) -> Tensor:
+    small = own["lokr_w1"] if "lokr_w1" in own else own["lokr_w1_a"] @ own["lokr_w1_b"]
+    large = own["lokr_w2"].flatten(1) if "lokr_w2" in own else _tucker(own, "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+    rank = next((len(own[name]) for name in ("lokr_w1_b", "lokr_w2_b") if name in own), None)
+    scale = 1.0 if rank is None else scale_of(own, rank)  # of full matrices no reader knows a rank
+    if x is None:
+        return scale * torch.kron(small, large)
+    return scale * (small @ (x.reshape(small.shape[1], -1) @ large.T)).flatten()
+
+
+def times(matrix: Tensor, x: Tensor | None) -> Tensor:
+    return matrix if x is None else matrix @ x
 
 
 def _tucker(own: Tensors, a: str, b: str, core: str) -> Tensor:
-    """a · b, or in Tucker form the core between them."""
+    """a · b, or in Tucker form the core between them, as a matrix."""
     if core not in own:
         return own[a] @ own[b]
-    return torch.einsum("rshw,ro,si->oihw", own[core], own[a], own[b])
+    return torch.einsum("rs...,ro,si->oi...", own[core], own[a], own[b]).flatten(1)
 
 
-def _lokr(own: Tensors, shape: torch.Size) -> Tensor:
-    small = own["lokr_w1"] if "lokr_w1" in own else own["lokr_w1_a"] @ own["lokr_w1_b"]
-    large = own["lokr_w2"] if "lokr_w2" in own else _tucker(own, "lokr_w2_a", "lokr_w2_b", "lokr_t2")
-    rank = next((len(own[name]) for name in ("lokr_w1_b", "lokr_w2_b") if name in own), None)
-    scale = 1.0 if rank is None else _scale(own, rank)  # of full matrices no reader knows a rank
-    large = large.reshape(shape[0] // small.shape[0], shape[1] // small.shape[1], *shape[2:])
-    return torch.kron(small.reshape(*small.shape, *[1] * (len(shape) - 2)), large.contiguous()) * scale
-
-
-def _scale(own: Tensors, rank: int) -> float:
-    return float(own[ALPHA]) / rank if ALPHA in own else 1.0
+def added(own: Tensors, shape: torch.Size) -> Tensor | None:
+    """scale * ΔW of a LoRA, LoHa or LoKr in the shape of its weight, float32; None for other kinds."""
+    own = {name: value.float() for name, value in own.items()}
+    if {DOWN, UP} <= set(own):
+        return lora(own).reshape(shape)
+    if set(LOHA) <= set(own):
+        return loha(own).reshape(shape)
+    return lokr(own).reshape(shape) if any(name.startswith("lokr_") for name in own) else None
 
 
 def adapted_weight(own: Tensors, weight: Tensor) -> Tensor:
@@ -122,7 +130,7 @@ def ia3(own: Tensors, weight: Tensor, strength: float) -> Tensor:
 def glora(own: Tensors, weight: Tensor, strength: float) -> Tensor:
     """W + scale (W a1 a2 + b1 b2), b in Tucker form where bm is there."""
     a1, a2, b1, b2 = (own[name].float() for name in GLORA)
-    scale = strength * _scale(own, len(a2))
+    scale = strength * scale_of(own, len(a2))
     if "bm.weight" in own:
         b2 = torch.einsum("rskl,si->rikl", own["bm.weight"].float(), b2.flatten(1))
     inside = torch.einsum("oi...,ij->oj...", weight, a1.flatten(1) @ a2.flatten(1))
@@ -140,27 +148,35 @@ def diag_oft(own: Tensors, weight: Tensor, strength: float) -> Tensor:
 def boft(own: Tensors, weight: Tensor, strength: float) -> Tensor:
     """Rotations one after the other, each in blocks of rows that lie 2^i half blocks apart (a butterfly)."""
     turns = _turns(own, len(weight), strength)
+    return butterfly(turns, weight) * _rescale(own, weight, strength)
+
+
+def butterfly(turns: Tensor, rows: Tensor) -> Tensor:
+    """`rows` after each of `turns` (factors, blocks, size, size)."""
     half = turns.shape[-1] // 2
-    found = weight
     for stage, turn in enumerate(turns):
         apart = 2**stage * half
-        mixed = found.unflatten(0, (-1, 2, apart)).transpose(1, 2).flatten(0, 2).unflatten(0, (-1, 2 * half))
-        mixed = torch.einsum("bij,bj...->bi...", turn, mixed).flatten(0, 1)
-        found = mixed.unflatten(0, (-1, apart, 2)).transpose(1, 2).flatten(0, 2)
-    return found * _rescale(own, weight, strength)
+        mixed = rearrange(rows, "(b two apart) ... -> (b apart two) ...", two=2, apart=apart)
+        mixed = torch.einsum("bij,bj...->bi...", turn, mixed.unflatten(0, (-1, 2 * half))).flatten(0, 1)
+        rows = rearrange(mixed, "(b apart two) ... -> (b two apart) ...", two=2, apart=apart)
+    return rows
 
 
 def _turns(own: Tensors, rows: int, strength: float) -> Tensor:
-    """R = (1 + Q)(1 - Q)⁻¹ with Q = A - Aᵀ, bounded by alpha times the rows; alpha 0 means no bound."""
-    free = own["oft_blocks"].float()
+    """1 + strength (R - 1), where the bound is alpha times the rows."""
+    turns = rotations(own["oft_blocks"].float(), float(own.get(ALPHA, torch.zeros(()))) * rows)
+    one = torch.eye(turns.shape[-1], device=turns.device)
+    return one + strength * (turns - one)
+
+
+def rotations(free: Tensor, bound: float) -> Tensor:
+    """R = (1 + Q)(1 - Q)⁻¹ with Q = A - Aᵀ, whose norm over all blocks is at most `bound`; 0 means no bound."""
     skew = free - free.transpose(-1, -2)
-    bound = float(own.get(ALPHA, torch.zeros(()))) * rows
     norm = float(skew.norm()) + TINY
     if 0 < bound < norm:
         skew = skew * (bound / norm)
-    one = torch.eye(free.shape[-1], device=free.device)
-    turn = (one + skew) @ torch.linalg.inv(one - skew)
-    return one + strength * (turn - one)
+    one = torch.eye(free.shape[-1], dtype=free.dtype, device=free.device)
+    return (one + skew) @ torch.linalg.inv(one - skew)
 
 
 def _rescale(own: Tensors, weight: Tensor, strength: float) -> Tensor | float:

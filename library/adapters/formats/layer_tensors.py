@@ -28,9 +28,9 @@ LORA = {DOWN, UP, ALPHA, DORA}  # what can be split and fused, and has a name in
 Tensors = Mapping[str, Tensor]  # of one layer: kohya's suffix -> value
 
 
-def scale_of(own: Tensors) -> float:
-    """alpha / rank; 1 without alpha."""
-    return float(own[ALPHA]) / len(own[DOWN]) if ALPHA in own else 1.0
+def scale_of(own: Tensors, rank: int | None = None) -> float:
+    """alpha / rank; 1 without alpha. rank: None for that of a LoRA's down matrix."""
+    return float(own[ALPHA]) / (len(own[DOWN]) if rank is None else rank) if ALPHA in own else 1.0
 
 
 # ---- alpha --------------------------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from library.adapters.formats.layer_tensors import ALPHA, DORA, DOWN, MID, UP, Tensors
+from library.adapters.formats.deltas import GLORA, LOHA, butterfly, loha, lokr, lora, rotations, times
+from library.adapters.formats.layer_tensors import ALPHA, DORA, DOWN, MID, UP, Tensors, scale_of
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -30,74 +31,27 @@ class BaseWeight:
         return self.read().flatten(1)
 
     def times(self, x: Tensor | None) -> Tensor:
-        return _times(self.matrix(), x)
-
-
-def _times(matrix: Tensor, x: Tensor | None) -> Tensor:
-    return matrix if x is None else matrix @ x
-
-
-def _scale(own: Tensors, rank: int) -> float:
-    return float(own[ALPHA]) / rank if ALPHA in own else 1.0
-
-
-def lora(own: Tensors, x: Tensor | None, base: BaseWeight) -> Tensor:
-    down = own[DOWN]
-    if MID in own:
-        down = torch.einsum("rs...,si->ri...", own[MID], down.flatten(1))
-    return _scale(own, len(own[DOWN])) * (own[UP].flatten(1) @ _times(down.flatten(1), x))
-
-
-def loha(own: Tensors, x: Tensor | None, base: BaseWeight) -> Tensor:
-    scale = _scale(own, len(own["hada_w1_b"]))
-    if x is not None and "hada_t1" not in own:  # row by row a1 (b1 * x) b2ᵀ a2ᵀ, without a matrix as large as W
-        (a1, b1), (a2, b2) = ((own[f"hada_w{i}_a"], own[f"hada_w{i}_b"]) for i in ("1", "2"))
-        return scale * ((a1 @ ((b1 * x) @ b2.T)) * a2).sum(1)
-    halves = []
-    for i in ("1", "2"):
-        a, b, core = own[f"hada_w{i}_a"], own[f"hada_w{i}_b"], own.get(f"hada_t{i}")
-        halves.append(a @ b if core is None else torch.einsum("rs...,ro,si->oi...", core, a, b).flatten(1))
-    return scale * _times(halves[0] * halves[1], x)
-
-
-def lokr(own: Tensors, x: Tensor | None, base: BaseWeight) -> Tensor:
-    small, large, rank = own.get("lokr_w1"), own.get("lokr_w2"), 0
-    if small is None:
-        small, rank = own["lokr_w1_a"] @ own["lokr_w1_b"], len(own["lokr_w1_b"])
-    if large is None:
-        a, b, core = own["lokr_w2_a"], own["lokr_w2_b"], own.get("lokr_t2")
-        large, rank = a @ b if core is None else torch.einsum("rs...,ro,si->oi...", core, a, b), len(b)
-    scale = _scale(own, rank) if rank else 1.0
-    large = large.flatten(1)
-    if x is None:
-        return scale * torch.kron(small, large)
-    return scale * (small @ (x.reshape(small.shape[1], -1) @ large.T)).flatten()
+        return times(self.matrix(), x)
 
 
 def glora(own: Tensors, x: Tensor | None, base: BaseWeight) -> Tensor:
-    a1, a2, b1, b2 = (own[f"{name}.weight"].flatten(1) for name in ("a1", "a2", "b1", "b2"))
+    a1, a2, b1, b2 = (own[name].flatten(1) for name in GLORA)
     inner = a1 @ a2  # W A1 A2: over the inputs, at each place of the kernel alike
     if x is None:
         moved = torch.einsum("oi...,ij->oj...", base.read(), inner).flatten(1)
     else:
         moved = base.times((inner @ x.reshape(inner.shape[1], -1)).flatten())
-    return _scale(own, len(a2)) * (moved + b1 @ _times(b2, x))
+    return scale_of(own, len(a2)) * (moved + b1 @ times(b2, x))
 
 
 def full(own: Tensors, x: Tensor | None, base: BaseWeight) -> Tensor:
-    change = _times(own["diff"].flatten(1), x)
+    change = times(own["diff"].flatten(1), x)
     return change if x is None or "diff_b" not in own else change + own["diff_b"]
 
 
 def _rotations(own: Tensors) -> Tensor:
-    """R of every block, by Cayley's formula; alpha bounds the norm of Q over all blocks, 0: no bound."""
-    blocks = own["oft_blocks"]
-    skew = blocks - blocks.transpose(-1, -2)
-    bound, norm = float(own[ALPHA]) if ALPHA in own else 0.0, float(skew.norm()) + 1e-8
-    if 0 < bound < norm:
-        skew = skew * (bound / norm)
-    unit = torch.eye(blocks.shape[-1], dtype=blocks.dtype)
-    return (unit + skew) @ torch.linalg.inv(unit - skew)
+    """R of every block. alpha is the bound itself; 0: no bound."""
+    return rotations(own["oft_blocks"], float(own[ALPHA]) if ALPHA in own else 0.0)
 
 
 def oft(own: Tensors, x: Tensor | None, base: BaseWeight) -> Tensor:
@@ -109,13 +63,8 @@ def oft(own: Tensors, x: Tensor | None, base: BaseWeight) -> Tensor:
 
 def boft(own: Tensors, x: Tensor | None, base: BaseWeight) -> Tensor:
     """Rotations of pairs of halves, further apart from factor to factor."""
-    plain, turns = base.times(x), _rotations(own)
-    size, found = turns.shape[-1], plain
-    for i, turn in enumerate(turns):
-        apart = 2**i * (size // 2)
-        mixed = found.unflatten(0, (-1, 2, apart)).transpose(1, 2).flatten(0, 2).unflatten(0, (-1, size))
-        mixed = torch.einsum("bij,bj...->bi...", turn, mixed)
-        found = mixed.flatten(0, 1).unflatten(0, (-1, apart, 2)).transpose(1, 2).flatten(0, 2)
+    plain = base.times(x)
+    found = butterfly(_rotations(own), plain)
     if "rescale" in own:  # one learned factor per row
         found = found * own["rescale"].reshape(-1, *[1] * (found.dim() - 1))
     return found - plain
@@ -128,13 +77,21 @@ def norm(own: Tensors, x: Tensor | None, base: BaseWeight) -> Tensor:
     return change + own["b_norm"][:, None] if "b_norm" in own else change
 
 
+Product = Callable[[Tensors, Tensor | None, BaseWeight], Tensor]
+
+
+def _of_factors(product: Callable[[Tensors, Tensor | None], Tensor]) -> Product:
+    """A formula of factors alone."""
+    return lambda own, x, base: product(own, x)
+
+
 @dataclass(frozen=True)
 class Formula:
     """A kind of adapters: which suffixes make it one, which others belong to it, and its formula."""
 
     needs: tuple[frozenset[str], ...]  # one of these sets
     may: frozenset[str]
-    product: Callable[[Tensors, Tensor | None, BaseWeight], Tensor]
+    product: Product
     axes: int | None = None  # of oft_blocks
 
     def claims(self, own: Tensors) -> bool:
@@ -146,16 +103,15 @@ class Formula:
         return self.may.union(*self.needs)
 
 
-HADA = frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"})
 SMALL = (frozenset({"lokr_w1"}), frozenset({"lokr_w1_a", "lokr_w1_b"}))
 LARGE = (frozenset({"lokr_w2"}), frozenset({"lokr_w2_a", "lokr_w2_b"}))
 ROTATED = (frozenset({"oft_blocks"}),)
 WITH_ALPHA = frozenset({ALPHA, DORA})
 FORMULAS = {
-    "LoRA": Formula((frozenset({DOWN, UP}),), WITH_ALPHA | {MID}, lora),
-    "LoHa": Formula((HADA,), WITH_ALPHA | {"hada_t1", "hada_t2"}, loha),
-    "LoKr": Formula(tuple(one | two for one in SMALL for two in LARGE), WITH_ALPHA | {"lokr_t2"}, lokr),
-    "GLoRA": Formula((frozenset({"a1.weight", "a2.weight", "b1.weight", "b2.weight"}),), WITH_ALPHA, glora),
+    "LoRA": Formula((frozenset({DOWN, UP}),), WITH_ALPHA | {MID}, _of_factors(lora)),
+    "LoHa": Formula((frozenset(LOHA),), WITH_ALPHA | {"hada_t1", "hada_t2"}, _of_factors(loha)),
+    "LoKr": Formula(tuple(one | two for one in SMALL for two in LARGE), WITH_ALPHA | {"lokr_t2"}, _of_factors(lokr)),
+    "GLoRA": Formula((frozenset(GLORA),), WITH_ALPHA, glora),
     "OFT": Formula(ROTATED, WITH_ALPHA | {"rescale"}, oft, axes=3),
     "BOFT": Formula(ROTATED, WITH_ALPHA | {"rescale"}, boft, axes=4),
     "norm": Formula((frozenset({"w_norm"}),), frozenset({"b_norm"}), norm),
