@@ -88,7 +88,7 @@ class StableDiffusion(ModelFamily):
         return find_tokenizer(self.parts.path, version=self.version, cache=self.options.tokenizer_cache_dir)
 
     @property
-    def adapter_names(self) -> str:
+    def table_name(self) -> str:
         return f"sd{self.version}"
 
     def check(self) -> None:
