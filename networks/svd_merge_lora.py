@@ -20,7 +20,6 @@ if str(ROOT) not in sys.path:  # started as a script, from any folder
 
 from library.adapters.surgery.tool_options import DeviceOptions, ModelsOptions, SaveOptions, target_problems  # noqa: E402
 from library.cli import run_tool  # noqa: E402
-from library.errors import UserError  # noqa: E402
 from library.options import at_least, option  # noqa: E402
 
 if TYPE_CHECKING:
@@ -92,15 +91,12 @@ def nearest(
     name: str, layers: Sequence[tuple[Tensors, float]], ranks: RankOptions, device: torch.device
 ) -> dict[str, Tensor]:
     """One layer of all files: the matrices of the rank that are nearest to Σ ratio · ΔW. Raises UserError."""
-    from library.adapters.surgery.lora_math import ADDED, as_tensors, change_of, choose_rank, joined, spectrum_of_change
-    from library.adapters.surgery.merge import added
+    from library.adapters.surgery.lora_math import ADDED, as_tensors, choose_rank, spectrum_of_change
+    from library.adapters.surgery.merge import added, exact_sum
 
     if all(set(own) <= ADDED for own, _ in layers):
         return added(layers)
-    try:
-        change = joined([(change_of(name, own, device), factor) for own, factor in layers])
-    except ValueError as error:
-        raise UserError(f"{name} is not the same layer in all files ({error})") from None
+    change = exact_sum(name, layers, device)
     values = spectrum_of_change(change)
     rank = choose_rank(values.s, ranks.new_conv_rank or ranks.new_rank if change.is_3x3 else ranks.new_rank, None, 0)
     return as_tensors(*values.cut(rank), change.shape, rank)

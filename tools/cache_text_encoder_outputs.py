@@ -12,7 +12,6 @@ Give the options of the training, which is then started with --cache_text_encode
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,6 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # started as a script, from any folder
     sys.path.insert(0, str(ROOT))
 
-from library.cli import guarded  # noqa: E402
 from library.log import get_logger  # noqa: E402
 from tools import caching  # noqa: E402
 
@@ -47,18 +45,8 @@ def fill(run: caching.CacheRun) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code: 0, or 2 for bad input."""
-    words = sys.argv[1:] if argv is None else argv
-    description = inspect.cleandoc(__doc__ or "")
-    return guarded(
-        lambda: caching.run(
-            words,
-            fill,
-            prog="cache_text_encoder_outputs.py",
-            description=description,
-            cache_latents_to_disk=False,
-            cache_text_encoder_outputs_to_disk=True,
-        )
-    )
+    cached = {"cache_latents_to_disk": False, "cache_text_encoder_outputs_to_disk": True}
+    return caching.run(argv, fill, "cache_text_encoder_outputs.py", __doc__ or "", **cached)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,13 @@ optimizer and network have no effect. Caching itself is the code of the training
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from library.cli import option_groups
+from library.cli import guarded, option_groups
 from library.errors import UserError
 from library.families.registry import FAMILIES, misfit, open_family, with_scripts
 from library.io.options import SaveOptions
@@ -131,9 +133,19 @@ def read_options(argv: Sequence[str], *, prog: str, description: str) -> tuple[s
 # ---- the run --------------------------------------------------------------------------------------------------------
 
 
-def run(argv: Sequence[str], fill: Callable[[CacheRun], None], *, prog: str, description: str, **cached: bool) -> int:
-    """Read the options, prepare the datasets and call `fill`, which encodes. cached: fields of CacheOptions to set."""
-    name, resolved = read_options(argv, prog=prog, description=description)
+def run(argv: Sequence[str] | None, fill: Callable[[CacheRun], None], prog: str, about: str, **cached: bool) -> int:
+    """Read the options, prepare the datasets and call `fill`, which encodes. Returns 0, or 2 for bad input.
+
+    argv: None when the tool was started as a script. about: its description. cached: fields of CacheOptions to set.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    return guarded(lambda: _run(words, fill, prog, inspect.cleandoc(about), cached))
+
+
+def _run(
+    words: Sequence[str], fill: Callable[[CacheRun], None], prog: str, description: str, cached: Mapping[str, bool]
+) -> int:
+    name, resolved = read_options(words, prog=prog, description=description)
     options = resolved.options
     logging = options.logging
     setup_logging(level=logging.console_log_level, file=logging.console_log_file, simple=logging.console_log_simple)

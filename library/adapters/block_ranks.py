@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from library.adapters.options import BlockOptions
 from library.adapters.target_spec import TargetSpec
@@ -40,34 +40,26 @@ CURVES: dict[str, Callable[[int, int], float]] = {
 }
 
 
+RankAlpha = tuple[int, float]  # rank 0: no adapter
+
+
 @dataclass(frozen=True)
 class RankPlan:
     """Rank and alpha of every target, and the learning-rate factor of every block (None: one rate for all)."""
 
-    dim: int
-    alpha: float
-    conv_dim: int | None
-    conv_alpha: float
-    dims: tuple[int, ...] | None = None
-    alphas: tuple[float, ...] | None = None
-    conv_dims: tuple[int, ...] | None = None
-    conv_alphas: tuple[float, ...] | None = None
+    others: RankAlpha
+    convolutions: RankAlpha  # with a 3x3 kernel
+    has_conv: bool  # whether those get adapters
+    blocks: tuple[RankAlpha, ...] | None = None  # in place of `others`, by block of the denoiser
+    conv_blocks: tuple[RankAlpha, ...] | None = None  # in place of `convolutions`
     lr_weights: tuple[float, ...] | None = None
 
-    @property
-    def has_conv(self) -> bool:
-        return self.conv_dim is not None or self.conv_dims is not None
-
-    def rank_alpha(self, target: TargetSpec, *, is_3x3: bool) -> tuple[int, float]:
-        """Rank (0: no adapter) and alpha of a target."""
-        by_block = target.part == "denoiser" and target.block is not None and self.dims is not None
-        if is_3x3:
-            if by_block and self.conv_dims and self.conv_alphas:
-                return self.conv_dims[target.block or 0], self.conv_alphas[target.block or 0]
-            return self.conv_dim or 0, self.conv_alpha
-        if by_block and self.dims and self.alphas:
-            return self.dims[target.block or 0], self.alphas[target.block or 0]
-        return self.dim, self.alpha
+    def rank_alpha(self, target: TargetSpec, *, is_3x3: bool) -> RankAlpha:
+        """Rank and alpha of a target."""
+        blocks = self.conv_blocks if is_3x3 else self.blocks
+        if blocks is None or target.part != "denoiser" or target.block is None:
+            return self.convolutions if is_3x3 else self.others
+        return blocks[target.block]
 
 
 def plan_ranks(options: BlockOptions, layout: BlockLayout | None, *, dim: int, alpha: float) -> RankPlan:
@@ -76,7 +68,7 @@ def plan_ranks(options: BlockOptions, layout: BlockLayout | None, *, dim: int, a
     Raises UserError for lists of the wrong length, and for lists without a layout.
     """
     conv_alpha = 1.0 if options.conv_alpha is None else options.conv_alpha
-    plain = RankPlan(dim, alpha, options.conv_dim, conv_alpha)
+    plain = RankPlan((dim, alpha), (options.conv_dim or 0, conv_alpha), options.conv_dim is not None)
     lists = {"block_dims": options.block_dims, "block_alphas": options.block_alphas,
              "conv_block_dims": options.conv_block_dims, "conv_block_alphas": options.conv_block_alphas}  # fmt: skip
     given = {name: values for name, values in lists.items() if values is not None}
@@ -91,18 +83,16 @@ def plan_ranks(options: BlockOptions, layout: BlockLayout | None, *, dim: int, a
     weights = block_lr_weights(options, layout)
     kept = [weights is None or weight > 0 for weight in weights or [1.0] * layout.total]
 
-    def ranks(values: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(value if keep else 0 for value, keep in zip(values, kept, strict=True))
+    def by_block(ranks: tuple[int, ...], alphas: tuple[float, ...]) -> tuple[RankAlpha, ...]:
+        return tuple((rank if keep else 0, own) for rank, own, keep in zip(ranks, alphas, kept, strict=True))
 
-    conv_dims = options.conv_block_dims or (None if options.conv_dim is None else (options.conv_dim,) * layout.total)
-    return RankPlan(
-        dim, alpha, options.conv_dim, conv_alpha,
-        dims=ranks(options.block_dims or (dim,) * layout.total),
-        alphas=options.block_alphas or (alpha,) * layout.total,
-        conv_dims=None if conv_dims is None else ranks(conv_dims),
-        conv_alphas=None if conv_dims is None else options.conv_block_alphas or (conv_alpha,) * layout.total,
-        lr_weights=weights,
-    )  # fmt: skip
+    total = layout.total
+    blocks = by_block(options.block_dims or (dim,) * total, options.block_alphas or (alpha,) * total)
+    conv_dims = options.conv_block_dims or (None if options.conv_dim is None else (options.conv_dim,) * total)
+    if conv_dims is None:
+        return replace(plain, blocks=blocks, lr_weights=weights)
+    conv_blocks = by_block(conv_dims, options.conv_block_alphas or (conv_alpha,) * total)
+    return replace(plain, has_conv=True, blocks=blocks, conv_blocks=conv_blocks, lr_weights=weights)
 
 
 def block_lr_weights(options: BlockOptions, layout: BlockLayout) -> tuple[float, ...] | None:

@@ -272,8 +272,8 @@ class ModelFamily(ABC):
     # ---- files
 
     @property
-    def adapter_names(self) -> str:
-        """The name under which programs that read adapters know the model (library.adapters.readers.reading.Model)."""
+    def table_name(self) -> str:
+        """Name of the table of the model's layers in adapter files: of an Architecture, or of one of its variants."""
         return self.name
 
     @abstractmethod

@@ -17,6 +17,10 @@ from library.options import Choice, ConfigFileOptions, Idle, at_least, between, 
 from library.sampling.options import SampleOptions
 from library.values import SEEDS, rate
 
+ONLY_DEEPSPEED = (
+    "offload_optimizer_device", "offload_optimizer_nvme_path", "offload_param_device", "offload_param_nvme_path",
+    "zero3_init_flag", "zero3_save_16bit_model", "fp16_master_weights_and_gradients",
+)  # fmt: skip
 MOST_RANKS = 100_000  # more than any layer has; some programs write it to ask for the full matrices of LoKr
 
 
@@ -115,19 +119,7 @@ class DistributedOptions:
     )
 
     def problems(self) -> Iterator[str]:
-        used = [
-            name
-            for name in (
-                "offload_optimizer_device",
-                "offload_optimizer_nvme_path",
-                "offload_param_device",
-                "offload_param_nvme_path",
-                "zero3_init_flag",
-                "zero3_save_16bit_model",
-                "fp16_master_weights_and_gradients",
-            )
-            if getattr(self, name)
-        ]
+        used = [name for name in ONLY_DEEPSPEED if getattr(self, name)]
         if used and not self.deepspeed:
             yield Idle(f"--{used[0]} has no effect without --deepspeed")
         if self.deepspeed and self.zero_stage == 3:

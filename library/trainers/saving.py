@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from library.io import checkpoint as names
@@ -17,6 +18,7 @@ from library.trainers.run_plan import RunPlan
 from library.types import Position
 
 log = get_logger()
+NameOf = Callable[[str | None, int], str]  # (--output_name, number of a step or an epoch) -> name of a save
 
 
 class Saver:
@@ -70,25 +72,24 @@ class Saver:
     def after_step(self, position: Position, epoch_ended: bool) -> None:
         """The saves that are due after an optimizer step."""
         self.make_folder()
-        name, step, epoch = self.save.output_name, position.step, position.epoch
+        step, epoch = position.step, position.epoch
         keep_epochs, keep_steps = names.states_to_keep(self.save, self.options)
         if names.saves_after_step(step, every=self.save.save_every_n_steps):
-            every = self.save.save_every_n_steps or 1
-            self._write(names.step_name(name, step), with_state=self.options.save_state)
-            self._drop(
-                names.step_name,
-                names.outdated_step(step, every=every, keep=self.save.save_last_n_steps),
-                keep_model=False,
-            )
-            self._drop(names.step_name, names.outdated_step(step, every=every, keep=keep_steps), keep_model=True)
+            outdated = partial(names.outdated_step, step, every=self.save.save_every_n_steps or 1)
+            self._replace(names.step_name, step, outdated, self.save.save_last_n_steps, keep_steps)
         every_epochs = self.every_epochs
         if epoch_ended and names.saves_after_epoch(epoch, total=self.plan.total_epochs, every=every_epochs):
             assert every_epochs is not None
-            self._write(names.epoch_name(name, epoch), with_state=self.options.save_state)
-            outdated = names.outdated_epoch(epoch, every=every_epochs, keep=self.save.save_last_n_epochs)
-            self._drop(names.epoch_name, outdated, keep_model=False)
-            outdated = names.outdated_epoch(epoch, every=every_epochs, keep=keep_epochs)
-            self._drop(names.epoch_name, outdated, keep_model=True)
+            outdated = partial(names.outdated_epoch, epoch, every=every_epochs)
+            self._replace(names.epoch_name, epoch, outdated, self.save.save_last_n_epochs, keep_epochs)
+
+    def _replace(
+        self, name_of: NameOf, number: int, outdated: Callable[..., int | None], models: int | None, states: int | None
+    ) -> None:
+        """Write a save, and remove the outdated ones. models, states: how many of each are kept; None: all."""
+        self._write(name_of(self.save.output_name, number), with_state=self.options.save_state)
+        self._drop(name_of, outdated(keep=models), keep_model=False)
+        self._drop(name_of, outdated(keep=states), keep_model=True)
 
     def at_end(self, position: Position, *, finished: bool) -> None:
         """The result of the run; of a stopped one, a state to continue from."""
@@ -136,7 +137,7 @@ class Saver:
         if self.uploader and upload:
             self.uploader.upload(path)
 
-    def _drop(self, name_of: Callable[[str | None, int], str], number: int | None, *, keep_model: bool) -> None:
+    def _drop(self, name_of: NameOf, number: int | None, *, keep_model: bool) -> None:
         """Remove an outdated save (`keep_model`: its state only)."""
         if number is None or not self.active:
             return

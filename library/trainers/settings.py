@@ -10,7 +10,8 @@ import torch
 
 from library.data.options import DataOptions
 from library.device import DTYPES, DistributedSettings
-from library.trainers.options import DistributedOptions, PrecisionOptions
+from library.io.options import SaveOptions
+from library.trainers.options import ONLY_DEEPSPEED, DistributedOptions, PrecisionOptions
 
 
 def compute_dtype(options: PrecisionOptions) -> torch.dtype:
@@ -21,6 +22,11 @@ def compute_dtype(options: PrecisionOptions) -> torch.dtype:
 def trained_dtype(options: PrecisionOptions) -> torch.dtype:
     """Dtype of the weights that learn: fp32 unless --full_bf16 / --full_fp16."""
     return DTYPES[options.mixed_precision] if options.full_bf16 or options.full_fp16 else torch.float32
+
+
+def saved_dtype(options: SaveOptions) -> torch.dtype | None:
+    """--save_precision; None: weights are saved as they are."""
+    return DTYPES[options.save_precision] if options.save_precision else None
 
 
 def loading_processes(options: DataOptions) -> int:
@@ -44,11 +50,5 @@ def _deepspeed_arguments(options: DistributedOptions, max_grad_norm: float) -> d
         "gradient_accumulation_steps": 1,  # the trainer divides the loss and says which micro-batch is the last
         "gradient_clipping": max_grad_norm,  # 0: not at all
         "zero_stage": options.zero_stage,
-        "offload_optimizer_device": options.offload_optimizer_device,
-        "offload_optimizer_nvme_path": options.offload_optimizer_nvme_path,
-        "offload_param_device": options.offload_param_device,
-        "offload_param_nvme_path": options.offload_param_nvme_path,
-        "zero3_init_flag": options.zero3_init_flag,
-        "zero3_save_16bit_model": options.zero3_save_16bit_model,
-        "fp16_master_weights_and_grads": options.fp16_master_weights_and_gradients,
+        **{name.replace("gradients", "grads"): vars(options)[name] for name in ONLY_DEEPSPEED},  # as accelerate has it
     }

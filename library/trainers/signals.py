@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from library.device import HostCopy
 from library.errors import EXIT_AT_ONCE, EXIT_STOPPED, ProcessDied
@@ -47,17 +48,17 @@ class StopVote:
         """Whether any process asks for it now. The host waits for the device."""
         if self.processes == 1:
             return requested
-        vote = torch.full((), float(requested), device=self.device)
-        torch.distributed.all_reduce(vote)
-        return bool(vote.item() > 0)
+        return bool(self._sum(requested).item() > 0)
 
     def decided(self, requested: bool) -> bool:
         """Call it once per step in every process; the answer is the same in all of them."""
         if self.processes == 1:
             return requested
+        self._votes.append(HostCopy(self._sum(requested)))
+        return len(self._votes) > 1 and bool(self._votes.popleft().value() > 0)
+
+    def _sum(self, requested: bool) -> Tensor:
+        """How many processes ask for it, 0-dim on the device."""
         vote = torch.full((), float(requested), device=self.device)
         torch.distributed.all_reduce(vote)
-        self._votes.append(HostCopy(vote))
-        if len(self._votes) < 2:
-            return False
-        return bool(self._votes.popleft().value() > 0)
+        return vote

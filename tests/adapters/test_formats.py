@@ -501,7 +501,7 @@ def test_what_is_not_understood() -> None:
             convert(tensors, "comfy")
         assert expected in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(
-        UserError, match=r"1 layers of the adapter file are not in Stable Diffusion 3 or 3\.5: lora_unet_double"
+        UserError, match=r"is for no architecture that is known \(Stable Diffusion 3 or 3\.5\): lora_unet_double"
     ):
         convert(random_lora({QKV: (96, 32)}), "peft", architecture="sd3")
     for damaged in ("no json", '{"*": 3}', '{"*": [1.0, "nn"]}', '{"*": [1.0, "nothing"]}', "[]"):

@@ -114,7 +114,7 @@ def test_processes_share_the_work(words: list[str], tmp_path: Path, capsys: pyte
 
     flags = {"cache_latents_to_disk": True, "cache_text_encoder_outputs_to_disk": False}
     for _ in range(2):
-        assert caching.run([*words, "--cache_dir", str(tmp_path)], half, prog="x", description="", **flags) == 0
+        assert caching.run([*words, "--cache_dir", str(tmp_path)], half, "x", "", **flags) == 0
     assert left == [4, 0]
 
 

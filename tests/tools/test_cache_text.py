@@ -77,7 +77,7 @@ def test_processes_share_the_work(model: dict[str, Any], tmp_path: Path) -> None
 
     words = ["--flux", *argv({**model, "cache_dir": tmp_path})]
     for _ in range(2):
-        assert caching.run(words, half, prog="x", description="", **FLAGS) == 0
+        assert caching.run(words, half, "x", "", **FLAGS) == 0
     assert left == [[2, 2], [0, 0]]
 
 

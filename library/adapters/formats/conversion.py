@@ -208,16 +208,13 @@ Layers = Mapping[str, tuple[PublishedLayer, Mapping[str, Tensor]]]  # kohya name
 def _layers(
     tensors: Mapping[str, Tensor], index: NameIndex, apart: bool = False
 ) -> dict[str, tuple[PublishedLayer, dict[str, Tensor]]]:
-    """Whole published layers, or parts of them. Raises UserError for paths that the architecture does not have."""
+    """Whole published layers, or parts of them. index: of an architecture that has every layer."""
     whole: dict[str, tuple[PublishedLayer, dict[str, Tensor]]] = {}
     parts: dict[str, dict[int, dict[str, Tensor]]] = {}
-    unknown: list[str] = []
     twice: list[str] = []
     for path, own in paths_in(tensors).items():
         place = index.find(path)
-        if place is None:
-            unknown.append(path)
-            continue
+        assert place is not None  # `architecture_of` has found every layer
         with damaged_if_broken(path):
             own = as_kohya(own, comfy=place.is_comfy(path))
         name = place.layer.kohya
@@ -228,9 +225,6 @@ def _layers(
         else:
             parts.setdefault(name, {})[place.part] = own
             whole[name] = place.layer, {}  # keeps the order of the file
-    if unknown:
-        title = index.architecture.title
-        raise UserError(f"{len(unknown)} layers of the adapter file are not in {title}: {first_names(unknown)}")
     if twice:
         raise UserError(f"{len(twice)} layers are in the adapter file under two names: {first_names(twice)}")
     found: dict[str, tuple[PublishedLayer, dict[str, Tensor]]] = {}

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from library.adapters.adapter_layer import AdapterLayer
 from library.adapters.kind import AdapterKind
 from library.adapters.layers.ranked import RankedLayer, RankedSettings
-from library.adapters.layers.weight import convolve
+from library.adapters.layers.weight import applied
 from library.adapters.options import BlockOptions, LoraPlusOptions, NoDropoutOptions, PatternOptions, warn_dropout
 from library.adapters.target_spec import TargetSpec
 from library.errors import UserError
@@ -118,8 +118,7 @@ class DyLoRALayer(RankedLayer):
 
     def _inner(self, x: Tensor, used: int) -> Tensor:
         down = torch.cat(self._blocks(self.lora_down, used)).to(x.dtype)
-        module = self.target.modules[0].module
-        return convolve(x, down, module) if isinstance(module, nn.Conv2d) else F.linear(x, down)
+        return applied(down, x, self.target.modules[0].module)
 
     def _blocks(self, blocks: nn.ParameterList, used: int) -> list[Tensor]:
         """The blocks of the first `used` ranks; in training only the last one learns."""

@@ -13,7 +13,6 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -22,7 +21,7 @@ from library.adapters.kind import AdapterKind
 from library.adapters.layers.factor import FactorLayer, FactorOptions, FactorSettings, factor_values
 from library.adapters.layers.norm import NormLayer
 from library.adapters.layers.ranked import axis_in
-from library.adapters.layers.weight import convolve
+from library.adapters.layers.weight import applied
 from library.adapters.options import DropoutOptions, PatternOptions
 from library.adapters.target_spec import TargetSpec
 
@@ -69,8 +68,7 @@ class LoHaLayer(FactorLayer):
 
         def product() -> Tensor:
             weight = self._change(index, self.hada_w1_a.dtype).to(x.dtype)
-            module = self.target.modules[index].module
-            return convolve(x, weight, module) if isinstance(module, nn.Conv2d) else F.linear(x, weight)
+            return applied(weight, x, self.target.modules[index].module)
 
         if torch.is_grad_enabled():
             delta = checkpoint(product, use_reentrant=False, preserve_rng_state=False)

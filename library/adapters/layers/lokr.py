@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.adapters.adapter_layer import AdapterLayer
@@ -23,7 +22,7 @@ from library.adapters.kind import AdapterKind
 from library.adapters.layers.factor import FactorLayer, FactorOptions, FactorSettings, factor_values
 from library.adapters.layers.norm import NormLayer
 from library.adapters.layers.ranked import axis_in
-from library.adapters.layers.weight import convolve
+from library.adapters.layers.weight import applied
 from library.adapters.options import DropoutOptions, PatternOptions
 from library.adapters.target_spec import TargetSpec
 from library.options import option, positive
@@ -178,9 +177,9 @@ class LoKrLayer(FactorLayer):
         small, large = (matrix.to(x.dtype) for matrix in self._matrices())
         module = self.target.modules[0].module
         if not isinstance(module, nn.Conv2d):
-            groups = F.linear(x.unflatten(-1, (self.form.small[1], -1)), large)  # ... in1 out2
+            groups = applied(large, x.unflatten(-1, (self.form.small[1], -1)), module)  # ... in1 out2
             return torch.einsum("...io,pi->...po", groups, small.to(groups.dtype)).flatten(-2)
-        groups = convolve(x.unflatten(1, (self.form.small[1], -1)).flatten(0, 1), large, module)
+        groups = applied(large, x.unflatten(1, (self.form.small[1], -1)).flatten(0, 1), module)
         groups = groups.unflatten(0, (len(x), -1))  # B in1 out2 h w
         return torch.einsum("biohw,pi->bpohw", groups, small.to(groups.dtype)).flatten(1, 2)
 

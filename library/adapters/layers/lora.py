@@ -24,7 +24,7 @@ from library.adapters.adapter_layer import AdapterLayer
 from library.adapters.kind import AdapterKind
 from library.adapters.layers.norm import NormLayer
 from library.adapters.layers.ranked import RankedLayer, RankedOptions, RankedSettings, axis_in, ranked_values
-from library.adapters.layers.weight import convolve
+from library.adapters.layers.weight import applied
 from library.adapters.options import BlockOptions, DropoutOptions, LoraPlusOptions, PatternOptions
 from library.adapters.target_spec import TargetSpec
 from library.errors import UserError
@@ -137,12 +137,10 @@ class LoRALayer(RankedLayer):
         """dropout(down(x)), with one draw for all modules of the target, as in a fused layer."""
         module = self.target.modules[0].module
         down = self.lora_down.to(x.dtype)
-        if not isinstance(module, nn.Conv2d):
-            inner = F.linear(x, down)
-        elif self.lora_mid is None:
-            inner = convolve(x, down, module)
+        if self.lora_mid is None:
+            inner = applied(down, x, module)
         else:
-            inner = convolve(F.conv2d(x, down), self.lora_mid.to(x.dtype), module)
+            inner = applied(self.lora_mid.to(x.dtype), F.conv2d(x, down), module)
         return self._drop(inner) if self.training else inner
 
     def _up(self) -> Tensor:
@@ -167,11 +165,10 @@ class LoRALayer(RankedLayer):
     def _perturbation(self, x: Tensor, index: int) -> Tensor:
         """Random weights times x, without a gradient: autograd would keep the random matrix, which is as large as W."""
         assert self.noise is not None
-        module = self.target.modules[index].module
         rows = self.noise[self.target.own_rows(index)].to(x.dtype)
         draw = torch.randn(self.target.modules[index].shape, dtype=x.dtype, device=x.device)
         draw *= rows.reshape(-1, *[1] * (draw.dim() - 1))
-        return convolve(x, draw, module) if isinstance(module, nn.Conv2d) else F.linear(x, draw)
+        return applied(draw, x, self.target.modules[index].module)
 
     @property
     def reads_between_steps(self) -> bool:

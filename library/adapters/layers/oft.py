@@ -13,12 +13,11 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.adapters.adapter_layer import AdapterLayer, add_scaled
 from library.adapters.kind import AdapterKind, default_sizes
-from library.adapters.layers.weight import WeightLayer, convolve
+from library.adapters.layers.weight import WeightLayer, applied
 from library.adapters.options import NoDropoutOptions, PatternOptions, warn_dropout
 from library.adapters.target_spec import TargetSpec
 from library.adapters.targets import DENOISER_PREFIX
@@ -104,18 +103,13 @@ class OFTLayer(WeightLayer):
 
     def change(self, x: Tensor, y: Tensor, index: int) -> Tensor:
         """The output with everything but its bias rotated."""
-        module = self.target.modules[index]
-        rows = module.rows or slice(None)
-        plain, bias = (y[:, rows] if self.is_conv else y[..., rows]), module.module.bias
-        if isinstance(bias, Tensor):
-            plain = plain - bias.detach()[rows].reshape(-1, *[1] * (2 * self.is_conv)).to(y.dtype)
-        delta = self.gate(self._turned(plain, index, 1 if self.is_conv else -1)).to(y.dtype)
+        turned = self._turned(self.without_bias(y, index), index, 1 if self.is_conv else -1)
+        delta = self.gate(turned).to(y.dtype)
         return add_scaled(y, self.place(delta, index), self.multiplier)
 
     def delta(self, x: Tensor, index: int = 0) -> Tensor:
         """The change, computed from the input."""
-        weight, module = self.delta_weight(index).to(x.dtype), self.target.modules[index].module
-        return convolve(x, weight, module) if isinstance(module, nn.Conv2d) else F.linear(x, weight)
+        return applied(self.delta_weight(index).to(x.dtype), x, self.target.modules[index].module)
 
     def delta_weight(self, index: int = 0) -> Tensor:
         return self._turned(self.base_weight(index).float(), index, 0)

@@ -11,13 +11,12 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.adapters.adapter_layer import add_scaled
 from library.adapters.formats.deltas import GLORA, Rewrite, boft, diag_oft, full, glora, ia3, rewrite_of
 from library.adapters.formats.layer_tensors import ALPHA, BIAS_ADDED
-from library.adapters.layers.weight import WeightLayer, convolve
+from library.adapters.layers.weight import WeightLayer, applied
 from library.adapters.target_spec import TargetSpec
 
 SUFFIXES: dict[Rewrite, set[str]] = {
@@ -64,13 +63,7 @@ class RewriteLayer(WeightLayer):
 
     def merged_weight(self, index: int = 0) -> Tensor:
         whole = self.rewritten() if self._whole is None else self._whole
-        module = self.target.modules[index]
-        own = whole[self.target.own_rows(index)]
-        if module.rows is None:
-            return own
-        assert isinstance(module.module.weight, Tensor)
-        around = module.module.weight.detach().float()
-        return torch.cat([around[: module.rows.start], own, around[module.rows.stop :]])
+        return self.among_others(whole[self.target.own_rows(index)], index)
 
     def merged_bias(self, index: int = 0) -> Tensor | None:
         module = self.target.modules[index]
@@ -93,8 +86,7 @@ class RewriteLayer(WeightLayer):
 
     def delta(self, x: Tensor, index: int = 0) -> Tensor:
         """(W' - W) x at the multiplier, and the change of the bias."""
-        weight, module = self.delta_weight(index).to(x.dtype), self.target.modules[index].module
-        found = convolve(x, weight, module) if isinstance(module, nn.Conv2d) else F.linear(x, weight)
+        found = applied(self.delta_weight(index).to(x.dtype), x, self.target.modules[index].module)
         if BIAS_ADDED not in self.file:
             return found
         bias = (self.multiplier * self._bias(index)).to(found)

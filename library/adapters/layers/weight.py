@@ -19,9 +19,11 @@ from library.adapters.target_spec import TargetSpec
 from library.errors import UserError
 
 
-def convolve(x: Tensor, weight: Tensor, like: nn.Conv2d) -> Tensor:
-    """`x` through `weight` with stride, padding and dilation of `like`, no bias."""
-    return F.conv2d(x, weight, None, like.stride, like.padding, like.dilation)
+def applied(weight: Tensor, x: Tensor, like: nn.Module) -> Tensor:
+    """`x` through `weight`, without a bias; a convolution has the stride, padding and dilation of `like`."""
+    if isinstance(like, nn.Conv2d):
+        return F.conv2d(x, weight, None, like.stride, like.padding, like.dilation)
+    return F.linear(x, weight)
 
 
 class WeightLayer(AdapterLayer):
@@ -61,13 +63,26 @@ class WeightLayer(AdapterLayer):
 
     def merged_weight(self, index: int = 0) -> Tensor:
         with torch.no_grad():
-            module = self.target.modules[index]
-            assert isinstance(module.module.weight, Tensor)
-            whole = module.module.weight.detach().float()
-            merged = torch.lerp(self.base_weight(index).float(), self.adapted_weight(index), self.multiplier)
-            if module.rows is None:
-                return merged
-            return torch.cat([whole[: module.rows.start], merged, whole[module.rows.stop :]])
+            own = torch.lerp(self.base_weight(index).float(), self.adapted_weight(index), self.multiplier)
+            return self.among_others(own, index)
+
+    def among_others(self, own: Tensor, index: int) -> Tensor:
+        """The float32 weight of module `index` with the rows `own` in place of the target's."""
+        module = self.target.modules[index]
+        if module.rows is None:
+            return own
+        assert isinstance(module.module.weight, Tensor)
+        whole = module.module.weight.detach().float()
+        return torch.cat([whole[: module.rows.start], own, whole[module.rows.stop :]])
+
+    def without_bias(self, y: Tensor, index: int) -> Tensor:
+        """The target's rows in the output `y` of module `index`, minus its bias."""
+        module = self.target.modules[index]
+        rows, bias = module.rows or slice(None), module.module.bias
+        plain = y[:, rows] if self.is_conv else y[..., rows]
+        if not isinstance(bias, Tensor):
+            return plain
+        return plain - bias.detach()[rows].reshape(-1, *[1] * (2 * self.is_conv)).to(y.dtype)
 
     # ---- DoRA ------------------------------------------------------------------------------------------------------
 
@@ -80,22 +95,14 @@ class WeightLayer(AdapterLayer):
     def _row_change(self, x: Tensor, y: Tensor, index: int) -> Tensor:
         """(W' - W) x from the module's output y: with r = m/‖V‖, r (y - b + delta) - (y - b)."""
         ratio = self._ratio(index).reshape(-1, *[1] * (2 * self.is_conv))
-        module = self.target.modules[index]
-        rows = module.rows or slice(None)
-        plain = y[:, rows] if self.is_conv else y[..., rows]
-        bias = module.module.bias
-        if isinstance(bias, Tensor):
-            plain = plain - bias.detach()[rows].reshape(ratio.shape).to(y.dtype)
         delta = self.delta(x, index).to(y.dtype) * self.scale
-        return plain * (ratio - 1).to(y.dtype) + delta * ratio.to(y.dtype)
+        return self.without_bias(y, index) * (ratio - 1).to(y.dtype) + delta * ratio.to(y.dtype)
 
     def _column_change(self, x: Tensor, index: int) -> Tensor:
         """(W' - W) x where m scales columns: W ((r - 1) x) + delta(r x), which takes a second product with W."""
         ratio = self._ratio(index).reshape(-1, *[1] * (2 * self.is_conv)).to(x.dtype)
         weight = self.base_weight(index).to(x.dtype)
-        module = self.target.modules[index].module
-        moved = x * (ratio - 1)
-        plain = convolve(moved, weight, module) if isinstance(module, nn.Conv2d) else F.linear(moved, weight)
+        plain = applied(weight, x * (ratio - 1), self.target.modules[index].module)
         return plain + self.delta(x * ratio, index) * self.scale
 
     def _ratio(self, index: int) -> Tensor:

@@ -14,7 +14,7 @@ from library.adapters.formats.layer_tensors import MID, Tensors
 from library.adapters.surgery.block_ratios import strengths
 from library.adapters.surgery.checkpoint_layers import CheckpointLayers
 from library.adapters.surgery.checkpoint_merge import Adapter, MergedWeights
-from library.adapters.surgery.lora_math import ADDED, as_tensors, change_of, is_lora, joined, not_lora, summed
+from library.adapters.surgery.lora_math import ADDED, Change, as_tensors, change_of, is_lora, joined, not_lora, summed
 from library.adapters.surgery.tool_files import (
     KnownArchitectures,
     LoraFile,
@@ -198,15 +198,20 @@ def concatenated(name: str, layers: Sequence[tuple[Tensors, float]], shuffle: bo
     """The ranks of all files concatenated: exactly the sum of the changes. Raises UserError."""
     if all(set(own) <= ADDED for own, _ in layers):
         return added(layers)
-    try:
-        change = joined([(change_of(name, own), factor) for own, factor in layers])
-    except ValueError as error:
-        raise UserError(f"{name} is not the same layer in all files ({error})") from None
+    change = exact_sum(name, layers)
     up, down = change.up, change.down
     if shuffle:
         order = torch.randperm(change.rank, generator=torch_generator("shuffle", name))
         up, down = up[:, order], down[order]
     return as_tensors(up, down, change.shape, change.rank)
+
+
+def exact_sum(name: str, layers: Sequence[tuple[Tensors, float]], device: torch.device | str = "cpu") -> Change:
+    """Σ ratio · ΔW of one layer of all files. Raises UserError."""
+    try:
+        return joined([(change_of(name, own, device), factor) for own, factor in layers])
+    except ValueError as error:
+        raise UserError(f"{name} is not the same layer in all files ({error})") from None
 
 
 def _summed(name: str, layers: Sequence[tuple[Tensors, float]]) -> dict[str, Tensor]:

@@ -75,7 +75,7 @@ class StableDiffusion(UnetFamily):
         return {ENCODER: find_tokenizer(self.parts.path, version=self.version, cache=cache)}
 
     @property
-    def adapter_names(self) -> str:
+    def table_name(self) -> str:
         return f"sd{self.version}"
 
     def check(self) -> None:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from library.data.config import load_dataset_config
-from library.device import DTYPES
 from library.errors import UserError, first_names
 from library.io.checkpoint import EXTENSIONS, CheckpointForm, is_save_of
 from library.learning import DENOISER, Learning, Models, Trainables
@@ -22,6 +21,7 @@ from library.optim.in_backward import check_in_backward
 from library.optim.optimizers import find_optimizer
 from library.trainers.method import Method
 from library.trainers.methods.finetune_options import ONE_FORMAT, FineTuneTrainerOptions
+from library.trainers.settings import saved_dtype
 from library.types import Position
 
 log = get_logger()
@@ -176,9 +176,7 @@ class FineTuneMethod(Method[FineTuneTrainerOptions]):
         position: Position,
     ) -> None:  # fmt: skip
         """The model in its format, with the text encoders that learned."""
-        precision = self.options.save.save_precision
-        dtype = DTYPES[precision] if precision else None
-        form = CheckpointForm(self.format, position.epoch, position.step, dtype, metadata)
+        form = CheckpointForm(self.format, position.epoch, position.step, saved_dtype(self.options.save), metadata)
         self.family.save(denoiser, encoders, path, form)
 
 
@@ -228,13 +226,6 @@ class LearningModels(nn.ModuleDict):
         return {name: p.detach() for name, p in self.learning_parameters().items()}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `state`. Raises UserError when the state is of other weights."""
+        """The inverse of `state`, whose names and shapes `tensors` must have."""
         own = self.state()
-        wrong = sorted(name for name in own.keys() | tensors.keys() if not _equal_shape(name, own, tensors))
-        if wrong:
-            raise UserError(f"--resume: the state holds other weights than those that learn now: {first_names(wrong)}")
         torch._foreach_copy_([*own.values()], [tensors[name] for name in own])
-
-
-def _equal_shape(name: str, one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return name in one and name in other and one[name].shape == other[name].shape

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from library.adapters.adapter_network import AdapterNetwork
 from library.adapters.formats.conversion import read_tensors
 from library.adapters.layers.lllite import sizes_of
-from library.device import DTYPES
 from library.errors import UserError, retold
 from library.families.adapters import load_network_module
 from library.io.checkpoint import save_tensors
@@ -20,6 +19,7 @@ from library.learning import DENOISER, Learning, Models, Trainables
 from library.memory.choice import MemoryChoice
 from library.trainers.method import Method
 from library.trainers.methods.lllite_options import LLLiteTrainerOptions
+from library.trainers.settings import saved_dtype
 from library.types import Position
 
 
@@ -93,5 +93,4 @@ class LLLiteMethod(Method[LLLiteTrainerOptions]):
 
     def write(self, network: AdapterNetwork, path: Path, metadata: dict[str, str], position: Position) -> None:
         """The network's weights."""
-        precision = self.options.save.save_precision
-        save_tensors(path, network.state(None), metadata, dtype=DTYPES[precision] if precision else None)
+        save_tensors(path, network.state(None), metadata, dtype=saved_dtype(self.options.save))

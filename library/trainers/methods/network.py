@@ -176,7 +176,7 @@ class NetworkMethod(Method[NetworkTrainerOptions]):
         )
         if not groups:
             raise UserError("nothing learns: all learning rates are 0 (--learning_rate, --unet_lr, --text_encoder_lr)")
-        file = NetworkFile(network, self.options, self.family.adapter_names, conditioned=learning.conditioned)
+        file = NetworkFile(network, self.options, self.family.table_name, conditioned=learning.conditioned)
         return Trainables(
             module=network,
             groups=groups,

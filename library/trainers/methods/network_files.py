@@ -14,11 +14,11 @@ from torch import Tensor
 from library.adapters.adapter_network import AdapterNetwork
 from library.adapters.formats.conversion import convert, dora_norms, header, read_tensors
 from library.adapters.readers.comparison import NetworkComparison, ProgramReport, report
-from library.device import DTYPES
 from library.families.adapters import adapter_tables
 from library.io.checkpoint import in_precision, save_tensors
 from library.log import get_logger
 from library.trainers.options import NetworkTrainerOptions
+from library.trainers.settings import saved_dtype
 from library.types import Position
 
 log = get_logger()
@@ -28,10 +28,9 @@ class NetworkFile:
     """Writes a network in a --lora_format. The first save logs which programs take the file as it was trained."""
 
     def __init__(self, network: AdapterNetwork, options: NetworkTrainerOptions, names: str, *, conditioned: bool):
-        """names: the table of names of the model (ModelFamily.adapter_names). conditioned: it has no other format."""
-        precision = options.save.save_precision
+        """names: the table of names of the model (ModelFamily.table_name). conditioned: it has no other format."""
         self.network, self.names = network, names
-        self.format, self.dtype = options.network.lora_format, DTYPES[precision] if precision else None
+        self.format, self.dtype = options.network.lora_format, saved_dtype(options.save)
         self.tells = not conditioned  # until the first save
 
     def check_format(self) -> None:
@@ -76,7 +75,7 @@ def say_who_takes(
 ) -> None:  # fmt: skip
     """Read the file back by the programs' rules and compare it with the live network. Never ends a training.
 
-    model: the table of names (ModelFamily.adapter_names). rewritten: some layers in another --lora_format.
+    model: the table of names (ModelFamily.table_name). rewritten: some layers in another --lora_format.
     """
     try:
         found = read_back(path, network, model, form, rewritten)

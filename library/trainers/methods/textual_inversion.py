@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from library.data.captions import possible_texts
 from library.data.records import CaptionRules, SubsetConfig
 from library.data.scan import DatasetScan, Scan, SubsetScan
-from library.device import DTYPES
 from library.errors import UserError, first_names
 from library.families.family import ModelFamily
 from library.io.checkpoint import save_tensors
@@ -22,6 +21,7 @@ from library.log import get_logger
 from library.memory.choice import MemoryChoice
 from library.trainers.method import Method
 from library.trainers.methods.textual_inversion_options import TextualInversionOptions
+from library.trainers.settings import saved_dtype
 from library.types import Position
 from library.weights.embedding_files import published_rows, read_rows
 from library.weights.new_tokens import NewRows, NewWord, first_rows, table_of, word_pattern
@@ -149,8 +149,7 @@ class TextualInversionMethod(Method[TextualInversionOptions]):
 
     def write(self, rows: Mapping[str, NewRows], path: Path, metadata: dict[str, str], position: Position) -> None:
         """The word's rows under their published names."""
-        precision = self.options.save.save_precision
-        dtype = DTYPES[precision] if precision else None
+        dtype = saved_dtype(self.options.save)
         save_tensors(path, published_rows(state_of(rows)), metadata, dtype=dtype, hashes=False)
 
 
@@ -160,11 +159,8 @@ def state_of(rows: Mapping[str, NewRows]) -> dict[str, Tensor]:
 
 
 def load_state(rows: Mapping[str, NewRows], tensors: dict[str, Tensor]) -> None:
-    """The inverse of `state_of`. Raises UserError when the state is of another word or model."""
-    own = state_of(rows)
-    if {name: value.shape for name, value in own.items()} != {name: value.shape for name, value in tensors.items()}:
-        raise UserError("--resume: the state is of a word of another size, or of another model")
-    for name, value in own.items():
+    """The inverse of `state_of`, whose names and shapes `tensors` must have."""
+    for name, value in state_of(rows).items():
         value.copy_(tensors[name])
 
 
