@@ -33,18 +33,13 @@ class ReplacedForwards:
         """Make block `index` compute `forward`."""
         self.blocks[index].forward = forward
 
-    def restore(self, index: int) -> None:
-        """Restore the `forward` of block `index`."""
-        block, instance = self.blocks[index], self._instances[index]
-        if instance is not None:
-            block.forward = instance
-        elif "forward" in vars(block):
-            del block.forward
-
     def undo(self) -> None:
         """Restore all blocks."""
-        for index in range(len(self.blocks)):
-            self.restore(index)
+        for block, instance in zip(self.blocks, self._instances):
+            if instance is not None:
+                block.forward = instance
+            elif "forward" in vars(block):
+                del block.forward
 
 
 class Recomputation:

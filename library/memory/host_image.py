@@ -14,8 +14,9 @@ device stay the same. During a step all of these are therefore on the device.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +99,7 @@ class HostImage:
 
 def tensors_of(module: nn.Module, without: Collection[int] = ()) -> list[Tensor]:
     """Parameters and buffers of `module`, each once. without: ids of tensors to leave out."""
-    found: dict[int, Tensor] = {id(t): t for t in _all_tensors(module)}
+    found: dict[int, Tensor] = {id(t): t for t in chain(module.parameters(), module.buffers())}
     return [tensor for key, tensor in found.items() if key not in without]
 
 
@@ -110,11 +111,6 @@ def is_placeholder(tensor: Tensor) -> bool:
 def aligned(count: int) -> int:
     """`count` rounded up to a multiple of ALIGNMENT."""
     return -(-count // ALIGNMENT) * ALIGNMENT
-
-
-def _all_tensors(module: nn.Module) -> Iterable[Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()
 
 
 def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
