@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an architecture must be able to do: one subclass per architecture. Its sheet is what is known without files."""
+"""The interface of an architecture, one subclass each. What is known of it without files is in its sheet."""
 
 from __future__ import annotations
 

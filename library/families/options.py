@@ -23,7 +23,7 @@ def token_length(value: object) -> int:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """What every family has."""
+    """Options of the model that every family has."""
 
     cached_texts_stay: ClassVar[bool] = False  # caching captions alone says that text encoders do not learn
 

@@ -28,7 +28,7 @@ def published_rows(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_rows(path: Path, words: Mapping[str, NewWord]) -> dict[str, Tensor]:
-    """Encoder -> (count, width) float32. Raises UserError when the file is none of a word like `words`."""
+    """Encoder -> (count, width) float32. Raises UserError when the file does not hold a word like `words`."""
     tensors = {name: _table(path, name, value) for name, value in _read(path).items()}
     rows = _assign(path, tensors, tuple(words))
     problems = []

@@ -90,7 +90,7 @@ def _load() -> dict[str, str]:
 
 
 def _save(entries: dict[str, str]) -> None:
-    """Whole or not at all. A folder that cannot be written to is no error; of two runs at once one may be forgotten."""
+    """Whole or not at all. A folder that cannot be written to is ignored; of two runs at once one may be forgotten."""
     text = json.dumps(dict([*entries.items()][-MOST_ENTRIES:]), indent=0)
     try:
         path = memory_file()

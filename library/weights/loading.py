@@ -250,7 +250,7 @@ def part_file(folder: Path) -> WeightFile:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises UserError when the file is missing or is none."""
+    """A JSON object. Raises UserError when the file is missing or holds something else."""
     try:
         content = parse_json(path.read_bytes(), finite=True)
     except FileNotFoundError:

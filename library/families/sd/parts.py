@@ -48,7 +48,7 @@ def _open_folder(path: Path, version: int, vae: Path | None) -> UnetParts:
     defaults = shipped_config(f"sd{version}")
     unet_config = read_json(path / "unet" / "config.json")
     _check_version(str(path), CONTEXT_DIMS.get(unet_config.get("cross_attention_dim", 0)), version)
-    _check_channels(str(path), unet_config.get("in_channels", 4))
+    check_channels(path, unet_config.get("in_channels", 4))
     text_file = part_file(path / "text_encoder")
     text_config = read_json(path / "text_encoder" / "config.json")
     prefix = "text_model." if any(name.startswith("text_model.") for name in text_file.shapes) else ""
@@ -89,7 +89,7 @@ def _open_file(path: Path, version: int, vae: Path | None) -> UnetParts:
     _check_version(str(path), _file_version(file.shapes), version)
     defaults = shipped_config(f"sd{version}")
     with reading_sizes(path, UNET_PREFIX):
-        _check_channels(str(path), shape_of(unet_shapes, "input_blocks.0.0.weight", 4)[1])
+        check_channels(path, shape_of(unet_shapes, "input_blocks.0.0.weight", 4)[1])
         unet_config = {**defaults["unet"], **unet_layout(unet_shapes, version)}
     return UnetParts(
         path=path,
@@ -157,7 +157,8 @@ def _check_version(path: str, found: int | None, asked: int) -> None:
         raise UserError(f"{path} is a Stable Diffusion 1.x model: leave out --v2")
 
 
-def _check_channels(path: str, channels: int) -> None:
+def check_channels(path: Path, channels: int) -> None:
+    """Raises UserError for a U-Net that reads more than noised latents."""
     if channels != 4:
         raise UserError(
             f"{path} is an inpainting or edit model ({channels} input channels, not 4): it cannot be trained here"

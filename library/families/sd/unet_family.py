@@ -33,6 +33,8 @@ class UnetParts(ModelParts):
 
 
 class UnetFamily(ModelFamily):
+    """A family whose denoiser is the U-Net of Stable Diffusion, and whose text encoders are CLIPs."""
+
     folders: ClassVar[Mapping[str, str]]  # text encoder -> its folder in a pipeline
     pipeline: ClassVar[str]  # diffusers' class: "StableDiffusionPipeline"
     further_components: ClassVar[Mapping[str, Any]]  # further entries of a folder's model_index.json

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from library.errors import UserError
 from library.families.detect import foreign_file, foreign_pipeline
 from library.families.sd.names import UNET_PREFIX, unet_rules
-from library.families.sd.parts import OPEN_CLIP_BLOCKS, build_unet, input_levels, unet_layout
+from library.families.sd.parts import OPEN_CLIP_BLOCKS, build_unet, check_channels, input_levels, unet_layout
 from library.families.sd.unet_family import UnetParts
 from library.families.sdxl.names import CLIP_G_PREFIX, CLIP_L_PREFIX
 from library.families.sdxl.options import SDXLOptions
@@ -64,13 +64,6 @@ def open_parts(options: SDXLOptions) -> SDXLParts:
         return _open_folder(path, vae) if path.is_dir() else _open_file(path, vae)
 
 
-def _check_channels(path: Path, channels: int) -> None:
-    if channels != 4:
-        raise UserError(
-            f"{path} is an inpainting or edit model ({channels} input channels, not 4): it cannot be trained here"
-        )
-
-
 # ---- diffusers folder -----------------------------------------------------------------------------------------------
 
 
@@ -80,7 +73,7 @@ def _open_folder(path: Path, vae: Path | None) -> SDXLParts:
     config = read_json(path / "unet" / "config.json")
     if config.get("addition_embed_type") != "text_time":
         raise UserError(f"{path} is no SDXL folder: its U-Net is not told the size of pictures (addition_embed_type)")
-    _check_channels(path, config.get("in_channels", 4))
+    check_channels(path, config.get("in_channels", 4))
     scheduler_file = path / "scheduler" / "scheduler_config.json"
     scheduler = read_json(scheduler_file) if scheduler_file.is_file() else defaults["scheduler"]
     return SDXLParts(
@@ -121,7 +114,7 @@ def _open_file(path: Path, vae: Path | None) -> SDXLParts:
     if not has(shapes, "input_blocks."):
         raise UserError(f"{path} has no weights below {UNET_PREFIX}; a whole SDXL checkpoint is needed")
     with reading_sizes(path, UNET_PREFIX):
-        _check_channels(path, shape_of(shapes, "input_blocks.0.0.weight", 4)[1])
+        check_channels(path, shape_of(shapes, "input_blocks.0.0.weight", 4)[1])
     if not any(name.startswith(CLIP_L_FILE_PREFIX) for name in file.shapes):
         raise UserError(f"{path} has no first text encoder inside (no weights below {CLIP_L_FILE_PREFIX})")
     defaults = shipped_config("sdxl")
