@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch._inductor import config as inductor_config
 
 from library.adapters.adapter_network import AdapterNetwork
 from library.families.sd.unet_blocks import unet_blocks
@@ -233,7 +234,7 @@ def test_cache_folder(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert keep_compiled(None) == tmp_path / ".cache" / "trainyard" / "compiled"
 
 
-def test_missing_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_compiler() -> None:
     assert missing_compiler("aot_eager", torch.device("cpu")) is None
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    assert missing_compiler("inductor", torch.device("cpu")) == "a C++ compiler"
+    with inductor_config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        assert missing_compiler("inductor", torch.device("cpu")) == "a C++ compiler"
