@@ -331,7 +331,7 @@ def test_a_lora_learns(family: Callable[..., ModelFamily], name: str, kind: Any)
     before = {path: buffer.clone() for path, buffer in denoiser.named_buffers()}
     cond = encode(own)
     torch.manual_seed(0)
-    network = load_network_module(own.network_module).create_network(1.0, 4, 4, None, [], denoiser)
+    network = load_network_module(own.sheet.default_network).create_network(1.0, 4, 4, None, [], denoiser)
     network.attach(train_denoiser=True, train_text_encoder=False)
     x, target = (torch.randn(2, own.latent.channels, 8, 8) for _ in range(2))
     t = torch.tensor([0.3, 0.9]) if name == "flux" else torch.tensor([300, 900])
