@@ -87,11 +87,11 @@ class RunIdentity:
         state = resumption.parts
         return self.options.state.resume == AUTO and state is not None and state.step >= self.plan.total_steps
 
-    def fingerprint(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, object]:
         """Everything that a state says of its run."""
         return {**self.facts(), SCHEDULE: self.schedule()}
 
-    def schedule(self) -> dict[str, Any]:
+    def schedule(self) -> dict[str, object]:
         """What else the learning-rate schedule follows from: it may change when this run is resumed."""
         scheduler = vars(self.options.scheduler)
         return {"steps": self.plan.total_steps, **{f"--{name}": scheduler[name] for name in SCHEDULE_OPTIONS}}
@@ -108,7 +108,7 @@ class RunIdentity:
                   rates_of(self.options.scheduler, self.optimizer, total, steps))  # fmt: skip
         return compare(before, now) if curves[0] != curves[1] else []
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, object]:
         """What must be the same when this run is resumed."""
         values = {f"--{n}": v for n, v in changed_values(self.options, all_values=True).items() if n in RESUMED_OPTIONS}
         values["--optimizer_type"] = self.options.optimizer.name  # there are several ways to ask for one
@@ -138,7 +138,7 @@ class RunIdentity:
         return result
 
 
-def _digest(value: Any) -> str:
+def _digest(value: object) -> str:
     """A short text that differs where the values do."""
     return hashlib.blake2b(repr(value).encode(), digest_size=4).hexdigest()
 

@@ -121,7 +121,14 @@ class Step:
         """
         trainables = self.forward.trainables
         trainables.before_step(step)
-        loss = self.gradients(batches, step)
+
+        def accumulate() -> Tensor:
+            total = torch.zeros((), device=self.forward.device)
+            for index, batch in enumerate(batches):
+                total += self.learn(batch, share=1 / len(batches), is_last=index == len(batches) - 1)
+            return total
+
+        loss = self.retry(accumulate, largest_batch=max(batch.size for batch in batches), step=step)
         with changing_weights(step):
             grad_norm = self.updates.step()
             rates = self.updates.rates()
@@ -129,18 +136,6 @@ class Step:
             more = trainables.after_step()
             self.updates.finish_step(step)
         return StepResult(loss, grad_norm, {**rates, **more})
-
-    def gradients(self, batches: Sequence[Batch], step: int) -> Tensor:
-        """The mean loss of the micro-batches, 0-dim, with their gradients summed up in the weights that learn."""
-
-        def accumulated() -> Tensor:
-            total = torch.zeros((), device=self.forward.device)
-            for index, batch in enumerate(batches):
-                last = index == len(batches) - 1
-                total += self.learn(batch, share=1 / len(batches), is_last=last)
-            return total
-
-        return self.retry(accumulated, largest_batch=max(batch.size for batch in batches), step=step)
 
     def learn(self, batch: Batch, *, share: float, is_last: bool) -> Tensor:
         """Backward pass of the mean loss of one micro-batch times `share`, which is returned."""

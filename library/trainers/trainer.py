@@ -89,7 +89,7 @@ class Trainer:
         """The metadata of a save after the current step."""
         trainables, optimizer = self.running.trainables, self.running.updates.optim.name_for_metadata
         return self.running.record.metadata(
-            trainables.kind, trainables.fields, optimizer, step=self.position.step, epoch=self.position.epoch
+            trainables.kind, trainables.facts, optimizer, step=self.position.step, epoch=self.position.epoch
         )
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
