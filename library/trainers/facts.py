@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import Counter
@@ -150,7 +151,7 @@ class RunRecord:
             optimizer=optimizer,
             num_epochs=self.plan.total_epochs,
             max_train_steps=self.plan.total_steps,
-            num_batches_per_epoch=self.plan.batches_per_epoch,
+            num_batches_per_epoch=math.ceil(self.plan.batches_per_epoch / self.plan.num_processes),
             num_processes=self.plan.num_processes,
             seed=self.plan.seed,
             session_id=self.session_id,
