@@ -55,7 +55,8 @@ def subset_warnings(subset: SubsetScan) -> Iterator[str]:
     name = subset.config.name
     if not _has_own_words(subset.config):
         if subset.without_caption:
-            kind = f"no caption ({subset.config.caption_extension}) and no class_tokens: they get an empty one"
+            looked_for = "" if subset.config.shard_pattern else f" ({subset.config.caption_extension})"
+            kind = f"no caption{looked_for} and no class_tokens: they get an empty one"
             yield _line(name, subset.without_caption, "pictures have", "picture has", kind)
         if subset.empty_caption:
             kind = "an empty caption and no class_tokens"
@@ -88,6 +89,10 @@ def _no_caption_at_all(scan: Scan) -> Iterator[str]:
         if _has_own_words(subset.config) or any(sample.caption for sample in subset.samples):
             return
         empty += len(subset.samples)
+    if any(subset.config.shard_pattern for subset in scan.subsets):
+        names = first_names([subset.config.name for subset in scan.subsets])
+        yield f"none of the {empty} pictures has a caption: add captions to {names}, or class_tokens"
+        return
     endings = sorted({subset.config.caption_extension for subset in scan.subsets})
     found = {ending for subset in scan.subsets if subset.inventory for ending in subset.inventory.unread_endings}
     beside = f"; beside them lie {', '.join(sorted(found))} files" if found else ""

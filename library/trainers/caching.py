@@ -79,9 +79,7 @@ class Caches:
 
     def _text_folder(self) -> str:
         """--cache_dir, or beside the first dataset's pictures: captions are shared between datasets."""
-        sample = self.data.encoding_jobs()[0].sample
-        beside = os.path.join(sample.subset.image_dir or os.path.dirname(sample.path), ".trainyard")
-        return self.options.cache_dir or beside
+        return self.options.cache_dir or os.path.join(self.data.encoding_jobs()[0].sample.folder, ".trainyard")
 
     def latents_missing(self) -> bool:
         """True when the VAE has pictures to encode."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,6 +27,7 @@ from library.data.file_hashes import FileHashes, FileState, state_of
 from library.data.images import wants_mask
 from library.data.manifest import FOLDER
 from library.data.records import Sample
+from library.data.shards.shard import Member
 from library.errors import UserError, first_names
 from library.log import get_logger, progress
 from library.types import EncodeImages, LatentSpec
@@ -50,7 +50,7 @@ class LatentFolders:
             return None
         if self.cache_dir is not None:
             return self.cache_dir + "/latents"
-        return (sample.subset.image_dir or os.path.dirname(sample.path)) + f"/{FOLDER}/latents"
+        return f"{sample.folder}/{FOLDER}/latents"
 
 
 @dataclass(frozen=True, eq=False)
@@ -262,9 +262,11 @@ class LatentCache:
 
     def _files(self, job: LatentJob) -> list[FileState]:
         """The files that a job's latents depend on: the picture, and its mask picture."""
-        files = [sample_state(job.sample)]
-        if self.masked_loss and job.sample.mask_path is not None:
-            files.append(state_of(job.sample.mask_path))
+        sample = job.sample
+        files = [sample_state(sample)]
+        if self.masked_loss and sample.mask_path is not None:
+            member = sample.members.get(sample.mask_path)
+            files.append(state_of(sample.mask_path) if member is None else member_state(sample.mask_path, member))
         return files
 
     def _key(self, job: LatentJob, hashes: FileHashes) -> bytes:
@@ -352,7 +354,13 @@ def _ahead(
 
 def sample_state(sample: Sample) -> FileState:
     """The picture's file as the scan saw it."""
-    return FileState(sample.path, sample.file_size, sample.mtime_ns)
+    member = sample.members.get(sample.path)
+    return FileState(sample.path, sample.file_size, sample.mtime_ns, member.digest if member else None)
+
+
+def member_state(path: str, member: Member) -> FileState:
+    """A picture inside a shard as the scan saw it."""
+    return FileState(path, member.length, member.shard.mtime_ns, member.digest)
 
 
 def _flipped(item: EncodingInput, sample: Sample) -> EncodingInput:
