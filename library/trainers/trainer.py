@@ -54,7 +54,7 @@ class Trainer:
         found = self.running.step.take(batches, step, average)
         names = [name for batch in batches for name in batch.names]
         self.reader.push(
-            step + 1, found.loss, found.grad_norm, names,
+            step + 1, found.loss, found.grad_norm, names, own_loss=found.own_loss,
             scaler_skips=self.processes.accelerator.scaler is not None, others=found.others,
         )  # fmt: skip
 
