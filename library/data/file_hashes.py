@@ -64,6 +64,7 @@ class FileHashes:
         self.store, self.trust = store, trust
         self._known: dict[FileState, bytes] = {}
         self._new: list[FileRow] = []
+        self._saved = time.monotonic()
 
     def recall(self, files: Iterable[FileState]) -> list[FileState]:
         """Take what the store remembers; returns the files that it does not know, or that have changed."""
@@ -98,7 +99,10 @@ class FileHashes:
                 self._known[file] = row.digest
                 bar.advance()
 
-    def save(self) -> None:
-        """Make the store remember what was read since the last call."""
+    def save(self, *, every: float = 0) -> None:
+        """Make the store remember what was read since the last call, if that was `every` seconds ago."""
+        if time.monotonic() - self._saved < every:
+            return
+        self._saved = time.monotonic()
         rows, self._new = self._new, []
         self.store.set_file_rows(rows)
