@@ -12,6 +12,7 @@ from library.data.inventory import counted, find_duplicates
 from library.data.parts import MUCH_CAPPED, MUCH_CROPPED, DatasetStats
 from library.data.records import BucketRules, DatasetConfig, Sample, SubsetConfig
 from library.data.scan import Scan, SubsetScan
+from library.data.shards.samples import ShardSamples
 from library.errors import first_names
 from library.values import text_problem
 
@@ -41,7 +42,8 @@ def check(scan: Scan) -> Report:
 def subset_problems(subset: SubsetScan) -> Iterator[str]:
     """Why this subset cannot be trained on."""
     yield from subset.problems
-    wrong = [(sample.path, text_problem(sample.caption)) for sample in subset.samples]
+    checked = isinstance(subset.samples, ShardSamples)  # when they were indexed
+    wrong = [] if checked else [(sample.path, text_problem(sample.caption)) for sample in subset.samples]
     broken = [path for path, problem in wrong if problem]
     if broken:
         reason = next(problem for _, problem in wrong if problem)

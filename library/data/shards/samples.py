@@ -17,6 +17,7 @@ from library.data.records import Sample, SubsetConfig
 from library.data.references import config_of_references
 from library.data.shards.index import ShardIndex
 from library.data.shards.shard import Member
+from library.types import Size
 
 MOST_STRETCH = 1.25  # of a control image over its picture; those that were rounded to multiples of 64 have less
 
@@ -77,6 +78,19 @@ class ShardSamples(Sequence[Sample]):
         return Sample(
             path, (width, height), "", self.of_references, shard.mtime_ns, length, flags & ALPHA != 0, members=members
         )
+
+    def sizes(self) -> np.ndarray:
+        """Width and height of each picture, N 2 int64."""
+        pictures = [index.pictures[index.samples["picture"]] for index in self.indexes]
+        return np.concatenate([np.stack([p["width"], p["height"]], axis=1, dtype=np.int64) for p in pictures])
+
+    def reference_sizes(self) -> Iterator[tuple[int, tuple[Size, ...]]]:
+        """(number, sizes of its reference pictures) of each sample that has any."""
+        for index, end in zip(self.indexes, self.ends):
+            for number in np.flatnonzero(index.samples["references"]).tolist():
+                rows = index.pictures[index.sample(number).references]
+                found = zip(rows["width"].tolist(), rows["height"].tolist())
+                yield end - len(index) + number, tuple(found)
 
     # ---- what is to be said of them, without making any ------------------------------------------------------------
 
