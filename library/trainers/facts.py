@@ -7,9 +7,10 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 
+from library.data.columns import columns_of
 from library.data.dataset import TrainingData
 from library.data.parts import DatasetStats
 from library.data.records import DatasetConfig, Sample, SubsetConfig
@@ -59,8 +60,9 @@ class FileHashes:
 
 def subset_facts(config: DatasetConfig, samples: Sequence[Sample]) -> tuple[SubsetFacts, ...]:
     """The facts of each subset of a dataset."""
-    counts = Counter(id(sample.subset) for sample in samples)
-    return tuple(_subset_facts(subset, counts[id(subset)]) for subset in config.subsets)
+    columns = columns_of(samples)
+    counts = {id(subset): count for subset, count in zip(columns.subsets, columns.counts())}
+    return tuple(_subset_facts(subset, counts.get(id(subset), 0)) for subset in config.subsets)
 
 
 def _subset_facts(subset: SubsetConfig, img_count: int) -> SubsetFacts:
@@ -69,7 +71,7 @@ def _subset_facts(subset: SubsetConfig, img_count: int) -> SubsetFacts:
     return SubsetFacts(source=subset.name, img_count=img_count, **same)
 
 
-def tag_frequency(trained: Sequence[Sample], texts: Callable[[Sample], Sequence[str]]) -> dict[str, dict[str, int]]:
+def tag_frequency(trained: Iterable[Sample], texts: Callable[[Sample], Sequence[str]]) -> dict[str, dict[str, int]]:
     """Folder -> tag -> how often it is trained: once for each picture of which some text has it, whatever is drawn.
 
     texts: picture -> what its caption may be.
@@ -119,7 +121,7 @@ class RunRecord:
         self.options, self.plan, self.model = options, plan, model
         self.started_at, self.session_id = time.time(), time.time_ns() % (1 << 32)
         stats = data.stats()
-        tags = [tag_frequency([sample for sample, _ in pairs], data.trained_texts) for pairs in data.trained()]
+        tags = [tag_frequency((sample for sample, _ in pairs), data.trained_texts) for pairs in data.trained()]
         self.datasets = tuple(dataset_facts(c, s, n, t) for (c, s), n, t in zip(datasets, stats, tags))
         self.validation_images = sum(n.validation_images for n in stats)
         self.hashes = FileHashes(names)
