@@ -30,7 +30,7 @@ from library.errors import UserError
 from library.families.family import ModelFamily
 from library.io.checkpoint import check_output, last_name, state_name
 from library.io.state import read_facts
-from library.log import get_logger
+from library.log import get_logger, is_main_process
 from library.memory.choice import MemoryChoice
 from library.optim.optimizers import OptimizerChoice, choose_optimizer
 from library.optim.options import OptimizerOptions
@@ -227,7 +227,8 @@ def check(method: Method[TrainerOptions], stop: StopRequest) -> Checked:
     checks.finish()
     assert found is not None and data is not None and optimizer is not None and prompts is not None
     assert learning is not None and processes is not None
-    warnings = data_warnings(family, found, data, cached=options.cache.texts)
+    # the other processes show none, and looking for them takes its time
+    warnings = data_warnings(family, found, data, cached=options.cache.texts) if is_main_process() else ()
     for line in (*warnings, *filter(None, [dark]), *idle_options(options, found, data)):
         log.warning(line)
     resumption, validation_plans = Resumption(folder), data.validation_plans()
