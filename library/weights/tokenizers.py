@@ -30,7 +30,11 @@ from library.weights.weight_files import open_weights
 CLIP_G_ID = "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k"
 CLIP_G_PADDING = "!"  # token 0
 T5_HUB = (("google/t5-v1_1-xxl", ""), ("black-forest-labs/FLUX.1-schnell", "tokenizer_2"))
-GEMMA2_HUB = (("google/gemma-2-2b", ""), ("Alpha-VLLM/Lumina-Image-2.0", "tokenizer"))
+GEMMA2_HUB = (
+    ("google/gemma-2-2b", ""),
+    ("Alpha-VLLM/Lumina-Image-2.0", "tokenizer"),
+    ("Efficient-Large-Model/gemma-2-2b-it", ""),
+)
 T5_MODEL, GEMMA2_MODEL = "spiece.model", "tokenizer.model"  # SentencePiece models
 EMBEDDED = "spiece_model"  # tensor with the bytes of a SentencePiece model in ComfyUI's Gemma files
 
