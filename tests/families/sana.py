@@ -169,7 +169,7 @@ def loss(options: dict[str, Any], batch: Batch, adapters: Adapters, generator: t
 
     trained_with = "\n".join(inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default)
     told = options.get("complex_human_instruction", trained_with)
-    weights = with_lora(encoder, adapters, lambda path: f"lora_te_{path}".replace(".", "_"))
+    weights = with_lora(encoder, adapters, "lora_te_{}".format)
     parts = []
     for caption in batch.captions:  # as SanaPipeline.encode_prompt does: an empty prompt is given no instruction
         text = caption.lower().strip()
@@ -188,50 +188,29 @@ def loss(options: dict[str, Any], batch: Batch, adapters: Adapters, generator: t
     noise = torch.randn(latents.shape, generator=generator)
     level = s.view(-1, 1, 1, 1)
     noisy = (1 - level) * latents + level * noise
-    weights = with_lora(denoiser, adapters, published_path)
+    weights = with_lora(denoiser, adapters, "lora_unet_{}".format)
     answer = functional_call(denoiser, weights, (noisy, states, s * 1000), {"encoder_attention_mask": mask}).sample
     return F.mse_loss(answer, noise - latents)
 
 
-LAYERS = {  # diffusers -> published
-    "transformer_blocks": "blocks",
-    "attn1.to_out.0": "attn.proj",
-    "attn1.to_q": "attn.qkv",
-    "attn1.to_k": "attn.qkv",
-    "attn1.to_v": "attn.qkv",
-    "attn2.to_out.0": "cross_attn.proj",
-    "attn2.to_q": "cross_attn.q_linear",
-    "attn2.to_k": "cross_attn.kv_linear",
-    "attn2.to_v": "cross_attn.kv_linear",
-    "ff.conv_inverted": "mlp.inverted_conv.conv",
-    "ff.conv_point": "mlp.point_conv.conv",
-}
-
-
-def published_path(path: str) -> str:
-    """The name of a layer of the denoiser in adapter files; q, k and v have one name."""
-    for own, name in LAYERS.items():
-        path = path.replace(own, name)
-    return f"lora_unet_{path}".replace(".", "_")
-
-
 def with_lora(module: nn.Module, adapters: Adapters, name_of: Any) -> dict[str, Tensor]:
-    """The module's weights, W + alpha / rank * up @ down; of q, k and v each has its rows of the fused layer's."""
+    """The module's weights, W + alpha / rank * up @ down."""
     weights = dict(module.state_dict())
     for path, _ in module.named_modules():
-        if f"{(name := name_of(path))}.alpha" not in adapters:
+        if f"{(name := name_of(path).replace('.', '_'))}.alpha" not in adapters:
             continue
         alpha, down, up = (adapters[f"{name}.{part}"] for part in ("alpha", "lora_down.weight", "lora_up.weight"))
-        delta = up.flatten(1) @ down.flatten(1) * (alpha / len(down))
-        if name.endswith(("_qkv", "_kv_linear")):
-            places = "qkv" if name.endswith("_qkv") else "kv"
-            delta = delta.chunk(len(places))[places.index(path[-1])]
         weight = weights[f"{path}.weight"]
+        delta = up.flatten(1) @ down.flatten(1) * (alpha / len(down))
         weights[f"{path}.weight"] = weight + delta.reshape(weight.shape)
     return weights
 
 
 CASES: dict[str, Case] = {
-    "sana": Case("sana", make, loss),
-    "sana 1.5": Case("sana", lambda folder: make(folder, layout="files", normed=True), loss),
+    "sana": Case(
+        "sana",
+        lambda folder: make(folder, normed=True),
+        loss,
+        overfit={"network_args": ["out_dim=16", "mlp_dim=16", "embedder_dims=16,16,16"], "unet_lr": 1e-2},
+    ),
 }

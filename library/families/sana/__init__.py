@@ -26,6 +26,7 @@ SHEET = Sheet(
     adapter_prefixes={"gemma2": "lora_te"},
     bucket_step=32,
     scripts={"network": "sana_train_network.py", "finetune": "sana_train.py"},
+    lora_format="peft",
     token_option="--gemma2_max_token_length",
     models="SANA 0.6B and 1.6B, SANA-1.5 1.6B and 4.8B",
     page="docs/sana.md",

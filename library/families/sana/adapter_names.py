@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of the layers of SANA in adapter files."""
+"""Names of the layers of SANA in adapter files: those of diffusers, which are the only ones that programs read."""
 
 from __future__ import annotations
 
@@ -10,18 +10,27 @@ from library.families.file_facts import file_facts
 from library.families.sana import SHEET
 from library.families.sana.names import sana_names
 from library.families.text_encoder_names import GEMMA2
+from library.key_tables import ModuleName, named
 
-BLOCKS = "blocks_"
+BLOCKS = "transformer_blocks_"
+
+
+def sana_layers(blocks: int) -> list[ModuleName]:
+    """Every module of a denoiser with so many blocks."""
+    return [named(own, own) for name in sana_names(blocks) for own in name.ours]
 
 
 def sana_facts(names: Collection[str], v_prediction: bool) -> FileFacts:
     """SANA-1.5 by its norms of queries; without names SANA."""
-    return file_facts(SHEET, "sana1.5" if any(name.endswith(".attn.q_norm.weight") for name in names) else "sana")
+    return file_facts(
+        SHEET,
+        "sana1.5" if any(name.endswith((".attn1.norm_q.weight", ".attn.q_norm.weight")) for name in names) else "sana",
+    )
 
 
 TABLES = (
     Architecture(
-        "sana", "SANA", sana_names, (GEMMA2,), sana_facts, beginning(BLOCKS),
+        "sana", "SANA", sana_layers, (GEMMA2,), sana_facts, beginning(BLOCKS),
         inputs={READS_STATES: frozenset({1152, 2240})},
     ),
 )  # fmt: skip

@@ -25,7 +25,6 @@ from library.families.sana.options import SanaFlowOptions, SanaOptions
 from library.families.sana.parts import ENCODER, SanaParts, open_parts
 from library.families.sheet import Variant
 from library.io.checkpoint import CheckpointForm, save_tensors
-from library.key_tables import Published
 from library.objectives.flow import FlowObjective, constant_shift
 from library.objectives.options import LossOptions
 from library.types import Batch, Cond, LatentSpec, Tokens
@@ -179,9 +178,5 @@ class Sana(ModelFamily):
     # ---- files
 
     def save(self, denoiser: nn.Module, encoders: Mapping[str, nn.Module], path: Path, form: CheckpointForm) -> None:
-        """Under the names of the source, without its prefix: those of diffusers, or the published ones."""
-        part = self.parts.denoiser
-        tensors = Published(denoiser.state_dict(), part.rules(denoiser))
-        own = {name[len(part.prefix) :]: name for name in part.file.shapes if name.startswith(part.prefix)}
-        unused = {name: part.file.tensor(whole) for name, whole in own.items() if name not in tensors}
-        save_tensors(path, tensors, form.metadata, dtype=form.dtype, hashes=False, others=unused)
+        """In diffusers' names, which its `from_single_file` and folders have."""
+        save_tensors(path, denoiser.state_dict(), form.metadata, dtype=form.dtype, hashes=False)

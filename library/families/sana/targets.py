@@ -12,23 +12,17 @@ from library.adapters.options import block_ranges, rank_list
 from library.adapters.table_targets import TableTargets, count, table_targets
 from library.adapters.target_spec import TargetSpec
 from library.adapters.type_ranks import TypeRanks, check_blocks, raise_problems
-from library.families.sana.adapter_names import BLOCKS
-from library.families.sana.names import sana_names
+from library.families.sana.adapter_names import BLOCKS, sana_layers
 from library.options import at_least, option
 
 CLASSES = ("SanaTransformer2DModel",)
-EMBEDDERS = ("x_embedder", "t_embedder", "t_block", "y_embedder")
-DEPTHWISE = "depth_conv"  # one filter per channel: nothing there has a low rank
+EMBEDDERS = ("patch_embed", "time_embed", "caption_projection")
+DEPTHWISE = "conv_depth"  # one filter per channel: nothing there has a low rank
 CLASS_NAMES = class_names(
-    "SanaMS",
-    (r"(blocks\.\d+)\.", "SanaMSBlock"),
-    (r"(blocks\.\d+\.attn)\.", "LiteLA", "SelfAttention"),
-    (r"(blocks\.\d+\.cross_attn)\.", "MultiHeadCrossAttention", "CrossAttention"),
-    (r"(blocks\.\d+\.mlp)\.", "GLUMBConv", "MLP"),
-    (r"(x_embedder)\.", "PatchEmbedMS"),
-    (r"(t_embedder)\.", "TimestepEmbedder"),
-    (r"(y_embedder)\.", "CaptionEmbedder"),
-    (r"(final_layer)\.", "T2IFinalLayer"),
+    "SanaTransformer2DModel",
+    (r"(transformer_blocks\.\d+)\.", "SanaTransformerBlock"),
+    (r"(transformer_blocks\.\d+\.attn[12])\.", "Attention"),
+    (r"(transformer_blocks\.\d+\.ff)\.", "GLUMBConv", "FeedForward"),
 )
 
 
@@ -40,7 +34,7 @@ class SanaRankOptions:
     out_dim: int = option(0, help="Rank of the attentions' output layers.", check=at_least(0))
     mlp_dim: int = option(0, help="Rank of the 1x1 convolutions of the Mix-FFN.", check=at_least(0))
     embedder_dims: tuple[int, ...] | None = option(
-        None, help="Ranks of x_embedder, t_embedder, t_block, y_embedder, with commas.",
+        None, help="Ranks of patch_embed, time_embed, caption_projection, with commas.",
         parse=rank_list(len(EMBEDDERS)), check=at_least(0),
     )  # fmt: skip
     train_block_indices: tuple[tuple[int, int], ...] | None = option(
@@ -50,7 +44,7 @@ class SanaRankOptions:
 
 def denoiser_targets(model: nn.Module) -> list[TargetSpec]:
     """Every layer that an adapter file may name."""
-    targets = table_targets(sana_names(count(model, "transformer_blocks")), model)
+    targets = table_targets(sana_layers(count(model, "transformer_blocks")), model)
     return [target for target in targets if DEPTHWISE not in target.name]
 
 
@@ -61,14 +55,13 @@ def rank_rules(options: SanaRankOptions, dim: int, targets: list[TargetSpec]) ->
         dim,
         (BLOCKS,),
         types=(
-            ((BLOCKS, "attn_qkv"), options.attn_dim),
-            ((BLOCKS, "_linear"), options.attn_dim),
-            ((BLOCKS, "attn_proj"), options.out_dim),
-            ((BLOCKS, "_mlp_"), options.mlp_dim),
+            ((BLOCKS, "_to_out_"), options.out_dim),
+            ((BLOCKS, "_ff_"), options.mlp_dim),
+            ((BLOCKS,), options.attn_dim),
         ),
         outside=dict(zip(EMBEDDERS, options.embedder_dims or ())),
         blocks={BLOCKS: options.train_block_indices},
     )
 
 
-TARGETS = TableTargets(CLASSES, CLASS_NAMES, SanaRankOptions, denoiser_targets, rank_rules)
+TARGETS = TableTargets(CLASSES, CLASS_NAMES, SanaRankOptions, denoiser_targets, rank_rules, fused=False)
