@@ -62,44 +62,42 @@ def dc_ae_part(path: Path, *, option: str = "--vae") -> Part:
     return Part("VAE", file, "", partial(build, config), rules, f"DC-AE {config.get('scaling_factor')}")
 
 
-# Ends of names, published and of diffusers
-CONVOLUTIONS = ("main.conv1.conv.weight", ".conv1.weight")
-QUERIES = ("context_module.main.qkv.conv.weight", "attn.to_q.weight")
-SURROUNDINGS = ("aggreg.0.0.weight", "to_qkv_multiscale.0.proj_in.weight")
-HEADS = ("aggreg.0.1.weight", "to_qkv_multiscale.0.proj_out.weight")
-SIZE_LAYER = r"(?:op_list\.)?(\d+)\.(?!main\.conv\.|conv\.)"  # matches all names of a level but those of its resizing
+# Names inside of a block, published and of diffusers
+NORMS = {RESIDUAL: ("main.conv2.norm.weight", "norm.weight"),
+         ATTENTION: ("context_module.main.proj.norm.weight", "attn.norm_out.weight")}  # fmt: skip
+AROUND = ("context_module.main.aggreg.0.0.weight", "attn.to_qkv_multiscale.0.proj_in.weight")
+HEADS = ("context_module.main.aggreg.0.1.weight", "attn.to_qkv_multiscale.0.proj_out.weight")
+RESIZING = ("main.conv.", "conv.")
+BLOCK = re.compile(r"((?:op_list\.)?\d+\.)(.*)")
 
 
 def layout(shapes: Shapes) -> dict[str, Any]:
     """The part of the configuration that the shapes of a file tell, in published or diffusers' names."""
-    config: dict[str, Any] = {}
+    names = 0 if has(shapes, PUBLISHED) else 1
+    latents = ("encoder.project_out.main.op_list.0.conv.weight", "encoder.conv_out.weight")[names]
+    config: dict[str, Any] = {"latent_channels": shape_of(shapes, latents, 4)[0]}
     for side, own in (("encoder", "down_blocks"), ("decoder", "up_blocks")):
-        start = f"{side}.stages.{{}}." if has(shapes, PUBLISHED) else f"{side}.{own}.{{}}."
-        levels = [*takewhile(bool, (below(shapes, start.format(i)) for i in count()))]
-        config[f"{side}_block_types"] = [ATTENTION if _ending(level, QUERIES) else RESIDUAL for level in levels]
-        config[f"{side}_block_out_channels"] = [_width(level, start.format(i)) for i, level in enumerate(levels)]
-        config[f"{side}_layers_per_block"] = [
-            len({found[1] for name in level if (found := re.match(SIZE_LAYER, name))}) for level in levels
-        ]
-        config[f"{side}_qkv_multiscales"] = [
-            [*{shape[-1] for shape in _ending(level, SURROUNDINGS)}] for level in levels
-        ]
-    latents = "encoder.project_out.main.op_list.0.conv.weight" if has(shapes, PUBLISHED) else "encoder.conv_out.weight"
-    config["latent_channels"] = shape_of(shapes, latents, 4)[0]
-    heads = {shape[1] for shape in _ending(shapes, HEADS)}
+        starts = (f"{side}.{('stages', own)[names]}.{i}." for i in count())
+        levels = [_level(shapes, start, names) for start in takewhile(lambda start: has(shapes, start), starts)]
+        for key in levels[0] if levels else ():
+            config[f"{side}_{key}"] = [level[key] for level in levels]
+    heads = {shape[1] for name, shape in shapes.items() if name.endswith(HEADS[names]) and len(shape) == 4}
     return config | ({"attention_head_dim": heads.pop()} if heads else {})
 
 
-def _ending(shapes: Shapes, ends: tuple[str, ...]) -> list[tuple[int, ...]]:
-    """The shapes of the tensors whose names end so."""
-    return [shape for name, shape in shapes.items() if name.endswith(ends)]
-
-
-def _width(level: Shapes, start: str) -> int:
-    found = _ending(level, (*CONVOLUTIONS, *QUERIES))
-    if not found:
+def _level(shapes: Shapes, start: str, names: int) -> dict[str, Any]:
+    """What the names that begin with `start` tell of their level. names: 0 for published ones, 1 for diffusers'."""
+    found = [match.groups() for name in below(shapes, start) if (match := BLOCK.match(name))]
+    blocks = [*dict.fromkeys(block for block, rest in found if not rest.startswith(RESIZING))]
+    if not blocks:
         raise SizeError("is incomplete: it lacks", f"{start}*")
-    return found[0][1]
+    kind = ATTENTION if any(rest.startswith(("context_module.", "attn.")) for _, rest in found) else RESIDUAL
+    (width,) = shape_of(shapes, f"{start}{blocks[0]}{NORMS[kind][names]}", 1)
+    around = shapes.get(f"{start}{blocks[0]}{AROUND[names]}", ())
+    return {
+        "block_types": kind, "block_out_channels": width, "layers_per_block": len(blocks),
+        "qkv_multiscales": list(around[-1:]),
+    }  # fmt: skip
 
 
 def build(config: Mapping[str, Any]) -> nn.Module:

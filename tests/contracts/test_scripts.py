@@ -231,7 +231,7 @@ FORMS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "flux": (flux.make, ("diffusers", "files", "comfy", "parts")),
     "sd3": (sd3.make, ("diffusers", "single", "files")),
     "lumina": (lumina.make, ("diffusers", "whole", "files")),
-    "sana": (sana.make, ("diffusers", "transformer", "files", "plain")),
+    "sana": (sana.make, ("diffusers", "files", "plain")),
 }
 OPTIONS_OF_FAMILY = {"flux": flux.CASES["flux"].options}
 
