@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from library.families.flux.names import flux_names
 from library.families.lumina.names import lumina_names
+from library.families.sana.adapter_names import sana_layers
 from library.families.sd.names import unet_rules
 from library.families.sd3.names import sd3_names
 from library.key_tables import SWAP_HALVES, ModuleName, named
@@ -161,6 +162,31 @@ def lumina(hidden: int = 48, layers: int = 2, refiners: int = 1, **changes: Any)
     return Sample(model, lumina_names(layers, refiners), run)
 
 
+def sana() -> Sample:
+    from diffusers import SanaTransformer2DModel
+
+    model = frozen(
+        lambda: SanaTransformer2DModel(
+            num_attention_heads=2,
+            attention_head_dim=8,
+            num_layers=2,
+            num_cross_attention_heads=2,
+            cross_attention_head_dim=8,
+            cross_attention_dim=16,
+            caption_channels=32,
+            qk_norm="rms_norm_across_heads",
+        )
+    )
+
+    def run(transformer: nn.Module) -> Tensor:
+        return transformer(
+            hidden_states=noise(1, 32, 4, 4), encoder_hidden_states=noise(1, 5, 32, seed=1),
+            timestep=torch.tensor([400.0]),
+        ).sample  # fmt: skip
+
+    return Sample(model, [name for name in sana_layers(2) if "conv_depth" not in name.published], run)
+
+
 def sd_unet(version: str) -> dict[str, str]:
     """Path in diffusers -> published path of every layer of the real U-Net (built without weights)."""
     from diffusers import UNet2DConditionModel
@@ -172,7 +198,7 @@ def sd_unet(version: str) -> dict[str, str]:
     return {rule.ours[0].removesuffix(".weight"): rule.published.removesuffix(".weight") for rule in rules}
 
 
-SAMPLES: dict[str, Callable[[], Sample]] = {"flux": flux, "chroma": chroma, "sd3": sd3, "lumina": lumina}
+SAMPLES: dict[str, Callable[[], Sample]] = {"flux": flux, "chroma": chroma, "sd3": sd3, "lumina": lumina, "sana": sana}
 
 
 # ---- adapters -----------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """diffusers 0.42, `load_lora_weights` of each pipeline: which files it converts, what it leaves, what it refuses.
 
-A U-Net's pipelines convert kohya files whole or not at all; those of FLUX.1 know the blocks of the real model; SD3's
-and Lumina's look at the names of diffusers only, Lumina's also at ComfyUI's, of whole blocks.
+A U-Net's pipelines convert kohya files whole or not at all; those of FLUX.1 know the blocks of the real model; SD3's,
+SANA's and Lumina's look at the names of diffusers only, Lumina's also at ComfyUI's, of whole blocks.
 """
 
 from __future__ import annotations
@@ -191,6 +191,6 @@ def _lumina_trouble(tensors: Mapping[str, Tensor]) -> str | None:
 
 PIPELINES: Mapping[str, Callable[[Reading, Mapping[str, Tensor], NamedModel], None]] = {
     "sd1": _of_unet, "sd2": _of_unet, "sdxl": _of_unet, "flux": _of_flux, "chroma": _of_flux, "sd3": _of_peft,
-    "lumina": _of_lumina,
+    "lumina": _of_lumina, "sana": _of_peft,
 }  # fmt: skip
 DIFFUSERS = Program("diffusers", frozenset(PIPELINES), read_diffusers)
