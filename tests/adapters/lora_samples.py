@@ -36,8 +36,8 @@ class Sample:
     part: str = "transformer"
 
     def layers(self) -> Iterator[tuple[ModuleName, list[nn.Module]]]:
-        """Published layers with their modules, Linear layers and convolutions only."""
-        modules = dict(self.model.named_modules())
+        """Published layers with their modules, Linear layers and convolutions over all channels only."""
+        modules = {path: m for path, m in self.model.named_modules() if getattr(m, "groups", 1) == 1}
         for name in self.names:
             own = [modules.get(path) for path in name.ours]
             if all(isinstance(module, (nn.Linear, nn.Conv2d)) for module in own):
@@ -184,7 +184,7 @@ def sana() -> Sample:
             timestep=torch.tensor([400.0]),
         ).sample  # fmt: skip
 
-    return Sample(model, [name for name in sana_layers(2) if "conv_depth" not in name.published], run)
+    return Sample(model, sana_layers(2), run)
 
 
 def sd_unet(version: str) -> dict[str, str]:

@@ -3,19 +3,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 from library.errors import UserError
 from library.families.adapters import load_network_module, own_modules
 from library.families.registry import FAMILIES, misfit
 from tests.adapters.families import TINY
+from tests.adapters.lora_samples import sana
 from tests.adapters.models import tiny_unet
 from tests.trainers.helpers import train
 
-TINY_OF = {"flux": ("flux",), "chroma": ("chroma",), "sd3": ("sd3", "sd35"), "lumina": ("lumina",)}
+TINY_OF = {"flux": ("flux",), "chroma": ("chroma",), "sd3": ("sd3", "sd35"), "lumina": ("lumina",), "sana": ("sana",)}
+MAKERS: dict[str, Callable[[], nn.Module]] = {name: tiny.make for name, tiny in TINY.items()}
+MAKERS |= {"unet": tiny_unet, "sana": lambda: sana().model}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -30,7 +35,7 @@ def test_every_module_fits_or_is_refused_with_the_one_that_fits(family: str) -> 
             assert f"--network_module {name} is for" in line and FAMILIES[family].title in line
             assert FAMILIES[family].networks.get(kind, FAMILIES[family].networks["lora"]) in line
     for model in TINY_OF.get(family, ("unet",)):
-        denoiser = tiny_unet() if model == "unet" else TINY[model].make()
+        denoiser = MAKERS[model]()
         for name in fitting:
             network = load_network_module(name).create_network(1.0, 2, 0.5, None, None, denoiser)
             assert len(network.module_parameters()) >= 4, (model, name)

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 
-from library.adapters.formats.architecture import READS_STATES, Architecture, FileFacts, beginning
+from library.adapters.formats.architecture import READS_STATES, Architecture, FileFacts
 from library.families.file_facts import file_facts
 from library.families.sana import SHEET
 from library.families.sana.names import sana_names
@@ -22,15 +23,13 @@ def sana_layers(blocks: int) -> list[ModuleName]:
 
 def sana_facts(names: Collection[str], v_prediction: bool) -> FileFacts:
     """SANA-1.5 by its norms of queries; without names SANA."""
-    return file_facts(
-        SHEET,
-        "sana1.5" if any(name.endswith((".attn1.norm_q.weight", ".attn.q_norm.weight")) for name in names) else "sana",
-    )
+    normed = any(name.endswith((".norm_q.weight", ".q_norm.weight")) for name in names)
+    return file_facts(SHEET, "sana1.5" if normed else "sana")
 
 
 TABLES = (
     Architecture(
-        "sana", "SANA", sana_layers, (GEMMA2,), sana_facts, beginning(BLOCKS),
+        "sana", "SANA", sana_layers, (GEMMA2,), sana_facts, re.compile(f"lora_unet_{BLOCKS}.+_to_[qkv]"),
         inputs={READS_STATES: frozenset({1152, 2240})},
     ),
 )  # fmt: skip
