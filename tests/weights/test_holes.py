@@ -111,7 +111,8 @@ def files_of(kind: str, options: Mapping[str, Any]) -> Iterator[Path]:
 
 # What may be missing: a model is the same without it, or another tensor takes its place
 OPTIONAL = ("shared.weight", "encoder.embed_tokens.weight", "clip_l.transformer.text_projection.weight",
-            "norm_final.weight", "pos_embed", "y_embedder.y_embedding", "logit_scale", "cond_stage_model.model.text_projection")  # fmt: skip
+            "norm_final.weight", "pos_embed", "y_embedder.y_embedding", "logit_scale",
+            "cond_stage_model.model.text_projection")  # fmt: skip
 # model -> starts of the names that are removed there, and every which of them: no reader of names is left out
 SWEEPS: dict[str, tuple[tuple[str, ...], int]] = {
     "sd1": (("",), 1),

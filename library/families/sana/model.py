@@ -163,11 +163,11 @@ class Sana(ModelFamily):
         return FlowObjective(options, loss, preview_shift=constant_shift(PREVIEW_SHIFT))
 
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Cond, batch: Batch | None) -> Tensor:
-        """n - x0 for x_t = (1 - t) x0 + t n. The time is told in float32, in thousandths."""
+        """n - x0 for x_t = (1 - t) x0 + t n. The time is told in float32, in thousandths unless the model says more."""
         return denoiser(
             x_t,
             encoder_hidden_states=cond[ENCODER],
-            timestep=1000 * t.float(),
+            timestep=1000 * self.parts.config.get("timestep_scale", 1.0) * t.float(),
             encoder_attention_mask=cond.get(MASK),
             return_dict=False,
         )[0]
