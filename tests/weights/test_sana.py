@@ -103,11 +103,11 @@ def test_published_names_are_those_that_diffusers_converts() -> None:
         (denoiser, sana_rules, unused, convert_sana_transformer_to_diffusers),
         (vae, dc_ae.dc_ae_rules, {}, convert_autoencoder_dc_checkpoint_to_diffusers),
     ]
-    for module, rules_of, more, convert in cases:
+    for module, rules_of, more, converter in cases:
         state, rules = module.state_dict(), rules_of(module)
         published = publish(state, rules)
         assert len(published) == len(rules)
-        theirs = convert({**published, **more})
+        theirs = converter({**published, **more})
         assert theirs.keys() == state.keys() and all(torch.equal(theirs[name], state[name]) for name in state)
         back, wrong = read(published.__getitem__, published, rules, {n: tuple(t.shape) for n, t in state.items()})
         assert not wrong and all(torch.equal(back[name], state[name]) for name in state)
