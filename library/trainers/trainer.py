@@ -89,7 +89,7 @@ class Trainer:
         """The metadata of a save after the current step."""
         trainables, optimizer = self.running.trainables, self.running.updates.optim.name_for_metadata
         return self.running.record.metadata(
-            trainables.kind, trainables.fields, optimizer, step=self.position.step, epoch=self.position.epoch
+            trainables.kind, trainables.facts, optimizer, step=self.position.step, epoch=self.position.epoch
         )
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
@@ -134,20 +134,20 @@ class Trainer:
                 try:
                     with exchanging(self.processes.world):
                         self.train_step(batches)
-                        failure = self.after_training_step(len(batches), bar, trackers) or feed.failure
+                        failure = self.after_training_step(bar, trackers) or feed.failure
                         if vote.decided(self.stop.requested or failure is not None):
                             return failure
                 except (DoesNotFit, OtherProcessDied) as error:
                     return error
         return feed.failure
 
-    def after_training_step(self, micro_batches: int, bar: progress, trackers: Trackers) -> Exception | None:
+    def after_training_step(self, bar: progress, trackers: Trackers) -> Exception | None:
         """What comes after a step: numbers, validation, saves, previews. An error is returned where a state can be
         saved all the same."""
         failure = None
         if (peak_check := self.loaded.scheduled.peak_check) is not None:
             peak_check.step_taken()
-        epoch_ended = self.advance(micro_batches)
+        epoch_ended = self.advance()
         self.report(self.reader.arrived(), trackers)
         bar.advance(note=f"loss {self.losses.mean:.4f}" if self.losses.values else "")
         try:
@@ -170,9 +170,9 @@ class Trainer:
             self.loaded.data, loader, self.plan, self.position, rank=self.processes.rank, world=self.processes.world
         )  # fmt: skip
 
-    def advance(self, micro_batches: int) -> bool:
+    def advance(self) -> bool:
         """Count the step. True when it was the last of its epoch."""
-        epoch, batch = self.position.epoch, self.position.batch + micro_batches
+        epoch, batch = self.position.epoch, self.plan.end_of_step(self.position.batch)
         ended = batch >= self.plan.batches_per_epoch
         self.position = Position(self.position.step + 1, epoch + ended, 0 if ended else batch)
         return ended

@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
-from library.adapters.formats.architecture import READS_STATES, Architecture, FileFacts
+from library.adapters.formats.architecture import READERS, READS_STATES, Architecture, FileFacts
 from library.families.file_facts import file_facts
 from library.families.sana import SHEET
 from library.families.sana.names import sana_names
@@ -30,6 +30,6 @@ def sana_facts(names: Collection[str], v_prediction: bool) -> FileFacts:
 TABLES = (
     Architecture(
         "sana", "SANA", sana_layers, (GEMMA2,), sana_facts, re.compile(f"lora_unet_{BLOCKS}.+_to_[qkv]"),
-        inputs={READS_STATES: frozenset({1152, 2240})},
+        inputs={READS_STATES: frozenset({1152, 2240})}, readers={"diffusers": READERS["diffusers"]},
     ),
 )  # fmt: skip

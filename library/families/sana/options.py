@@ -6,15 +6,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from library.families.options import ModelOptions
+from library.families.options import FlowModelOptions
 from library.objectives.flow_options import SampledFlowOptions
-from library.options import at_least, option, positive, refused
+from library.options import at_least, option, positive
 
 TOKEN_LENGTH = 300  # what SANA was trained with
 
 
 @dataclass(frozen=True)
-class SanaOptions(ModelOptions):
+class SanaOptions(FlowModelOptions):
     """SANA and SANA-1.5."""
 
     cached_texts_stay: ClassVar[bool] = True
@@ -33,14 +33,6 @@ class SanaOptions(ModelOptions):
         None,
         help="Text before every caption that is not empty. Without it, the instruction that SANA was trained with; "
         "'' for none.",
-    )
-    no_half_vae: bool = option(False, help="Run the VAE in float32 also under mixed precision.")
-    v2: bool = option(False, help="Not for this model.", check=refused("SANA is no Stable Diffusion 2.x"))
-    v_parameterization: bool = option(
-        False, help="Not for this model.", check=refused("SANA is trained with flow matching")
-    )
-    weighted_captions: bool = option(
-        False, help="Not for this model.", check=refused("brackets are ordinary text for Gemma 2")
     )
     clip_skip: int | None = option(
         None, help="Not for this model.", answer="there is no CLIP here; Gemma 2's last layer is always used"
