@@ -44,7 +44,7 @@ def dc_ae_part(path: Path, *, option: str = "--vae") -> Part:
         folder = path / "vae" if (path / "vae").is_dir() else path
         config = read_json(folder / "config.json")
         if config.get("_class_name", CLASS) != CLASS:
-            raise UserError(f"{option}: {folder} holds a {config['_class_name']}; {NEEDED}")
+            raise UserError(f"{option}: {folder} is of the class {config['_class_name']}; {NEEDED}")
         file, published = part_file(folder), False
     else:
         file = open_weights(path)
@@ -93,10 +93,10 @@ def _level(shapes: Shapes, start: str, names: int) -> dict[str, Any]:
         raise SizeError("is incomplete: it lacks", f"{start}*")
     kind = ATTENTION if any(rest.startswith(("context_module.", "attn.")) for _, rest in found) else RESIDUAL
     (width,) = shape_of(shapes, f"{start}{blocks[0]}{NORMS[kind][names]}", 1)
-    around = shapes.get(f"{start}{blocks[0]}{AROUND[names]}", ())
+    gathers = any(rest.startswith(("context_module.main.aggreg.", "attn.to_qkv_multiscale.")) for _, rest in found)
+    scales = [shape_of(shapes, f"{start}{blocks[0]}{AROUND[names]}", 4)[-1]] if gathers else []
     return {
-        "block_types": kind, "block_out_channels": width, "layers_per_block": len(blocks),
-        "qkv_multiscales": list(around[-1:]),
+        "block_types": kind, "block_out_channels": width, "layers_per_block": len(blocks), "qkv_multiscales": scales,
     }  # fmt: skip
 
 

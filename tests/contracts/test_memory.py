@@ -257,6 +257,7 @@ STORAGE: dict[str, dict[str, Any]] = {
         ("flux, lora", "fp8"),
         ("sd3, lora", "nf4"),
         ("lumina, lora", "int8"),
+        ("sana, lora", "fp8"),
     ],
     indirect=["subject"],
 )

@@ -123,7 +123,7 @@ SWEEPS: dict[str, tuple[tuple[str, ...], int]] = {
     "chroma": (("",), 2),
     "sd35": (("model.", "text_encoders."), 2),
     "lumina": (("",), 2),
-    "sana": (("",), 3),
+    "sana": (("",), 4),
 }
 
 

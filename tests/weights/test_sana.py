@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from library.adapters.formats.conversion import convert
+from library.adapters.surgery.tool_files import open_checkpoint
 from library.errors import UserError
-from library.families.adapters import adapter_tables
+from library.families.adapters import adapter_tables, known_architectures
 from library.families.registry import FAMILIES
 from library.families.sana.model import ENCODER, MASK, Sana
 from library.families.sana.options import SanaFlowOptions, SanaOptions
@@ -93,6 +94,20 @@ def test_every_layout_gives_the_same_modules(models: Any, name: str) -> None:
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
         assert not found.training and not any(p.requires_grad for p in found.parameters())
     assert sana.facts().architecture == ("sana" if name == "diffusers" else "sana-1.5")
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model.", "net."])
+def test_files_of_the_denoiser(models: Any, prefix: str, tmp_path: Path) -> None:
+    """NVIDIA's .pth, and names with what programs put before them."""
+    tensors = load_file(models["files"]["pretrained_model_name_or_path"])
+    tensors = {prefix + name: tensor for name, tensor in tensors.items()}
+    file = tmp_path / ("model.safetensors" if prefix else "model.pth")
+    torch.save({"epoch": 1, "state_dict": tensors}, file) if not prefix else save_file(tensors, file)
+    sana = family({**models["files"], "pretrained_model_name_or_path": file})
+    sana.check()
+    sana.check_weights()
+    found, expected = sana.load_denoiser(None, "cpu").state_dict(), tiny_modules(normed=True)[0].state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
 
 
 def test_published_names_are_those_that_diffusers_converts() -> None:
@@ -345,6 +360,14 @@ def test_lora_through_the_pipeline(models: Any, tmp_path: Path) -> None:
     assert float((expected - before).abs().max()) > 0.01
 
 
+def test_a_file_that_the_tools_have_no_names_for(models: Any, tmp_path: Path) -> None:
+    """LoRAs are merged into files in diffusers' names."""
+    known = known_architectures()
+    with pytest.raises(UserError, match="has not the names of diffusers: give the denoiser's file of its folder"):
+        open_checkpoint("--sd_model", str(models["files"]["pretrained_model_name_or_path"]), known)
+    open_checkpoint("--sd_model", str(models["plain"]["pretrained_model_name_or_path"]), known)
+
+
 def test_the_targets_of_options() -> None:
     denoiser = tiny_modules()[0]
     make_network = lambda **args: lora_sana.create_network(1.0, 4, 4, None, [], denoiser, **args).named_layers()
@@ -378,7 +401,7 @@ def test_models_of_another_kind(models: Any, tmp_path: Path) -> None:
         f"--vae: {lumina['ae']} is not a DC-AE; the DC-AE of SANA (dc-ae-f32c32-sana-1.0 or 1.1) is needed"
     )
     kl = tmp_path / "lumina" / "pipeline" / "vae"
-    assert line_of(files, vae=kl).startswith(f"--vae: {kl} holds a AutoencoderKL; the DC-AE of SANA")
+    assert line_of(files, vae=kl).startswith(f"--vae: {kl} is of the class AutoencoderKL; the DC-AE of SANA")
     model = lumina["pretrained_model_name_or_path"]
     assert "lumina_train_network.py" in line_of(files, pretrained_model_name_or_path=model)
     assert "is a Lumina checkpoint and has no Gemma 2" in line_of(files, gemma2=model)

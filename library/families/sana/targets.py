@@ -20,8 +20,8 @@ EMBEDDERS = ("patch_embed", "time_embed", "caption_projection")
 DEPTHWISE = "conv_depth"  # one filter per channel: nothing there has a low rank
 CLASS_NAMES = class_names(
     "SanaTransformer2DModel",
-    (r"(transformer_blocks\.\d+)\.", "SanaTransformerBlock"),
-    (r"(transformer_blocks\.\d+\.attn[12])\.", "Attention"),
+    (r"(transformer_blocks\.\d+)\.", "SanaTransformerBlock", "SingleDiTBlock"),
+    (r"(transformer_blocks\.\d+\.attn[12])\.", "Attention", "SelfAttention"),
     (r"(transformer_blocks\.\d+\.ff)\.", "GLUMBConv", "FeedForward"),
 )
 
