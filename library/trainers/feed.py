@@ -19,7 +19,7 @@ class Feed:
     """The batches of one optimizer step after the other.
 
     With several processes it is STEPS_AHEAD steps ahead of the training: where one process cannot load a batch, it has
-    still as many steps to take as pass until all of them stop, after the same step (`StopVote`).
+    still as many steps to take as pass until all of them stop, after the same step (`Vote`).
     """
 
     def __init__(self, steps: Steps, *, processes: int) -> None:

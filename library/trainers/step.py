@@ -95,6 +95,7 @@ class StepResult:
     """The numbers of an optimizer step, 0-dim and still on the device where they are tensors."""
 
     loss: Tensor  # mean over all processes
+    own_loss: Tensor  # of this process
     grad_norm: Tensor  # before clipping
     others: dict[str, float | Tensor]  # learning rates, and what the method logs
 
@@ -129,14 +130,14 @@ class Step:
             return total
 
         loss = self.retry(accumulate, largest_batch=max(batch.size for batch in batches), step=step)
-        loss = self.accelerator.reduce(loss, reduction="mean")
+        mean_loss = self.accelerator.reduce(loss, reduction="mean")
         with changing_weights(step):
             grad_norm = self.updates.step()
             rates = self.updates.rates()
             self.updates.scheduler.step(average_loss)
             more = trainables.after_step()
             self.updates.finish_step(step)
-        return StepResult(loss, grad_norm, {**rates, **more})
+        return StepResult(mean_loss, loss, grad_norm, {**rates, **more})
 
     def learn(self, batch: Batch, *, is_last: bool) -> Tensor:
         """Backward pass of the mean loss of one micro-batch times its share of the step, which is returned."""

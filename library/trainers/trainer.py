@@ -19,7 +19,7 @@ from library.trainers.guards import GradientWatch, MovingAverage, StepReader, St
 from library.trainers.out_of_memory import DoesNotFit
 from library.trainers.saving import Saver
 from library.trainers.settings import loading_processes
-from library.trainers.signals import OtherProcessDied, StopVote, exchanging
+from library.trainers.signals import OtherProcessDied, Vote, exchanging
 from library.trainers.stages import Running, Start
 from library.trainers.tracking import Trackers, open_trackers
 from library.types import Batch, Position
@@ -54,7 +54,7 @@ class Trainer:
         found = self.running.step.take(batches, step, average)
         names = [name for batch in batches for name in batch.names]
         self.reader.push(
-            step + 1, found.loss, found.grad_norm, names,
+            step + 1, found.loss, found.grad_norm, names, own_loss=found.own_loss,
             scaler_skips=self.processes.accelerator.scaler is not None, others=found.others,
         )  # fmt: skip
 
@@ -122,7 +122,7 @@ class Trainer:
 
         Whatever is returned, the weights are those after the last step that was counted.
         """
-        vote = StopVote(self.processes.device, processes=self.processes.world)
+        vote = Vote(self.processes.device, processes=self.processes.world)
         if vote.at_once(feed.failure is not None):
             return feed.failure or UserError("another process cannot load its pictures")
         started: int | None = None
@@ -135,8 +135,12 @@ class Trainer:
                     with exchanging(self.processes.world):
                         self.train_step(batches)
                         failure = self.after_training_step(bar, trackers) or feed.failure
-                        if vote.decided(self.stop.requested or failure is not None):
+                        stops = self.stop.requested or failure is not None
+                        stops, saves_state = vote.decided(stops, self.saver.state_is_due())
+                        if stops:
                             return failure
+                        if saves_state:
+                            self.save(trackers, partial(self.saver.state_now, self.position))
                 except (DoesNotFit, OtherProcessDied) as error:
                     return error
         return feed.failure
