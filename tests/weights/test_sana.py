@@ -110,6 +110,17 @@ def test_files_of_the_denoiser(models: Any, prefix: str, tmp_path: Path) -> None
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
 
 
+def test_a_folder_of_the_variant_in_bf16(models: Any, tmp_path: Path) -> None:
+    """As `hf download` leaves it that asks for no other."""
+    folder = Path(shutil.copytree(models["diffusers"]["pretrained_model_name_or_path"], tmp_path / "pipeline"))
+    for file in [*folder.glob("*/*.safetensors")]:
+        save_file({name: tensor.bfloat16() for name, tensor in load_file(file).items()}, file)
+        file.rename(file.with_suffix(".bf16.safetensors"))
+    sana = family({"pretrained_model_name_or_path": folder})
+    sana.check_weights()
+    assert {p.dtype for module in load_all(sana) for p in module.parameters()} == {torch.bfloat16}
+
+
 def test_published_names_are_those_that_diffusers_converts() -> None:
     """And back again, bit by bit. Its converter of the denoiser knows no norms, and wants what no picture needs."""
     denoiser, _, vae = tiny_modules()

@@ -33,6 +33,12 @@ SHEET = Sheet(
     recipes={"network": "configs/sana_lora.toml", "finetune": "configs/sana_full.toml"},
     memory_recipes={
         "sana_lora": MemoryRecipe("sana_lora", "sana", "LoRA for SANA 1.6B"),
+        "sana15_lora": MemoryRecipe(
+            "sana_lora",
+            "sana48",
+            "LoRA for SANA-1.5 4.8B",
+            command={"Sana_1600M_1024px_BF16_diffusers": "SANA1.5_4.8B_1024px_diffusers"},
+        ),
         "sana_full": MemoryRecipe("sana_full", "sana", "All weights of SANA 1.6B", IN_BACKWARD),
     },
 )
