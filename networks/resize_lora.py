@@ -17,19 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:  # started as a script, from any folder
-    sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # started as a script, from any folder
 
-from library.adapters.surgery.tool_options import (  # noqa: E402
-    DeviceOptions,
-    SaveOptions,
-    missing_adapters,
-    needed,
-    target_problems,
-)
-from library.cli import run_tool  # noqa: E402
-from library.options import at_least, option, positive  # noqa: E402
+from library.adapters.surgery.tool_options import DeviceOptions, SaveOptions, missing_adapters, needed, target_problems
+from library.cli import run_tool
+from library.options import at_least, option, positive
 
 if TYPE_CHECKING:
     import torch
@@ -93,13 +85,11 @@ class ResizeLoraOptions:
 
 def resize(options: ResizeLoraOptions) -> None:
     """Read, decompose layer by layer, write. Raises UserError for layers that are not a plain LoRA."""
-    import torch
-
-    from library.adapters.surgery.tool_files import device_named, dims_in, dtype_named, read_lora, save_lora
+    from library.adapters.surgery.tool_files import device_named, dims_in, read_lora, save_lora
     from library.families.adapters import adapter_tables
 
     asked = options.resize
-    assert asked.model is not None and options.save.save_to is not None
+    assert asked.model is not None
     file = read_lora(asked.model, adapter_tables())
     layers, kept = resized(file.layers, asked, device_named(options.device.device))
     if asked.verbose:
@@ -113,7 +103,7 @@ def resize(options: ResizeLoraOptions) -> None:
         metadata |= {"ss_network_dim": "Dynamic", "ss_network_alpha": "Dynamic"}
     if options.save.no_metadata:
         metadata = {key: value for key, value in metadata.items() if not key.startswith("modelspec.")}
-    save_lora(options.save.save_to, layers, metadata, dtype_named(options.save.save_precision) or torch.float32)
+    save_lora(options.save, layers, metadata)
 
 
 def resized(
