@@ -8,7 +8,7 @@ too. Names are those of Black Forest Labs or of diffusers, with any prefix that 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ from typing import Any
 from torch import nn
 
 from library.errors import UserError
-from library.families.detect import PREFIXES, architecture, foreign_file, foreign_pipeline, pipeline_architecture
+from library.families.detect import PREFIXES
 from library.families.family import ModelParts
 from library.families.flux.names import flux_names
 from library.families.flux.options import FluxOptions
 from library.families.flux.patches import keep_time_exact
+from library.families.own_files import require_own_file, require_own_folder
 from library.key_tables import Rule, Shapes, expand
 from library.weights import kl_vae
 from library.weights.loading import PIPELINE_FILES, Part, locate, own_names, part_file, read_json, shipped_config
@@ -76,7 +77,7 @@ class Design:
     # the part of the config that is its own and that the shapes tell
     sizes: Callable[[Shapes, Layout], dict[str, Any]]
     encoders: Mapping[str, Source]
-    answers: Mapping[str, str] = field(default_factory=dict)  # what to say of the files of another family
+    answers: Mapping[str, str]  # as for `foreign_file`
     extras: tuple[str, ...] = ()  # as in `Part`
 
 
@@ -146,10 +147,10 @@ def open_denoiser(path: Path, design: Design) -> tuple[Part, dict[str, Any]]:
     folder = path / "transformer" if (path / "transformer").is_dir() else path
     own: dict[str, Any] = {}
     if path.is_dir():
-        _check_pipeline(path, design)
+        require_own_folder(path, design.family, design.answers)
         own = read_json(folder / "config.json")
     file = part_file(folder) if path.is_dir() else open_weights(path)
-    _check_file(file, design)
+    require_own_file(file, design.family, design.answers)
     prefix, names = _layout_of(file)
     with reading_sizes(file.path, prefix):
         found = below(file.shapes, prefix)
@@ -165,24 +166,6 @@ def open_denoiser(path: Path, design: Design) -> tuple[Part, dict[str, Any]]:
         finish=design.patch, extras=design.extras, published_depths=PUBLISHED_DEPTHS,
     )  # fmt: skip
     return part, config
-
-
-def _check_pipeline(path: Path, design: Design) -> None:
-    index = path / "model_index.json"
-    name = str(read_json(index).get("_class_name", "")) if index.is_file() else ""
-    kind = pipeline_architecture(name)
-    _refuse(path, foreign_pipeline(name, design.family), design.answers.get(kind.name) if kind else None)
-
-
-def _check_file(file: WeightFile, design: Design) -> None:
-    kind = architecture(file.shapes)
-    _refuse(file.path, foreign_file(file.shapes, design.family), design.answers.get(kind.name) if kind else None)
-
-
-def _refuse(path: Path, foreign: str | None, answer: str | None) -> None:
-    """Raises UserError when a file is `foreign`. answer: what is said instead."""
-    if foreign:
-        raise UserError(f"{path} is {answer or foreign.replace('--vae', '--ae')}")
 
 
 def _layout_of(file: WeightFile) -> tuple[str, Layout]:
@@ -244,4 +227,5 @@ FLUX = Design(
     keep_time_exact,
     flux_sizes,
     encoders={CLIP: CLIP_SOURCE, T5: T5_SOURCE},
+    answers={"vae": "a VAE, not a checkpoint: it belongs to --ae"},
 )
