@@ -292,7 +292,7 @@ class LateQueue(CopyQueue):
 
 
 class LateRing(PoisonedRing):
-    queues: ClassVar = {"cpu": LateQueue}
+    new_queue: ClassVar = LateQueue
 
 
 class LateSwap(PoisonedSwap):
