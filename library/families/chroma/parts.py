@@ -53,5 +53,5 @@ CHROMA = replace(
     sizes=chroma_sizes,
     encoders={T5: replace(T5_SOURCE, folder="text_encoder")},
     extras=EXTRAS,
-    answers={**FLUX.answers, "flux": "a FLUX.1 model: leave out --model_type chroma"},
+    answers={"flux": "a FLUX.1 model: leave out --model_type chroma"},
 )

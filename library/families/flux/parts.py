@@ -8,7 +8,7 @@ too. Names are those of Black Forest Labs or of diffusers, with any prefix that 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from library.weights.weight_files import WeightFile, open_weights
 CLIP, T5 = "clip_l", "t5xxl"  # names of the text encoders
 LATENT_TOKEN = 64  # numbers of a token: 2 x 2 latent pixels of 16 channels
 PUBLISHED_DEPTHS = {3072: {"num_layers": 19, "num_single_layers": 38}}  # of FLUX.1 and of Chroma
+VAE_ANSWER = {"vae": "a VAE, not a checkpoint: it belongs to --ae"}
 WEIGHTS = "diffusion_pytorch_model*.safetensors"  # of a repository that is a transformer only
 
 
@@ -77,7 +78,7 @@ class Design:
     # the part of the config that is its own and that the shapes tell
     sizes: Callable[[Shapes, Layout], dict[str, Any]]
     encoders: Mapping[str, Source]
-    answers: Mapping[str, str]  # as for `foreign_file`
+    answers: Mapping[str, str] = field(default_factory=dict)  # what to say of the files of another family
     extras: tuple[str, ...] = ()  # as in `Part`
 
 
@@ -146,11 +147,12 @@ def open_denoiser(path: Path, design: Design) -> tuple[Part, dict[str, Any]]:
     """The denoiser of a file or a folder, and its configuration."""
     folder = path / "transformer" if (path / "transformer").is_dir() else path
     own: dict[str, Any] = {}
+    answers = {**VAE_ANSWER, **design.answers}
     if path.is_dir():
-        require_own_folder(path, design.family, design.answers)
+        require_own_folder(path, design.family, answers)
         own = read_json(folder / "config.json")
     file = part_file(folder) if path.is_dir() else open_weights(path)
-    require_own_file(file, design.family, design.answers)
+    require_own_file(file, design.family, answers)
     prefix, names = _layout_of(file)
     with reading_sizes(file.path, prefix):
         found = below(file.shapes, prefix)
@@ -227,5 +229,4 @@ FLUX = Design(
     keep_time_exact,
     flux_sizes,
     encoders={CLIP: CLIP_SOURCE, T5: T5_SOURCE},
-    answers={"vae": "a VAE, not a checkpoint: it belongs to --ae"},
 )
