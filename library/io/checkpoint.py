@@ -17,7 +17,7 @@ from torch import Tensor
 
 from library.byte_paths import plain_path
 from library.device import without_rounding
-from library.errors import StopTraining, UserError, first_names
+from library.errors import StopTraining, UserError, first_names, raise_problems
 from library.io.atomic import SaveError, atomic_write, clean_leftovers, free_bytes, remove_folder
 from library.io.metadata import tensor_hashes
 from library.io.options import SaveOptions, StateOptions, name_problems
@@ -171,8 +171,7 @@ def check_output(
     free = free_bytes(folder)
     if free < needed_bytes:
         problems.append(f"--output_dir: {folder} has {free:,} bytes free, but a save needs {needed_bytes:,}")
-    if problems:
-        raise UserError(problems)
+    raise_problems(problems)
     return leftovers
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,7 +115,7 @@ class RingSlot:
 class Ring:
     """`count` slots, each as large as the largest image. An image may belong to one ring only."""
 
-    new_queue: ClassVar[Callable[[torch.device], CopyQueue]] = staticmethod(copy_queue)
+    new_queue = staticmethod(copy_queue)
 
     def __init__(self, images: Sequence[HostImage], device: torch.device, count: int) -> None:
         self.images = images

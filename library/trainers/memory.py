@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from library.errors import UserError
+from library.errors import UserError, raise_problems
 from library.families.family import ModelFamily
 from library.families.finetune_options import FineTuneOptions
 from library.log import get_logger
@@ -226,8 +226,7 @@ def check_choice(
         problems += _hoisting_problems(family, learning, changed)
     if swapping and not problems:
         family.swapped(family.empty_denoiser(), choice.blocks_to_swap, swap_options)
-    if problems:
-        raise UserError(problems)
+    raise_problems(problems)
 
 
 def _machine_problems(choice: MemoryChoice, options: MemoryOptions) -> Iterator[str]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -292,7 +292,7 @@ class LateQueue(CopyQueue):
 
 
 class LateRing(PoisonedRing):
-    new_queue: ClassVar = LateQueue
+    new_queue = staticmethod(LateQueue)
 
 
 class LateSwap(PoisonedSwap):

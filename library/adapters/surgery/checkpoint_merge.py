@@ -21,7 +21,7 @@ from library.adapters.formats.deltas import kohya_dora
 from library.adapters.formats.layer_tensors import BIAS_ADDED, COMFY_DORA, DORA, DOWN, UP, Tensors
 from library.adapters.surgery.checkpoint_layers import CheckpointLayers, WeightLocation, WeightSource
 from library.adapters.target_spec import TargetModule, TargetSpec
-from library.errors import UserError, first_names
+from library.errors import UserError, first_names, raise_problems
 from library.key_tables import part_rows
 
 BIASED = {"b_norm", BIAS_ADDED}  # an adapter with one of these tensors changes the bias too
@@ -81,11 +81,7 @@ class MergedWeights:
         self.moved: set[str] = set()
         self.left: list[str] = []
         self._steps: dict[str, list[MergeStep]] = {}  # name of a tensor -> what happens to it, in order
-        problems: list[str] = []
-        for adapter in adapters:
-            problems += self._plan(adapter)
-        if problems:
-            raise UserError(problems)
+        raise_problems(problem for adapter in adapters for problem in self._plan(adapter))
 
     @property
     def changed(self) -> set[str]:

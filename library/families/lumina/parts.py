@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from library.errors import UserError
+from library.errors import UserError, raise_problems
 from library.families.family import ModelParts
 from library.families.lumina.forward import use_device_lengths
 from library.families.lumina.names import lumina_names
@@ -53,9 +53,7 @@ def open_parts(options: LuminaOptions) -> LuminaParts:
     """Reads headers and configurations only. Raises UserError for files of another kind and where parts are missing."""
     path = _locate_model(options)
     denoiser, config = _denoiser(path)
-    missing = [*_missing(path, options)]
-    if missing:
-        raise UserError(missing)
+    raise_problems(_missing(path, options))
     gemma2 = _inside(locate(options.gemma2, "--gemma2", GEMMA_FILES) if options.gemma2 else path, "text_encoder")
     ae = locate(options.ae, "--ae", kl_vae.VAE_FILES) if options.ae else path
     vae = kl_vae.vae_part(ae, shipped_config("flux_ae"), needed=kl_vae.FLUX, option="--ae")

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.device import on_device
-from library.errors import UserError
+from library.errors import UserError, raise_problems
 from library.families.family import ModelFamily
 from library.families.sd3 import SHEET
 from library.families.sd3.options import SD3FineTuneOptions, SD3FlowOptions
@@ -117,8 +117,7 @@ class StableDiffusion3(ModelFamily):
             tokens, vocabulary = len(tokenizer.tokenizer), encoders[name].vocabulary
             if tokens > vocabulary:
                 problems.append(f"--{name}: the tokenizer has {tokens} tokens, the encoder only {vocabulary}")
-        if problems:
-            raise UserError(problems)
+        raise_problems(problems)
         missing = [f"--{name}" for name in ENCODERS if name not in encoders]
         if missing:
             log.warning(
