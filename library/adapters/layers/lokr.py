@@ -148,9 +148,8 @@ class LoKrLayer(FactorLayer):
         if not (form.small_factored or form.large_factored):  # readers know no rank then, so the scale is 1
             self.alpha, self.scale = float(rank), 1.0
 
-    @staticmethod
-    def claims(names: set[str]) -> bool:
-        """Whether a module with these tensors in a file is a LoKr."""
+    @classmethod
+    def claims(cls, names: set[str]) -> bool:
         return all(w in names or {f"{w}_a", f"{w}_b"} <= names for w in ("lokr_w1", "lokr_w2"))
 
     @classmethod

@@ -62,9 +62,8 @@ class OFTLayer(WeightLayer):
         self.alpha = torch.tensor(float(alpha), device="cpu").item()  # as a file rounds it
         self.oft_blocks = nn.ParameterList(torch.zeros(count, w // count, w // count) for w in widths)
 
-    @staticmethod
-    def claims(names: set[str]) -> bool:
-        """Whether a module with these tensors in a file is an OFT."""
+    @classmethod
+    def claims(cls, names: set[str]) -> bool:
         return bool(names & {"oft_blocks", "oft_blocks.0"})
 
     @classmethod
