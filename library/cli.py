@@ -12,7 +12,7 @@ import importlib
 import inspect
 import io
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -145,18 +145,12 @@ def write_output_config(text: str, path: Path) -> None:
     to_stderr(f"wrote {path}\n")
 
 
-def _missing_data(options: Any) -> Iterator[str]:
-    if not options.data.is_given:
-        yield NO_DATA
-
-
 def _train(method: str, family: str, argv: Sequence[str], description: str, stop: StopRequest) -> int:
     method_path, options_type = METHODS[method]
     entry = FAMILIES[family]
     prog = Path(sys.argv[0]).name or "trainyard"
-    resolved = resolve(
-        options_type, entry.option_groups, argv, prog=prog, description=description, missing=_missing_data
-    )
+    missing = lambda options: () if options.data.is_given else (NO_DATA,)
+    resolved = resolve(options_type, entry.option_groups, argv, prog=prog, description=description, missing=missing)
     options = resolved.options
     if options.config.output_config:
         if not options.config.config_file:

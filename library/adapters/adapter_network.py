@@ -8,7 +8,7 @@ network.attach(train_denoiser=True, train_text_encoder=False)
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,9 +126,6 @@ class AdapterNetwork(nn.Module, ABC):
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(tensors[name])
-
-    def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        return (parameter for parameters in self.module_parameters().values() for parameter in parameters)
 
     def layers_reached(self) -> dict[int | None, list[ReachedLayer]]:
         """Layers that a third-party module may adapt, by place of the text encoder, or None for the denoiser."""

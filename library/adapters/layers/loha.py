@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -113,14 +113,10 @@ class LoHaLayer(FactorLayer):
         return super().form_problem(tensors)
 
 
-def loha_settings(options: Mapping[str, Any], neuron_dropout: float | None) -> FactorSettings:
-    return FactorSettings(**factor_values(options, "networks.loha", neuron_dropout))
-
-
 LOHA = AdapterKind(
     options={"layer": FactorOptions, "dropout": DropoutOptions, "patterns": PatternOptions},
     readers=(LoHaLayer, NormLayer),
-    settings=loha_settings,
+    settings=lambda options, dropout: FactorSettings(**factor_values(options, "networks.loha", dropout)),
     make=lambda target, rank, alpha, settings: LoHaLayer(target, rank=rank, alpha=alpha, settings=settings),
     forms=lambda options: options["layer"].form,
 )

@@ -168,10 +168,6 @@ def oft_settings(options: Mapping[str, Any], neuron_dropout: float | None) -> Of
     return OftSettings(module_dropout=dropout.module_dropout or 0.0)
 
 
-def numbered_oft_settings(options: Mapping[str, Any], neuron_dropout: float | None) -> OftSettings:
-    return replace(oft_settings(options, neuron_dropout), numbered=True)
-
-
 OFT = AdapterKind(
     options={"dropout": NoDropoutOptions, "patterns": PatternOptions},
     readers=(OFTLayer,),
@@ -182,4 +178,4 @@ OFT = AdapterKind(
     in_file="the blocks come from {file}; leave it out",
     reads_every_kind=False,
 )
-NUMBERED_OFT = replace(OFT, settings=numbered_oft_settings)
+NUMBERED_OFT = replace(OFT, settings=lambda *given: replace(oft_settings(*given), numbered=True))

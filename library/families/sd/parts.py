@@ -187,7 +187,7 @@ def unet_layout(shapes: Shapes, version: int) -> dict[str, Any]:
         "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends],
         "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
         "cross_attention_dim": context_dim(shapes),
-        "use_linear_projection": _projects_linearly(shapes),
+        "use_linear_projection": any(len(s) == 2 for name, s in shapes.items() if name.endswith(".proj_in.weight")),
     }
     if version == 2:
         result["attention_head_dim"] = [max(1, width // HEAD_DIM) for width in widths]  # diffusers: heads per level
@@ -211,10 +211,6 @@ def input_levels(shapes: Shapes) -> list[list[int]]:
         else:
             levels[-1].append(index)
     return [own for own in levels if own]
-
-
-def _projects_linearly(shapes: Shapes) -> bool:
-    return any(len(shape) == 2 for name, shape in shapes.items() if name.endswith(".proj_in.weight"))
 
 
 def clip_layout(shapes: Shapes) -> dict[str, Any]:
