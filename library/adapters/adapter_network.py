@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from library.adapters.formats.adapter_files import read_tensors, write_tensors
+from library.adapters.formats.adapter_files import write_tensors
 from library.adapters.target_spec import ReachedLayer, TargetSpec
 from library.device import without_rounding
-from library.errors import UserError, first_names, retold
+from library.errors import UserError, first_names
 
 if TYPE_CHECKING:
     from library.adapters.readers.trained_layer import TrainedLayer
@@ -101,11 +101,6 @@ class AdapterNetwork(nn.Module, ABC):
     def save(self, path: str | Path, *, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
         """Write `state(dtype)` as .safetensors, or with torch for .pt and .ckpt (which hold no metadata)."""
         write_tensors(path, self.state(dtype), metadata)
-
-    def load_file(self, path: str | Path) -> None:
-        """`load` from a file. Raises UserError naming it."""
-        with retold(lambda line: line if str(path) in line else f"{path}: {line}"):
-            self.load(read_tensors(path))
 
     def exact_tensors(self) -> dict[str, Tensor]:
         """The tensors that an exact resume needs, by name."""

@@ -138,6 +138,11 @@ class Ring:
     def emptied(self, slot: RingSlot) -> None:
         """Called when a slot's bytes become meaningless: when it is made and before each copy in. For tests."""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the device that the slots take."""
+        return self.nbytes_of_slot * len(self.slots)
+
     def slot_of(self, index: int) -> RingSlot | None:
         """The slot that holds image `index`, None when there is none."""
         return self._where.get(index)
