@@ -8,9 +8,9 @@ from library.stopping import StopRequest, end_early, end_process, ignore_signals
 end_early()  # before the other imports
 
 # ruff: noqa: E402
-import importlib
 import inspect
 import io
+import pkgutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -41,8 +41,7 @@ METHODS: dict[str, tuple[str, type]] = {
 
 def load_attribute(path: str) -> Any:
     """`package.module:Name` -> the object."""
-    module, name = path.split(":")
-    return getattr(importlib.import_module(module), name)
+    return pkgutil.resolve_name(path)
 
 
 def option_groups(method: str, family: str) -> dict[str, type]:

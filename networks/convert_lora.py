@@ -78,16 +78,7 @@ def convert_file(options: ConvertOptions) -> None:
     """Read, convert, write whole or not at all. Raises UserError for what cannot be converted."""
     import torch
 
-    from library.adapters.formats.conversion import (
-        alphas_in,
-        convert,
-        dora_norms,
-        header,
-        layers_in,
-        read_metadata,
-        read_tensors,
-        to_kohya,
-    )
+    from library.adapters.formats import conversion
     from library.families.adapters import adapter_tables
     from library.io.checkpoint import in_precision, save_tensors
 
@@ -95,21 +86,22 @@ def convert_file(options: ConvertOptions) -> None:
     if Path(options.dst).is_dir():
         raise UserError(f"--dst {options.dst} is a folder; give a file")
     tables = adapter_tables()
-    source, metadata = read_tensors(options.src), read_metadata(options.src)
+    source, metadata = conversion.read_tensors(options.src), conversion.read_metadata(options.src)
     with retold(lambda line: f"{options.src}: {line}"):
         with ExitStack() as files:
             base = BaseWeights(options.base_model, files)
-            tensors = to_kohya(source, tables, alphas=alphas_in(metadata), among=architectures(source, tables, base))
-            layers = layers_in(tensors, tables) if options.base_model else {}
-            norms = dora_norms(tensors, lambda name: base.weight(layers[name]), tables) if layers else None
+            alphas, among = conversion.alphas_in(metadata), architectures(source, tables, base)
+            tensors = conversion.to_kohya(source, tables, alphas=alphas, among=among)
+            layers = conversion.layers_in(tensors, tables) if options.base_model else {}
+            norms = conversion.dora_norms(tensors, lambda name: base.weight(layers[name]), tables) if layers else None
         if options.save_precision:
             dtype = getattr(torch, PRECISIONS[options.save_precision])
             weights = {key: value for key, value in tensors.items() if not key.endswith(".alpha")}
             tensors |= in_precision(weights, dtype, options.dst)
-        result = convert(tensors, options.to, tables, norms=norms)
+        result = conversion.convert(tensors, options.to, tables, norms=norms)
     kept = {key: value for key, value in metadata.items() if key not in OF_ONE_FORMAT}
     Path(options.dst).parent.mkdir(parents=True, exist_ok=True)
-    save_tensors(options.dst, result, {**kept, **header(tensors, options.to, tables)})
+    save_tensors(options.dst, result, {**kept, **conversion.header(tensors, options.to, tables)})
 
 
 def architectures(tensors: Mapping[str, Tensor], tables: Tables, base: BaseWeights) -> list[Architecture] | None:

@@ -114,21 +114,12 @@ def resized(
     Raises UserError naming the layers that are not a plain LoRA.
     """
     from library.adapters.formats.layer_tensors import scale_of
-    from library.adapters.surgery.lora_math import (
-        ADDED,
-        Change,
-        RankStatistics,
-        as_tensors,
-        change_of,
-        choose_rank,
-        is_lora,
-        not_lora,
-        spectrum_of_change,
-    )
+    from library.adapters.surgery import lora_math
     from library.errors import UserError
     from library.log import progress
 
-    wrong = [not_lora(name, own) for name, own in layers.items() if not is_lora(own) and not set(own) <= ADDED]
+    others = {name: own for name, own in layers.items() if not lora_math.is_lora(own)}
+    wrong = [lora_math.not_lora(name, own) for name, own in others.items() if not set(own) <= lora_math.ADDED]
     if wrong:
         raise UserError(wrong[:1] + [f"and {len(wrong) - 1} layers more"] * (len(wrong) > 1))
     found: dict[str, dict[str, Tensor]] = {}
@@ -136,17 +127,17 @@ def resized(
     with progress(len(layers), "layers") as bar:
         for name, own in layers.items():
             bar.advance()
-            if not is_lora(own):
+            if name in others:
                 found[name] = dict(own)
                 continue
             scale = scale_of(own)
             plain = {key: value for key, value in own.items() if key != "alpha"}
-            change: Change = change_of(name, plain, device)
-            values = spectrum_of_change(change)
+            change = lora_math.change_of(name, plain, device)
+            values = lora_math.spectrum_of_change(change)
             largest = (options.new_conv_rank or options.new_rank) if change.is_3x3 else options.new_rank
-            rank = choose_rank(values.s, largest, options.dynamic_method, options.dynamic_param or 0)
-            kept[name] = RankStatistics.of(values.s, rank)
-            found[name] = as_tensors(*values.cut(rank), change.shape, scale * rank)
+            rank = lora_math.choose_rank(values.s, largest, options.dynamic_method, options.dynamic_param or 0)
+            kept[name] = lora_math.RankStatistics.of(values.s, rank)
+            found[name] = lora_math.as_tensors(*values.cut(rank), change.shape, scale * rank)
     if not kept:
         raise UserError(f"{options.model} has no LoRA layers")
     return found, kept

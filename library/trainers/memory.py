@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -144,7 +145,8 @@ class Memory:
         most = min(self.most_samples or batch_size, batch_size)
         if most > 1:
             half = -(-most // 2)
-            yield f"batches go through the model {half} samples at a time from now on", lambda: self._limit(half)
+            limit = partial(setattr, self, "most_samples", half)
+            yield f"batches go through the model {half} samples at a time from now on", limit
         more = self._more_blocks()
         if more is not None:
             yield (
@@ -163,9 +165,6 @@ class Memory:
         assert self.recomputation is not None
         self.choice = replace(self.choice, activation_budget=0.0)
         self.recomputation.set_budget(0.0)
-
-    def _limit(self, samples: int) -> None:
-        self.most_samples = samples
 
     def _more_blocks(self) -> int | None:
         """The next number of swapped blocks: a quarter of all more, or the first that saves more; None without one."""

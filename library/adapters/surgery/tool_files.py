@@ -35,11 +35,7 @@ ADVICE = "convert it with convert_lora.py --base_model first"  # where names of 
 
 def dtype_named(precision: str | None) -> torch.dtype | None:
     """The dtype of --save_precision."""
-    if precision is None:
-        return None
-    found = getattr(torch, PRECISIONS[precision])
-    assert isinstance(found, torch.dtype)
-    return found
+    return None if precision is None else getattr(torch, PRECISIONS[precision])
 
 
 def device_named(name: str | None) -> torch.device:

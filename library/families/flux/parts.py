@@ -211,8 +211,7 @@ def rotary_axes(head: int) -> list[int]:
 def build_flux(config: Mapping[str, Any]) -> nn.Module:
     from diffusers import FluxTransformer2DModel
 
-    module: Any = FluxTransformer2DModel.from_config(dict(config))
-    return module
+    return FluxTransformer2DModel.from_config(dict(config))
 
 
 def denoiser_rules(module: nn.Module) -> tuple[Rule, ...]:

@@ -253,8 +253,7 @@ def _text_layout(vocabulary: int, width: int, inner: int) -> dict[str, Any]:
 def build_unet(config: Mapping[str, Any]) -> nn.Module:
     from diffusers import UNet2DConditionModel
 
-    module: Any = UNet2DConditionModel.from_config(dict(config))
-    return module
+    return UNet2DConditionModel.from_config(dict(config))
 
 
 def build_text_encoder(config: Mapping[str, Any]) -> nn.Module:
