@@ -42,7 +42,7 @@ from tests.adapters.lora_samples import (
 
 QKV = "lora_unet_double_blocks_0_img_attn_qkv"
 LINEAR1 = "lora_unet_single_blocks_1_linear1"
-TABLE = {"flux": "flux", "chroma": "flux", "sd3": "sd3", "lumina": "lumina", "sana": "sana"}
+TABLE = {"flux": "flux", "flux2": "flux2", "chroma": "flux", "sd3": "sd3", "lumina": "lumina", "sana": "sana"}
 
 ENCODERS = {  # kohya name -> the same in comfy and in peft
     "flux": {
@@ -78,6 +78,7 @@ ENCODERS = {  # kohya name -> the same in comfy and in peft
         ),
     },
     "chroma": {},
+    "flux2": {},
 }  # fmt: skip
 
 
