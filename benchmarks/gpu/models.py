@@ -27,7 +27,14 @@ from library.io.tensor_file import data_bytes, header_bytes
 from library.weights.loading import build_empty, shipped_config
 from library.weights.weight_files import WeightFile
 from tests.tiny import vocabulary, write_tokenizer
-from tests.tiny_text import gemma2_tokens, t5_pieces, write_gemma2_tokenizer, write_t5_tokenizer
+from tests.tiny_text import (
+    gemma2_tokens,
+    qwen_tokens,
+    t5_pieces,
+    write_gemma2_tokenizer,
+    write_qwen_tokenizer,
+    write_t5_tokenizer,
+)
 
 POOL = 1 << 22  # random numbers that all weights of a device are made of
 WIDE = (32, 32, 32, 32)  # of the autoencoder: eight pixels a latent, as the real one
@@ -40,7 +47,7 @@ WIDE = (32, 32, 32, 32)  # of the autoencoder: eight pixels a latent, as the rea
 class Encoder:
     """A text encoder: which kind, its folder, the folder of its tokenizer, and what it makes."""
 
-    kind: str  # "clip", "clip_projected", "t5", "gemma2"
+    kind: str  # "clip", "clip_projected", "t5", "gemma2", "qwen3"
     folder: str
     tokenizer: str
     width: int
@@ -53,10 +60,13 @@ def _of_diffusers(name: str, config: Mapping[str, Any]) -> nn.Module:
     return load_attribute(f"diffusers:{name}").from_config(dict(config))
 
 
-UNET, FLUX, LUMINA = (
+UNET, FLUX, FLUX2, LUMINA, SANA = (
     functools.partial(_of_diffusers, name)
-    for name in ("UNet2DConditionModel", "FluxTransformer2DModel", "Lumina2Transformer2DModel")
-)
+    for name in (
+        "UNet2DConditionModel", "FluxTransformer2DModel", "Flux2Transformer2DModel", "Lumina2Transformer2DModel",
+        "SanaTransformer2DModel",
+    )
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -88,6 +98,7 @@ def _clip_l(width: int = 32, *, projected: bool = False) -> Encoder:
 
 CLIP_G = Encoder("clip_projected", "text_encoder_2", "tokenizer_2", 1280, 48, is_g=True)
 VAE16 = {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
+DC_BLOCKS, DC_WIDTHS = ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3, [8, 8, 8, 16, 32, 32]
 TINY_UNET = {"block_out_channels": [32, 64], "layers_per_block": 1}
 ARCHITECTURES: dict[str, Architecture] = {
     "sd15": Architecture(
@@ -119,6 +130,19 @@ ARCHITECTURES: dict[str, Architecture] = {
         (_clip_l(), Encoder("t5", "text_encoder_2", "tokenizer_2", 4096, 64)),
         {**VAE16, "scaling_factor": 0.3611, "shift_factor": 0.1159},
     ),
+    "klein4b": Architecture(
+        "flux2", "Flux2KleinPipeline", "transformer", "denoiser", FLUX2,
+        shipped_config("flux2"),
+        {
+            "num_layers": 2, "num_single_layers": 2, "num_attention_heads": 16, "attention_head_dim": 16,
+            "joint_attention_dim": 96, "timestep_guidance_channels": 32, "axes_dims_rope": [4, 4, 4, 4],
+        },
+        (Encoder("qwen3", "text_encoder", "tokenizer", 2560, 32),),
+        {
+            "_class_name": "AutoencoderKLFlux2", "block_out_channels": WIDE, "layers_per_block": 1,
+            "latent_channels": 32,
+        },
+    ),
     "sd35m": Architecture(
         "sd3", "StableDiffusion3Pipeline", "transformer", "denoiser", build_mmdit,
         {
@@ -147,6 +171,23 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         (Encoder("gemma2", "text_encoder", "tokenizer", 2304, 32),),
         {**VAE16, "scaling_factor": 0.3611, "shift_factor": 0.1159},
+    ),
+    "sana": Architecture(
+        "sana", "SanaPipeline", "transformer", "denoiser", SANA,
+        {
+            **shipped_config("sana"), "num_layers": 20, "num_attention_heads": 70, "num_cross_attention_heads": 20,
+            "cross_attention_head_dim": 112, "cross_attention_dim": 2240, "caption_channels": 2304,
+        },
+        {
+            "num_layers": 2, "num_attention_heads": 2, "num_cross_attention_heads": 2, "cross_attention_head_dim": 32,
+            "cross_attention_dim": 64, "caption_channels": 32,
+        },
+        (Encoder("gemma2", "text_encoder", "tokenizer", 2304, 32),),
+        {
+            **shipped_config("sana_vae"), "_class_name": "AutoencoderDC", "attention_head_dim": 8,
+            "encoder_block_types": DC_BLOCKS, "decoder_block_types": DC_BLOCKS,
+            "encoder_block_out_channels": DC_WIDTHS, "decoder_block_out_channels": DC_WIDTHS,
+        },
     ),
 }  # fmt: skip
 
@@ -181,12 +222,14 @@ def write_hole(folder: Path, module: Any) -> None:
 def _vae(settings: Mapping[str, Any]) -> Any:
     from diffusers import AutoencoderKL
 
+    if "_class_name" in settings:
+        return _of_diffusers(settings["_class_name"], settings)
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     return AutoencoderKL(block_out_channels=WIDE, layers_per_block=1, **blocks, **settings)
 
 
 def _write_encoder(folder: Path, encoder: Encoder, width: int) -> None:
-    ways = {"clip": _clip, "clip_projected": _clip, "t5": _t5, "gemma2": _gemma2}
+    ways = {"clip": _clip, "clip_projected": _clip, "t5": _t5, "gemma2": _gemma2, "qwen3": _qwen3}
     ways[encoder.kind](encoder, width, folder / encoder.tokenizer).save_pretrained(folder / encoder.folder)
 
 
@@ -224,6 +267,18 @@ def _gemma2(encoder: Encoder, width: int, tokenizer: Path) -> Any:
         num_attention_heads=2, num_key_value_heads=1, head_dim=16,
     )  # fmt: skip
     return Gemma2Model(config)
+
+
+def _qwen3(encoder: Encoder, width: int, tokenizer: Path) -> Any:
+    """As many layers as FLUX.2 reads."""
+    from transformers import Qwen3Config, Qwen3Model
+
+    write_qwen_tokenizer(tokenizer)
+    config = Qwen3Config(
+        vocab_size=len(qwen_tokens()), hidden_size=width, intermediate_size=32, num_hidden_layers=27,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+    )  # fmt: skip
+    return Qwen3Model(config)
 
 
 # ---- random numbers -------------------------------------------------------------------------------------------------

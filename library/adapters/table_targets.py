@@ -48,13 +48,12 @@ class TableTargets(FamilyTargets):
     denoiser_targets: Callable[[nn.Module], list[TargetSpec]]
     ranks: Callable[[Any, int, list[TargetSpec]], TypeRanks]
     has_t5: bool = False
-
-    fused = True
+    fused: bool = True
 
     @property
     def options(self) -> Mapping[str, type]:
-        own: dict[str, type] = {"blocks": self.rank_options, "split": SplitOptions, "conv": NoConvOptions}
-        return own | ({"t5": T5Options} if self.has_t5 else {})
+        own: dict[str, type] = {"blocks": self.rank_options, "conv": NoConvOptions}
+        return own | ({"split": SplitOptions} if self.fused else {}) | ({"t5": T5Options} if self.has_t5 else {})
 
     @property
     def decided_by_file(self) -> tuple[str, ...]:
@@ -66,7 +65,7 @@ class TableTargets(FamilyTargets):
     def select(self, options: Mapping[str, Any], dim: int, alpha: float, models: AdaptedModels) -> Selection:
         options["conv"].warn()
         asked = "t5" in options and options["t5"].train_t5xxl
-        targets = self._targets(models, split=options["split"].split_qkv, t5=asked)
+        targets = self._targets(models, split=self._splits(options), t5=asked)
         return self._selection(options["blocks"], dim, alpha, targets)
 
     def select_by_blocks(
@@ -82,10 +81,13 @@ class TableTargets(FamilyTargets):
 
     def in_file(self, options: Mapping[str, Any], models: AdaptedModels) -> list[TargetSpec]:
         options["conv"].warn()
-        return self._targets(models, split=options["split"].split_qkv, outside=True)
+        return self._targets(models, split=self._splits(options), outside=True)
 
     def every(self, models: AdaptedModels, *, outside: bool) -> list[TargetSpec]:
         return self._targets(models, outside=outside)
+
+    def _splits(self, options: Mapping[str, Any]) -> bool:
+        return self.fused and options["split"].split_qkv
 
     def _targets(
         self, models: AdaptedModels, *, split: bool = False, t5: bool = True, outside: bool = False
@@ -101,7 +103,10 @@ class TableTargets(FamilyTargets):
 
 
 T5_BLOCKS = frozenset({"T5LayerSelfAttention", "T5LayerFF"})
-GEMMA_BLOCKS = frozenset({"Gemma2Attention", "Gemma2MLP"})
+# Class of a language model -> those of the blocks of its layers
+LANGUAGE_BLOCKS = {
+    f"{kind}Model": frozenset({f"{kind}Attention", f"{kind}MLP"}) for kind in ("Gemma2", "Qwen3", "Mistral")
+}
 
 
 def count(model: nn.Module | None, path: str) -> int:
@@ -140,7 +145,7 @@ def _halves_swapped(module: TargetModule) -> tuple[TargetModule, TargetModule]:
 
 
 def text_targets(encoders: Sequence[nn.Module | None], *, t5: bool = True, outside: bool = False) -> list[TargetSpec]:
-    """Attention and feed-forward layers of CLIP, T5 and Gemma 2; the class of an encoder decides their names.
+    """Attention and feed-forward layers of CLIP, T5 and language models; the class of an encoder decides their names.
 
     encoders: in the order of the learning rates, None where one gets no adapters. t5: include T5. outside: include
     CLIP's layers outside of its blocks: the projection.
@@ -152,8 +157,8 @@ def text_targets(encoders: Sequence[nn.Module | None], *, t5: bool = True, outsi
             continue
         if kind == "T5EncoderModel":
             found += encoder_targets(encoder, f"{ENCODER_PREFIX}3", T5_BLOCKS, index)
-        elif kind == "Gemma2Model":
-            found += encoder_targets(encoder, ENCODER_PREFIX, GEMMA_BLOCKS, index)
+        elif kind in LANGUAGE_BLOCKS:
+            found += encoder_targets(encoder, ENCODER_PREFIX, LANGUAGE_BLOCKS[kind], index)
         else:
             number = 2 if index == 1 or _is_clip_g_alone(encoder, encoders) else 1
             found += encoder_targets(

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from library.families.chroma import SHEET as CHROMA
 from library.families.flux import SHEET as FLUX
+from library.families.flux2 import SHEET as FLUX2
 from library.families.lumina import SHEET as LUMINA
+from library.families.sana import SHEET as SANA
 from library.families.sd import SHEET as SD
 from library.families.sd3 import SHEET as SD3
 from library.families.sdxl import SHEET as SDXL
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from library.families.family import ModelFamily
 
 # An architecture whose files have marks of another one as well stands behind that one.
-FAMILIES: dict[str, Sheet] = {sheet.name: sheet for sheet in (SD, SDXL, FLUX, CHROMA, LUMINA, SD3)}
+FAMILIES: dict[str, Sheet] = {sheet.name: sheet for sheet in (SD, SDXL, FLUX, CHROMA, FLUX2, LUMINA, SD3, SANA)}
 
 
 def with_scripts() -> dict[str, Sheet]:
@@ -47,9 +49,7 @@ def chosen(sheet: Sheet, options: Any) -> Sheet:
 
 def family_class(sheet: Sheet) -> type[ModelFamily]:
     """The class of a family. Imports torch."""
-    module, name = sheet.path.split(":")
-    found: type[ModelFamily] = getattr(importlib.import_module(module), name)
-    return found
+    return pkgutil.resolve_name(sheet.path)
 
 
 def open_family(sheet: Sheet, options: Any) -> ModelFamily:

@@ -13,7 +13,7 @@ from dataclasses import fields
 from library.data.columns import columns_of
 from library.data.dataset import TrainingData
 from library.data.parts import DatasetStats
-from library.data.records import DatasetConfig, Sample, SubsetConfig
+from library.data.records import DatasetConfig, Sample
 from library.families.sheet import ModelFacts
 from library.io.metadata import (
     VERSION,
@@ -60,15 +60,13 @@ class FileHashes:
 
 def subset_facts(config: DatasetConfig, samples: Sequence[Sample]) -> tuple[SubsetFacts, ...]:
     """The facts of each subset of a dataset."""
-    columns = columns_of(samples)
+    columns, found = columns_of(samples), []
     counts = {id(subset): count for subset, count in zip(columns.subsets, columns.counts())}
-    return tuple(_subset_facts(subset, counts.get(id(subset), 0)) for subset in config.subsets)
-
-
-def _subset_facts(subset: SubsetConfig, img_count: int) -> SubsetFacts:
-    settings = {**vars(subset.captions), **vars(subset.images), **vars(subset)}
-    same = {f.name: settings[f.name] for f in fields(SubsetFacts) if f.name in settings}
-    return SubsetFacts(source=subset.name, img_count=img_count, **same)
+    for subset in config.subsets:
+        settings = {**vars(subset.captions), **vars(subset.images), **vars(subset)}
+        same = {f.name: settings[f.name] for f in fields(SubsetFacts) if f.name in settings}
+        found.append(SubsetFacts(source=subset.name, img_count=counts.get(id(subset), 0), **same))
+    return tuple(found)
 
 
 def tag_frequency(trained: Iterable[Sample], texts: Callable[[Sample], Sequence[str]]) -> dict[str, dict[str, int]]:

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from library.families.flux.names import flux_names
+from library.families.flux2.names import flux2_names
 from library.families.lumina.names import lumina_names
+from library.families.sana.adapter_names import sana_layers
 from library.families.sd.names import unet_rules
 from library.families.sd3.names import sd3_names
 from library.key_tables import SWAP_HALVES, ModuleName, named
@@ -35,8 +37,8 @@ class Sample:
     part: str = "transformer"
 
     def layers(self) -> Iterator[tuple[ModuleName, list[nn.Module]]]:
-        """Published layers with their modules, Linear layers and convolutions only."""
-        modules = dict(self.model.named_modules())
+        """Published layers with their modules, Linear layers and convolutions over all channels only."""
+        modules = {path: m for path, m in self.model.named_modules() if getattr(m, "groups", 1) == 1}
         for name in self.names:
             own = [modules.get(path) for path in name.ours]
             if all(isinstance(module, (nn.Linear, nn.Conv2d)) for module in own):
@@ -83,6 +85,33 @@ def flux(double: int = 2, single: int = 2, heads: int = 2, head_dim: int = 16) -
         ).sample  # fmt: skip
 
     return Sample(model, flux_names(double, single), run)
+
+
+def flux2(double: int = 2, single: int = 2, heads: int = 2, head_dim: int = 16, guidance: bool = True) -> Sample:
+    from diffusers import Flux2Transformer2DModel
+
+    model = frozen(
+        lambda: Flux2Transformer2DModel(
+            in_channels=128,
+            num_layers=double,
+            num_single_layers=single,
+            attention_head_dim=head_dim,
+            num_attention_heads=heads,
+            joint_attention_dim=48,
+            timestep_guidance_channels=16,
+            guidance_embeds=guidance,
+            axes_dims_rope=(head_dim // 4,) * 4,
+        )
+    )
+
+    def run(transformer: nn.Module) -> Tensor:
+        return transformer(
+            hidden_states=noise(1, 6, 128), encoder_hidden_states=noise(1, 3, 48, seed=1),
+            timestep=torch.tensor([0.4]), guidance=torch.tensor([3.5]) if guidance else None,
+            img_ids=torch.arange(24.0).reshape(6, 4), txt_ids=torch.zeros(3, 4),
+        ).sample  # fmt: skip
+
+    return Sample(model, flux2_names(double, single), run)
 
 
 def chroma() -> Sample:
@@ -161,6 +190,31 @@ def lumina(hidden: int = 48, layers: int = 2, refiners: int = 1, **changes: Any)
     return Sample(model, lumina_names(layers, refiners), run)
 
 
+def sana() -> Sample:
+    from diffusers import SanaTransformer2DModel
+
+    model = frozen(
+        lambda: SanaTransformer2DModel(
+            num_attention_heads=2,
+            attention_head_dim=8,
+            num_layers=2,
+            num_cross_attention_heads=2,
+            cross_attention_head_dim=8,
+            cross_attention_dim=16,
+            caption_channels=32,
+            qk_norm="rms_norm_across_heads",
+        )
+    )
+
+    def run(transformer: nn.Module) -> Tensor:
+        return transformer(
+            hidden_states=noise(1, 32, 4, 4), encoder_hidden_states=noise(1, 5, 32, seed=1),
+            timestep=torch.tensor([400.0]),
+        ).sample  # fmt: skip
+
+    return Sample(model, sana_layers(2), run)
+
+
 def sd_unet(version: str) -> dict[str, str]:
     """Path in diffusers -> published path of every layer of the real U-Net (built without weights)."""
     from diffusers import UNet2DConditionModel
@@ -172,7 +226,14 @@ def sd_unet(version: str) -> dict[str, str]:
     return {rule.ours[0].removesuffix(".weight"): rule.published.removesuffix(".weight") for rule in rules}
 
 
-SAMPLES: dict[str, Callable[[], Sample]] = {"flux": flux, "chroma": chroma, "sd3": sd3, "lumina": lumina}
+SAMPLES: dict[str, Callable[[], Sample]] = {
+    "flux": flux,
+    "flux2": flux2,
+    "chroma": chroma,
+    "sd3": sd3,
+    "lumina": lumina,
+    "sana": sana,
+}
 
 
 # ---- adapters -----------------------------------------------------------------------------------------------------

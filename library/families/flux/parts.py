@@ -16,11 +16,12 @@ from typing import Any
 from torch import nn
 
 from library.errors import UserError
-from library.families.detect import PREFIXES, architecture, foreign_file, foreign_pipeline, pipeline_architecture
+from library.families.detect import PREFIXES
 from library.families.family import ModelParts
 from library.families.flux.names import flux_names
 from library.families.flux.options import FluxOptions
 from library.families.flux.patches import keep_time_exact
+from library.families.own_files import require_own_file, require_own_folder
 from library.key_tables import Rule, Shapes, expand
 from library.weights import kl_vae
 from library.weights.loading import PIPELINE_FILES, Part, locate, own_names, part_file, read_json, shipped_config
@@ -31,6 +32,7 @@ from library.weights.weight_files import WeightFile, open_weights
 CLIP, T5 = "clip_l", "t5xxl"  # names of the text encoders
 LATENT_TOKEN = 64  # numbers of a token: 2 x 2 latent pixels of 16 channels
 PUBLISHED_DEPTHS = {3072: {"num_layers": 19, "num_single_layers": 38}}  # of FLUX.1 and of Chroma
+VAE_ANSWER = {"vae": "a VAE, not a checkpoint: it belongs to --ae"}
 WEIGHTS = "diffusion_pytorch_model*.safetensors"  # of a repository that is a transformer only
 
 
@@ -72,12 +74,15 @@ class Design:
     family: str  # in library.families.registry; also the configuration in configs/models
     what: str  # its denoiser, for messages
     build: Callable[[Mapping[str, Any]], nn.Module]
+    rules: Callable[[nn.Module], tuple[Rule, ...]]  # its published names
     patch: Callable[[nn.Module], None]
     # the part of the config that is its own and that the shapes tell
     sizes: Callable[[Shapes, Layout], dict[str, Any]]
     encoders: Mapping[str, Source]
     answers: Mapping[str, str] = field(default_factory=dict)  # what to say of the files of another family
     extras: tuple[str, ...] = ()  # as in `Part`
+    depths: Mapping[int, Mapping[str, int]] = field(default_factory=lambda: PUBLISHED_DEPTHS)  # ... published_depths
+    token: int = LATENT_TOKEN
 
 
 def open_parts(options: FluxOptions, design: Design) -> FluxParts:
@@ -145,44 +150,27 @@ def open_denoiser(path: Path, design: Design) -> tuple[Part, dict[str, Any]]:
     """The denoiser of a file or a folder, and its configuration."""
     folder = path / "transformer" if (path / "transformer").is_dir() else path
     own: dict[str, Any] = {}
+    answers = {**VAE_ANSWER, **design.answers}
     if path.is_dir():
-        _check_pipeline(path, design)
+        require_own_folder(path, design.family, answers)
         own = read_json(folder / "config.json")
     file = part_file(folder) if path.is_dir() else open_weights(path)
-    _check_file(file, design)
+    require_own_file(file, design.family, answers)
     prefix, names = _layout_of(file)
     with reading_sizes(file.path, prefix):
         found = below(file.shapes, prefix)
         config = {**shipped_config(design.family), **sizes(found, names), **design.sizes(found, names), **own}
-    if config["in_channels"] != LATENT_TOKEN:
+    if config["in_channels"] != design.token:
         raise UserError(
             f"{file.path} is a fill, control or edit model ({config['in_channels']} numbers per token, not "
-            f"{LATENT_TOKEN}): it cannot be trained here"
+            f"{design.token}): it cannot be trained here"
         )
-    rules = own_names if names is DIFFUSERS else denoiser_rules
+    rules = own_names if names is DIFFUSERS else design.rules
     part = Part(
         design.what, file, prefix, partial(design.build, config), rules,
-        finish=design.patch, extras=design.extras, published_depths=PUBLISHED_DEPTHS,
+        finish=design.patch, extras=design.extras, published_depths=design.depths,
     )  # fmt: skip
     return part, config
-
-
-def _check_pipeline(path: Path, design: Design) -> None:
-    index = path / "model_index.json"
-    name = str(read_json(index).get("_class_name", "")) if index.is_file() else ""
-    kind = pipeline_architecture(name)
-    _refuse(path, foreign_pipeline(name, design.family), design.answers.get(kind.name) if kind else None)
-
-
-def _check_file(file: WeightFile, design: Design) -> None:
-    kind = architecture(file.shapes)
-    _refuse(file.path, foreign_file(file.shapes, design.family), design.answers.get(kind.name) if kind else None)
-
-
-def _refuse(path: Path, foreign: str | None, answer: str | None) -> None:
-    """Raises UserError when a file is `foreign`. answer: what is said instead."""
-    if foreign:
-        raise UserError(f"{path} is {answer or foreign.replace('--vae', '--ae')}")
 
 
 def _layout_of(file: WeightFile) -> tuple[str, Layout]:
@@ -226,8 +214,7 @@ def rotary_axes(head: int) -> list[int]:
 def build_flux(config: Mapping[str, Any]) -> nn.Module:
     from diffusers import FluxTransformer2DModel
 
-    module: Any = FluxTransformer2DModel.from_config(dict(config))
-    return module
+    return FluxTransformer2DModel.from_config(dict(config))
 
 
 def denoiser_rules(module: nn.Module) -> tuple[Rule, ...]:
@@ -241,6 +228,7 @@ FLUX = Design(
     "flux",
     "FLUX.1 transformer",
     build_flux,
+    denoiser_rules,
     keep_time_exact,
     flux_sizes,
     encoders={CLIP: CLIP_SOURCE, T5: T5_SOURCE},

@@ -17,7 +17,8 @@ from library.adapters.options import block_ranges, rank_list
 from library.adapters.table_targets import TableTargets, count, table_targets
 from library.adapters.target_spec import TargetSpec
 from library.adapters.targets import AdaptedModels, Selection, Targets
-from library.adapters.type_ranks import TypeRanks, check_blocks, raise_problems, short_name
+from library.adapters.type_ranks import TypeRanks, check_blocks, short_name
+from library.errors import raise_problems
 from library.families.flux.adapter_names import DOUBLE, SINGLE
 from library.families.flux.names import flux_names
 from library.options import at_least, option
@@ -85,8 +86,19 @@ def denoiser_targets(model: nn.Module) -> list[TargetSpec]:
     return table_targets(names, model)
 
 
-def rank_rules(options: FluxRankOptions, dim: int, targets: list[TargetSpec]) -> TypeRanks:
-    """The ranks that the options ask for. Raises UserError for blocks that the model does not have."""
+def rank_rules(
+    options: Any,
+    dim: int,
+    targets: list[TargetSpec],
+    *,
+    types: Mapping[str, tuple[str, ...]] = TYPES,
+    inputs: tuple[str, ...] = INPUTS,
+) -> TypeRanks:
+    """The ranks that the options ask for. Raises UserError for blocks that the model does not have.
+
+    options: FluxRankOptions or alike. types: those among them that are ranks by words of a name. inputs: those of
+    in_dims.
+    """
     blocks = {DOUBLE: options.train_double_block_indices, SINGLE: options.train_single_block_indices}
     raise_problems(
         line
@@ -96,8 +108,8 @@ def rank_rules(options: FluxRankOptions, dim: int, targets: list[TargetSpec]) ->
     return TypeRanks(
         dim,
         KINDS[options.train_blocks or "all"],
-        types=tuple((words, getattr(options, name)) for name, words in TYPES.items()),
-        outside=dict(zip(INPUTS, options.in_dims or ())),
+        types=tuple((words, getattr(options, name)) for name, words in types.items()),
+        outside=dict(zip(inputs, options.in_dims or ())),
         blocks=blocks,
     )
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from library.adapters.foreign.plugin_network import foreign_error
 from library.adapters.formats.conversion import read_adapter
 from library.adapters.formats.recognition import parse
 from library.adapters.layer_network import encoder_rate
-from library.errors import UserError, retold
+from library.errors import UserError, raise_problems, retold
 from library.families.adapters import adapter_tables, load_network_module, tables_of
 from library.families.registry import misfit
 from library.io.metadata import NetworkFacts
@@ -41,7 +42,7 @@ class NetworkMethod(Method[NetworkTrainerOptions]):
         return foreign_error(self.network_module, error)
 
     def checks(self) -> list[Callable[[], None]]:
-        return [self.check_module, self.check_control, self.check_files, self.check_caches]
+        return [self.check_module, self.check_encoders, self.check_control, self.check_files, self.check_caches]
 
     def check_module(self) -> None:
         """The network module is for these models, can be imported and knows the --network_args."""
@@ -53,8 +54,7 @@ class NetworkMethod(Method[NetworkTrainerOptions]):
             load_network_module(self.network_module).check_arguments(self.network_args)
         except UserError as error:
             problems += error.problems
-        if problems:
-            raise UserError(problems)
+        raise_problems(problems)
 
     def rank_problems(self) -> list[str]:
         """A rank that no layer of the denoiser has room for. In third-party modules and LoKr it asks for full ones."""
@@ -71,12 +71,22 @@ class NetworkMethod(Method[NetworkTrainerOptions]):
             return []
         return [f"--network_dim {dim}: no layer of the denoiser is wider than {widest}, and a higher rank adds nothing"]
 
+    def check_encoders(self) -> None:
+        """Options of text encoders have one that may learn."""
+        asked = self.family.sheet.asked_encoders
+        if any(asked.get(name) != "" for name in self.family.encoders):
+            return
+        if self.options.network.network_train_text_encoder_only:
+            raise UserError("--network_train_text_encoder_only: the text encoder of this model is never trained here")
+        if self.options.network.text_encoder_lr:
+            log.warning("--text_encoder_lr: no effect, the text encoder of this model is never trained here")
+
     def check_control(self) -> None:
         """A network that looks at control images changes no weights, and its keys have one form."""
         options = self.options.network
         names = ("base_weights", "scale_weight_norms", "network_train_text_encoder_only")
         given = [f"--{name}" for name in names if vars(options)[name]]
-        given += ["--lora_format"] if options.lora_format != "kohya" else []
+        given += ["--lora_format"] if options.lora_format not in (None, "kohya") else []
         if self.conditioned and given:
             raise UserError(f"{name} has no meaning with --network_module {self.network_module}" for name in given)
 
@@ -97,13 +107,15 @@ class NetworkMethod(Method[NetworkTrainerOptions]):
             except UserError as error:
                 problems += error.problems
                 continue
+            with suppress(UserError):  # `family.check` says what is wrong with the model
+                if problem := self.family.adapter_problem(names):
+                    problems.append(f"{flag} {file} {problem}")
             if flag == "--base_weights" and any(name.startswith(prefixes) for name in names):
                 problems.append(
                     f"--base_weights {file} changes the text encoder, whose outputs are cached without it: "
                     "leave out --cache_text_encoder_outputs"
                 )
-        if problems:
-            raise UserError(problems)
+        raise_problems(problems)
 
     def read_adapter(self, flag: str, file: str) -> dict[str, Tensor]:
         """An adapter file for this run's model, with kohya keys. Raises UserError naming option and file."""
@@ -176,7 +188,8 @@ class NetworkMethod(Method[NetworkTrainerOptions]):
         )
         if not groups:
             raise UserError("nothing learns: all learning rates are 0 (--learning_rate, --unet_lr, --text_encoder_lr)")
-        file = NetworkFile(network, self.options, self.family.table_name, conditioned=learning.conditioned)
+        usual = self.family.sheet.lora_format
+        file = NetworkFile(network, self.options, self.family.table_name, usual, conditioned=learning.conditioned)
         return Trainables(
             module=network,
             groups=groups,
@@ -224,8 +237,7 @@ class NetworkMethod(Method[NetworkTrainerOptions]):
             elif not changed and (asked or DENOISER not in parts):
                 problems.append(f"--network_module {line}, which {'is asked for' if asked else 'alone learns'}")
             log.info(line)
-        if problems:
-            raise UserError(problems)
+        raise_problems(problems)
 
     def check_moved_weights(self, network: AdapterNetwork, models: Models, choice: MemoryChoice) -> None:
         """No adapter reads weights while they are in main memory. Raises UserError."""
@@ -237,8 +249,7 @@ class NetworkMethod(Method[NetworkTrainerOptions]):
             )
         if choice.blocks_to_swap and network.reads_between_steps():
             problems.append("--blocks_to_swap: ggpo_sigma and ggpo_beta read all weights after each step; leave it out")
-        if problems:
-            raise UserError(problems)
+        raise_problems(problems)
 
     def create_network(self, models: Models) -> AdapterNetwork:
         """A new network; with --dim_from_weights that of the file."""
