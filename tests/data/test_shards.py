@@ -27,6 +27,7 @@ from library.data.shards import indexing
 from library.data.shards.index import IndexBuilder, PictureRow, read_index
 from library.data.shards.patterns import expand, local_files
 from library.errors import UserError
+from tests.damage import damaged_copies
 from tests.shard_files import OLD, parquet_of, png, write_parquet, write_tar
 from tests.trainers.helpers import make_pictures
 
@@ -395,3 +396,20 @@ def test_samples_of_shards_take_no_memory_each(tmp_path: Path) -> None:
     assert len(pickle.dumps(found.samples)) < 1000 * shards
     assert jobs[12_345].sample == found.samples[12_345] and not jobs[12_345].flipped
     assert found.samples[12_345].caption == "a caption of some words, number 2345"
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_damaged_files_end_in_lines(kind: str, tmp_path: Path) -> None:
+    if kind == "parquet":
+        pytest.importorskip("pyarrow")
+        columns = {"image": [png(k) for k in range(1, 5)], "text": list("abcd")}
+        whole = write_parquet(tmp_path / "x", columns).read_bytes()
+    else:
+        whole = write_tar(tmp_path / "x", FILES).read_bytes()
+    good = 0
+    for data in damaged_copies(whole, 80, kind):
+        (tmp_path / "x").write_bytes(data)
+        found = scanned(tmp_path / "x") if kind == "tar" else parquet_scan(tmp_path / "x")
+        assert all(line.startswith(str(tmp_path / "x")) and "\n" not in line for line in found.problems)
+        good += not found.problems and len(list(found.samples)) > 0
+    assert good < 40
