@@ -279,7 +279,7 @@ def test_all_files_and_arguments_at_once(base: dict[str, Any], pictures: Path, t
         f"{table}: datasets[0]: unknown key 'batch_sise'. Did you mean 'batch_size'?",
         f"{table}: datasets[0].subsets[0]: caption_dropout_rate must be between 0 and 1, got 2.0",
         f"{table}: datasets[0].subsets[0]: resolution cannot stand here; it belongs in [general] or [[datasets]]",
-        f"{table}: datasets[0].subsets[1]: image_dir is missing (or metadata_file)",
+        f"{table}: datasets[0].subsets[1]: image_dir is missing (or metadata_file, shards or parquet)",
         f"{table}: datasets[0].subsets[2]: image_dir {almost} does not exist. Did you mean {pictures}?",
     ]
 
