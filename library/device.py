@@ -117,7 +117,14 @@ def check_launch(*, deepspeed: bool) -> None:
     asked = [kind for name, kind in LAUNCH_KINDS.items() if os.environ.get(name, "").lower() in ("true", "1")]
     if "DeepSpeed" in asked and deepspeed:
         asked.remove("DeepSpeed")
-    problems = [
+    problems = []
+    if "FSDP" in asked:
+        asked.remove("FSDP")
+        problems.append(
+            "accelerate's configuration asks for FSDP: answer no to it in `accelerate config`, and give --shard_base, "
+            "which splits the weights between the processes"
+        )
+    problems += [
         f"accelerate's configuration asks for {kind}{' and --deepspeed is not given' if kind == 'DeepSpeed' else ''}: "
         "several GPUs train with copies of the model here; start with `accelerate launch --multi_gpu`, or with one "
         "process, or answer no to it in `accelerate config`"

@@ -89,6 +89,8 @@ class Trainables:
     base_model: Callable[[], AbstractContextManager[Any]] = nullcontext  # inside it the models are untrained
     reads_weights: Callable[[Sequence[nn.Module]], bool] = lambda modules: False  # in a pass, other than by calling
     reads_between_steps: bool = False  # looks at the models' weights after each step
+    # modules that do not learn and whose weights the next save reads
+    read_by_save: Callable[[], Sequence[nn.Module]] = tuple
 
     def parameters(self) -> list[nn.Parameter]:
         """Every weight of the optimizer's groups."""

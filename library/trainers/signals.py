@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from library.device import HostCopy
 from library.errors import EXIT_AT_ONCE, EXIT_STOPPED, ProcessDied
+from library.stopping import StopRequest
 
-__all__ = ["EXIT_AT_ONCE", "EXIT_STOPPED", "OtherProcessDied", "StopVote", "exchanging"]
+__all__ = ["EXIT_AT_ONCE", "EXIT_STOPPED", "OtherProcessDied", "StopVote", "agreed", "exchanging"]
 
 # what gloo and NCCL say where the process at the other end is gone
 GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
@@ -62,3 +63,9 @@ class StopVote:
         vote = torch.full((), float(requested), device=self.device)
         torch.distributed.all_reduce(vote)
         return vote
+
+
+def agreed(stop: StopRequest, device: torch.device, *, processes: int) -> Callable[[], bool]:
+    """Whether any process was asked to stop, to be called in all of them alike. The host waits for the device."""
+    vote = StopVote(device, processes=processes)
+    return lambda: vote.at_once(stop.requested)

@@ -80,7 +80,8 @@ class Trainer:
         """
         trainables = self.running.trainables
         self.running.memory.home()
-        with self.running.updates.averaged(), self.running.port.whole([trainables.module]):
+        modules = [trainables.module, *trainables.read_by_save()]
+        with self.running.updates.averaged(), self.running.port.whole(modules):
             if self.processes.is_main:
                 require_present(dict(trainables.module.named_parameters()), path)
                 trainables.write(path, self.metadata(), self.position)

@@ -22,6 +22,7 @@ from library.optim.ema import Ema
 from library.optim.flat import FlatParameters
 from library.optim.in_backward import InBackward
 from library.optim.optimizers import OptimizerChoice
+from library.optim.replicas import Replicas
 from library.optim.schedulers import build_scheduler
 from library.planner.optimizer_memory import appetite
 from library.trainers.options import TrainerOptions
@@ -34,13 +35,18 @@ class Updates:
 
     def __init__(
         self, options: TrainerOptions, choice: OptimizerChoice, trainables: Trainables, module: StepModule,
-        accelerator: Accelerator, *, total_steps: int, seed: int,
+        accelerator: Accelerator, *, total_steps: int, seed: int, sharded: bool = False,
     ) -> None:  # fmt: skip
-        """module: of the run; `model` is how accelerate wraps it, and what a pass has to call from now on."""
+        """module: of the run; `model` is how accelerate wraps it, and what a pass has to call from now on.
+
+        sharded: some weights of `module` are split over processes, which DistributedDataParallel cannot surround.
+        """
         self.options, self.choice, self.trainables, self.accelerator = options, choice, trainables, accelerator
         joined = choice.row.elementwise and trainables.flat and not options.distributed.deepspeed
         self.flat = FlatParameters(trainables.groups) if joined else None
-        self.exchanged = self.flat if accelerator.num_processes > 1 else None  # gradients that are averaged here
+        self.exchanged: FlatParameters | Replicas | None = None  # whose gradients are averaged here
+        if accelerator.num_processes > 1:
+            self.exchanged = self.flat or (Replicas(trainables.parameters()) if sharded else None)
         if self.exchanged is not None:
             self.exchanged.broadcast_weights()
         groups = self.flat.param_groups if self.flat else trainables.groups
@@ -52,12 +58,13 @@ class Updates:
         self._has_states = False
         decay = options.ema.ema_decay
         self.ema = Ema(trainables.parameters(), decay, self.flat) if decay is not None else None
-        self.model, self.optimizer = self._wrapped(module)
+        self.model, self.optimizer = self._wrapped(module, exchanges=self.flat is None and not sharded)
         self.scheduler = build_scheduler(options.scheduler, self.optim, total_steps=total_steps)
         self.optim.train_mode()
 
-    def _wrapped(self, module: StepModule) -> tuple[nn.Module, AcceleratedOptimizer]:
-        if self.flat is not None:  # "evaluation": not for DDP, which would put its own gradients in place of the views
+    def _wrapped(self, module: StepModule, *, exchanges: bool) -> tuple[nn.Module, AcceleratedOptimizer]:
+        """exchanges: whether the wrapper is to exchange gradients."""
+        if not exchanges:  # "evaluation": not for DDP, which would put its own gradients in place of the views
             model = self.accelerator.prepare_model(module, device_placement=False, evaluation_mode=True)
             return model, self.accelerator.prepare_optimizer(self.optim.optimizer)
         frozen = [name for name, p in module.named_parameters() if not p.requires_grad]

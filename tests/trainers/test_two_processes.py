@@ -76,7 +76,7 @@ def pairs(sd1: Path, data: Path, ground: Path) -> Path:
     assert make_trainer(options("joined", sd1, data, folder / "one", **one)).run() == 0
     two = {"resume": folder / "one/x-state", "save_state": True}
     jobs["joined, resumed"] = child.Job(options("joined", sd1, data, folder / "two", **two), False, ports[-1])
-    both = [child.start(child.runs_of_two, rank, jobs, folder) for rank in (0, 1)]
+    both = [child.start(child.runs_together, rank, jobs, folder) for rank in (0, 1)]
     codes = [child.exit_code(process, seconds=300) for process in both]
     assert codes == [0, 0], (folder / "0.log").read_text(encoding="utf-8")[-3000:]
     return folder

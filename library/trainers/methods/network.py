@@ -196,6 +196,7 @@ class NetworkMethod(Method[NetworkTrainerOptions]):
             base_model=network.disabled,
             reads_weights=network.reads_weights,
             reads_between_steps=network.reads_between_steps(),
+            read_by_save=file.reads,
         )
 
     def load_weights(self, network: AdapterNetwork) -> None:
