@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -120,6 +121,7 @@ def runs_together(rank: int, jobs: Mapping[str, Job], folder: Path, world: int =
     torch.set_num_threads(1)
     settle()
     redirect(folder / f"{rank}.log")
+    logging.basicConfig(level=logging.INFO)
     for name, job in jobs.items():
         meet(rank, job.port, world)
         trainer = (make_finetune if job.full else make_trainer)(job.values, family=job.family)

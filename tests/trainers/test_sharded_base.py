@@ -6,16 +6,19 @@ The processes are started once and do all runs one after the other: starting the
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from library.errors import UserError
 from library.io.state import load_state
 from tests.families import CASES
 from tests.trainers import child
@@ -54,6 +57,15 @@ def models(ground: Path) -> Mapping[str, dict[str, Any]]:
     return {row: {**CASES[row].make(ground / f"sharded {row}"), **CASES[row].options} for row in rows}
 
 
+@pytest.fixture(scope="module")
+def shown(data: Path, ground: Path) -> dict[str, Any]:
+    """Options with which a run validates, and makes previews before and after."""
+    held_out = write_dataset(ground / "held out.toml", subset(ground / "sharded"), batch_size=1, validation_split=0.4)
+    (ground / "prompts.txt").write_text("a cat --w 64 --h 64 --s 2 --d 1\na dog --w 64 --h 64 --s 1 --d 2\n")
+    previews = {"sample_prompts": ground / "prompts.txt", "sample_at_first": True, "sample_every_n_steps": STEPS}
+    return {"dataset_config": held_out, **previews}
+
+
 def options(name: str, models: Mapping[str, dict[str, Any]], data: Path, folder: Path, **own: Any) -> dict[str, Any]:
     row, values = RUNS[name]
     given = {"dataset_config": data, "output_dir": folder, "max_train_steps": STEPS}
@@ -61,16 +73,19 @@ def options(name: str, models: Mapping[str, dict[str, Any]], data: Path, folder:
 
 
 @pytest.fixture(scope="module")
-def pairs(models: Mapping[str, dict[str, Any]], data: Path, ground: Path) -> Path:
+def pairs(models: Mapping[str, dict[str, Any]], data: Path, shown: dict[str, Any], ground: Path) -> Path:
     """A folder with what each process has at the end of each run, and with the folders of the runs."""
     folder = ground / "sharded pairs"
     folder.mkdir()
-    jobs = {
-        name: child.Job(
-            options(name, models, data, folder / name, shard_base=True), False, port, CASES[RUNS[name][0]].family
-        )
-        for name, port in zip(RUNS, child.free_ports(len(RUNS)))
-    }
+    one = options("flux", models, data, folder / "one", gradient_accumulation_steps=2, max_train_steps=1)
+    assert make_trainer(one, family="flux").run() == 0
+    asked = {name: (name, {}) for name in RUNS}
+    asked["shown"] = "flux", shown
+    asked["resumed"] = "flux", {"resume": folder / "one/x-state"}
+    jobs = {}
+    for (job, (name, own)), port in zip(asked.items(), child.free_ports(len(asked))):
+        values = options(name, models, data, folder / job, shard_base=True, **own)
+        jobs[job] = child.Job(values, False, port, CASES[RUNS[name][0]].family)
     both = [child.start(child.runs_together, rank, jobs, folder) for rank in (0, 1)]
     codes = [child.exit_code(process, seconds=300) for process in both]
     assert codes == [0, 0], (folder / "0.log").read_text(encoding="utf-8")[-3000:]
@@ -78,10 +93,10 @@ def pairs(models: Mapping[str, dict[str, Any]], data: Path, ground: Path) -> Pat
 
 
 def alone(
-    name: str, models: Mapping[str, dict[str, Any]], data: Path, folder: Path, first: dict[str, Tensor]
+    name: str, models: Mapping[str, dict[str, Any]], data: Path, folder: Path, first: dict[str, Tensor], **own: Any
 ) -> Recorded:
     """The same run by one process, which makes as many batches a step. first: gets the weights before."""
-    values = options(name, models, data, folder, gradient_accumulation_steps=2)
+    values = options(name, models, data, folder, gradient_accumulation_steps=2, **own)
     trainer = make_trainer(values, family=CASES[RUNS[name][0]].family)
 
     def before(trainer: Recorded) -> None:
@@ -109,8 +124,7 @@ def test_two_halves_learn_what_a_whole_does(
     for rank in (0, 1):
         found, facts = read(pairs / f"{name} {rank}.safetensors")
         torch.testing.assert_close(found.pop("losses"), losses, rtol=1e-5, atol=0)
-        norms = found.pop("norms")
-        print(name, facts["bytes"], whole, distance(found, after), distance(after, first), norms)
+        found.pop("norms")
         if name in ANOTHER_SUM:
             assert distance(found, after) < 1e-4 * distance(after, first)
         else:
@@ -124,3 +138,52 @@ def test_two_halves_learn_what_a_whole_does(
 
 def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     return float(torch.stack([torch.linalg.vector_norm(one[name] - other[name]) for name in one]).norm())
+
+
+def test_all_validate_and_preview_and_one_writes(
+    models: Mapping[str, dict[str, Any]], data: Path, shown: dict[str, Any], pairs: Path, tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    caplog.set_level(logging.INFO, logger="trainyard")
+    alone("flux", models, data, tmp_path, {}, **shown)
+    assert differing(load_file(pairs / "shown/x.safetensors"), load_file(tmp_path / "x.safetensors")) == []
+    (line,) = [record.message for record in caplog.records if record.message.startswith("validation loss")]
+    assert line in (pairs / "0.log").read_text(encoding="utf-8")
+    own, theirs = (sorted((folder / "sample").glob("*.png")) for folder in (tmp_path, pairs / "shown"))
+    assert len(own) == len(theirs) == 2 * 2 + 1  # two prompts at two times, and the sheet of both
+    assert all(Image.open(a).tobytes() == Image.open(b).tobytes() for a, b in zip(own, theirs))
+
+
+def test_a_state_goes_on_with_another_number_of_processes(
+    models: Mapping[str, dict[str, Any]], data: Path, pairs: Path, tmp_path: Path
+) -> None:
+    """One step of one process, one of two, and one of one again: what one process learns in all of them."""
+    more = {"max_train_steps": STEPS + 1}
+    alone("flux", models, data, tmp_path / "last", {}, resume=pairs / "resumed/x-state", **more)
+    alone("flux", models, data, tmp_path / "whole", {}, **more)
+    last, whole = (load_state(tmp_path / folder / "x-state") for folder in ("last", "whole"))
+    for part in ("weights", "optimizer", "ema", "losses", "batch"):
+        assert differing(getattr(last, part), getattr(whole, part)) == [], part
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "swap": ({"blocks_to_swap": 1}, r"--shard_base does not work with --blocks_to_swap"),
+    "offload": (
+        {"cpu_offload_checkpointing": True, "gradient_checkpointing": True},
+        "--shard_base does not work with --cpu_offload_checkpointing",
+    ),
+    "hoist": ({"hoist_modulation": True}, "--shard_base does not work with --hoist_modulation"),
+    "compile": ({"compile": True}, "--shard_base does not work with --compile"),
+    "planner": ({"vram_budget": "8GB"}, "--shard_base: --vram_budget computes with a whole model"),
+    "third party": ({"network_module": "lycoris.kohya"}, "--shard_base is for the networks of this program"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_moves_or_reads_weights_is_refused(
+    name: str, models: Mapping[str, dict[str, Any]], data: Path, tmp_path: Path
+) -> None:
+    values, line = REFUSED[name]
+    with pytest.raises(UserError) as caught:
+        make_trainer(options("flux", models, data, tmp_path, shard_base=True, **values), family="flux").run()
+    assert any(problem.startswith(line) for problem in caught.value.problems), caught.value.problems
