@@ -25,6 +25,8 @@ class Replicas:
 
         The host waits for the device, once.
         """
+        if not self.parameters:
+            return
         there = torch.tensor([p.grad is not None for p in self.parameters], dtype=torch.int32)
         there = there.to(self.parameters[0].device)
         distributed.all_reduce(there, op=distributed.ReduceOp.MAX)

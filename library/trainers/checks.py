@@ -215,8 +215,8 @@ def check(method: Method[TrainerOptions], stop: StopRequest) -> Checked:
     learning = checks.run(method.learning)
     control = learning is not None and learning.conditioned
     found = checks.run(lambda: scan_datasets(family, options, method.with_captions, control=control))
-    if learning is not None and found is not None:
-        checks.run(lambda: check_sharding(options, learning, found))
+    if learning is not None and optimizer is not None and found is not None:
+        checks.run(lambda: check_sharding(options, learning, optimizer, found))
     seed, processes = run_seed(options, facts), None
     if found is not None and not checks.problems:
         processes = start_processes(options, found)
@@ -227,7 +227,10 @@ def check(method: Method[TrainerOptions], stop: StopRequest) -> Checked:
     assert found is not None and data is not None and optimizer is not None and prompts is not None
     assert learning is not None and processes is not None
     warnings = data_warnings(family, found, data, cached=options.cache.texts)
-    for line in (*warnings, *filter(None, [dark]), *idle_options(options, found, data)):
+    idle = [*idle_options(options, found, data)]
+    if options.distributed.shard_base and processes.world == 1:
+        idle.append("--shard_base: no effect with one process, which has all weights")
+    for line in (*warnings, *filter(None, [dark]), *idle):
         log.warning(line)
     resumption, validation_plans = Resumption(folder), data.validation_plans()
     return Checked(

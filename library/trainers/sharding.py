@@ -9,16 +9,17 @@ from library.data.scan import Scan
 from library.errors import UserError
 from library.learning import Learning
 from library.memory.choice import MemoryChoice
+from library.optim.optimizers import OptimizerChoice
 from library.trainers.options import TrainerOptions
 
 
-def check_sharding(options: TrainerOptions, learning: Learning, found: Scan) -> None:
+def check_sharding(options: TrainerOptions, learning: Learning, optimizer: OptimizerChoice, found: Scan) -> None:
     """Raises UserError with all that --shard_base cannot do, where it is given."""
-    if options.distributed.shard_base and (problems := [*_problems(options, learning, found)]):
+    if options.distributed.shard_base and (problems := [*_problems(options, learning, optimizer, found)]):
         raise UserError(problems)
 
 
-def _problems(options: TrainerOptions, learning: Learning, found: Scan) -> Iterator[str]:
+def _problems(options: TrainerOptions, learning: Learning, optimizer: OptimizerChoice, found: Scan) -> Iterator[str]:
     memory, choice = options.memory, MemoryChoice.of(options.memory)
     if options.distributed.deepspeed:
         yield "--shard_base and --deepspeed each split a run between processes: give one of them"
@@ -35,8 +36,13 @@ def _problems(options: TrainerOptions, learning: Learning, found: Scan) -> Itera
         yield "--shard_base needs --mixed_precision bf16 or no: fp16 has not been tried with it"
     if learning.reads_weights:
         yield "--shard_base is for the networks of this program: third-party modules may read weights at any time"
-    if learning.changed:
-        yield "--shard_base is for adapters: here the model's own weights learn"
+    if learning.in_backward is not None:
+        yield "--shard_base does not work with --fused_backward_pass: leave it out"
+    if learning.changed and optimizer.row.block is None:
+        yield (
+            f"--optimizer_type {optimizer.name} computes something over a whole weight, of which each process has a "
+            "part with --shard_base: take AdamW, Lion, SGDNesterov, one of their 8-bit forms or a ScheduleFree one"
+        )
     subsets = {id(subset.config): subset.config for subset in found.subsets}.values()
     if any(subset.custom_attributes.get("diff_output_preservation") for subset in subsets):
         yield (

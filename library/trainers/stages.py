@@ -28,14 +28,14 @@ from library.device import (
 )
 from library.errors import UserError
 from library.families.family import ModelFamily
-from library.io.weights_port import ReplicatedWeights, ShardedBase, WeightsPort
+from library.io.weights_port import ReplicatedWeights, ShardedBase, ShardedWeights, WeightsPort
 from library.learning import DENOISER, Learning, Models, StepModule, Trainables
 from library.log import get_logger
 from library.memory.checkpointing import recompute_encoders
 from library.memory.choice import MemoryChoice
 from library.memory.compiling import warm
 from library.memory.estimate import CUDA_CONTEXT
-from library.memory.sharding import shard
+from library.memory.sharding import LocalShards, shard, shard_learning
 from library.objectives.base import Objective
 from library.objectives.prior_preservation import PriorPreservation
 from library.optim.in_backward import units
@@ -304,15 +304,24 @@ def build(loaded: Loaded) -> Running:
     checked, planned, plan = loaded.scheduled.checked, loaded.scheduled.planned, loaded.scheduled.plan
     family, options, models = checked.family, checked.options, loaded.models
     seed_everything(derive_seed(plan.seed, "first weights"))
+    blocks, shards_learn = family.blocks(models.denoiser), checked.sharded and bool(checked.learning.changed)
+    if shards_learn:
+        assert checked.optimizer.row.block is not None  # `check_sharding` has said so
+        autocast = planned.autocast and planned.trained_dtype != planned.dtype
+        shard_learning(
+            models.denoiser, blocks, planned.device,
+            dtype=planned.dtype if autocast else None, block=checked.optimizer.row.block,
+        )  # fmt: skip
     trainables = checked.method.build(models, planned.choice)
-    trainables.module.to(planned.device, planned.trained_dtype)
+    if not shards_learn:  # its shards are where they stay
+        trainables.module.to(planned.device, planned.trained_dtype)
     if planned.choice.activation_budget < 1:
         recompute_encoders([e for name, e in models.encoders.items() if name in trainables.encoders])
     trainables.check_format()
-    if checked.sharded:
+    if checked.sharded and not shards_learn:
         if trainables.reads_between_steps:
             raise UserError("--shard_base: ggpo_sigma and ggpo_beta read all weights after each step; leave it out")
-        shard(models.denoiser, family.blocks(models.denoiser), planned.device)
+        shard(models.denoiser, blocks, planned.device)
     memory = Memory(
         family, models.denoiser, planned.choice, options.memory, checked.learning.swap_options, planned.device
     )
@@ -323,7 +332,7 @@ def build(loaded: Loaded) -> Running:
     module = StepModule(family, models, trainables)
     updates = Updates(
         options, checked.optimizer, trainables, module, accelerator, total_steps=plan.total_steps, seed=plan.seed,
-        sharded=checked.sharded,
+        sharded=checked.sharded, shards=LocalShards(trainables.groups) if shards_learn else None,
     )  # fmt: skip
     memory.move_activations(trainables.parameters())
     if (stepped := checked.learning.in_backward) is not None:
@@ -342,8 +351,23 @@ def build(loaded: Loaded) -> Running:
         compile_all(loaded, trainables, forward, [*shapes_of.values()][:WARMED_SHAPES])
     free_memory()  # of the weights as they were before they were joined
     record = record_of(loaded, trainables)
-    port: WeightsPort = ShardedBase() if checked.sharded else ReplicatedWeights()
-    return Running(loaded, trainables, memory, updates, step, validation, record, port)
+    return Running(
+        loaded,
+        trainables,
+        memory,
+        updates,
+        step,
+        validation,
+        record,
+        port_of(trainables, checked.sharded, shards_learn),
+    )
+
+
+def port_of(trainables: Trainables, sharded: bool, shards_learn: bool) -> WeightsPort:
+    """How weights and states come together for files."""
+    if shards_learn:
+        return ShardedWeights(trainables.parameters(), trainables.state())
+    return ShardedBase() if sharded else ReplicatedWeights()
 
 
 def compile_all(loaded: Loaded, trainables: Trainables, forward: Pass, plans: Sequence[BatchPlan]) -> None:

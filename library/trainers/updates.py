@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from library.errors import UserError, first_names
 from library.io.state import StateParts, unlike
 from library.learning import StepModule, Trainables
+from library.memory.sharding import LocalShards
 from library.optim.bf16 import build_bf16
 from library.optim.ema import Ema
 from library.optim.flat import FlatParameters
@@ -36,20 +37,26 @@ class Updates:
     def __init__(
         self, options: TrainerOptions, choice: OptimizerChoice, trainables: Trainables, module: StepModule,
         accelerator: Accelerator, *, total_steps: int, seed: int, sharded: bool = False,
+        shards: LocalShards | None = None,
     ) -> None:  # fmt: skip
         """module: of the run; `model` is how accelerate wraps it, and what a pass has to call from now on.
 
         sharded: some weights of `module` are split over processes, which DistributedDataParallel cannot surround.
+        shards: of the weights that learn, where those may be split.
         """
         self.options, self.choice, self.trainables, self.accelerator = options, choice, trainables, accelerator
         joined = choice.row.elementwise and trainables.flat and not options.distributed.deepspeed
         self.flat = FlatParameters(trainables.groups) if joined else None
+        self.shards = shards
+        self.weights = shards.weights if shards is not None else trainables.parameters()  # what the optimizer steps
         self.exchanged: FlatParameters | Replicas | None = None  # whose gradients are averaged here
-        if accelerator.num_processes > 1:
+        if shards is not None:  # a gradient that is split is a mean already
+            self.exchanged = Replicas(shards.whole)
+        elif accelerator.num_processes > 1:
             self.exchanged = self.flat or (Replicas(trainables.parameters()) if sharded else None)
-        if self.exchanged is not None:
-            self.exchanged.broadcast_weights()
-        groups = self.flat.param_groups if self.flat else trainables.groups
+            if self.exchanged is not None:
+                self.exchanged.broadcast_weights()
+        groups = self.flat.param_groups if self.flat else shards.param_groups if shards else trainables.groups
         self.optim = build_bf16(choice, groups, options.bf16_update, seed=seed)
         self.in_backward: InBackward | None = None
         # from the first pass DDP learns a static graph. Who exchanges in each pass gets the same mean, only slower
@@ -57,7 +64,7 @@ class Updates:
         self._room: Tensor | None = None
         self._has_states = False
         decay = options.ema.ema_decay
-        self.ema = Ema(trainables.parameters(), decay, self.flat) if decay is not None else None
+        self.ema = Ema(self.weights, decay, self.flat) if decay is not None else None
         self.model, self.optimizer = self._wrapped(module, exchanges=self.flat is None and not sharded)
         self.scheduler = build_scheduler(options.scheduler, self.optim, total_steps=total_steps)
         self.optim.train_mode()
@@ -102,7 +109,7 @@ class Updates:
         """Bytes of the optimizer states that a card will hold, where known; main memory is taken only when used."""
         if self.accelerator.device.type == "cpu" or self.choice.row.paged or self.options.distributed.deepspeed:
             return 0
-        weights = self.trainables.parameters()
+        weights = self.weights
         dtype = torch.float32 if self.options.bf16_update != "plain" else weights[0].dtype
         hunger = appetite(self.choice, dtype)
         return 0 if hunger.guessed else hunger.states([weight.shape for weight in weights])
@@ -129,6 +136,8 @@ class Updates:
         if self.in_backward is not None:
             self._has_states = True
             return self.in_backward.finish()
+        if self.shards is not None:
+            self.shards.take_gradients()
         norm = self.clip_gradients()
         with self.flat.silent_kept(processes=self.accelerator.num_processes) if self.flat else nullcontext():
             self.optimizer.step()
@@ -142,6 +151,8 @@ class Updates:
             self.flat.require_joined()
             self.accelerator.unscale_gradients(self.optimizer)
             return self.flat.clip_grad_norm(limit)
+        if self.shards is not None:
+            return self.shards.clip_grad_norm(limit)
         norm = self.accelerator.clip_grad_norm_(self.trainables.parameters(), limit)
         return torch.zeros((), device=self.accelerator.device) if norm is None else norm
 
@@ -165,6 +176,8 @@ class Updates:
         """Clear all gradients."""
         if self.flat is not None:
             self.flat.zero_grad()
+        elif self.shards is not None:
+            self.shards.zero_grad()
         else:
             self.optimizer.zero_grad(set_to_none=True)
 
@@ -173,7 +186,7 @@ class Updates:
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Put the averaged weights in place; afterwards the weights are what they were, to the bit."""
-        parameters = self.trainables.parameters() if self.optim.schedule_free else []
+        parameters = self.weights if self.optim.schedule_free else []
         kept = [p.detach().to("cpu", copy=True) for p in parameters]  # the card may have no room for it
         try:
             self.optim.eval_mode()

@@ -131,7 +131,8 @@ def runs_together(rank: int, jobs: Mapping[str, Job], folder: Path, world: int =
         facts = {"model": type(trainer.updates.model).__name__, "timeout": str(trainer.each_step.timeout)}
         facts["bytes"] = str(local_bytes(trainer.models.denoiser))
         numbers = {"losses": losses, "norms": norms}
-        save_file({**trainer.trainables.state(), **numbers}, folder / f"{name} {rank}.safetensors", facts)
+        learned = {} if job.full and job.values.get("shard_base") else trainer.trainables.state()
+        save_file({**learned, **numbers}, folder / f"{name} {rank}.safetensors", facts)
 
 
 @dataclass(frozen=True)
