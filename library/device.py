@@ -65,8 +65,6 @@ class DistributedSettings:
     """Settings for several processes."""
 
     timeout_minutes: int | None = None
-    gradient_as_bucket_view: bool = False
-    static_graph: bool = False
     deepspeed: dict[str, Any] = field(default_factory=dict)  # arguments of accelerate's DeepSpeedPlugin
     batch_size: int = 1  # per device; required by DeepSpeed
 
@@ -74,22 +72,14 @@ class DistributedSettings:
 def make_accelerator(mixed_precision: str, settings: DistributedSettings) -> Accelerator:
     """Create the accelerator and log its device. Raises UserError when the machine does not support the settings."""
     from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
+    from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 
     if mixed_precision == "fp16" and not accelerator_present():
         problem = "--mixed_precision fp16 needs a GPU; on the CPU use --mixed_precision bf16 or no"
         card = unused_card()
         raise UserError([problem, card] if card else problem)
     _check_mac(mixed_precision)
-    handlers: list[Any] = [
-        DistributedDataParallelKwargs(
-            gradient_as_bucket_view=settings.gradient_as_bucket_view,
-            static_graph=settings.static_graph,
-            broadcast_buffers=False,
-            # --clip_skip leaves the last layers of a text encoder without gradient
-            find_unused_parameters=not settings.static_graph,
-        )
-    ]
+    handlers: list[Any] = []
     if settings.timeout_minutes:
         handlers.append(InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=settings.timeout_minutes)))
     plugin = _deepspeed_plugin(settings.deepspeed, settings.batch_size) if settings.deepspeed else None

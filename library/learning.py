@@ -80,6 +80,8 @@ class Trainables:
     facts: NetworkFacts | None = None  # for the metadata of saved files; None: only modelspec.* entries
     check_format: Callable[[], None] = lambda: None  # raises UserError for what the first save could not write
     encoders: frozenset[str] = frozenset()  # text encoders that gradients flow through
+    skips: bool = False  # some parameters may have no gradient in a step, besides those of text encoders
+    read_from_files: bool = False  # all that learns is read from the model's files, and so is the same in each process
     flat: bool = True  # many small parameters: clip and step them as one buffer per group
     set_multiplier: Callable[[float], None] = lambda value: None
     set_condition: Callable[[Tensor | None], None] = lambda control: None  # control images, B 3 H W in [-1, 1]

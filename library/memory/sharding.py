@@ -8,6 +8,7 @@ same number of passes, forward and backward, in the same order.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -60,6 +61,8 @@ def _shard(
     """kept: weights that are not split."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # not in every build of torch
 
+    # torch warns of in-place changes of what a block returns; no model here makes any
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = distributed.init_device_mesh(device.type, (distributed.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype, torch.float32, cast_forward_inputs=False)
     ignored: dict[str, Any] = {"ignored_params": set(kept)} if kept else {}

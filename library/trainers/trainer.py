@@ -196,7 +196,8 @@ class Trainer:
         try:
             if isinstance(failure, OtherProcessDied):  # nobody is there to wait for
                 self.report(self.reader.flush(), trackers)
-                write()
+                with exchanging(self.processes.world):
+                    write()
             else:
                 self.save(trackers, write)
         except UserError as error:

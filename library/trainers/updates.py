@@ -6,11 +6,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -29,6 +31,13 @@ from library.planner.optimizer_memory import appetite
 from library.trainers.options import TrainerOptions
 
 LIKE_WEIGHT = ("exp_avg", "exp_avg_sq", "momentum_buffer", "z")  # of an optimizer's state: as large as the weight
+
+
+@dataclass
+class Exchange(DistributedDataParallelKwargs):
+    """Arguments of DistributedDataParallel, with one that accelerate does not name."""
+
+    init_sync: bool = True  # whether the weights of the first process are sent to all others
 
 
 class Updates:
@@ -74,6 +83,7 @@ class Updates:
         if not exchanges:  # "evaluation": not for DDP, which would put its own gradients in place of the views
             model = self.accelerator.prepare_model(module, device_placement=False, evaluation_mode=True)
             return model, self.accelerator.prepare_optimizer(self.optim.optimizer)
+        self.accelerator.ddp_handler = self._exchange()
         frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
         unshared = [*frozen, *(name for name, _ in module.named_buffers())]
         # every process has read the same files, and what waits in main memory cannot be sent around
@@ -81,6 +91,19 @@ class Updates:
         # everything is where it belongs already, and weights that wait in main memory must stay there
         places = {} if self.options.distributed.deepspeed else {"device_placement": [False, True]}
         return self.accelerator.prepare(module, self.optim.optimizer, **places)
+
+    def _exchange(self) -> Exchange:
+        """How DistributedDataParallel exchanges gradients."""
+        options, trainables = self.options.distributed, self.trainables
+        # --clip_skip leaves the last layers of a text encoder without gradient
+        skips = bool(trainables.encoders) or trainables.skips
+        return Exchange(
+            gradient_as_bucket_view=options.ddp_gradient_as_bucket_view,
+            static_graph=options.ddp_static_graph,
+            broadcast_buffers=False,
+            find_unused_parameters=skips and not options.ddp_static_graph,
+            init_sync=not trainables.read_from_files,
+        )
 
     def step_in_backward(
         self, units: Sequence[Sequence[nn.Parameter]], changed: Callable[[Sequence[Tensor]], None]

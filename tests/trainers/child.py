@@ -129,6 +129,7 @@ def runs_together(rank: int, jobs: Mapping[str, Job], folder: Path, world: int =
         assert trainer.run() == 0
         losses, norms = (torch.tensor([vars(r)[name] for r in trainer.reports]) for name in ("loss", "grad_norm"))
         facts = {"model": type(trainer.updates.model).__name__, "timeout": str(trainer.each_step.timeout)}
+        facts["unused"] = str(getattr(trainer.updates.model, "find_unused_parameters", False))
         facts["bytes"] = str(local_bytes(trainer.models.denoiser))
         numbers = {"losses": losses, "norms": norms}
         learned = {} if job.full and job.values.get("shard_base") else trainer.trainables.state()
