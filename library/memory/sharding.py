@@ -22,26 +22,31 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -
     blocks: the parts of the model that are gathered one at a time; what else it has is gathered for a whole pass. One
     block at a time is on `device` as a whole, too, while it is split.
     """
-    _shard(model, blocks, device, kept=())
+    _shard(model, blocks, device)
 
 
 def shard_learning(
-    model: nn.Module, blocks: Sequence[nn.Module], device: torch.device, *, dtype: torch.dtype | None, block: int
-) -> None:
-    """Split a model of which weights may learn.
+    model: nn.Module, blocks: Sequence[nn.Module], device: torch.device, *, kept: torch.dtype,
+    gathered: torch.dtype | None, block: int,
+) -> None:  # fmt: skip
+    """Split a model of which weights may learn, and cast it, a block at a time.
 
     Only weights of Linear and convolutions are split, which are nearly all numbers of a model; autocast leaves the
-    others as they are, so they are computed with in their own precision here, too. dtype: of the computation under
-    autocast, in which the weights are gathered; None: in their own. block: how many neighbouring numbers of a weight
-    the optimizer treats together (1: each on its own); no such block is split, nor a weight of less than 16 in a
-    process.
+    others as they are, so they are computed with in their own precision here, too. kept: the dtype of the weights.
+    gathered: that of the computation under autocast, in which they come together; None: in their own. block: how many
+    neighbouring numbers of a weight the optimizer treats together (1: each on its own); no such block is split, nor a
+    weight of which a process would have less than 16.
     """
     layers = (m for m in model.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd)))
     split = {layer.weight for layer in layers if _divides(layer.weight, block)}
-    kept = [parameter for parameter in model.parameters() if parameter not in split]
-    for parameter in kept:
-        parameter.data = parameter.data.to(device)
-    _shard(model, blocks, device, kept=kept, param_dtype=dtype)
+    others = [parameter for parameter in model.parameters() if parameter not in split]
+    for parameter in others:
+        parameter.data = parameter.data.to(device, kept)
+    persistent = model.state_dict(keep_vars=True).values()
+    for buffer in model.buffers():
+        if buffer.is_floating_point() and any(buffer is tensor for tensor in persistent):
+            buffer.data = buffer.data.to(kept)
+    _shard(model, blocks, device, others=others, kept=kept, gathered=gathered)
 
 
 def _divides(weight: Tensor, block: int) -> bool:
@@ -55,21 +60,21 @@ def _divides(weight: Tensor, block: int) -> bool:
 
 
 def _shard(
-    model: nn.Module, blocks: Sequence[nn.Module], device: torch.device, *, kept: Collection[nn.Parameter],
-    param_dtype: torch.dtype | None = None,
+    model: nn.Module, blocks: Sequence[nn.Module], device: torch.device, *, others: Collection[nn.Parameter] = (),
+    kept: torch.dtype | None = None, gathered: torch.dtype | None = None,
 ) -> None:  # fmt: skip
-    """kept: weights that are not split."""
+    """others: weights that are not split."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # not in every build of torch
 
     # torch warns of in-place changes of what a block returns; no model here makes any
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = distributed.init_device_mesh(device.type, (distributed.get_world_size(),))
-    policy = MixedPrecisionPolicy(param_dtype, torch.float32, cast_forward_inputs=False)
-    ignored: dict[str, Any] = {"ignored_params": set(kept)} if kept else {}
+    policy = MixedPrecisionPolicy(gathered, torch.float32, cast_forward_inputs=False)
+    ignored: dict[str, Any] = {"ignored_params": set(others)} if others else {}
     for part in (*blocks, model):
         for parameter in part.parameters():
-            if not parameter.is_contiguous():
-                parameter.data = parameter.data.contiguous()
+            if not parameter.is_contiguous() or kept not in (None, parameter.dtype):
+                parameter.data = parameter.data.to(kept or parameter.dtype).contiguous()
         # after each pass, also the model's own: it may be the last one with averaged weights
         fully_shard(part, mesh=mesh, reshard_after_forward=True, mp_policy=policy, **ignored)
 

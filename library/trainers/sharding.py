@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
+
 from library.data.scan import Scan
 from library.errors import UserError
 from library.learning import Learning
@@ -36,6 +38,8 @@ def _problems(options: TrainerOptions, learning: Learning, optimizer: OptimizerC
         yield "--shard_base needs --mixed_precision bf16 or no: fp16 has not been tried with it"
     if learning.reads_weights:
         yield "--shard_base is for the networks of this program: third-party modules may read weights at any time"
+    if learning.changed and torch.__version__ < "2.7":
+        yield f"--shard_base needs torch 2.7 or newer for full training, this is {torch.__version__}"
     if learning.in_backward is not None:
         yield "--shard_base does not work with --fused_backward_pass: leave it out"
     if learning.changed and optimizer.row.block is None:

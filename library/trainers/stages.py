@@ -121,6 +121,11 @@ class Checked:
         """Whether the denoiser's weights are split over several processes."""
         return self.options.distributed.shard_base and self.processes.world > 1
 
+    @property
+    def shards_learn(self) -> bool:
+        """Whether they learn, too."""
+        return self.sharded and DENOISER in self.learning.changed
+
     def stopped(self) -> Callable[[], bool]:
         """Whether the run is asked to stop, also inside of previews and validation.
 
@@ -289,7 +294,10 @@ def load(scheduled: Scheduled) -> Loaded:
     # what is moved to and fro or split is loaded into main memory: as a whole it may not fit on the card
     waits = moves_weights(planned.choice, learning.swap_options) or checked.sharded
     device = torch.device("cpu") if waits else planned.device
-    denoiser = family.load_denoiser(planned.load_dtype(DENOISER), device, storage=planned.storage(DENOISER))
+    dtype: torch.dtype | None = planned.load_dtype(DENOISER)
+    if checked.shards_learn and not family.part(DENOISER).file.is_float8:
+        dtype = None  # the file is mapped, and a block at a time is cast when it is split
+    denoiser = family.load_denoiser(dtype, device, storage=planned.storage(DENOISER))
     models = Models(denoiser, encoders, vae)
     for module in models.all():
         module.requires_grad_(False)
@@ -304,13 +312,13 @@ def build(loaded: Loaded) -> Running:
     checked, planned, plan = loaded.scheduled.checked, loaded.scheduled.planned, loaded.scheduled.plan
     family, options, models = checked.family, checked.options, loaded.models
     seed_everything(derive_seed(plan.seed, "first weights"))
-    blocks, shards_learn = family.blocks(models.denoiser), checked.sharded and bool(checked.learning.changed)
+    blocks, shards_learn = family.blocks(models.denoiser), checked.shards_learn
     if shards_learn:
         assert checked.optimizer.row.block is not None  # `check_sharding` has said so
         autocast = planned.autocast and planned.trained_dtype != planned.dtype
         shard_learning(
-            models.denoiser, blocks, planned.device,
-            dtype=planned.dtype if autocast else None, block=checked.optimizer.row.block,
+            models.denoiser, blocks, planned.device, kept=planned.trained_dtype,
+            gathered=planned.dtype if autocast else None, block=checked.optimizer.row.block,
         )  # fmt: skip
     trainables = checked.method.build(models, planned.choice)
     if not shards_learn:  # its shards are where they stay
