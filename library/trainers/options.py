@@ -94,6 +94,11 @@ class PrecisionOptions:
 class DistributedOptions:
     """Several GPUs: `accelerate launch` starts the processes, these are its details."""
 
+    shard_base: bool = option(
+        False,
+        help="Each process keeps only its share of the denoiser's weights (in full training also of gradients and "
+        "optimizer states), and gathers a block at a time while it computes.",
+    )
     ddp_timeout: int | None = option(
         None, help="Minutes to wait for the other processes.", check=positive, zero_is_unset=True
     )

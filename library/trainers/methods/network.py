@@ -201,6 +201,7 @@ class NetworkMethod(Method[NetworkTrainerOptions]):
             facts=NetworkFacts(self.network_module, options.network_dim, options.network_alpha, self.network_args),
             check_format=file.check_format,
             encoders=learning.encoders,
+            skips=network.is_sparse() or learning.reads_weights,  # nothing is known of third-party modules
             flat=not network.is_sparse(),
             set_multiplier=network.set_multiplier,
             set_condition=network.set_condition,
@@ -209,6 +210,7 @@ class NetworkMethod(Method[NetworkTrainerOptions]):
             base_model=network.disabled,
             reads_weights=network.reads_weights,
             reads_between_steps=network.reads_between_steps(),
+            read_by_save=file.reads,
         )
 
     def load_weights(self, network: AdapterNetwork) -> None:
