@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from library.families.chroma import SHEET as CHROMA
 from library.families.flux import SHEET as FLUX
+from library.families.hunyuan_image import SHEET as HUNYUAN_IMAGE
 from library.families.lumina import SHEET as LUMINA
 from library.families.sd import SHEET as SD
 from library.families.sd3 import SHEET as SD3
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from library.families.family import ModelFamily
 
 # An architecture whose files have marks of another one as well stands behind that one.
-FAMILIES: dict[str, Sheet] = {sheet.name: sheet for sheet in (SD, SDXL, FLUX, CHROMA, LUMINA, SD3)}
+FAMILIES: dict[str, Sheet] = {sheet.name: sheet for sheet in (SD, SDXL, FLUX, CHROMA, LUMINA, SD3, HUNYUAN_IMAGE)}
 
 
 def with_scripts() -> dict[str, Sheet]:

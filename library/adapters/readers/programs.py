@@ -35,7 +35,7 @@ def comfy_names(model: NamedModel) -> Names:
         if layer.encoder:
             names |= dict.fromkeys(_encoder_names(layer, T5_COMFY.get(model.name, ())), place)
             continue
-        names[f"lora_unet_{flat(layer.published)}"] = place
+        names[layer.comfy_flat] = place
         names |= _unet_names(layer, model, "lycoris") | _part_names(layer, model)
     return names
 
@@ -108,5 +108,5 @@ def read_forge(tensors: Mapping[str, Tensor], model: NamedModel) -> Reading:
     return reading
 
 
-COMFY = Program("ComfyUI", frozenset({*UNETS, *FLUX, "sd3", "lumina"}), read_comfy)
+COMFY = Program("ComfyUI", frozenset({*UNETS, *FLUX, "sd3", "lumina", "hunyuan_image"}), read_comfy)
 FORGE = Program("Forge", frozenset({*UNETS, *FLUX, "sd3"}), read_forge)

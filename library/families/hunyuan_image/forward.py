@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One pass of HunyuanImage-2.1 in which the host never waits for the device.
 
-diffusers sorts the tokens of both text encoders by their masks, sample by sample, and reads the masks back to the host for
-that. The order has no influence, as text tokens have no position: here they stay where they are, and the padding
-is hidden. Without padding there is no mask, and attention is quicker. The numbers are the same.
+diffusers sorts the tokens of both text encoders by their masks, sample by sample, and reads the masks back to the host
+for that. Text tokens have no position, so that their order has no influence: here they stay where they are, and the
+padding is hidden. Without padding there is no mask, and attention is quicker. The numbers are the same.
 """
 
 from __future__ import annotations
@@ -15,10 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Turns = tuple[Tensor, Tensor]  # cosines and sines of the picture's tokens
+
 
 def use_device_masks(denoiser: nn.Module) -> None:
     """Let diffusers' HunyuanImageTransformer2DModel `denoiser` run the forward pass of this file."""
     denoiser.forward = MethodType(_forward, denoiser)
+    for block in denoiser.get_submodule("single_transformer_blocks").children():
+        block.forward = MethodType(_single_block, block)
 
 
 def _forward(
@@ -59,5 +63,25 @@ def _joined(*parts: tuple[Tensor | None, Tensor]) -> Tensor | None:
     """The masks of several states side by side; None where all have none."""
     if all(mask is None for mask, _ in parts):
         return None
-    whole = lambda states: states.new_ones(states.shape[:2], dtype=torch.bool)
-    return torch.cat([whole(states) if mask is None else mask for mask, states in parts], 1)
+    return torch.cat([x.new_ones(x.shape[:2], dtype=torch.bool) if mask is None else mask for mask, x in parts], 1)
+
+
+def _single_block(
+    self: Any, picture: Tensor, text: Tensor, time: Tensor, attention_mask: Tensor | None, image_rotary_emb: Turns
+) -> tuple[Tensor, Tensor]:
+    """diffusers takes the tokens apart and joins them again between the MLP and the attention, which are one layer in
+    the published model: here both read the same tensor, and so does an adapter on that layer.
+    """
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
+    from diffusers.models.embeddings import apply_rotary_emb
+
+    joint, tokens, attn = torch.cat([picture, text], 1), picture.shape[1], self.attn
+    x, gate = self.norm(joint, emb=time)
+    q, k, v = (layer(x).unflatten(2, (attn.heads, -1)) for layer in (attn.to_q, attn.to_k, attn.to_v))
+    turned = (
+        torch.cat([apply_rotary_emb(y[:, :tokens], image_rotary_emb, sequence_dim=1), y[:, tokens:]], 1)
+        for y in (attn.norm_q(q), attn.norm_k(k))
+    )
+    attended = dispatch_attention_fn(*turned, v, attn_mask=attention_mask).flatten(2, 3)
+    joint = joint + gate.unsqueeze(1) * self.proj_out(torch.cat([attended, self.act_mlp(self.proj_mlp(x))], 2))
+    return joint[:, :tokens], joint[:, tokens:]

@@ -11,6 +11,9 @@ from library.families.options import ModelOptions
 from library.objectives.flow_options import SampledFlowOptions
 from library.options import Choice, Idle, at_least, option, positive, refused
 
+TOKEN_LENGTH = 1000  # what HunyuanImage-2.1 was trained with
+
+
 @dataclass(frozen=True)
 class HunyuanImageOptions(ModelOptions):
     """HunyuanImage-2.1, base and distilled."""
@@ -26,6 +29,12 @@ class HunyuanImageOptions(ModelOptions):
         help="ByT5 small, trained on glyphs, which reads what captions quote: .safetensors file, transformers folder "
         "or hub id. Without it, that of the model.",
         path=True,
+    )
+    text_encoder_max_token_length: int = option(
+        TOKEN_LENGTH,
+        help="Longest caption in tokens of Qwen2.5-VL, its end token included; what is longer is cut.",
+        check=at_least(2, 8192),
+        zero_is_unset=True,
     )
     guidance_scale: float = option(
         1.0,
@@ -81,7 +90,7 @@ class HunyuanImageOptions(ModelOptions):
         answer="there is no CLIP here; of Qwen2.5-VL the states below the last two layers are always used",
     )
     max_token_length: int | None = option(
-        None, help="Not for this model.", answer="Qwen2.5-VL reads 1000 tokens of a caption, ByT5 128 of what it quotes"
+        None, help="Not for this model.", answer="--text_encoder_max_token_length is the limit here; ByT5 reads 128 bytes of what is quoted"
     )
 
     def problems(self) -> Iterator[str]:
