@@ -213,7 +213,7 @@ def encoded(folder: Path, captions: list[str]) -> dict[str, Tensor]:
     glyphs = torch.zeros(len(captions), 128, GLYPH_WIDTH)
     mask = torch.zeros(len(captions), 128, dtype=torch.int64)
     for i, caption in enumerate(captions):
-        words = re.findall(r'"(.*?)"', caption)
+        words = [straight or curly for straight, curly in re.findall(r'"(.*?)"|“(.*?)”', caption)]
         if words:
             text = ". ".join(f'Text "{word}"' for word in words) + ". "
             tokens = ByT5Tokenizer()(text, max_length=128, **call)

@@ -155,8 +155,11 @@ class LayerPart:
     part: int | None = None
 
     def is_comfy(self, path: str) -> bool:
-        """Whether `path`, by which this was found, is a name of the comfy format: a path with dots of a whole layer."""
-        return self.part is None and "." in path
+        """Whether `path`, by which this was found, is a name of the comfy format: a path with dots of a whole layer.
+
+        Or the flat form of such a path, where ComfyUI has other names than published files.
+        """
+        return self.part is None and ("." in path or path == self.layer.comfy_flat != self.layer.kohya)
 
 
 @dataclass(frozen=True)

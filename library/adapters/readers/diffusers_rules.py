@@ -2,7 +2,8 @@
 """diffusers 0.42, `load_lora_weights` of each pipeline: which files it converts, what it leaves, what it refuses.
 
 A U-Net's pipelines convert kohya files whole or not at all; those of FLUX.1 know the blocks of the real model; SD3's
-and Lumina's look at the names of diffusers only, Lumina's also at ComfyUI's, of whole blocks.
+and Lumina's look at the names of diffusers only, Lumina's also at ComfyUI's, of whole blocks. That of HunyuanImage-2.1
+has no such method: `transformer.load_lora_adapter(..., prefix="transformer")` takes the names of diffusers.
 """
 
 from __future__ import annotations
@@ -191,6 +192,6 @@ def _lumina_trouble(tensors: Mapping[str, Tensor]) -> str | None:
 
 PIPELINES: Mapping[str, Callable[[Reading, Mapping[str, Tensor], NamedModel], None]] = {
     "sd1": _of_unet, "sd2": _of_unet, "sdxl": _of_unet, "flux": _of_flux, "chroma": _of_flux, "sd3": _of_peft,
-    "lumina": _of_lumina,
+    "lumina": _of_lumina, "hunyuan_image": _take_parts,
 }  # fmt: skip
 DIFFUSERS = Program("diffusers", frozenset(PIPELINES), read_diffusers)

@@ -48,7 +48,8 @@ def _forward(
     joint = self.context_embedder(text, timestep, mask)
     if glyphs is not None:
         mask = _joined((glyph_mask, glyphs), (mask, text))
-        joint = torch.cat([self.context_embedder_2(glyphs), joint], 1)
+        glyphs = self.context_embedder_2(glyphs.to(self.context_embedder_2.norm.weight.dtype))
+        joint = torch.cat([glyphs, joint], 1)
     rows, columns = latents.shape[-2:]
     picture = self.x_embedder(latents)
     if mask is not None:  # (B, 1, 1, picture + text)
