@@ -187,10 +187,19 @@ def hunyuan() -> Sample:
 
 def in_comfyui(published: str) -> str:
     """HunyuanImage-2.1 as ComfyUI has it, in the blocks and in the refiner."""
-    for theirs, own in (("mod.linear", "mod.lin"), ("modulation.linear", "modulation.lin"), ("mlp.fc1", "mlp.0"),
-                        ("mlp.fc2", "mlp.2"), ("attn_", "attn."), ("linear_1", "in_layer"), ("linear_2", "out_layer"),
-                        ("time_in.mlp.0", "time_in.in_layer"), ("time_in.mlp.2", "time_in.out_layer"),
-                        ("t_embedder.mlp.0", "t_embedder.in_layer"), ("t_embedder.mlp.2", "t_embedder.out_layer")):
+    for theirs, own in (
+        ("mod.linear", "mod.lin"),
+        ("modulation.linear", "modulation.lin"),
+        ("mlp.fc1", "mlp.0"),
+        ("mlp.fc2", "mlp.2"),
+        ("attn_", "attn."),
+        ("linear_1", "in_layer"),
+        ("linear_2", "out_layer"),
+        ("time_in.mlp.0", "time_in.in_layer"),
+        ("time_in.mlp.2", "time_in.out_layer"),
+        ("t_embedder.mlp.0", "t_embedder.in_layer"),
+        ("t_embedder.mlp.2", "t_embedder.out_layer"),
+    ):
         published = published.replace(theirs, own)
     return published  # fmt: skip
 

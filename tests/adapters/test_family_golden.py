@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Full-size FLUX.1, Chroma, SD3, SD3.5, Lumina, HunyuanImage: names, shapes, ranks, optimizer groups as in sd-scripts 0.10.1."""
+"""Full-size FLUX.1, Chroma, SD3, SD3.5, Lumina, HunyuanImage: names, shapes, ranks, groups as in sd-scripts 0.10.1."""
 
 from __future__ import annotations
 
@@ -33,7 +33,11 @@ def module_of(variant: str) -> ModuleType:
 
 
 def models_of(variant: str) -> tuple[list[nn.Module], nn.Module]:
-    variant = variant.replace("sd35m", "sd35_medium").replace("lumina_", "lumina2_").replace("hunyuan_reg", "hunyuan_image_2_1")
+    variant = (
+        variant.replace("sd35m", "sd35_medium")
+        .replace("lumina_", "lumina2_")
+        .replace("hunyuan_reg", "hunyuan_image_2_1")
+    )
     return full_models(next((name for name in FULL if variant.startswith(name)), "flux_dev"))
 
 

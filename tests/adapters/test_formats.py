@@ -129,7 +129,9 @@ def test_architecture_and_format_are_found(name: str) -> None:
         assert format_of(written) == to
 
 
-@pytest.mark.parametrize(("name", "width", "mlp"), [("flux", 3072, "img_mlp_0"), ("hunyuan_image", 3584, "img_mlp_fc1")])
+@pytest.mark.parametrize(
+    ("name", "width", "mlp"), [("flux", 3072, "img_mlp_0"), ("hunyuan_image", 3584, "img_mlp_fc1")]
+)
 def test_flux_and_hunyuan_image_are_told_apart_by_their_widths(name: str, width: int, mlp: str) -> None:
     tensors = random_lora({f"lora_unet_double_blocks_0_{mlp}": (4 * width, width)}, rank=1)
     for to in ("kohya", "comfy", "peft"):

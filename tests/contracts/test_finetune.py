@@ -36,9 +36,11 @@ SEPARATE = {
     "sd3": {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "text_encoder_3"},
     "sd35": {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "text_encoder_3"},
     "lumina system prompt": {"gemma2": "text_encoder", "ae": "vae"},
+    "hunyuan_image": {"text_encoder": "text_encoder", "byt5": "text_encoder_2", "vae": "vae"},
 }
 TEACHABLE = [name for name, case in CASES.items() if case.family in ("sd", "sdxl")]  # their text encoders, too
-VARIANTS = ("sd2 v", "sdxl v", "lumina system prompt")  # a denoiser that another case has, trained for something else
+# a denoiser that another case has, trained for something else
+VARIANTS = ("sd2 v", "sdxl v", "lumina system prompt", "hunyuan_image distilled")
 FORMATS = ["sd1", "sd2 v", "sdxl"]  # each layout of files
 RESUMED = [
     *((name, kind) for name in ("sd1", "flux") for kind in ("float32 with ema", "stochastic", "kahan")),

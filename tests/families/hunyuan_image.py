@@ -155,8 +155,8 @@ def published_denoiser(denoiser: nn.Module, layout: str = "files") -> dict[str, 
 
 
 def published_vae(vae: nn.Module) -> dict[str, Tensor]:
-    from library.families.hunyuan_image.vae import vae_rules
     from library.key_tables import publish
+    from library.weights.hunyuan_vae import vae_rules
 
     return publish(vae.state_dict(), vae_rules(vae))
 
@@ -217,7 +217,10 @@ def encoded(folder: Path, captions: list[str]) -> dict[str, Tensor]:
         if words:
             text = ". ".join(f'Text "{word}"' for word in words) + ". "
             tokens = ByT5Tokenizer()(text, max_length=128, **call)
-            glyphs[i], mask[i] = byt5(tokens.input_ids, attention_mask=tokens.attention_mask)[0][0], tokens.attention_mask
+            glyphs[i], mask[i] = (
+                byt5(tokens.input_ids, attention_mask=tokens.attention_mask)[0][0],
+                tokens.attention_mask,
+            )
     return texts | {"encoder_hidden_states_2": glyphs, "encoder_attention_mask_2": mask}
 
 

@@ -27,7 +27,8 @@ from tests.trainers.helpers import (
 
 pytestmark = pytest.mark.gpu
 
-VARIANTS = ("sd2 v", "sdxl v", "lumina system prompt")  # a denoiser that another case has; test_no_waits.py has them
+# a denoiser that another case has; test_no_waits.py has them
+VARIANTS = ("sd2 v", "sdxl v", "lumina system prompt", "hunyuan_image distilled")
 ARCHITECTURES = [name for name in CASES if name not in VARIANTS]
 CACHED = {"cache_latents": True, "cache_text_encoder_outputs": True, "network_train_unet_only": True}
 ADAFACTOR = {

@@ -310,7 +310,14 @@ def real() -> dict[str, dict[str, Any]]:
     for name, build in own.items():
         module = build_empty(partial(build, shipped_config(name)))
         files[name] = {key: list(tensor.shape) for key, tensor in module.state_dict().items()}
-    byt5 = {**shipped_config("t5xxl"), "vocab_size": 1510, "d_model": 1472, "d_ff": 3584, "num_layers": 12, "num_heads": 6}
+    byt5 = {
+        **shipped_config("t5xxl"),
+        "vocab_size": 1510,
+        "d_model": 1472,
+        "d_ff": 3584,
+        "num_layers": 12,
+        "num_heads": 6,
+    }
     module = build_empty(partial(_build_t5, byt5))
     files["byt5"] = {key: list(tensor.shape) for key, tensor in module.state_dict().items()}
     lists = {"sd1": "sd15_full_output", "sd2": "sd2_full_output", "sdxl": "sdxl_full_output", "flux": "flux_dev_output",
@@ -434,8 +441,13 @@ def test_a_vae_of_another_kind_of_model(real: Any, tmp_path: Path) -> None:
         ("flux", {**of_model("flux", "clip_l", "t5xxl"), "ae": models["sdxl"]}, "--ae", 4, 16),
         ("lumina", {**of_model("lumina", "gemma2"), "ae": models["sd1"]}, "--ae", 4, 16),
         ("sd3", {**of_model("medium", "clip_l", "clip_g"), "vae": alone}, "--vae", 4, 16),
-        ("hunyuan_image", {**of_model("hunyuan_image"), "text_encoder": files["qwen25_vl"], "byt5": files["byt5"],
-                           "vae": ae}, "--vae", 16, 64),
+        (
+            "hunyuan_image",
+            {**of_model("hunyuan_image"), "text_encoder": files["qwen25_vl"], "byt5": files["byt5"], "vae": ae},
+            "--vae",
+            16,
+            64,
+        ),
         ("sdxl", {**of_model("sdxl"), "vae": ae}, "--vae", 16, 4),
         ("sd", {**of_model("sd1"), "vae": models["medium"]}, "--vae", 16, 4),
     ]

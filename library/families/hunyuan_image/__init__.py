@@ -9,8 +9,9 @@ from library.families.hunyuan_image.options import HunyuanImageFlowOptions, Huny
 from library.families.recipes import IN_BACKWARD, MemoryRecipe
 from library.families.sheet import EVERYWHERE, FileMarks, ModelFacts, PreviewDefaults, Sheet, Variant
 
-# "epsilon" and "diffusers": sd-scripts writes them so and its readers expect it
-FACTS = ModelFacts("hunyuan-image-2.1", "hunyuan-image-2.1", "diffusers", "epsilon")
+CODE = "https://github.com/Tencent-Hunyuan/HunyuanImage-2.1"
+# "diffusers" and "epsilon": sd-scripts writes them so into adapters and its readers expect it
+FACTS = ModelFacts("hunyuan-image-2.1", "hunyuan-image-2.1", "diffusers", "epsilon", CODE)
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,7 @@ SHEET = Sheet(
     title="HunyuanImage-2.1",
     path="library.families.hunyuan_image.model:HunyuanImage",
     option_groups={"model": HunyuanImageOptions, "objective": HunyuanImageFlowOptions},
-    files=FileMarks(
-        "a HunyuanImage-2.1", tensors=("byt5_in.", "context_embedder_2."), pipelines=("HunyuanImage",)
-    ),
+    files=FileMarks("a HunyuanImage-2.1", tensors=("byt5_in.", "context_embedder_2."), pipelines=("HunyuanImage",)),
     networks={"lora": "networks.lora_hunyuan_image"} | EVERYWHERE,
     variants=VARIANTS,
     adapter_prefixes={},

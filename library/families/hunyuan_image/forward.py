@@ -73,16 +73,17 @@ def _single_block(
     """diffusers takes the tokens apart and joins them again between the MLP and the attention, which are one layer in
     the published model: here both read the same tensor, and so does an adapter on that layer.
     """
-    from diffusers.models.attention_dispatch import dispatch_attention_fn
-    from diffusers.models.embeddings import apply_rotary_emb
+    from diffusers.models import attention_dispatch, embeddings
 
+    attend: Any = attention_dispatch.dispatch_attention_fn
+    turn: Any = embeddings.apply_rotary_emb
     joint, tokens, attn = torch.cat([picture, text], 1), picture.shape[1], self.attn
     x, gate = self.norm(joint, emb=time)
     q, k, v = (layer(x).unflatten(2, (attn.heads, -1)) for layer in (attn.to_q, attn.to_k, attn.to_v))
-    turned = (
-        torch.cat([apply_rotary_emb(y[:, :tokens], image_rotary_emb, sequence_dim=1), y[:, tokens:]], 1)
+    q, k = (
+        torch.cat([turn(y[:, :tokens], image_rotary_emb, sequence_dim=1), y[:, tokens:]], 1)
         for y in (attn.norm_q(q), attn.norm_k(k))
     )
-    attended = dispatch_attention_fn(*turned, v, attn_mask=attention_mask).flatten(2, 3)
+    attended = attend(q, k, v, attn_mask=attention_mask).flatten(2, 3)
     joint = joint + gate.unsqueeze(1) * self.proj_out(torch.cat([attended, self.act_mlp(self.proj_mlp(x))], 2))
     return joint[:, :tokens], joint[:, tokens:]

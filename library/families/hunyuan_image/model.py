@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """HunyuanImage-2.1.
 
-Tencent 2025, https://github.com/Tencent-Hunyuan/HunyuanImage-2.1. A transformer of double and single blocks over latents of
-which each pixel stands for 32 x 32 pixels; it reads states of Qwen2.5-VL, and those of a ByT5 that was trained on glyphs
-for what the caption quotes. Trained with flow matching. The distilled model is told a guidance and, as a mean flow, the
-time at which a step ends (Geng et al. 2025, https://arxiv.org/abs/2505.13447).
+Tencent 2025, https://github.com/Tencent-Hunyuan/HunyuanImage-2.1. A transformer of double and single blocks over
+latents of which each pixel stands for 32 x 32 pixels; it reads states of Qwen2.5-VL, and those of a ByT5 that was
+trained on glyphs for what the caption quotes. Trained with flow matching. The distilled model is told a guidance and,
+as a mean flow, the time at which a step ends (Geng et al. 2025, https://arxiv.org/abs/2505.13447).
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ from torch import Tensor, nn
 
 from library.device import on_device
 from library.errors import UserError
-from library.families.family import STAYING_BLOCKS, ModelFamily, require_blocks
 from library.families.hunyuan_image import SHEET, VARIANTS, HunyuanImageVariant
 from library.families.hunyuan_image.glyphs import LENGTH, glyph_tokenizer
 from library.families.hunyuan_image.options import HunyuanImageFlowOptions
 from library.families.hunyuan_image.parts import BYT5, QWEN, HunyuanImageParts, denoiser_rules, open_parts
+from library.families.two_streams import TwoStreamFamily
 from library.io.checkpoint import CheckpointForm, save_tensors
 from library.key_tables import Published
-from library.memory.block_swap import spread
 from library.objectives.flow import FlowObjective, constant_shift
 from library.objectives.options import LossOptions
 from library.types import Batch, Cond, LatentSpec, Tokens
@@ -46,8 +45,9 @@ CHAT_END = "<|im_end|>"
 QWEN_HUB = (("Qwen/Qwen2.5-VL-7B-Instruct", ""),)
 
 
-class HunyuanImage(ModelFamily):
+class HunyuanImage(TwoStreamFamily):
     sheet = SHEET
+    embedder = "time_guidance_embed"
     latent = LatentSpec("hunyuan_image", channels=64, factor=32, npz_suffix="_hi.npz", npz_sized_keys=True)
     encoders = (QWEN, BYT5)
 
@@ -144,7 +144,7 @@ class HunyuanImage(ModelFamily):
             seen = mask | (torch.arange(longest, device=device) == 0)  # a text without tokens: not nothing but padding
             states = t5_states(encoder, ids, seen if min(lengths) < longest else None)
         else:
-            states = torch.zeros(len(ids), 0, encoder.config.d_model, device=device)
+            states = torch.zeros(len(ids), 0, self.parts.encoders[BYT5].width, device=device)
         masked = {MASK.format(name): mask} if min(lengths) < longest else {}
         return {name: states * mask.unsqueeze(-1)} | masked
 
@@ -189,27 +189,6 @@ class HunyuanImage(ModelFamily):
             told["timestep_r"] = cond.get("step_end", t).float() * TIMES
         return denoiser(x_t, time, *states, **told)
 
-    def blocks(self, denoiser: nn.Module) -> list[nn.Module]:
-        return [block for blocks in _block_lists(denoiser) for block in blocks]
-
-    def swapped(self, denoiser: nn.Module, count: int, options: Any = None) -> list[int]:
-        """Half of `count` are double blocks; for each other one two single blocks go, which are about as large."""
-        require_blocks("--blocks_to_swap", count, self.most_swapped(denoiser))
-        double, singles = map(len, _block_lists(denoiser))
-        half = count // 2
-        return [*spread(double, half), *(double + index for index in spread(singles, 2 * (count - half)))]
-
-    def most_swapped(self, denoiser: nn.Module) -> int:
-        doubles, singles = (len(blocks) - STAYING_BLOCKS for blocks in _block_lists(denoiser))
-        return max(0, min(2 * doubles + 1, singles // 2 * 2))
-
-    def modulations(self, denoiser: nn.Module) -> tuple[nn.Module, list[nn.Linear]] | None:
-        doubles, singles = _block_lists(denoiser)
-        names = [(block, f"{norm}.linear") for block in doubles for norm in ("norm1", "norm1_context")]
-        names += [(block, "norm.linear") for block in singles]
-        linears = [block.get_submodule(name) for block, name in names]
-        return denoiser.get_submodule("time_guidance_embed"), linears  # type: ignore[return-value]
-
     # ---- files
 
     def save(self, denoiser: nn.Module, encoders: Mapping[str, nn.Module], path: Path, form: CheckpointForm) -> None:
@@ -218,9 +197,3 @@ class HunyuanImage(ModelFamily):
 
     def text_settings(self, name: str) -> tuple[Any, ...]:
         return (self.options.text_encoder_max_token_length,) if name == QWEN else (LENGTH,)
-
-
-def _block_lists(denoiser: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
-    """Double blocks and single blocks."""
-    double, single = (denoiser.get_submodule(name) for name in ("transformer_blocks", "single_transformer_blocks"))
-    return [*double.children()], [*single.children()]

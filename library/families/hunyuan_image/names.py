@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weight names of HunyuanImage-2.1: published names, those of other programs, and diffusers' own.
 
-Published names: https://github.com/Tencent-Hunyuan/HunyuanImage-2.1. The order of the rows is the order in adapter files.
+Published names: https://github.com/Tencent-Hunyuan/HunyuanImage-2.1. The order of the rows is that in adapter files.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def in_comfy_names(table: Iterable[ModuleName]) -> Iterator[ModuleName]:
 
 
 def split_apart(table: Iterable[ModuleName]) -> Iterator[ModuleName]:
-    """The table for files of models that ran on several cards: q, k, v and mlp of the blocks are layers of their own."""
+    """The table for files of a model that ran on several cards: q, k, v and mlp are layers of their own."""
     for name in table:
         end = next((end for end in SPLIT if name.published.endswith(end) and "_blocks." in name.published), None)
         if end is None:

@@ -90,7 +90,9 @@ class HunyuanImageOptions(ModelOptions):
         answer="there is no CLIP here; of Qwen2.5-VL the states below the last two layers are always used",
     )
     max_token_length: int | None = option(
-        None, help="Not for this model.", answer="--text_encoder_max_token_length is the limit here; ByT5 reads 128 bytes of what is quoted"
+        None,
+        help="Not for this model.",
+        answer="--text_encoder_max_token_length is the limit here; ByT5 reads 128 bytes of what is quoted",
     )
 
     def problems(self) -> Iterator[str]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of HunyuanImage-2.1: denoiser, Qwen2.5-VL, ByT5 and autoencoder, each from a file or folder of its own or a model's.
+"""The parts of HunyuanImage-2.1: denoiser, Qwen2.5-VL, ByT5 and VAE, each from a file or folder, or from the model's.
 
 A bare file holds no configuration: configs/models/hunyuan_image.json has what is the same in every model, and widths,
 heads and counts are read from the shapes, so that models of other sizes load too.
@@ -21,8 +21,8 @@ from library.families.family import ModelParts
 from library.families.hunyuan_image.forward import use_device_masks
 from library.families.hunyuan_image.names import hunyuan_names, in_comfy_names, split_apart
 from library.families.hunyuan_image.options import HunyuanImageOptions
-from library.families.hunyuan_image.vae import vae_part
 from library.key_tables import ModuleName, Rule, Shapes, expand
+from library.weights.hunyuan_vae import vae_part
 from library.weights.language_models import language_encoder
 from library.weights.loading import PIPELINE_FILES, Part, locate, part_file, read_json, shipped_config
 from library.weights.sizes import SizeError, below, depth, has, reading_sizes, shape_of

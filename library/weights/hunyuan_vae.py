@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The autoencoder of HunyuanImage-2.1: where its weights lie, and their published names.
 
-Published names: https://github.com/Tencent-Hunyuan/HunyuanImage-2.1. library.weights.kl_vae turns pixels into latents, as
-with other KL autoencoders: here 32 x 32 pixels are one latent pixel of 64 channels.
+Published names: https://github.com/Tencent-Hunyuan/HunyuanImage-2.1. library.weights.kl_vae turns pixels into latents,
+as with other KL autoencoders: here 32 x 32 pixels are one latent pixel of 64 channels.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def vae_part(path: Path, option: str) -> Part:
     """The autoencoder in a file or in a folder (its own, a model's). Raises UserError where it is another one."""
     if path.is_dir():
         folder = path / "vae" if (path / "vae").is_dir() else path
-        file, prefix, rules = part_file(folder), "", own_names
+        file, prefix, published = part_file(folder), "", False
         config = read_json(folder / "config.json")
         if config.get("_class_name", CLASS) != CLASS:
             raise UserError(f"{option}: {folder} holds an {config['_class_name']}, not an {CLASS}")
@@ -46,11 +46,11 @@ def vae_part(path: Path, option: str) -> Part:
         if found is None:
             raise UserError(f"{option}: {path} has no VAE inside; the VAE of {NEEDED.whose} is needed")
         prefix, shapes = found, below(file.shapes, found)
-        rules = own_names if has(shapes, "encoder.down_blocks.") else vae_rules
+        published = not has(shapes, "encoder.down_blocks.")
         with reading_sizes(path, prefix, option):
-            config = {**shipped_config("hunyuan_image_vae"), **layout(shapes, published=rules is vae_rules)}
-    settings = str(config.get("scaling_factor"))
-    part = Part("VAE", file, prefix, partial(build_vae, config), rules, settings)
+            config = {**shipped_config("hunyuan_image_vae"), **layout(shapes, published=published)}
+    rules = vae_rules if published else own_names
+    part = Part("VAE", file, prefix, partial(build_vae, config), rules, str(config.get("scaling_factor")))
     return kl_vae.with_channels(part, path, NEEDED, option)
 
 
