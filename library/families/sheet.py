@@ -85,7 +85,8 @@ class Sheet:
     token_option: str = "--max_token_length"  # the option that limits the length of captions
     formats: tuple[str, ...] = ("safetensors",)  # of --save_model_as, in which checkpoints can be written
     side_endings: tuple[str, ...] = ()  # of files that are written beside a checkpoint: "_clip_l"
-    # text encoders whose adapters are trained only when this --network_args key is True: too large to train unasked
+    # text encoders whose adapters are trained only when this --network_args key is True: too large to train unasked;
+    # without a key they never are
     asked_encoders: Mapping[str, str] = field(default_factory=dict)
 
     # pages and recipes

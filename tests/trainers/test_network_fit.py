@@ -15,7 +15,10 @@ from tests.adapters.families import TINY
 from tests.adapters.models import tiny_unet
 from tests.trainers.helpers import train
 
-TINY_OF = {"flux": ("flux",), "chroma": ("chroma",), "sd3": ("sd3", "sd35"), "lumina": ("lumina",)}
+TINY_OF = {
+    "flux": ("flux",), "chroma": ("chroma",), "sd3": ("sd3", "sd35"), "lumina": ("lumina",),
+    "hunyuan_image": ("hunyuan_image",),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -54,7 +57,7 @@ def test_unknown_models_are_never_left_without_adapters() -> None:
         if name in ("networks.lora", "networks.lora_flux"):
             with pytest.raises(UserError, match=r"no layers that adapters are known for|this model is a"):
                 create(1.0, 2, 1.0, None, None, wrong)
-        if name not in ("networks.lora_sd3", "networks.lora_lumina"):
+        if name not in ("networks.lora_sd3", "networks.lora_lumina", "networks.lora_hunyuan_image"):
             with pytest.raises(UserError, match="kind BertModel has no layers that adapters are known for"):
                 create(1.0, 2, 1.0, None, [encoder], right)
 

@@ -13,14 +13,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from library.errors import UserError
+from library.families.hunyuan_image import BYT5, QWEN, SHEET
 from library.families.hunyuan_image.forward import use_device_masks
 from library.families.hunyuan_image.glyphs import LENGTH, glyph_tokenizer, quoted
 from library.families.hunyuan_image.model import HunyuanImage
 from library.families.hunyuan_image.options import HunyuanImageFlowOptions, HunyuanImageOptions
-from library.families.hunyuan_image.parts import BYT5, QWEN
 from library.io.checkpoint import CheckpointForm
 from library.objectives.options import LossOptions
+from library.options import resolve
+from library.trainers.options import NetworkTrainerOptions
 from tests.families.hunyuan_image import GLYPH_WIDTH, TEXT_WIDTH, encoded, make, t5_file, tiny_byt5, tiny_denoiser
+from tests.trainers.helpers import make_pictures, subset, train, write_dataset
 
 CAPTIONS = ["cat", 'a sign "red star", and "24 h"', "", "photo “dog”"]
 LAYOUTS = ("files", "split", "comfy", "file", "diffusers", "transformer")
@@ -31,6 +34,12 @@ LIMIT = {"text_encoder_max_token_length": 64}
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """Layout -> options, each of the same weights."""
     return {layout: make(tmp_path_factory.mktemp(layout), layout=layout) for layout in LAYOUTS}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    return write_dataset(folder / "data.toml", subset(make_pictures(folder / "two", 2)))
 
 
 def family(options: dict[str, Any], **more: Any) -> HunyuanImage:
@@ -227,8 +236,36 @@ def test_wrong_files(models: dict[str, dict[str, Any]], tmp_path: Path) -> None:
     assert "gives states 64 wide" in refused(options, text_encoder=tmp_path / "wide.safetensors")
 
 
-def test_what_text_encoders_cannot_do(models: dict[str, dict[str, Any]]) -> None:
-    """Their layers have no names in adapter files."""
-    from library.families.hunyuan_image import SHEET
+# ---- options --------------------------------------------------------------------------------------------------------
 
-    assert not SHEET.adapter_prefixes and family(models["files"]).encoders == (QWEN, BYT5)
+
+def resolved(*words: str) -> Any:
+    given = ["--pretrained_model_name_or_path", "x", "--output_dir", "x", "--output_name", "x", *words]
+    return resolve(NetworkTrainerOptions, SHEET.option_groups, given, prog="test")
+
+
+def test_fp8_options_of_sd_scripts() -> None:
+    assert not resolved().options.memory.fp8_base_unet
+    found = resolved("--fp8_scaled")
+    assert found.options.memory.fp8_base_unet and not found.options.memory.fp8_base
+    assert found.answers == ("--fp8_base_unet is chosen: it is what --fp8_scaled asks for",)
+    assert resolved("--fp8_scaled", "--fp8_vl").options.memory.fp8_base
+    wrong = ((["--fp8_vl"], "has no effect without --fp8_scaled"), (["--attn_mode", "sageattn"], "no backward pass"))
+    for words, line in wrong:
+        with pytest.raises(UserError, match=line):
+            resolved(*words)
+
+
+def test_what_text_encoders_cannot_do(models: dict[str, dict[str, Any]], dataset: Path, tmp_path: Path) -> None:
+    """Their layers have no names in adapter files: they learn in no run, and a LoRA may be merged below them."""
+    values = {**models["files"], **LIMIT, "family": "hunyuan_image", "network_module": None, "max_train_steps": 1}
+    with pytest.raises(UserError, match="--network_train_text_encoder_only: the text encoder of this model is never"):
+        train(None, dataset, tmp_path, **values, network_train_text_encoder_only=True)
+    first = train(None, dataset, tmp_path / "first", **values)
+    assert all(name.startswith("lora_unet_") for name in first.weights)
+    again = train(None, dataset, tmp_path / "again", **values, base_weights=[str(first.file)])
+    assert again.losses[0] < first.losses[0]
+    wide = {n: torch.cat([t, t], -1) if "down" in n else t for n, t in first.weights.items()}
+    save_file(wide, tmp_path / "wide.safetensors")
+    with pytest.raises(UserError, match=r"--network_weights .*wide\.safetensors: "):
+        train(None, dataset, tmp_path / "wide", **values, network_weights=str(tmp_path / "wide.safetensors"))

@@ -9,6 +9,7 @@ from library.families.hunyuan_image.options import HunyuanImageFlowOptions, Huny
 from library.families.recipes import IN_BACKWARD, MemoryRecipe
 from library.families.sheet import EVERYWHERE, FileMarks, ModelFacts, PreviewDefaults, Sheet, Variant
 
+QWEN, BYT5 = "qwen25_vl", "byt5"  # the text encoders, and their states in a Cond: (B, length, width)
 CODE = "https://github.com/Tencent-Hunyuan/HunyuanImage-2.1"
 # "diffusers" and "epsilon": sd-scripts writes them so into adapters and its readers expect it
 FACTS = ModelFacts("hunyuan-image-2.1", "hunyuan-image-2.1", "diffusers", "epsilon", CODE)
@@ -39,6 +40,7 @@ SHEET = Sheet(
     networks={"lora": "networks.lora_hunyuan_image"} | EVERYWHERE,
     variants=VARIANTS,
     adapter_prefixes={},
+    asked_encoders={QWEN: "", BYT5: ""},  # never: no program has names for their layers
     bucket_step=32,
     scripts={"network": "hunyuan_image_train_network.py", "finetune": "hunyuan_image_train.py"},
     token_option="--text_encoder_max_token_length",

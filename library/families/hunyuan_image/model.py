@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from library.device import on_device
 from library.errors import UserError
-from library.families.hunyuan_image import SHEET, VARIANTS, HunyuanImageVariant
+from library.families.hunyuan_image import BYT5, QWEN, SHEET, VARIANTS, HunyuanImageVariant
 from library.families.hunyuan_image.glyphs import LENGTH, glyph_tokenizer
 from library.families.hunyuan_image.options import HunyuanImageFlowOptions
-from library.families.hunyuan_image.parts import BYT5, QWEN, HunyuanImageParts, denoiser_rules, open_parts
+from library.families.hunyuan_image.parts import HunyuanImageParts, denoiser_rules, open_parts
 from library.families.two_streams import TwoStreamFamily
 from library.io.checkpoint import CheckpointForm, save_tensors
 from library.key_tables import Published

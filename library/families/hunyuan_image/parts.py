@@ -18,6 +18,7 @@ from torch import nn
 from library.errors import UserError
 from library.families.detect import PREFIXES, foreign_file, foreign_pipeline
 from library.families.family import ModelParts
+from library.families.hunyuan_image import BYT5, QWEN
 from library.families.hunyuan_image.forward import use_device_masks
 from library.families.hunyuan_image.names import hunyuan_names, in_comfy_names, split_apart
 from library.families.hunyuan_image.options import HunyuanImageOptions
@@ -29,7 +30,6 @@ from library.weights.sizes import SizeError, below, depth, has, reading_sizes, s
 from library.weights.text_encoders import t5_encoder
 from library.weights.weight_files import open_weights
 
-QWEN, BYT5 = "qwen25_vl", "byt5"  # names of the text encoders, and of their states in a Cond: (B, length, width)
 UNREAD_LAYERS = 2  # of Qwen2.5-VL, the last ones
 MODEL_CLASS = "HunyuanImageTransformer2DModel"
 PUBLISHED_DEPTHS = {3584: {"num_layers": 20, "num_single_layers": 40}}

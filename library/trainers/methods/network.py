@@ -41,7 +41,7 @@ class NetworkMethod(Method[NetworkTrainerOptions]):
         return foreign_error(self.network_module, error)
 
     def checks(self) -> list[Callable[[], None]]:
-        return [self.check_module, self.check_control, self.check_files, self.check_caches]
+        return [self.check_module, self.check_encoders, self.check_control, self.check_files, self.check_caches]
 
     def check_module(self) -> None:
         """The network module is for these models, can be imported and knows the --network_args."""
@@ -70,6 +70,16 @@ class NetworkMethod(Method[NetworkTrainerOptions]):
         if dim <= max(widest, FEW_RANKS):
             return []
         return [f"--network_dim {dim}: no layer of the denoiser is wider than {widest}, and a higher rank adds nothing"]
+
+    def check_encoders(self) -> None:
+        """Options of text encoders have one that may learn."""
+        asked = self.family.sheet.asked_encoders
+        if any(asked.get(name) != "" for name in self.family.encoders):
+            return
+        if self.options.network.network_train_text_encoder_only:
+            raise UserError("--network_train_text_encoder_only: the text encoder of this model is never trained here")
+        if self.options.network.text_encoder_lr:
+            log.warning("--text_encoder_lr: no effect, the text encoder of this model is never trained here")
 
     def check_control(self) -> None:
         """A network that looks at control images changes no weights, and its keys have one form."""
@@ -144,8 +154,6 @@ class NetworkMethod(Method[NetworkTrainerOptions]):
 
     def trains_encoder(self, name: str, index: int) -> bool:
         """Whether text encoder `name` gets adapters: large ones only when --network_args ask for it."""
-        if name not in self.family.sheet.adapter_prefixes:  # its layers have no names in files
-            return False
         asked = self.family.sheet.asked_encoders.get(name)
         if asked is not None and self.network_args.get(asked, "").lower() not in ("true", "1", "yes", "on"):
             return False
