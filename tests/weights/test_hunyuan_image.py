@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,15 @@ from library.families.hunyuan_image.forward import use_device_masks
 from library.families.hunyuan_image.glyphs import LENGTH, glyph_tokenizer, quoted
 from library.families.hunyuan_image.model import HunyuanImage
 from library.families.hunyuan_image.options import HunyuanImageFlowOptions, HunyuanImageOptions
+from library.families.hunyuan_image.parts import build_denoiser
 from library.io.checkpoint import CheckpointForm
 from library.objectives.options import LossOptions
 from library.options import resolve
+from library.sampling.preview import Previewer, PreviewModels
+from library.sampling.prompts import Prompt
 from library.trainers.options import NetworkTrainerOptions
+from library.weights.hunyuan_vae import build_vae
+from library.weights.loading import build_empty, shipped_config
 from tests.families.hunyuan_image import GLYPH_WIDTH, TEXT_WIDTH, encoded, make, t5_file, tiny_byt5, tiny_denoiser
 from tests.trainers.helpers import make_pictures, subset, train, write_dataset
 
@@ -179,6 +185,32 @@ def test_predict_is_the_plain_model(models: dict[str, dict[str, Any]], distilled
         else:
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-5 * largest)
     own.parts.config.update(guidance_embeds=False, use_meanflow=False)  # type: ignore[attr-defined]
+
+
+def test_previews_tell_a_mean_flow_where_each_step_ends(tmp_path: Path) -> None:
+    own = family(make(tmp_path, distilled=True))
+    denoiser: Any = own.load_denoiser(None, "cpu")
+    seen: list[tuple[float, float, float]] = []
+    denoiser.time_guidance_embed.register_forward_pre_hook(
+        lambda module, args: seen.append((float(args[0]), float(args[2]), float(args[1])))
+    )
+    encoders = {name: own.load_text_encoder(name, None, "cpu") for name in own.encoders}
+    objective = own.objective(HunyuanImageFlowOptions(), LossOptions())
+    prompt = Prompt("cat", sample_steps=3, width=64, height=64)
+    previewer = Previewer(own, objective, [prompt], output_dir=tmp_path, output_name="x", sampler="euler")
+    models = PreviewModels(denoiser, own.load_vae(None, "cpu"), encoders)
+    assert len(previewer.render(models, step=1, epoch=None, device="cpu", dtype=torch.float32)) == 1
+    times, ends, guidance = zip(*seen, strict=True)
+    assert times[0] == 1000 and ends == (*times[1:], 0.0) and set(guidance) == {3250.0}
+
+
+def test_the_published_model_has_17_billion_weights() -> None:
+    """Denoiser and autoencoder at full size, without memory for them."""
+    modules = (
+        build_empty(partial(build_denoiser, shipped_config("hunyuan_image"))),
+        build_empty(partial(build_vae, shipped_config("hunyuan_image_vae"))),
+    )
+    assert [sum(p.numel() for p in module.parameters()) for module in modules] == [17_425_795_520, 405_575_491]
 
 
 def test_time_reaches_the_model_in_float32(models: dict[str, dict[str, Any]]) -> None:

@@ -20,7 +20,8 @@ Turns = tuple[Tensor, Tensor]  # cosines and sines of the picture's tokens
 
 def use_device_masks(denoiser: nn.Module) -> None:
     """Let diffusers' HunyuanImageTransformer2DModel `denoiser` run the forward pass of this file."""
-    denoiser.forward = MethodType(_forward, denoiser)
+    embedder = denoiser.get_submodule("time_guidance_embed")
+    denoiser.forward, embedder.forward = MethodType(_forward, denoiser), MethodType(_embed, embedder)
     for block in denoiser.get_submodule("single_transformer_blocks").children():
         block.forward = MethodType(_single_block, block)
 
@@ -44,7 +45,7 @@ def _forward(
     the step ends: of the distilled model.
     """
     turns = self.rope(latents)
-    time = self.time_guidance_embed(timestep, guidance=guidance, timestep_r=timestep_r)
+    time = self.time_guidance_embed(timestep, guidance, timestep_r, latents.dtype)
     joint = self.context_embedder(text, timestep, mask)
     if glyphs is not None:
         mask = _joined((glyph_mask, glyphs), (mask, text))
@@ -58,6 +59,17 @@ def _forward(
         picture, joint = block(picture, joint, time, attention_mask=mask, image_rotary_emb=turns)
     picture = self.proj_out(self.norm_out(picture, time))
     return picture.transpose(1, 2).unflatten(2, (rows, columns))
+
+
+def _embed(
+    self: Any, timestep: Tensor, guidance: Tensor | None, timestep_r: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """(B, width): the sinusoids are made in float32, and what the layers read of them is of `dtype`."""
+    embed = lambda layer, t: layer(self.time_proj(t).to(dtype))
+    time = embed(self.timestep_embedder, timestep)
+    if timestep_r is not None:
+        time = (time + embed(self.timestep_embedder_r, timestep_r)) / 2
+    return time if guidance is None else time + embed(self.guidance_embedder, guidance)
 
 
 def _joined(*parts: tuple[Tensor | None, Tensor]) -> Tensor | None:
