@@ -181,8 +181,7 @@ def hunyuan() -> Sample:
             encoder_attention_mask_2=torch.ones(1, 4, dtype=torch.bool),
         ).sample  # fmt: skip
 
-    names = [name for name in hunyuan_names(1, 1, 1) if "_norm." not in name.published]
-    return Sample(model, names, run, comfy=in_comfyui)
+    return Sample(model, hunyuan_names(1, 1, 1), run, comfy=in_comfyui)
 
 
 def in_comfyui(published: str) -> str:

@@ -244,6 +244,7 @@ def test_wrong_files(models: dict[str, dict[str, Any]], tmp_path: Path) -> None:
     assert refused(options, byt5=options["text_encoder"]).endswith(
         "Qwen2.5-VL text encoder and has no T5 text encoder inside"
     )
+    assert "is a HunyuanImage-2.1 checkpoint and has no" in refused(options, text_encoder=model)
     assert refused(options, vae=options["byt5"]) == (
         f"--vae: {options['byt5']} has no VAE inside; the VAE of HunyuanImage-2.1 is needed"
     )

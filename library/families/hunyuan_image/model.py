@@ -196,4 +196,6 @@ class HunyuanImage(TwoStreamFamily):
         save_tensors(path, tensors, form.metadata, dtype=form.dtype, hashes=False)
 
     def text_settings(self, name: str) -> tuple[Any, ...]:
-        return (self.options.text_encoder_max_token_length,) if name == QWEN else (LENGTH,)
+        if name == BYT5:
+            return (LENGTH,)
+        return self.options.text_encoder_max_token_length, self.parts.encoders[QWEN].layers

@@ -132,7 +132,8 @@ def _denoiser(path: Path) -> tuple[Part, dict[str, Any]]:
         prefix, naming = _naming(file.shapes)
     with reading_sizes(file.path, prefix):
         config = {**shipped_config("hunyuan_image"), **layout(below(file.shapes, prefix), naming), **own}
-    if tuple(config["patch_size"]) != (1, 1):
+        patch = tuple(config["patch_size"])
+    if patch != (1, 1):
         raise UserError(f"{file.path} is another model of this design: a token of it is not one latent pixel")
     build, rules = partial(build_denoiser, config), partial(denoiser_rules, naming=naming)
     part = Part("denoiser", file, prefix, build, rules, published_depths=PUBLISHED_DEPTHS)
