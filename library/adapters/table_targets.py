@@ -48,13 +48,12 @@ class TableTargets(FamilyTargets):
     denoiser_targets: Callable[[nn.Module], list[TargetSpec]]
     ranks: Callable[[Any, int, list[TargetSpec]], TypeRanks]
     has_t5: bool = False
-
-    fused = True
+    fused: bool = True
 
     @property
     def options(self) -> Mapping[str, type]:
-        own: dict[str, type] = {"blocks": self.rank_options, "split": SplitOptions, "conv": NoConvOptions}
-        return own | ({"t5": T5Options} if self.has_t5 else {})
+        own: dict[str, type] = {"blocks": self.rank_options, "conv": NoConvOptions}
+        return own | ({"split": SplitOptions} if self.fused else {}) | ({"t5": T5Options} if self.has_t5 else {})
 
     @property
     def decided_by_file(self) -> tuple[str, ...]:
@@ -66,7 +65,7 @@ class TableTargets(FamilyTargets):
     def select(self, options: Mapping[str, Any], dim: int, alpha: float, models: AdaptedModels) -> Selection:
         options["conv"].warn()
         asked = "t5" in options and options["t5"].train_t5xxl
-        targets = self._targets(models, split=options["split"].split_qkv, t5=asked)
+        targets = self._targets(models, split=self._splits(options), t5=asked)
         return self._selection(options["blocks"], dim, alpha, targets)
 
     def select_by_blocks(
@@ -82,10 +81,13 @@ class TableTargets(FamilyTargets):
 
     def in_file(self, options: Mapping[str, Any], models: AdaptedModels) -> list[TargetSpec]:
         options["conv"].warn()
-        return self._targets(models, split=options["split"].split_qkv, outside=True)
+        return self._targets(models, split=self._splits(options), outside=True)
 
     def every(self, models: AdaptedModels, *, outside: bool) -> list[TargetSpec]:
         return self._targets(models, outside=outside)
+
+    def _splits(self, options: Mapping[str, Any]) -> bool:
+        return self.fused and options["split"].split_qkv
 
     def _targets(
         self, models: AdaptedModels, *, split: bool = False, t5: bool = True, outside: bool = False

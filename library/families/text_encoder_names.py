@@ -34,6 +34,12 @@ def t5_paths(blocks: int) -> Iterator[str]:
     yield "encoder.final_layer_norm"
 
 
+def gemma2_paths(blocks: int) -> Iterator[str]:
+    for i in range(blocks):
+        yield from (f"layers.{i}.self_attn.{name}_proj" for name in "qkvo")
+        yield from (f"layers.{i}.mlp.{name}_proj" for name in ("gate", "up", "down"))
+
+
 CLIP_L_IN_CHECKPOINTS = ("cond_stage_model.transformer.", "conditioner.embedders.0.transformer.")
 CLIP_L = Encoder(
     "lora_te1", "text_encoders.clip_l.transformer", "text_encoder", clip_with_projection_paths,
@@ -44,3 +50,4 @@ CLIP_G = Encoder(
     open_clip=("conditioner.embedders.1.model.",), open_clip_names=OPEN_CLIP_NAMES,
 )  # fmt: skip
 T5_XXL = Encoder("lora_te3", "text_encoders.t5xxl.transformer", "text_encoder_3", t5_paths)
+GEMMA2 = Encoder("lora_te", "text_encoders.gemma2_2b.transformer.model", "text_encoder", gemma2_paths)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from library.families.flux.names import flux_names
 from library.families.hunyuan_image.names import hunyuan_names
 from library.families.lumina.names import lumina_names
+from library.families.sana.adapter_names import sana_layers
 from library.families.sd.names import unet_rules
 from library.families.sd3.names import sd3_names
 from library.key_tables import SWAP_HALVES, ModuleName, named
@@ -37,8 +38,8 @@ class Sample:
     comfy: Callable[[str], str] = lambda published: published  # published path -> that in ComfyUI's model
 
     def layers(self) -> Iterator[tuple[ModuleName, list[nn.Module]]]:
-        """Published layers with their modules, Linear layers and convolutions only."""
-        modules = dict(self.model.named_modules())
+        """Published layers with their modules, Linear layers and convolutions over all channels only."""
+        modules = {path: m for path, m in self.model.named_modules() if getattr(m, "groups", 1) == 1}
         for name in self.names:
             own = [modules.get(path) for path in name.ours]
             if all(isinstance(module, (nn.Linear, nn.Conv2d)) for module in own):
@@ -163,6 +164,31 @@ def lumina(hidden: int = 48, layers: int = 2, refiners: int = 1, **changes: Any)
     return Sample(model, lumina_names(layers, refiners), run)
 
 
+def sana() -> Sample:
+    from diffusers import SanaTransformer2DModel
+
+    model = frozen(
+        lambda: SanaTransformer2DModel(
+            num_attention_heads=2,
+            attention_head_dim=8,
+            num_layers=2,
+            num_cross_attention_heads=2,
+            cross_attention_head_dim=8,
+            cross_attention_dim=16,
+            caption_channels=32,
+            qk_norm="rms_norm_across_heads",
+        )
+    )
+
+    def run(transformer: nn.Module) -> Tensor:
+        return transformer(
+            hidden_states=noise(1, 32, 4, 4), encoder_hidden_states=noise(1, 5, 32, seed=1),
+            timestep=torch.tensor([400.0]),
+        ).sample  # fmt: skip
+
+    return Sample(model, sana_layers(2), run)
+
+
 def hunyuan() -> Sample:
     from diffusers import HunyuanImageTransformer2DModel
 
@@ -215,7 +241,8 @@ def sd_unet(version: str) -> dict[str, str]:
 
 
 SAMPLES: dict[str, Callable[[], Sample]] = {
-    "flux": flux, "chroma": chroma, "sd3": sd3, "lumina": lumina, "hunyuan_image": hunyuan,
+    "flux": flux, "chroma": chroma, "sd3": sd3, "lumina": lumina, "sana": sana,
+    "hunyuan_image": hunyuan,
 }  # fmt: skip
 
 

@@ -36,6 +36,7 @@ SEPARATE = {
     "sd3": {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "text_encoder_3"},
     "sd35": {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "text_encoder_3"},
     "lumina system prompt": {"gemma2": "text_encoder", "ae": "vae"},
+    "sana": {"gemma2": "text_encoder", "vae": "vae"},
     "hunyuan_image": {"text_encoder": "text_encoder", "byt5": "text_encoder_2", "vae": "vae"},
 }
 TEACHABLE = [name for name, case in CASES.items() if case.family in ("sd", "sdxl")]  # their text encoders, too

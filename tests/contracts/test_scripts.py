@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from library.io.state import load_state, newest_state
-from tests.families import CASES, flux, hunyuan_image, lumina, sd, sd3, sdxl
+from tests.families import CASES, flux, hunyuan_image, lumina, sana, sd, sd3, sdxl
 from tests.script_runner import ROOT, run_script
 from tests.trainers import child
 from tests.trainers.helpers import argv, differing, make_pictures, quick_previews, subset, write_dataset
@@ -40,6 +40,8 @@ RECIPES = {
     "sd3_full": ("sd3_train.py", "sd35"),
     "lumina_lora": ("lumina_train_network.py", "lumina"),
     "lumina_full": ("lumina_train.py", "lumina"),
+    "sana_lora": ("sana_train_network.py", "sana"),
+    "sana_full": ("sana_train.py", "sana"),
     "hunyuan_image_lora": ("hunyuan_image_train_network.py", "hunyuan_image"),
     "hunyuan_image_full": ("hunyuan_image_train.py", "hunyuan_image"),
 }
@@ -232,6 +234,7 @@ FORMS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "flux": (flux.make, ("diffusers", "files", "comfy", "parts")),
     "sd3": (sd3.make, ("diffusers", "single", "files")),
     "lumina": (lumina.make, ("diffusers", "whole", "files")),
+    "sana": (sana.make, ("diffusers", "files", "plain")),
     "hunyuan_image": (hunyuan_image.make, ("diffusers", "comfy", "files")),
 }
 OPTIONS_OF_FAMILY = {"flux": flux.CASES["flux"].options}

@@ -78,6 +78,7 @@ JOBS = {
     "FLUX.1 LoRA, fp8, recomputed": Job("flux", {"fp8_base_unet": True, "gradient_checkpointing": True}),
     "SD 3.5 full": Job("sd35", full=True),
     "Lumina LoRA": Job("lumina", {"gemma2_max_token_length": 32}),
+    "SANA LoRA": Job("sana", {"gemma2_max_token_length": 32}, size=512),
     # a quotation that leaves no room for padding
     "HunyuanImage LoRA": Job(
         "hunyuan_image", {"text_encoder_max_token_length": 32, "caption_prefix": f'"{"star " * 30}"'}

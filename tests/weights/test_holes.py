@@ -24,7 +24,7 @@ from library.weights.language_models import _build
 from library.weights.loading import build_empty, shipped_config
 from library.weights.text_encoders import _build_projected_clip, _build_t5
 from library.weights.weight_files import open_weights
-from tests.families import flux, hunyuan_image, lumina, sd, sd3, sdxl
+from tests.families import flux, hunyuan_image, lumina, sana, sd, sd3, sdxl
 
 DATA = Path(__file__).parents[1] / "data_files" / "weights"
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I64": 8, "C64": 8, "U8": 1}
@@ -88,6 +88,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[st
         "chroma": ("flux", lambda folder: flux.make(folder, variant="chroma", layout="diffusers")),
         "sd35": ("sd3", lambda folder: sd3.make(folder, layout="single", kind="5-medium")),
         "lumina": ("lumina", lumina.make),
+        "sana": ("sana", lambda folder: sana.make(folder, layout="files", normed=True, blocks=2)),
         "hunyuan_image": ("hunyuan_image", hunyuan_image.make),
     }
     made: dict[str, tuple[str, dict[str, Any]]] = {}
@@ -112,7 +113,8 @@ def files_of(kind: str, options: Mapping[str, Any]) -> Iterator[Path]:
 
 # What may be missing: a model is the same without it, or another tensor takes its place
 OPTIONAL = ("shared.weight", "encoder.embed_tokens.weight", "clip_l.transformer.text_projection.weight",
-            "norm_final.weight", "logit_scale", "cond_stage_model.model.text_projection")  # fmt: skip
+            "norm_final.weight", "pos_embed", "y_embedder.y_embedding", "logit_scale",
+            "cond_stage_model.model.text_projection")  # fmt: skip
 # model -> starts of the names that are removed there, and every which of them: no reader of names is left out
 SWEEPS: dict[str, tuple[tuple[str, ...], int]] = {
     "sd1": (("",), 1),
@@ -122,6 +124,7 @@ SWEEPS: dict[str, tuple[tuple[str, ...], int]] = {
     "chroma": (("",), 2),
     "sd35": (("model.", "text_encoders."), 2),
     "lumina": (("",), 2),
+    "sana": (("",), 4),
     "hunyuan_image": (("double_blocks.", "single_blocks.", "byt5_in.", "txt_in.", "encoder.", "decoder."), 7),
 }
 
@@ -159,6 +162,7 @@ def test_each_tensor_removed_in_turn_is_named(models: Any, name: str) -> None:
         ("sd35", "model.diffusion_model.joint_blocks.9.x_block.attn.qkv.weight"),
         ("lumina", "context_refiner.2.attention.out.weight"),
         ("lumina", "something.of.nobody"),
+        ("sana", "blocks.2.attn.qkv.weight"),
         ("hunyuan_image", "double_blocks.7.img_attn_qkv.weight"),
     ],
 )
@@ -188,6 +192,8 @@ MATRICES = (
     ("sd35", "model.diffusion_model.joint_blocks.1.x_block.attn.qkv.weight"),
     ("sd35", "model.diffusion_model.pos_embed"),
     ("lumina", "layers.1.attention.qkv.weight"),
+    ("sana", "blocks.1.cross_attn.kv_linear.weight"),
+    ("sana", "encoder.stages.4.op_list.0.context_module.main.qkv.conv.weight"),
     ("hunyuan_image", "single_blocks.1.linear1.weight"),
     ("hunyuan_image", "decoder.up.0.upsample.conv.weight"),
 )
@@ -244,6 +250,9 @@ def test_float64_is_cast(models: Any, tmp_path: Path) -> None:
         ("sdxl", "model.diffusion_model.middle_block.1."),
         ("lumina", "layers.0."),
         ("lumina", "noise_refiner.1."),
+        ("sana", "blocks.0."),
+        ("sana", "decoder.stages.2.op_list.1."),
+        ("sana", "encoder.stages.3."),
         ("hunyuan_image", "double_blocks.0."),
         ("hunyuan_image", "encoder.down.2."),
     ],

@@ -7,15 +7,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from library.families.options import ModelOptions
+from library.families.options import FlowModelOptions
 from library.objectives.flow_options import SampledFlowOptions
-from library.options import Choice, Idle, at_least, option, positive, refused
+from library.options import Choice, Idle, at_least, option, positive
 
 TOKEN_LENGTH = 1000  # what HunyuanImage-2.1 was trained with
 
 
 @dataclass(frozen=True)
-class HunyuanImageOptions(ModelOptions):
+class HunyuanImageOptions(FlowModelOptions):
     """HunyuanImage-2.1, base and distilled."""
 
     cached_texts_stay: ClassVar[bool] = True
@@ -41,7 +41,6 @@ class HunyuanImageOptions(ModelOptions):
         help="Guidance that the distilled model is told in training; 1 trains it as the model it was made of.",
         check=at_least(0),
     )
-    no_half_vae: bool = option(False, help="Run the VAE in float32 also under mixed precision.")
     fp8_scaled: bool = option(
         False, help="Keep the frozen denoiser in 8-bit floats, with scales: the same as --fp8_base_unet."
     )
@@ -71,23 +70,6 @@ class HunyuanImageOptions(ModelOptions):
         False,
         help="Compute attention picture by picture.",
         answer="texts are cut to the longest of a batch and padding is hidden: the results are the same",
-    )
-    disable_mmap_load_safetensors: bool = option(
-        False,
-        help="Read the model without mapping its file.",
-        answer="a tensor is only mapped where it is used as it lies in the file, and no tensor is read twice",
-    )
-    v2: bool = option(False, help="Not for this model.", check=refused("HunyuanImage is no Stable Diffusion 2.x"))
-    v_parameterization: bool = option(
-        False, help="Not for this model.", check=refused("HunyuanImage is trained with flow matching")
-    )
-    weighted_captions: bool = option(
-        False, help="Not for this model.", check=refused("brackets are ordinary text for Qwen2.5-VL")
-    )
-    clip_skip: int | None = option(
-        None,
-        help="Not for this model.",
-        answer="there is no CLIP here; of Qwen2.5-VL the states below the last two layers are always used",
     )
     max_token_length: int | None = option(
         None,
