@@ -74,8 +74,7 @@ def layout(shapes: Shapes, *, published: bool) -> dict[str, Any]:
 def build_vae(config: Mapping[str, Any]) -> nn.Module:
     from diffusers import AutoencoderKLHunyuanImage
 
-    module: Any = AutoencoderKLHunyuanImage.from_config(dict(config))
-    return module
+    return AutoencoderKLHunyuanImage.from_config(dict(config))
 
 
 def vae_rules(vae: nn.Module) -> tuple[Rule, ...]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from library.device import on_device
-from library.errors import UserError
+from library.errors import raise_problems
 from library.families.hunyuan_image import BYT5, QWEN, SHEET, VARIANTS, HunyuanImageVariant
 from library.families.hunyuan_image.glyphs import LENGTH, glyph_tokenizer
 from library.families.hunyuan_image.options import HunyuanImageFlowOptions
@@ -98,8 +98,7 @@ class HunyuanImage(TwoStreamFamily):
                 f"{self._chat.folder}: this tokenizer has {tokens} tokens, the text encoder {parts.places[QWEN]} only "
                 f"{vocabulary}; it belongs to another model"
             )
-        if problems:
-            raise UserError(problems)
+        raise_problems(problems)
 
     # ---- text
 

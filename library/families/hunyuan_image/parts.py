@@ -15,13 +15,14 @@ from typing import Any
 
 from torch import nn
 
-from library.errors import UserError
-from library.families.detect import PREFIXES, foreign_file, foreign_pipeline
+from library.errors import UserError, raise_problems
+from library.families.detect import PREFIXES
 from library.families.family import ModelParts
 from library.families.hunyuan_image import BYT5, QWEN
 from library.families.hunyuan_image.forward import use_device_masks
 from library.families.hunyuan_image.names import hunyuan_names, in_comfy_names, split_apart
 from library.families.hunyuan_image.options import HunyuanImageOptions
+from library.families.own_files import require_own_file, require_own_folder
 from library.key_tables import ModuleName, Rule, Shapes, expand
 from library.weights.hunyuan_vae import vae_part
 from library.weights.language_models import language_encoder
@@ -61,8 +62,8 @@ def open_parts(options: HunyuanImageOptions) -> HunyuanImageParts:
     )
     denoiser, config = _denoiser(path)
     places = {name: _place(path, given[name], *SOURCES[name]) for name in SOURCES}
-    if missing := [SOURCES[name][0] for name, place in places.items() if not place.exists()]:
-        raise UserError([f"{option} is missing: {path} has none inside" for option in missing])
+    missing = (SOURCES[name][0] for name, place in places.items() if not place.exists())
+    raise_problems(f"{option} is missing: {path} has none inside" for option in missing)
     whole = language_encoder("qwen2.5_vl", places[QWEN], option="--text_encoder")
     layers = max(1, whole.layers - UNREAD_LAYERS)
     encoders = {
@@ -118,16 +119,12 @@ def _denoiser(path: Path) -> tuple[Part, dict[str, Any]]:
     own: dict[str, Any] = {}
     folder = path / "transformer" if (path / "transformer").is_dir() else path
     if path.is_dir():
-        index = path / "model_index.json"
-        kind = str(read_json(index).get("_class_name", "")) if index.is_file() else ""
-        if foreign := foreign_pipeline(kind, "hunyuan_image"):
-            raise UserError(f"{path} is {foreign}")
+        require_own_folder(path, "hunyuan_image")
         own = read_json(folder / "config.json")
         if own.get("_class_name", MODEL_CLASS) != MODEL_CLASS:
             raise UserError(f"{folder} holds a {own['_class_name']}, not a {MODEL_CLASS}")
     file = part_file(folder) if path.is_dir() else open_weights(path)
-    if foreign := foreign_file(file.shapes, "hunyuan_image"):
-        raise UserError(f"{path} is {foreign}")
+    require_own_file(file, "hunyuan_image")
     with reading_sizes(file.path):
         prefix, naming = _naming(file.shapes)
     with reading_sizes(file.path, prefix):
