@@ -103,7 +103,10 @@ class TableTargets(FamilyTargets):
 
 
 T5_BLOCKS = frozenset({"T5LayerSelfAttention", "T5LayerFF"})
-GEMMA_BLOCKS = frozenset({"Gemma2Attention", "Gemma2MLP"})
+# Class of a language model -> those of the blocks of its layers
+LANGUAGE_BLOCKS = {
+    f"{kind}Model": frozenset({f"{kind}Attention", f"{kind}MLP"}) for kind in ("Gemma2", "Qwen3", "Mistral")
+}
 
 
 def count(model: nn.Module | None, path: str) -> int:
@@ -142,7 +145,7 @@ def _halves_swapped(module: TargetModule) -> tuple[TargetModule, TargetModule]:
 
 
 def text_targets(encoders: Sequence[nn.Module | None], *, t5: bool = True, outside: bool = False) -> list[TargetSpec]:
-    """Attention and feed-forward layers of CLIP, T5 and Gemma 2; the class of an encoder decides their names.
+    """Attention and feed-forward layers of CLIP, T5 and language models; the class of an encoder decides their names.
 
     encoders: in the order of the learning rates, None where one gets no adapters. t5: include T5. outside: include
     CLIP's layers outside of its blocks: the projection.
@@ -154,8 +157,8 @@ def text_targets(encoders: Sequence[nn.Module | None], *, t5: bool = True, outsi
             continue
         if kind == "T5EncoderModel":
             found += encoder_targets(encoder, f"{ENCODER_PREFIX}3", T5_BLOCKS, index)
-        elif kind == "Gemma2Model":
-            found += encoder_targets(encoder, ENCODER_PREFIX, GEMMA_BLOCKS, index)
+        elif kind in LANGUAGE_BLOCKS:
+            found += encoder_targets(encoder, ENCODER_PREFIX, LANGUAGE_BLOCKS[kind], index)
         else:
             number = 2 if index == 1 or _is_clip_g_alone(encoder, encoders) else 1
             found += encoder_targets(

@@ -16,7 +16,6 @@ PREFIXES = ("model.diffusion_model.", "net.", "diffusion_model.", "transformer."
 
 # Architectures that are recognised, and that no script here trains: asked before those of the registry
 UNTRAINED = {
-    "flux2": FileMarks("a FLUX.2", ("double_stream_modulation_img.", "double_stream_modulation_txt."), ("Flux2",)),
     "anima": FileMarks("an Anima", ("llm_adapter.", "blocks.0.adaln_modulation_self_attn."), ("Anima",)),
 }
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from library.families.chroma import SHEET as CHROMA
 from library.families.flux import SHEET as FLUX
+from library.families.flux2 import SHEET as FLUX2
 from library.families.hunyuan_image import SHEET as HUNYUAN_IMAGE
 from library.families.lumina import SHEET as LUMINA
 from library.families.sana import SHEET as SANA
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from library.families.family import ModelFamily
 
 # An architecture whose files have marks of another one as well stands behind that one.
-SHEETS = (SD, SDXL, FLUX, CHROMA, LUMINA, SD3, SANA, HUNYUAN_IMAGE)
+SHEETS = (SD, SDXL, FLUX, CHROMA, FLUX2, LUMINA, SD3, SANA, HUNYUAN_IMAGE)
 FAMILIES: dict[str, Sheet] = {sheet.name: sheet for sheet in SHEETS}
 
 

@@ -20,11 +20,12 @@ from safetensors.torch import load_file, save_file
 from library.errors import UserError
 from library.families.family import ModelFamily
 from library.families.registry import FAMILIES, open_family
+from library.weights.flux2_vae import build_vae
 from library.weights.language_models import _build
 from library.weights.loading import build_empty, shipped_config
 from library.weights.text_encoders import _build_projected_clip, _build_t5
 from library.weights.weight_files import open_weights
-from tests.families import flux, hunyuan_image, lumina, sana, sd, sd3, sdxl
+from tests.families import flux, flux2, hunyuan_image, lumina, sana, sd, sd3, sdxl
 
 DATA = Path(__file__).parents[1] / "data_files" / "weights"
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I64": 8, "C64": 8, "U8": 1}
@@ -88,6 +89,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[st
         "chroma": ("flux", lambda folder: flux.make(folder, variant="chroma", layout="diffusers")),
         "sd35": ("sd3", lambda folder: sd3.make(folder, layout="single", kind="5-medium")),
         "lumina": ("lumina", lumina.make),
+        "flux2": ("flux2", flux2.make),
         "sana": ("sana", lambda folder: sana.make(folder, layout="files", normed=True, blocks=2)),
         "hunyuan_image": ("hunyuan_image", hunyuan_image.make),
     }
@@ -124,6 +126,11 @@ SWEEPS: dict[str, tuple[tuple[str, ...], int]] = {
     "chroma": (("",), 2),
     "sd35": (("model.", "text_encoders."), 2),
     "lumina": (("",), 2),
+    # of its encoder some layers that are loaded: nothing above them is missed
+    "flux2": (
+        ("double", "single", "img", "time", "txt", "final", "encoder", "decoder", "bn.run", "model.layers.1."),
+        2,
+    ),
     "sana": (("",), 4),
     "hunyuan_image": (("double_blocks.", "single_blocks.", "byt5_in.", "txt_in.", "encoder.", "decoder."), 7),
 }
@@ -162,6 +169,7 @@ def test_each_tensor_removed_in_turn_is_named(models: Any, name: str) -> None:
         ("sd35", "model.diffusion_model.joint_blocks.9.x_block.attn.qkv.weight"),
         ("lumina", "context_refiner.2.attention.out.weight"),
         ("lumina", "something.of.nobody"),
+        ("flux2", "single_blocks.2.linear1.weight"),
         ("sana", "blocks.2.attn.qkv.weight"),
         ("hunyuan_image", "double_blocks.7.img_attn_qkv.weight"),
     ],
@@ -192,6 +200,8 @@ MATRICES = (
     ("sd35", "model.diffusion_model.joint_blocks.1.x_block.attn.qkv.weight"),
     ("sd35", "model.diffusion_model.pos_embed"),
     ("lumina", "layers.1.attention.qkv.weight"),
+    ("flux2", "single_blocks.1.linear1.weight"),
+    ("flux2", "model.layers.26.mlp.up_proj.weight"),
     ("sana", "blocks.1.cross_attn.kv_linear.weight"),
     ("sana", "encoder.stages.4.op_list.0.context_module.main.qkv.conv.weight"),
     ("hunyuan_image", "single_blocks.1.linear1.weight"),
@@ -250,6 +260,8 @@ def test_float64_is_cast(models: Any, tmp_path: Path) -> None:
         ("sdxl", "model.diffusion_model.middle_block.1."),
         ("lumina", "layers.0."),
         ("lumina", "noise_refiner.1."),
+        ("flux2", "double_blocks.0."),
+        ("flux2", "model.layers.5."),
         ("sana", "blocks.0."),
         ("sana", "decoder.stages.2.op_list.1."),
         ("sana", "encoder.stages.3."),
@@ -313,6 +325,8 @@ def real() -> dict[str, dict[str, Any]]:
         "clip_g": clip,
         "t5xxl": _build_t5,
         "gemma2": partial(_build, kind="gemma2", layers=None),
+        "qwen3": partial(_build, kind="qwen3", layers=None),
+        "mistral": partial(_build, kind="mistral", layers=None),
         "qwen25_vl": partial(_build, kind="qwen2.5_vl", layers=None),
     }
     files = {}
@@ -333,6 +347,9 @@ def real() -> dict[str, dict[str, Any]]:
              "schnell": "flux_schnell_output", "chroma": "chroma_input", "ae": "flux_ae_input",
              "lumina": "lumina2_output", "hunyuan_image": "hunyuan_image_input",
              "hunyuan_image_vae": "hunyuan_image_vae_input"}  # fmt: skip
+    files |= {name: flux2.published_shapes(*sizes) for name, sizes in flux2.PUBLISHED.items()}
+    vae = build_empty(lambda: build_vae(shipped_config("flux2_ae")))
+    files["flux2 ae"] = {key: list(tensor.shape) for key, tensor in flux2.published_vae(vae).items()}
     return {**files, **{name: listed(file) for name, file in lists.items()}, **listed("sd3_outputs")}
 
 
@@ -390,6 +407,13 @@ def published_files(real: dict[str, dict[str, Any]], place: Path) -> Iterator[tu
     next_dit = {**real["lumina"], **extras("", "norm_final.weight")}
     gemma = below("model.", real["gemma2"]) | extras("", "spiece_model", "lm_head.weight")
     yield "lumina", "lumina", {model: file(next_dit, "BF16"), "gemma2": file(gemma), "ae": ae}
+    qwen = file(below("model.", real["qwen3"]) | extras("", "lm_head.weight"))
+    mistral = file(below("language_model.model.", real["mistral"]) | extras("", "lm_head.weight", "vision_tower.x"))
+    for kind, encoder in {"klein-4b": qwen, "dev": mistral}.items():
+        options = {"text_encoder": encoder, "ae": file(real["flux2 ae"], "F32")}
+        yield f"flux2 {kind}", "flux2", {model: file(real[kind], "BF16"), **options}
+        prefixed = below("model.diffusion_model.", real[kind])
+        yield f"flux2 {kind} of ComfyUI", "flux2", {model: file(prefixed, "F8_E4M3"), **options}
     text = below("text_encoders.gemma2_2b.transformer.model.", real["gemma2"]) | below("vae.", real["ae"])
     yield "lumina all in one", "lumina", {model: file({**below("model.diffusion_model.", next_dit), **text})}
     seeing = below("model.", real["qwen25_vl"]) | extras("", "lm_head.weight", "visual.patch_embed.proj.weight")

@@ -26,6 +26,7 @@ def hunyuan_facts(names: Collection[str], v_prediction: bool) -> FileFacts:
 TABLES = (
     Architecture(
         "hunyuan_image", "HunyuanImage-2.1", denoiser_layers, (), hunyuan_facts, beginning(DOUBLE, SINGLE),
-        fused={4: (1.0, 1.0, 1.0, 4.0)}, inputs={READS_STATES: frozenset({3584})}, comfy_path=comfy_path,
+        fused={4: (1.0, 1.0, 1.0, 4.0)}, comfy_path=comfy_path,
+        inputs={READS_STATES: frozenset({3584}), "_mlp_fc2$": frozenset({14336}), "_linear2$": frozenset({17920})},
     ),
 )  # fmt: skip

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -106,6 +107,9 @@ class NetworkMethod(Method[NetworkTrainerOptions]):
             except UserError as error:
                 problems += error.problems
                 continue
+            with suppress(UserError):  # `family.check` says what is wrong with the model
+                if problem := self.family.adapter_problem(names):
+                    problems.append(f"{flag} {file} {problem}")
             if flag == "--base_weights" and any(name.startswith(prefixes) for name in names):
                 problems.append(
                     f"--base_weights {file} changes the text encoder, whose outputs are cached without it: "
