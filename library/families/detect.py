@@ -16,7 +16,6 @@ PREFIXES = ("model.diffusion_model.", "net.", "diffusion_model.", "transformer."
 
 # Architectures that are recognised, and that no script here trains: asked before those of the registry
 UNTRAINED = {
-    "hunyuan_image": FileMarks("a HunyuanImage-2.1", ("byt5_in.", "context_embedder_2."), ("HunyuanImage",)),
     "anima": FileMarks("an Anima", ("llm_adapter.", "blocks.0.adaln_modulation_self_attn."), ("Anima",)),
 }
 

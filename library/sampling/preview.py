@@ -204,13 +204,15 @@ class Previewer:
         guided_ones = [float(t) > guided_above for t in sampler.timesteps]
         conds = {guided: self._cond(models, prompt, index, guided, device) for guided in set(guided_ones)}
         batches = {guided: _batch_of(references, prompt, guided) for guided in set(guided_ones)}
-        for t, guided in zip(sampler.timesteps, guided_ones, strict=True):
+        ends = torch.cat([sampler.timesteps[1:], torch.zeros_like(sampler.timesteps[:1])])
+        for t, end, guided in zip(sampler.timesteps, ends, guided_ones, strict=True):
             if self.stopped():
                 raise Stopped
             count = 2 if guided else 1
             shown = torch.cat([sampler.scale_input(x, t)] * count)
             times = on_device(t, device).expand(count)
-            pred = self.family.predict(models.denoiser, shown, times, conds[guided], batches[guided]).float()
+            cond = conds[guided] | {"step_end": on_device(end, device).expand(count)}
+            pred = self.family.predict(models.denoiser, shown, times, cond, batches[guided]).float()
             if guided:
                 without, with_prompt = pred.chunk(2)
                 pred = self._renormed(without + scale * (with_prompt - without), with_prompt, prompt)

@@ -258,6 +258,10 @@ class TrainerOptions:
             return "plain"
         return self.precision.bf16_update or "stochastic"
 
+    def choices(self) -> Iterator[Choice]:
+        """Values for options that were not given."""
+        return self.model.choices()
+
     def problems(self) -> Iterator[str]:
         """Combinations of options of several groups that make no sense."""
         yield from cross_problems(self.save, self.state, self.hub)
@@ -283,6 +287,7 @@ class NetworkTrainerOptions(TrainerOptions):
 
     def choices(self) -> Iterator[Choice]:
         """Cached captions and adapters of the text encoder exclude each other. As in other programs, caching wins."""
+        yield from super().choices()
         network = self.network
         if self.cache.texts and self.model.cached_texts_stay and network.text_encoder_lr is None and not (
             network.network_train_unet_only or network.network_train_text_encoder_only

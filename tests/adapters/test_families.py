@@ -16,6 +16,7 @@ from library.adapters.layers.lora import LoRALayer, LoraSettings
 from library.adapters.target_spec import TargetModule, TargetSpec
 from library.families.flux.names import flux_names
 from library.families.flux2.names import flux2_names
+from library.families.hunyuan_image.names import hunyuan_names
 from library.families.lumina.names import lumina_names
 from library.families.sd3.names import sd3_names
 from library.key_tables import ModuleName, expand, publish, read
@@ -29,6 +30,7 @@ NAMES: dict[str, Callable[[], list[ModuleName]]] = {
     "sd3": lambda: sd3_names(2),
     "sd35": lambda: sd3_names(3),
     "lumina": lambda: lumina_names(2, 2),
+    "hunyuan_image": lambda: hunyuan_names(2, 2, 2),
 }
 FORMS = {
     "plain": {},
