@@ -38,6 +38,15 @@ class Columns:
         codes, of = np.unique(self.sizes[:, 0] << 32 | self.sizes[:, 1], return_inverse=True)
         return Kinds([(code >> 32, code & 0xFFFFFFFF) for code in codes.tolist()], of.reshape(-1))
 
+    @property
+    def flips(self) -> np.ndarray:
+        """Whether each sample is also trained mirrored."""
+        return np.array([subset.images.flip_aug for subset in self.subsets], dtype=bool)[self.subset_of]
+
+    def counts(self) -> list[int]:
+        """Number of samples of each subset."""
+        return np.bincount(self.subset_of, minlength=len(self.subsets)).tolist()
+
     def repeats(self, indices: np.ndarray) -> np.ndarray:
         """num_repeats of some samples."""
         return np.array([s.num_repeats for s in self.subsets], dtype=np.int64)[self.subset_of[indices]]

@@ -30,10 +30,12 @@ from library.data.encoding import (
     reference_pixels,
     without_draws,
 )
+from library.data.joined import Joined, Made
 from library.data.loader import BatchLoader
 from library.data.parts import DatasetStats, Part, make_parts
 from library.data.plan import BatchPlan, EpochPlan, plan_epoch, plan_in_order
 from library.data.records import DatasetConfig, Sample
+from library.data.shards.samples import ShardSamples
 from library.errors import raise_problems
 from library.rng import python_rng
 from library.types import Batch, Cond, ReferenceSpec
@@ -130,13 +132,14 @@ class TrainingData:
         """Each dataset in numbers."""
         return tuple(part.stats for part in self._parts)
 
-    def trained(self) -> list[list[tuple[Sample, Bucket]]]:
+    def trained(self) -> list[Sequence[tuple[Sample, Bucket]]]:
         """Pictures that any epoch trains, once each, per dataset."""
-        found: list[list[tuple[Sample, Bucket]]] = []
-        for part in self._parts:
-            samples = (part.samples[index] for index in np.unique(part.train.entries).tolist())
-            found.append([(sample, part.bucket(sample)) for sample in samples])
-        return found
+        return [_trained(part) for part in self._parts]
+
+    @property
+    def wants_masks(self) -> bool:
+        """Whether the loss may be masked."""
+        return self.masked_loss or any(s.images.alpha_mask for part in self._parts for s in part.config.subsets)
 
     def trained_texts(self, sample: Sample) -> list[str]:
         """What a picture's caption may be in training; whatever varies only the order of its parts is left out."""
@@ -148,8 +151,10 @@ class TrainingData:
 
     # ---- what a cache must hold
 
-    def encoding_jobs(self) -> list[LatentJob]:
+    def encoding_jobs(self) -> Sequence[LatentJob]:
         """Every (picture, bucket, flipped) that training and validation use, once each, dataset by dataset."""
+        if not self._may_repeat():
+            return Joined([_jobs(part) for part in self._parts])
         found: dict[tuple, LatentJob] = {}
         for part, sample, validation in self._used_samples():
             flips = (False, True) if sample.subset.images.flip_aug and not validation else (False,)
@@ -160,10 +165,20 @@ class TrainingData:
                 found.setdefault((sample.path, job.bucket, flipped, how), job)
         return list(found.values())
 
+    def _may_repeat(self) -> bool:
+        """Whether two samples may be of the same file: it cannot be where all are in shards, each named once."""
+        sources = [
+            source
+            for part in self._parts
+            for source in (part.samples.parts if isinstance(part.samples, Joined) else [part.samples])
+        ]
+        shards = [index.shard.path for s in sources if isinstance(s, ShardSamples) for index in s.indexes]
+        return len(set(shards)) < len(shards) or not all(isinstance(source, ShardSamples) for source in sources)
+
     def reference_jobs(self) -> list[LatentJob]:
         """Every reference picture at every size that training and validation use, once each."""
         found: dict[LatentJob, None] = {}
-        for part, sample, _ in self._used_samples():
+        for part, sample, _ in self._used_samples() if any(part.has_references for part in self._parts) else ():
             found |= dict.fromkeys(part.references(sample))
         return list(found)
 
@@ -288,6 +303,32 @@ class _Item(NamedTuple):
     control: Tensor | None
     references: list[Tensor]
     reference_pixels: list[Tensor]
+
+
+def _trained(part: Part) -> Sequence[tuple[Sample, Bucket]]:
+    """The pictures of a dataset that any epoch trains."""
+    indices = np.sort(part.train.samples)
+
+    def pair(number: int) -> tuple[Sample, Bucket]:
+        sample = part.samples[int(indices[number])]
+        return sample, part.bucket(sample)
+
+    return Made(len(indices), pair)
+
+
+def _jobs(part: Part) -> Sequence[LatentJob]:
+    """The pictures of a dataset that are encoded; the mirrored one follows the plain one."""
+    train = np.sort(part.train.samples)
+    flips = np.concatenate([part.flips[train], np.zeros(len(part.validation.samples), dtype=bool)])
+    ends = np.cumsum(1 + flips.astype(np.int64))
+    indices = np.concatenate([train, np.sort(part.validation.samples)])
+
+    def job(number: int) -> LatentJob:
+        place = int(np.searchsorted(ends, number, side="right"))
+        sample = part.samples[int(indices[place])]
+        return LatentJob(sample, part.bucket(sample), bool(flips[place]) and number == ends[place] - 1)
+
+    return Made(int(ends[-1]) if len(ends) else 0, job)
 
 
 # ---- small helpers ------------------------------------------------------------------------------------------------

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several sequences as one, without a copy."""
+"""Sequences that hold no items of their own: several as one, and items that are made when they are asked for."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, chain
 from typing import TypeVar, overload
 
@@ -34,6 +34,24 @@ class Joined(Sequence[T]):
 
     def __iter__(self) -> Iterator[T]:
         return chain.from_iterable(self.parts)
+
+
+class Made(Sequence[T]):
+    """Items that are made when they are asked for. make: number -> item."""
+
+    def __init__(self, count: int, make: Callable[[int], T]) -> None:
+        self.places, self.make = range(count), make
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @overload
+    def __getitem__(self, which: int) -> T: ...
+    @overload
+    def __getitem__(self, which: slice) -> Sequence[T]: ...
+    def __getitem__(self, which: int | slice) -> T | Sequence[T]:
+        places = self.places[which]
+        return [self.make(place) for place in places] if isinstance(places, range) else self.make(places)
 
 
 def place_in(ends: Sequence[int], number: int) -> tuple[int, int]:

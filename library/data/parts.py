@@ -56,6 +56,8 @@ class Part(NamedTuple):
     validation: Pool
     stats: DatasetStats
     spec: ReferenceSpec | None  # how the model takes reference pictures
+    flips: np.ndarray  # whether each sample is also trained mirrored
+    has_references: bool
 
     def bucket(self, sample: Sample) -> Bucket:
         """The bucket of one of the samples."""
@@ -117,8 +119,7 @@ def _buckets(manager: BucketManager, columns: Columns) -> tuple[list[Bucket], li
 
 def too_many_uses(columns: Columns) -> list[str]:
     """One line where an epoch has more uses than can be counted safely."""
-    counts = np.bincount(columns.subset_of, minlength=len(columns.subsets)).tolist()
-    uses = sum(count * subset.num_repeats for count, subset in zip(counts, columns.subsets))
+    uses = sum(count * subset.num_repeats for count, subset in zip(columns.counts(), columns.subsets))
     if uses <= MOST_USES:
         return []
     most = max(columns.subsets, key=lambda subset: subset.num_repeats)
@@ -209,7 +210,7 @@ def _make_part(
             ~moved,
         ),
     )
-    return Part(config, samples, manager, pool, validation_pool, stats, spec)
+    return Part(config, samples, manager, pool, validation_pool, stats, spec, columns.flips, bool(columns.references))
 
 
 def _shapes(columns: Columns, buckets: Sequence[Bucket], spec: ReferenceSpec | None) -> tuple[list[Shape], np.ndarray]:

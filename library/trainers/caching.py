@@ -24,6 +24,7 @@ from library.data.caches.store import PackedStore, TensorStore
 from library.data.caches.text_cache import TextCache, TextCaches, text_store
 from library.data.dataset import TrainingData
 from library.data.encoding import LatentJob, Text, reference_pixels
+from library.data.joined import Joined
 from library.data.manifest import FOLDER
 from library.device import fits, free_memory, on_device
 from library.errors import UserError
@@ -65,8 +66,8 @@ class Caches:
         cached = [name for name in family.encoders if name not in learning] if options.cache.texts else []
         latents = LatentFolders(options.cache.cache_dir, disk=options.cache.cache_latents_to_disk)
         texts = self._text_folder() if cached and options.cache.cache_text_encoder_outputs_to_disk else None
-        folders = [latents.of(job.sample) for job in self.latent_jobs()] if options.cache.latents else []
-        shares = shares_of(folder for folder in dict.fromkeys([*folders, texts]) if folder is not None)
+        folders = latents.of_all(job.sample for job in self.latent_jobs()) if options.cache.latents else []
+        shares = shares_of(folder for folder in [*folders, texts] if folder is not None)
         self.latents = self._latent_cache(options, latents, shares) if options.cache.latents else None
         stores = {name: text_store(texts, shares.of(texts)) for name in cached}
         self.texts = TextCaches({n: self._text_cache(n, s, options) for n, s in stores.items()}) if cached else None
@@ -100,9 +101,9 @@ class Caches:
         beside = self.options.cache_dir or os.path.join(self.data.encoding_jobs()[0].sample.folder, FOLDER)
         return os.path.join(beside, "texts")
 
-    def latent_jobs(self) -> list[LatentJob]:
+    def latent_jobs(self) -> Sequence[LatentJob]:
         """All pictures that are encoded."""
-        return self.data.encoding_jobs() + self.data.reference_jobs()
+        return Joined([self.data.encoding_jobs(), self.data.reference_jobs()])
 
     def wanted(self, name: str, *, others: bool = False) -> Wanted:
         """The texts that this process has to see encoded by text encoder `name`. others: those of the next process."""
@@ -112,7 +113,7 @@ class Caches:
 
     def latents_missing(self) -> bool:
         """True when the VAE has pictures to encode in this process."""
-        return self.latents is not None and bool(self.latents.missing(self.latent_jobs()))
+        return self.latents is not None and self.latents.is_missing_any(self.latent_jobs())
 
     def caches_text(self, name: str) -> bool:
         """True when the outputs of text encoder `name` are cached."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
@@ -11,6 +12,7 @@ from accelerate.utils import broadcast_object_list
 
 from library.data.config import load_dataset_config
 from library.data.dataset import TrainingData
+from library.data.joined import Joined
 from library.data.lint import (
     bucket_warnings,
     choices_never_trained,
@@ -28,7 +30,7 @@ from library.errors import UserError, raise_problems
 from library.families.family import ModelFamily
 from library.io.checkpoint import check_output, last_name, state_name
 from library.io.state import read_facts
-from library.log import get_logger
+from library.log import get_logger, is_main_process
 from library.memory.choice import MemoryChoice
 from library.optim.optimizers import OptimizerChoice, choose_optimizer
 from library.optim.options import OptimizerOptions
@@ -143,10 +145,11 @@ def scan_datasets(
 
 def data_warnings(family: ModelFamily, found: Scan, data: TrainingData, *, cached: bool) -> Iterator[str]:
     """What is probably not meant, told from datasets and model together. cached: text outputs are."""
-    enlarged = dict.fromkeys(name for stats in data.stats() for name in stats.upscaled)
-    samples = [sample for dataset in found.datasets for sample in dataset.samples]
+    several = [stats.upscaled for stats in data.stats()]
+    enlarged = several[0] if len(several) == 1 else list(dict.fromkeys(chain.from_iterable(several)))
+    samples = Joined([dataset.samples for dataset in found.datasets])
     lines = (
-        smaller_than_bucket(list(enlarged)),
+        smaller_than_bucket(enlarged),
         longer_than_limit(samples, family.count_tokens, family.token_limit, option=family.sheet.token_option),
         choices_never_trained(samples, data.text_variants) if cached else None,
     )
@@ -220,11 +223,13 @@ def check(method: Method[TrainerOptions], stop: StopRequest) -> Checked:
         processes = start_processes(options, found)
         seed = agreed_seed(seed)  # before the pictures are shuffled and held out by it
     data = checks.run(lambda: training_data(found, options, seed, family.references)) if found else None
-    dark = checks.run(lambda: check_masks(data.trained(), masked_loss=data.masked_loss)) if data else None
+    masked = data is not None and data.wants_masks
+    dark = checks.run(lambda: check_masks(data.trained(), masked_loss=data.masked_loss)) if data and masked else None
     checks.finish()
     assert found is not None and data is not None and optimizer is not None and prompts is not None
     assert learning is not None and processes is not None
-    warnings = data_warnings(family, found, data, cached=options.cache.texts)
+    # the other processes show none, and looking for them takes its time
+    warnings = data_warnings(family, found, data, cached=options.cache.texts) if is_main_process() else ()
     idle = [*idle_options(options, found, data)]
     if options.distributed.shard_base and processes.world == 1:
         idle.append("--shard_base: no effect with one process, which has all weights")

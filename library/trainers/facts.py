@@ -7,9 +7,10 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 
+from library.data.columns import columns_of
 from library.data.dataset import TrainingData
 from library.data.parts import DatasetStats
 from library.data.records import DatasetConfig, Sample
@@ -59,15 +60,16 @@ class FileHashes:
 
 def subset_facts(config: DatasetConfig, samples: Sequence[Sample]) -> tuple[SubsetFacts, ...]:
     """The facts of each subset of a dataset."""
-    counts, found = Counter(id(sample.subset) for sample in samples), []
+    columns, found = columns_of(samples), []
+    counts = {id(subset): count for subset, count in zip(columns.subsets, columns.counts())}
     for subset in config.subsets:
         settings = {**vars(subset.captions), **vars(subset.images), **vars(subset)}
         same = {f.name: settings[f.name] for f in fields(SubsetFacts) if f.name in settings}
-        found.append(SubsetFacts(source=subset.name, img_count=counts[id(subset)], **same))
+        found.append(SubsetFacts(source=subset.name, img_count=counts.get(id(subset), 0), **same))
     return tuple(found)
 
 
-def tag_frequency(trained: Sequence[Sample], texts: Callable[[Sample], Sequence[str]]) -> dict[str, dict[str, int]]:
+def tag_frequency(trained: Iterable[Sample], texts: Callable[[Sample], Sequence[str]]) -> dict[str, dict[str, int]]:
     """Folder -> tag -> how often it is trained: once for each picture of which some text has it, whatever is drawn.
 
     texts: picture -> what its caption may be.
@@ -117,7 +119,7 @@ class RunRecord:
         self.options, self.plan, self.model = options, plan, model
         self.started_at, self.session_id = time.time(), time.time_ns() % (1 << 32)
         stats = data.stats()
-        tags = [tag_frequency([sample for sample, _ in pairs], data.trained_texts) for pairs in data.trained()]
+        tags = [tag_frequency((sample for sample, _ in pairs), data.trained_texts) for pairs in data.trained()]
         self.datasets = tuple(dataset_facts(c, s, n, t) for (c, s), n, t in zip(datasets, stats, tags))
         self.validation_images = sum(n.validation_images for n in stats)
         self.hashes = FileHashes(names)

@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from library.data.records import Sample
 from library.data.scan import Scan
+from library.data.shards.samples import ShardSamples
 from library.errors import UserError
 from library.io.checkpoint import last_name
 from library.io.hub import download_state
@@ -125,20 +128,30 @@ class RunIdentity:
         for index, (dataset, subset) in enumerate(pairs, start=1):
             sizes = (dataset.buckets, dataset.batch_size, dataset.network_multiplier, dataset.validation_split)
             rules = (subset.config.num_repeats, subset.config.captions, subset.config.images, sizes)
-            pictures = [(Path(sample.path).name, sample.file_size) for sample in subset.samples]
+            pictures, captions = content_digests(subset.samples)
             result[f"subset {index}"] = {
                 "folder": Path(subset.config.name).name,
-                "pictures": f"{len(pictures)} ({_digest(pictures)})",
-                "captions": _digest([sample.caption for sample in subset.samples]),
+                "pictures": f"{len(subset.samples)} ({pictures})",
+                "captions": captions,
                 "settings": _digest(rules),
             }
             if dataset.validation_split:  # apart: states of runs without it are those of before
                 chosen = "the run's seed" if dataset.validation_seed is None else f"seed {dataset.validation_seed}"
                 result[f"subset {index}"]["held out"] = f"{dataset.validation_split} by {chosen}"
+            if isinstance(subset.samples, ShardSamples):
+                continue  # the references are among the pictures
             references = [(Path(r.path).name, r.file_size) for sample in subset.samples for r in sample.references]
             if references:
                 result[f"subset {index}"]["references"] = f"{len(references)} ({_digest(references)})"
         return result
+
+
+def content_digests(samples: Sequence[Sample]) -> tuple[str, str]:
+    """Digests of the pictures and of the captions of a subset. Of shards the indexes have them."""
+    if isinstance(samples, ShardSamples):
+        return samples.digests()
+    pictures = [(Path(sample.path).name, sample.file_size) for sample in samples]
+    return _digest(pictures), _digest([sample.caption for sample in samples])
 
 
 def as_of_now(state: StateParts) -> StateParts:

@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from library.data.caches.latent_cache import member_state, sample_state
+from library.data.dataset import TrainingData
 from library.data.file_hashes import hash_file
 from library.data.images import load_image
 from library.data.inventory import find_duplicates
@@ -22,7 +24,7 @@ from library.data.lint import check, folder_lines
 from library.data.records import BucketRules, CaptionRules, DatasetConfig, ImageRules, SubsetConfig
 from library.data.scan import Scan, SubsetScan, scan
 from library.data.shards import indexing
-from library.data.shards.index import read_index
+from library.data.shards.index import IndexBuilder, PictureRow, read_index
 from library.data.shards.patterns import expand, local_files
 from library.errors import UserError
 from tests.shard_files import OLD, parquet_of, png, write_parquet, write_tar
@@ -356,3 +358,40 @@ def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert list(parquet_scan(tmp_path / "x.parquet").problems) == [
         f"{tmp_path}/x.parquet: reading parquet files needs the package pyarrow: pip install pyarrow"
     ]
+
+
+# ---- many of them ---------------------------------------------------------------------------------------------------
+
+
+def made_index(folder: Path, number: int, count: int) -> None:
+    """The index of a shard that is not there, of so many samples."""
+    path = folder / f"{number:04d}.tar"
+    path.touch()
+    os.utime(path, (OLD, OLD))
+    (shard,) = indexing.shards_of(SubsetConfig(None, shards=str(path)), None)
+    builder = IndexBuilder(shard)
+    for k in range(count):
+        digest = (number * count + k).to_bytes(20, "little")
+        row = PictureRow(f"{k:08d}.jpg", 512 * k, 400, 64 + 8 * (k % 9), 64 + 8 * (k % 7), 0, digest)
+        builder.sample(builder.picture(row), -1, -1, [], f"a caption of some words, number {k}")
+    builder.finish()
+
+
+def test_samples_of_shards_take_no_memory_each(tmp_path: Path) -> None:
+    """What is kept of a sample are some numbers of the plan, in this process and in those that load pictures."""
+    shards, each = 4, 10_000
+    for number in range(shards):
+        made_index(tmp_path, number, each)
+    tracemalloc.start()
+    try:
+        found = scan_of(SubsetConfig(None, shards=f"{tmp_path}/*.tar")).datasets[0]
+        data = TrainingData([(found.config, found.samples)], seed=1)
+        jobs = data.encoding_jobs()
+        kept = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert len(found.samples) == len(jobs) == shards * each
+    assert kept < 80 * shards * each  # bytes, a third of them of the jobs
+    assert len(pickle.dumps(found.samples)) < 1000 * shards
+    assert jobs[12_345].sample == found.samples[12_345] and not jobs[12_345].flipped
+    assert found.samples[12_345].caption == "a caption of some words, number 2345"

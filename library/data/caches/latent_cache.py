@@ -35,6 +35,7 @@ from library.types import EncodeImages, LatentSpec
 
 FORMAT = "latents-1"  # changes when the way from a file to its latents changes
 HASH_WORKERS = 8
+WINDOW = 50_000  # jobs that are in memory at once
 log = get_logger()
 
 
@@ -52,6 +53,14 @@ class LatentFolders:
         if self.cache_dir is not None:
             return self.cache_dir + "/latents"
         return f"{sample.folder}/{FOLDER}/latents"
+
+    def of_all(self, samples: Iterable[Sample]) -> list[str]:
+        """The folders of all samples, once each."""
+        if not self.disk:
+            return []
+        if self.cache_dir is not None:
+            return [self.cache_dir + "/latents"]
+        return list(dict.fromkeys(folder for sample in samples if (folder := self.of(sample)) is not None))
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,10 +124,14 @@ class LatentCache:
         sample, place = job.sample, self._place(job.sample)
         if (found := place.from_legacy(job)) is not None:
             return found
-        identity = (*sample_state(sample), *job[1:], sample.subset.images)
-        if identity not in self._keys:
-            self._keys[identity] = self._key(job, place.hashes)
-        key = self._keys[identity]
+        state = sample_state(sample)
+        if state.digest is not None:  # then the key takes no more than a look into a dict, and no memory
+            key = self._key(job, place.hashes)
+        else:
+            identity = (*state, *job[1:], sample.subset.images)
+            if identity not in self._keys:
+                self._keys[identity] = self._key(job, place.hashes)
+            key = self._keys[identity]
         try:
             return self._read(place.store, key, job)
         except KeyError:
@@ -138,24 +151,30 @@ class LatentCache:
             raise KeyError(key)
         return latents, None if mask is None else mask.float()
 
-    def missing(self, jobs: Iterable[LatentJob]) -> list[LatentJob]:
+    def missing(self, jobs: Sequence[LatentJob]) -> list[LatentJob]:
         """The jobs of this process's share that have to be encoded: when there are none, it need not load the VAE.
 
         Pictures that are new or changed are read to know their content.
         """
-        return [task.job for task in self._missing(self._share(jobs))]
+        return [task.job for window in _windows(jobs) for task in self._missing(self._share(window))]
 
-    def lacking(self, jobs: Iterable[LatentJob]) -> dict[str, tuple[int, int]]:
+    def is_missing_any(self, jobs: Sequence[LatentJob]) -> bool:
+        """Whether `missing` would give any."""
+        return any(self._missing(self._share(window)) for window in _windows(jobs))
+
+    def lacking(self, jobs: Sequence[LatentJob]) -> dict[str, tuple[int, int]]:
         """Folder -> (records that this process does not find, of how many) after all have filled their shares.
 
         Each looks for what the next one has encoded. Folders where nothing is missing are left out.
         """
-        found = {}
-        for place, tasks in _by_place(self._share(jobs, others=True)):
-            absent = place.unserved(self._missing_in(place, [task.job for task in tasks], quick=True))
-            if absent and isinstance(place.store, PackedStore):
-                found[str(place.store.folder)] = (len(absent), len(tasks))
-        return found
+        found: dict[str, tuple[int, int]] = {}
+        for window in _windows(jobs):
+            for place, tasks in _by_place(self._share(window, others=True)):
+                absent = place.unserved(self._missing_in(place, [task.job for task in tasks], quick=True))
+                if isinstance(place.store, PackedStore):
+                    before = found.get(str(place.store.folder), (0, 0))
+                    found[str(place.store.folder)] = (before[0] + len(absent), before[1] + len(tasks))
+        return {folder: counts for folder, counts in found.items() if counts[0]}
 
     def close(self) -> None:
         """Close the files; they are opened again when they are needed."""
@@ -166,7 +185,7 @@ class LatentCache:
 
     def fill(
         self,
-        jobs: Iterable[LatentJob],
+        jobs: Sequence[LatentJob],
         encode: EncodeImages,
         *,
         batch_size: int,
@@ -179,14 +198,18 @@ class LatentCache:
         to a folder; call it on all and wait for all before reading. Raises UserError: pictures that cannot be read,
         latents that are not finite, no space.
         """
-        tasks = self._missing(self._share(jobs))
-        for place in self._places.values():
-            if place.store.share.rank == 0 and place.store.share.writes:
-                place.store.prune()
-        if tasks:
-            self._require_space(tasks)
-            self._encode(tasks, encode, batch_size, max(1, workers))
-        return len(tasks)
+        count = 0
+        for number, window in enumerate(_windows(jobs)):
+            tasks = self._missing(self._share(window))
+            if number == 0:
+                for place in self._places.values():
+                    if place.store.share.rank == 0 and place.store.share.writes:
+                        place.store.prune()
+            if tasks:
+                self._require_space(tasks, times=len(jobs) / len(window) if not count else 1)
+                self._encode(tasks, encode, batch_size, max(1, workers))
+                count += len(tasks)
+        return count
 
     def _encode(self, tasks: Sequence[_Task], encode: EncodeImages, batch_size: int, workers: int) -> None:
         pool = ThreadPoolExecutor(workers)
@@ -237,9 +260,10 @@ class LatentCache:
                 "that works in half precision (nothing was cached for them)"
             )
 
-    def _require_space(self, tasks: Sequence[_Task]) -> None:
+    def _require_space(self, tasks: Sequence[_Task], *, times: float) -> None:
+        """times: how much more there is to come."""
         for place, group in _by_place(tasks):
-            place.store.require_space(sum(self._record_bytes(task.job) for task in group))
+            place.store.require_space(round(times * sum(self._record_bytes(task.job) for task in group)))
 
     def _record_bytes(self, job: LatentJob) -> int:
         height, width = self._latent_size(job.bucket)
@@ -322,6 +346,11 @@ class LatentCache:
 
 
 # ---- the three stages -----------------------------------------------------------------------------------------------
+
+
+def _windows(jobs: Sequence[LatentJob]) -> Iterator[Sequence[LatentJob]]:
+    """The jobs in parts of WINDOW."""
+    return (jobs[start : start + WINDOW] for start in range(0, len(jobs), WINDOW))
 
 
 def _by_place(tasks: Iterable[_Task]) -> list[tuple[_Place, list[_Task]]]:

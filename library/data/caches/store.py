@@ -39,6 +39,7 @@ GROUP_BYTES = 64 << 20
 CHECKED_BYTES = 1 << 30  # `check` reads as much at every start: from memory in half a second, and it is needed soon
 GROUP_SECONDS = 5.0
 ABANDONED_SECONDS = 3600.0
+MOST_ENTRIES = 200_000  # that are kept in memory; another look into the index takes some 50 us
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -133,6 +134,7 @@ class PackedStore:
         self._reader = Reader(self.folder)
         self._writer: _Writer | None = None
         self._entries: dict[bytes, Entry] = {}  # as last seen in the index
+        self._checked = 0  # bytes that this object was asked to check
 
     def __reduce__(self) -> tuple:
         """Pickle as the folder: a copy in another process opens it, too."""
@@ -283,7 +285,9 @@ class PackedStore:
 
     def _damaged_among(self, entries: Sequence[Entry]) -> set[bytes]:
         """Keys of the damaged ones, after dropping them."""
-        if sum(entry.length for entry in entries) <= CHECKED_BYTES:
+        size = sum(entry.length for entry in entries)
+        self._checked += size
+        if self._checked <= CHECKED_BYTES:
             in_order = sorted(entries, key=lambda entry: (entry.shard, entry.start))
             bad = [entry for entry in in_order if self._whole(entry) is None]
             self._drop(bad)
@@ -298,6 +302,8 @@ class PackedStore:
     def _find(self, keys: Sequence[bytes]) -> dict[bytes, Entry]:
         self.flush()
         found = self._index.find(keys)
+        if len(self._entries) > MOST_ENTRIES:
+            self._entries.clear()
         self._entries.update(found)
         return found
 

@@ -86,6 +86,11 @@ class ShardIndex:
         """Another process maps the same file."""
         return (ShardIndex, (self.shard, self.data)) if self.path is None else (_mapped, (self.shard, self.path))
 
+    @property
+    def texts(self) -> memoryview:
+        """All names and captions."""
+        return memoryview(self.data)[self.text : len(self.data) - CHECKSUM_BYTES]
+
     def picture(self, number: int) -> PictureRow:
         name, name_length, *rest = self.pictures[number].item()
         return PictureRow(self._text(name, name_length), *rest)

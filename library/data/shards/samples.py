@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
@@ -91,6 +92,15 @@ class ShardSamples(Sequence[Sample]):
                 rows = index.pictures[index.sample(number).references]
                 found = zip(rows["width"].tolist(), rows["height"].tolist())
                 yield end - len(index) + number, tuple(found)
+
+    def digests(self) -> tuple[str, str]:
+        """Digests of the pictures, all those of the samples included, and of the names and captions."""
+        pictures, texts = (hashlib.blake2b(digest_size=4) for _ in range(2))
+        for index in self.indexes:
+            pictures.update(index.pictures["digest"].tobytes())
+            texts.update(index.texts)
+        texts.update((self.config.class_tokens or "").encode())
+        return pictures.hexdigest(), texts.hexdigest()
 
     # ---- what is to be said of them, without making any ------------------------------------------------------------
 
