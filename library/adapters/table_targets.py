@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -27,11 +27,20 @@ from library.adapters.targets import (
     Selection,
     encoder_targets,
 )
-from library.adapters.type_ranks import TypeRanks
 from library.key_tables import SWAP_HALVES, ModuleName
 from library.log import get_logger
 
 IDLE = ("conv_dim", "conv_alpha", "train_norm")  # options of blocks that these models have nothing for
+
+
+class Ranks(Protocol):
+    """Which layers get adapters, and their ranks: `TypeRanks`, or what a family has of its own."""
+
+    def includes(self, target: TargetSpec) -> bool:
+        """Whether the layer may have an adapter."""
+
+    def rank(self, target: TargetSpec) -> int:
+        """The rank of a layer that `includes`; 0: none."""
 
 
 @dataclass(frozen=True)
@@ -39,15 +48,16 @@ class TableTargets(FamilyTargets):
     """The targets of an architecture with a name table, and its rules for ranks by the type of a layer.
 
     denoiser_targets: every layer of a denoiser that a file may name, in the order of files. ranks: (options,
-    --network_dim, all targets) -> the ranks.
+    --network_dim, all targets) -> the ranks. whole_paths: as in TargetSpec.
     """
 
     classes: tuple[str, ...]
     class_names: ClassNames
     rank_options: type
     denoiser_targets: Callable[[nn.Module], list[TargetSpec]]
-    ranks: Callable[[Any, int, list[TargetSpec]], TypeRanks]
+    ranks: Callable[[Any, int, list[TargetSpec]], Ranks]
     has_t5: bool = False
+    whole_paths: bool = False
 
     fused = True
 
@@ -92,7 +102,8 @@ class TableTargets(FamilyTargets):
     ) -> list[TargetSpec]:
         """Text encoders first. outside: as for `text_targets`."""
         denoiser = [] if models.denoiser is None else self.denoiser_targets(models.denoiser)
-        return split_targets([*text_targets(models.encoders, t5=t5, outside=outside), *denoiser], split)
+        found = split_targets([*text_targets(models.encoders, t5=t5, outside=outside), *denoiser], split)
+        return [replace(target, whole_path=True) for target in found] if self.whole_paths else found
 
     def _selection(self, options: Any, dim: int, alpha: float, targets: list[TargetSpec]) -> Selection:
         ranks = self.ranks(options, dim, targets)
@@ -101,7 +112,11 @@ class TableTargets(FamilyTargets):
 
 
 T5_BLOCKS = frozenset({"T5LayerSelfAttention", "T5LayerFF"})
-GEMMA_BLOCKS = frozenset({"Gemma2Attention", "Gemma2MLP"})
+# classes of language models -> those of their attention and feed-forward layers
+LANGUAGE_BLOCKS = {
+    "Gemma2Model": frozenset({"Gemma2Attention", "Gemma2MLP"}),
+    "Qwen3Model": frozenset({"Qwen3Attention", "Qwen3MLP"}),
+}
 
 
 def count(model: nn.Module | None, path: str) -> int:
@@ -140,7 +155,7 @@ def _halves_swapped(module: TargetModule) -> tuple[TargetModule, TargetModule]:
 
 
 def text_targets(encoders: Sequence[nn.Module | None], *, t5: bool = True, outside: bool = False) -> list[TargetSpec]:
-    """Attention and feed-forward layers of CLIP, T5 and Gemma 2; the class of an encoder decides their names.
+    """Attention and feed-forward layers of CLIP, T5 and language models; the class of an encoder decides their names.
 
     encoders: in the order of the learning rates, None where one gets no adapters. t5: include T5. outside: include
     CLIP's layers outside of its blocks: the projection.
@@ -152,8 +167,8 @@ def text_targets(encoders: Sequence[nn.Module | None], *, t5: bool = True, outsi
             continue
         if kind == "T5EncoderModel":
             found += encoder_targets(encoder, f"{ENCODER_PREFIX}3", T5_BLOCKS, index)
-        elif kind == "Gemma2Model":
-            found += encoder_targets(encoder, ENCODER_PREFIX, GEMMA_BLOCKS, index)
+        elif kind in LANGUAGE_BLOCKS:
+            found += encoder_targets(encoder, ENCODER_PREFIX, LANGUAGE_BLOCKS[kind], index)
         else:
             number = 2 if index == 1 or _is_clip_g_alone(encoder, encoders) else 1
             found += encoder_targets(

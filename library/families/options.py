@@ -22,6 +22,11 @@ def token_length(value: object) -> int:
 
 
 @dataclass(frozen=True)
+class Answered:
+    """Options that the script of a method takes although they are another method's. A family has a subclass."""
+
+
+@dataclass(frozen=True)
 class ModelOptions:
     """Options of the model that every family has."""
 

@@ -34,6 +34,13 @@ def t5_paths(blocks: int) -> Iterator[str]:
     yield "encoder.final_layer_norm"
 
 
+def language_model_paths(blocks: int) -> Iterator[str]:
+    """Gemma 2 and Qwen3."""
+    for i in range(blocks):
+        yield from (f"layers.{i}.self_attn.{name}_proj" for name in "qkvo")
+        yield from (f"layers.{i}.mlp.{name}_proj" for name in ("gate", "up", "down"))
+
+
 CLIP_L_IN_CHECKPOINTS = ("cond_stage_model.transformer.", "conditioner.embedders.0.transformer.")
 CLIP_L = Encoder(
     "lora_te1", "text_encoders.clip_l.transformer", "text_encoder", clip_with_projection_paths,

@@ -263,6 +263,7 @@ class NetworkTrainerOptions(TrainerOptions):
     """LoRA and every other adapter."""
 
     network: NetworkOptions
+    answered: Answered
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()

@@ -88,7 +88,7 @@ class Architecture:
     facts: Callable[[Collection[str], bool], FileFacts]  # (tensor names of a checkpoint, v-prediction is assumed)
     new_layers: re.Pattern[str]  # kohya names of the denoiser's layers that an extracted LoRA has
     conv_layers: re.Pattern[str] | None = None  # ... with a rank for convolutions
-    peft: str = "transformer"
+    peft: str = "transformer"  # empty: our names say it themselves, where a denoiser is two models of diffusers
     kohya_is_diffusers: bool = False  # kohya keys have the path of diffusers instead of the published one
     fused: Mapping[int, tuple[float, ...]] = field(default_factory=dict)  # number of parts -> their `widths`
     comfy_alpha: bool = True  # False: a reader of the comfy format refuses alpha, so the scale is inside lora_B
@@ -114,7 +114,7 @@ class Architecture:
             yield PublishedLayer(
                 f"lora_unet_{flat(path)}",
                 f"diffusion_model.{name.published}",
-                tuple(f"{self.peft}.{own}" for own in name.ours),
+                tuple(f"{self.peft}.{own}" if self.peft else own for own in name.ours),
                 name.published,
                 swap=name.op is SWAP_HALVES,
                 widths=self.fused.get(len(name.ours), (1.0,) * len(name.ours)),
@@ -196,7 +196,7 @@ def index_of(architecture: Architecture, blocks: int) -> NameIndex:
             if layer.encoder:
                 aliases[path.replace(".text_model.", ".")] = place  # as transformers 5 has it
             else:
-                own = flat(path.removeprefix(f"{architecture.peft}."))
+                own = flat(path.partition(".")[2])
                 aliases |= {f"{prefix}_{own}": place for prefix in FLAT_DIFFUSERS}
     for encoder in architecture.encoders:
         for path in encoder.paths(blocks):
