@@ -107,6 +107,61 @@ def make_gemma2(folder: Path, *, seed: int = 3, width: int = 48, layers: int = 3
     return write(folder, _random(Gemma2Model, config, seed), place, **settings)
 
 
+def make_qwen3(folder: Path, *, seed: int = 4, width: int = 32, layers: int = 4, **settings: Any) -> Made:
+    """A tiny Qwen3 below `folder`: `qwen3.safetensors` and `tokenizer`. Four heads, two of them for keys."""
+    from transformers import Qwen3Config, Qwen3Model
+
+    config = Qwen3Config(head_dim=8, rope_parameters=ROPE, **_decoder(width, layers, 4, 2, qwen_tokens()))
+    return _write_decoder(folder, Qwen3Model, config, seed, write_qwen_tokenizer, {"name": "qwen3", **settings})
+
+
+def make_qwen25_vl(folder: Path, *, seed: int = 5, width: int = 32, layers: int = 4, **settings: Any) -> Made:
+    """The text part of a tiny Qwen2.5-VL below `folder`: `qwen25_vl.safetensors` and `tokenizer`. One key head."""
+    from transformers import Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
+
+    sections = {**ROPE, "mrope_section": [2, 1, 1]}
+    config = Qwen2_5_VLTextConfig(
+        rms_norm_eps=1e-6,
+        max_window_layers=layers,
+        rope_parameters=sections,
+        **_decoder(width, layers, 4, 1, qwen_tokens()),
+    )
+    return _write_decoder(
+        folder, Qwen2_5_VLTextModel, config, seed, write_qwen_tokenizer, {"name": "qwen25_vl", **settings}
+    )
+
+
+def make_mistral(folder: Path, *, seed: int = 6, width: int = 32, layers: int = 4, **settings: Any) -> Made:
+    """A tiny Mistral below `folder`: `mistral.safetensors` and `tokenizer`. Four heads, one of them for keys."""
+    from transformers import MistralConfig, MistralModel
+
+    rope = {**ROPE, "rope_theta": 1e9}
+    own = _decoder(width, layers, 4, 1, mistral_tokens())
+    config = MistralConfig(head_dim=16, rms_norm_eps=1e-5, sliding_window=None, rope_parameters=rope, **own)
+    return _write_decoder(folder, MistralModel, config, seed, write_mistral_tokenizer, {"name": "mistral", **settings})
+
+
+ROPE = {"rope_type": "default", "rope_theta": 1e6}
+
+
+def _decoder(width: int, layers: int, heads: int, keys: int, tokens: dict[str, int]) -> dict[str, Any]:
+    return {
+        "vocab_size": len(tokens),
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": keys,
+    }
+
+
+def _write_decoder(
+    folder: Path, model: Any, config: Any, seed: int, write_tokenizer: Any, settings: dict[str, Any]
+) -> Made:
+    place = write_tokenizer(Path(folder) / settings.pop("tokenizer", "tokenizer"))
+    return write(folder, _random(model, config, seed), place, **settings)
+
+
 def _random(model: Any, config: Any, seed: int) -> nn.Module:
     """With weights that are no ones and zeros anywhere. The global random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
@@ -170,6 +225,56 @@ def gemma2_tokens() -> dict[str, int]:
     tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *LETTERS, *(f"<0x{i:02X}>" for i in range(256))]
     tokens += [left + right for left, right in gemma2_merges()]
     return {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+
+
+QWEN_MARKS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+MISTRAL_MARKS = ("<s>", "</s>", "<pad>", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[INST]", "[/INST]")
+
+
+def _byte_tokens(marks: tuple[str, ...]) -> dict[str, int]:
+    """Bytes as byte-level BPE writes them, WORDS with all that they are merged from, and marks."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    tokens = [*sorted(ByteLevel.alphabet()), *(left + right for left, right in gemma2_merges()), *marks]
+    return {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+
+
+def qwen_tokens() -> dict[str, int]:
+    return _byte_tokens(QWEN_MARKS)
+
+
+def mistral_tokens() -> dict[str, int]:
+    return _byte_tokens(MISTRAL_MARKS)
+
+
+def write_qwen_tokenizer(folder: Path) -> Path:
+    """Real tokens of the chat, and the padding token that Qwen has."""
+    from transformers import Qwen2Tokenizer
+
+    tokenizer = Qwen2Tokenizer(
+        vocab=qwen_tokens(),
+        merges=gemma2_merges(),
+        extra_special_tokens=list(QWEN_MARKS[1:]),  # type: ignore[arg-type]
+    )
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_mistral_tokenizer(folder: Path) -> Path:
+    """It begins every text with <s> where it is asked for special tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = mistral_tokens()
+    own = Tokenizer(models.BPE(vocab=tokens, merges=gemma2_merges()))
+    own.pre_tokenizer, own.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    own.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokens["<s>"])])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=own, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left",
+        extra_special_tokens=list(MISTRAL_MARKS[3:]),
+    )  # fmt: skip
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def gemma2_merges() -> list[tuple[str, str]]:

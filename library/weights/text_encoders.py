@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CLIP, T5 and Gemma 2 as text encoders: where their weights lie, and how large they are.
+"""CLIP and T5 as text encoders: where their weights lie, and how large they are. Others: `language_models`.
 
 A source is a .safetensors file with transformers' names (as ComfyUI ships them: float32, half precision or fp8), a
 transformers folder, or a checkpoint that holds several models, each below a prefix. The shapes in a file tell its
@@ -25,27 +25,34 @@ from library.weights.sizes import below, depth, has, reading_sizes, shape_of
 from library.weights.weight_files import CompletedFile, WeightFile, open_weights
 
 CLIP, T5, GEMMA2 = "CLIP text encoder", "T5 text encoder", "Gemma 2 text encoder"
-CLIP_HEAD, GEMMA_HEAD = 64, 256  # width of an attention head
+QWEN3, QWEN25_VL, MISTRAL = "Qwen3 text encoder", "Qwen2.5-VL text encoder", "Mistral text encoder"
+CLIP_HEAD = 64  # width of an attention head
 CLIP_LEVEL = "text_model."
 CLIP_MARK = "embeddings.token_embedding.weight"
 CLIP_LAYERS, T5_LAYERS = "encoder.layers.", "encoder.block."  # starts of the names of their layers
 T5_MARK = "encoder.block.0.layer.0.SelfAttention.q.weight"
 UMT5_MARK = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"
-GEMMA_MARK = "layers.0.pre_feedforward_layernorm.weight"
+# what each layer of a language model has in its own kind, or in those of later rows too
+LANGUAGE_MARKS = {
+    GEMMA2: "pre_feedforward_layernorm.weight",
+    QWEN3: "self_attn.q_norm.weight",
+    QWEN25_VL: "self_attn.q_proj.bias",
+    MISTRAL: "self_attn.q_proj.weight",
+}
 PROJECTION = "text_projection.weight"
 LEGACY_EOS = 2  # in old config.json files of CLIP, whatever its vocabulary
 
 # What a file that is not the wanted encoder is, by the end of a name in it. Earlier rows win.
 KINDS = (
     ("joint_blocks.0.x_block.attn.qkv.weight", "an SD3 checkpoint"),
+    ("double_stream_modulation_img.lin.weight", "a FLUX.2 checkpoint"),
     ("double_blocks.0.img_attn.qkv.weight", "a FLUX.1 checkpoint"),
     ("cap_embedder.0.weight", "a Lumina checkpoint"),
     ("input_blocks.0.0.weight", "a Stable Diffusion checkpoint"),
     (T5_MARK, f"a {T5}"),
-    (GEMMA_MARK, f"a {GEMMA2}"),
     (CLIP_MARK, f"a {CLIP}"),
     ("transformer.resblocks.0.attn.in_proj_weight", "a text encoder in OpenCLIP's own names"),
-    ("layers.0.self_attn.q_proj.weight", "a language model of another kind"),
+    *((f"layers.0.{mark}", f"a {what}") for what, mark in LANGUAGE_MARKS.items()),
     ("decoder.conv_in.weight", "a VAE"),
 )
 
@@ -87,9 +94,9 @@ def clip_encoder(
     there counts. config: of configs/models, for what a file does not say: "clip_l" (quick GELU) or "clip_g" (GELU).
     A file of CLIP-L without a projection has none of its own: its pooled states are used as they are.
     """
-    file, folder_config = _open(path)
+    file, folder_config = open_source(path)
     starts = [f"{prefix}{level}" for prefix in prefixes for level in (CLIP_LEVEL, "")]
-    prefix = _prefix(file, option, starts, lambda start: has(file.shapes, f"{start}{CLIP_LAYERS}"), CLIP_MARK, CLIP)
+    prefix = find_prefix(file, option, starts, lambda start: has(file.shapes, f"{start}{CLIP_LAYERS}"), CLIP_MARK, CLIP)
     level = CLIP_LEVEL if prefix.endswith(CLIP_LEVEL) else ""
     prefix = prefix.removesuffix(level)
     shapes = below(file.shapes, prefix)
@@ -167,8 +174,8 @@ def _clip_rules(module: nn.Module, level: str) -> tuple[Rule, ...]:
 
 def t5_encoder(path: Path, *, option: str, prefixes: Sequence[str] = ("",)) -> EncoderPart:
     """The encoder half of T5 1.1, a T5EncoderModel. Arguments as `clip_encoder`."""
-    file, folder_config = _open(path)
-    prefix = _prefix(file, option, prefixes, lambda start: has(file.shapes, f"{start}{T5_LAYERS}"), T5_MARK, T5)
+    file, folder_config = open_source(path)
+    prefix = find_prefix(file, option, prefixes, lambda start: has(file.shapes, f"{start}{T5_LAYERS}"), T5_MARK, T5)
     shapes = below(file.shapes, prefix)
     if UMT5_MARK in shapes:
         raise UserError(f"{option}: {path} is a UMT5 text encoder; a T5 v1.1 one is needed")
@@ -248,55 +255,10 @@ def t5_states(encoder: Any, ids: Tensor, words: Tensor | None) -> Tensor:
     return encoder(ids, attention_mask=words).last_hidden_state
 
 
-# ---- Gemma 2 --------------------------------------------------------------------------------------------------------
-
-
-def gemma2_encoder(path: Path, *, option: str, prefixes: Sequence[str] = ("",)) -> EncoderPart:
-    """Gemma 2 without its output layer, a Gemma2Model. Arguments as `clip_encoder`."""
-    file, folder_config = _open(path)
-    starts = [f"{prefix}{level}" for prefix in prefixes for level in ("model.", "")]
-    prefix = _prefix(file, option, starts, lambda start: _is_gemma(file.shapes, start), GEMMA_MARK, GEMMA2)
-    shapes = below(file.shapes, prefix)
-    with reading_sizes(file.path, prefix, option):
-        sizes = gemma2_layout(shapes)
-    full = {**shipped_config("gemma2"), **sizes, **folder_config, "attention_dropout": 0.0}
-    settings = f"{full['head_dim']} {full['query_pre_attn_scalar']}"
-    part = Part(GEMMA2, file, prefix, partial(_build_gemma2, full), own_names, settings)
-    return EncoderPart(part, full["num_hidden_layers"], sizes["vocab_size"], sizes["hidden_size"])
-
-
-def _is_gemma(shapes: Shapes, start: str) -> bool:
-    """By a norm that each of its layers has, and no other language model."""
-    ending = GEMMA_MARK.removeprefix("layers.0")
-    return any(name.startswith(f"{start}layers.") and name.endswith(ending) for name in shapes)
-
-
-def gemma2_layout(shapes: Shapes) -> dict[str, Any]:
-    """The part of the config that the shapes tell. A model smaller than one head of Gemma has one key head."""
-    vocabulary, width = shape_of(shapes, "embed_tokens.weight", 2)
-    queries, keys = (shape_of(shapes, f"layers.0.self_attn.{n}_proj.weight", 2)[0] for n in "qk")
-    head = GEMMA_HEAD if keys % GEMMA_HEAD == 0 else keys
-    return {
-        "vocab_size": vocabulary,
-        "hidden_size": width,
-        "intermediate_size": shape_of(shapes, "layers.0.mlp.gate_proj.weight", 2)[0],
-        "num_hidden_layers": depth(shapes, "layers.{}."),
-        "num_attention_heads": queries // head,
-        "num_key_value_heads": keys // head,
-        "head_dim": head,
-    }
-
-
-def _build_gemma2(config: Mapping[str, Any]) -> nn.Module:
-    from transformers import Gemma2Config, Gemma2Model
-
-    return Gemma2Model(Gemma2Config.from_dict(dict(config)))
-
-
 # ---- files and folders ----------------------------------------------------------------------------------------------
 
 
-def _open(path: Path | WeightFile) -> tuple[WeightFile, dict[str, Any]]:
+def open_source(path: Path | WeightFile) -> tuple[WeightFile, dict[str, Any]]:
     """The weights, and of a folder its config.json."""
     if isinstance(path, WeightFile):
         return path, {}
@@ -305,7 +267,7 @@ def _open(path: Path | WeightFile) -> tuple[WeightFile, dict[str, Any]]:
     return open_weights(path), {}
 
 
-def _prefix(
+def find_prefix(
     file: WeightFile, option: str, starts: Sequence[str], fits: Callable[[str], bool], mark: str, wanted: str
 ) -> str:
     """The first of `starts` below which the encoder is. mark: a tensor that it has, for messages."""

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokenizers of CLIP-L, CLIP-G, T5 and Gemma 2: where they are found, and captions -> ids of one length."""
+"""Tokenizers of CLIP-L, CLIP-G, T5, Gemma 2, Qwen and Mistral: where they are found, and captions -> ids."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
 import json
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,11 @@ CLIP_G_ID = "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k"
 CLIP_G_PADDING = "!"  # token 0
 T5_HUB = (("google/t5-v1_1-xxl", ""), ("black-forest-labs/FLUX.1-schnell", "tokenizer_2"))
 GEMMA2_HUB = (("google/gemma-2-2b", ""), ("Alpha-VLLM/Lumina-Image-2.0", "tokenizer"))
+QWEN_HUB = (("Qwen/Qwen3-4B", ""), ("Qwen/Qwen3-8B", ""), ("Qwen/Qwen3-0.6B", ""))  # one vocabulary
+MISTRAL_HUB = (("black-forest-labs/FLUX.2-dev", "tokenizer"), ("mistralai/Mistral-Small-3.1-24B-Instruct-2503", ""))
+CHAT_MARK = re.compile(r"<[|/]?\w+\|?>|\[/?[A-Z_]+\]")  # tokens of chat templates: <|im_end|>, </think>, [INST]
 T5_MODEL, GEMMA2_MODEL = "spiece.model", "tokenizer.model"  # SentencePiece models
+JSON_FILES = "tokenizer.json and tokenizer_config.json"
 EMBEDDED = "spiece_model"  # tensor with the bytes of a SentencePiece model in ComfyUI's Gemma files
 
 
@@ -71,6 +77,56 @@ class TextTokenizer:
         }  # of the last call
         text = json.dumps([kept, self.tokenizer.pad_token_id], sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True)
+class ChatTokenizer(TextTokenizer):
+    """A language model's tokenizer: each caption stands in a chat, which is given as the text before and after it.
+
+    A caption that is too long is cut at its end, and what comes after it stays.
+    """
+
+    before: str = ""
+    after: str = ""
+
+    def __call__(self, captions: Sequence[str], *, length: int, name: str) -> Tokens:
+        """Ids (B, length) of the encoder `name`, padded on the tokenizer's side."""
+        rows = self._rows(captions)
+        after = len(self._ids([self.after])[0])
+        cut = [row if len(row) <= length else row[: length - after] + row[len(row) - after :] for row in rows]
+        ids = torch.full((len(rows), length), self.tokenizer.pad_token_id, dtype=torch.int64)
+        for i, row in enumerate(cut):
+            place = slice(length - len(row), length) if self.pads_left else slice(len(row))
+            ids[i, place] = torch.tensor(row, dtype=torch.int64)
+        truncated = tuple(i for i, row in enumerate(rows) if len(row) > length)
+        return Tokens({name: ids}, {name: tuple(map(len, cut))}, truncated=truncated)
+
+    @property
+    def pads_left(self) -> bool:
+        """Whether padding stands before the text."""
+        return bool(self.tokenizer.padding_side == "left")
+
+    def limit(self, length: int) -> int:
+        """Most tokens of a caption: those of the chat do not count."""
+        return length - self._frame
+
+    def count(self, captions: Sequence[str]) -> list[int]:
+        return [len(row) - self._frame for row in self._rows(captions)]
+
+    def fingerprint(self) -> str:
+        text = repr([super().fingerprint(), self.before, self.after, self.pads_left])
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    @cached_property
+    def _frame(self) -> int:
+        return len(self._rows([""])[0])
+
+    def _rows(self, captions: Sequence[str]) -> list[list[int]]:
+        return self._ids([f"{self.before}{caption}{self.after}" for caption in captions])
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        encoded = self.tokenizer(texts, add_special_tokens=False, truncation=False, padding=False, verbose=False)
+        return list(encoded["input_ids"])
 
 
 # ---- where they come from -------------------------------------------------------------------------------------------
@@ -127,6 +183,38 @@ def gemma2_tokenizer(folders: Sequence[Path], *, cache: str | None, file: Path |
     return _begin_with_bos(_text_tokenizer(found, kind))
 
 
+def qwen_tokenizer(
+    folders: Sequence[Path],
+    *,
+    cache: str | None,
+    before: str = "",
+    after: str = "",
+    hub: Sequence[tuple[str, str]] = QWEN_HUB,
+) -> ChatTokenizer:
+    """That of Qwen2.5 and Qwen3, which pads on the right. before, after: the chat around a caption.
+
+    Raises UserError saying which files to put where, and for a tokenizer that does not know the marks of the chat.
+    """
+    kind = TokenizerKind("a Qwen", "Qwen2TokenizerFast", ("tokenizer.json", "vocab.json"), JSON_FILES)
+    return _chat_tokenizer(find_folder(kind, folders, cache=cache, hub=hub), kind, before, after, "right")
+
+
+def mistral_tokenizer(folders: Sequence[Path], *, cache: str | None, before: str, after: str) -> ChatTokenizer:
+    """Mistral's, which pads on the left. Arguments and errors as `qwen_tokenizer`."""
+    kind = TokenizerKind("a Mistral", "PreTrainedTokenizerFast", ("tokenizer.json",), JSON_FILES)
+    return _chat_tokenizer(find_folder(kind, folders, cache=cache, hub=MISTRAL_HUB), kind, before, after, "left")
+
+
+def _chat_tokenizer(folder: Path, kind: TokenizerKind, before: str, after: str, side: str) -> ChatTokenizer:
+    own = _text_tokenizer(folder, kind).tokenizer
+    own.padding_side = side
+    known = own.get_vocab()
+    if lacking := [mark for mark in CHAT_MARK.findall(before + after) if mark not in known]:
+        names = ", ".join(dict.fromkeys(lacking))
+        raise UserError(f"{folder} is not usable as {kind.name} tokenizer: it has no token {names}")
+    return ChatTokenizer(folder, own, before, after)
+
+
 def _begin_with_bos(tokenizer: TextTokenizer) -> TextTokenizer:
     """Gemma was trained with <bos> before every text, and a SentencePiece model alone does not say so."""
     from tokenizers.processors import TemplateProcessing
@@ -141,7 +229,7 @@ def _begin_with_bos(tokenizer: TextTokenizer) -> TextTokenizer:
 def _sentencepiece_kind(name: str, reader: str, model: str) -> TokenizerKind:
     """Both kinds are published as a SentencePiece model too, which only the library of that name reads."""
     files = ("tokenizer.json", model) if _has_sentencepiece() else ("tokenizer.json",)
-    return TokenizerKind(name, reader, files, "tokenizer.json and tokenizer_config.json")
+    return TokenizerKind(name, reader, files, JSON_FILES)
 
 
 def _advice(models: Sequence[Path]) -> str:

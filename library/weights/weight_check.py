@@ -19,7 +19,7 @@ from typing import Any
 from library.errors import UserError, first_names
 from library.log import get_logger
 from library.weights.loading import Part
-from library.weights.text_encoders import CLIP, GEMMA2, T5
+from library.weights.text_encoders import CLIP, GEMMA2, LANGUAGE_MARKS, QWEN3, QWEN25_VL, T5
 
 log = get_logger()
 
@@ -30,20 +30,20 @@ PLACES = (
 # What any part may have below its prefix: constants, scales of computing in 8 bits, numbers of a training
 ANYWHERE = (
     r"(.+\.)?(position_ids|logit_scale|logit_bias|attn_mask|inv_freq|original_inv_freq|num_batches_tracked)",
-    r"(.+\.)?(scaled_fp8|scale_input|input_scale|comfy_quant|spiece_model)",
+    r"(.+\.)?(scaled_fp8|scale_input|input_scale|comfy_quant|spiece_model|tekken_model)",
     r"model_ema\..+",
 )
 TEXT_EXTRAS = (
     r"lm_head\..+",
     r"(text_model\.)?text_projection(\.weight)?",
-    r"(vision_model|visual_projection|visual)\..+",
+    r"(vision_model|visual_projection|visual|vision_tower|multi_modal_projector)\..+",
 )
 EXTRAS: Mapping[str, Sequence[str]] = {
     "VAE": (r"(loss|discriminator)\..+", r"(.+\.)?logvar"),
     "text encoder": TEXT_EXTRAS,
     CLIP: TEXT_EXTRAS,
     T5: (*TEXT_EXTRAS, r"decoder\..+", r"shared\.weight", r"encoder\.embed_tokens\.weight"),
-    GEMMA2: TEXT_EXTRAS,
+    **dict.fromkeys(LANGUAGE_MARKS, TEXT_EXTRAS),
 }
 # What lies outside of the parts of a published checkpoint: the noise schedule, marks, numbers of a training
 OUTSIDE = (
@@ -58,6 +58,8 @@ ENCODER_LAYERS = {
     CLIP: {768: 12, 1280: 32},
     T5: {4096: 24},
     GEMMA2: {2304: 26},
+    QWEN3: {1024: 28, 2560: 36, 4096: 36},
+    QWEN25_VL: {3584: 28},
 }
 LARGEST = 10_000_000  # of the whole numbers in a model's configuration
 INCOMPLETE = "the file is incomplete, damaged or of another architecture"

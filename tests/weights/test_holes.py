@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from library.errors import UserError
 from library.families.family import ModelFamily
 from library.families.registry import FAMILIES, open_family
+from library.weights.language_models import _build
 from library.weights.loading import build_empty, shipped_config
-from library.weights.text_encoders import _build_gemma2, _build_projected_clip, _build_t5
+from library.weights.text_encoders import _build_projected_clip, _build_t5
 from library.weights.weight_files import open_weights
 from tests.families import flux, lumina, sd, sd3, sdxl
 
@@ -291,7 +292,12 @@ def below(prefix: str, shapes: Mapping[str, Any]) -> dict[str, Any]:
 def real() -> dict[str, dict[str, Any]]:
     """Names and shapes of published files, as published checkpoints and the classes of their makers have them."""
     clip = _build_projected_clip
-    own: dict[str, Any] = {"clip_l": clip, "clip_g": clip, "t5xxl": _build_t5, "gemma2": _build_gemma2}
+    own: dict[str, Any] = {
+        "clip_l": clip,
+        "clip_g": clip,
+        "t5xxl": _build_t5,
+        "gemma2": partial(_build, kind="gemma2", layers=None),
+    }
     files = {}
     for name, build in own.items():
         module = build_empty(partial(build, shipped_config(name)))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,27 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from library.errors import UserError
-from library.weights.text_encoders import EncoderPart, clip_encoder, gemma2_encoder, t5_encoder
-from tests.tiny_text import Made, make_clip_g, make_clip_l, make_gemma2, make_t5
+from library.weights.language_models import KINDS as LANGUAGE_KINDS
+from library.weights.language_models import (
+    _build,
+    gemma2_encoder,
+    language_encoder,
+    language_layout,
+    language_states,
+)
+from library.weights.loading import build_empty, shipped_config
+from library.weights.text_encoders import EncoderPart, clip_encoder, t5_encoder
+from library.weights.weight_check import part_problems
+from tests.tiny_text import (
+    Made,
+    make_clip_g,
+    make_clip_l,
+    make_gemma2,
+    make_mistral,
+    make_qwen3,
+    make_qwen25_vl,
+    make_t5,
+)
 
 IDS = torch.tensor([[5, 9, 20, 33, 1, 0, 0], [40, 7, 7, 12, 30, 21, 1]])
 CLIP_IDS = torch.tensor([[533, 20, 33, 534, 534, 534], [533, 7, 12, 30, 21, 534]])
@@ -35,8 +55,18 @@ KINDS: dict[str, tuple[Any, Any, dict[str, Any], Tensor, tuple[str, ...], str]] 
     ),
     "t5xxl": (make_t5, t5_encoder, {}, IDS, (), "T5EncoderModel"),
     "gemma2": (make_gemma2, gemma2_encoder, {}, IDS, (), "Gemma2Model"),
+    "qwen3": (make_qwen3, partial(language_encoder, "qwen3"), {}, IDS, (), "Qwen3Model"),
+    "qwen2.5_vl": (make_qwen25_vl, partial(language_encoder, "qwen2.5_vl"), {}, IDS, (), "Qwen2_5_VLTextModel"),
+    "mistral": (make_mistral, partial(language_encoder, "mistral"), {}, IDS, (), "MistralModel"),
 }
-LEVELS = {"clip_l": "text_model.", "clip_g": "text_model.", "gemma2": "model."}
+LEVELS = {
+    "clip_l": "text_model.",
+    "clip_g": "text_model.",
+    "gemma2": "model.",
+    "qwen3": "model.",
+    "qwen2.5_vl": "model.language_model.",
+    "mistral": "language_model.model.",
+}
 
 
 @pytest.fixture(params=KINDS)
@@ -332,10 +362,11 @@ def line(action: Any) -> str:
     return problem
 
 
-WHAT = {"clip_l": "CLIP", "clip_g": "CLIP", "t5xxl": "T5", "gemma2": "Gemma 2"}
+WHAT = {"clip_l": "CLIP", "clip_g": "CLIP", "t5xxl": "T5", "gemma2": "Gemma 2", "qwen3": "Qwen3",
+        "qwen2.5_vl": "Qwen2.5-VL", "mistral": "Mistral"}  # fmt: skip
 
 
-@pytest.mark.parametrize("given", ["clip_l", "t5xxl", "gemma2"])
+@pytest.mark.parametrize("given", ["clip_l", "t5xxl", *LANGUAGE_KINDS])
 def test_an_encoder_of_another_kind(kind: str, given: str, tmp_path: Path) -> None:
     if WHAT[kind] == WHAT[given]:
         return
@@ -371,7 +402,7 @@ def test_files_that_lack_something(kind: str, tmp_path: Path) -> None:
 
 def test_files_that_lack_what_tells_a_size(kind: str, tmp_path: Path) -> None:
     made = make(kind, tmp_path)
-    lost = {"t5xxl": ".wo.weight", "gemma2": "gate_proj.weight"}.get(kind, "fc1.weight")
+    lost = {"t5xxl": ".wo.weight", "clip_l": "fc1.weight", "clip_g": "fc1.weight"}.get(kind, "gate_proj.weight")
     path = rewrite(made, lambda tensors: {n: t for n, t in tensors.items() if not n.endswith(lost)})
     problem = line(lambda: encoder(kind, path))
     assert problem.startswith(f"--{kind}: {path} is incomplete: it lacks") and lost in problem
@@ -399,3 +430,118 @@ def test_a_umt5_is_named(tmp_path: Path) -> None:
     bias = "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight"
     path = rewrite(made, lambda t: t | {bias.format(1): t[bias.format(0)].clone()})
     assert "is a UMT5 text encoder" in line(lambda: t5_encoder(path, option="--t5xxl"))
+
+
+# ---- language models ------------------------------------------------------------------------------------------------
+
+MAKERS = {"qwen3": make_qwen3, "qwen2.5_vl": make_qwen25_vl, "mistral": make_mistral}
+ALL_LEVELS = ("", "model.", "model.language_model.", "language_model.model.", "language_model.")
+
+
+@pytest.fixture(params=MAKERS)
+def language(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.mark.parametrize("layout", ["file", "folder"])
+def test_a_cut_model_gives_the_raw_states_of_the_whole_one(language: str, layout: str, tmp_path: Path) -> None:
+    """Also in a folder whose configuration lists its layers, and of a file that ends where the model is cut."""
+    made = MAKERS[language](tmp_path, layout=layout)
+    with torch.no_grad():
+        expected = made.module(IDS, output_hidden_states=True).hidden_states
+    found = language_encoder(language, made.path, option="--x", layers=3)
+    module, words = found.part.load(None, "cpu"), torch.ones_like(IDS).bool()
+    assert found.layers == len(module.layers) == 3 and not any(n == "norm.weight" for n in module.state_dict())
+    assert [*part_problems(found.part)] == []
+    with torch.no_grad():
+        assert_equal(language_states(module, IDS, words, (1, 2, 3)), [*expected[1:4]])
+    if layout == "file":
+        short = rewrite(made, lambda t: {n: x for n, x in t.items() if n != "norm.weight" and ".3." not in n})
+        part = language_encoder(language, short, option="--x", layers=3).part
+        assert [*part_problems(part)] == []
+        assert_equal(language_states(part.load(None, "cpu"), IDS, words, (3,)), [expected[3]])
+        problem = line(lambda: language_encoder(language, short, option="--x", layers=4))
+        assert problem == f"--x: {short} has 3 layers, and the states of layer 4 are needed"
+
+
+def test_tensors_that_have_no_place_in_a_cut_model(tmp_path: Path) -> None:
+    made = make_qwen3(tmp_path)
+    path = rewrite(made, lambda t: t | {"layers.2.self_attn.extra.weight": torch.zeros(1)})
+    (problem,) = part_problems(language_encoder("qwen3", path, option="--x", layers=3).part)
+    assert "1 tensors have no place" in problem and "layers.2.self_attn.extra" in problem
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_states_with_padding_equal_transformers(language: str, side: str, tmp_path: Path) -> None:
+    """Also those of the padding itself, which some models look at."""
+    made = MAKERS[language](tmp_path)
+    words = torch.tensor([[True] * 4 + [False] * 3, [True] * 7])
+    words = words.flip(1) if side == "left" else words
+    with torch.no_grad():
+        found = language_states(made.module, IDS, words, (1, 4))
+        expected = made.module(IDS, attention_mask=words.long(), output_hidden_states=True).hidden_states
+        alone = made.module(IDS[:1][words[:1]][None], output_hidden_states=True).hidden_states[4]
+    assert_equal(found, [expected[1], expected[4]])
+    torch.testing.assert_close(found[1][:1][words[:1]][None], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("level", ALL_LEVELS)
+def test_every_level_of_names(language: str, level: str, tmp_path: Path) -> None:
+    """With the vision tower, the output layer and the tokenizer that such files have."""
+    made = MAKERS[language](tmp_path)
+    vision = {"visual": "visual.", "mistral": "vision_tower."}.get(language, "x." if language == "qwen3" else "visual.")
+    vision = level.removesuffix("language_model.") + vision if language != "qwen3" else "lm_head.bias."
+    more = {
+        f"{vision}blocks.0.w": torch.zeros(2),
+        "lm_head.weight": torch.zeros(2),
+        "tekken_model": torch.zeros(9).byte(),
+    }
+    path = rewrite(made, lambda tensors: {level + name: x for name, x in tensors.items()} | more)
+    part = language_encoder(language, path, option="--x").part
+    assert part.prefix == level and [*part_problems(part)] == []
+    assert_equal(outputs(language, part.load(None, "cpu")), outputs(language, made.module))
+
+
+def test_rotations_of_config_files_of_older_versions(language: str, tmp_path: Path) -> None:
+    """transformers 4 wrote `rope_theta` and `rope_scaling`, and models that see have them below `text_config`."""
+    made = MAKERS[language](tmp_path, layout="folder")
+    config = json.loads((made.path / "config.json").read_text())
+    config["rope_theta"] = config.pop("rope_parameters")["rope_theta"] * 2
+    if language == "qwen2.5_vl":
+        config["rope_scaling"] = {"type": "mrope", "mrope_section": [2, 1, 1]}
+    (made.path / "config.json").write_text(json.dumps({"text_config": config, "vision_config": {"depth": 1}}))
+    other = language_encoder(language, made.path, option="--x").part
+    module: Any = other.load(None, "cpu")
+    assert module.config.rope_parameters["rope_theta"] == config["rope_theta"]
+    assert not torch.equal(module(IDS).last_hidden_state, made.module(IDS).last_hidden_state)
+    file = MAKERS[language](tmp_path).path
+    assert other.fingerprint() != language_encoder(language, file, option="--x").part.fingerprint()
+
+
+def test_a_qwen3_that_sees_is_named(tmp_path: Path) -> None:
+    path = rewrite(make_qwen3(tmp_path), lambda tensors: tensors | {"visual.blocks.0.w": torch.zeros(2)})
+    assert "is a Qwen3-VL model; a Qwen3 text encoder is needed" in line(
+        lambda: language_encoder("qwen3", path, option="--qwen3")
+    )
+
+
+PUBLISHED = {  # kind and width of the states -> parameters without output layer and vision tower, other settings
+    ("qwen3", 2560): (4_022_468_096, {}),
+    ("qwen3", 1024): (596_049_920, {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
+                                    "num_attention_heads": 16}),
+    ("qwen3", 4096): (7_568_405_504, {"hidden_size": 4096, "intermediate_size": 12288}),
+    ("qwen2.5_vl", 3584): (7_070_619_136, {}),
+    ("mistral", 5120): (22_901_314_560, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, width", PUBLISHED)
+def test_sizes_of_the_published_models(kind: str, width: int) -> None:
+    """Read from the shapes of their files: the configuration that is built of them has these shapes again."""
+    count, changes = PUBLISHED[kind, width]
+    model = LANGUAGE_KINDS[kind]
+    config = {**shipped_config(model.config), **changes}
+    module = build_empty(partial(_build, config, kind, None))
+    assert sum(p.numel() for p in module.parameters()) == count
+    sizes = language_layout({name: tuple(x.shape) for name, x in module.state_dict().items()}, model.head)
+    assert sizes["hidden_size"] == width and {k: v for k, v in sizes.items() if k in config and config[k] != v} == {}

@@ -17,14 +17,26 @@ from library.weights import tokenizers
 from library.weights.tokenizers import (
     CLIP_G_ID,
     CLIP_G_PADDING,
+    ChatTokenizer,
     TextTokenizer,
     clip_tokenizer,
     gemma2_tokenizer,
+    mistral_tokenizer,
+    qwen_tokenizer,
     t5_tokenizer,
     tokenizer_folders,
 )
 from tests.tiny import vocabulary, write_tokenizer
-from tests.tiny_text import gemma2_tokens, t5_pieces, write_gemma2_tokenizer, write_t5_tokenizer
+from tests.tiny_text import (
+    gemma2_tokens,
+    mistral_tokens,
+    qwen_tokens,
+    t5_pieces,
+    write_gemma2_tokenizer,
+    write_mistral_tokenizer,
+    write_qwen_tokenizer,
+    write_t5_tokenizer,
+)
 
 T5_IDS = {piece: i for i, (piece, _) in enumerate(t5_pieces())}
 GEMMA_IDS = gemma2_tokens()
@@ -211,3 +223,65 @@ def test_folder_names(tmp_path: Path) -> None:
         tmp_path / "tokenizer_2",
         tmp_path / "tokenizer_t5",
     ]
+
+
+# ---- chats ----------------------------------------------------------------------------------------------------------
+
+CHATS: dict[str, tuple[Any, Any, dict[str, int], tuple[str, str], str]] = {
+    "qwen": (write_qwen_tokenizer, qwen_tokenizer, qwen_tokens(),
+             ("<|im_start|>user\n", "<|im_end|>\n<think>\n\n</think>\n\n"), "<|endoftext|>"),
+    "mistral": (write_mistral_tokenizer, mistral_tokenizer, mistral_tokens(),
+                ("<s>[SYSTEM_PROMPT]red dog[/SYSTEM_PROMPT][INST]", "[/INST]"), "<pad>"),
+}  # fmt: skip
+
+
+@pytest.fixture(params=CHATS)
+def chat(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[ChatTokenizer, dict[str, int], str]:
+    write, read, ids, (before, after), padding = CHATS[request.param]
+    return read([write(tmp_path)], cache=None, before=before, after=after), ids, padding
+
+
+def test_a_caption_in_a_chat(chat: tuple[ChatTokenizer, dict[str, int], str]) -> None:
+    """Each mark is one token, nothing is added, and padding is on the side of the kind."""
+    tokenizer, ids, padding = chat
+    tokens = tokenizer(["cat", ""], length=40, name="x")
+    for i, caption in enumerate(("cat", "")):
+        text = tokenizer.tokenizer.decode(tokens.ids["x"][i])
+        whole, pads = f"{tokenizer.before}{caption}{tokenizer.after}", padding * (40 - tokens.lengths["x"][i])
+        assert text == (pads + whole if tokenizer.pads_left else whole + pads)
+    assert tokens.truncated == () and tokens.ids["x"].dtype == torch.int64
+    assert all((tokens.ids["x"][0] == ids[mark]).sum() == 1 for mark in tokenizers.CHAT_MARK.findall(tokenizer.before))
+    assert tokens.lengths["x"][0] - tokens.lengths["x"][1] == 1 and tokenizer.count(["cat", "cat dog", ""])[::2] == [
+        1,
+        0,
+    ]
+
+
+def test_a_caption_that_is_cut_keeps_the_end_of_its_chat(chat: tuple[ChatTokenizer, dict[str, int], str]) -> None:
+    tokenizer = chat[0]
+    most = tokenizer.limit(60)
+    caption = "cat" * most
+    assert tokenizer.count([caption]) == [most]
+    tokens = tokenizer([caption, caption + "dog"], length=60, name="x")
+    assert tokens.truncated == (1,) and tokens.lengths["x"] == (60, 60)
+    assert torch.equal(*tokens.ids["x"])
+    assert tokenizer.tokenizer.decode(tokens.ids["x"][1]).endswith(f"cat{tokenizer.after}")
+
+
+def test_fingerprints_of_chats(chat: tuple[ChatTokenizer, dict[str, int], str], tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    tokenizer = chat[0]
+    assert replace(tokenizer).fingerprint() == tokenizer.fingerprint()
+    assert replace(tokenizer, before="").fingerprint() != tokenizer.fingerprint()
+
+
+def test_a_tokenizer_that_does_not_know_a_chat(tmp_path: Path) -> None:
+    write_qwen_tokenizer(tmp_path)
+    with pytest.raises(UserError) as caught:
+        qwen_tokenizer([tmp_path], cache=None, before="<|im_start|>", after="</tool_response><|box_end|>")
+    assert caught.value.problems == [
+        f"{tmp_path} is not usable as a Qwen tokenizer: it has no token </tool_response>, <|box_end|>"
+    ]
+    with pytest.raises(UserError, match=r"put tokenizer\.json and tokenizer_config\.json of Qwen/Qwen3-4B into"):
+        qwen_tokenizer([tmp_path / "nothing"], cache=None)

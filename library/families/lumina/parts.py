@@ -24,9 +24,9 @@ from library.families.lumina.names import lumina_names
 from library.families.lumina.options import LuminaOptions
 from library.key_tables import Rule, Shapes, expand, part_rows
 from library.weights import kl_vae
+from library.weights.language_models import gemma2_encoder
 from library.weights.loading import PIPELINE_FILES, Part, locate, own_names, part_file, read_json, shipped_config
 from library.weights.sizes import SizeError, below, depth, has, reading_sizes, shape_of
-from library.weights.text_encoders import gemma2_encoder
 from library.weights.weight_files import open_weights
 
 ENCODER = "gemma2"  # name of the text encoder, and of its states in a Cond: (B, length, width)
