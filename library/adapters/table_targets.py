@@ -48,7 +48,7 @@ class TableTargets(FamilyTargets):
     """The targets of an architecture with a name table, and its rules for ranks by the type of a layer.
 
     denoiser_targets: every layer of a denoiser that a file may name, in the order of files. ranks: (options,
-    --network_dim, all targets) -> the ranks. whole_paths: as in TargetSpec.
+    --network_dim, all targets) -> the ranks. whole_paths: as in TargetSpec. fused: as in Targets.
     """
 
     classes: tuple[str, ...]
@@ -58,13 +58,12 @@ class TableTargets(FamilyTargets):
     ranks: Callable[[Any, int, list[TargetSpec]], Ranks]
     has_t5: bool = False
     whole_paths: bool = False
-
-    fused = True
+    fused: bool = True
 
     @property
     def options(self) -> Mapping[str, type]:
-        own: dict[str, type] = {"blocks": self.rank_options, "split": SplitOptions, "conv": NoConvOptions}
-        return own | ({"t5": T5Options} if self.has_t5 else {})
+        own: dict[str, type] = {"blocks": self.rank_options, "conv": NoConvOptions}
+        return own | ({"split": SplitOptions} if self.fused else {}) | ({"t5": T5Options} if self.has_t5 else {})
 
     @property
     def decided_by_file(self) -> tuple[str, ...]:
@@ -76,7 +75,7 @@ class TableTargets(FamilyTargets):
     def select(self, options: Mapping[str, Any], dim: int, alpha: float, models: AdaptedModels) -> Selection:
         options["conv"].warn()
         asked = "t5" in options and options["t5"].train_t5xxl
-        targets = self._targets(models, split=options["split"].split_qkv, t5=asked)
+        targets = self._targets(models, split=self.fused and options["split"].split_qkv, t5=asked)
         return self._selection(options["blocks"], dim, alpha, targets)
 
     def select_by_blocks(
@@ -92,7 +91,7 @@ class TableTargets(FamilyTargets):
 
     def in_file(self, options: Mapping[str, Any], models: AdaptedModels) -> list[TargetSpec]:
         options["conv"].warn()
-        return self._targets(models, split=options["split"].split_qkv, outside=True)
+        return self._targets(models, split=self.fused and options["split"].split_qkv, outside=True)
 
     def every(self, models: AdaptedModels, *, outside: bool) -> list[TargetSpec]:
         return self._targets(models, outside=outside)

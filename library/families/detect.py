@@ -17,7 +17,6 @@ PREFIXES = ("model.diffusion_model.", "net.", "diffusion_model.", "transformer."
 UNTRAINED = {
     "flux2": FileMarks("a FLUX.2", ("double_stream_modulation_img.", "double_stream_modulation_txt."), ("Flux2",)),
     "hunyuan_image": FileMarks("a HunyuanImage-2.1", ("byt5_in.", "context_embedder_2."), ("HunyuanImage",)),
-    "anima": FileMarks("an Anima", ("llm_adapter.", "blocks.0.adaln_modulation_self_attn."), ("Anima",)),
     "sana": FileMarks("a SANA", ("attention_y_norm.weight", "caption_norm.weight"), ("Sana",)),
 }
 

@@ -7,6 +7,7 @@ import importlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from library.families.anima import SHEET as ANIMA
 from library.families.chroma import SHEET as CHROMA
 from library.families.flux import SHEET as FLUX
 from library.families.lumina import SHEET as LUMINA
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from library.families.family import ModelFamily
 
 # An architecture whose files have marks of another one as well stands behind that one.
-FAMILIES: dict[str, Sheet] = {sheet.name: sheet for sheet in (SD, SDXL, FLUX, CHROMA, LUMINA, SD3)}
+FAMILIES: dict[str, Sheet] = {sheet.name: sheet for sheet in (SD, SDXL, FLUX, CHROMA, LUMINA, ANIMA, SD3)}
 
 
 def with_scripts() -> dict[str, Sheet]:

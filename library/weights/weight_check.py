@@ -126,14 +126,15 @@ def _number_problems(part: Part, names: Sequence[str]) -> Iterator[str]:
         yield f"{part.file.path}: {first} is stored as {kind}{more}: weights are floating-point numbers"
 
 
-def _config(part: Part) -> Mapping[str, Any]:
-    """What the module is built of."""
-    return part.build.args[0] if isinstance(part.build, partial) else {}
+def _configs(part: Part) -> list[Mapping[str, Any]]:
+    """What the module is built of: that of its first model decides how deep it is."""
+    args = part.build.args if isinstance(part.build, partial) else ()
+    return [arg for arg in args if isinstance(arg, Mapping)] or [{}]
 
 
 def _senseless(part: Part) -> Iterator[str]:
     """Numbers of a config.json that this file does not go with: building such a model would not end."""
-    for key, value in _config(part).items():
+    for key, value in (item for config in _configs(part) for item in config.items()):
         most = len(part.file.shapes) if key.endswith("layers") else LARGEST
         if isinstance(value, int) and value > most:
             yield f"{part.file.path}: its {part.what} is said to have {key} = {reprlib.repr(value)}, more than {most}"
@@ -146,7 +147,7 @@ def _width(config: Mapping[str, Any]) -> int:
 
 
 def _lost_layers(part: Part) -> Iterator[str]:
-    config = _config(part)
+    config = _configs(part)[0]
     usual = ENCODER_LAYERS.get(part.what, {}).get(_width(config), 0)
     found = config.get("num_hidden_layers", config.get("num_layers"))
     if isinstance(found, int) and found < usual:
@@ -154,7 +155,7 @@ def _lost_layers(part: Part) -> Iterator[str]:
 
 
 def _unusual_depth(part: Part) -> Iterator[str]:
-    config = _config(part)
+    config = _configs(part)[0]
     usual = part.published_depths.get(_width(config), {})
     other = [f"{key} {config.get(key)}, not {count}" for key, count in usual.items() if config.get(key) != count]
     if other:

@@ -217,6 +217,40 @@ class SplitFile(WeightFile):
         return self._files[self._places[name]].dtype(name)
 
 
+class JoinedFile(WeightFile):
+    """Tensors of several files under other names, as if they were one file. places: name -> (file, its name there)."""
+
+    def __init__(self, path: Path, places: Mapping[str, tuple[WeightFile, str]]):
+        self.path, self._places = path, places
+        self._files = list({id(file): file for file, _ in places.values()}.values())
+        self.shapes = {name: file.shapes[own] for name, (file, own) in places.items()}
+        self.is_float8 = any(file.is_float8 for file in self._files)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return tuple(path for file in self._files for path in file.files)
+
+    def release(self) -> None:
+        for file in self._files:
+            file.release()
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
+        file, own = self._places[name]
+        return file.tensor(own, dtype, device)
+
+    def copy(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
+        file, own = self._places[name]
+        return file.copy(own, dtype, device)
+
+    def dtype(self, name: str) -> torch.dtype:
+        file, own = self._places[name]
+        return file.dtype(own)
+
+    def stored(self, name: str, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor] | None:
+        file, own = self._places[name]
+        return file.stored(own, device)
+
+
 def _places(path: Path, files: Mapping[str, WeightFile]) -> dict[str, str]:
     """The file of each name. Raises UserError for a name that two files have."""
     places: dict[str, str] = {}
