@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from library.io.state import load_state, newest_state
-from tests.families import CASES, flux, lumina, sd, sd3, sdxl
+from tests.families import CASES, anima, flux, lumina, sd, sd3, sdxl
 from tests.script_runner import ROOT, run_script
 from tests.trainers import child
 from tests.trainers.helpers import argv, differing, make_pictures, quick_previews, subset, write_dataset
@@ -40,6 +40,8 @@ RECIPES = {
     "sd3_full": ("sd3_train.py", "sd35"),
     "lumina_lora": ("lumina_train_network.py", "lumina"),
     "lumina_full": ("lumina_train.py", "lumina"),
+    "anima_lora": ("anima_train_network.py", "anima"),
+    "anima_full": ("anima_train.py", "anima"),
 }
 # What a script needs besides a model and pictures
 WORD = {"token_string": "zapcat", "use_object_template": True}
@@ -229,6 +231,7 @@ FORMS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "flux": (flux.make, ("diffusers", "files", "comfy", "parts")),
     "sd3": (sd3.make, ("diffusers", "single", "files")),
     "lumina": (lumina.make, ("diffusers", "whole", "files")),
+    "anima": (anima.make, ("diffusers", "files", "parts", "adapter")),
 }
 OPTIONS_OF_FAMILY = {"flux": flux.CASES["flux"].options}
 

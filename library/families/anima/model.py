@@ -202,7 +202,7 @@ class Anima(ModelFamily):
         tensors = Published(denoiser.state_dict(), denoiser_rules(denoiser), PREFIX)
         tables = {f"{PREFIX}pos_embedder.{name}": table for name, table in self._position_tables().items()}
         whole: Any = ChainMap(tables, tensors)  # type: ignore[arg-type]
-        save_tensors(path, whole, {"format": "pt"} | form.metadata, dtype=form.dtype, hashes=False)
+        save_tensors(path, whole, form.metadata, dtype=form.dtype, hashes=False)
 
     def _position_tables(self) -> dict[str, Tensor]:
         """What files have of the positions besides, and readers expect: numbers and shares of the rotations."""
