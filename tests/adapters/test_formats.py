@@ -26,6 +26,7 @@ from tests.adapters.known_formats import (
 from tests.adapters.lora_samples import (
     SAMPLES,
     adapter,
+    anima,
     changed,
     comfy_apply,
     comfy_keys,
@@ -42,7 +43,7 @@ from tests.adapters.lora_samples import (
 
 QKV = "lora_unet_double_blocks_0_img_attn_qkv"
 LINEAR1 = "lora_unet_single_blocks_1_linear1"
-TABLE = {"flux": "flux", "chroma": "flux", "sd3": "sd3", "lumina": "lumina"}
+TABLE = {"flux": "flux", "chroma": "flux", "sd3": "sd3", "lumina": "lumina", "anima": "anima"}
 
 ENCODERS = {  # kohya name -> the same in comfy and in peft
     "flux": {
@@ -69,6 +70,12 @@ ENCODERS = {  # kohya name -> the same in comfy and in peft
         "lora_te_layers_25_mlp_gate_proj": (
             "text_encoders.gemma2_2b.transformer.model.layers.25.mlp.gate_proj",
             "text_encoder.layers.25.mlp.gate_proj",
+        ),
+    },
+    "anima": {
+        "lora_te_layers_27_mlp_gate_proj": (
+            "text_encoders.qwen3_06b.transformer.model.layers.27.mlp.gate_proj",
+            "text_encoder.layers.27.mlp.gate_proj",
         ),
     },
     "chroma": {},
@@ -153,6 +160,7 @@ def test_stable_diffusion_1_and_2_are_told_apart_by_the_text(width: int, name: s
 def test_comfy_has_alpha_where_every_reader_takes_it() -> None:
     assert any(key.endswith(".alpha") for key in convert(adapter(flux()), "comfy"))
     assert not any(key.endswith(".alpha") for key in convert(adapter(lumina()), "comfy"))  # diffusers reads this one
+    assert not any(key.endswith(".alpha") for key in convert(adapter(anima()), "comfy"))  # ... and this one
     assert not any(key.endswith(".alpha") for key in convert(adapter(flux()), "peft"))
 
 

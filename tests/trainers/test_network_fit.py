@@ -15,7 +15,7 @@ from tests.adapters.families import TINY
 from tests.adapters.models import tiny_unet
 from tests.trainers.helpers import train
 
-TINY_OF = {"flux": ("flux",), "chroma": ("chroma",), "sd3": ("sd3", "sd35"), "lumina": ("lumina",)}
+TINY_OF = {"flux": ("flux",), "chroma": ("chroma",), "sd3": ("sd3", "sd35"), "lumina": ("lumina",), "anima": ("anima",)}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

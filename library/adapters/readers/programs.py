@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ComfyUI 0.3.64 and Forge (of lllyasviel): which key names they know, and what they do with the others.
+"""ComfyUI 0.3.64 (for Anima: of September 2026) and Forge (of lllyasviel): which key names they know, and what they do
+with the others.
 
 Both map names to the weights of the model that is loaded. ComfyUI leaves unknown keys and logs them; Forge, with an
 older copy of the same tables, refuses a file with more than twelve of them.
@@ -25,6 +26,7 @@ ENDINGS = frozenset(SUFFIXES) - {"lora_magnitude_vector", "lora_magnitude_vector
 # T5's number among the text encoders -> the kohya prefixes under which each program finds it
 T5_COMFY = {"flux": ("lora_te2", "lora_te3"), "sd3": ("lora_te3",), "chroma": ("lora_te1",)}
 T5_FORGE = ("lora_te3",)
+SINGLE = "text_encoders.qwen3_06b."  # a language model that is the only text encoder
 
 
 def comfy_names(model: NamedModel) -> Names:
@@ -58,7 +60,9 @@ def forge_names(model: NamedModel) -> Names:
 def _encoder_names(layer: PublishedLayer, t5: tuple[str, ...]) -> Iterator[str]:
     """The flat names, and those of diffusers, of an encoder's layer."""
     path = layer.published
-    if layer.comfy.startswith("text_encoders.t5xxl."):
+    if layer.kohya.startswith("lora_te_layers_") and layer.comfy.startswith(SINGLE):
+        yield layer.kohya
+    elif layer.comfy.startswith("text_encoders.t5xxl."):
         yield from (f"{prefix}_{flat(path)}" for prefix in t5)
     elif ".clip_" in layer.comfy and (path.endswith(CLIP) or path == "text_projection"):
         second = ".clip_g." in layer.comfy
@@ -108,5 +112,5 @@ def read_forge(tensors: Mapping[str, Tensor], model: NamedModel) -> Reading:
     return reading
 
 
-COMFY = Program("ComfyUI", frozenset({*UNETS, *FLUX, "sd3", "lumina"}), read_comfy)
+COMFY = Program("ComfyUI", frozenset({*UNETS, *FLUX, "sd3", "lumina", "anima"}), read_comfy)
 FORGE = Program("Forge", frozenset({*UNETS, *FLUX, "sd3"}), read_forge)

@@ -11,8 +11,6 @@ from library.families.anima.names import anima_names
 from library.families.file_facts import file_facts
 from library.families.text_encoder_names import language_model_paths
 
-BLOCKS, ADAPTER_BLOCKS = "blocks_", "llm_adapter_blocks_"
-
 
 def anima_facts(names: Collection[str], v_prediction: bool) -> FileFacts:
     return file_facts(SHEET, "anima")
@@ -22,6 +20,7 @@ QWEN3 = Encoder("lora_te", "text_encoders.qwen3_06b.transformer.model", "text_en
 TABLES = (
     Architecture(
         "anima", "Anima", lambda blocks: anima_names(blocks, blocks), (QWEN3,), anima_facts,
-        beginning(BLOCKS, ADAPTER_BLOCKS), peft="", comfy_alpha=False, inputs={READS_STATES: frozenset({2048})},
+        beginning(r"blocks_\d+_(?:self_attn|cross_attn|mlp)_"), peft="", comfy_alpha=False,
+        inputs={READS_STATES: frozenset({2048})},
     ),
 )  # fmt: skip

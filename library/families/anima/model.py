@@ -71,7 +71,9 @@ class Anima(ModelFamily):
         given = self.options.t5_tokenizer_path
         names = ("t5_tokenizer", "tokenizer_t5")
         folders = tokenizer_folders(self.parts.path, self.parts.qwen3_path, names=names)
-        return t5_tokenizer([Path(given)] if given else folders, cache=None if given else self.options.tokenizer_cache_dir)
+        return t5_tokenizer(
+            [Path(given)] if given else folders, cache=None if given else self.options.tokenizer_cache_dir
+        )
 
     def check(self) -> None:
         parts, qwen3 = self.parts, self.parts.encoders[QWEN3]
@@ -191,7 +193,9 @@ class Anima(ModelFamily):
         found: dict[str, list[nn.Parameter]] = {}
         for name, parameter in denoiser.named_parameters():
             group = next((group for group, marks in GROUPS.items() if any(mark in name for mark in marks)), "denoiser")
-            found.setdefault(group if rates.get(group) is not None or group == "llm_adapter" else "denoiser", []).append(parameter)
+            found.setdefault(
+                group if rates.get(group) is not None or group == "llm_adapter" else "denoiser", []
+            ).append(parameter)
         given = {"denoiser": rate} | {name: own or 0.0 for name, own in rates.items()}
         return [{"params": own, "lr": given[name], "name": name} for name, own in found.items()]
 

@@ -19,7 +19,13 @@ class AnimaDenoiser(nn.Module):
         self.text_conditioner = text_conditioner
 
     def forward(
-        self, x: Tensor, t: Tensor, states: Tensor, ids: Tensor, states_mask: Tensor | None, ids_mask: Tensor | None
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        states: Tensor,
+        ids: Tensor,
+        states_mask: Tensor | None,
+        ids_mask: Tensor | None,
     ) -> Tensor:
         """Velocity B C h w for latents (B C h w) at noise levels (B,).
 
@@ -27,8 +33,10 @@ class AnimaDenoiser(nn.Module):
         lengths, False at padding; None without any.
         """
         text = self.text_conditioner(states, ids, ids_mask, states_mask)
-        frame = F.pad(x, (0, 0, 0, 0, 0, 1)).unsqueeze(2)  # with the padding mask as one more channel: nothing is padded
-        return self.transformer(frame, t, text, return_dict=False)[0].squeeze(2)
+        frame = F.pad(x, (0, 0, 0, 0, 0, 1)).unsqueeze(
+            2
+        )  # with the padding mask as one more channel: nothing is padded
+        return self.transformer(frame, timestep, text, return_dict=False)[0].squeeze(2)
 
 
 def build_denoiser(transformer: Mapping[str, Any], conditioner: Mapping[str, Any]) -> nn.Module:
@@ -42,5 +50,8 @@ def build_denoiser(transformer: Mapping[str, Any], conditioner: Mapping[str, Any
     config = dict(transformer)
     if config.get("concat_padding_mask", True):
         config |= {"in_channels": config["in_channels"] + 1, "concat_padding_mask": False}
-    models: tuple[Any, Any] = (CosmosTransformer3DModel.from_config(config), AnimaTextConditioner.from_config(dict(conditioner)))
+    models: tuple[Any, Any] = (
+        CosmosTransformer3DModel.from_config(config),
+        AnimaTextConditioner.from_config(dict(conditioner)),
+    )
     return AnimaDenoiser(*models)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -44,7 +45,6 @@ class AnimaOptions(ModelOptions):
         None,
         help="Kernels of attention.",
         choices=("torch", "xformers", "flash", "sageattn", "sdpa"),
-        check=lambda mode: "is not for training: SageAttention has no backward pass" if mode == "sageattn" else None,
         answer="attention goes through PyTorch, which takes its flash kernels wherever they fit; no package is needed",
     )
     split_attn: bool = option(
@@ -86,6 +86,11 @@ class AnimaOptions(ModelOptions):
         None, help="Not for this model.", answer="--qwen3_max_token_length and --t5_max_token_length are the limits"
     )
 
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if self.attn_mode == "sageattn":
+            yield "--attn_mode sageattn: SageAttention has no backward pass, so nothing would learn; leave it out"
+
 
 @dataclass(frozen=True)
 class AnimaFlowOptions(SampledFlowOptions):
@@ -105,6 +110,11 @@ class AnimaFlowOptions(SampledFlowOptions):
         choices=("raw", "additive", "sigma_scaled"),
     )
 
+    @property
+    def weights_loss(self) -> bool:
+        """--weighting_scheme weights the loss of every form of the prediction, as in sd-scripts."""
+        return True
+
 
 @dataclass(frozen=True)
 class AnimaFineTuneOptions(FineTuneOptions):
@@ -119,7 +129,9 @@ class AnimaFineTuneOptions(FineTuneOptions):
     cross_attn_lr: float | None = option(
         None, help="Learning rate of the attention to the text; --learning_rate without one.", check=at_least(0)
     )
-    mlp_lr: float | None = option(None, help="Learning rate of the MLPs; --learning_rate without one.", check=at_least(0))
+    mlp_lr: float | None = option(
+        None, help="Learning rate of the MLPs; --learning_rate without one.", check=at_least(0)
+    )
     mod_lr: float | None = option(
         None, help="Learning rate of the modulations; --learning_rate without one.", check=at_least(0)
     )

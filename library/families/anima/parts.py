@@ -140,7 +140,7 @@ def _folders(path: Path, adapter: Path | None, options: AnimaOptions) -> tuple[P
     conditioner = _inside(path if transformer != path else path.parent, CONDITIONER)
     configs = []
     for folder, kind in ((transformer, TRANSFORMER_CLASS), (conditioner, CONDITIONER_CLASS)):
-        if not (folder / "config.json").is_file() or folder.name != CONDITIONER and kind == CONDITIONER_CLASS:
+        if not (folder / "config.json").is_file() or (folder.name != CONDITIONER and kind == CONDITIONER_CLASS):
             raise UserError(f"{path} is no Anima folder: it has no folders transformer and {CONDITIONER}")
         config = read_json(folder / "config.json")
         if config.get("_class_name", kind) != kind:

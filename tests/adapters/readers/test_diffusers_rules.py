@@ -70,6 +70,8 @@ def test_stable_diffusion(module: str, arguments: dict[str, str], expected: dict
 @pytest.mark.parametrize("family", TINY)
 def test_transformers(family: str, arguments: dict[str, str]) -> None:
     tiny = TINY[family]
+    if "split_qkv" in arguments and not tiny.module.BUILDER.targets.fused:
+        return
     model = tiny.make()
     torch.manual_seed(5)
     everything = {} if arguments else tiny.everything
@@ -77,6 +79,8 @@ def test_transformers(family: str, arguments: dict[str, str]) -> None:
     found = compare({"sd35": "sd3"}.get(family, family), network, model, [])
     assert found["peft"] == "yes"
     assert found["kohya"] == (REFUSES if family in ("flux", "chroma") else NOTHING)
+    if family == "anima" and not arguments:
+        assert found["comfy"] == "yes"
 
 
 def tiny_t5() -> nn.Module:
