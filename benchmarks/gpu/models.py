@@ -13,7 +13,7 @@ import functools
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,14 @@ from library.io.tensor_file import data_bytes, header_bytes
 from library.weights.loading import build_empty, shipped_config
 from library.weights.weight_files import WeightFile
 from tests.tiny import vocabulary, write_tokenizer
-from tests.tiny_text import gemma2_tokens, t5_pieces, write_gemma2_tokenizer, write_t5_tokenizer
+from tests.tiny_text import (
+    gemma2_tokens,
+    qwen_tokens,
+    t5_pieces,
+    write_gemma2_tokenizer,
+    write_qwen_tokenizer,
+    write_t5_tokenizer,
+)
 
 POOL = 1 << 22  # random numbers that all weights of a device are made of
 WIDE = (32, 32, 32, 32)  # of the autoencoder: eight pixels a latent, as the real one
@@ -40,7 +47,7 @@ WIDE = (32, 32, 32, 32)  # of the autoencoder: eight pixels a latent, as the rea
 class Encoder:
     """A text encoder: which kind, its folder, the folder of its tokenizer, and what it makes."""
 
-    kind: str  # "clip", "clip_projected", "t5", "gemma2"
+    kind: str  # "clip", "clip_projected", "t5", "gemma2", "qwen3"; "t5 tokenizer": that alone
     folder: str
     tokenizer: str
     width: int
@@ -53,10 +60,12 @@ def _of_diffusers(name: str, config: Mapping[str, Any]) -> nn.Module:
     return load_attribute(f"diffusers:{name}").from_config(dict(config))
 
 
-UNET, FLUX, LUMINA = (
+UNET, FLUX, LUMINA, COSMOS = (
     functools.partial(_of_diffusers, name)
-    for name in ("UNet2DConditionModel", "FluxTransformer2DModel", "Lumina2Transformer2DModel")
-)
+    for name in (
+        "UNet2DConditionModel", "FluxTransformer2DModel", "Lumina2Transformer2DModel", "CosmosTransformer3DModel"
+    )
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,7 @@ class Architecture:
     tiny: Mapping[str, Any]
     encoders: tuple[Encoder, ...]
     vae: Mapping[str, Any]
+    beside: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # folder -> one more model of diffusers
 
     def config(self, *, tiny: bool) -> dict[str, Any]:
         return {**self.full, **(self.tiny if tiny else {})}
@@ -148,6 +158,17 @@ ARCHITECTURES: dict[str, Architecture] = {
         (Encoder("gemma2", "text_encoder", "tokenizer", 2304, 32),),
         {**VAE16, "scaling_factor": 0.3611, "shift_factor": 0.1159},
     ),
+    "anima": Architecture(
+        "anima", "AnimaModularPipeline", "transformer", "denoiser", COSMOS,
+        {
+            **shipped_config("anima"), "in_channels": 16, "num_layers": 28, "num_attention_heads": 16,
+            "attention_head_dim": 128, "text_embed_dim": 1024,
+        },
+        {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 32, "adaln_lora_dim": 8},
+        (Encoder("qwen3", "text_encoder", "tokenizer", 1024, 1024), Encoder("t5 tokenizer", "", "t5_tokenizer", 0, 0)),
+        {"_class_name": "AutoencoderKLQwenImage", "base_dim": 8, "num_res_blocks": 1},
+        beside={"text_conditioner": {"_class_name": "AnimaTextConditioner"}},
+    ),
 }  # fmt: skip
 
 
@@ -163,6 +184,9 @@ def write_model(architecture: Architecture, folder: Path, *, tiny: bool) -> Path
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         _vae(architecture.vae).save_pretrained(folder / "vae")
+        for place, config in architecture.beside.items():
+            module = build_empty(functools.partial(_of_diffusers, config["_class_name"], config))
+            write_hole(folder / place, nn.Module.to(module, torch.bfloat16))
         for encoder in architecture.encoders:
             _write_encoder(folder, encoder, encoder.tiny_width if tiny else encoder.width)
     return folder
@@ -181,12 +205,17 @@ def write_hole(folder: Path, module: Any) -> None:
 def _vae(settings: Mapping[str, Any]) -> Any:
     from diffusers import AutoencoderKL
 
+    if "_class_name" in settings:
+        return _of_diffusers(settings["_class_name"], settings)
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     return AutoencoderKL(block_out_channels=WIDE, layers_per_block=1, **blocks, **settings)
 
 
 def _write_encoder(folder: Path, encoder: Encoder, width: int) -> None:
-    ways = {"clip": _clip, "clip_projected": _clip, "t5": _t5, "gemma2": _gemma2}
+    if encoder.kind == "t5 tokenizer":
+        write_t5_tokenizer(folder / encoder.tokenizer)
+        return
+    ways = {"clip": _clip, "clip_projected": _clip, "t5": _t5, "gemma2": _gemma2, "qwen3": _qwen3}
     ways[encoder.kind](encoder, width, folder / encoder.tokenizer).save_pretrained(folder / encoder.folder)
 
 
@@ -224,6 +253,17 @@ def _gemma2(encoder: Encoder, width: int, tokenizer: Path) -> Any:
         num_attention_heads=2, num_key_value_heads=1, head_dim=16,
     )  # fmt: skip
     return Gemma2Model(config)
+
+
+def _qwen3(encoder: Encoder, width: int, tokenizer: Path) -> Any:
+    from transformers import Qwen3Config, Qwen3Model
+
+    write_qwen_tokenizer(tokenizer)
+    config = Qwen3Config(
+        vocab_size=len(qwen_tokens()), hidden_size=width, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+    )  # fmt: skip
+    return Qwen3Model(config)
 
 
 # ---- random numbers -------------------------------------------------------------------------------------------------

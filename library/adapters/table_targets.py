@@ -57,8 +57,8 @@ class TableTargets(FamilyTargets):
     denoiser_targets: Callable[[nn.Module], list[TargetSpec]]
     ranks: Callable[[Any, int, list[TargetSpec]], Ranks]
     has_t5: bool = False
-    whole_paths: bool = False
     fused: bool = True
+    whole_paths: bool = False
 
     @property
     def options(self) -> Mapping[str, type]:
@@ -75,7 +75,7 @@ class TableTargets(FamilyTargets):
     def select(self, options: Mapping[str, Any], dim: int, alpha: float, models: AdaptedModels) -> Selection:
         options["conv"].warn()
         asked = "t5" in options and options["t5"].train_t5xxl
-        targets = self._targets(models, split=self.fused and options["split"].split_qkv, t5=asked)
+        targets = self._targets(models, split=self._splits(options), t5=asked)
         return self._selection(options["blocks"], dim, alpha, targets)
 
     def select_by_blocks(
@@ -91,10 +91,13 @@ class TableTargets(FamilyTargets):
 
     def in_file(self, options: Mapping[str, Any], models: AdaptedModels) -> list[TargetSpec]:
         options["conv"].warn()
-        return self._targets(models, split=self.fused and options["split"].split_qkv, outside=True)
+        return self._targets(models, split=self._splits(options), outside=True)
 
     def every(self, models: AdaptedModels, *, outside: bool) -> list[TargetSpec]:
         return self._targets(models, outside=outside)
+
+    def _splits(self, options: Mapping[str, Any]) -> bool:
+        return self.fused and options["split"].split_qkv
 
     def _targets(
         self, models: AdaptedModels, *, split: bool = False, t5: bool = True, outside: bool = False
@@ -111,10 +114,9 @@ class TableTargets(FamilyTargets):
 
 
 T5_BLOCKS = frozenset({"T5LayerSelfAttention", "T5LayerFF"})
-# classes of language models -> those of their attention and feed-forward layers
+# Class of a language model -> those of the blocks of its layers
 LANGUAGE_BLOCKS = {
-    "Gemma2Model": frozenset({"Gemma2Attention", "Gemma2MLP"}),
-    "Qwen3Model": frozenset({"Qwen3Attention", "Qwen3MLP"}),
+    f"{kind}Model": frozenset({f"{kind}Attention", f"{kind}MLP"}) for kind in ("Gemma2", "Qwen3", "Mistral")
 }
 
 

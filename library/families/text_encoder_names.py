@@ -34,8 +34,7 @@ def t5_paths(blocks: int) -> Iterator[str]:
     yield "encoder.final_layer_norm"
 
 
-def language_model_paths(blocks: int) -> Iterator[str]:
-    """Gemma 2 and Qwen3."""
+def gemma2_paths(blocks: int) -> Iterator[str]:
     for i in range(blocks):
         yield from (f"layers.{i}.self_attn.{name}_proj" for name in "qkvo")
         yield from (f"layers.{i}.mlp.{name}_proj" for name in ("gate", "up", "down"))
@@ -51,3 +50,4 @@ CLIP_G = Encoder(
     open_clip=("conditioner.embedders.1.model.",), open_clip_names=OPEN_CLIP_NAMES,
 )  # fmt: skip
 T5_XXL = Encoder("lora_te3", "text_encoders.t5xxl.transformer", "text_encoder_3", t5_paths)
+GEMMA2 = Encoder("lora_te", "text_encoders.gemma2_2b.transformer.model", "text_encoder", gemma2_paths)

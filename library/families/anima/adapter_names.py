@@ -9,14 +9,14 @@ from library.adapters.formats.architecture import READS_STATES, Architecture, En
 from library.families.anima import SHEET
 from library.families.anima.names import anima_names
 from library.families.file_facts import file_facts
-from library.families.text_encoder_names import language_model_paths
+from library.families.text_encoder_names import gemma2_paths
 
 
 def anima_facts(names: Collection[str], v_prediction: bool) -> FileFacts:
     return file_facts(SHEET, "anima")
 
 
-QWEN3 = Encoder("lora_te", "text_encoders.qwen3_06b.transformer.model", "text_encoder", language_model_paths)
+QWEN3 = Encoder("lora_te", "text_encoders.qwen3_06b.transformer.model", "text_encoder", gemma2_paths)
 TABLES = (
     Architecture(
         "anima", "Anima", lambda blocks: anima_names(blocks, blocks), (QWEN3,), anima_facts,

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from library.adapters.formats.architecture import READS_STATES, Architecture, Encoder, FileFacts, beginning
+from library.adapters.formats.architecture import READS_STATES, Architecture, FileFacts, beginning
 from library.families.file_facts import file_facts
 from library.families.lumina import SHEET
 from library.families.lumina.names import lumina_names
-from library.families.text_encoder_names import language_model_paths
+from library.families.text_encoder_names import GEMMA2
 
 NOISE, CONTEXT, LAYERS, FINAL = "noise_refiner_", "context_refiner_", "layers_", "final_layer_"
 
@@ -18,7 +18,6 @@ def lumina_facts(names: Collection[str], v_prediction: bool) -> FileFacts:
     return file_facts(SHEET, "lumina2")
 
 
-GEMMA2 = Encoder("lora_te", "text_encoders.gemma2_2b.transformer.model", "text_encoder", language_model_paths)
 TABLES = (
     Architecture(
         "lumina", "Lumina-Image 2.0", lambda blocks: lumina_names(blocks, blocks), (GEMMA2,), lumina_facts,
