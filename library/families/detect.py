@@ -69,7 +69,7 @@ PARTS = (
     FileKind(
         "vae",
         "a VAE, not a checkpoint: it belongs to --vae",
-        ("encoder.conv_in.", "first_stage_model.encoder.conv_in."),
+        ("encoder.conv_in.", "first_stage_model.encoder.conv_in.", "encoder.downsamples."),
     ),
     FileKind("embedding", "a textual inversion embedding, not a checkpoint", ("emb_params", "clip_l", "clip_g")),
     FileKind(

@@ -93,16 +93,19 @@ def part_problems(part: Part) -> Iterator[str]:
         return
     missing = [name for name in expected if name not in shapes]
     if missing:
-        yield f"{path}: {len(missing)} weights of the {part.what} are missing ({first_names(missing)}): {INCOMPLETE}"
+        source = part.file.source(missing[0])
+        yield f"{source}: {len(missing)} weights of the {part.what} are missing ({first_names(missing)}): {INCOMPLETE}"
     wrong = [name for name, fitting in expected.items() if name in shapes and shapes[name] not in fitting]
     if wrong:
         first = f"{wrong[0]} is {shapes[wrong[0]]}, not {expected[wrong[0]][0]}"
         more = f"; also {first_names(wrong[1:])}" if len(wrong) > 1 else ""
-        yield f"{path}: {len(wrong)} weights of the {part.what} have another shape ({first}{more}): {INCOMPLETE}"
+        source = part.file.source(wrong[0])
+        yield f"{source}: {len(wrong)} weights of the {part.what} have another shape ({first}{more}): {INCOMPLETE}"
     yield from _number_problems(part, [name for name in expected if name in shapes])
     extra = [*_left_over(part, expected)]
     if extra:
-        yield f"{path}: {len(extra)} tensors have no place in the {part.what} ({first_names(extra)}): {INCOMPLETE}"
+        source = part.file.source(extra[0])
+        yield f"{source}: {len(extra)} tensors have no place in the {part.what} ({first_names(extra)}): {INCOMPLETE}"
     yield from _lost_layers(part)
 
 
@@ -123,7 +126,7 @@ def _number_problems(part: Part, names: Sequence[str]) -> Iterator[str]:
         first, dtype = next(iter(wrong.items()))
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         kind = str(dtype).removeprefix("torch.")
-        yield f"{part.file.path}: {first} is stored as {kind}{more}: weights are floating-point numbers"
+        yield f"{part.file.source(first)}: {first} is stored as {kind}{more}: weights are floating-point numbers"
 
 
 def _configs(part: Part) -> list[Mapping[str, Any]]:

@@ -57,7 +57,7 @@ def open_parts(options: AnimaOptions) -> AnimaParts:
         raise UserError(missing)
     qwen3 = _inside(locate(options.qwen3, "--qwen3", QWEN3_FILES) if options.qwen3 else path, "text_encoder")
     vae = locate(options.vae, "--vae", VAE_FILES) if options.vae else path
-    encoder = language_encoder("qwen3", qwen3, option="--qwen3", prefixes=(QWEN3_PREFIX, ""))
+    encoder = language_encoder("qwen3", qwen3, option="--qwen3", prefixes=("", QWEN3_PREFIX))
     return AnimaParts(
         path=path, denoiser=denoiser, config=transformer, conditioner=conditioner, vae=qwen_vae_part(vae),
         encoders={QWEN3: encoder}, qwen3_path=qwen3,
@@ -102,26 +102,19 @@ def _denoiser(path: Path, adapter: Path | None, options: AnimaOptions) -> tuple[
         raise UserError(f"{path} has the names of diffusers: give the folder that holds transformer and {CONDITIONER}")
     prefix = next((prefix for prefix in PREFIXES if has(file.shapes, f"{prefix}blocks.")), "")
     if adapter is not None:
-        file = _with_adapter(file, prefix, adapter)
+        file = JoinedFile(path, {f"{prefix}{ADAPTER}.": _adapter(adapter), "": (file, "")})
     shapes = below(file.shapes, prefix)
     if not has(shapes, f"{ADAPTER}."):
         raise UserError(f"{path} has no LLM adapter ({ADAPTER}.*): give its file with --llm_adapter_path")
     with reading_sizes(path, prefix):
         transformer = layout(shapes)
+    with reading_sizes(file.source(f"{prefix}{ADAPTER}."), f"{prefix}{ADAPTER}."):
         conditioner = conditioner_layout(below(shapes, f"{ADAPTER}."))
     return _part(file, prefix, transformer, conditioner, options, published=True)
 
 
-def _with_adapter(file: WeightFile, prefix: str, adapter: Path) -> WeightFile:
-    """The file with another LLM adapter, from a file of its own or from that of a whole model."""
-    places = {name: (file, name) for name in file.shapes if not name.startswith(f"{prefix}{ADAPTER}.")}
-    own, start = _adapter(adapter)
-    names = {name.removeprefix(start) for name in own.shapes if name.startswith(start)}
-    return JoinedFile(file.path, places | {f"{prefix}{ADAPTER}.{name}": (own, start + name) for name in names})
-
-
 def _adapter(path: Path) -> tuple[WeightFile, str]:
-    """The weights of a --llm_adapter_path, and what stands before the conditioner's names in them."""
+    """The weights of an LLM adapter, alone or in a whole model, and what stands before its names in them."""
     folder = _inside(path, CONDITIONER)
     file = part_file(folder) if folder.is_dir() else open_weights(folder)
     start = next((start for start in ADAPTER_PREFIXES if has(file.shapes, f"{start}embed.")), None)
@@ -146,10 +139,9 @@ def _folders(path: Path, adapter: Path | None, options: AnimaOptions) -> tuple[P
         if config.get("_class_name", kind) != kind:
             raise UserError(f"{folder} holds a {config['_class_name']}, not a {kind}")
         configs.append(config)
-    file, (own, start) = part_file(transformer), _adapter(adapter or conditioner)
-    places = {f"transformer.{name}": (file, name) for name in file.shapes}
-    places |= {f"{CONDITIONER}.{n.removeprefix(start)}": (own, n) for n in own.shapes if n.startswith(start)}
-    return _part(JoinedFile(file.path, places), "", configs[0], configs[1], options, published=False)
+    file = part_file(transformer)
+    both = JoinedFile(file.path, {"transformer.": (file, ""), f"{CONDITIONER}.": _adapter(adapter or conditioner)})
+    return _part(both, "", configs[0], configs[1], options, published=False)
 
 
 def _part(
