@@ -26,11 +26,11 @@ CPU = torch.device("cpu")
 METHODS = ("lora", "full")
 OTHERS = ("sd2 v", "sdxl v", "lumina system prompt")  # the same denoisers, trained for something else
 NAMES = [name for name in CASES if name not in OTHERS]
-FAMILIES = ("sd1", "sdxl", "flux", "sd3", "lumina")  # one case of each, where a test takes long
+FAMILIES = ("sd1", "sdxl", "flux", "sd3", "lumina", "anima")  # one case of each, where a test takes long
 FULL = [f"{name}, full" for name in FAMILIES]
 # where a test takes very long: each denoiser and each method, but not every pair. SDXL has the blocks of SD 1.x
 COMPILED = ["sdxl, lora", "flux, full", "sd3, lora", "lumina, lora"]
-RESUMED = ["sdxl, lora", "flux, lora", "sd3, lora", "lumina, lora", "sd1, full", "flux, full"]
+RESUMED = ["sdxl, lora", "flux, lora", "sd3, lora", "lumina, lora", "anima, lora", "sd1, full", "flux, full"]
 CACHED = {"cache_latents": True, "cache_text_encoder_outputs": True, "network_train_unet_only": True}
 HOISTABLE = ["flux, lora", "sd3, lora"]  # those with modulation layers in their blocks
 # learning through a base in fewer bits: relative error of the first loss against the same run in bf16
@@ -257,6 +257,7 @@ STORAGE: dict[str, dict[str, Any]] = {
         ("flux, lora", "fp8"),
         ("sd3, lora", "nf4"),
         ("lumina, lora", "int8"),
+        ("anima, lora", "nf4"),
     ],
     indirect=["subject"],
 )

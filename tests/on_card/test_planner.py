@@ -28,7 +28,7 @@ from tests.trainers.helpers import Recorded, make_pictures, make_trainer, planne
 
 pytestmark = pytest.mark.gpu
 
-ARCHITECTURES = ("sd1", "sdxl", "flux", "chroma", "sd3", "sd35", "lumina")
+ARCHITECTURES = ("sd1", "sdxl", "flux", "chroma", "sd3", "sd35", "lumina", "anima")
 WORD = "zapcat"
 CHOICES = [MemoryChoice(activation_budget=budget) for budget in (1.0, 0.5, 0.0)]
 OF_RUN: dict[str, Any] = {
