@@ -31,6 +31,7 @@ from library.objectives.flow import FlowObjective, constant_shift
 from library.objectives.options import LossOptions
 from library.types import Batch, Cond, LatentSpec, Tokens
 from library.weights import qwen_vae
+from library.weights.language_models import language_states
 from library.weights.tokenizers import TextTokenizer, qwen_tokenizer, t5_tokenizer, tokenizer_folders
 
 T5 = "t5"  # ids of T5's tokenizer: (B, length) int64
@@ -129,15 +130,17 @@ class Anima(ModelFamily):
     def encode_part(self, name: str, encoder: nn.Module, tokens: Tokens) -> Cond:
         """The last states of Qwen3, and the ids of T5, each cut to the longest of the batch.
 
-        The padding comes last, where a causal model's tokens do not see it. An empty caption is one state of zeros.
+        An empty caption is one state of zeros: attention to it gives zero, as attention to nothing would.
         """
         device = next(encoder.parameters()).device
         longest = {name: max(1, *tokens.lengths[name]) for name in MASKS}
         ids = {name: on_device(tokens.ids[name][:, :length], device) for name, length in longest.items()}
         words = tokens.mask(QWEN3, longest[QWEN3], device)
-        states = encoder(ids[QWEN3], use_cache=False).last_hidden_state.masked_fill(~words.unsqueeze(-1), 0)
-        words[:, 0] = True
-        cond = {QWEN3: states, T5: ids[T5], MASKS[QWEN3]: words, MASKS[T5]: tokens.mask(T5, longest[T5], device)}
+        seen = words.clone()
+        seen[:, 0] = True
+        [states] = language_states(encoder, ids[QWEN3], seen, (-1,))  # after the last norm
+        states = states.masked_fill(~words.unsqueeze(-1), 0)
+        cond = {QWEN3: states, T5: ids[T5], MASKS[QWEN3]: seen, MASKS[T5]: tokens.mask(T5, longest[T5], device)}
         return _without_idle_masks(cond, tokens.lengths)
 
     def split_cond(self, cond: Cond) -> list[Cond]:
