@@ -74,6 +74,15 @@ def test_full_training_leaves_it_alone_unless_it_has_a_rate(
 
 
 def test_rates_of_full_training_are_answered_by_networks() -> None:
-    words = ["--pretrained_model_name_or_path", "x", "--self_attn_lr", "1e-4", "--train_data_dir", "x"]
+    words = [
+        "--pretrained_model_name_or_path",
+        "x",
+        "--self_attn_lr",
+        "1e-4",
+        "--train_data_dir",
+        "x",
+        "--output_dir",
+        "x",
+    ]
     answers = resolve(NetworkTrainerOptions, FAMILIES["anima"].option_groups, words, prog="x").answers
     assert [a.partition(";")[0] for a in answers if "--self_attn_lr" in a] == ["--self_attn_lr: for full training"]

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 from library.families.anima.options import (
+    NOT_FOR_NETWORKS,
+    RATES,
     AnimaFineTuneOptions,
     AnimaFlowOptions,
-    AnimaNetworkAnswers,
     AnimaOptions,
 )
+from library.families.options import Answered
 from library.families.recipes import IN_BACKWARD, MemoryRecipe
 from library.families.sheet import EVERYWHERE, FileMarks, ModelFacts, PreviewDefaults, Sheet, Variant
 
@@ -26,7 +28,7 @@ SHEET = Sheet(
         "model": AnimaOptions,
         "objective": AnimaFlowOptions,
         "finetune": AnimaFineTuneOptions,
-        "answered": AnimaNetworkAnswers,
+        "answered": Answered.named(RATES, NOT_FOR_NETWORKS),
     },
     files=FileMarks(
         "an Anima",

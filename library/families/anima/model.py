@@ -35,7 +35,7 @@ from library.weights.language_models import language_states
 from library.weights.tokenizers import TextTokenizer, qwen_tokenizer, t5_tokenizer, tokenizer_folders
 
 T5 = "t5"  # ids of T5's tokenizer: (B, length) int64
-MASKS = {QWEN3: "qwen3_mask", T5: "t5_mask"}  # bool, False at padding; batches in which nothing is padded lack it
+MASKS = {QWEN3: "qwen3_mask", T5: "t5_mask"}
 PREVIEW_SHIFT = 3.0  # of the noise levels, at every size: the model's own scheduler has it
 HUB = (("Qwen/Qwen3-0.6B", ""),)
 PREFIX = "net."  # of saved files
@@ -53,6 +53,7 @@ class Anima(ModelFamily):
     sheet = SHEET
     latent = LatentSpec("anima", channels=LATENT_CHANNELS, factor=8, npz_suffix="_anima.npz", npz_sized_keys=True)
     variant = ANIMA
+    text_masks = MASKS
 
     # ---- loading
 
@@ -141,24 +142,7 @@ class Anima(ModelFamily):
         [states] = language_states(encoder, ids[QWEN3], seen, (-1,))  # after the last norm
         states = states.masked_fill(~words.unsqueeze(-1), 0)
         cond = {QWEN3: states, T5: ids[T5], MASKS[QWEN3]: seen, MASKS[T5]: tokens.mask(T5, longest[T5], device)}
-        return _without_idle_masks(cond, tokens.lengths)
-
-    def split_cond(self, cond: Cond) -> list[Cond]:
-        count, found = len(cond[T5]), {}
-        for name, mask in MASKS.items():
-            whole = torch.ones(cond[name].shape[:2], dtype=torch.bool, device=cond[name].device)
-            found[name] = cond.get(mask, whole)
-        lengths = {name: mask.sum(1).tolist() for name, mask in found.items()}
-        return [
-            {key: values[i, : lengths[name][i]] for name, mask in MASKS.items()
-             for key, values in ((name, cond[name]), (mask, found[name]))}
-            for i in range(count)
-        ]  # fmt: skip
-
-    @classmethod
-    def join_conds(cls, conds: list[Cond]) -> Cond:
-        lengths = {name: [len(cond[name]) for cond in conds] for name in MASKS}
-        return _without_idle_masks(super().join_conds(conds), lengths)
+        return self.without_idle_masks(cond, {name: [max(1, n) for n in tokens.lengths[name]] for name in MASKS})
 
     # ---- pictures
 
@@ -222,9 +206,3 @@ class Anima(ModelFamily):
 
     def text_settings(self, name: str) -> tuple[Any, ...]:
         return self.options.qwen3_max_token_length, self.options.t5_max_token_length, self.t5.fingerprint()
-
-
-def _without_idle_masks(cond: Cond, lengths: Mapping[str, Sequence[int]]) -> Cond:
-    """Without the masks in which nothing is padded: attention without one is quicker."""
-    idle = [mask for name, mask in MASKS.items() if len({max(1, length) for length in lengths[name]}) == 1]
-    return {name: tensor for name, tensor in cond.items() if name not in idle}

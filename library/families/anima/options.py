@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from library.families.finetune_options import FineTuneOptions
-from library.families.options import Answered, ModelOptions
+from library.families.options import ModelOptions
 from library.objectives.flow_options import SampledFlowOptions
 from library.options import at_least, option, positive, refused
 
 TOKEN_LENGTH = 512  # as long as the text that the transformer reads
+RATES = tuple(f"{part}_lr" for part in ("llm_adapter", "self_attn", "cross_attn", "mlp", "mod"))
 NOT_FOR_NETWORKS = "for full training; a network takes learning rates by layer: --network_args network_reg_lrs"
 
 
@@ -22,14 +23,10 @@ class AnimaOptions(ModelOptions):
 
     cached_texts_stay: ClassVar[bool] = True
     qwen3: str | None = option(
-        None,
-        help="Qwen3-0.6B: .safetensors file, transformers folder or hub id. Without it, that of the model.",
-        path=True,
+        None, help="Qwen3-0.6B: file, transformers folder or hub id. Without it, that of the model.", path=True
     )
     llm_adapter_path: str | None = option(
-        None,
-        help="File or folder of the LLM adapter (text conditioner). Without it, that of the model.",
-        path=True,
+        None, help="File or folder of the LLM adapter (text conditioner). Without it, that of the model.", path=True
     )
     t5_tokenizer_path: str | None = option(None, help="Folder of T5's tokenizer. Without it, see the page.", path=True)
     qwen3_max_token_length: int = option(
@@ -42,36 +39,28 @@ class AnimaOptions(ModelOptions):
     )  # fmt: skip
     no_half_vae: bool = option(False, help="Run the VAE in float32 also under mixed precision.")
     attn_mode: str | None = option(
-        None,
-        help="Kernels of attention.",
-        choices=("torch", "xformers", "flash", "sageattn", "sdpa"),
+        None, help="Kernels of attention.", choices=("torch", "xformers", "flash", "sageattn", "sdpa"),
         answer="attention goes through PyTorch, which takes its flash kernels wherever they fit; no package is needed",
-    )
+    )  # fmt: skip
     split_attn: bool = option(
-        False,
-        help="Compute attention sample by sample.",
+        False, help="Compute attention sample by sample.",
         answer="PyTorch's attention keeps no scores, so that splitting a batch saves no memory",
-    )
+    )  # fmt: skip
     unsloth_offload_checkpointing: bool = option(
-        False,
-        help="Keep the inputs of recomputed blocks in main memory.",
+        False, help="Keep the inputs of recomputed blocks in main memory.",
         answer="--cpu_offload_checkpointing does its job, and copies while the card computes",
-    )
+    )  # fmt: skip
     vae_chunk_size: int | None = option(
-        None,
-        help="Size of the VAE's pieces.",
-        check=at_least(1),
-        zero_is_unset=True,
+        None, help="Size of the VAE's pieces.", check=at_least(1), zero_is_unset=True,
         answer="pictures go through the VAE whole, which computes them as one frame: that takes a third of the memory",
-    )
+    )  # fmt: skip
     vae_disable_cache: bool = option(
         False, help="Keep no earlier frames in the VAE.", answer="always so: a picture is one frame"
     )
     disable_mmap_load_safetensors: bool = option(
-        False,
-        help="Read the model without mapping its file.",
+        False, help="Read the model without mapping its file.",
         answer="a tensor is only mapped where it is used as it lies in the file, and no tensor is read twice",
-    )
+    )  # fmt: skip
     v2: bool = option(False, help="Not for this model.", check=refused("Anima is no Stable Diffusion 2.x"))
     v_parameterization: bool = option(
         False, help="Not for this model.", check=refused("Anima is trained with flow matching")
@@ -97,18 +86,16 @@ class AnimaFlowOptions(SampledFlowOptions):
     """How Anima is trained: which noise levels are drawn, how the loss is weighted."""
 
     timestep_sampling: str = option(
-        "sigmoid",
-        help="How noise levels are drawn; sigmoid and shift are usual.",
+        "sigmoid", help="How noise levels are drawn; sigmoid and shift are usual.",
         choices=("sigma", "uniform", "sigmoid", "shift", "flux_shift"),
-    )
+    )  # fmt: skip
     discrete_flow_shift: float = option(
         1.0, help="Shift of the sigma and shift samplings; above 1 draws more noise.", check=positive
     )
     model_prediction_type: str = option(
-        "raw",
-        help="What the loss compares: raw counts all noise levels alike, sigma_scaled counts noisy ones more.",
+        "raw", help="What the loss compares: raw counts all noise levels alike, sigma_scaled counts noisy ones more.",
         choices=("raw", "additive", "sigma_scaled"),
-    )
+    )  # fmt: skip
 
     @property
     def weights_loss(self) -> bool:
@@ -135,14 +122,3 @@ class AnimaFineTuneOptions(FineTuneOptions):
     mod_lr: float | None = option(
         None, help="Learning rate of the modulations; --learning_rate without one.", check=at_least(0)
     )
-
-
-@dataclass(frozen=True)
-class AnimaNetworkAnswers(Answered):
-    """Options of full training that networks are given too."""
-
-    llm_adapter_lr: float | None = option(None, help="Not for networks.", answer=NOT_FOR_NETWORKS)
-    self_attn_lr: float | None = option(None, help="Not for networks.", answer=NOT_FOR_NETWORKS)
-    cross_attn_lr: float | None = option(None, help="Not for networks.", answer=NOT_FOR_NETWORKS)
-    mlp_lr: float | None = option(None, help="Not for networks.", answer=NOT_FOR_NETWORKS)
-    mod_lr: float | None = option(None, help="Not for networks.", answer=NOT_FOR_NETWORKS)
