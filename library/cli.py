@@ -108,7 +108,7 @@ def _code_of(action: Callable[[], int], stop: StopRequest) -> int:
             to_stderr("".join(f"error: {line}\n" for line in error.lines()))
         return error.code
     except StopTraining as error:
-        if is_main_process():
+        if is_main_process() or error.only_here:
             to_stderr(f"stopped: {one_line(str(error))}\n")
         return EXIT_DIVERGED
     except Exception as error:

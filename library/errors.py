@@ -62,6 +62,11 @@ class ProcessDied(UserError):
 class StopTraining(Exception):
     """The run must end now without overwriting any file, for example because the loss is not finite."""
 
+    def __init__(self, message: str, *, only_here: bool = False) -> None:
+        """only_here: of several processes this one knows what happened, so that it must tell."""
+        super().__init__(message)
+        self.only_here = only_here
+
 
 def how_many_shown(count: int) -> int:
     """Number of lines to show out of `count`: all, or one less than the limit, for a last line with the count."""

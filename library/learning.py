@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from library.families.family import ModelFamily
 from library.families.finetune_options import FineTuneOptions
+from library.io.metadata import NetworkFacts
 from library.memory.choice import MemoryChoice
 from library.memory.quantise import Storage
 from library.optim.options import FullOptimizerOptions
@@ -76,7 +77,7 @@ class Trainables:
     load: Callable[[dict[str, Tensor]], None]
     write: Callable[[Path, dict[str, str], Position], None]  # the save, whole or not at all: path, metadata, progress
     kind: str  # of the saved files, for their metadata: a key of library.trainers.facts.ENDINGS
-    fields: Mapping[str, Any] | None = None  # of library.io.metadata.RunFacts; None: only modelspec.* entries
+    facts: NetworkFacts | None = None  # for the metadata of saved files; None: only modelspec.* entries
     check_format: Callable[[], None] = lambda: None  # raises UserError for what the first save could not write
     encoders: frozenset[str] = frozenset()  # text encoders that gradients flow through
     flat: bool = True  # many small parameters: clip and step them as one buffer per group

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests to stop a run: Ctrl-C, SIGTERM, SIGHUP (a closed terminal), and the end of the launcher.
+"""Requests to stop a run: Ctrl-C, SIGTERM, SIGHUP (a closed terminal), the end of the launcher, or a time limit.
 
 Before the training, a request raises KeyboardInterrupt. During the training it is only recorded: the step is finished
 and the state saved. A second signal ends the process at once. Does not import torch: handlers must be set before that.
@@ -37,12 +37,17 @@ class StopRequest:
         self._process = os.getpid()
         self._parent = os.getppid() if any(name in os.environ for name in LAUNCHERS) else None
         self._told_at: float | None = None
+        self._started = time.monotonic()
+        self.most_seconds: float | None = None  # since this object was made; then the run is to stop
 
     @property
     def requested(self) -> bool:
-        """Whether a signal has arrived or the launcher has ended."""
+        """Whether a signal has arrived, the launcher has ended or the time is over."""
         if self._told_at is None and self._parent not in (None, os.getppid()):
             self._note("the process that started this one is gone")
+        limit = float("inf") if self.most_seconds is None else self.most_seconds
+        if self._told_at is None and time.monotonic() - self._started > limit:
+            self._note("--max_train_minutes are over")
         return self._told_at is not None
 
     def check(self) -> None:

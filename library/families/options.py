@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, make_dataclass
 from typing import ClassVar
 
-from library.options import option
+from library.options import option, refused
 
 # A graphical program writes 255 unless told otherwise: three chunks of text, as 225
 TOKEN_LENGTHS = {"75": 75, "150": 150, "225": 225, "255": 225}
@@ -58,3 +58,42 @@ class ModelOptions:
     def problems(self) -> Iterator[str]:
         if not self.pretrained_model_name_or_path:
             yield "--pretrained_model_name_or_path is missing: give a checkpoint file, a diffusers folder or a hub id"
+
+
+@dataclass(frozen=True)
+class FlowModelOptions(ModelOptions):
+    """What all transformers have that are trained with flow matching. Options of U-Nets are answered."""
+
+    no_half_vae: bool = option(False, help="Run the VAE in float32 also under mixed precision.")
+    disable_mmap_load_safetensors: bool = option(
+        False,
+        help="Read the model without mapping its file.",
+        answer="a tensor is only mapped where it is used as it lies in the file, and no tensor is read twice",
+    )
+    v2: bool = option(False, help="Not for this model.", check=refused("this is no Stable Diffusion 2.x"))
+    v_parameterization: bool = option(
+        False, help="Not for this model.", check=refused("it is trained with flow matching")
+    )
+    weighted_captions: bool = option(
+        False, help="Not for this model.", check=refused("brackets are ordinary text for its text encoders")
+    )
+    clip_skip: int | None = option(
+        None, help="Not for this model.", answer="text states are of the layer that the model was trained with"
+    )
+    max_token_length: int | None = option(
+        None, help="Not for this model.", answer="it is for the CLIP of Stable Diffusion"
+    )
+
+
+@dataclass(frozen=True)
+class SeparateAutoencoder(FlowModelOptions):
+    """Of models whose autoencoder is given with --ae."""
+
+    vae: str | None = option(None, help="Not for this model.", check=refused("its autoencoder is given with --ae"))
+    ae: str | None = option(
+        None, help="Autoencoder: file, diffusers folder or hub id. Without it, that of the model.", path=True
+    )
+
+    @property
+    def own_vae(self) -> str | None:
+        return self.ae

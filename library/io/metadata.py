@@ -131,6 +131,16 @@ class DatasetFacts:
 
 
 @dataclass(frozen=True)
+class NetworkFacts:
+    """Facts about the adapters of a run."""
+
+    module: str
+    dim: int | float | None
+    alpha: int | float | None
+    args: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class RunFacts:
     """Facts about a run for the metadata of its saves. Times are in Unix seconds."""
 
@@ -138,10 +148,7 @@ class RunFacts:
     base_model_version: str  # "sd_v1"
     datasets: tuple[DatasetFacts, ...]
     from_dataset_config: bool  # --dataset_config; else the folder or metadata form of the command line
-    network_module: str
-    network_dim: int | float | None
-    network_alpha: int | float | None
-    network_args: Mapping[str, Any] | None
+    network: NetworkFacts
     optimizer: str  # "torch.optim.adamw.AdamW(weight_decay=0.1)"
     num_epochs: int
     max_train_steps: int
@@ -217,12 +224,12 @@ def _run_keys(run: RunFacts) -> dict[str, Any]:
 
 def _network_keys(run: RunFacts) -> dict[str, Any]:
     keys: dict[str, Any] = {
-        "ss_network_module": run.network_module,
-        "ss_network_dim": run.network_dim,
-        "ss_network_alpha": run.network_alpha,
+        "ss_network_module": run.network.module,
+        "ss_network_dim": run.network.dim,
+        "ss_network_alpha": run.network.alpha,
     }
-    if run.network_args:
-        arguments = {"dropout": run.options.get("network_dropout"), **run.network_args}
+    if run.network.args:
+        arguments = {"dropout": run.options.get("network_dropout"), **run.network.args}
         arguments["dropout"] = arguments.pop("dropout")
         keys["ss_network_args"] = json.dumps(arguments)
     return keys

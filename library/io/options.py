@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from library.options import Idle, at_least, option
+from library.options import Idle, at_least, option, positive
 
 LATEST = "latest"  # value of --resume: the newest state of this output_dir and output_name
 AUTO = "auto"  # value of --resume: the same, or a new run when there is none
@@ -69,6 +69,12 @@ class StateOptions:
 
     save_state: bool = option(False, help="Write a resumable state folder with every save.")
     save_state_on_train_end: bool = option(False, help="Write a resumable state folder when the training ends.")
+    save_state_every_minutes: float | None = option(
+        None,
+        check=positive,
+        zero_is_unset=True,
+        help="Write a state when so many minutes have passed since the last one; of these only the newest is kept.",
+    )
     save_last_n_epochs_state: int | None = option(
         None, check=at_least(0), help="As --save_last_n_epochs, for states; not given: the same number."
     )

@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,6 +89,6 @@ def _is_code(tensor: Tensor, shape: Sequence[int]) -> bool:
     return tensor.numel() == 256 and math.prod(shape) != 256
 
 
-def _tensors(state: Any) -> Iterator[Tensor]:
-    values = itertools.chain(*(v if isinstance(v, (list, tuple)) else [v] for v in dict(state).values()))
+def _tensors(state: Mapping[str, object]) -> Iterator[Tensor]:
+    values = itertools.chain(*(v if isinstance(v, (list, tuple)) else [v] for v in state.values()))
     return (value for value in values if isinstance(value, Tensor))

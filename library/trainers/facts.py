@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from typing import Any
 
 from library.data.dataset import TrainingData
 from library.data.parts import DatasetStats
@@ -17,6 +17,7 @@ from library.families.sheet import ModelFacts
 from library.io.metadata import (
     VERSION,
     DatasetFacts,
+    NetworkFacts,
     RunFacts,
     SpecFacts,
     SubsetFacts,
@@ -124,12 +125,11 @@ class RunRecord:
         self.hashes = FileHashes(names)
 
     def metadata(
-        self, kind: str, method: Mapping[str, Any] | None, optimizer: str, *, step: int, epoch: int
+        self, kind: str, network: NetworkFacts | None, optimizer: str, *, step: int, epoch: int
     ) -> dict[str, str]:
         """The metadata of a file of `kind` (one of ENDINGS).
 
-        method: `Trainables.fields` (network_module, network_dim, network_alpha, network_args); None: only modelspec.*
-        entries.
+        network: `Trainables.facts`; None: only modelspec.* entries.
         """
         options, model, now = changed_values(self.options, all_values=True), self.model, time.time()
         whole = kind in ("Checkpoint", "TextualInversion") and model.checkpoint_implementation is not None
@@ -141,7 +141,7 @@ class RunRecord:
             version=VERSION,
             kind=kind,
         )
-        if method is None:
+        if network is None:
             return modelspec(options, spec, self.options.metadata, now=now)
         run = RunFacts(
             options=options,
@@ -151,14 +151,14 @@ class RunRecord:
             optimizer=optimizer,
             num_epochs=self.plan.total_epochs,
             max_train_steps=self.plan.total_steps,
-            num_batches_per_epoch=self.plan.batches_per_epoch,
+            num_batches_per_epoch=math.ceil(self.plan.batches_per_epoch / self.plan.num_processes),
             num_processes=self.plan.num_processes,
             seed=self.plan.seed,
             session_id=self.session_id,
             started_at=self.started_at,
             num_validation_images=self.validation_images,
             files=self.hashes.wait(),
-            **method,
+            network=network,
         )
         minimum = self.options.save.no_metadata
         return build_metadata(run, spec, self.options.metadata, step=step, epoch=epoch, now=now, minimum=minimum)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Generator, Iterator
+from dataclasses import replace
 
 from library.data.dataset import BatchLoader, TrainingData
 from library.trainers.run_plan import RunPlan, share_of
@@ -18,7 +19,7 @@ class Feed:
     """The batches of one optimizer step after the other.
 
     With several processes it is STEPS_AHEAD steps ahead of the training: where one process cannot load a batch, it has
-    still as many steps to take as pass until all of them stop, after the same step (`StopVote`).
+    still as many steps to take as pass until all of them stop, after the same step (`Vote`).
     """
 
     def __init__(self, steps: Steps, *, processes: int) -> None:
@@ -54,14 +55,18 @@ class Feed:
 def steps_of(
     data: TrainingData, loader: BatchLoader, plan: RunPlan, start: Position, *, rank: int, world: int
 ) -> Steps:
-    """The micro-batches of one optimizer step after the other, from `start` to the end of the run."""
+    """One process's micro-batches of one optimizer step after the other, from `start` to the end of the run."""
     step, epoch, first = start.step, start.epoch, start.batch
     with loader:
         while step < plan.total_steps:
-            own = share_of(data.plan_epoch(epoch + 1), rank, world)
-            batches = loader.run(own[first:], step_of_first=step, accumulation=plan.accumulation)
+            own = share_of(data.plan_epoch(epoch + 1)[first:], rank, world)
+            batches = loader.run(own, step_of_first=step, accumulation=plan.accumulation)
             for group in plan.groups(first):
-                yield [next(batches) for _ in group]
+                # where another's batch fills up the last step of an epoch, it does not count a second time
+                shares = [
+                    world / len(group) if place < len(group) else 0.0 for place in range(rank, rank + len(group), world)
+                ]
+                yield [replace(next(batches), share=share) for share in shares]
                 step += 1
                 if step >= plan.total_steps:
                     return

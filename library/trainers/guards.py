@@ -36,7 +36,7 @@ class StepReport:
 class _Pending:
     step: int
     names: list[str]
-    values: HostCopy  # loss, gradient norm, then `measured`
+    values: HostCopy  # loss, gradient norm, loss of this process, then `measured`
     scaler_skips: bool
     measured: list[str]  # names of the other numbers that come from the device
     known: dict[str, float]  # those that were on the host
@@ -50,15 +50,16 @@ class StepReader:
         self._pending: deque[_Pending] = deque()
         self._skipped = 0  # steps in a row that the fp16 scaler left out
 
-    def push(self, step: int, loss: Tensor, grad_norm: Tensor, names: Sequence[str], *, scaler_skips: bool,
-             others: dict[str, float | Tensor]) -> None:  # fmt: skip
+    def push(self, step: int, loss: Tensor, grad_norm: Tensor, names: Sequence[str], *, own_loss: Tensor,
+             scaler_skips: bool, others: dict[str, float | Tensor]) -> None:  # fmt: skip
         """loss, grad_norm and tensors among `others`: 0-dim, copied to the host together, without waiting for them.
 
-        scaler_skips: fp16, where a non-finite gradient is the scaler's business.
+        names, own_loss: pictures and loss of this process. scaler_skips: fp16, where a non-finite gradient is the
+        scaler's business.
         """
         measured = {name: value for name, value in others.items() if isinstance(value, Tensor)}
         known = {name: float(value) for name, value in others.items() if name not in measured}
-        numbers = (loss, grad_norm, *measured.values())
+        numbers = (loss, grad_norm, own_loss, *measured.values())
         values = HostCopy(torch.stack([on_device(number.detach().float(), loss.device) for number in numbers]))
         self._pending.append(_Pending(step, list(names), values, scaler_skips, [*measured], known))
 
@@ -73,14 +74,17 @@ class StepReader:
     def _take(self, may_read: Callable[[_Pending], bool]) -> Iterable[StepReport]:
         while self._pending and may_read(self._pending[0]):
             item = self._pending.popleft()
-            loss, norm, *measured = item.values.value().tolist()
+            loss, norm, own_loss, *measured = item.values.value().tolist()
             wrong = "loss" if not math.isfinite(loss) else "gradient norm"
             self._skipped = 0 if math.isfinite(norm) else self._skipped + 1
             may_skip = item.scaler_skips and self._skipped <= MOST_SKIPS
             if not math.isfinite(loss) or (not math.isfinite(norm) and not may_skip):
+                elsewhere = not math.isfinite(loss) and math.isfinite(own_loss)
+                pictures = "in another process's batch" if elsewhere else first_names(item.names, 8)
                 raise StopTraining(
                     f"the {wrong} of step {item.step} is not finite (loss {loss}, gradient norm {norm}). "
-                    f"Its pictures: {first_names(item.names, 8)}. {LIKELY_CAUSES}"
+                    f"Its pictures: {pictures}. {LIKELY_CAUSES}",
+                    only_here=not math.isfinite(own_loss),
                 )
             yield StepReport(item.step, loss, norm, {**item.known, **dict(zip(item.measured, measured, strict=True))})
 

@@ -32,6 +32,12 @@ class TrainOptions:
     max_train_epochs: int | None = option(
         None, help="Epochs of the run; wins over --max_train_steps.", check=positive, zero_is_unset=True
     )
+    max_train_minutes: float | None = option(
+        None,
+        help="Stop so many minutes after the start: the step is finished, the state saved, and the exit code is 3.",
+        check=positive,
+        zero_is_unset=True,
+    )
     seed: int | None = option(
         None, help="Seed of every random draw; without it one is chosen and printed.", check=between(*SEEDS)
     )

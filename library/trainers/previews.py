@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -51,7 +50,7 @@ class Previews:
 
     def if_due(
         self, models: Models, trainables: Trainables, trackers: Trackers, position: Position, *,
-        epoch_ended: bool, weights: AbstractContextManager[Any],
+        epoch_ended: bool, weights: AbstractContextManager[None],
     ) -> None:  # fmt: skip
         """Make previews when they are due after `position.step` steps.
 

@@ -25,13 +25,16 @@ from library.trainers.run_plan import RunPlan
 # Options that must be the same when a state is continued: the state carries what they decide.
 RESUMED_OPTIONS = (
     "optimizer_type", "optimizer_args", "learning_rate", "lr_scheduler", "lr_scheduler_type", "lr_scheduler_args",
-    "lr_warmup_steps", "gradient_accumulation_steps", "full_fp16", "full_bf16", "ema_decay", "network_module",
+    "lr_warmup_steps", "full_fp16", "full_bf16", "ema_decay", "network_module",
     "network_dim", "network_alpha", "network_args", "network_weights", "dim_from_weights", "network_train_unet_only",
     "network_train_text_encoder_only", "unet_lr", "text_encoder_lr", "bf16_update", "train_text_encoder", "train_t5xxl",
     "learning_rate_te", "learning_rate_te1", "learning_rate_te2", "learning_rate_te3", "num_last_block_to_freeze",
     "stop_text_encoder_training", "block_lr",
     "token_string", "num_vectors_per_token", "init_word", "weights", "cond_emb_dim",
 )  # fmt: skip
+
+# What else must be the same: how many micro-batches all processes together have
+BATCHES_PER_STEP, BATCHES_PER_EPOCH = "--gradient_accumulation_steps x processes", "batches per epoch"
 
 # Options that only the rest of the learning-rate schedule depends on. They have a part of the fingerprint of their own
 SCHEDULE = "schedule"
@@ -49,7 +52,7 @@ class Resumption:
     def __init__(self, folder: Path | None) -> None:
         """Reads the state. Raises UserError where it is not whole."""
         self.folder = folder
-        self.parts: StateParts | None = load_state(folder) if folder else None
+        self.parts: StateParts | None = as_of_now(load_state(folder)) if folder else None
 
     def taken(self) -> StateParts | None:
         """The state; from then on it is no longer held here."""
@@ -87,11 +90,11 @@ class RunIdentity:
         state = resumption.parts
         return self.options.state.resume == AUTO and state is not None and state.step >= self.plan.total_steps
 
-    def fingerprint(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, object]:
         """Everything that a state says of its run."""
         return {**self.facts(), SCHEDULE: self.schedule()}
 
-    def schedule(self) -> dict[str, Any]:
+    def schedule(self) -> dict[str, object]:
         """What else the learning-rate schedule follows from: it may change when this run is resumed."""
         scheduler = vars(self.options.scheduler)
         return {"steps": self.plan.total_steps, **{f"--{name}": scheduler[name] for name in SCHEDULE_OPTIONS}}
@@ -108,11 +111,11 @@ class RunIdentity:
                   rates_of(self.options.scheduler, self.optimizer, total, steps))  # fmt: skip
         return compare(before, now) if curves[0] != curves[1] else []
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, object]:
         """What must be the same when this run is resumed."""
         values = {f"--{n}": v for n, v in changed_values(self.options, all_values=True).items() if n in RESUMED_OPTIONS}
         values["--optimizer_type"] = self.options.optimizer.name  # there are several ways to ask for one
-        plan = {"processes": self.plan.num_processes, "batches per epoch": self.plan.batches_per_epoch}
+        plan = {BATCHES_PER_STEP: self.plan.batches_per_step, BATCHES_PER_EPOCH: self.plan.batches_per_epoch}
         return {**values, "seed": self.seed, **plan, "dataset": self.dataset_digests()}
 
     def dataset_digests(self) -> dict[str, dict[str, str]]:
@@ -138,7 +141,18 @@ class RunIdentity:
         return result
 
 
-def _digest(value: Any) -> str:
+def as_of_now(state: StateParts) -> StateParts:
+    """A state whose batches are counted over all processes. Older states counted those of one process."""
+    facts = dict(state.fingerprint)
+    if "processes" not in facts:
+        return state
+    processes = facts.pop("processes")
+    facts[BATCHES_PER_STEP] = processes * facts.pop("--gradient_accumulation_steps", 1)
+    facts[BATCHES_PER_EPOCH] *= processes
+    return replace(state, fingerprint=facts, batch=state.batch * processes)
+
+
+def _digest(value: object) -> str:
     """A short text that differs where the values do."""
     return hashlib.blake2b(repr(value).encode(), digest_size=4).hexdigest()
 

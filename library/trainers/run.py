@@ -35,6 +35,8 @@ def run(method: Method[TrainerOptions], stop: StopRequest | None = None, loop: L
 
 
 def _run(method: Method[TrainerOptions], stop: StopRequest, loop: Loop) -> int:
+    if (minutes := method.options.train.max_train_minutes) is not None:
+        stop.most_seconds = 60 * minutes
     checked, options = check(method, stop), method.options
     accelerator = checked.processes.accelerator
     if options.data.debug_dataset:

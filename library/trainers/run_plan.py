@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar, overload
 
 from library.data.dataset import TrainingData
@@ -17,18 +17,26 @@ from library.types import Position
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Steps and epochs of a run. A micro-batch is the batch of one forward pass of one process."""
+    """Steps and epochs of a run. A micro-batch is the batch of one forward pass of one process.
 
-    batches_per_epoch: int  # of one process
+    The steps do not depend on how many processes share the micro-batches of each: only `batches_per_step` counts.
+    """
+
+    batches_per_epoch: int  # micro-batches, of all processes
     accumulation: int
     total_steps: int
     num_processes: int
     seed: int
 
     @property
+    def batches_per_step(self) -> int:
+        """Micro-batches of an optimizer step, of all processes."""
+        return self.accumulation * self.num_processes
+
+    @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of one epoch: the last one may have fewer micro-batches."""
-        return math.ceil(self.batches_per_epoch / self.accumulation)
+        return math.ceil(self.batches_per_epoch / self.batches_per_step)
 
     @property
     def total_epochs(self) -> int:
@@ -45,12 +53,16 @@ class RunPlan:
     def position_of(self, step: int) -> Position:
         """The position before optimizer step `step` (0-based)."""
         epoch, rest = divmod(step, self.steps_per_epoch)
-        return Position(step, epoch, rest * self.accumulation)
+        return Position(step, epoch, rest * self.batches_per_step)
 
     def groups(self, first_batch: int) -> Iterator[range]:
         """Micro-batches of an epoch, from `first_batch` on, in groups that make one optimizer step each."""
-        for start in range(first_batch, self.batches_per_epoch, self.accumulation):
-            yield range(start, min(start + self.accumulation, self.batches_per_epoch))
+        for start in range(first_batch, self.batches_per_epoch, self.batches_per_step):
+            yield range(start, min(start + self.batches_per_step, self.batches_per_epoch))
+
+    def end_of_step(self, batch: int) -> int:
+        """The micro-batch after those of the step that begins with micro-batch `batch` of an epoch."""
+        return min(batch + self.batches_per_step, self.batches_per_epoch)
 
 
 def make_plan(
@@ -58,14 +70,12 @@ def make_plan(
 ) -> RunPlan:
     """The plan of a run; `max_epochs` wins over `max_steps`. Raises UserError where there is no batch.
 
-    total_batches: of all processes in an epoch.
+    total_batches: micro-batches of an epoch, of all processes.
     """
     if total_batches == 0:
         raise UserError("no batch to train on: the dataset is empty (all of it may have gone to the validation split)")
-    batches = math.ceil(total_batches / num_processes)
-    steps_per_epoch = math.ceil(batches / accumulation)
-    total = max_epochs * steps_per_epoch if max_epochs else max_steps
-    return RunPlan(batches, accumulation, total, num_processes, seed)
+    plan = RunPlan(total_batches, accumulation, max_steps, num_processes, seed)
+    return replace(plan, total_steps=max_epochs * plan.steps_per_epoch) if max_epochs else plan
 
 
 def describe(found: Scan, data: TrainingData, plan: RunPlan) -> Iterator[str]:
@@ -93,7 +103,7 @@ T = TypeVar("T")
 
 
 def share_of(items: Sequence[T], rank: int, world: int) -> Sequence[T]:
-    """The items of one process; one that would have fewer gets another's item again, so that all have as many."""
+    """The items of one process; one that would have fewer gets another's item at the end, so that all have as many."""
     own = items[rank::world]
     return own if len(own) == math.ceil(len(items) / world) else _WithOneMore(own, items[rank % len(items)])
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -45,6 +46,9 @@ class Saver:
         self.uploads_states = options.hub.save_state_to_huggingface
         self.uploader = Uploader(options.hub) if active and options.hub.huggingface_repo_id else None
         self.written: list[Path] = []
+        self.state_at = time.monotonic()  # when the last state was written, or the run began
+        self.last_state: str | None = None  # its name
+        self.between: str | None = None  # name of the state that `state_now` has written last
 
     def make_folder(self) -> None:
         """Make the output folder again where it was removed during the run."""
@@ -91,6 +95,22 @@ class Saver:
         self._drop(name_of, outdated(keep=models), keep_model=False)
         self._drop(name_of, outdated(keep=states), keep_model=True)
 
+    def state_is_due(self) -> bool:
+        """Whether --save_state_every_minutes have passed since the last state."""
+        minutes = self.options.save_state_every_minutes
+        return minutes is not None and time.monotonic() - self.state_at >= 60 * minutes
+
+    def state_now(self, position: Position) -> None:
+        """A state between the saves, in place of the one before. A finished run needs none."""
+        name = names.step_name(self.save.output_name, position.step)
+        if position.step >= self.plan.total_steps or name == self.last_state:
+            return
+        self.make_folder()
+        self._write_state(name)
+        if self.between and self.active:
+            names.remove_state(self.folder, names.state_name(self.between))
+        self.between = name
+
     def at_end(self, position: Position, *, finished: bool) -> None:
         """The result of the run; of a stopped one, a state to continue from."""
         self.make_folder()
@@ -126,7 +146,7 @@ class Saver:
         folder = self.folder / names.state_name(name)
         if self.uploader:
             self.uploader.release(folder)
-        state = self.state()
+        state, self.state_at, self.last_state = self.state(), time.monotonic(), name
         if self.active:
             save_state(folder, state)
             self._written(folder, upload=self.uploads_states)

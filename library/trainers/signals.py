@@ -4,16 +4,16 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from library.device import HostCopy
+from library.device import HostCopy, on_device
 from library.errors import EXIT_AT_ONCE, EXIT_STOPPED, ProcessDied
 
-__all__ = ["EXIT_AT_ONCE", "EXIT_STOPPED", "OtherProcessDied", "StopVote", "exchanging"]
+__all__ = ["EXIT_AT_ONCE", "EXIT_STOPPED", "OtherProcessDied", "Vote", "exchanging"]
 
 # what gloo and NCCL say where the process at the other end is gone
 GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
@@ -34,8 +34,8 @@ def exchanging(processes: int) -> Iterator[None]:
         raise OtherProcessDied("another process of this training was killed, or ended with an error") from None
 
 
-class StopVote:
-    """Several processes must stop after the same step: in every step each says whether it was asked to.
+class Vote:
+    """Several processes must stop, or save, after the same step: in every step each says what it wants.
 
     What was said in the step before counts, so that nobody waits for the device.
     """
@@ -44,21 +44,19 @@ class StopVote:
         self.device, self.processes = device, processes
         self._votes: deque[HostCopy] = deque()
 
-    def at_once(self, requested: bool) -> bool:
-        """Whether any process asks for it now. The host waits for the device."""
-        if self.processes == 1:
-            return requested
-        return bool(self._sum(requested).item() > 0)
+    def at_once(self, wish: bool) -> bool:
+        """Whether any process wants it now. The host waits for the device."""
+        return wish if self.processes == 1 else bool(self._sum(wish).item() > 0)
 
-    def decided(self, requested: bool) -> bool:
-        """Call it once per step in every process; the answer is the same in all of them."""
+    def decided(self, *wishes: bool) -> Sequence[bool]:
+        """Which of the wishes any process has. Called once per step in every process, with the same answer in all."""
         if self.processes == 1:
-            return requested
-        self._votes.append(HostCopy(self._sum(requested)))
-        return len(self._votes) > 1 and bool(self._votes.popleft().value() > 0)
+            return wishes
+        self._votes.append(HostCopy(self._sum(*wishes)))
+        return [False for _ in wishes] if len(self._votes) == 1 else (self._votes.popleft().value() > 0).tolist()
 
-    def _sum(self, requested: bool) -> Tensor:
-        """How many processes ask for it, 0-dim on the device."""
-        vote = torch.full((), float(requested), device=self.device)
-        torch.distributed.all_reduce(vote)
-        return vote
+    def _sum(self, *wishes: bool) -> Tensor:
+        """How many processes have each wish, on the device."""
+        votes = on_device(torch.tensor(wishes, dtype=torch.float32), self.device)
+        torch.distributed.all_reduce(votes)
+        return votes

@@ -340,7 +340,7 @@ def record_of(loaded: Loaded, trainables: Trainables) -> RunRecord:
         [(dataset.config, dataset.samples) for dataset in checked.found.datasets],
         loaded.data,
         checked.family.facts(),
-        checked.family.model_names() if trainables.fields is not None else {},  # hashing gigabytes takes its time
+        checked.family.model_names() if trainables.facts is not None else {},  # hashing gigabytes takes its time
     )
 
 

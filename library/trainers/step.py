@@ -94,7 +94,8 @@ class Pass:
 class StepResult:
     """The numbers of an optimizer step, 0-dim and still on the device where they are tensors."""
 
-    loss: Tensor
+    loss: Tensor  # mean over all processes
+    own_loss: Tensor  # of this process
     grad_norm: Tensor  # before clipping
     others: dict[str, float | Tensor]  # learning rates, and what the method logs
 
@@ -121,29 +122,25 @@ class Step:
         """
         trainables = self.forward.trainables
         trainables.before_step(step)
-        loss = self.gradients(batches, step)
+
+        def accumulate() -> Tensor:
+            total = torch.zeros((), device=self.forward.device)
+            for batch in batches:
+                total += self.learn(batch, is_last=batch is batches[-1])
+            return total
+
+        loss = self.retry(accumulate, largest_batch=max(batch.size for batch in batches), step=step)
+        mean_loss = self.accelerator.reduce(loss, reduction="mean")
         with changing_weights(step):
             grad_norm = self.updates.step()
             rates = self.updates.rates()
             self.updates.scheduler.step(average_loss)
             more = trainables.after_step()
             self.updates.finish_step(step)
-        return StepResult(loss, grad_norm, {**rates, **more})
+        return StepResult(mean_loss, loss, grad_norm, {**rates, **more})
 
-    def gradients(self, batches: Sequence[Batch], step: int) -> Tensor:
-        """The mean loss of the micro-batches, 0-dim, with their gradients summed up in the weights that learn."""
-
-        def accumulated() -> Tensor:
-            total = torch.zeros((), device=self.forward.device)
-            for index, batch in enumerate(batches):
-                last = index == len(batches) - 1
-                total += self.learn(batch, share=1 / len(batches), is_last=last)
-            return total
-
-        return self.retry(accumulated, largest_batch=max(batch.size for batch in batches), step=step)
-
-    def learn(self, batch: Batch, *, share: float, is_last: bool) -> Tensor:
-        """Backward pass of the mean loss of one micro-batch times `share`, which is returned."""
+    def learn(self, batch: Batch, *, is_last: bool) -> Tensor:
+        """Backward pass of the mean loss of one micro-batch times its share of the step, which is returned."""
         forward, total = self.forward, torch.zeros((), device=self.forward.device)
         generator = torch_generator(self.seed, "noise", batch.position, 0, device=forward.device)
         seed_everything(derive_seed(self.seed, "dropout", batch.position, 0))
@@ -153,7 +150,7 @@ class Step:
         for index, (part, noised) in enumerate(parts):
             with self.updates.backward(is_last=is_last and index == len(parts) - 1):
                 losses = forward.objective.loss(forward.predict(part), noised, part)  # per sample
-                loss = losses.sum() * (share / batch.size)
+                loss = losses.sum() * (batch.share / batch.size)
                 self.accelerator.backward(loss)
             total += loss.detach()
         return total

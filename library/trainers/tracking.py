@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from library.byte_paths import plain_path
 from library.errors import UserError, unknown, unknown_names
@@ -18,6 +18,9 @@ from library.text_files import read_toml
 from library.trainers.options import LoggingOptions
 from library.values import MOST, between, convert, text_problem
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 KINDS = ("tensorboard", "wandb")
 OF_TENSORBOARD: dict[str, type] = {  # arguments of its SummaryWriter
     "log_dir": str, "comment": str, "purge_step": int, "max_queue": int, "flush_secs": int, "filename_suffix": str,
@@ -25,7 +28,7 @@ OF_TENSORBOARD: dict[str, type] = {  # arguments of its SummaryWriter
 STEP = "global_step"  # name of the step among wandb's values
 
 log = get_logger()
-ExceptHook = Callable[[Any], Any]
+ExceptHook = Callable[[threading.ExceptHookArgs], object]
 
 
 class Tracker(Protocol):
@@ -34,7 +37,7 @@ class Tracker(Protocol):
     where: str  # for a message: the option and the folder
 
     def scalars(self, values: Mapping[str, float], step: int) -> None: ...
-    def picture(self, name: str, image: Any, step: int) -> None: ...
+    def picture(self, name: str, image: Image, step: int) -> None: ...
     def text(self, name: str, value: str) -> None: ...
     def close(self) -> None: ...
 
@@ -42,7 +45,7 @@ class Tracker(Protocol):
 class TensorBoardTracker:
     """Event files in one folder. `settings`: further arguments of SummaryWriter."""
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, object]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.where = f"--logging_dir: {folder}"
@@ -56,7 +59,7 @@ class TensorBoardTracker:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
-    def picture(self, name: str, image: Any, step: int) -> None:
+    def picture(self, name: str, image: Image, step: int) -> None:
         import numpy as np
 
         self.writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
@@ -77,7 +80,7 @@ class WandbTracker:
     """
 
     def __init__(
-        self, project: str, run_name: str | None, folder: Path | None, key: str | None, settings: Mapping[str, Any]
+        self, project: str, run_name: str | None, folder: Path | None, key: str | None, settings: Mapping[str, object]
     ):
         import wandb
 
@@ -93,7 +96,7 @@ class WandbTracker:
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         self.run.log({**values, STEP: step})
 
-    def picture(self, name: str, image: Any, step: int) -> None:
+    def picture(self, name: str, image: Image, step: int) -> None:
         self.run.log({name: self.wandb.Image(image), STEP: step})
 
     def text(self, name: str, value: str) -> None:
@@ -115,7 +118,7 @@ class Trackers:
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         self._each(lambda tracker: tracker.scalars(values, step))
 
-    def picture(self, name: str, image: Any, step: int) -> None:
+    def picture(self, name: str, image: Image, step: int) -> None:
         self._each(lambda tracker: tracker.picture(name, image, step))
 
     def text(self, name: str, value: str) -> None:
@@ -142,7 +145,7 @@ def no_more_curves(where: str, error: Exception) -> str:
 def _without_tensorboard(previous: ExceptHook) -> ExceptHook:
     """An exception hook that leaves out errors of TensorBoard's threads: its next call raises them again."""
 
-    def hook(args: Any) -> None:
+    def hook(args: threading.ExceptHookArgs) -> None:
         if not type(args.thread).__module__.startswith("tensorboard."):
             previous(args)
 
@@ -180,7 +183,7 @@ def needs_log(options: LoggingOptions) -> tuple[str, ...]:
     return ("log_prefix", "log_tracker_name", "log_tracker_config", "log_config", "wandb_api_key")
 
 
-def tracker_settings(options: LoggingOptions) -> dict[str, Any]:
+def tracker_settings(options: LoggingOptions) -> dict[str, dict[str, object]]:
     """--log_tracker_config: arguments under [tensorboard] and [wandb]. Raises UserError."""
     if not options.log_tracker_config:
         return {}
@@ -196,7 +199,7 @@ def tracker_settings(options: LoggingOptions) -> dict[str, Any]:
     return settings
 
 
-def _tensorboard_problems(settings: Mapping[str, Any]) -> Iterator[str]:
+def _tensorboard_problems(settings: Mapping[str, Mapping[str, object]]) -> Iterator[str]:
     """Problems of the arguments under [tensorboard]. Those of wandb only wandb knows."""
     given = settings.get("tensorboard", {})
     yield from unknown_names("arguments", [key for key in given if key not in OF_TENSORBOARD], OF_TENSORBOARD)

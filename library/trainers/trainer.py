@@ -19,7 +19,7 @@ from library.trainers.guards import GradientWatch, MovingAverage, StepReader, St
 from library.trainers.out_of_memory import DoesNotFit
 from library.trainers.saving import Saver
 from library.trainers.settings import loading_processes
-from library.trainers.signals import OtherProcessDied, StopVote, exchanging
+from library.trainers.signals import OtherProcessDied, Vote, exchanging
 from library.trainers.stages import Running, Start
 from library.trainers.tracking import Trackers, open_trackers
 from library.types import Batch, Position
@@ -54,7 +54,7 @@ class Trainer:
         found = self.running.step.take(batches, step, average)
         names = [name for batch in batches for name in batch.names]
         self.reader.push(
-            step + 1, found.loss, found.grad_norm, names,
+            step + 1, found.loss, found.grad_norm, names, own_loss=found.own_loss,
             scaler_skips=self.processes.accelerator.scaler is not None, others=found.others,
         )  # fmt: skip
 
@@ -89,7 +89,7 @@ class Trainer:
         """The metadata of a save after the current step."""
         trainables, optimizer = self.running.trainables, self.running.updates.optim.name_for_metadata
         return self.running.record.metadata(
-            trainables.kind, trainables.fields, optimizer, step=self.position.step, epoch=self.position.epoch
+            trainables.kind, trainables.facts, optimizer, step=self.position.step, epoch=self.position.epoch
         )
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ class Trainer:
 
         Whatever is returned, the weights are those after the last step that was counted.
         """
-        vote = StopVote(self.processes.device, processes=self.processes.world)
+        vote = Vote(self.processes.device, processes=self.processes.world)
         if vote.at_once(feed.failure is not None):
             return feed.failure or UserError("another process cannot load its pictures")
         started: int | None = None
@@ -134,20 +134,24 @@ class Trainer:
                 try:
                     with exchanging(self.processes.world):
                         self.train_step(batches)
-                        failure = self.after_training_step(len(batches), bar, trackers) or feed.failure
-                        if vote.decided(self.stop.requested or failure is not None):
+                        failure = self.after_training_step(bar, trackers) or feed.failure
+                        stops = self.stop.requested or failure is not None
+                        stops, saves_state = vote.decided(stops, self.saver.state_is_due())
+                        if stops:
                             return failure
+                        if saves_state:
+                            self.save(trackers, partial(self.saver.state_now, self.position))
                 except (DoesNotFit, OtherProcessDied) as error:
                     return error
         return feed.failure
 
-    def after_training_step(self, micro_batches: int, bar: progress, trackers: Trackers) -> Exception | None:
+    def after_training_step(self, bar: progress, trackers: Trackers) -> Exception | None:
         """What comes after a step: numbers, validation, saves, previews. An error is returned where a state can be
         saved all the same."""
         failure = None
         if (peak_check := self.loaded.scheduled.peak_check) is not None:
             peak_check.step_taken()
-        epoch_ended = self.advance(micro_batches)
+        epoch_ended = self.advance()
         self.report(self.reader.arrived(), trackers)
         bar.advance(note=f"loss {self.losses.mean:.4f}" if self.losses.values else "")
         try:
@@ -170,9 +174,9 @@ class Trainer:
             self.loaded.data, loader, self.plan, self.position, rank=self.processes.rank, world=self.processes.world
         )  # fmt: skip
 
-    def advance(self, micro_batches: int) -> bool:
+    def advance(self) -> bool:
         """Count the step. True when it was the last of its epoch."""
-        epoch, batch = self.position.epoch, self.position.batch + micro_batches
+        epoch, batch = self.position.epoch, self.plan.end_of_step(self.position.batch)
         ended = batch >= self.plan.batches_per_epoch
         self.position = Position(self.position.step + 1, epoch + ended, 0 if ended else batch)
         return ended

@@ -136,7 +136,7 @@ class Updates:
             self.accelerator.unscale_gradients(self.optimizer)
             return self.flat.clip_grad_norm(limit)
         norm = self.accelerator.clip_grad_norm_(self.trainables.parameters(), limit)
-        return torch.zeros((), device=self.accelerator.device) if norm is None else norm
+        return torch.as_tensor(0.0 if norm is None else norm, device=self.accelerator.device)  # DeepSpeed's is a float
 
     def rates(self) -> dict[str, float | Tensor]:
         """The learning rate of each group, and times the step size where the optimizer finds that itself."""

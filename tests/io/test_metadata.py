@@ -21,6 +21,7 @@ from library.io.checkpoint import save_tensors
 from library.io.metadata import (
     OPTION_NAMES,
     DatasetFacts,
+    NetworkFacts,
     RunFacts,
     SpecFacts,
     SubsetFacts,
@@ -89,10 +90,7 @@ def run(options: dict[str, Any], datasets: tuple[DatasetFacts, ...], **changes: 
         base_model_version="sd_v1",
         datasets=datasets,
         from_dataset_config=False,
-        network_module="networks.lora",
-        network_dim=4,
-        network_alpha=1,
-        network_args=None,
+        network=NetworkFacts("networks.lora", 4, 1, {}),
         optimizer="torch.optim.adamw.AdamW",
         num_epochs=1,
         max_train_steps=1,
@@ -110,8 +108,7 @@ def dirs_mode() -> tuple[RunFacts, SpecFacts, MetadataOptions, dict[str, Any]]:
     facts = run(
         {"output_name": "dbmode", "min_snr_gamma": 5.0},
         (dataset(),),
-        network_alpha=2.0,
-        network_args={"conv_dim": "2"},
+        network=NetworkFacts("networks.lora", 4, 2.0, {"conv_dim": "2"}),
         max_train_steps=4,
     )
     return facts, SD1, MetadataOptions(), {"step": 4, "epoch": 1}
@@ -147,7 +144,7 @@ def json_mode() -> tuple[RunFacts, SpecFacts, MetadataOptions, dict[str, Any]]:
 
 
 def minimum_mode() -> tuple[RunFacts, SpecFacts, MetadataOptions, dict[str, Any]]:
-    facts = run({"output_name": "nometa"}, (dataset(),), network_args={"conv_dim": "2"})
+    facts = run({"output_name": "nometa"}, (dataset(),), network=NetworkFacts("networks.lora", 4, 1, {"conv_dim": "2"}))
     return facts, SD1, MetadataOptions(), {"step": 1, "epoch": 1, "minimum": True}
 
 

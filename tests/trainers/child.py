@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
 
+from library import device
 from library.cli import run as run_script
 from library.io.state import StateParts
 from library.io.weights_port import ReplicatedWeights
@@ -127,6 +128,27 @@ def runs_of_two(rank: int, jobs: Mapping[str, Job], folder: Path) -> None:
         facts = {"model": type(trainer.updates.model).__name__, "timeout": str(trainer.each_step.timeout)}
         numbers = {"losses": losses, "norms": norms}
         save_file({**trainer.trainables.state(), **numbers}, folder / f"{name} {rank}.safetensors", facts)
+
+
+def deepspeed_rank(rank: int, port: int, values: Mapping[str, Any], folder: Path) -> None:
+    """One of two processes that train with DeepSpeed on the CPU; its losses go to `rank.safetensors`.
+
+    accelerate knows DeepSpeed on several GPUs only: it is told that these processes are such.
+    """
+    from accelerate.state import DistributedType, PartialState
+
+    meet(rank, port)
+    os.environ |= {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
+    torch.set_num_threads(1)
+    settle()
+    redirect(folder / f"{rank}.log")
+    device.accelerator_present = lambda: True  # type: ignore[assignment]
+    gloo = ("gloo", DistributedType.MULTI_GPU)
+    PartialState._prepare_backend = lambda self, *a, **k: gloo  # type: ignore[method-assign]
+    PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))  # type: ignore[method-assign]
+    trainer = make_trainer(values)
+    assert trainer.run() == 0
+    save_file({"losses": torch.tensor([report.loss for report in trainer.reports])}, folder / f"{rank}.safetensors")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import random
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from library.trainers.guards import StepReport
 from library.trainers.memory import Memory
 from library.trainers.method import Method
 from library.trainers.methods.finetune import LearningModels
+from library.trainers.out_of_memory import Retry
 from library.trainers.run import run
 from library.trainers.run_plan import RunPlan
 from library.trainers.saving import Saver
@@ -112,18 +114,6 @@ def write_datasets(path: Path, *datasets: Mapping[str, Any]) -> Path:
 # ---- runs -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class WatchedStep(Step):
-    """The step of a run, which shows its gradients before they are clipped."""
-
-    seen: Callable[[Sequence[Batch]], None] = lambda batches: None
-
-    def gradients(self, batches: Sequence[Batch], step: int) -> Tensor:
-        total = super().gradients(batches, step)
-        self.seen(batches)
-        return total
-
-
 class Recorded:
     """A run as its script starts it, with what the tests look at kept, and a Ctrl-C of its own in a chosen step.
 
@@ -153,7 +143,12 @@ class Recorded:
             self.reports += reports
             self.loop_class.report(loop, reports, trackers)
 
-        cls = type("Loop", (self.loop_class,), {"report": report, **self.attributes})
+        def train_step(loop: Any, batches: Sequence[Batch]) -> None:
+            self.captions += [caption for batch in batches for caption in batch.captions]
+            self.loop_class.train_step(loop, batches)
+
+        own = {"report": report, "train_step": train_step, **self.attributes}
+        cls = type("Loop", (self.loop_class,), own)
         self.loop = cls(self.watched(running), start)
         if self.before is not None:
             self.before(self)
@@ -173,14 +168,16 @@ class Recorded:
 
         trainables = replace(running.trainables, after_step=look)
         forward = replace(running.step.forward, trainables=trainables)
-        step = WatchedStep(**{**vars(running.step), "forward": forward}, seen=self.look_at_gradients)
+        step: Any = replace(running.step, forward=forward, retry=partial(self.watched_gradients, running.step.retry))
         return replace(running, trainables=trainables, step=step)
 
-    def look_at_gradients(self, batches: Sequence[Batch]) -> None:
-        self.captions += [caption for batch in batches for caption in batch.captions]
+    def watched_gradients(self, retry: Retry, accumulate: Callable[[], Tensor], **words: Any) -> Tensor:
+        """The gradients of a step, before they are clipped."""
+        total = retry(accumulate, **words)
         if self.keep_gradients:
             own = self.learning_tensors()
             self.gradients.append({name: p.grad.clone() for name, p in own.items() if p.grad is not None})
+        return total
 
     def learning_tensors(self) -> dict[str, nn.Parameter]:
         """Key in the file -> the weight that learns."""

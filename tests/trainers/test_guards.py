@@ -96,15 +96,20 @@ def test_reader_lets_the_scaler_skip() -> None:
     """fp16: a gradient that is not finite is the scaler's business, a loss is not."""
     reader = StepReader(lag=4)
     inf, one = torch.tensor(math.inf), torch.tensor(1.0)
-    reader.push(1, one, inf, ["a.png"], scaler_skips=True, others={"x": torch.tensor(2.0)})
+    reader.push(1, one, inf, ["a.png"], own_loss=one, scaler_skips=True, others={"x": torch.tensor(2.0)})
     (report,) = reader.flush()
     assert (report.step, report.loss, report.others) == (1, 1.0, {"x": 2.0}) and math.isinf(report.grad_norm)
-    reader.push(2, one, inf, ["a.png"], scaler_skips=False, others={})
+    reader.push(2, one, inf, ["a.png"], own_loss=one, scaler_skips=False, others={})
     with pytest.raises(StopTraining, match="the gradient norm of step 2"):
         reader.arrived()
-    reader.push(3, inf, one, ["a.png"], scaler_skips=True, others={})
-    with pytest.raises(StopTraining, match="the loss of step 3"):
+    reader.push(3, inf, one, ["a.png"], own_loss=inf, scaler_skips=True, others={})
+    with pytest.raises(StopTraining, match=r"the loss of step 3 .* Its pictures: a\.png\.") as stopped:
         reader.flush()
+    assert stopped.value.only_here
+    reader.push(4, inf, one, ["a.png"], own_loss=one, scaler_skips=True, others={})
+    with pytest.raises(StopTraining, match="Its pictures: in another process's batch") as stopped:
+        reader.flush()
+    assert not stopped.value.only_here
 
 
 def test_a_scaler_that_skips_for_ever_stops() -> None:
@@ -113,9 +118,9 @@ def test_a_scaler_that_skips_for_ever_stops() -> None:
     inf, one = torch.tensor(math.inf), torch.tensor(1.0)
     norms = [inf] * MOST_SKIPS + [one] + [inf] * MOST_SKIPS
     for step, norm in enumerate(norms, start=1):
-        reader.push(step, one, norm, ["a.png"], scaler_skips=True, others={})
+        reader.push(step, one, norm, ["a.png"], own_loss=one, scaler_skips=True, others={})
     assert len(reader.flush()) == len(norms)
-    reader.push(len(norms) + 1, one, inf, ["a.png"], scaler_skips=True, others={})
+    reader.push(len(norms) + 1, one, inf, ["a.png"], own_loss=one, scaler_skips=True, others={})
     with pytest.raises(StopTraining, match=f"the gradient norm of step {len(norms) + 1} is not finite"):
         reader.flush()
 

@@ -183,7 +183,15 @@ def test_numbers_arrive_together(monkeypatch: pytest.MonkeyPatch) -> None:
     reader = StepReader(lag=4)
     others = {"rate": 0.5, "norm": torch.tensor(2.0), "count": torch.tensor(3), "wide": torch.tensor(1.5).double()}
     with watched(monkeypatch) as found:
-        reader.push(1, torch.tensor(4.0), torch.tensor(5.0), ["a"], scaler_skips=False, others=others)
+        reader.push(
+            1,
+            torch.tensor(4.0),
+            torch.tensor(5.0),
+            ["a"],
+            own_loss=torch.tensor(4.0),
+            scaler_skips=False,
+            others=others,
+        )
     assert found == []
     (report,) = reader.flush()
     assert (report.loss, report.grad_norm) == (4.0, 5.0)

@@ -10,7 +10,9 @@ import pytest
 
 from library.data.options import DataOptions
 from library.errors import UserError
+from library.io.state import StateParts
 from library.trainers.options import DistributedOptions
+from library.trainers.resume import as_of_now
 from library.trainers.run_plan import RunPlan, make_plan, share_of
 from library.trainers.settings import distributed_settings, loading_processes
 from library.types import Position
@@ -22,17 +24,16 @@ def plan(**values: int | None) -> RunPlan:
 
 
 @pytest.mark.parametrize(
-    ("batches", "processes", "accumulation", "per_process", "steps_per_epoch"),
+    ("batches", "processes", "accumulation", "steps_per_epoch"),
     [
-        (10, 1, 1, 10, 10), (10, 1, 3, 10, 4), (10, 2, 1, 5, 5), (11, 2, 1, 6, 6), (11, 2, 4, 6, 2), (3, 1, 8, 3, 1),
-        (1, 4, 1, 1, 1),
+        (10, 1, 1, 10), (10, 1, 3, 4), (10, 2, 1, 5), (11, 2, 1, 6), (11, 2, 4, 2), (3, 1, 8, 1), (1, 4, 1, 1),
     ],
 )  # fmt: skip
-def test_steps_of_an_epoch(
-    batches: int, processes: int, accumulation: int, per_process: int, steps_per_epoch: int
-) -> None:
+def test_steps_of_an_epoch(batches: int, processes: int, accumulation: int, steps_per_epoch: int) -> None:
     made = plan(total_batches=batches, num_processes=processes, accumulation=accumulation)
-    assert (made.batches_per_epoch, made.steps_per_epoch) == (per_process, steps_per_epoch)
+    assert (made.batches_per_epoch, made.steps_per_epoch) == (batches, steps_per_epoch)
+    alone = plan(total_batches=batches, accumulation=accumulation * processes)
+    assert [*made.groups(0)] == [*alone.groups(0)]  # a step has the same batches, whoever takes them
 
 
 def test_epochs_win_over_steps() -> None:
@@ -55,6 +56,7 @@ def test_groups_and_positions_agree(accumulation: int) -> None:
     for epoch in range(3):
         for group in made.groups(0):
             assert made.position_of(step) == Position(step, epoch, group.start)
+            assert made.end_of_step(group.start) == group.stop
             assert next(iter(made.groups(group.start))) == group  # a resumed epoch goes on with the same group
             step += 1
     assert step == made.total_steps
@@ -83,3 +85,11 @@ def test_deepspeed_is_told_what_it_does_itself() -> None:
     given = {k: settings.deepspeed[k] for k in ("zero_stage", "gradient_clipping", "gradient_accumulation_steps")}
     assert given == {"zero_stage": 3, "gradient_clipping": 0.5, "gradient_accumulation_steps": 1}
     assert distributed_settings(DistributedOptions(), max_grad_norm=1.0, batch_size=1).deepspeed == {}
+
+
+def test_states_that_counted_the_batches_of_one_process() -> None:
+    facts = {"seed": 1, "processes": 2, "--gradient_accumulation_steps": 3, "batches per epoch": 5}
+    state = as_of_now(StateParts({}, step=3, epoch=1, batch=2, fingerprint=facts))
+    now = {"seed": 1, "--gradient_accumulation_steps x processes": 6, "batches per epoch": 10}
+    assert (state.batch, state.fingerprint) == (4, now)
+    assert as_of_now(state) is state

@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from library.errors import EXIT_STOPPED
 from library.io.state import load_state
 from library.options import read_toml
-from tests.trainers.helpers import DEFAULTS, train
+from tests.trainers.helpers import DEFAULTS, Recorded, train
 
 # Three steps an epoch. What is there after the run, without ".safetensors"; "-state" are folders.
 SCHEDULES: dict[str, tuple[dict[str, Any], list[str]]] = {
@@ -35,6 +36,14 @@ SCHEDULES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "epochs and steps": (
         {"max_train_epochs": 2, "save_every_n_steps": 3, "save_every_n_epochs": 1}, ["x", "x-000001", "x-step00000003"],
     ),
+    # each state that is due takes the place of the one before, but not of one that belongs to a save
+    "states by the clock": (
+        {"max_train_steps": 5, "save_state_every_minutes": 1e-9}, ["x", "x-step00000004-state"],
+    ),
+    "states by the clock and with saves": (
+        {"max_train_steps": 4, "save_state_every_minutes": 1e-9, "save_every_n_steps": 2, "save_state": True},
+        ["x", "x-state", "x-step00000002", "x-step00000002-state", "x-step00000003-state"],
+    ),
     "without a name": (
         {"output_name": None, "max_train_epochs": 2, "save_every_n_steps": 2, "save_every_n_epochs": 1,
          "save_state": True},
@@ -52,6 +61,16 @@ def test_names_of_saves(name: str, sd1: Path, dataset: Path, tmp_path: Path) -> 
     assert found == set(expected)
     for state in tmp_path.glob("*-state"):
         load_state(state)
+
+
+def test_the_time_of_a_run_is_limited(sd1: Path, dataset: Path, tmp_path: Path) -> None:
+    def end_of_time(trainer: Recorded) -> None:
+        assert trainer.checked.stop.most_seconds == 90
+        if trainer.position.step == 1:  # in the second step
+            trainer.checked.stop.most_seconds = 0
+
+    run = train(sd1, dataset, tmp_path, max_train_minutes=1.5, each_step=end_of_time)
+    assert run.code == EXIT_STOPPED and run.names("*-state") == ["x-step00000002-state"]
 
 
 def test_save_after_a_step_holds_the_weights_of_that_step(sd1: Path, dataset: Path, tmp_path: Path) -> None:

@@ -592,9 +592,9 @@ def test_options_are_honoured_answered_or_refused():
     flags = {answer.split(":")[0] for answer in found.answers}
     assert flags == {"--clip_skip", "--save_clip", "--t5xxl_device", "--max_token_length"}
     for argv, message in (
-        (["--v2"], "SD3 is no Stable Diffusion 2.x"),
+        (["--v2"], "this is no Stable Diffusion 2.x"),
         (["--v_parameterization"], "flow matching"),
-        (["--weighted_captions"], "cannot weight words"),
+        (["--weighted_captions"], "brackets are ordinary text"),
         (["--clip_l_dropout_rate", "1.5"], "between 0 and 1"),
         (["--pos_emb_random_crop_rate", "0.5", "--enable_scaled_pos_embed"], "exclude each other"),
     ):

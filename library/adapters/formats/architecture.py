@@ -22,6 +22,10 @@ from library.key_tables import SWAP_HALVES, ModuleName, Shapes
 FLAT_DIFFUSERS = ("lora_transformer", "lora_unet", "lycoris")
 PEFT_WRAPPER = "base_model.model."
 MOST_BLOCKS = 200  # larger numbers in foreign keys do not enlarge a table
+# For `readers`: of most transformers, and of models that every program has
+EVERY_FORMAT = frozenset({"kohya", "comfy", "peft"})
+READERS = {"ComfyUI": EVERY_FORMAT - {"peft"}, "diffusers": frozenset({"peft"})}
+ALL_READERS = dict.fromkeys(("ComfyUI", "Forge", "diffusers"), EVERY_FORMAT)
 READS_STATES = "^lora_unet_"  # for `inputs`: transformers whose other layers have inputs of other widths
 
 
@@ -40,6 +44,7 @@ class Encoder:
     checkpoint: tuple[str, ...] = ()  # prefixes in single-file checkpoints, in the names of transformers
     open_clip: tuple[str, ...] = ()  # ... and in the names of OpenCLIP
     open_clip_names: Mapping[str, str] = field(default_factory=dict)  # path within a block -> the same in OpenCLIP
+    flat_in_comfy: bool = False  # ComfyUI knows its kohya names too
     used_blocks: int | None = None  # checkpoints may hold one block more, which no picture depends on; None: all count
 
 
@@ -90,6 +95,8 @@ class Architecture:
     conv_layers: re.Pattern[str] | None = None  # ... with a rank for convolutions
     peft: str = "transformer"  # empty: our names say it themselves, where a denoiser is two models of diffusers
     kohya_is_diffusers: bool = False  # kohya keys have the path of diffusers instead of the published one
+    # Program of library.adapters.readers -> formats whose names it takes. One that is not there has no such model
+    readers: Mapping[str, frozenset[str]] = field(default_factory=lambda: READERS)
     fused: Mapping[int, tuple[float, ...]] = field(default_factory=dict)  # number of parts -> their `widths`
     comfy_alpha: bool = True  # False: a reader of the comfy format refuses alpha, so the scale is inside lora_B
     numbered_oft: bool = False  # kohya's OFT files number the rotations of a layer, also where it has one

@@ -79,7 +79,8 @@ class NetworkComparison:
         return NetworkComparison([self.layers[name] for name in names], self.model, self.tables)
 
     def programs(self) -> list[Program]:
-        return [program for program in PROGRAMS if self.model in program.models]
+        model = NamedModel.of(self.model, (), self.tables)
+        return [program for program in PROGRAMS if model.formats(program.name)]
 
     def verdict(self, program: Program, tensors: Mapping[str, Tensor]) -> Verdict:
         model = NamedModel.of(self.model, [*tensors, *self.layers], self.tables)

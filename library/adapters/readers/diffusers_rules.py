@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """diffusers 0.42, `load_lora_weights` of each pipeline: which files it converts, what it leaves, what it refuses.
 
-A U-Net's pipelines convert kohya files whole or not at all; those of FLUX.1 know the blocks of the real model; SD3's
-and Lumina's look at the names of diffusers only, Lumina's also at ComfyUI's, of whole blocks.
+A U-Net's pipelines convert kohya files whole or not at all; those of FLUX.1 know the blocks of the real model;
+Lumina's converts ComfyUI's names, of whole blocks. The others take the formats that the table of their layers names.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def read_diffusers(tensors: Mapping[str, Tensor], model: NamedModel) -> Reading:
     reading = Reading("peft")
     dropped = [key for key in tensors if "dora_scale" in key]  # with a warning
     kept = {key: value for key, value in tensors.items() if key not in dropped}
-    PIPELINES[model.name](reading, kept, model)
+    CONVERTERS.get(model.name, _of_formats)(reading, kept, model)
     reading.unread += dropped
     return reading
 
@@ -158,7 +158,21 @@ def _is_block(name: str) -> bool:
     return found is not None and int(found[2]) < FLUX_BLOCKS[found[1]]
 
 
-# ---- SD3, Lumina --------------------------------------------------------------------------------------------------
+# ---- others ------------------------------------------------------------------------------------------------------
+
+
+def _of_formats(reading: Reading, tensors: Mapping[str, Tensor], model: NamedModel) -> None:
+    """Converters that only rename. An alpha beside lora_A and lora_B is an error there."""
+    formats = model.formats("diffusers")
+    layers = [layer for layer in model.layers() if not layer.encoder]
+    if "kohya" in formats and all(key.startswith("lora_unet_") for key in tensors):
+        take(reading, tensors, {layer.kohya: LayerPart(layer) for layer in layers}, ("LoRA",), KOHYA)
+    elif "comfy" in formats and any(key.startswith("diffusion_model.") for key in tensors):
+        foreign = [key for key in tensors if not key.endswith(PEFT)]
+        reading.refused = f"{len(foreign)} keys are unknown to it: {first_names(foreign)}" if foreign else None
+        take(reading, tensors, {layer.comfy: LayerPart(layer) for layer in layers}, ("LoRA",), PEFT)
+    else:
+        _of_peft(reading, tensors, model)
 
 
 def _of_lumina(reading: Reading, tensors: Mapping[str, Tensor], model: NamedModel) -> None:
@@ -200,8 +214,8 @@ def _of_anima(reading: Reading, tensors: Mapping[str, Tensor], model: NamedModel
     take(reading, tensors, names, ("LoRA",), PEFT)
 
 
-PIPELINES: Mapping[str, Callable[[Reading, Mapping[str, Tensor], NamedModel], None]] = {
-    "sd1": _of_unet, "sd2": _of_unet, "sdxl": _of_unet, "flux": _of_flux, "chroma": _of_flux, "sd3": _of_peft,
-    "lumina": _of_lumina, "anima": _of_anima,
+CONVERTERS: Mapping[str, Callable[[Reading, Mapping[str, Tensor], NamedModel], None]] = {
+    "sd1": _of_unet, "sd2": _of_unet, "sdxl": _of_unet, "flux": _of_flux, "chroma": _of_flux, "lumina": _of_lumina,
+    "anima": _of_anima,
 }  # fmt: skip
-DIFFUSERS = Program("diffusers", frozenset(PIPELINES), read_diffusers)
+DIFFUSERS = Program("diffusers", read_diffusers)

@@ -22,7 +22,7 @@ def key_lines(tensors: Mapping[str, Tensor], tables: Tables) -> list[str]:
     except UserError:
         return []
     model = NamedModel.of(name, tensors, tables)
-    return [f"{program.name}: {_line(program, tensors, model)}" for program in PROGRAMS if name in program.models]
+    return [f"{program.name}: {_line(program, tensors, model)}" for program in PROGRAMS if model.formats(program.name)]
 
 
 def _as_lora(tensors: Mapping[str, Tensor], tables: Tables) -> dict[str, Tensor]:

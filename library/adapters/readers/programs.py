@@ -16,7 +16,6 @@ from library.adapters.formats.architecture import LayerPart, PublishedLayer, fla
 from library.adapters.readers.reading import SUFFIXES, NamedModel, Names, Program, Reading, take
 from library.errors import first_names
 
-UNETS = ("sd1", "sd2", "sdxl")
 FLUX = ("flux", "chroma")
 MOST_UNKNOWN = 12  # keys that Forge forgives
 CLIP = ("self_attn.k_proj", "self_attn.q_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
@@ -26,7 +25,6 @@ ENDINGS = frozenset(SUFFIXES) - {"lora_magnitude_vector", "lora_magnitude_vector
 # T5's number among the text encoders -> the kohya prefixes under which each program finds it
 T5_COMFY = {"flux": ("lora_te2", "lora_te3"), "sd3": ("lora_te3",), "chroma": ("lora_te1",)}
 T5_FORGE = ("lora_te3",)
-SINGLE = "text_encoders.qwen3_06b."  # a language model that is the only text encoder
 
 
 def comfy_names(model: NamedModel) -> Names:
@@ -36,9 +34,12 @@ def comfy_names(model: NamedModel) -> Names:
         names[layer.comfy] = place
         if layer.encoder:
             names |= dict.fromkeys(_encoder_names(layer, T5_COMFY.get(model.name, ())), place)
+            names |= {layer.kohya: place} if layer.encoder.flat_in_comfy else {}
             continue
         names[f"lora_unet_{flat(layer.published)}"] = place
-        names |= _unet_names(layer, model, "lycoris") | _part_names(layer, model)
+        names |= _unet_names(layer, "lycoris")
+        if "peft" in model.formats("ComfyUI") and not layer.parts[0].startswith("unet."):
+            names |= _part_names(layer, model)
     return names
 
 
@@ -49,20 +50,17 @@ def forge_names(model: NamedModel) -> Names:
         if layer.encoder:
             names |= dict.fromkeys(_encoder_names(layer, T5_FORGE), place)
             continue
-        names |= {f"lora_unet_{flat(layer.published)}": place, layer.comfy: place} | _unet_names(layer, model)
+        names |= {f"lora_unet_{flat(layer.published)}": place, layer.comfy: place} | _unet_names(layer)
         if model.name == "flux":
-            names |= {
-                name: place for name, place in _part_names(layer, model).items() if name.startswith("transformer.")
-            }
+            parts = _part_names(layer, model)
+            names |= {name: parts[name] for name in layer.parts if name in parts}
     return names
 
 
 def _encoder_names(layer: PublishedLayer, t5: tuple[str, ...]) -> Iterator[str]:
     """The flat names, and those of diffusers, of an encoder's layer."""
     path = layer.published
-    if layer.kohya.startswith("lora_te_layers_") and layer.comfy.startswith(SINGLE):
-        yield layer.kohya
-    elif layer.comfy.startswith("text_encoders.t5xxl."):
+    if layer.comfy.startswith("text_encoders.t5xxl."):
         yield from (f"{prefix}_{flat(path)}" for prefix in t5)
     elif ".clip_" in layer.comfy and (path.endswith(CLIP) or path == "text_projection"):
         second = ".clip_g." in layer.comfy
@@ -70,9 +68,9 @@ def _encoder_names(layer: PublishedLayer, t5: tuple[str, ...]) -> Iterator[str]:
         yield f"{'text_encoder_2' if second else 'text_encoder'}.{path}"
 
 
-def _unet_names(layer: PublishedLayer, model: NamedModel, *flat_prefixes: str) -> dict[str, LayerPart]:
+def _unet_names(layer: PublishedLayer, *flat_prefixes: str) -> dict[str, LayerPart]:
     """The names of a U-Net's layer after its path in diffusers."""
-    if model.name not in UNETS:
+    if not layer.parts[0].startswith("unet."):
         return {}
     path = layer.parts[0].removeprefix("unet.")
     dotted = path.replace(".to_", ".processor.to_")
@@ -83,8 +81,7 @@ def _unet_names(layer: PublishedLayer, model: NamedModel, *flat_prefixes: str) -
 
 def _part_names(layer: PublishedLayer, model: NamedModel) -> dict[str, LayerPart]:
     """The names of a transformer's layer in diffusers: each part is some rows of it."""
-    inside = "_blocks." in layer.published or layer.published.startswith(FLUX_OUTSIDE)
-    if not (model.name == "sd3" or (model.name in FLUX and inside)):
+    if model.name in FLUX and not ("_blocks." in layer.published or layer.published.startswith(FLUX_OUTSIDE)):
         return {}
     found: dict[str, LayerPart] = {}
     for i, name in enumerate(layer.parts):
@@ -112,5 +109,5 @@ def read_forge(tensors: Mapping[str, Tensor], model: NamedModel) -> Reading:
     return reading
 
 
-COMFY = Program("ComfyUI", frozenset({*UNETS, *FLUX, "sd3", "lumina", "anima"}), read_comfy)
-FORGE = Program("Forge", frozenset({*UNETS, *FLUX, "sd3"}), read_forge)
+COMFY = Program("ComfyUI", read_comfy)
+FORGE = Program("Forge", read_forge)

@@ -47,6 +47,10 @@ class NamedModel:
             raise ValueError(f"no table of layer names for {name}")
         return cls(name, index_of(table, blocks_in(keys)))
 
+    def formats(self, program: str) -> frozenset[str]:
+        """The formats of this model's files whose names a program takes; none where it has no such model."""
+        return self.index.architecture.readers.get(program, frozenset())
+
     def layers(self) -> Iterable[PublishedLayer]:
         places = (place.layer for place in self.index.places.values())
         return {layer.kohya: layer for layer in places}.values()
@@ -87,10 +91,9 @@ class Reading:
 
 @dataclass(frozen=True)
 class Program:
-    """A program that loads adapters. models: those that it supports."""
+    """A program that loads adapters."""
 
     name: str
-    models: frozenset[str]
     read: Callable[[Mapping[str, Tensor], NamedModel], Reading]
 
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from library.families.finetune_options import FineTuneOptions
-from library.families.options import ModelOptions
+from library.families.options import FlowModelOptions
 from library.objectives.flow_options import SampledFlowOptions
-from library.options import at_least, option, positive, refused
+from library.options import at_least, option, positive
 
 TOKEN_LENGTH = 512  # as long as the text that the transformer reads
 RATES = tuple(f"{part}_lr" for part in ("llm_adapter", "self_attn", "cross_attn", "mlp", "mod"))
@@ -18,7 +18,7 @@ NOT_FOR_NETWORKS = "for full training; a network takes learning rates by layer: 
 
 
 @dataclass(frozen=True)
-class AnimaOptions(ModelOptions):
+class AnimaOptions(FlowModelOptions):
     """Anima."""
 
     cached_texts_stay: ClassVar[bool] = True
@@ -37,7 +37,6 @@ class AnimaOptions(ModelOptions):
         TOKEN_LENGTH, help="Longest caption in tokens of T5, end token included; what is longer is cut.",
         check=at_least(2, 8192), zero_is_unset=True,
     )  # fmt: skip
-    no_half_vae: bool = option(False, help="Run the VAE in float32 also under mixed precision.")
     attn_mode: str | None = option(
         None, help="Kernels of attention.", choices=("torch", "xformers", "flash", "sageattn", "sdpa"),
         answer="attention goes through PyTorch, which takes its flash kernels wherever they fit; no package is needed",
@@ -56,17 +55,6 @@ class AnimaOptions(ModelOptions):
     )  # fmt: skip
     vae_disable_cache: bool = option(
         False, help="Keep no earlier frames in the VAE.", answer="always so: a picture is one frame"
-    )
-    disable_mmap_load_safetensors: bool = option(
-        False, help="Read the model without mapping its file.",
-        answer="a tensor is only mapped where it is used as it lies in the file, and no tensor is read twice",
-    )  # fmt: skip
-    v2: bool = option(False, help="Not for this model.", check=refused("Anima is no Stable Diffusion 2.x"))
-    v_parameterization: bool = option(
-        False, help="Not for this model.", check=refused("Anima is trained with flow matching")
-    )
-    weighted_captions: bool = option(
-        False, help="Not for this model.", check=refused("brackets are ordinary text for Qwen3")
     )
     clip_skip: int | None = option(
         None, help="Not for this model.", answer="there is no CLIP here; Qwen3's last layer is always used"

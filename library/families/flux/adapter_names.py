@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
-from library.adapters.formats.architecture import READS_STATES, Architecture, FileFacts, beginning
+from library.adapters.formats.architecture import ALL_READERS, READS_STATES, Architecture, FileFacts, beginning
 from library.families.chroma import SHEET as CHROMA
 from library.families.file_facts import file_facts
 from library.families.flux import SHEET
@@ -35,6 +35,6 @@ TABLES = (
         (CLIP_L, replace(T5_XXL, peft="text_encoder_2", aliases=("lora_te2",))),
         flux_facts, beginning(DOUBLE, SINGLE),
         fused={4: (1.0, 1.0, 1.0, 4.0)}, numbered_oft=True, inputs={READS_STATES: frozenset({3072})},
-        variants=("chroma",),
+        variants=("chroma",), readers=ALL_READERS,
     ),
 )  # fmt: skip

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from library.families.finetune_options import FineTuneOptions
-from library.families.options import ModelOptions
+from library.families.options import SeparateAutoencoder
 from library.objectives.flow_options import SampledFlowOptions
 from library.options import at_least, option, refused
 
@@ -15,12 +15,9 @@ GUIDANCE_SCALE = 3.5  # as sd-scripts has it
 
 
 @dataclass(frozen=True)
-class FluxOptions(ModelOptions):
+class FluxOptions(SeparateAutoencoder):
     """FLUX.1 dev and schnell, and Chroma."""
 
-    vae: str | None = option(
-        None, help="Not for this model.", check=refused("the autoencoder of FLUX.1 is given with --ae")
-    )
     model_type: str = option("flux", help="Chroma is told apart from FLUX.1 here.", choices=("flux", "chroma"))
     clip_l: str | None = option(
         None,
@@ -29,9 +26,6 @@ class FluxOptions(ModelOptions):
     )
     t5xxl: str | None = option(
         None, help="T5-XXL: .safetensors file, transformers folder or hub id. Without it, that of the model.", path=True
-    )
-    ae: str | None = option(
-        None, help="Autoencoder: file, diffusers folder or hub id. Without it, that of the model.", path=True
     )
     t5xxl_max_token_length: int | None = option(
         None,
@@ -47,33 +41,16 @@ class FluxOptions(ModelOptions):
         help="Guidance that FLUX.1 dev is told in training; 1 trains it as the model it was made of.",
         check=at_least(0),
     )
-    no_half_vae: bool = option(False, help="Run the autoencoder in float32 also under mixed precision.")
     controlnet_model_name_or_path: str | None = option(
         None, help="Not for this method.", check=refused("a ControlNet has a script of its own")
     )
     split_mode: bool = option(False, help="Train half of the blocks at a time.", answer="--blocks_to_swap does its job")
-    disable_mmap_load_safetensors: bool = option(
-        False,
-        help="Read the model without mapping its file.",
-        answer="a tensor is only mapped where it is used as it lies in the file, and no tensor is read twice",
-    )
-    v2: bool = option(False, help="Not for this model.", check=refused("FLUX.1 is no Stable Diffusion 2.x"))
-    v_parameterization: bool = option(
-        False, help="Not for this model.", check=refused("FLUX.1 is trained with flow matching")
-    )
-    weighted_captions: bool = option(
-        False, help="Not for this model.", check=refused("brackets are ordinary text for T5")
-    )
     clip_skip: int | None = option(
         None, help="Not for this model.", answer="of CLIP-L only the pooled output is used, which is of its last layer"
     )
     max_token_length: int | None = option(
         None, help="Not for this model.", answer="--t5xxl_max_token_length is the limit here; CLIP-L reads 75 tokens"
     )
-
-    @property
-    def own_vae(self) -> str | None:
-        return self.ae
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from library.families.options import ModelOptions
+from library.families.options import SeparateAutoencoder
 from library.objectives.flow_options import SampledFlowOptions
 from library.options import at_least, option, positive, refused
 
@@ -14,18 +14,14 @@ TOKEN_LENGTH = 256  # what Lumina-Image 2.0 was trained with
 
 
 @dataclass(frozen=True)
-class LuminaOptions(ModelOptions):
+class LuminaOptions(SeparateAutoencoder):
     """Lumina-Image 2.0."""
 
     cached_texts_stay: ClassVar[bool] = True
-    vae: str | None = option(None, help="Not for this model.", check=refused("Lumina's autoencoder is given with --ae"))
     gemma2: str | None = option(
         None,
         help="Gemma 2 2B: .safetensors file, transformers folder or hub id. Without it, that of the model.",
         path=True,
-    )
-    ae: str | None = option(
-        None, help="FLUX.1's autoencoder: file, diffusers folder or hub id. Without it, that of the model.", path=True
     )
     gemma2_max_token_length: int = option(
         TOKEN_LENGTH,
@@ -36,7 +32,6 @@ class LuminaOptions(ModelOptions):
     system_prompt: str = option(
         "", help="Put before every caption and prompt, as '<system prompt> <Prompt Start> <caption>'."
     )
-    no_half_vae: bool = option(False, help="Run the VAE in float32 also under mixed precision.")
     use_flash_attn: bool = option(
         False,
         help="Compute attention with flash kernels.",
@@ -52,28 +47,12 @@ class LuminaOptions(ModelOptions):
         zero_is_unset=True,
         answer="previews are made one after the other: the pictures are the same and take less memory",
     )
-    disable_mmap_load_safetensors: bool = option(
-        False,
-        help="Read the model without mapping its file.",
-        answer="a tensor is only mapped where it is used as it lies in the file, and no tensor is read twice",
-    )
-    v2: bool = option(False, help="Not for this model.", check=refused("Lumina is no Stable Diffusion 2.x"))
-    v_parameterization: bool = option(
-        False, help="Not for this model.", check=refused("Lumina is trained with flow matching")
-    )
-    weighted_captions: bool = option(
-        False, help="Not for this model.", check=refused("brackets are ordinary text for Gemma 2")
-    )
     clip_skip: int | None = option(
         None, help="Not for this model.", answer="there is no CLIP here; Gemma 2's last layer but one is always used"
     )
     max_token_length: int | None = option(
         None, help="Not for this model.", answer="--gemma2_max_token_length is the limit here"
     )
-
-    @property
-    def own_vae(self) -> str | None:
-        return self.ae
 
 
 @dataclass(frozen=True)

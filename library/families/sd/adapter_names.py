@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from library.adapters.formats.architecture import Architecture, Encoder, FileFacts
+from library.adapters.formats.architecture import ALL_READERS, Architecture, Encoder, FileFacts
 from library.families.detect import context_dim
 from library.families.file_facts import file_facts
 from library.families.sd import SHEET
@@ -109,13 +109,13 @@ def is_sd2(shapes: Shapes) -> bool:
 
 SD1 = Architecture(
     "sd1", "Stable Diffusion 1.x", lambda blocks: unet_names(SD_UNET), (CLIP_L,), sd1_facts, ATTENTION, CONVOLUTIONS,
-    peft="unet", kohya_is_diffusers=True, family="sd",
+    peft="unet", readers=ALL_READERS, kohya_is_diffusers=True, family="sd",
     inputs={READS_TEXT: frozenset({768}), "self_attn_[qkv]_proj$": frozenset({768})},
     holds=lambda shapes: is_published(shapes) and not is_sd2(shapes),
 )  # fmt: skip
 SD2 = Architecture(
     "sd2", "Stable Diffusion 2.x", lambda blocks: unet_names(SD_UNET), (CLIP_H,), sd2_facts, ATTENTION, CONVOLUTIONS,
-    peft="unet", kohya_is_diffusers=True, family="sd",
+    peft="unet", readers=ALL_READERS, kohya_is_diffusers=True, family="sd",
     inputs={READS_TEXT: frozenset({1024}), "self_attn_[qkv]_proj$": frozenset({1024})},
     holds=lambda shapes: is_published(shapes) and is_sd2(shapes),
 )  # fmt: skip

@@ -6,7 +6,14 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
-from library.adapters.formats.architecture import READS_STATES, Architecture, FileFacts, beginning
+from library.adapters.formats.architecture import (
+    EVERY_FORMAT,
+    READERS,
+    READS_STATES,
+    Architecture,
+    FileFacts,
+    beginning,
+)
 from library.families.file_facts import file_facts
 from library.families.sd3 import SHEET
 from library.families.sd3.names import sd3_names
@@ -36,5 +43,6 @@ TABLES = (
     Architecture(
         "sd3", "Stable Diffusion 3 or 3.5", sd3_denoiser, (CLIP_L, CLIP_G, T5_XXL), sd3_facts, beginning(BLOCKS),
         inputs={READS_STATES: frozenset({1536, 2432})}, not_in_last_block="context_block_attn_proj",
+        readers=READERS | {"ComfyUI": EVERY_FORMAT, "Forge": READERS["ComfyUI"]},
     ),
 )  # fmt: skip

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from library.families.finetune_options import FineTuneOptions
-from library.families.options import ModelOptions, token_length
+from library.families.options import FlowModelOptions, token_length
 from library.objectives.flow_options import FlowOptions
-from library.options import Idle, at_least, between, option, positive, refused
+from library.options import Idle, at_least, between, option, positive
 from library.values import rate
 
 T5_TOKENS = 256  # of SD3.5; SD3 medium saw 77 and takes as many
@@ -19,7 +19,7 @@ NO_T5_PLACE = "T5 is loaded alone to encode the captions and freed before the mo
 
 
 @dataclass(frozen=True)
-class SD3Options(ModelOptions):
+class SD3Options(FlowModelOptions):
     """Stable Diffusion 3 and 3.5."""
 
     clip_l: str | None = option(
@@ -59,17 +59,11 @@ class SD3Options(ModelOptions):
         False,
         help="Stretch the positions of a 1024 x 1024 picture over pictures of other sizes (SD3.5M, experimental).",
     )
-    no_half_vae: bool = option(False, help="Run the VAE in float32 also under mixed precision.")
     save_clip: bool = option(False, help="Save CLIP-L and CLIP-G.", answer=FORMER_SAVE)
     save_t5xxl: bool = option(False, help="Save T5.", answer=FORMER_SAVE)
     t5xxl_device: str | None = option(None, help="Device of T5.", answer=NO_T5_PLACE)
     t5xxl_dtype: str | None = option(
         None, help="Precision of T5.", answer="T5 computes in --mixed_precision; a file in fp8 or fp16 is read as it is"
-    )
-    disable_mmap_load_safetensors: bool = option(
-        False,
-        help="Read the model without mapping its file.",
-        answer="a tensor is only mapped where it is used as it lies in the file, and no tensor is read twice",
     )
     clip_skip: int | None = option(
         None,
@@ -82,13 +76,6 @@ class SD3Options(ModelOptions):
         help="Not for this model.",
         parse=token_length,
         answer="CLIP reads 75 tokens of a caption here, and T5 --t5xxl_max_token_length",
-    )
-    v2: bool = option(False, help="Not for this model.", check=refused("SD3 is no Stable Diffusion 2.x"))
-    v_parameterization: bool = option(
-        False, help="Not for this model.", check=refused("SD3 is trained with flow matching")
-    )
-    weighted_captions: bool = option(
-        False, help="Not for this model.", check=refused("the three text encoders of SD3 cannot weight words")
     )
 
     def problems(self) -> Iterator[str]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
-from library.adapters.formats.architecture import Architecture, FileFacts
+from library.adapters.formats.architecture import ALL_READERS, Architecture, FileFacts
 from library.families.file_facts import file_facts
 from library.families.sd.adapter_names import (
     ATTENTION,
@@ -31,7 +31,7 @@ def sdxl_facts(names: Collection[str], v_prediction: bool) -> FileFacts:
 TABLES = (
     Architecture(
         "sdxl", "Stable Diffusion XL", lambda blocks: unet_names(SDXL_UNET), (CLIP_L, CLIP_G), sdxl_facts,
-        ATTENTION, CONVOLUTIONS, peft="unet",
+        ATTENTION, CONVOLUTIONS, peft="unet", readers=ALL_READERS,
         inputs={READS_TEXT: frozenset({2048}), "te1_.+self_attn_[qkv]_proj$": frozenset({768})},
     ),
 )  # fmt: skip

@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from library.adapters.layer_network import encoder_rate
 from library.errors import UserError, retold
 from library.families.adapters import adapter_tables, load_network_module, tables_of
 from library.families.registry import misfit
+from library.io.metadata import NetworkFacts
 from library.learning import DENOISER, Learning, Models, Trainables
 from library.log import get_logger
 from library.memory.choice import MemoryChoice
@@ -185,7 +185,7 @@ class NetworkMethod(Method[NetworkTrainerOptions]):
             load=network.load_exact_state,
             write=file.write,
             kind="ControlNet-LLLite" if learning.conditioned else "LoRA",
-            fields=self.metadata_fields(),
+            facts=NetworkFacts(self.network_module, options.network_dim, options.network_alpha, self.network_args),
             check_format=file.check_format,
             encoders=learning.encoders,
             flat=not network.is_sparse(),
@@ -197,16 +197,6 @@ class NetworkMethod(Method[NetworkTrainerOptions]):
             reads_weights=network.reads_weights,
             reads_between_steps=network.reads_between_steps(),
         )
-
-    def metadata_fields(self) -> dict[str, Any]:
-        """Fields of library.io.metadata.RunFacts."""
-        options = self.options.network
-        return {
-            "network_module": self.network_module,
-            "network_dim": options.network_dim,
-            "network_alpha": options.network_alpha,
-            "network_args": self.network_args or None,
-        }
 
     def load_weights(self, network: AdapterNetwork) -> None:
         """--network_weights, into a network of its own sizes."""
