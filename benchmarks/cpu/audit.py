@@ -62,6 +62,8 @@ MODELS: dict[str, Architecture] = {
     ),
     "sd35l": _sd3(num_layers=38, num_attention_heads=38, caption_projection_dim=2432,
                   pos_embed_max_size=192, dual_attention_layers=[]),
+    "sana48": replace(ARCHITECTURES["sana"], full={
+        **ARCHITECTURES["sana"].full, "num_layers": 60, "qk_norm": "rms_norm_across_heads"}),
     "sd3m": _sd3(pos_embed_max_size=192, dual_attention_layers=[], qk_norm=None),
 }  # fmt: skip
 SIZES = {"sd15": (512,), "sdxl": (1024,), "flux": (512, 1024), "chroma": (512, 1024), "sd35m": (1024,),

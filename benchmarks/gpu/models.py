@@ -60,10 +60,11 @@ def _of_diffusers(name: str, config: Mapping[str, Any]) -> nn.Module:
     return load_attribute(f"diffusers:{name}").from_config(dict(config))
 
 
-UNET, FLUX, LUMINA, COSMOS = (
+UNET, FLUX, LUMINA, COSMOS, SANA = (
     functools.partial(_of_diffusers, name)
     for name in (
-        "UNet2DConditionModel", "FluxTransformer2DModel", "Lumina2Transformer2DModel", "CosmosTransformer3DModel"
+        "UNet2DConditionModel", "FluxTransformer2DModel", "Lumina2Transformer2DModel", "CosmosTransformer3DModel",
+        "SanaTransformer2DModel",
     )
 )  # fmt: skip
 
@@ -98,6 +99,7 @@ def _clip_l(width: int = 32, *, projected: bool = False) -> Encoder:
 
 CLIP_G = Encoder("clip_projected", "text_encoder_2", "tokenizer_2", 1280, 48, is_g=True)
 VAE16 = {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
+DC_BLOCKS, DC_WIDTHS = ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3, [8, 8, 8, 16, 32, 32]
 TINY_UNET = {"block_out_channels": [32, 64], "layers_per_block": 1}
 ARCHITECTURES: dict[str, Architecture] = {
     "sd15": Architecture(
@@ -168,6 +170,23 @@ ARCHITECTURES: dict[str, Architecture] = {
         (Encoder("qwen3", "text_encoder", "tokenizer", 1024, 1024), Encoder("t5 tokenizer", "", "t5_tokenizer", 0, 0)),
         {"_class_name": "AutoencoderKLQwenImage", "base_dim": 8, "num_res_blocks": 1},
         beside={"text_conditioner": {"_class_name": "AnimaTextConditioner"}},
+    ),
+    "sana": Architecture(
+        "sana", "SanaPipeline", "transformer", "denoiser", SANA,
+        {
+            **shipped_config("sana"), "num_layers": 20, "num_attention_heads": 70, "num_cross_attention_heads": 20,
+            "cross_attention_head_dim": 112, "cross_attention_dim": 2240, "caption_channels": 2304,
+        },
+        {
+            "num_layers": 2, "num_attention_heads": 2, "num_cross_attention_heads": 2, "cross_attention_head_dim": 32,
+            "cross_attention_dim": 64, "caption_channels": 32,
+        },
+        (Encoder("gemma2", "text_encoder", "tokenizer", 2304, 32),),
+        {
+            **shipped_config("sana_vae"), "_class_name": "AutoencoderDC", "attention_head_dim": 8,
+            "encoder_block_types": DC_BLOCKS, "decoder_block_types": DC_BLOCKS,
+            "encoder_block_out_channels": DC_WIDTHS, "decoder_block_out_channels": DC_WIDTHS,
+        },
     ),
 }  # fmt: skip
 

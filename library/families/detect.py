@@ -17,7 +17,6 @@ PREFIXES = ("model.diffusion_model.", "net.", "diffusion_model.", "transformer."
 UNTRAINED = {
     "flux2": FileMarks("a FLUX.2", ("double_stream_modulation_img.", "double_stream_modulation_txt."), ("Flux2",)),
     "hunyuan_image": FileMarks("a HunyuanImage-2.1", ("byt5_in.", "context_embedder_2."), ("HunyuanImage",)),
-    "sana": FileMarks("a SANA", ("attention_y_norm.weight", "caption_norm.weight"), ("Sana",)),
 }
 
 
@@ -69,7 +68,7 @@ PARTS = (
     FileKind(
         "vae",
         "a VAE, not a checkpoint: it belongs to --vae",
-        ("encoder.conv_in.", "first_stage_model.encoder.conv_in.", "encoder.downsamples."),
+        ("encoder.conv_in.", "first_stage_model.encoder.conv_in.", "encoder.downsamples.", "encoder.project_in."),
     ),
     FileKind("embedding", "a textual inversion embedding, not a checkpoint", ("emb_params", "clip_l", "clip_g")),
     FileKind(

@@ -11,6 +11,7 @@ from library.families.anima import SHEET as ANIMA
 from library.families.chroma import SHEET as CHROMA
 from library.families.flux import SHEET as FLUX
 from library.families.lumina import SHEET as LUMINA
+from library.families.sana import SHEET as SANA
 from library.families.sd import SHEET as SD
 from library.families.sd3 import SHEET as SD3
 from library.families.sdxl import SHEET as SDXL
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from library.families.family import ModelFamily
 
 # An architecture whose files have marks of another one as well stands behind that one.
-FAMILIES: dict[str, Sheet] = {sheet.name: sheet for sheet in (SD, SDXL, FLUX, CHROMA, LUMINA, ANIMA, SD3)}
+FAMILIES: dict[str, Sheet] = {sheet.name: sheet for sheet in (SD, SDXL, FLUX, CHROMA, LUMINA, ANIMA, SD3, SANA)}
 
 
 def with_scripts() -> dict[str, Sheet]:

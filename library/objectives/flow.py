@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flow matching along straight lines from pictures to noise: FLUX.1, Chroma, SD3, Lumina-Image 2.0.
+"""Flow matching along straight lines from pictures to noise: FLUX.1, Chroma, SD3, Lumina-Image 2.0, SANA.
 
 s is the noise level ("sigma"), 0 for a clean latent x0 and 1 for noise n: x_s = (1 - s) x0 + s n. The model predicts
 the velocity n - x0 (Liu et al. 2022, "Flow Straight and Fast", eq. 1; Esser et al. 2024, "Scaling Rectified Flow

@@ -189,10 +189,10 @@ class NetworkOptions:
     scale_weight_norms: float | None = option(
         None, help="Scale weights down to this norm after each step.", check=positive, zero_is_unset=True
     )
-    lora_format: str = option(
-        "kohya",
+    lora_format: str | None = option(
+        None,
         help="Names of the tensors in the file: kohya (A1111/Forge, ComfyUI, this program), comfy (ComfyUI) or "
-        "peft (diffusers).",
+        "peft (diffusers). Without it kohya; for SANA peft, where that has names for the network.",
         choices=("kohya", "comfy", "peft"),
     )
     base_weights: tuple[str, ...] | None = option(
@@ -274,7 +274,7 @@ class NetworkTrainerOptions(TrainerOptions):
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         written, names = self.save.save_model_as, self.network.lora_format
-        if names != "kohya" and written not in (None, "safetensors"):
+        if names not in (None, "kohya") and written not in (None, "safetensors"):
             yield f"--lora_format {names} needs --save_model_as safetensors: {written} has no place for alpha"
 
     def choices(self) -> Iterator[Choice]:

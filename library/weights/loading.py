@@ -31,7 +31,7 @@ from library.weights.weight_files import WEIGHT_SUFFIXES, WeightFile, open_weigh
 CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "configs" / "models"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 BASE_NAMES = ("diffusion_pytorch_model", "model", "pytorch_model")
-VARIANTS = ("", ".fp16")  # the full weights where both are there
+VARIANTS = ("", ".bf16", ".fp16")  # the full weights where both are there
 PIPELINE_FILES = ("model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*.json")
 SKIPPED_FILES = ("safety_checker/*", "feature_extractor/*", "*non_ema*", "*openvino*", "*flax*", "*.onnx*")
 
@@ -210,13 +210,15 @@ def _similar(path: Path) -> str:
 def download(repository: str, option: str, patterns: Sequence[str]) -> Path:
     """Folder with the needed files of a hub repository: from the local hub cache, else over the network.
 
-    patterns name .safetensors files; where a repository has none, its fp16 variant or its .bin files are taken.
+    patterns name .safetensors files; where a repository has none, its variants in half precision or its .bin files are
+    taken.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     pickles = [pattern.replace(".safetensors", ".bin") for pattern in patterns]
-    attempts = ((patterns, [*SKIPPED_FILES, "*.fp16.*"]), (patterns, SKIPPED_FILES), (pickles, SKIPPED_FILES))
+    full = [*SKIPPED_FILES, "*.fp16.*", "*.bf16[.-]*"]
+    attempts = ((patterns, full), (patterns, SKIPPED_FILES), (pickles, SKIPPED_FILES))
     try:
         for allowed, ignored in attempts:
             folder = Path(snapshot_download(repository, allow_patterns=list(allowed), ignore_patterns=list(ignored)))

@@ -32,7 +32,11 @@ from library.weights.weight_files import open_weights
 CLIP_G_ID = "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k"
 CLIP_G_PADDING = "!"  # token 0
 T5_HUB = (("google/t5-v1_1-xxl", ""), ("black-forest-labs/FLUX.1-schnell", "tokenizer_2"))
-GEMMA2_HUB = (("google/gemma-2-2b", ""), ("Alpha-VLLM/Lumina-Image-2.0", "tokenizer"))
+GEMMA2_HUB = (
+    ("google/gemma-2-2b", ""),
+    ("Alpha-VLLM/Lumina-Image-2.0", "tokenizer"),
+    ("Efficient-Large-Model/gemma-2-2b-it", ""),
+)
 QWEN_HUB = (("Qwen/Qwen3-4B", ""), ("Qwen/Qwen3-8B", ""), ("Qwen/Qwen3-0.6B", ""))  # one vocabulary
 MISTRAL_HUB = (("black-forest-labs/FLUX.2-dev", "tokenizer"), ("mistralai/Mistral-Small-3.1-24B-Instruct-2503", ""))
 CHAT_MARK = re.compile(r"<[|/]?\w+\|?>|\[/?[A-Z_]+\]")  # tokens of chat templates: <|im_end|>, </think>, [INST]

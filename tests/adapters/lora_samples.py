@@ -19,6 +19,7 @@ from library.families.anima.modules import build_denoiser
 from library.families.anima.names import anima_names
 from library.families.flux.names import flux_names
 from library.families.lumina.names import lumina_names
+from library.families.sana.adapter_names import sana_layers
 from library.families.sd.names import unet_rules
 from library.families.sd3.names import sd3_names
 from library.key_tables import SWAP_HALVES, ModuleName, named
@@ -37,8 +38,8 @@ class Sample:
     part: str = "transformer"
 
     def layers(self) -> Iterator[tuple[ModuleName, list[nn.Module]]]:
-        """Published layers with their modules, Linear layers and convolutions only."""
-        modules = dict(self.model.named_modules())
+        """Published layers with their modules, Linear layers and convolutions over all channels only."""
+        modules = {path: m for path, m in self.model.named_modules() if getattr(m, "groups", 1) == 1}
         for name in self.names:
             own = [modules.get(path) for path in name.ours]
             if all(isinstance(module, (nn.Linear, nn.Conv2d)) for module in own):
@@ -182,6 +183,31 @@ def anima() -> Sample:
     return Sample(model, anima_names(2, 1), run)
 
 
+def sana() -> Sample:
+    from diffusers import SanaTransformer2DModel
+
+    model = frozen(
+        lambda: SanaTransformer2DModel(
+            num_attention_heads=2,
+            attention_head_dim=8,
+            num_layers=2,
+            num_cross_attention_heads=2,
+            cross_attention_head_dim=8,
+            cross_attention_dim=16,
+            caption_channels=32,
+            qk_norm="rms_norm_across_heads",
+        )
+    )
+
+    def run(transformer: nn.Module) -> Tensor:
+        return transformer(
+            hidden_states=noise(1, 32, 4, 4), encoder_hidden_states=noise(1, 5, 32, seed=1),
+            timestep=torch.tensor([400.0]),
+        ).sample  # fmt: skip
+
+    return Sample(model, sana_layers(2), run)
+
+
 def sd_unet(version: str) -> dict[str, str]:
     """Path in diffusers -> published path of every layer of the real U-Net (built without weights)."""
     from diffusers import UNet2DConditionModel
@@ -199,6 +225,7 @@ SAMPLES: dict[str, Callable[[], Sample]] = {
     "sd3": sd3,
     "lumina": lumina,
     "anima": anima,
+    "sana": sana,
 }
 
 

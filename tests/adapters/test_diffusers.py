@@ -118,7 +118,7 @@ def run_with(network: Any, unet: nn.Module) -> torch.Tensor:
 def mixin(name: str) -> Any:
     from diffusers.loaders import lora_pipeline
 
-    families = {"flux": "Flux", "chroma": "Flux", "sd3": "SD3", "lumina": "Lumina2", "anima": "Anima"}
+    families = {"flux": "Flux", "chroma": "Flux", "sd3": "SD3", "lumina": "Lumina2", "anima": "Anima", "sana": "Sana"}
     return getattr(lora_pipeline, f"{families[name]}LoraLoaderMixin")
 
 

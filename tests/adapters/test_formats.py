@@ -43,7 +43,7 @@ from tests.adapters.lora_samples import (
 
 QKV = "lora_unet_double_blocks_0_img_attn_qkv"
 LINEAR1 = "lora_unet_single_blocks_1_linear1"
-TABLE = {"flux": "flux", "chroma": "flux", "sd3": "sd3", "lumina": "lumina", "anima": "anima"}
+TABLE = {"flux": "flux", "chroma": "flux", "sd3": "sd3", "lumina": "lumina", "anima": "anima", "sana": "sana"}
 
 ENCODERS = {  # kohya name -> the same in comfy and in peft
     "flux": {
@@ -76,6 +76,12 @@ ENCODERS = {  # kohya name -> the same in comfy and in peft
         "lora_te_layers_27_mlp_gate_proj": (
             "text_encoders.qwen3_06b.transformer.model.layers.27.mlp.gate_proj",
             "text_encoder.layers.27.mlp.gate_proj",
+        ),
+    },
+    "sana": {
+        "lora_te_layers_3_self_attn_o_proj": (
+            "text_encoders.gemma2_2b.transformer.model.layers.3.self_attn.o_proj",
+            "text_encoder.layers.3.self_attn.o_proj",
         ),
     },
     "chroma": {},

@@ -29,6 +29,7 @@ BLOCKS = {  # what the published names of blocks begin with
     "chroma": ("lora_unet_double_blocks_", "lora_unet_single_blocks_"),
     "sd3": ("lora_unet_joint_blocks_",),
     "lumina": ("lora_unet_layers_", "lora_unet_noise_refiner_", "lora_unet_context_refiner_"),
+    "sana": ("lora_unet_transformer_blocks_",),
 }
 CASES = [(name, "lora") for name in BLOCKS] + [("sd", "loha"), ("flux", "loha"), ("flux", "lokr")]
 

@@ -37,6 +37,7 @@ SEPARATE = {
     "sd3": {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "text_encoder_3"},
     "sd35": {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "text_encoder_3"},
     "lumina system prompt": {"gemma2": "text_encoder", "ae": "vae"},
+    "sana": {"gemma2": "text_encoder", "vae": "vae"},
 }
 TEACHABLE = [name for name, case in CASES.items() if case.family in ("sd", "sdxl")]  # their text encoders, too
 VARIANTS = ("sd2 v", "sdxl v", "lumina system prompt")  # a denoiser that another case has, trained for something else

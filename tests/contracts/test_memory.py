@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,12 @@ def one_step(run: Run, *, micro_batches: int = 1) -> tuple[float, list[Tensor | 
     trainer.updates.zero_gradients()
     plans = trainer.data.plan_epoch(1)[:micro_batches]
     batches = [trainer.data.load(plan, step=0) for plan in plans]
-    total = trainer.step.gradients(batches, trainer.position.step)
+    shares = [replace(batch, share=1 / micro_batches) for batch in batches]
+
+    def gradients() -> Tensor:
+        return torch.stack([trainer.step.learn(batch, is_last=batch is shares[-1]) for batch in shares]).sum()
+
+    total = trainer.step.retry(gradients, largest_batch=max(b.size for b in batches), step=trainer.position.step)
     return float(total), [None if p.grad is None else p.grad.clone() for p in trainer.trainables.parameters()]
 
 
@@ -258,6 +263,7 @@ STORAGE: dict[str, dict[str, Any]] = {
         ("sd3, lora", "nf4"),
         ("lumina, lora", "int8"),
         ("anima, lora", "nf4"),
+        ("sana, lora", "fp8"),
     ],
     indirect=["subject"],
 )

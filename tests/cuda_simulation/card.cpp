@@ -514,6 +514,27 @@ Tensor softmax_backward(const Tensor& grad, const Tensor& output, int64_t dim, S
   return on_card(at::_softmax_backward_data(on_cpu(grad), on_cpu(output), dim, output.scalar_type()).to(input_dtype));
 }
 
+// Depthwise convolutions: torch takes kernels on a card that a CPU has none of.
+Tensor conv_depthwise(const Tensor& self, const Tensor& weight, IntArrayRef, const std::optional<Tensor>& bias,
+                      IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation) {
+  const auto own_bias = bias.has_value() && bias->defined() ? on_cpu(*bias) : Tensor();
+  return on_card(at::conv2d(on_cpu(self), on_cpu(weight), own_bias, stride, padding, dilation, self.size(1)));
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv_backward(const Tensor& grad, const Tensor& input, const Tensor& weight,
+                                                 OptionalIntArrayRef bias_sizes, IntArrayRef stride,
+                                                 IntArrayRef padding, IntArrayRef dilation, bool transposed,
+                                                 IntArrayRef output_padding, int64_t groups,
+                                                 std::array<bool, 3> mask) {
+  if (groups == 1 || groups != input.size(1))
+    return at::native::convolution_backward(grad, input, weight, bias_sizes, stride, padding, dilation, transposed,
+                                            output_padding, groups, mask);
+  auto [x, w, b] = at::convolution_backward(on_cpu(grad), on_cpu(input), on_cpu(weight), bias_sizes, stride, padding,
+                                            dilation, transposed, output_padding, groups, mask);
+  const auto taken = [](const Tensor& t) { return t.defined() ? on_card(t) : t; };
+  return {taken(x), taken(w), taken(b)};
+}
+
 int64_t fused_sdp_choice(const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&, double, bool,
                          std::optional<double>, bool) {
   return 0;  // the formula itself
@@ -555,6 +576,8 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("_local_scalar_dense", &simulated::local_scalar_dense);
   m.impl("_softmax", &simulated::softmax);
   m.impl("_softmax_backward_data", &simulated::softmax_backward);
+  m.impl("_conv_depthwise2d", &simulated::conv_depthwise);
+  m.impl("convolution_backward", &simulated::conv_backward);
   m.impl("_fused_sdp_choice", &simulated::fused_sdp_choice);
   m.impl("resize_", &simulated::resize);
   m.impl("record_stream", &simulated::record_stream);

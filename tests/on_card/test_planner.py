@@ -28,7 +28,7 @@ from tests.trainers.helpers import Recorded, make_pictures, make_trainer, planne
 
 pytestmark = pytest.mark.gpu
 
-ARCHITECTURES = ("sd1", "sdxl", "flux", "chroma", "sd3", "sd35", "lumina", "anima")
+ARCHITECTURES = ("sd1", "sdxl", "flux", "chroma", "sd3", "sd35", "lumina", "anima", "sana")
 WORD = "zapcat"
 SHORT = {"anima": {"qwen3_max_token_length": 32, "t5_max_token_length": 32}}  # plans count on texts of full length
 CHOICES = [MemoryChoice(activation_budget=budget) for budget in (1.0, 0.5, 0.0)]

@@ -99,7 +99,7 @@ def test_adapters_of_every_architecture(name: str, model: Make, dataset: Path, p
     assert moved(cached)
 
 
-@pytest.mark.parametrize("name", ["chroma", "sd3", "sd35", "lumina", "anima"])  # test_no_waits.py has the others
+@pytest.mark.parametrize("name", ["chroma", "sd3", "sd35", "lumina", "anima", "sana"])  # others: test_no_waits.py
 def test_full_training_in_bf16(name: str, model: Make, dataset: Path, tmp_path: Path) -> None:
     check(finetune(dataset, tmp_path, **model(name), max_train_steps=2, mixed_precision="bf16", full_bf16=True))
 

@@ -70,8 +70,11 @@ def test_other_devices_are_not_there() -> None:
 
 def test_a_model_learns_as_on_the_cpu() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.SiLU(), nn.Flatten(), nn.Linear(288, 4))
-    copy = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.SiLU(), nn.Flatten(), nn.Linear(288, 4)).cuda()
+    make = lambda: nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Flatten(),
+        nn.Linear(288, 4),
+    )  # fmt: skip
+    model, copy = make(), make().cuda()
     copy.load_state_dict(model.state_dict())
     x = random(2, 3, 8, 8)
     for one, inputs in ((model, x), (copy, x.cuda())):

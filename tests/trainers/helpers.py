@@ -357,7 +357,8 @@ def train(
 ) -> Run:  # fmt: skip
     """One run; `values` stand above DEFAULTS. Errors come as the exceptions that the script turns into lines."""
     own = {"pretrained_model_name_or_path": model, "dataset_config": dataset, "output_dir": folder}
-    trainer = make_trainer({**DEFAULTS, **own, **values}, family=family)
+    names = {"lora_format": "kohya"}  # one family has others by default
+    trainer = make_trainer({**DEFAULTS, **names, **own, **values}, family=family)
     trainer.interrupt_in, trainer.each_step, trainer.keep_gradients = interrupt_in, each_step, keep_gradients
     code = trainer.run()
     settle()

@@ -3,19 +3,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 from library.errors import UserError
 from library.families.adapters import load_network_module, own_modules
 from library.families.registry import FAMILIES, misfit
 from tests.adapters.families import TINY
+from tests.adapters.lora_samples import sana
 from tests.adapters.models import tiny_unet
 from tests.trainers.helpers import train
 
-TINY_OF = {"flux": ("flux",), "chroma": ("chroma",), "sd3": ("sd3", "sd35"), "lumina": ("lumina",), "anima": ("anima",)}
+TINY_OF = {"flux": ("flux",), "chroma": ("chroma",), "sd3": ("sd3", "sd35"), "lumina": ("lumina",), "anima": ("anima",),
+           "sana": ("sana",)}  # fmt: skip
+MAKERS: dict[str, Callable[[], nn.Module]] = {name: tiny.make for name, tiny in TINY.items()}
+MAKERS |= {"unet": tiny_unet, "sana": lambda: sana().model}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -30,7 +36,7 @@ def test_every_module_fits_or_is_refused_with_the_one_that_fits(family: str) -> 
             assert f"--network_module {name} is for" in line and FAMILIES[family].title in line
             assert FAMILIES[family].networks.get(kind, FAMILIES[family].networks["lora"]) in line
     for model in TINY_OF.get(family, ("unet",)):
-        denoiser = tiny_unet() if model == "unet" else TINY[model].make()
+        denoiser = MAKERS[model]()
         for name in fitting:
             network = load_network_module(name).create_network(1.0, 2, 0.5, None, None, denoiser)
             assert len(network.module_parameters()) >= 4, (model, name)
@@ -45,6 +51,7 @@ def test_unknown_models_are_never_left_without_adapters() -> None:
 
     size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     encoder = BertModel(BertConfig(**size, vocab_size=8))
+    others = {sheet.default_network for sheet in FAMILIES.values()} - {"networks.lora", "networks.lora_flux"}
     for name in own_modules():
         if name == "networks.control_net_lllite" or "oft" in name:
             continue
@@ -54,7 +61,7 @@ def test_unknown_models_are_never_left_without_adapters() -> None:
         if name in ("networks.lora", "networks.lora_flux"):
             with pytest.raises(UserError, match=r"no layers that adapters are known for|this model is a"):
                 create(1.0, 2, 1.0, None, None, wrong)
-        if name not in ("networks.lora_sd3", "networks.lora_lumina"):
+        if name not in others:
             with pytest.raises(UserError, match="kind BertModel has no layers that adapters are known for"):
                 create(1.0, 2, 1.0, None, [encoder], right)
 

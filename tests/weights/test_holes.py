@@ -24,7 +24,7 @@ from library.weights.language_models import _build
 from library.weights.loading import build_empty, shipped_config
 from library.weights.text_encoders import _build_projected_clip, _build_t5
 from library.weights.weight_files import open_weights
-from tests.families import anima, flux, lumina, sd, sd3, sdxl
+from tests.families import anima, flux, lumina, sana, sd, sd3, sdxl
 
 DATA = Path(__file__).parents[1] / "data_files" / "weights"
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I64": 8, "C64": 8, "U8": 1}
@@ -90,6 +90,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[st
         "lumina": ("lumina", lumina.make),
         "anima": ("anima", anima.make),
         "anima folder": ("anima", partial(anima.make, layout="diffusers")),
+        "sana": ("sana", lambda folder: sana.make(folder, layout="files", normed=True, blocks=2)),
     }
     made: dict[str, tuple[str, dict[str, Any]]] = {}
 
@@ -113,7 +114,8 @@ def files_of(kind: str, options: Mapping[str, Any]) -> Iterator[Path]:
 
 # What may be missing: a model is the same without it, or another tensor takes its place
 OPTIONAL = ("shared.weight", "encoder.embed_tokens.weight", "clip_l.transformer.text_projection.weight",
-            "norm_final.weight", "logit_scale", "cond_stage_model.model.text_projection")  # fmt: skip
+            "norm_final.weight", "pos_embed", "y_embedder.y_embedding", "logit_scale",
+            "cond_stage_model.model.text_projection")  # fmt: skip
 # model -> starts of the names that are removed there, and every which of them: no reader of names is left out
 SWEEPS: dict[str, tuple[tuple[str, ...], int]] = {
     "sd1": (("",), 1),
@@ -125,6 +127,7 @@ SWEEPS: dict[str, tuple[tuple[str, ...], int]] = {
     "lumina": (("",), 2),
     "anima": (("",), 4),
     "anima folder": (("",), 4),
+    "sana": (("",), 4),
 }
 
 
@@ -163,6 +166,7 @@ def test_each_tensor_removed_in_turn_is_named(models: Any, name: str) -> None:
         ("lumina", "something.of.nobody"),
         ("anima", "net.llm_adapter.blocks.2.mlp.0.weight"),
         ("anima", "net.blocks.3.mlp.layer1.weight"),
+        ("sana", "blocks.2.attn.qkv.weight"),
     ],
 )
 def test_a_tensor_that_is_not_read_is_named(models: Any, name: str, more: str) -> None:
@@ -193,6 +197,8 @@ MATRICES = (
     ("lumina", "layers.1.attention.qkv.weight"),
     ("anima", "net.llm_adapter.blocks.1.cross_attn.k_proj.weight"),
     ("anima", "encoder.downsamples.1.resample.1.weight"),
+    ("sana", "blocks.1.cross_attn.kv_linear.weight"),
+    ("sana", "encoder.stages.4.op_list.0.context_module.main.qkv.conv.weight"),
 )
 
 
@@ -251,6 +257,9 @@ def test_float64_is_cast(models: Any, tmp_path: Path) -> None:
         ("anima", "net.llm_adapter.blocks.0."),
         ("anima", "encoder.downsamples.1."),
         ("anima", "decoder.upsamples.0."),
+        ("sana", "blocks.0."),
+        ("sana", "decoder.stages.2.op_list.1."),
+        ("sana", "encoder.stages.3."),
     ],
 )
 def test_whole_blocks_removed(models: Any, name: str, block: str) -> None:

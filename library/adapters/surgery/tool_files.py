@@ -128,6 +128,8 @@ def open_checkpoint(name: str, path: str, known: KnownArchitectures) -> tuple[We
         raise UserError(f"{name} {path} is {what.partition(':')[0]}; the tools know {titles}")
     layers = CheckpointLayers(architecture, file.shapes)
     if not any(name.startswith("lora_unet_") for name in layers.places):
+        if all(layer.ours == (layer.published,) for layer in architecture.denoiser(1)):
+            raise UserError(f"{name} {path} has not the names of diffusers: give the denoiser's file of its folder")
         raise UserError(f"{name} {path} has the names of diffusers: give the single file in published names")
     return file, layers
 

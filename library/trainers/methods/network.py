@@ -76,7 +76,7 @@ class NetworkMethod(Method[NetworkTrainerOptions]):
         options = self.options.network
         names = ("base_weights", "scale_weight_norms", "network_train_text_encoder_only")
         given = [f"--{name}" for name in names if vars(options)[name]]
-        given += ["--lora_format"] if options.lora_format != "kohya" else []
+        given += ["--lora_format"] if options.lora_format not in (None, "kohya") else []
         if self.conditioned and given:
             raise UserError(f"{name} has no meaning with --network_module {self.network_module}" for name in given)
 
@@ -176,7 +176,8 @@ class NetworkMethod(Method[NetworkTrainerOptions]):
         )
         if not groups:
             raise UserError("nothing learns: all learning rates are 0 (--learning_rate, --unet_lr, --text_encoder_lr)")
-        file = NetworkFile(network, self.options, self.family.table_name, conditioned=learning.conditioned)
+        usual = self.family.sheet.lora_format
+        file = NetworkFile(network, self.options, self.family.table_name, usual, conditioned=learning.conditioned)
         return Trainables(
             module=network,
             groups=groups,

@@ -14,6 +14,7 @@ from torch import Tensor
 from library.adapters.adapter_network import AdapterNetwork
 from library.adapters.formats.conversion import convert, dora_norms, header, read_tensors
 from library.adapters.readers.comparison import NetworkComparison, ProgramReport, report
+from library.errors import UserError
 from library.families.adapters import adapter_tables
 from library.io.checkpoint import in_precision, save_tensors
 from library.log import get_logger
@@ -27,16 +28,31 @@ log = get_logger()
 class NetworkFile:
     """Writes a network in a --lora_format. The first save logs which programs take the file as it was trained."""
 
-    def __init__(self, network: AdapterNetwork, options: NetworkTrainerOptions, names: str, *, conditioned: bool):
-        """names: the table of names of the model (ModelFamily.table_name). conditioned: it has no other format."""
+    def __init__(
+        self, network: AdapterNetwork, options: NetworkTrainerOptions, names: str, usual: str, *, conditioned: bool
+    ):
+        """names: the table of names of the model (ModelFamily.table_name). usual: the format where none is asked for.
+
+        conditioned: it has no other format.
+        """
         self.network, self.names = network, names
-        self.format, self.dtype = options.network.lora_format, saved_dtype(options.save)
+        asked, self.dtype = options.network.lora_format, saved_dtype(options.save)
+        self.is_asked = asked is not None
+        has_header = options.save.save_model_as in (None, "safetensors")
+        self.format = asked or (usual if has_header else "kohya")
         self.tells = not conditioned  # until the first save
 
     def check_format(self) -> None:
-        """Raises UserError where something cannot be written, or has no name in the file's format."""
-        if self.format != "kohya" or self.network.layers_reached():
+        """Raises UserError where something cannot be written, or has no name in the format that is asked for."""
+        if self.format == "kohya" and not self.network.layers_reached():
+            return
+        try:
             self.formatted(self.network.state(None), self.format)
+        except UserError as error:
+            if self.is_asked or self.format == "kohya":
+                raise
+            log.info(f"--lora_format kohya is chosen: {error.problems[0]}")
+            self.format = "kohya"
 
     def write(self, path: Path, metadata: dict[str, str], position: Position) -> None:
         """Write the file, whole or not at all."""
