@@ -8,11 +8,11 @@ from library.stopping import StopRequest, end_early, end_process, ignore_signals
 end_early()  # before the other imports
 
 # ruff: noqa: E402
-import importlib
 import inspect
 import io
+import pkgutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,8 +41,7 @@ METHODS: dict[str, tuple[str, type]] = {
 
 def load_attribute(path: str) -> Any:
     """`package.module:Name` -> the object."""
-    module, name = path.split(":")
-    return getattr(importlib.import_module(module), name)
+    return pkgutil.resolve_name(path)
 
 
 def option_groups(method: str, family: str) -> dict[str, type]:
@@ -145,18 +144,12 @@ def write_output_config(text: str, path: Path) -> None:
     to_stderr(f"wrote {path}\n")
 
 
-def _missing_data(options: Any) -> Iterator[str]:
-    if not options.data.is_given:
-        yield NO_DATA
-
-
 def _train(method: str, family: str, argv: Sequence[str], description: str, stop: StopRequest) -> int:
     method_path, options_type = METHODS[method]
     entry = FAMILIES[family]
     prog = Path(sys.argv[0]).name or "trainyard"
-    resolved = resolve(
-        options_type, entry.option_groups, argv, prog=prog, description=description, missing=_missing_data
-    )
+    missing = lambda options: () if options.data.is_given else (NO_DATA,)
+    resolved = resolve(options_type, entry.option_groups, argv, prog=prog, description=description, missing=missing)
     options = resolved.options
     if options.config.output_config:
         if not options.config.config_file:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from library.device_report import report_device, unused_card
-from library.errors import UserError
+from library.errors import UserError, raise_problems
 from library.log import get_logger
 from library.machine import System, main_memory
 
@@ -117,14 +117,12 @@ def check_launch(*, deepspeed: bool) -> None:
     asked = [kind for name, kind in LAUNCH_KINDS.items() if os.environ.get(name, "").lower() in ("true", "1")]
     if "DeepSpeed" in asked and deepspeed:
         asked.remove("DeepSpeed")
-    problems = [
+    raise_problems(
         f"accelerate's configuration asks for {kind}{' and --deepspeed is not given' if kind == 'DeepSpeed' else ''}: "
         "several GPUs train with copies of the model here; start with `accelerate launch --multi_gpu`, or with one "
         "process, or answer no to it in `accelerate config`"
         for kind in asked
-    ]
-    if problems:
-        raise UserError(problems)
+    )
 
 
 def overridden(mixed_precision: str) -> Iterator[tuple[int, str]]:

@@ -44,6 +44,13 @@ class UserError(Exception):
         return [*_fewer(list(_fewer(found, _kind, "of this kind")), _place, "mistakes")]
 
 
+def raise_problems(problems: Iterable[str]) -> None:
+    """Raise UserError with these lines, when there are any."""
+    found = list(problems)
+    if found:
+        raise UserError(found)
+
+
 @contextmanager
 def retold(line: Callable[[str], str]) -> Iterator[None]:
     """Context in which `line` rewrites every problem of a UserError, for example to put the file's name before it."""

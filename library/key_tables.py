@@ -9,7 +9,7 @@ rules for tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -134,11 +134,24 @@ def expand(names: Iterable[ModuleName], tensors: Iterable[str]) -> tuple[Rule, .
     return tuple(rules)
 
 
-class Published(Mapping[str, "Tensor"]):
-    """Our tensors under the file's names, contiguous. Each is assembled when it is read, and not kept."""
+class LazyTensors(Mapping[str, "Tensor"]):
+    """Named tensors, each of which is made when it is read, and not kept. A subclass makes them (`__getitem__`)."""
+
+    names: Collection[str]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+class Published(LazyTensors):
+    """Our tensors under the file's names, contiguous."""
 
     def __init__(self, tensors: Mapping[str, Tensor], rules: Sequence[Rule], prefix: str = "") -> None:
         self.tensors, self.rules = tensors, {prefix + rule.published: rule for rule in rules}
+        self.names = self.rules
 
     def __getitem__(self, name: str) -> Tensor:
         import torch
@@ -147,12 +160,6 @@ class Published(Mapping[str, "Tensor"]):
         parts = [self.tensors[own] for own in rule.ours]
         whole = torch.cat(parts, 0) if len(parts) > 1 else parts[0]
         return rule.op.publish(whole).contiguous()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.rules)
-
-    def __len__(self) -> int:
-        return len(self.rules)
 
 
 def publish(tensors: Mapping[str, Tensor], rules: Sequence[Rule], prefix: str = "") -> dict[str, Tensor]:

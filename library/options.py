@@ -18,7 +18,7 @@ import argparse
 import dataclasses
 import re
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from textwrap import indent
@@ -222,11 +222,11 @@ class Resolved:
 
 def resolve(
     method: type, overrides: Mapping[str, type], argv: Sequence[str], *, prog: str, description: str = "",
-    missing: Callable[[Any], Iterator[str]] = lambda options: iter(()),
+    missing: Callable[[Any], Iterable[str]] = lambda options: (),
 ) -> Resolved:  # fmt: skip
     """Read the method's options from the command line and --config_file. Raises UserError with every mistake.
 
-    missing: yields lines about required options that are checked later; they are added when there are other mistakes.
+    missing: gives lines about required options that are checked later; they are added when there are other mistakes.
     """
     groups = group_types(method, overrides)
     all_specs = specs(groups)
@@ -292,7 +292,7 @@ class _Given:
 
     def settle(
         self, method: type, groups: Mapping[str, type], all_specs: Mapping[str, Spec],
-        missing: Callable[[Any], Iterator[str]],
+        missing: Callable[[Any], Iterable[str]],
     ) -> Any:  # fmt: skip
         """Like `build`, but without options in the file that have no effect, and with the options' `choices` applied.
 

@@ -8,7 +8,6 @@ Architecture and format of --src are found from its keys. Which program reads wh
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -16,15 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:  # started as a script, from any folder
-    sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # started as a script, from any folder
 
-from library.adapters.formats.peft_folder import PEFT_FILES  # noqa: E402
-from library.byte_paths import plain_path  # noqa: E402
-from library.cli import guarded  # noqa: E402
-from library.errors import UserError, retold  # noqa: E402
-from library.options import option, resolve  # noqa: E402
+from library.adapters.formats.peft_folder import PEFT_FILES
+from library.adapters.surgery.tool_options import needed
+from library.byte_paths import plain_path
+from library.cli import run_tool
+from library.errors import UserError, retold
+from library.options import option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,9 +58,7 @@ class ConvertOptions:
 
     def problems(self) -> Iterator[str]:
         """Options that are missing or would destroy a file."""
-        for name in ("src", "dst", "to"):
-            if getattr(self, name) is None:
-                yield f"--{name} is needed"
+        yield from needed(self, "src", "dst", "to")
         if self.dst is not None and Path(self.dst).suffix != ".safetensors":
             yield f"--dst {self.dst}: the file must end with .safetensors"
         if self.src and self.dst:
@@ -82,16 +78,7 @@ def convert_file(options: ConvertOptions) -> None:
     """Read, convert, write whole or not at all. Raises UserError for what cannot be converted."""
     import torch
 
-    from library.adapters.formats.conversion import (
-        alphas_in,
-        convert,
-        dora_norms,
-        header,
-        layers_in,
-        read_metadata,
-        read_tensors,
-        to_kohya,
-    )
+    from library.adapters.formats import conversion
     from library.families.adapters import adapter_tables
     from library.io.checkpoint import in_precision, save_tensors
 
@@ -99,21 +86,22 @@ def convert_file(options: ConvertOptions) -> None:
     if Path(options.dst).is_dir():
         raise UserError(f"--dst {options.dst} is a folder; give a file")
     tables = adapter_tables()
-    source, metadata = read_tensors(options.src), read_metadata(options.src)
+    source, metadata = conversion.read_tensors(options.src), conversion.read_metadata(options.src)
     with retold(lambda line: f"{options.src}: {line}"):
         with ExitStack() as files:
             base = BaseWeights(options.base_model, files)
-            tensors = to_kohya(source, tables, alphas=alphas_in(metadata), among=architectures(source, tables, base))
-            layers = layers_in(tensors, tables) if options.base_model else {}
-            norms = dora_norms(tensors, lambda name: base.weight(layers[name]), tables) if layers else None
+            alphas, among = conversion.alphas_in(metadata), architectures(source, tables, base)
+            tensors = conversion.to_kohya(source, tables, alphas=alphas, among=among)
+            layers = conversion.layers_in(tensors, tables) if options.base_model else {}
+            norms = conversion.dora_norms(tensors, lambda name: base.weight(layers[name]), tables) if layers else None
         if options.save_precision:
             dtype = getattr(torch, PRECISIONS[options.save_precision])
             weights = {key: value for key, value in tensors.items() if not key.endswith(".alpha")}
             tensors |= in_precision(weights, dtype, options.dst)
-        result = convert(tensors, options.to, tables, norms=norms)
+        result = conversion.convert(tensors, options.to, tables, norms=norms)
     kept = {key: value for key, value in metadata.items() if key not in OF_ONE_FORMAT}
     Path(options.dst).parent.mkdir(parents=True, exist_ok=True)
-    save_tensors(options.dst, result, {**kept, **header(tensors, options.to, tables)})
+    save_tensors(options.dst, result, {**kept, **conversion.header(tensors, options.to, tables)})
 
 
 def architectures(tensors: Mapping[str, Tensor], tables: Tables, base: BaseWeights) -> list[Architecture] | None:
@@ -185,15 +173,8 @@ class BaseWeights:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code: 0, or 2 for bad input."""
-
-    def action() -> int:
-        words = sys.argv[1:] if argv is None else argv
-        description = inspect.cleandoc(__doc__ or "")
-        found = resolve(ConvertLoraOptions, {}, words, prog="convert_lora.py", description=description)
-        convert_file(found.options.convert)
-        return 0
-
-    return guarded(action)
+    act = lambda options: convert_file(options.convert)
+    return run_tool(ConvertLoraOptions, act, argv, "convert_lora.py", __doc__ or "")
 
 
 if __name__ == "__main__":

@@ -15,13 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:  # started as a script, from any folder
-    sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # started as a script, from any folder
 
-from library.adapters.surgery.tool_options import missing_adapters, needed, target_problems  # noqa: E402
-from library.cli import run_tool  # noqa: E402
-from library.options import at_least, option  # noqa: E402
+from library.adapters.surgery.tool_options import missing_adapters, needed, target_problems
+from library.cli import run_tool
+from library.options import at_least, option
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,34 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:  # started as a script, from any folder
-    sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # started as a script, from any folder
 
-from library.adapters.surgery.tool_options import (  # noqa: E402
-    PRECISIONS,
-    DeviceOptions,
-    SaveOptions,
-    missing_files,
-    needed,
-    target_problems,
-)
-from library.cli import run_tool  # noqa: E402
-from library.options import at_least, between, option  # noqa: E402
-
-
-@dataclass(frozen=True)
-class PairOptions:
-    """The two models, and the rank."""
-
-    model_org: str | None = option(None, help="The original checkpoint (one file, published names).", path=True)
-    model_tuned: str | None = option(None, help="The tuned checkpoint.", path=True)
-    dim: int = option(4, help="Rank of the LoRA.", check=at_least(1))
-
-    def problems(self) -> Iterator[str]:
-        yield from needed(self, "model_org", "model_tuned")
-        yield from missing_files("--model_org", [self.model_org])
-        yield from missing_files("--model_tuned", [self.model_tuned])
+from library.adapters.surgery.tool_options import PRECISIONS, DeviceOptions, PairOptions, SaveOptions, target_problems
+from library.cli import run_tool
+from library.options import at_least, between, option
 
 
 @dataclass(frozen=True)
@@ -98,21 +75,7 @@ def run_extraction(options: ExtractionOptions, **more: Any) -> None:
     from library.adapters.surgery.extract import Extraction, extract
     from library.families.adapters import known_architectures
 
-    asked, save = options.extract, options.save
-    assert asked.model_org and asked.model_tuned and save.save_to
-    extract(
-        Extraction(
-            asked.model_org,
-            asked.model_tuned,
-            save.save_to,
-            asked.dim,
-            save_precision=save.save_precision,
-            device=options.device.device,
-            no_metadata=save.no_metadata,
-            **more,
-        ),
-        known_architectures(),
-    )
+    extract(Extraction(options.extract, options.save, options.device.device, **more), known_architectures())
 
 
 def act(options: ExtractLoraOptions) -> None:

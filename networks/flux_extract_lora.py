@@ -12,13 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:  # started as a script, from any folder
-    sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # started as a script, from any folder
 
-from library.cli import run_tool  # noqa: E402
-from library.options import between, option  # noqa: E402
-from networks.extract_lora_from_models import ExtractionOptions, PairOptions, run_extraction  # noqa: E402
+from library.adapters.surgery.tool_options import PairOptions
+from library.cli import run_tool
+from library.options import between, option
+from networks.extract_lora_from_models import ExtractionOptions, run_extraction
 
 
 @dataclass(frozen=True)

@@ -8,18 +8,16 @@ r"""Merge LoRAs and other adapters into FLUX.1 or Chroma and their text encoders
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:  # started as a script, from any folder
-    sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # started as a script, from any folder
 
-from library.adapters.surgery.tool_options import ModelsOptions, SaveOptions  # noqa: E402
-from library.cli import run_tool  # noqa: E402
-from library.options import option  # noqa: E402
-from networks.merge_lora import Parts, merge_problems, run_merge  # noqa: E402
+from library.adapters.surgery.tool_options import MergeOptions, ModelsOptions, SaveOptions
+from library.cli import run_tool
+from library.options import option
+from networks.merge_lora import run_merge
 
 STREAMED = "files are read and written tensor by tensor, which needs the memory of one tensor"
 
@@ -48,35 +46,19 @@ class MergeFluxModelOptions:
 
 
 @dataclass(frozen=True)
-class FluxMergeOptions:
+class FluxMergeOptions(MergeOptions):
     """All options of this script."""
 
     models: ModelsOptions = field(default_factory=ModelsOptions)
     merge: MergeFluxModelOptions = field(default_factory=MergeFluxModelOptions)
     save: SaveOptions = field(default_factory=SaveOptions)
-
-    @property
-    def parts(self) -> Parts:
-        """The denoiser and the text encoders."""
-        asked = self.merge
-        return {
-            "flux_model": (asked.flux_model, self.save.save_to),
-            "clip_l": (asked.clip_l, asked.clip_l_save_to),
-            "t5xxl": (asked.t5xxl, asked.t5xxl_save_to),
-        }
-
-    def problems(self) -> Iterator[str]:
-        """Options that are missing, make no sense or would destroy a file."""
-        return merge_problems(self)
-
-
-def act(options: FluxMergeOptions) -> None:
-    run_merge(options, architectures=("flux",))
+    denoiser = "flux_model"
+    architectures = ("flux",)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code: 0, or 2 for bad input."""
-    return run_tool(FluxMergeOptions, act, argv, "flux_merge_lora.py", __doc__ or "")
+    return run_tool(FluxMergeOptions, run_merge, argv, "flux_merge_lora.py", __doc__ or "")
 
 
 if __name__ == "__main__":

@@ -17,19 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:  # started as a script, from any folder
-    sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # started as a script, from any folder
 
-from library.adapters.surgery.tool_options import (  # noqa: E402
-    DeviceOptions,
-    SaveOptions,
-    missing_adapters,
-    needed,
-    target_problems,
-)
-from library.cli import run_tool  # noqa: E402
-from library.options import at_least, option, positive  # noqa: E402
+from library.adapters.surgery.tool_options import DeviceOptions, SaveOptions, missing_adapters, needed, target_problems
+from library.cli import run_tool
+from library.options import at_least, option, positive
 
 if TYPE_CHECKING:
     import torch
@@ -93,13 +85,11 @@ class ResizeLoraOptions:
 
 def resize(options: ResizeLoraOptions) -> None:
     """Read, decompose layer by layer, write. Raises UserError for layers that are not a plain LoRA."""
-    import torch
-
-    from library.adapters.surgery.tool_files import device_named, dims_in, dtype_named, read_lora, save_lora
+    from library.adapters.surgery.tool_files import device_named, dims_in, read_lora, save_lora
     from library.families.adapters import adapter_tables
 
     asked = options.resize
-    assert asked.model is not None and options.save.save_to is not None
+    assert asked.model is not None
     file = read_lora(asked.model, adapter_tables())
     layers, kept = resized(file.layers, asked, device_named(options.device.device))
     if asked.verbose:
@@ -113,7 +103,7 @@ def resize(options: ResizeLoraOptions) -> None:
         metadata |= {"ss_network_dim": "Dynamic", "ss_network_alpha": "Dynamic"}
     if options.save.no_metadata:
         metadata = {key: value for key, value in metadata.items() if not key.startswith("modelspec.")}
-    save_lora(options.save.save_to, layers, metadata, dtype_named(options.save.save_precision) or torch.float32)
+    save_lora(options.save, layers, metadata)
 
 
 def resized(
@@ -124,21 +114,12 @@ def resized(
     Raises UserError naming the layers that are not a plain LoRA.
     """
     from library.adapters.formats.layer_tensors import scale_of
-    from library.adapters.surgery.lora_math import (
-        ADDED,
-        Change,
-        RankStatistics,
-        as_tensors,
-        change_of,
-        choose_rank,
-        is_lora,
-        not_lora,
-        spectrum_of_change,
-    )
+    from library.adapters.surgery import lora_math
     from library.errors import UserError
     from library.log import progress
 
-    wrong = [not_lora(name, own) for name, own in layers.items() if not is_lora(own) and not set(own) <= ADDED]
+    others = {name: own for name, own in layers.items() if not lora_math.is_lora(own)}
+    wrong = [lora_math.not_lora(name, own) for name, own in others.items() if not set(own) <= lora_math.ADDED]
     if wrong:
         raise UserError(wrong[:1] + [f"and {len(wrong) - 1} layers more"] * (len(wrong) > 1))
     found: dict[str, dict[str, Tensor]] = {}
@@ -146,17 +127,17 @@ def resized(
     with progress(len(layers), "layers") as bar:
         for name, own in layers.items():
             bar.advance()
-            if not is_lora(own):
+            if name in others:
                 found[name] = dict(own)
                 continue
             scale = scale_of(own)
             plain = {key: value for key, value in own.items() if key != "alpha"}
-            change: Change = change_of(name, plain, device)
-            values = spectrum_of_change(change)
+            change = lora_math.change_of(name, plain, device)
+            values = lora_math.spectrum_of_change(change)
             largest = (options.new_conv_rank or options.new_rank) if change.is_3x3 else options.new_rank
-            rank = choose_rank(values.s, largest, options.dynamic_method, options.dynamic_param or 0)
-            kept[name] = RankStatistics.of(values.s, rank)
-            found[name] = as_tensors(*values.cut(rank), change.shape, scale * rank)
+            rank = lora_math.choose_rank(values.s, largest, options.dynamic_method, options.dynamic_param or 0)
+            kept[name] = lora_math.RankStatistics.of(values.s, rank)
+            found[name] = lora_math.as_tensors(*values.cut(rank), change.shape, scale * rank)
     if not kept:
         raise UserError(f"{options.model} has no LoRA layers")
     return found, kept

@@ -8,18 +8,16 @@ r"""Merge LoRAs and other adapters into an SDXL model, or several SDXL LoRAs int
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:  # started as a script, from any folder
-    sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # started as a script, from any folder
 
-from library.adapters.surgery.tool_options import ModelsOptions, SaveOptions  # noqa: E402
-from library.cli import run_tool  # noqa: E402
-from library.options import option  # noqa: E402
-from networks.merge_lora import Parts, merge_problems, run_merge  # noqa: E402
+from library.adapters.surgery.tool_options import MergeOptions, ModelsOptions, SaveOptions
+from library.cli import run_tool
+from library.options import option
+from networks.merge_lora import run_merge
 
 
 @dataclass(frozen=True)
@@ -34,30 +32,18 @@ class MergeSdxlModelOptions:
 
 
 @dataclass(frozen=True)
-class SdxlMergeOptions:
+class SdxlMergeOptions(MergeOptions):
     """All options of this script."""
 
     models: ModelsOptions = field(default_factory=ModelsOptions)
     merge: MergeSdxlModelOptions = field(default_factory=MergeSdxlModelOptions)
     save: SaveOptions = field(default_factory=SaveOptions)
-
-    @property
-    def parts(self) -> Parts:
-        """The denoiser."""
-        return {"sd_model": (self.merge.sd_model, self.save.save_to)}
-
-    def problems(self) -> Iterator[str]:
-        """Options that are missing, make no sense or would destroy a file."""
-        return merge_problems(self)
-
-
-def act(options: SdxlMergeOptions) -> None:
-    run_merge(options, architectures=("sdxl",))
+    architectures = ("sdxl",)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code: 0, or 2 for bad input."""
-    return run_tool(SdxlMergeOptions, act, argv, "sdxl_merge_lora.py", __doc__ or "")
+    return run_tool(SdxlMergeOptions, run_merge, argv, "sdxl_merge_lora.py", __doc__ or "")
 
 
 if __name__ == "__main__":

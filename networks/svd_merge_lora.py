@@ -14,13 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:  # started as a script, from any folder
-    sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # started as a script, from any folder
 
-from library.adapters.surgery.tool_options import DeviceOptions, ModelsOptions, SaveOptions, target_problems  # noqa: E402
-from library.cli import run_tool  # noqa: E402
-from library.options import at_least, option  # noqa: E402
+from library.adapters.surgery.tool_options import DeviceOptions, ModelsOptions, SaveOptions, target_problems
+from library.cli import run_tool
+from library.options import at_least, option
 
 if TYPE_CHECKING:
     import torch
@@ -56,10 +54,8 @@ class SvdMergeOptions:
 
 def merge(options: SvdMergeOptions) -> None:
     """Read, sum, decompose layer by layer, write. Raises UserError for layers that are not a plain LoRA."""
-    import torch
-
     from library.adapters.surgery.merge import read_weighted, same_layers
-    from library.adapters.surgery.tool_files import device_named, dtype_named, merged_metadata, save_lora
+    from library.adapters.surgery.tool_files import device_named, merged_metadata, save_lora
     from library.families.adapters import adapter_tables
     from library.log import progress
 
@@ -72,19 +68,10 @@ def merge(options: SvdMergeOptions) -> None:
         for name, own in layers.items():
             found[name] = nearest(name, own, options.rank, device)
             bar.advance()
-    assert options.save.save_to is not None
-    conv_rank, arguments = options.rank.new_conv_rank, None
-    if conv_rank is not None:
-        arguments = json.dumps({"conv_dim": conv_rank, "conv_alpha": conv_rank})
-    metadata = merged_metadata(
-        [file for file, _ in loras],
-        found,
-        options.save.save_to,
-        tables,
-        arguments=arguments,
-        with_spec=not options.save.no_metadata,
-    )
-    save_lora(options.save.save_to, found, metadata, dtype_named(options.save.save_precision) or torch.float32)
+    conv_rank = options.rank.new_conv_rank
+    arguments = "" if conv_rank is None else json.dumps({"conv_dim": conv_rank, "conv_alpha": conv_rank})
+    metadata = merged_metadata([file for file, _ in loras], found, options.save, tables, arguments=arguments)
+    save_lora(options.save, found, metadata)
 
 
 def nearest(

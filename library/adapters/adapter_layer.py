@@ -28,6 +28,7 @@ class AdapterLayer(nn.Module, ABC):
     """Base class of adapters. A subclass has the parameters, their change (`delta`) and their names in files."""
 
     saved: ClassVar[tuple[str, ...]]  # suffixes of its keys in a file; not every one is always there
+    marks: ClassVar[set[str]]  # suffixes by which `claims` knows it
     plus: ClassVar[tuple[str, ...]] = ()  # parameters that LoRA+ trains faster (arXiv:2402.12354)
     sparse: ClassVar[bool] = False  # some parameters have no gradient in some steps, and must not change in those
 
@@ -40,6 +41,11 @@ class AdapterLayer(nn.Module, ABC):
         self.enabled = True
         self.shared = SharedCall(len(target.modules))
         self._handles: list[RemovableHandle] = []
+
+    @classmethod
+    def claims(cls, names: set[str]) -> bool:
+        """Whether a module with these tensors in a file has an adapter of this kind."""
+        return cls.marks <= names
 
     # ---- implemented by subclasses ---------------------------------------------------------------------------------
 

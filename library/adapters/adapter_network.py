@@ -8,7 +8,7 @@ network.attach(train_denoiser=True, train_text_encoder=False)
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from library.adapters.formats.adapter_files import read_tensors, write_tensors
+from library.adapters.formats.adapter_files import write_tensors
 from library.adapters.target_spec import ReachedLayer, TargetSpec
 from library.device import without_rounding
-from library.errors import UserError, first_names, retold
+from library.errors import UserError, first_names
 
 if TYPE_CHECKING:
     from library.adapters.readers.trained_layer import TrainedLayer
@@ -102,11 +102,6 @@ class AdapterNetwork(nn.Module, ABC):
         """Write `state(dtype)` as .safetensors, or with torch for .pt and .ckpt (which hold no metadata)."""
         write_tensors(path, self.state(dtype), metadata)
 
-    def load_file(self, path: str | Path) -> None:
-        """`load` from a file. Raises UserError naming it."""
-        with retold(lambda line: line if str(path) in line else f"{path}: {line}"):
-            self.load(read_tensors(path))
-
     def exact_tensors(self) -> dict[str, Tensor]:
         """The tensors that an exact resume needs, by name."""
         return dict(self.named_parameters())
@@ -126,9 +121,6 @@ class AdapterNetwork(nn.Module, ABC):
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(tensors[name])
-
-    def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        return (parameter for parameters in self.module_parameters().values() for parameter in parameters)
 
     def layers_reached(self) -> dict[int | None, list[ReachedLayer]]:
         """Layers that a third-party module may adapt, by place of the text encoder, or None for the denoiser."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from library.adapters.options import BlockOptions
 from library.adapters.target_spec import TargetSpec
-from library.errors import UserError
+from library.errors import UserError, raise_problems
 from library.log import get_logger
 
 
@@ -76,10 +76,11 @@ def plan_ranks(options: BlockOptions, layout: BlockLayout | None, *, dim: int, a
         return plain
     if layout is None:
         raise UserError("--network_args: ranks, alphas and learning rates per block are not known for this model")
-    wrong = [f"--network_args: {name} needs {layout.total} values, got {len(values)}" for name, values in given.items()
-             if len(values) != layout.total]  # fmt: skip
-    if wrong:
-        raise UserError(wrong)
+    raise_problems(
+        f"--network_args: {name} needs {layout.total} values, got {len(values)}"
+        for name, values in given.items()
+        if len(values) != layout.total
+    )
     weights = block_lr_weights(options, layout)
     kept = [weights is None or weight > 0 for weight in weights or [1.0] * layout.total]
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from library.errors import UserError, unknown
+from library.errors import raise_problems, unknown
 from library.log import get_logger
 from library.options import at_least, between, convert, option, positive, specs
 
@@ -250,6 +250,5 @@ def read_network_args(groups: Mapping[str, type], given: Mapping[str, Any]) -> d
     if not problems:
         for part in built.values():
             problems += [f"--network_args: {line}" for line in getattr(part, "problems", lambda: ())()]
-    if problems:
-        raise UserError(problems)
+    raise_problems(problems)
     return built

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 
 from library.adapters.target_spec import TargetSpec
 from library.adapters.targets import DENOISER_PREFIX
-from library.errors import UserError
 
 Ranges = tuple[tuple[int, int], ...] | None  # of block numbers, ends included; None: all
 
@@ -66,10 +65,3 @@ def check_blocks(option: str, ranges: Ranges, start: str, targets: Iterable[Targ
     if last < 0 or not beyond:  # without a denoiser there is nothing to select from
         return []
     return [f"--network_args: {option}: there is no block {beyond[0]}; this model has 0 to {last}"]
-
-
-def raise_problems(problems: Iterable[str]) -> None:
-    """Raise UserError when there are any."""
-    found = [*problems]
-    if found:
-        raise UserError(found)

@@ -15,7 +15,7 @@ from typing import Any
 from library.data.options import MOST_REPEATS, NO_DATA, CacheOptions, DataOptions
 from library.data.records import BucketRules, CaptionRules, DatasetConfig, ImageRules, SubsetConfig
 from library.data.references import reference_problems
-from library.errors import UserError, first_names, how_many_shown, nearest, unknown
+from library.errors import UserError, first_names, how_many_shown, nearest, raise_problems, unknown
 from library.log import get_logger
 from library.options import Spec, at_least, option, specs
 from library.text_files import read_json, read_toml
@@ -445,6 +445,5 @@ def load_dataset_config(
         problems.extend(reference_problems((s for dataset in kept for s in dataset.subsets), taken=references))
     if not problems and not kept:
         problems.append(f"{options.dataset_config}: every subset has num_repeats = 0, so there is nothing to train on")
-    if problems:
-        raise UserError(problems)
+    raise_problems(problems)
     return kept

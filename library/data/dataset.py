@@ -33,7 +33,7 @@ from library.data.loader import BatchLoader
 from library.data.parts import DatasetStats, Part, make_parts
 from library.data.plan import BatchPlan, EpochPlan, plan_epoch, plan_in_order
 from library.data.records import DatasetConfig, Sample
-from library.errors import UserError
+from library.errors import raise_problems
 from library.rng import python_rng
 from library.types import Batch, Cond, ReferenceSpec
 
@@ -87,9 +87,7 @@ class TrainingData:
         come with the pixels of reference pictures although their latents are cached, for text encoders to look at.
         Raises UserError where a cache cannot serve the datasets' options.
         """
-        problems = self.cache_problems(latents=latents is not None, texts=texts is not None)
-        if problems:
-            raise UserError(problems)
+        raise_problems(self.cache_problems(latents=latents is not None, texts=texts is not None))
         if texts is not None and join is None:
             raise ValueError("texts needs join")
         new = copy.copy(self)

@@ -9,11 +9,11 @@ import stat
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from library.data.headers import read_header
-from library.data.manifest import ImageRow, TextRow, manifest_path, read_manifest, write_manifest
+from library.data.manifest import manifest_path, read_manifest, write_manifest
 from library.log import progress
 
 IMAGE_EXTENSIONS = frozenset({"png", "jpg", "jpeg", "webp", "bmp", "avif", "jxl"})
@@ -68,11 +68,11 @@ class Folder:
 
     def look_at_images(self, names: Iterable[str]) -> None:
         """Fill `images` for `names`; `problems` says what is wrong with the others."""
-        self._look(names, self.images, _read_image, "reading image headers")
+        self._look(names, self.images, partial(_read_file, "picture", _header), "reading image headers")
 
     def look_at_texts(self, names: Iterable[str]) -> None:
         """Fill `texts` for `names`; `problems` says what is wrong with the others."""
-        self._look(names, self.texts, _read_text, "reading captions")
+        self._look(names, self.texts, partial(_read_file, "text file", _text), "reading captions")
 
     def _look(self, names: Iterable[str], known: dict, read: Callable[[str], Any], what: str) -> None:
         stale: list[str] = []
@@ -144,7 +144,7 @@ def unreadable(path: str, error: OSError) -> str:
     return f"cannot be read ({error.strerror})"
 
 
-def _read_file(path: str, kind: str, read: Callable[[str, int, int], tuple | str]) -> Any:
+def _read_file(kind: str, read: Callable[[str, int, int], tuple | str], path: str) -> Any:
     """(size, modification time in ns, *what `read` finds), or what is wrong. read: takes path, file handle and size."""
     try:
         handle = os.open(path, _OPEN_FLAGS)
@@ -160,17 +160,9 @@ def _read_file(path: str, kind: str, read: Callable[[str, int, int], tuple | str
     return found if isinstance(found, str) else (status.st_size, status.st_mtime_ns, *found)
 
 
-def _read_image(path: str) -> ImageRow | str:
-    return _read_file(path, "picture", _header)
-
-
 def _header(path: str, handle: int, size: int) -> tuple[int, int, int] | str:
     width, height, flags, problem = read_header(path, handle, size)
     return problem or (width, height, flags)
-
-
-def _read_text(path: str) -> TextRow | str:
-    return _read_file(path, "text file", _text)
 
 
 def _text(path: str, handle: int, size: int) -> tuple[str] | str:

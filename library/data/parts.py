@@ -17,7 +17,7 @@ from library.data.encoding import LatentJob, reference_jobs
 from library.data.images import moves_crop
 from library.data.plan import Pool, Shape, make_pool, regularisation_repeats
 from library.data.records import DatasetConfig, Sample
-from library.errors import UserError, first_names
+from library.errors import first_names, raise_problems
 from library.types import ReferenceSpec, Size
 
 MOST_USES = 10**15  # in an epoch of a dataset: numbers of batches and steps then fit into 64 bits
@@ -96,8 +96,7 @@ def make_parts(
         problems.append(
             "no training picture is left: every picture is for regularisation or validation, or has num_repeats = 0"
         )
-    if problems:
-        raise UserError(problems)
+    raise_problems(problems)
     return parts
 
 

@@ -168,7 +168,8 @@ class _Scanner:
             captions.append(caption)
             if not caption:
                 (empty if file else missing).append(name)
-        wrong = [f"{folder.prefix}{name}: {folder.problems[name]}" for name in _with_problems(folder, pictures, files)]
+        bad = folder.problems.keys() & {*pictures, *files} if folder.problems else set()
+        wrong = [f"{folder.prefix}{name}: {folder.problems[name]}" for name in sorted(bad)]
         masks, mask_problems, unused = self._masks(config, pictures, folder.images)
         references = self._references(config, pictures)
         return SubsetScan(
@@ -365,11 +366,6 @@ def _caption_files(folder: Folder, extension: str) -> list[str]:
                 file = ""
         found.append(file)
     return found
-
-
-def _with_problems(folder: Folder, pictures: dict[str, str], files: list[str]) -> list[str]:
-    wanted = {*pictures, *files} if folder.problems else set()
-    return sorted(folder.problems.keys() & wanted)
 
 
 def _shared_stems(pictures: dict[str, str]) -> tuple[tuple[str, ...], ...]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-from types import ModuleType
 
 from library.adapters.foreign.network_module import NetworkModule, import_network_module
 from library.adapters.formats.architecture import Architecture, Tables
@@ -41,13 +40,13 @@ def adapter_tables() -> Tables:
     """The names of layers in adapter files, of every architecture."""
     names = sorted(FAMILIES, key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
     rooms = dict.fromkeys(_room(name) for name in names)
-    tables = (table for room in rooms for table in _tables(importlib.import_module(f"{room}.adapter_names")))
+    tables = (table for room in rooms for table in _tables(room))
     return tuple(dict.fromkeys(tables))  # one family may have those of another
 
 
 def tables_of(family: str) -> Tables | None:
     """The tables of one family; None when it has none."""
-    return _tables(importlib.import_module(f"{_room(family)}.adapter_names")) or None
+    return _tables(_room(family)) or None
 
 
 def known_architectures() -> KnownArchitectures:
@@ -65,8 +64,8 @@ def known_architectures() -> KnownArchitectures:
 def every_family() -> AnyFamily:
     """The targets of all families, for the kinds of adapters that are made for all of them."""
     rooms = dict.fromkeys(map(_room, FAMILIES))
-    families = dict.fromkeys(_targets(importlib.import_module(f"{room}.targets")) for room in rooms)
-    sd = _targets(importlib.import_module(f"{_room('sd')}.targets"))
+    families = dict.fromkeys(map(_targets, rooms))
+    sd = _targets(_room("sd"))
     others = tuple(targets for targets in families if targets is not sd)
     return AnyFamily(others, sd, {"blocks": BlockOptions, "t5": T5Options})
 
@@ -74,8 +73,7 @@ def every_family() -> AnyFamily:
 @functools.cache
 def unets() -> AnyFamily:
     """The targets of the families that have a U-Net."""
-    sd, sdxl = (_targets(importlib.import_module(f"{_room(name)}.targets")) for name in ("sd", "sdxl"))
-    return AnyFamily((sdxl,), sd, {"blocks": BlockOptions})
+    return AnyFamily((_targets(_room("sdxl")),), _targets(_room("sd")), {"blocks": BlockOptions})
 
 
 def _room(family: str) -> str:
@@ -83,13 +81,9 @@ def _room(family: str) -> str:
     return FAMILIES[family].path.partition(":")[0].rpartition(".")[0]
 
 
-def _tables(module: ModuleType) -> tuple[Architecture, ...]:
-    found = module.TABLES
-    assert isinstance(found, tuple)
-    return found
+def _tables(room: str) -> tuple[Architecture, ...]:
+    return importlib.import_module(f"{room}.adapter_names").TABLES
 
 
-def _targets(module: ModuleType) -> FamilyTargets:
-    found = module.TARGETS
-    assert isinstance(found, FamilyTargets)
-    return found
+def _targets(room: str) -> FamilyTargets:
+    return importlib.import_module(f"{room}.targets").TARGETS

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from library.families.registry import FAMILIES, command
 from library.families.sheet import FileMarks
 from library.key_tables import Shapes
 
+NO_ANSWERS: Mapping[str, str] = {}
 # what programs put before a denoiser's names
 PREFIXES = ("model.diffusion_model.", "net.", "diffusion_model.", "transformer.", "unet.")
 
@@ -98,10 +99,10 @@ def _without_prefixes(shapes: Shapes) -> set[str]:
     return {name[len(next((p for p in PREFIXES if name.startswith(p)), "")) :] for name in shapes}
 
 
-def foreign_file(shapes: Shapes, wanted: str = "sd") -> str | None:
+def foreign_file(shapes: Shapes, wanted: str = "sd", answers: Mapping[str, str] = NO_ANSWERS) -> str | None:
     """What a file is when it is not a checkpoint of the family `wanted`; None when it is one.
 
-    "an SDXL checkpoint: use sdxl_train_network.py".
+    "an SDXL checkpoint: use sdxl_train_network.py". answers: name of a kind -> what the family says of such files.
     """
     if any(name.endswith(ADAPTER_ENDINGS) for name in shapes):
         return ADAPTER_ANSWER
@@ -109,20 +110,15 @@ def foreign_file(shapes: Shapes, wanted: str = "sd") -> str | None:
         return CONTROL_ANSWER
     kind = architecture(shapes)
     if kind is not None:
-        return None if kind.name == wanted else kind.answer
+        return None if kind.name == wanted else answers.get(kind.name, kind.answer)
     part = next((part for part in PARTS if part.has(_without_prefixes(shapes))), None)
-    return part.answer if part else FAMILIES[wanted].files.unknown
+    return answers.get(part.name, part.answer) if part else FAMILIES[wanted].files.unknown
 
 
-def pipeline_architecture(class_name: str) -> FileKind | None:
-    """The architecture of a folder by `_class_name` in its model_index.json, or None."""
-    return next((kind for kind in architectures() if kind.pipelines and class_name.startswith(kind.pipelines)), None)
-
-
-def foreign_pipeline(class_name: str, wanted: str = "sd") -> str | None:
-    """`foreign_file` for a folder. Unknown classes pass."""
-    kind = pipeline_architecture(class_name)
-    return None if kind is None or kind.name == wanted else kind.answer
+def foreign_pipeline(class_name: str, wanted: str = "sd", answers: Mapping[str, str] = NO_ANSWERS) -> str | None:
+    """`foreign_file` for a folder, by `_class_name` in its model_index.json. Unknown classes pass."""
+    kind = next((kind for kind in architectures() if kind.pipelines and class_name.startswith(kind.pipelines)), None)
+    return None if kind is None or kind.name == wanted else answers.get(kind.name, kind.answer)
 
 
 def context_dim(shapes: Shapes) -> int | None:

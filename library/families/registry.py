@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -49,9 +49,7 @@ def chosen(sheet: Sheet, options: Any) -> Sheet:
 
 def family_class(sheet: Sheet) -> type[ModelFamily]:
     """The class of a family. Imports torch."""
-    module, name = sheet.path.split(":")
-    found: type[ModelFamily] = getattr(importlib.import_module(module), name)
-    return found
+    return pkgutil.resolve_name(sheet.path)
 
 
 def open_family(sheet: Sheet, options: Any) -> ModelFamily:

@@ -7,7 +7,7 @@ import pickle
 import re
 import uuid
 from collections import ChainMap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ from torch import Tensor
 
 from library.byte_paths import plain_path
 from library.device import without_rounding
-from library.errors import StopTraining, UserError, first_names
+from library.errors import StopTraining, UserError, first_names, raise_problems
 from library.io.atomic import SaveError, atomic_write, clean_leftovers, free_bytes, remove_folder
 from library.io.metadata import tensor_hashes
 from library.io.options import SaveOptions, StateOptions, name_problems
 from library.io.tensor_file import check_safetensors, data_bytes, write_safetensors
+from library.key_tables import LazyTensors
 from library.log import get_logger
 
 log = get_logger()
@@ -171,8 +172,7 @@ def check_output(
     free = free_bytes(folder)
     if free < needed_bytes:
         problems.append(f"--output_dir: {folder} has {free:,} bytes free, but a save needs {needed_bytes:,}")
-    if problems:
-        raise UserError(problems)
+    raise_problems(problems)
     return leftovers
 
 
@@ -229,7 +229,7 @@ def _refuse(bad: list[str], total: int, what: str, path: str | Path) -> None:
         raise StopTraining(f"{path} is not written: {len(bad)} of {total} tensors {what} ({first_names(bad)})")
 
 
-class Ready(Mapping[str, Tensor]):
+class Ready(LazyTensors):
     """Tensors in the dtype of a file, each moved to main memory when it is read, so that no model is in memory twice.
 
     Tensors that `dtype` cannot represent are in float32: those with a value that overflows and, with `keep_small`,
@@ -238,18 +238,13 @@ class Ready(Mapping[str, Tensor]):
 
     def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype | None, *, keep_small: bool = False) -> None:
         self.tensors, self.dtype, self.keep_small = tensors, dtype, keep_small
+        self.names = tensors
         self.wide: frozenset[str] = frozenset()
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self.tensors[name].detach()
         dtype = torch.float32 if name in self.wide else self.dtype
         return tensor.to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
-
-    def __len__(self) -> int:
-        return len(self.tensors)
 
     def check(self, path: str | Path) -> None:
         """Find the tensors that must be in float32, and warn. Raises StopTraining for infinite or nan weights."""

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from library.byte_paths import plain_path
-from library.errors import UserError, nearest
+from library.errors import UserError, nearest, raise_problems
 from library.io.atomic import SaveError, atomic_folder, clean_leftovers
 from library.io.checkpoint import require_finite, require_present
 from library.io.tensor_file import data_bytes, stream_digest, write_safetensors
@@ -237,8 +237,7 @@ def verify_state(folder: Path, *, content: bool = True) -> None:
             problems.append(f"--resume: {path} {state}; use another state")
         elif content and _identity(path) != expected:
             problems.append(f"--resume: {path} is damaged (its content is not what was written); use another state")
-    if problems:
-        raise UserError(problems)
+    raise_problems(problems)
 
 
 def _manifest(folder: Path) -> dict[str, dict[str, Any]]:

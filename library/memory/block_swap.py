@@ -194,7 +194,7 @@ class BlockSwap:
         self.home()
         for handle in self._handles:
             handle.remove()
-        room = self.ring_bytes
+        room = self.ring.nbytes
         self._handles, self._images, self._ring, self._block_of = [], [], None, {}
         return room
 
@@ -245,26 +245,6 @@ class BlockSwap:
     def ring(self) -> Ring:
         assert self._ring is not None, "not installed"
         return self._ring
-
-    @property
-    def host_bytes(self) -> int:
-        """Bytes of main memory that the images take."""
-        return sum(image.nbytes for image in self._image_of.values())
-
-    @property
-    def ring_bytes(self) -> int:
-        """Bytes of the device that the slots take."""
-        return self.ring.nbytes_of_slot * len(self.ring.slots)
-
-    @property
-    def copies(self) -> int:
-        """Number of copies of blocks to the device so far."""
-        return self.ring.copies
-
-    @property
-    def copies_home(self) -> int:
-        """Number of copies of updated blocks to main memory so far."""
-        return self.ring.copies_home
 
     def measure(self) -> None:
         """Start to measure for how long the computation waits for copies (CUDA only)."""

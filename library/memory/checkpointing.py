@@ -4,7 +4,7 @@
     recomputation = Recomputation(family.blocks(denoiser))
     recomputation.set_budget(0.5)  # recompute half of the blocks, evenly spread, in the backward pass
     recomputation.set_budget(0)  # recompute all of them
-    recomputation.undo()
+    recomputation.forwards.undo()
 
 Only the inputs of a recomputed block are kept. Random draws are repeated exactly.
 """
@@ -65,10 +65,6 @@ class Recomputation:
         for index in again:
             self.forwards.replace(index, recomputed(self.forwards.before[index]))
         return again
-
-    def undo(self) -> None:
-        """Stop recomputing."""
-        self.forwards.undo()
 
 
 def recomputed_blocks(weights: Sequence[float], budget: float) -> list[int]:

@@ -3,7 +3,7 @@
 
     compiled = CompiledBlocks(family.blocks(denoiser), backend="inductor", budget=0.0, dynamic=False)
     warm(passes, trained)  # before the first step, so that no step waits for a compiler
-    compiled.set_budget(0.0); compiled.undo()
+    compiled.set_budget(0.0); compiled.forwards.undo()
 
 The result of a block must not depend on what was compiled before, or a resumed run would differ in the last digits.
 Shapes are therefore static, or dynamic from the start (by default torch starts static and prefers the latest variant),
@@ -104,10 +104,6 @@ class CompiledBlocks:
             plain = self.forwards.before[index]
             self.forwards.replace(index, kinds[signature].forward(plain, again=index in again))
         self.kinds = list(kinds.values())
-
-    def undo(self) -> None:
-        """Restore the uncompiled blocks."""
-        self.forwards.undo()
 
 
 class BlockKind:

@@ -111,27 +111,15 @@ class Hoisting:
 
     def home(self) -> None:
         """Point every weight to its image, to read or write it. Waits for the device; the next pass goes on."""
-        assert self._ring is not None, "not installed"
-        self._ring.vacate_all(lambda index: False)
+        self.ring.vacate_all(lambda index: False)
         for image in self._images:
             image.point(image.at_home)
 
     @property
-    def host_bytes(self) -> int:
-        """Bytes of main memory that the weights take."""
-        return sum(image.nbytes for image in self._images)
-
-    @property
-    def ring_bytes(self) -> int:
-        """Bytes of the device that the buffers take."""
+    def ring(self) -> Ring:
+        """The buffers on the device."""
         assert self._ring is not None, "not installed"
-        return self._ring.nbytes_of_slot * len(self._ring.slots)
-
-    @property
-    def copies(self) -> int:
-        """Number of copies of weights to the device so far."""
-        assert self._ring is not None, "not installed"
-        return self._ring.copies
+        return self._ring
 
     # ---- a pass -----------------------------------------------------------------------------------------------------
 
@@ -155,12 +143,11 @@ class Hoisting:
 
     @torch.no_grad()
     def _answer(self, embedding: Tensor, with_gradient: bool) -> list[Tensor]:
-        assert self._ring is not None
         x, count, values = F.silu(embedding), len(self.linears), []
         last = set(self._last_of.values())
         for index, (own, kept) in enumerate(zip(self._forwards.before, self._kept)):
-            self._ring.arrange([index, *([(index + 1) % count] if count > 1 else [])], lambda leaving: False)
-            self._ring.use(index)
+            self.ring.arrange([index, *([(index + 1) % count] if count > 1 else [])], lambda leaving: False)
+            self.ring.use(index)
             value = own(x)
             if with_gradient:
                 kept.with_gradient = value

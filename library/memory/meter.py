@@ -68,12 +68,6 @@ class Meter(TorchDispatchMode):
             self._entry(tensor, tag)
         return self.live - before
 
-    def retag(self, tensor: Tensor, tag: Hashable) -> None:
-        entry = self._entry(tensor, tag)
-        self.by_tag[entry.tag] -= entry.size
-        self.by_tag[tag] += entry.size
-        entry.tag = tag
-
     def ident(self, tensor: Tensor) -> int:
         """A number for the tensor's storage that is never used for another one, even after it is freed."""
         return self._entry(tensor, self.tag).ident

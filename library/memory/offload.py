@@ -19,6 +19,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from library.memory.pinning import Pinning
+from library.memory.ring import CopyQueue, copy_queue
 
 SMALLEST = 1 << 20  # bytes; smaller storages stay on the card: many small copies cost more than they save
 
@@ -52,56 +54,25 @@ class HostBuffers:
         self.free.append(buffer)
 
 
-class CopyStream:
-    """Copies between card and host, in order, in parallel with the computation."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    def out(self, source: Tensor, host: Tensor) -> None:
-        """Start to copy bytes from the card to `host`. The source may be freed at once."""
-        if self.stream is None:
-            host.copy_(source)
-            return
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
-            # ordinary memory is copied synchronously: `back` might read it too early
-            host.copy_(source, non_blocking=host.is_pinned())
-        source.record_stream(self.stream)
-
-    def back(self, host: Tensor) -> tuple[Tensor, Any]:
-        """Start to copy `host` to the card. Returns the bytes there and the event for `arrive`."""
-        there = torch.empty(host.numel(), dtype=torch.uint8, device=self.device)
-        if self.stream is None:
-            return there.copy_(host), None
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))  # until earlier users of this memory are done
-        with torch.cuda.stream(self.stream):
-            there.copy_(host, non_blocking=True)
-        there.record_stream(self.stream)
-        return there, self.stream.record_event()
-
-    def arrive(self, event: Any) -> None:
-        """Let the computation wait until the copy has arrived."""
-        if event is not None:
-            torch.cuda.current_stream(self.device).wait_event(event)
-
-
 class ParkedStorage:
     """The bytes of one storage in main memory, kept as long as autograd holds a tensor of that storage."""
 
     def __init__(
-        self, storage: torch.UntypedStorage, copies: CopyStream, pool: HostBuffers, before: ParkedStorage | None
+        self, storage: torch.UntypedStorage, copies: CopyQueue, pool: HostBuffers, before: ParkedStorage | None
     ) -> None:
         self.copies, self.pool, self.size = copies, pool, storage.nbytes()
         self.before = None if before is None else weakref.ref(before)
         # the newest one stays on the card until the next is parked: the backward pass needs it first
-        self.there: Tensor | None = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-        self.event: Any = None
+        there = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+        self.there: Tensor | None = there
+        self.arrival: Any = None  # mark of the copy back
         buffer = pool.take(self.size)
         self.host = buffer[: self.size]
         weakref.finalize(self, pool.give, buffer)
-        copies.out(self.there, self.host)
+        copies.follow()
+        # ordinary memory is copied synchronously: `fetch` might read it too early
+        copies.run(partial(self.host.copy_, there, non_blocking=self.host.is_pinned()))
+        copies.lend(there)
 
     def leave(self) -> None:
         """Free the memory on the card."""
@@ -110,12 +81,17 @@ class ParkedStorage:
     def fetch(self) -> None:
         """Start to copy the bytes back to the card, unless they are there."""
         if self.there is None:
-            self.there, self.event = self.copies.back(self.host)
+            self.there = torch.empty(self.size, dtype=torch.uint8, device=self.copies.device)
+            self.copies.follow()  # until earlier users of this memory are done
+            self.copies.run(partial(self.there.copy_, self.host, non_blocking=True))
+            self.copies.lend(self.there)
+            self.arrival = self.copies.mark()
 
     def bytes(self) -> Tensor:
         """The bytes on the card. Prefetches the storage that was parked before this one."""
         self.fetch()
-        self.copies.arrive(self.event)
+        if self.arrival is not None:
+            self.copies.reach(self.arrival)
         before = None if self.before is None else self.before()
         if before is not None:
             before.fetch()
@@ -149,7 +125,7 @@ class Offload:
         pinning: Pinning | None = None,
     ) -> None:
         self.device, self.smallest = device, smallest
-        self.copies, self.pool = CopyStream(device), HostBuffers(pinning or Pinning(device))
+        self.copies, self.pool = copy_queue(device), HostBuffers(pinning or Pinning(device))
         self.keep(weights)
         self._storages: dict[tuple[int, int], tuple[StorageWeakRef, weakref.ref[ParkedStorage]]] = {}
         self._newest: weakref.ref[ParkedStorage] | None = None

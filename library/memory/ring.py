@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +47,9 @@ class CopyQueue:
 
     def finish(self) -> None:
         """Wait on the host until everything queued is complete."""
+
+    def lend(self, tensor: Tensor) -> None:
+        """Keep the memory of a tensor that the computation may free until everything queued so far is complete."""
 
 
 class CudaCopyQueue(CopyQueue):
@@ -82,10 +85,18 @@ class CudaCopyQueue(CopyQueue):
     def finish(self) -> None:
         self.stream.synchronize()
 
+    def lend(self, tensor: Tensor) -> None:
+        tensor.record_stream(self.stream)
+
     def stalled(self) -> float:
         """Seconds that the computation has waited for marks since `stalls` became a list. Synchronizes the device."""
         torch.cuda.synchronize(self.device)
         return sum(before.elapsed_time(after) for before, after in self.stalls or ()) / 1000
+
+
+def copy_queue(device: torch.device) -> CopyQueue:
+    """A queue of copies between main memory and a device."""
+    return CudaCopyQueue(device) if device.type == "cuda" else CopyQueue(device)
 
 
 # ---- slots ----------------------------------------------------------------------------------------------------------
@@ -104,7 +115,7 @@ class RingSlot:
 class Ring:
     """`count` slots, each as large as the largest image. An image may belong to one ring only."""
 
-    queues: ClassVar[dict[str, type[CopyQueue]]] = {"cuda": CudaCopyQueue}  # device type -> queue of copies
+    new_queue = staticmethod(copy_queue)
 
     def __init__(self, images: Sequence[HostImage], device: torch.device, count: int) -> None:
         self.images = images
@@ -113,7 +124,7 @@ class Ring:
         self.slots = [RingSlot(number, memory) for number, memory in enumerate(memories)]
         self.copies = 0  # into slots
         self.copies_home = 0
-        self.queue_in, self.queue_out = (self.queues.get(device.type, CopyQueue)(device) for _ in range(2))
+        self.queue_in, self.queue_out = (self.new_queue(device) for _ in range(2))
         self._by_address = {s.memory.untyped_storage().data_ptr(): s for s in self.slots if self.nbytes_of_slot}
         self._where: dict[int, RingSlot] = {}
         # made once: making views takes longer than assigning them
@@ -126,6 +137,11 @@ class Ring:
 
     def emptied(self, slot: RingSlot) -> None:
         """Called when a slot's bytes become meaningless: when it is made and before each copy in. For tests."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the device that the slots take."""
+        return self.nbytes_of_slot * len(self.slots)
 
     def slot_of(self, index: int) -> RingSlot | None:
         """The slot that holds image `index`, None when there is none."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from library.device import on_device
-from library.errors import UserError
+from library.errors import raise_problems
 from library.log import get_logger
 from library.objectives.base import Predict, Sampler
 from library.objectives.loss import MEASURES, huber_thresholds, per_sample
@@ -103,9 +103,7 @@ class DDPMObjective:
         betas: Tensor | None = None,
     ) -> None:
         assert prediction_type in ("epsilon", "v_prediction"), prediction_type
-        problems = list(prediction_problems(options, prediction_type))
-        if problems:
-            raise UserError(problems)
+        raise_problems(prediction_problems(options, prediction_type))
         if options.zero_terminal_snr and prediction_type == "epsilon":
             get_logger().warning(
                 "--zero_terminal_snr without --v_parameterization: the last timestep is pure noise and teaches nothing"

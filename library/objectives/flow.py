@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from library.errors import UserError
+from library.errors import UserError, raise_problems
 from library.log import get_logger
 from library.objectives.base import Predict, Sampler
 from library.objectives.flow_options import FlowOptions, huber_problems
@@ -130,9 +130,7 @@ class FlowObjective:
     """
 
     def __init__(self, options: FlowOptions, loss: LossOptions, *, preview_shift: Shift) -> None:
-        problems = list(huber_problems(loss))
-        if problems:
-            raise UserError(problems)
+        raise_problems(huber_problems(loss))
         self.options, self.loss_options, self.preview_shift = options, loss, preview_shift
         self._replaced: set[str] = set()  # requested samplers that only other models have
 

@@ -34,11 +34,6 @@ def offset_strength(strength: float | Tensor, latents: Tensor, adaptive_scale: f
     return (strength + adaptive_scale * channel_mean).clamp(min=0)
 
 
-def add_offset(noise: Tensor, offset: Tensor, strength: float | Tensor) -> Tensor:
-    """Offset noise (Guttenberg 2023, "Diffusion with Offset Noise"). offset: one shift per channel, B C 1 1."""
-    return noise + strength * offset
-
-
 def multires_levels(size: tuple[int, int], iterations: int, seed: int) -> list[tuple[int, int]]:
     """Sizes (h, w) of the coarser levels: level i is smaller by r**i, with r drawn uniformly in [2, 4) for each level.
 
@@ -67,10 +62,10 @@ def make_noise(latents: Tensor, options: DDPMOptions, generator: torch.Generator
     Order of the draws: noise, [offset strength], [offset], [levels].
     """
     noise = draw(tuple(latents.shape), generator)
-    if options.noise_offset:
+    if options.noise_offset:  # one shift per channel (Guttenberg 2023, "Diffusion with Offset Noise")
         strength = draw_strength(options.noise_offset, options.noise_offset_random_strength, generator)
         offset = draw((*latents.shape[:2], *(1,) * (latents.dim() - 2)), generator)
-        noise = add_offset(noise, offset, offset_strength(strength, latents, options.adaptive_noise_scale))
+        noise = noise + offset_strength(strength, latents, options.adaptive_noise_scale) * offset
     if options.multires_noise_iterations:
         height, width = latents.shape[-2:]
         sizes = multires_levels((height, width), options.multires_noise_iterations, generator.initial_seed())

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.errors import UserError
+from library.errors import raise_problems
 from library.optim.options import FullOptimizerOptions
 
 SIZE = 1 << 25  # numbers in a unit of --fused_backward_pass; a single larger weight may exceed it
@@ -216,5 +216,4 @@ def check_in_backward(
         problems.append(f"{option} does not work with --deepspeed, which steps the weights itself")
     elif processes > 1:
         problems.append(f"{option} works in one process only: the gradients of {processes} are joined after the pass")
-    if problems:
-        raise UserError(problems)
+    raise_problems(problems)

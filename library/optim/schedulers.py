@@ -174,27 +174,21 @@ def lowest(config: ScheduleConfig, min_lr: float | None, name: str) -> float:
     raise UserError(f"{FLAG} {name} needs its lowest rate: give --lr_scheduler_min_lr_ratio (0.1, for example)")
 
 
-@dataclass(frozen=True)
-class ScheduleRow:
-    """An entry of the table: a formula, and whether the common linear warm-up from 0 precedes it."""
-
-    formula: Callable[..., Factor]
-    warms_up: bool = True
-
-
-SCHEDULES: dict[str, ScheduleRow] = {
-    "constant": ScheduleRow(constant, warms_up=False),
-    "constant_with_warmup": ScheduleRow(constant),
-    "linear": ScheduleRow(linear),
-    "cosine": ScheduleRow(cosine),
-    "cosine_with_restarts": ScheduleRow(cosine_with_restarts),
-    "polynomial": ScheduleRow(polynomial),
-    "inverse_sqrt": ScheduleRow(inverse_sqrt),
-    "cosine_with_min_lr": ScheduleRow(cosine_with_min_lr),
-    "cosine_warmup_with_min_lr": ScheduleRow(cosine_warmup_with_min_lr, warms_up=False),
-    "warmup_stable_decay": ScheduleRow(warmup_stable_decay, warms_up=False),
-    "piecewise_constant": ScheduleRow(piecewise_constant, warms_up=False),
+SCHEDULES: dict[str, Callable[..., Factor]] = {
+    "constant": constant,
+    "constant_with_warmup": constant,
+    "linear": linear,
+    "cosine": cosine,
+    "cosine_with_restarts": cosine_with_restarts,
+    "polynomial": polynomial,
+    "inverse_sqrt": inverse_sqrt,
+    "cosine_with_min_lr": cosine_with_min_lr,
+    "cosine_warmup_with_min_lr": cosine_warmup_with_min_lr,
+    "warmup_stable_decay": warmup_stable_decay,
+    "piecewise_constant": piecewise_constant,
 }
+# the common linear warm-up from 0 precedes all others
+WITHOUT_COMMON_WARMUP = ("constant", "cosine_warmup_with_min_lr", "warmup_stable_decay", "piecewise_constant")
 NO_WARMUP = {"constant": "use constant_with_warmup", "reduce_lr_on_plateau": "leave it out"}
 ONLY_FOR = {  # option -> the schedules that read it
     "lr_decay_steps": ("warmup_stable_decay",),
@@ -364,13 +358,13 @@ def _refuse_warmup(options: SchedulerOptions, name: str) -> None:
 
 def schedule_factor(name: str, config: ScheduleConfig, given: Mapping[str, Any]) -> Factor:
     """The formula with this name, including its warm-up. Raises UserError."""
-    row = SCHEDULES.get(name)
-    if row is None:
+    formula = SCHEDULES.get(name)
+    if formula is None:
         raise UserError(unknown(FLAG, name, [*SCHEDULES, *OTHER_NAMES], kind="name"))
-    check_settings(given, row.formula, f"{ARGS_FLAG} ({name})", {"config"})
+    check_settings(given, formula, f"{ARGS_FLAG} ({name})", {"config"})
     try:
-        factor = row.formula(config, **given)
-        factor = with_warmup(factor, config.warmup) if row.warms_up else factor
+        factor = formula(config, **given)
+        factor = factor if name in WITHOUT_COMMON_WARMUP else with_warmup(factor, config.warmup)
         for step in {0, config.warmup, config.total // 2, config.total}:  # shows settings of a wrong type or size
             if not 0 <= factor(step) <= MOST:
                 raise ValueError(f"the rate is multiplied by {factor(step):g} at step {step}")

@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
-from library.errors import UserError, first_names, nearest, unknown
+from library.errors import UserError, first_names, nearest, raise_problems, unknown
 from library.values import MOST, at_least, between, cut, shown
 
 RANGES = {"weight_decay": at_least(0), "eps": at_least(0), "betas": between(0, 1)}
@@ -36,8 +36,7 @@ def read_settings(items: Iterable[str], flag: str) -> dict[str, Any]:
                 settings[name] = _plain_value(text)
             except ValueError as error:
                 problems.append(f"{flag}: {name}={cut(text)}: {error}")
-    if problems:
-        raise UserError(problems)
+    raise_problems(problems)
     return settings
 
 
@@ -97,8 +96,7 @@ def check_settings(settings: Mapping[str, Any], target: Callable[..., Any], flag
         else:
             wrong = _misfit(name, value, parameters[name].default if name in parameters else None)
             problems += [f"{flag}: {name} {wrong}"] if wrong else []
-    if problems:
-        raise UserError(problems)
+    raise_problems(problems)
 
 
 def import_class(path: str, *, default_module: str, base: type, flag: str, package: str = "") -> type:

@@ -145,11 +145,6 @@ def _thinned(options: Sequence[Option], rows: int, keep: Collection[Option | Non
     return [option for i, option in enumerate(options) if i in indices or option in keep]
 
 
-def activation_factor(predicted: Prediction, measured: int) -> float:
-    """Measured over predicted activations, of a step that took `measured` bytes, the context of CUDA among them."""
-    return (measured - predicted.peak + predicted.activations) / max(1, predicted.activations)
-
-
 class PeakCheck:
     """Logs once what steps took on a card, beside what was predicted. `step_taken` does not wait for the card."""
 
@@ -166,9 +161,10 @@ class PeakCheck:
             self.say(peak_bytes(self.device) + CUDA_CONTEXT)  # which torch does not see
 
     def say(self, measured: int) -> None:
-        """Log the comparison with `measured` bytes, the context among them."""
-        factor = activation_factor(self.predicted, measured)
-        log.info(f"memory: {gb(self.predicted.peak)} predicted, {gb(measured)} measured: activations x {factor:.2f}")
+        """Log the comparison with `measured` bytes, the context among them, and how activations compare."""
+        predicted = self.predicted
+        factor = (measured - predicted.peak + predicted.activations) / max(1, predicted.activations)
+        log.info(f"memory: {gb(predicted.peak)} predicted, {gb(measured)} measured: activations x {factor:.2f}")
 
 
 # ---- the plan of a run ----------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ bucket goes forward and backward, all under torch's FakeTensorMode: only shapes,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 from library.learning import DENOISER, Models, StepModule, Trainables
 from library.memory.estimate import StepFigures
+from library.memory.host_image import tensors_of
 from library.memory.meter import Meter, watched
 from library.optim.in_backward import units
 from library.planner.planned import Planned
@@ -149,15 +151,6 @@ def _batch(planned: Planned) -> Batch:
     ).to(planned.device)
 
 
-def tensors_of(batch: Batch) -> Iterator[Tensor]:
-    """All tensors of a batch."""
-    for value in vars(batch).values():
-        if isinstance(value, dict):
-            yield from value.values()
-        elif isinstance(value, Tensor):
-            yield value
-
-
 # ---- the step -------------------------------------------------------------------------------------------------------
 
 
@@ -171,12 +164,12 @@ def _step(planned: Planned, models: Models, trainables: Trainables, batch: Batch
             _step_in_backward(unit)
     loss_of = planned.loss_of(models, trainables, _Autocast(StepModule(family, models, trainables), planned))
     held = {
-        "encoders": [t for encoder in models.encoders.values() for t in _all(encoder)],
-        "vae": [*_all(models.vae)] if models.vae is not None else [],
-        "denoiser": [*_all(models.denoiser)],
-        "learning": [*_all(trainables.module)],
+        "encoders": [t for encoder in models.encoders.values() for t in tensors_of(encoder)],
+        "vae": tensors_of(models.vae) if models.vae is not None else [],
+        "denoiser": tensors_of(models.denoiser),
+        "learning": tensors_of(trainables.module),
         "gradients": [p.grad for p in parameters if p.grad is not None],
-        "batch": [*tensors_of(batch)],
+        "batch": [leaf for leaf in tree_leaves(vars(batch)) if isinstance(leaf, Tensor)],
     }
     meter = FakeMeter(counts_work=True, device=planned.device)
     sizes = {name: meter.hold(tensors, name) for name, tensors in held.items()}
@@ -232,8 +225,3 @@ def _step_in_backward(unit: Sequence[nn.Parameter]) -> None:
 
     for parameter in unit:
         parameter.register_post_accumulate_grad_hook(arrived)
-
-
-def _all(module: nn.Module) -> Iterator[Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()

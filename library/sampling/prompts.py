@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from library.errors import UserError, nearest, unknown
+from library.errors import UserError, nearest, raise_problems, unknown
 from library.options import convert
 from library.sampling.options import SAMPLER_NAMES
 from library.text_files import read_json, read_text, read_toml
@@ -69,8 +69,7 @@ def load_prompts(path: str | Path) -> tuple[Prompt, ...]:
             prompts.append(found)
     if not prompts and not problems:
         problems.append(f"--sample_prompts: {path} holds no prompt")
-    if problems:
-        raise UserError(problems)
+    raise_problems(problems)
     return tuple(prompts)
 
 

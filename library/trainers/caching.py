@@ -105,13 +105,11 @@ class Caches:
 
         def encode(pixels: Tensor, seeds: list[int]) -> Tensor:
             self.check()
-            with torch.no_grad():
-                return self.family.encode_image(vae, on_device(pixels, device), seeds)
+            return self.family.encode_image(vae, on_device(pixels, device), seeds)
 
         def encode_reference(pixels: Tensor, seeds: list[int]) -> Tensor:
             self.check()
-            with torch.no_grad():
-                return self.family.encode_reference(vae, on_device(pixels, device))
+            return self.family.encode_reference(vae, on_device(pixels, device))
 
         with self._saying_what_stays(self.options.cache_latents_to_disk):
             for jobs, way in ((self.data.encoding_jobs(), encode), (self.data.reference_jobs(), encode_reference)):

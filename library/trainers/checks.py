@@ -24,7 +24,7 @@ from library.data.masks import check_masks
 from library.data.options import CacheOptions
 from library.data.scan import Scan, scan
 from library.device import check_launch, indexed, make_accelerator, return_large_blocks, unscale_half_gradients
-from library.errors import UserError
+from library.errors import UserError, raise_problems
 from library.families.family import ModelFamily
 from library.io.checkpoint import check_output, last_name, state_name
 from library.io.state import read_facts
@@ -185,9 +185,7 @@ def training_data(found: Scan, options: TrainerOptions, seed: int, references: R
         text_variants=options.cache.caption_variants,
         references=references,
     )
-    problems = data.cache_problems(latents=options.cache.latents, texts=options.cache.texts)
-    if problems:
-        raise UserError(problems)
+    raise_problems(data.cache_problems(latents=options.cache.latents, texts=options.cache.texts))
     return data
 
 

@@ -12,7 +12,7 @@ from dataclasses import fields
 
 from library.data.dataset import TrainingData
 from library.data.parts import DatasetStats
-from library.data.records import DatasetConfig, Sample, SubsetConfig
+from library.data.records import DatasetConfig, Sample
 from library.families.sheet import ModelFacts
 from library.io.metadata import (
     VERSION,
@@ -59,14 +59,12 @@ class FileHashes:
 
 def subset_facts(config: DatasetConfig, samples: Sequence[Sample]) -> tuple[SubsetFacts, ...]:
     """The facts of each subset of a dataset."""
-    counts = Counter(id(sample.subset) for sample in samples)
-    return tuple(_subset_facts(subset, counts[id(subset)]) for subset in config.subsets)
-
-
-def _subset_facts(subset: SubsetConfig, img_count: int) -> SubsetFacts:
-    settings = {**vars(subset.captions), **vars(subset.images), **vars(subset)}
-    same = {f.name: settings[f.name] for f in fields(SubsetFacts) if f.name in settings}
-    return SubsetFacts(source=subset.name, img_count=img_count, **same)
+    counts, found = Counter(id(sample.subset) for sample in samples), []
+    for subset in config.subsets:
+        settings = {**vars(subset.captions), **vars(subset.images), **vars(subset)}
+        same = {f.name: settings[f.name] for f in fields(SubsetFacts) if f.name in settings}
+        found.append(SubsetFacts(source=subset.name, img_count=counts[id(subset)], **same))
+    return tuple(found)
 
 
 def tag_frequency(trained: Sequence[Sample], texts: Callable[[Sample], Sequence[str]]) -> dict[str, dict[str, int]]:

@@ -6,12 +6,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from library.errors import UserError
+from library.errors import UserError, raise_problems
 from library.families.family import ModelFamily
 from library.families.finetune_options import FineTuneOptions
 from library.log import get_logger
@@ -144,7 +145,8 @@ class Memory:
         most = min(self.most_samples or batch_size, batch_size)
         if most > 1:
             half = -(-most // 2)
-            yield f"batches go through the model {half} samples at a time from now on", lambda: self._limit(half)
+            limit = partial(setattr, self, "most_samples", half)
+            yield f"batches go through the model {half} samples at a time from now on", limit
         more = self._more_blocks()
         if more is not None:
             yield (
@@ -163,9 +165,6 @@ class Memory:
         assert self.recomputation is not None
         self.choice = replace(self.choice, activation_budget=0.0)
         self.recomputation.set_budget(0.0)
-
-    def _limit(self, samples: int) -> None:
-        self.most_samples = samples
 
     def _more_blocks(self) -> int | None:
         """The next number of swapped blocks: a quarter of all more, or the first that saves more; None without one."""
@@ -226,8 +225,7 @@ def check_choice(
         problems += _hoisting_problems(family, learning, changed)
     if swapping and not problems:
         family.swapped(family.empty_denoiser(), choice.blocks_to_swap, swap_options)
-    if problems:
-        raise UserError(problems)
+    raise_problems(problems)
 
 
 def _machine_problems(choice: MemoryChoice, options: MemoryOptions) -> Iterator[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from library.byte_paths import plain_path
-from library.errors import UserError, unknown, unknown_names
+from library.errors import UserError, raise_problems, unknown, unknown_names
 from library.log import get_logger
 from library.text_files import read_toml
 from library.trainers.options import LoggingOptions
@@ -194,8 +194,7 @@ def tracker_settings(options: LoggingOptions) -> dict[str, dict[str, object]]:
         f"{where}: {key} expects a table: [{key}]" for key in KINDS if not isinstance(settings.get(key, {}), dict)
     ]
     wrong = wrong or [f"{where}: [tensorboard] {line}" for line in _tensorboard_problems(settings)]
-    if wrong:
-        raise UserError(wrong)
+    raise_problems(wrong)
     return settings
 
 

@@ -108,8 +108,7 @@ def _scale(config: Mapping[str, Any]) -> str:
 def build_vae(config: Mapping[str, Any]) -> nn.Module:
     from diffusers import AutoencoderKL
 
-    module: Any = AutoencoderKL.from_config(dict(config))
-    return module
+    return AutoencoderKL.from_config(dict(config))
 
 
 def _folder_rules(module: nn.Module, is_old: bool) -> tuple[Rule, ...]:

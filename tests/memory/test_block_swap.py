@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -107,7 +107,7 @@ def test_losses_and_gradients_are_those_of_the_whole_model(name: str, method: st
         swap.home()
         assert all(torch.equal(value, weights[name]) for name, value in sample.denoiser.state_dict().items())
         assert_equal(gradients(sample, parameters), expected)
-        assert swap.copies_home == 0
+        assert swap.ring.copies_home == 0
         swap.remove()
     assert_equal(gradients(sample, parameters), expected)
 
@@ -231,12 +231,11 @@ def test_each_step_copies_what_it_must(count: int, slots: int) -> None:
     swap.install()
     gradients(sample, parameters, passes=1)
     for _ in range(2):
-        before = swap.copies
+        before = swap.ring.copies
         gradients(sample, parameters, passes=1)
-        assert swap.copies - before == 2 * max(0, count - slots)
-    assert swap.copies_home == 0
-    assert swap.host_bytes == sum(HostImage(tensors_of(block)).nbytes for block in swap.swapped)
-    assert swap.ring_bytes == min(slots, count) * max(HostImage(tensors_of(block)).nbytes for block in swap.swapped)
+        assert swap.ring.copies - before == 2 * max(0, count - slots)
+    assert swap.ring.copies_home == 0
+    assert swap.ring.nbytes == min(slots, count) * max(HostImage(tensors_of(block)).nbytes for block in swap.swapped)
 
 
 def test_the_order_of_transfers() -> None:
@@ -292,7 +291,7 @@ class LateQueue(CopyQueue):
 
 
 class LateRing(PoisonedRing):
-    queues: ClassVar = {"cpu": LateQueue}
+    new_queue = staticmethod(LateQueue)
 
 
 class LateSwap(PoisonedSwap):
@@ -390,14 +389,14 @@ def test_only_updates_are_copied_home() -> None:
     gradients(sample, parameters, passes=2)
     with torch.no_grad():
         sample.loss(0)
-    assert swap.copies_home == 0
+    assert swap.ring.copies_home == 0
     learn(sample, swap, 1)
-    assert swap.copies_home == 6
-    before = swap.copies_home
+    assert swap.ring.copies_home == 6
+    before = swap.ring.copies_home
     with torch.no_grad():
         sample.loss(0)
     swap.home()
-    assert swap.copies_home == before
+    assert swap.ring.copies_home == before
 
 
 def test_an_update_of_a_block_that_is_away_is_refused() -> None:
@@ -485,7 +484,7 @@ def test_blocks_without_weights() -> None:
         assert_equal(torch.autograd.grad(model(x).sum(), x), expected)
     empty = PoisonedSwap(blocks[1::2], range(2), CPU)
     empty.install()
-    assert empty.ring_bytes == empty.host_bytes == empty.copies == 0
+    assert empty.ring.nbytes == empty.ring.copies == 0
 
 
 def test_what_blocks_share_stays() -> None:

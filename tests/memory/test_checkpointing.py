@@ -72,7 +72,7 @@ def test_less_is_kept_with_a_smaller_budget_and_undo_brings_everything_back() ->
     half = (kept[1] - kept[0]) / 2
     assert kept[0] < 0.3 * kept[1]
     assert kept[0.5] - kept[0] == pytest.approx(half, rel=0.05)
-    recomputation.undo()
+    recomputation.forwards.undo()
     assert run(blocks)[2] == kept[1]
     assert all("forward" not in vars(block) for block in blocks)
 
@@ -89,7 +89,7 @@ def test_a_forward_that_was_replaced_before_stays() -> None:
     recomputation.set_budget(0)
     run(blocks)
     assert blocks[0].calls == 4
-    recomputation.undo()
+    recomputation.forwards.undo()
     assert blocks[0].forward is twice
 
 

@@ -103,7 +103,7 @@ def test_every_budget_equals_eager_and_keeps_less() -> None:
         assert_same(found, expected)
         kept[budget] = found[2]
     assert kept[0] < 0.4 * kept[1] and kept[0] < kept[0.5] < kept[1]
-    compiled.undo()
+    compiled.forwards.undo()
     assert step(model, network)[2] == expected[2]
     assert not any(kind.broken or kind.outside for kind in compiled.kinds)
 
@@ -143,7 +143,7 @@ def test_a_kind_is_compiled_once_and_shapes_do_not_depend_on_those_before() -> N
         for size, plain, count in zip(sizes, expected, graphs, strict=True):
             assert_same(step(model, network, **size), plain)
             assert compilations() == count
-        compiled.undo()
+        compiled.forwards.undo()
 
 
 def test_strength_of_adapters_and_no_gradients() -> None:

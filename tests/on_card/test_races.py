@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from library.memory.block_swap import BlockSwap
 from library.memory.hoisting import Hoisting
-from library.memory.offload import CopyStream, Offload
+from library.memory.offload import Offload
 from library.memory.ring import CudaCopyQueue
 from tests.memory.swap_models import Sample
 from tests.on_card.samples import attach_lora, on_card
@@ -152,18 +152,6 @@ def test_hoisted_modulations(name: str, recomputed: bool, swap: bool) -> None:
 # ---- each wait is needed --------------------------------------------------------------------------------------------
 
 
-def out_without_follow(copies: CopyStream, source: Tensor, host: Tensor) -> None:
-    with torch.cuda.stream(copies.stream):
-        host.copy_(source, non_blocking=True)
-    source.record_stream(copies.stream)
-
-
-def out_without_record(copies: CopyStream, source: Tensor, host: Tensor) -> None:
-    copies.stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(copies.stream):
-        host.copy_(source, non_blocking=True)
-
-
 def follow_others_alone(queue: CudaCopyQueue, *others: CudaCopyQueue) -> None:
     for other in others:
         queue.stream.wait_stream(other.stream)
@@ -178,9 +166,9 @@ FAULTS: dict[str, tuple[type, str, Callable[..., Any], Callable[[], None]]] = {
     "a copy does not wait for the computation": (CudaCopyQueue, "follow", follow_others_alone, swapped()),
     "a copy in does not wait for the copy out": (CudaCopyQueue, "follow", follow_computation_alone, swapped()),
     "the host does not wait for blocks at home": (CudaCopyQueue, "finish", lambda queue: None, swapped()),
-    "the computation does not wait for activations": (CopyStream, "arrive", lambda copies, event: None, offloaded()),
-    "activations leave before they are computed": (CopyStream, "out", out_without_follow, offloaded()),
-    "activations are freed while they leave": (CopyStream, "out", out_without_record, offloaded()),
+    "the computation does not wait for activations": (CudaCopyQueue, "reach", lambda queue, mark: None, offloaded()),
+    "activations leave before they are computed": (CudaCopyQueue, "follow", follow_others_alone, offloaded()),
+    "activations are freed while they leave": (CudaCopyQueue, "lend", lambda queue, tensor: None, offloaded()),
     "blocks do not wait for modulations": (Hoisting, "_wait", lambda hoisting, block, args: None, hoisted()),
 }
 

@@ -47,7 +47,7 @@ def test_swapped_blocks(recomputed: bool) -> None:
         for _ in range(4):
             sample.denoiser(x).square().mean().backward()
         torch.cuda.set_sync_debug_mode("default")
-        assert not swapped or (swap.stalled() > 0 and swap.copies > 0 and swap.copies_home > 0)
+        assert not swapped or (swap.stalled() > 0 and swap.ring.copies > 0 and swap.ring.copies_home > 0)
         for handle in handles:
             handle.remove()
         swap.home()

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from library.errors import UserError
 from library.memory.choice import MemoryChoice
@@ -19,7 +20,6 @@ from library.memory.meter import Meter
 from library.memory.options import GIB
 from library.planner.case import case_of
 from library.planner.memory_plan import MemoryPlan, Option, plan_memory
-from library.planner.simulation import tensors_of
 from library.trainers.trainer import Trainer
 from library.types import Batch
 from tests.families import CASES
@@ -59,7 +59,7 @@ class Measured(Trainer):
         states = (value for state in optimizer.state.values() for value in state.values())
         yield from (value for value in states if isinstance(value, Tensor))
         for batch in batches:
-            yield from tensors_of(batch)
+            yield from (leaf for leaf in tree_leaves(vars(batch)) if isinstance(leaf, Tensor))
 
 
 @dataclass(frozen=True)

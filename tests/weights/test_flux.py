@@ -508,7 +508,7 @@ def test_options():
     assert "--ae" in problems("--vae", "x")
     argv = ["--pretrained_model_name_or_path", "x", "--clip_skip", "1", "--max_token_length", "75", "--split_mode"]
     resolved = resolve(Method, {}, argv, prog="x")
-    assert [line.split(":")[0] for line in resolved.answers] == ["--split_mode", "--clip_skip", "--max_token_length"]
+    assert {line.split(":")[0] for line in resolved.answers} == {"--split_mode", "--clip_skip", "--max_token_length"}
 
 
 def test_the_tool_for_random_files(tmp_path, capsys):

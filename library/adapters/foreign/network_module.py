@@ -72,10 +72,7 @@ class NetworkModule:
         """A new network. Raises UserError where the module raises an error."""
         sizes = (multiplier, network_dim, network_alpha, vae)
         if self.is_own:
-            network: AdapterNetwork = self.module.create_network(
-                *sizes, text_encoder, unet, neuron_dropout=neuron_dropout, **kwargs
-            )
-            return network
+            return self.module.create_network(*sizes, text_encoder, unet, neuron_dropout=neuron_dropout, **kwargs)
         if neuron_dropout is not None:
             kwargs.setdefault("dropout", neuron_dropout)  # LyCORIS reads this name
 
@@ -107,8 +104,7 @@ class NetworkModule:
         given = {"weights_sd": weights_sd, "for_inference": for_inference, **kwargs}
         path = None if file is None else str(file)
         if self.is_own:
-            own: tuple[AdapterNetwork, dict[str, Tensor]] = create(multiplier, path, vae, text_encoder, unet, **given)
-            return own
+            return create(multiplier, path, vae, text_encoder, unet, **given)
         if for_inference:  # what our classes know they merge exactly: LyCORIS 4.1 takes the alpha of LoHa twice
             tensors = weights_of(file, weights_sd)
             if is_readable(tensors):

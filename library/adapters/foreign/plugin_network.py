@@ -209,9 +209,10 @@ class PluginNetwork(AdapterNetwork):
                     raise
                 line = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
                 raise UserError(f"the adapter file does not fit --network_module {self.module_name}: {line}") from None
-        unexpected = _unexpected(info)
+        # torch's result, or a dict of LyCORIS
+        unexpected = info.get("unexpected keys") if isinstance(info, Mapping) else getattr(info, "unexpected_keys", ())
         if unexpected:
-            names = first_names(unexpected)
+            names = first_names([*unexpected])
             raise UserError(f"{len(unexpected)} keys of the adapter file belong to no adapter here: {names}")
 
     def merge_into(self, *, dtype: torch.dtype | None = None) -> None:
@@ -281,10 +282,6 @@ class PluginNetwork(AdapterNetwork):
             found.setdefault(name.partition(".")[0], []).append(parameter)
         return found
 
-    def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        own = self._call("get_trainable_params")
-        return iter(self.network.parameters() if own is None else own)
-
     def trained(self) -> list[TrainedLayer]:
         """The layers that have a name and hold the forward of the module that they replace."""
         found = []
@@ -326,13 +323,6 @@ def _with_names(result: Any) -> tuple[list[dict[str, Any]], list[str]]:
     groups, names = result if isinstance(result, tuple) else (result, None)
     groups = [group if isinstance(group, dict) else {"params": [group]} for group in groups]
     return groups, [*names] if names and len(names) == len(groups) else [f"group {i + 1}" for i in range(len(groups))]
-
-
-def _unexpected(info: Any) -> list[str]:
-    """Unexpected keys in what load_weights returned: torch's result, or a dict of LyCORIS."""
-    if isinstance(info, Mapping):
-        return [*info.get("unexpected keys", ())]
-    return [*getattr(info, "unexpected_keys", ())]
 
 
 def refuse_comfy_dora(tensors: Mapping[str, Tensor], name: str) -> None:

@@ -284,10 +284,6 @@ def _kohya_keys(layers: Layers) -> dict[str, Tensor]:
     return {f"{name}.{suffix}": value for name, (_, own) in layers.items() for suffix, value in own.items()}
 
 
-def _write_kohya(layers: Layers, index: NameIndex) -> dict[str, Tensor]:
-    return _kohya_keys(layers)
-
-
 def _write_comfy(layers: Layers, index: NameIndex) -> dict[str, Tensor]:
     """ComfyUI knows nearly every suffix of kohya below a dotted path too; Tucker form only with kohya's suffixes."""
     foreign = [f"{name} ({', '.join(sorted(own))})" for name, (_, own) in layers.items() if NOT_OF_COMFY & set(own)]
@@ -321,7 +317,7 @@ def _write_peft(layers: Layers, index: NameIndex) -> dict[str, Tensor]:
 
 
 WRITERS: dict[str, Callable[[Layers, NameIndex], dict[str, Tensor]]] = {
-    "kohya": _write_kohya,
+    "kohya": lambda layers, index: _kohya_keys(layers),
     "comfy": _write_comfy,
     "peft": _write_peft,
 }

@@ -9,13 +9,13 @@ GLoRA (arXiv:2306.07967) W A + B, IA3 (arXiv:2205.05638) rows or columns times a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from library.adapters.formats.layer_tensors import ALPHA, COMFY_DORA, DORA, DOWN, MID, UP, Tensors, scale_of
+from library.adapters.target_spec import TargetSpec
 
 LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 GLORA = ("a1.weight", "a2.weight", "b1.weight", "b2.weight")
@@ -87,14 +87,7 @@ def row_norms(weight: Tensor) -> Tensor:
 # ---- DoRA: ComfyUI divides by ‖W‖ where all others divide by ‖V‖ --------------------------------------------------
 
 
-class HasWeight(Protocol):
-    """Anything with the weight that an adapter is on; reading it may be expensive."""
-
-    @property
-    def weight(self) -> Tensor: ...
-
-
-def kohya_dora(own: Tensors, target: HasWeight) -> dict[str, Tensor]:
+def kohya_dora(own: Tensors, target: TargetSpec) -> dict[str, Tensor]:
     """The tensors with DoRA magnitudes as trained, in place of ComfyUI's."""
     if COMFY_DORA not in own:
         return dict(own)

@@ -61,6 +61,7 @@ class DyLoRALayer(RankedLayer):
     The gradient of a block that does not learn is None, not 0, so that optimizers leave it and its moments alone.
     """
 
+    marks: ClassVar[set[str]] = {"lora_down.weight", "lora_up.weight"}
     saved: ClassVar[tuple[str, ...]] = ("alpha", "lora_down.weight", "lora_up.weight")
     plus: ClassVar[tuple[str, ...]] = ("lora_up",)
     sparse: ClassVar[bool] = True
@@ -78,11 +79,6 @@ class DyLoRALayer(RankedLayer):
         self.lora_up = nn.ParameterList(torch.zeros(target.width, self.unit, *ones) for _ in range(count))
         for down in self.lora_down:
             nn.init.kaiming_uniform_(down, a=math.sqrt(5))
-
-    @staticmethod
-    def claims(names: set[str]) -> bool:
-        """Whether a module with these tensors in a file is a plain LoRA."""
-        return {"lora_down.weight", "lora_up.weight"} <= names
 
     @classmethod
     def from_tensors(cls, target: TargetSpec, tensors: Mapping[str, Tensor], settings: DyloraSettings) -> AdapterLayer:

@@ -70,6 +70,7 @@ def conv_strides(stride: int) -> list[int]:
 class LLLiteLayer(AdapterLayer):
     """The control of one Linear layer. Without a control image it changes nothing."""
 
+    marks: ClassVar[set[str]] = {"conditioning1.0.weight", "down.0.weight", "mid.0.weight", "up.0.weight"}
     saved: ClassVar[tuple[str, ...]] = tuple(
         f"{part}.{tensor}"
         for part in ("conditioning1.0", "conditioning1.2", "conditioning1.4", "down.0", "mid.0", "up.0")
@@ -95,11 +96,6 @@ class LLLiteLayer(AdapterLayer):
         for parameter in self.up.parameters():
             nn.init.zeros_(parameter)
         self.control: Tensor | None = None  # B 3 H W in [-1, 1]
-
-    @staticmethod
-    def claims(names: set[str]) -> bool:
-        """Whether a module with these tensors in a file is a ControlNet-LLLite."""
-        return {"conditioning1.0.weight", "down.0.weight", "mid.0.weight", "up.0.weight"} <= names
 
     @classmethod
     def from_tensors(cls, target: TargetSpec, tensors: Mapping[str, Tensor], settings: LLLiteSettings) -> AdapterLayer:

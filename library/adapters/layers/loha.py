@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ PAIRS = (("hada_w1_a", "hada_w1_b", "hada_t1"), ("hada_w2_a", "hada_w2_b", "hada
 class LoHaLayer(FactorLayer):
     """The modules of a target share the columns' factors and split the rows of w1_a and w2_a."""
 
+    marks: ClassVar[set[str]] = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
     saved: ClassVar[tuple[str, ...]] = ("alpha", "dora_scale", *(name for pair in PAIRS for name in pair))
     first: ClassVar[tuple[str, ...]] = ("hada_w1_a",)
     length_is_rank: ClassVar[str | None] = "hada_w1_b"
@@ -48,11 +49,6 @@ class LoHaLayer(FactorLayer):
         core = (rank, rank, *self.kernel)
         self.hada_t1 = nn.Parameter(torch.randn(core) * 0.1) if self.tucker else None
         self.hada_t2 = nn.Parameter(torch.randn(core) * 0.1) if self.tucker else None
-
-    @staticmethod
-    def claims(names: set[str]) -> bool:
-        """Whether a module with these tensors in a file is a LoHa."""
-        return {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"} <= names
 
     @classmethod
     def from_tensors(cls, target: TargetSpec, tensors: Mapping[str, Tensor], settings: FactorSettings) -> AdapterLayer:
@@ -117,14 +113,10 @@ class LoHaLayer(FactorLayer):
         return super().form_problem(tensors)
 
 
-def loha_settings(options: Mapping[str, Any], neuron_dropout: float | None) -> FactorSettings:
-    return FactorSettings(**factor_values(options, "networks.loha", neuron_dropout))
-
-
 LOHA = AdapterKind(
     options={"layer": FactorOptions, "dropout": DropoutOptions, "patterns": PatternOptions},
     readers=(LoHaLayer, NormLayer),
-    settings=loha_settings,
+    settings=lambda options, dropout: FactorSettings(**factor_values(options, "networks.loha", dropout)),
     make=lambda target, rank, alpha, settings: LoHaLayer(target, rank=rank, alpha=alpha, settings=settings),
     forms=lambda options: options["layer"].form,
 )

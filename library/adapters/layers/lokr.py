@@ -146,11 +146,10 @@ class LoKrLayer(FactorLayer):
         zero = None if settings.scalar else "lokr_w2_b" if form.large_factored else "lokr_w2"
         self.parts = nn.ParameterDict({name: _drawn(shape, zero=name == zero) for name, shape in shapes.items()})
         if not (form.small_factored or form.large_factored):  # readers know no rank then, so the scale is 1
-            self.alpha, self.scale = float(rank), 1.0
+            self.load_alpha({})
 
-    @staticmethod
-    def claims(names: set[str]) -> bool:
-        """Whether a module with these tensors in a file is a LoKr."""
+    @classmethod
+    def claims(cls, names: set[str]) -> bool:
         return all(w in names or {f"{w}_a", f"{w}_b"} <= names for w in ("lokr_w1", "lokr_w2"))
 
     @classmethod
@@ -221,9 +220,7 @@ class LoKrLayer(FactorLayer):
         return super().form_problem(tensors)
 
     def load_alpha(self, tensors: Mapping[str, Tensor]) -> None:
-        super().load_alpha(tensors)
-        if not (self.form.small_factored or self.form.large_factored):
-            self.alpha, self.scale = float(self.rank), 1.0
+        super().load_alpha(tensors if self.form.small_factored or self.form.large_factored else {})
 
 
 def _drawn(shape: tuple[int, ...], *, zero: bool) -> nn.Parameter:

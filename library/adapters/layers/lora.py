@@ -79,6 +79,7 @@ class LoraSettings(RankedSettings):
 class LoRALayer(RankedLayer):
     """ΔW = scalar · up · (mid ·) down, times alpha / rank. The modules of a target share down and split up's rows."""
 
+    marks: ClassVar[set[str]] = {"lora_down.weight", "lora_up.weight"}
     saved: ClassVar[tuple[str, ...]] = ("alpha", "lora_down.weight", "lora_up.weight", "lora_mid.weight", "dora_scale")
     plus: ClassVar[tuple[str, ...]] = ("lora_up",)
     first: ClassVar[tuple[str, ...]] = ("lora_up.weight",)
@@ -99,11 +100,6 @@ class LoRALayer(RankedLayer):
         self.scalar = nn.Parameter(torch.zeros(())) if settings.scalar else None
         self.noise: Tensor | None  # standard deviation per row; none before the first step
         self.register_buffer("noise", None if settings.noise is None else torch.zeros(target.width))
-
-    @staticmethod
-    def claims(names: set[str]) -> bool:
-        """Whether a module with these tensors in a file is a LoRA."""
-        return {"lora_down.weight", "lora_up.weight"} <= names
 
     @classmethod
     def from_tensors(cls, target: TargetSpec, tensors: Mapping[str, Tensor], settings: LoraSettings) -> AdapterLayer:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,13 +49,9 @@ class LoRAFALayer(LoRALayer):
         return limited
 
 
-def lora_fa_settings(options: Mapping[str, Any], neuron_dropout: float | None) -> LoraSettings:
-    return lora_settings({"layer": LoraLayerOptions(), "dropout": options["dropout"]}, neuron_dropout)
-
-
 LORA_FA = AdapterKind(
     options={"dropout": DropoutOptions, "patterns": PatternOptions},
     readers=(LoRAFALayer, NormLayer),
-    settings=lora_fa_settings,
+    settings=lambda options, dropout: lora_settings({"layer": LoraLayerOptions(), **options}, dropout),
     make=lambda target, rank, alpha, settings: LoRAFALayer(target, rank=rank, alpha=alpha, settings=settings),
 )

@@ -17,6 +17,7 @@ from library.adapters.target_spec import TargetSpec
 class NormLayer(AdapterLayer):
     """Norm(x) with weight + w_norm and bias + b_norm. Linear in both, so the change is Norm(x; w_norm, b_norm)."""
 
+    marks: ClassVar[set[str]] = {"w_norm"}
     saved: ClassVar[tuple[str, ...]] = ("w_norm", "b_norm")
 
     def __init__(self, target: TargetSpec, *, module_dropout: float = 0.0):
@@ -24,11 +25,6 @@ class NormLayer(AdapterLayer):
         module = self._module()
         self.w_norm = nn.Parameter(torch.zeros(target.width))
         self.b_norm = nn.Parameter(torch.zeros(target.width)) if module.bias is not None else None
-
-    @staticmethod
-    def claims(names: set[str]) -> bool:
-        """Whether a module with these tensors in a file is a norm."""
-        return "w_norm" in names
 
     @classmethod
     def from_tensors(cls, target: TargetSpec, tensors: Mapping[str, Tensor], settings: Any) -> NormLayer:

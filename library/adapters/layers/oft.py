@@ -62,9 +62,8 @@ class OFTLayer(WeightLayer):
         self.alpha = torch.tensor(float(alpha), device="cpu").item()  # as a file rounds it
         self.oft_blocks = nn.ParameterList(torch.zeros(count, w // count, w // count) for w in widths)
 
-    @staticmethod
-    def claims(names: set[str]) -> bool:
-        """Whether a module with these tensors in a file is an OFT."""
+    @classmethod
+    def claims(cls, names: set[str]) -> bool:
         return bool(names & {"oft_blocks", "oft_blocks.0"})
 
     @classmethod
@@ -169,10 +168,6 @@ def oft_settings(options: Mapping[str, Any], neuron_dropout: float | None) -> Of
     return OftSettings(module_dropout=dropout.module_dropout or 0.0)
 
 
-def numbered_oft_settings(options: Mapping[str, Any], neuron_dropout: float | None) -> OftSettings:
-    return replace(oft_settings(options, neuron_dropout), numbered=True)
-
-
 OFT = AdapterKind(
     options={"dropout": NoDropoutOptions, "patterns": PatternOptions},
     readers=(OFTLayer,),
@@ -183,4 +178,4 @@ OFT = AdapterKind(
     in_file="the blocks come from {file}; leave it out",
     reads_every_kind=False,
 )
-NUMBERED_OFT = replace(OFT, settings=numbered_oft_settings)
+NUMBERED_OFT = replace(OFT, settings=lambda *given: replace(oft_settings(*given), numbered=True))

@@ -39,9 +39,8 @@ class RewriteLayer(WeightLayer):
         self.rewrite = rewrite_of(tensors)
         self._whole: Tensor | None = None  # W' while it is written into the modules one by one
 
-    @staticmethod
-    def claims(names: set[str]) -> bool:
-        """Whether a module with these tensors in a file is one of these kinds."""
+    @classmethod
+    def claims(cls, names: set[str]) -> bool:
         return bool(names & {"diff", "a1.weight", "on_input", "oft_blocks"}) or names == {BIAS_ADDED}
 
     @classmethod

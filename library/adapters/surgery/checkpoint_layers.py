@@ -10,7 +10,6 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +24,7 @@ from library.adapters.formats.architecture import (
     index_of,
 )
 from library.key_tables import Shapes, part_rows
+from library.weights.weight_files import WeightFile
 
 DENOISER_PREFIXES = ("model.diffusion_model.", "", "diffusion_model.", "net.")
 TEXT_LEVEL = "text_model."  # of CLIP; some old files leave it out
@@ -33,14 +33,6 @@ MOST_ENCODER_BLOCKS = 32  # of CLIP-G: a file of the denoiser alone does not tel
 # A text encoder in a file of its own
 ALONE_PREFIXES = ("", "model.")
 IN_PROJECTION = ("q", "k", "v")
-
-
-class WeightSource(Protocol):
-    """The part of a weight file's interface that is needed here (library.weights.weight_files)."""
-
-    shapes: Mapping[str, tuple[int, ...]]
-
-    def tensor(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -113,7 +105,7 @@ class CheckpointLayers:
         shape = shape[::-1] if place.transposed else shape
         return shape if place.rows is None else (place.rows.stop - place.rows.start, *shape[1:])
 
-    def weight(self, file: WeightSource, name: str, dtype: torch.dtype | None = torch.float32) -> Tensor:
+    def weight(self, file: WeightFile, name: str, dtype: torch.dtype | None = torch.float32) -> Tensor:
         """The weight of layer `name`."""
         place = self.places[name]
         return place.of(file.tensor(place.weight, dtype))

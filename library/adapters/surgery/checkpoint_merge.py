@@ -19,10 +19,11 @@ from library.adapters.file_readers import LayerReader, pieces, reader_of
 from library.adapters.formats.damage import BROKEN
 from library.adapters.formats.deltas import kohya_dora
 from library.adapters.formats.layer_tensors import BIAS_ADDED, COMFY_DORA, DORA, DOWN, UP, Tensors
-from library.adapters.surgery.checkpoint_layers import CheckpointLayers, WeightLocation, WeightSource
+from library.adapters.surgery.checkpoint_layers import CheckpointLayers, WeightLocation
 from library.adapters.target_spec import TargetModule, TargetSpec
-from library.errors import UserError, first_names
+from library.errors import UserError, first_names, raise_problems
 from library.key_tables import part_rows
+from library.weights.weight_files import WeightFile
 
 BIASED = {"b_norm", BIAS_ADDED}  # an adapter with one of these tensors changes the bias too
 NUMBERED = "oft_blocks."  # a fused layer has one set of rotations for each of its parts
@@ -75,17 +76,13 @@ class MergedWeights:
     them that changed a tensor that was asked for.
     """
 
-    def __init__(self, file: WeightSource, layers: CheckpointLayers, adapters: Sequence[Adapter]) -> None:
+    def __init__(self, file: WeightFile, layers: CheckpointLayers, adapters: Sequence[Adapter]) -> None:
         self.file, self.layers = file, layers
         self.used: list[str] = []
         self.moved: set[str] = set()
         self.left: list[str] = []
         self._steps: dict[str, list[MergeStep]] = {}  # name of a tensor -> what happens to it, in order
-        problems: list[str] = []
-        for adapter in adapters:
-            problems += self._plan(adapter)
-        if problems:
-            raise UserError(problems)
+        raise_problems(problem for adapter in adapters for problem in self._plan(adapter))
 
     @property
     def changed(self) -> set[str]:

@@ -22,6 +22,7 @@ from library.adapters.surgery.tool_files import (
     save_lora,
     spec_of,
 )
+from library.adapters.surgery.tool_options import PairOptions, SaveOptions
 from library.errors import UserError
 from library.log import get_logger, progress
 
@@ -32,17 +33,13 @@ TEXT = re.compile(r"lora_te[12]?_.*_(self_attn_[kvq]_proj|self_attn_o(ut)?_proj|
 class Extraction:
     """The options of an extraction."""
 
-    original: str
-    tuned: str
-    save_to: str
-    dim: int
+    models: PairOptions
+    save: SaveOptions
+    device: str | None
     conv_dim: int | None = None
     clamp_quantile: float = 0.99
     min_diff: float = 0.0
     load_precision: str | None = None
-    save_precision: str | None = None
-    device: str | None = None
-    no_metadata: bool = False
     v_prediction: bool = False
     architectures: tuple[str, ...] | None = None  # names of those that the script or its options are for; None: all
 
@@ -50,19 +47,21 @@ class Extraction:
 def extract(asked: Extraction, known: KnownArchitectures) -> None:
     """Read both files layer by layer, decompose the differences, write the LoRA. Raises UserError."""
     device = device_named(asked.device)
-    original, layers = open_checkpoint("--model_org", asked.original, known)
-    tuned, tuned_layers = open_checkpoint("--model_tuned", asked.tuned, known)
+    original_path, tuned_path = asked.models.model_org, asked.models.model_tuned
+    assert original_path and tuned_path
+    original, layers = open_checkpoint("--model_org", original_path, known)
+    tuned, tuned_layers = open_checkpoint("--model_tuned", tuned_path, known)
     if tuned_layers.architecture is not layers.architecture:
         first, second = layers.architecture.title, tuned_layers.architecture.title
         raise UserError(f"--model_org is {first} and --model_tuned is {second}: they must be of one architecture")
     if asked.architectures is not None and layers.architecture.name not in asked.architectures:
         wanted = " or ".join(table.title for table in known.tables if table.name in asked.architectures)
-        raise UserError(f"--model_org {asked.original} is {layers.architecture.title}, {wanted} was asked for")
+        raise UserError(f"--model_org {original_path} is {layers.architecture.title}, {wanted} was asked for")
     has_conv = asked.conv_dim is not None
     names = chosen_layers(layers, conv=has_conv)
-    _require_same_shapes(names, layers, tuned_layers, f"--model_tuned {asked.tuned}")
+    _require_same_shapes(names, layers, tuned_layers, f"--model_tuned {tuned_path}")
     others = chosen_layers(tuned_layers, conv=has_conv)
-    _require_same_shapes(others, tuned_layers, layers, f"--model_org {asked.original}")
+    _require_same_shapes(others, tuned_layers, layers, f"--model_org {original_path}")
     files = CheckpointPair(original, tuned, layers, tuned_layers, dtype_named(asked.load_precision), device)
     names = files.without_same_encoders(names, asked.min_diff)
     found: dict[str, dict[str, Tensor]] = {}
@@ -70,8 +69,7 @@ def extract(asked: Extraction, known: KnownArchitectures) -> None:
         for name in names:
             found[name] = _nearest(files.difference(name), asked)
             bar.advance()
-    metadata = _metadata(asked, layers, found)
-    save_lora(asked.save_to, found, metadata, dtype_named(asked.save_precision) or torch.float32)
+    save_lora(asked.save, found, _metadata(asked, layers))
 
 
 def chosen_layers(layers: CheckpointLayers, *, conv: bool) -> list[str]:
@@ -136,21 +134,24 @@ class CheckpointPair:
 def _nearest(difference: Tensor, asked: Extraction) -> dict[str, Tensor]:
     """The LoRA of the wanted rank that is nearest to a difference."""
     shape = tuple(difference.shape)
-    wanted = asked.conv_dim if has_kernel(shape) and asked.conv_dim is not None else asked.dim
+    wanted = asked.conv_dim if has_kernel(shape) and asked.conv_dim is not None else asked.models.dim
     rank = min(wanted, shape[0], shape[1])
     up, down = clamped(*spectrum(difference.flatten(1)).cut(rank), asked.clamp_quantile)
     return as_tensors(up, down, shape, rank)
 
 
-def _metadata(asked: Extraction, layers: CheckpointLayers, found: dict[str, dict[str, Tensor]]) -> dict[str, str]:
+def _metadata(asked: Extraction, layers: CheckpointLayers) -> dict[str, str]:
     facts = layers.architecture.facts(layers.shapes.keys(), asked.v_prediction)
     arguments = {} if asked.conv_dim is None else {"conv_dim": asked.conv_dim, "conv_alpha": float(asked.conv_dim)}
     metadata = {
         "ss_v2": str(facts.version.startswith("sd_v2")),
         "ss_base_model_version": facts.version,
         "ss_network_module": facts.network,
-        "ss_network_dim": str(asked.dim),
-        "ss_network_alpha": str(float(asked.dim)),
+        "ss_network_dim": str(asked.models.dim),
+        "ss_network_alpha": str(float(asked.models.dim)),
         "ss_network_args": json.dumps({name: str(value) for name, value in arguments.items()}),
     }
-    return metadata if asked.no_metadata else metadata | spec_of(facts, asked.save_to, lora=True)
+    if asked.save.no_metadata:
+        return metadata
+    assert asked.save.save_to is not None
+    return metadata | spec_of(facts, asked.save.save_to, lora=True)

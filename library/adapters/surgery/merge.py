@@ -31,7 +31,7 @@ from library.adapters.surgery.tool_files import (
     titles,
     write_checkpoint,
 )
-from library.adapters.surgery.tool_options import ModelsOptions, SaveOptions
+from library.adapters.surgery.tool_options import ENCODERS, MergeOptions, ModelsOptions
 from library.errors import UserError, first_names
 from library.log import get_logger
 from library.rng import torch_generator
@@ -49,22 +49,12 @@ class ModelPart:
     encoder: str | None = None  # for the file of one text encoder
 
 
-@dataclass(frozen=True)
-class Merge:
-    """The options of a merge."""
-
-    models: ModelsOptions
-    save: SaveOptions
-    parts: tuple[ModelPart, ...] = ()  # none: the adapters become one file
-    concat: bool = False
-    shuffle: bool = False
-    architectures: tuple[str, ...] | None = None  # names of those that the script is for; None: all
-
-
-def merge(asked: Merge, known: KnownArchitectures) -> None:
-    """Read, merge, write. Raises UserError for what cannot be merged."""
-    if asked.parts:
-        merge_into_parts(asked, known)
+def merge(asked: MergeOptions, known: KnownArchitectures) -> None:
+    """Read, merge, write: into the given files of a model, or without them into one LoRA. Raises UserError."""
+    files = ((name, read, write) for name, (read, write) in asked.parts.items() if read and write)
+    parts = [ModelPart(name, read, write, ENCODERS.get(name)) for name, read, write in files]
+    if parts:
+        merge_into_parts(asked, parts, known)
     else:
         loras = read_weighted(asked.models, known.tables)
         found = common_architecture([file for file, _ in loras], known.tables)
@@ -91,19 +81,19 @@ def require_architecture(found: Architecture, wanted: Sequence[str] | None, what
 # ---- into a model -------------------------------------------------------------------------------------------------
 
 
-def merge_into_parts(asked: Merge, known: KnownArchitectures) -> None:
+def merge_into_parts(asked: MergeOptions, parts: Sequence[ModelPart], known: KnownArchitectures) -> None:
     """Every file of the model with the adapters in it. All files are checked before the first is written."""
-    denoiser = next((part for part in asked.parts if part.encoder is None), None)
+    denoiser = next((part for part in parts if part.encoder is None), None)
     own = None if denoiser is None else open_part(denoiser, known, None)[1].architecture
     loras = read_weighted(asked.models, known.tables, own)
     architecture = own or common_architecture([file for file, _ in loras], known.tables)
-    opened = [(part, *open_part(part, known, architecture)) for part in asked.parts]
+    opened = [(part, *open_part(part, known, architecture)) for part in parts]
     for part, _, layers in opened:
         what = f"--{part.option} {part.path} is"
         require_architecture(layers.architecture, asked.architectures, what, known.tables)
     adapters = [Adapter(file.path, file.layers, strength) for file, strength in loras]
     merged = [(part, file, MergedWeights(file, layers, adapters)) for part, file, layers in opened]
-    _report_left(asked.parts, [weights for _, _, weights in merged])
+    _report_left(parts, [weights for _, _, weights in merged])
     dtype = dtype_named(asked.save.save_precision)
     for part, file, weights in merged:
         metadata = _part_metadata(part, file, weights.layers, loras, asked.save.no_metadata)
@@ -164,21 +154,23 @@ def _part_metadata(
 # ---- several into one ---------------------------------------------------------------------------------------------
 
 
-def merge_into_one(asked: Merge, loras: Sequence[WeightedLora], tables: Tables) -> None:
+def merge_into_one(asked: MergeOptions, loras: Sequence[WeightedLora], tables: Tables) -> None:
     """Merge several LoRAs into one: by summing their matrices or, exactly, by concatenating them (--concat)."""
     found: dict[str, dict[str, Tensor]] = {}
     problems: list[str] = []
     for name, layers in same_layers(loras, tables).items():
         try:
-            found[name] = concatenated(name, layers, asked.shuffle) if asked.concat else _summed(name, layers)
+            if all(set(own) <= ADDED for own, _ in layers):
+                found[name] = added(layers)
+            elif asked.merge.concat:
+                found[name] = concatenated(name, layers, asked.merge.shuffle)
+            else:
+                found[name] = _summed(name, layers)
         except UserError as error:
             problems += error.problems
     if problems:
         raise UserError(problems[:3] + [f"and {len(problems) - 3} layers more"] * (len(problems) > 3))
-    assert asked.save.save_to is not None
-    files = [file for file, _ in loras]
-    metadata = merged_metadata(files, found, asked.save.save_to, tables, with_spec=not asked.save.no_metadata)
-    save_lora(asked.save.save_to, found, metadata, dtype_named(asked.save.save_precision) or torch.float32)
+    save_lora(asked.save, found, merged_metadata([file for file, _ in loras], found, asked.save, tables))
 
 
 def same_layers(loras: Sequence[WeightedLora], tables: Tables) -> dict[str, list[tuple[Tensors, float]]]:
@@ -194,10 +186,8 @@ def same_layers(loras: Sequence[WeightedLora], tables: Tables) -> dict[str, list
     return found
 
 
-def concatenated(name: str, layers: Sequence[tuple[Tensors, float]], shuffle: bool = False) -> dict[str, Tensor]:
+def concatenated(name: str, layers: Sequence[tuple[Tensors, float]], shuffle: bool) -> dict[str, Tensor]:
     """The ranks of all files concatenated: exactly the sum of the changes. Raises UserError."""
-    if all(set(own) <= ADDED for own, _ in layers):
-        return added(layers)
     change = exact_sum(name, layers)
     up, down = change.up, change.down
     if shuffle:
@@ -215,8 +205,6 @@ def exact_sum(name: str, layers: Sequence[tuple[Tensors, float]], device: torch.
 
 
 def _summed(name: str, layers: Sequence[tuple[Tensors, float]]) -> dict[str, Tensor]:
-    if all(set(own) <= ADDED for own, _ in layers):
-        return added(layers)
     for own, _ in layers:
         if not is_lora(own):
             raise UserError(not_lora(name, own))

@@ -19,7 +19,7 @@ from library.adapters.formats.conversion import architecture_of, by_module, read
 from library.adapters.formats.layer_tensors import DOWN, Tensors
 from library.adapters.surgery.checkpoint_layers import CheckpointLayers
 from library.adapters.surgery.lora_math import has_kernel
-from library.adapters.surgery.tool_options import PRECISIONS
+from library.adapters.surgery.tool_options import PRECISIONS, SaveOptions
 from library.errors import StopTraining, UserError, retold
 from library.io.atomic import atomic_write
 from library.io.checkpoint import save_tensors
@@ -35,11 +35,7 @@ ADVICE = "convert it with convert_lora.py --base_model first"  # where names of 
 
 def dtype_named(precision: str | None) -> torch.dtype | None:
     """The dtype of --save_precision."""
-    if precision is None:
-        return None
-    found = getattr(torch, PRECISIONS[precision])
-    assert isinstance(found, torch.dtype)
-    return found
+    return None if precision is None else getattr(torch, PRECISIONS[precision])
 
 
 def device_named(name: str | None) -> torch.device:
@@ -105,12 +101,13 @@ def common_architecture(files: Sequence[LoraFile], tables: Tables) -> Architectu
     return next(iter(found.values()))
 
 
-def save_lora(path: str, layers: Mapping[str, Tensors], metadata: Mapping[str, str], dtype: torch.dtype) -> None:
-    """Write a LoRA, weights and alphas in `dtype`. Raises UserError when a number is too large for it."""
+def save_lora(save: SaveOptions, layers: Mapping[str, Tensors], metadata: Mapping[str, str]) -> None:
+    """Write a LoRA, weights and alphas in the wanted precision. Raises UserError when a number is too large for it."""
+    assert save.save_to is not None
     tensors = {f"{name}.{suffix}": value for name, own in layers.items() for suffix, value in own.items()}
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(save.save_to).parent.mkdir(parents=True, exist_ok=True)
     try:
-        save_tensors(path, tensors, metadata, dtype=dtype)
+        save_tensors(save.save_to, tensors, metadata, dtype=dtype_named(save.save_precision) or torch.float32)
     except StopTraining as error:
         raise UserError(f"{error}; give another --save_precision") from None
 
@@ -224,13 +221,7 @@ def checkpoint_metadata(file: WeightFile) -> dict[str, str]:
 
 
 def merged_metadata(
-    files: Sequence[LoraFile],
-    layers: Mapping[str, Tensors],
-    save_to: str,
-    tables: Tables,
-    *,
-    arguments: str | None = None,
-    with_spec: bool = True,
+    files: Sequence[LoraFile], layers: Mapping[str, Tensors], save: SaveOptions, tables: Tables, *, arguments: str = ""
 ) -> dict[str, str]:
     """Header of a merged LoRA: the minimum that readers need, and modelspec.* with merged_from."""
     facts = common_architecture(files, tables).facts((), False)
@@ -240,11 +231,12 @@ def merged_metadata(
     modules = [file.metadata["ss_network_module"] for file in files if "ss_network_module" in file.metadata]
     found["ss_network_module"] = modules[0] if modules else facts.network
     found |= dims_in(layers)
-    if arguments is not None:
+    if arguments:
         found["ss_network_args"] = arguments
-    if not with_spec:
+    if save.no_metadata:
         return found
-    spec = spec_of(facts, save_to, lora=True, merged_from=titles((file.path, file.metadata) for file in files))
+    assert save.save_to is not None
+    spec = spec_of(facts, save.save_to, lora=True, merged_from=titles((file.path, file.metadata) for file in files))
     kept = ("modelspec.architecture", "modelspec.prediction_type", "modelspec.resolution")
     told = {key: files[0].metadata[key] for key in kept if key in files[0].metadata}
     return {**found, **spec, **told}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from library.adapters.formats.peft_folder import PEFT_FILES
-from library.options import option
+from library.options import at_least, option
 from library.text_files import parse_json
 
 PRECISIONS = {
@@ -23,6 +23,7 @@ PRECISIONS = {
     "fp8_e4m3fn": "float8_e4m3fn",
     "fp8_e5m2": "float8_e5m2",
 }
+ENCODERS = {"clip_l": "clip_l", "clip_g": "clip_g", "t5xxl": "t5xxl", "gemma2": "gemma2_2b"}  # option -> comfy's name
 WRITTEN = (".safetensors", ".ckpt", ".pt", ".pth")
 BLOCK_COUNTS = (12, 17, 20, 26)  # of --lbws: SDXL, SD 1/2, SDXL with every block, SD 1/2 with every block
 
@@ -45,6 +46,20 @@ class DeviceOptions:
     """The device that computes."""
 
     device: str | None = option(None, help="Device that computes, such as cuda. Not given: the CPU.")
+
+
+@dataclass(frozen=True)
+class PairOptions:
+    """The two models, and the rank."""
+
+    model_org: str | None = option(None, help="The original checkpoint (one file, published names).", path=True)
+    model_tuned: str | None = option(None, help="The tuned checkpoint.", path=True)
+    dim: int = option(4, help="Rank of the LoRA.", check=at_least(1))
+
+    def problems(self) -> Iterator[str]:
+        yield from needed(self, "model_org", "model_tuned")
+        yield from missing_files("--model_org", [self.model_org])
+        yield from missing_files("--model_tuned", [self.model_tuned])
 
 
 @dataclass(frozen=True)
@@ -76,6 +91,44 @@ class ModelsOptions:
     def block_ratios(self) -> list[list[float]]:
         """--lbws, read; checked by `problems`."""
         return [parse_json(text) for text in self.lbws]
+
+
+class MergeOptions:
+    """The options of a merge script, which are a dataclass with these groups and others."""
+
+    models: ModelsOptions
+    merge: Any  # the model, and how several LoRAs become one: `concat` and `shuffle`
+    save: SaveOptions
+    denoiser = "sd_model"  # name of its option
+    architectures: tuple[str, ...] | None = None  # names of those that the script is for; None: all
+
+    @property
+    def parts(self) -> dict[str, tuple[str | None, str | None]]:
+        """The denoiser, then the text encoders: option -> the file that is read, the file that is written."""
+        given = {name: value for group in vars(self).values() for name, value in vars(group).items()}
+        encoders = {name: (given[name], given[f"{name}_save_to"]) for name in ENCODERS if name in given}
+        return {self.denoiser: (given[self.denoiser], self.save.save_to), **encoders}
+
+    def problems(self) -> Iterator[str]:
+        """Options that are missing, make no sense or would destroy a file."""
+        parts, concat, shuffle = self.parts, self.merge.concat, self.merge.shuffle
+        sources = [*self.models.models, *(read for read, _ in parts.values())]
+        into_model = any(read for read, _ in parts.values())
+        for name, (read, write) in parts.items():
+            is_denoiser = name == self.denoiser
+            yield from missing_files(f"--{name}", [read])
+            target = "--save_to" if is_denoiser else f"--{name}_save_to"
+            if read or (is_denoiser and (write or not into_model)):
+                yield from target_problems(target, write, sources)
+            if write and not read and (not is_denoiser or into_model):
+                yield f"{target} is given without --{name}"
+        written = [Path(write).resolve() for _, write in parts.values() if write]
+        if len(set(written)) < len(written):
+            yield "two files to write have the same name"
+        if into_model and (concat or shuffle):
+            yield f"--{'concat' if concat else 'shuffle'} is for several LoRAs into one; leave out --{self.denoiser}"
+        elif shuffle and not concat:
+            yield "--shuffle needs --concat: summed matrices would no longer fit each other"
 
 
 def block_list_problems(text: str) -> Iterator[str]:

@@ -57,14 +57,6 @@ class Wanted:
     mask: bool
 
 
-@dataclass(frozen=True)
-class LegacyLatents:
-    """What was in the file: unscaled latents (C h w float32) and the mask (H W float32 in [0, 1])."""
-
-    latents: Tensor
-    mask: Tensor | None
-
-
 class NotUsable(Exception):
     """The file does not fit; `damaged` says that it cannot even be read."""
 
@@ -73,8 +65,8 @@ class NotUsable(Exception):
         self.damaged = damaged
 
 
-def read(path: str, spec: LatentSpec, wanted: Wanted) -> LegacyLatents:
-    """The arrays that are wanted. Raises NotUsable saying what is wrong."""
+def read(path: str, spec: LatentSpec, wanted: Wanted) -> tuple[Tensor, Tensor | None]:
+    """The unscaled latents (C h w float32), and the mask (H W float32 in [0, 1]). Raises NotUsable with the reason."""
     height, width = wanted.latent_size
     suffix = f"_{height}x{width}" if spec.npz_sized_keys else ""
     pixels = (height * spec.factor, width * spec.factor)
@@ -104,7 +96,7 @@ def read(path: str, spec: LatentSpec, wanted: Wanted) -> LegacyLatents:
         raise NotUsable("alpha_mask with values outside of 0 to 1")
     if mask is not None and wanted.flipped:
         mask = mask.flip(-1)
-    return LegacyLatents(torch.from_numpy(latents.astype(np.float32)), mask)
+    return torch.from_numpy(latents.astype(np.float32)), mask
 
 
 def _array(file: zipfile.ZipFile, name: str, shape: tuple[int, ...], kinds: str) -> np.ndarray:
@@ -163,15 +155,14 @@ class LegacyFiles:
             return None
         wanted = self._wanted(job)
         try:
-            found = read(path, self.spec, wanted)
+            latents, mask = read(path, self.spec, wanted)
         except NotUsable as error:
             del self._paths[_identity(job)]
             self.store.set_file_rows([FileRow(_row_name(path, wanted), -1, -1, b"damaged")])
             raise UserError(f"{path}: {error}, since the start; start again and the picture is encoded") from None
-        mask = None
-        if found.mask is not None:
-            mask = F.interpolate(found.mask[None, None], size=wanted.latent_size, mode="area")[0]
-        return self.scale(found.latents).to(self.dtype), mask
+        if mask is not None:
+            mask = F.interpolate(mask[None, None], size=wanted.latent_size, mode="area")[0]
+        return self.scale(latents).to(self.dtype), mask
 
     def unserved(self, jobs: Sequence[LatentJob]) -> list[LatentJob]:
         """The jobs that no valid file serves. Says which files are damaged, and which do not fit.

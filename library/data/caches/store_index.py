@@ -150,7 +150,7 @@ class Index:
 
     def file_rows(self, paths: Sequence[str]) -> dict[str, FileRow]:
         found = self._select_many("SELECT * FROM files WHERE path IN", [_stored(path) for path in paths])
-        rows = (FileRow(_path(path), *rest) for path, *rest in found)
+        rows = (FileRow(os.fsdecode(path), *rest) for path, *rest in found)
         return {row.path: row for row in rows if isinstance(row.digest, bytes)}  # else damaged: the file is read again
 
     def set_file_rows(self, rows: Iterable[FileRow]) -> None:
@@ -355,7 +355,3 @@ def _stored(path: str) -> str | bytes:
     except UnicodeEncodeError:
         return os.fsencode(path)
     return path
-
-
-def _path(stored: str | bytes) -> str:
-    return stored if isinstance(stored, str) else os.fsdecode(stored)

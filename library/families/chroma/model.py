@@ -19,7 +19,6 @@ from library.families.flux.model import Flux
 from library.families.flux.options import FluxOptions
 from library.families.flux.parts import T5, Design
 from library.types import Cond
-from library.weights.text import ClipTokenizer
 from library.weights.tokenizers import TextTokenizer, t5_tokenizer
 
 
@@ -34,7 +33,7 @@ class Chroma(Flux):
         self.masks_text = True
 
     @cached_property
-    def tokenizers(self) -> dict[str, ClipTokenizer | TextTokenizer]:
+    def tokenizers(self) -> dict[str, TextTokenizer]:
         places = self.tokenizer_places(T5, "tokenizer")
         return {T5: t5_tokenizer(places, cache=self.options.tokenizer_cache_dir)}
 

@@ -40,8 +40,7 @@ def build_chroma(config: Mapping[str, Any]) -> nn.Module:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # diffusers about diffusers
-        module: Any = ChromaTransformer2DModel.from_config(dict(config))
-    return module
+        return ChromaTransformer2DModel.from_config(dict(config))
 
 
 CHROMA = replace(

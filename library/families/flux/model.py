@@ -22,18 +22,17 @@ from library.families.family import STAYING_BLOCKS, ModelFamily, require_blocks
 from library.families.flux import SHEET, VARIANTS, FluxVariant
 from library.families.flux.options import FluxFineTuneOptions, FluxFlowOptions, FluxOptions
 from library.families.flux.parts import CLIP, FLUX, T5, Design, FluxParts, denoiser_rules, open_parts
+from library.families.t5 import MASK, cut_padding, encode_t5
 from library.io.checkpoint import CheckpointForm, save_tensors
 from library.key_tables import Published
 from library.memory.block_swap import spread
 from library.objectives.flow import FlowObjective, constant_shift, resolution_shift
 from library.objectives.options import LossOptions
 from library.types import Batch, Cond, LatentSpec, Tokens
-from library.weights.text import CHUNK, ClipTokenizer
-from library.weights.text_encoders import t5_states
-from library.weights.tokenizers import TextTokenizer, clip_tokenizer, t5_tokenizer, tokenizer_folders
+from library.weights.text import CHUNK
+from library.weights.tokenizers import clip_tokenizer, t5_tokenizer, tokenizer_folders
 
-POOLED, MASK = f"{CLIP}_pooled", f"{T5}_mask"  # (B, width), and (B, length) bool: True where the model may look
-SCALE, SHIFT = 0.3611, 0.1159  # of every published autoencoder of FLUX.1
+POOLED = f"{CLIP}_pooled"  # (B, width)
 
 
 class Flux(ModelFamily):
@@ -54,7 +53,7 @@ class Flux(ModelFamily):
         return open_parts(self.options, self.design)
 
     @cached_property
-    def tokenizers(self) -> dict[str, ClipTokenizer | TextTokenizer]:
+    def tokenizers(self) -> dict[str, Any]:
         """Encoder name -> its tokenizer."""
         cache = self.options.tokenizer_cache_dir
         t5 = t5_tokenizer(self.tokenizer_places(T5, "tokenizer_2", "tokenizer_t5"), cache=cache)
@@ -89,19 +88,19 @@ class Flux(ModelFamily):
         return self.masks_text
 
     def tokenize(self, captions: list[str]) -> Tokens:
-        tokens = self._t5_tokenizer(captions, length=self.text_length, name=T5)
+        tokens = self.tokenizers[T5](captions, length=self.text_length, name=T5)
         if CLIP not in self.tokenizers:
             return tokens
-        clip = self._clip_tokenizer(captions, max_tokens=CHUNK, weighted=False, name=CLIP)
+        clip = self.tokenizers[CLIP](captions, max_tokens=CHUNK, weighted=False, name=CLIP)
         # that CLIP cuts a caption is not worth a warning: T5 reads all of it
         return Tokens({**clip.ids, **tokens.ids}, {**clip.lengths, **tokens.lengths}, truncated=tokens.truncated)
 
     @property
     def token_limit(self) -> int:
-        return self._t5_tokenizer.limit(self.text_length)
+        return self.tokenizers[T5].limit(self.text_length)
 
     def count_tokens(self, captions: Sequence[str]) -> list[int]:
-        return self._t5_tokenizer.count(captions)
+        return self.tokenizers[T5].count(captions)
 
     def blank_cond(self, count: int, dtype: torch.dtype = torch.float32) -> Cond:
         widths, length = {name: encoder.width for name, encoder in self.parts.encoders.items()}, self.text_length
@@ -111,34 +110,19 @@ class Flux(ModelFamily):
         return cond | ({MASK: torch.ones(count, length, dtype=torch.bool)} if self.masks_text else {})
 
     def encode_part(self, name: str, encoder: nn.Module, tokens: Tokens) -> Cond:
-        device = next(encoder.parameters()).device
         if name == CLIP:
-            return {POOLED: encoder(on_device(tokens.ids[CLIP], device)[:, 0]).pooler_output}
-        ids = on_device(tokens.ids[T5], device)
-        if not self.masks_text:
-            return {T5: t5_states(encoder, ids, None)}
-        lengths = tokens.lengths[T5]
-        longest = min(max(lengths) + self.extra_tokens, ids.shape[1])
-        words = tokens.mask(T5, longest, device) if min(lengths) < longest else None
-        states = t5_states(encoder, ids[:, :longest], words)
-        seen = tokens.mask(T5, longest, device, more=self.extra_tokens)
-        return {T5: states.masked_fill(~seen.unsqueeze(-1), 0), MASK: seen}
+            ids = on_device(tokens.ids[CLIP], next(encoder.parameters()).device)
+            return {POOLED: encoder(ids[:, 0]).pooler_output}
+        return encode_t5(encoder, tokens, masked=self.masks_text, more=self.extra_tokens)
 
     def split_cond(self, cond: Cond) -> list[Cond]:
-        parts = super().split_cond(cond)
-        if MASK not in cond:
-            return parts
-        lengths = cond[MASK].sum(1).tolist()
-        return [
-            {name: tensor[:length] if name in (T5, MASK) else tensor for name, tensor in part.items()}
-            for part, length in zip(parts, lengths)
-        ]
+        return cut_padding(super().split_cond(cond), cond)
 
     # ---- pictures
 
     @classmethod
     def scale_legacy(cls, latents: Tensor) -> Tensor:
-        return latents  # sd-scripts writes FLUX latents as (z - SHIFT) * SCALE already
+        return latents  # sd-scripts writes FLUX latents shifted and scaled already
 
     # ---- training
 
@@ -217,16 +201,6 @@ class Flux(ModelFamily):
 
     def text_settings(self, name: str) -> tuple[Any, ...]:
         return (self.text_length, self.masks_text, self.extra_tokens) if name == T5 else ()
-
-    # ---- tokenizers by kind
-
-    @property
-    def _t5_tokenizer(self) -> TextTokenizer:
-        return self.tokenizers[T5]  # type: ignore[return-value]
-
-    @property
-    def _clip_tokenizer(self) -> ClipTokenizer:
-        return self.tokenizers[CLIP]  # type: ignore[return-value]
 
 
 def _block_lists(denoiser: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:

@@ -16,11 +16,12 @@ from typing import Any
 from torch import nn
 
 from library.errors import UserError
-from library.families.detect import PREFIXES, architecture, foreign_file, foreign_pipeline, pipeline_architecture
+from library.families.detect import PREFIXES
 from library.families.family import ModelParts
 from library.families.flux.names import flux_names
 from library.families.flux.options import FluxOptions
 from library.families.flux.patches import keep_time_exact
+from library.families.own_files import require_own_file, require_own_folder
 from library.key_tables import Rule, Shapes, expand
 from library.weights import kl_vae
 from library.weights.loading import PIPELINE_FILES, Part, locate, own_names, part_file, read_json, shipped_config
@@ -31,6 +32,7 @@ from library.weights.weight_files import WeightFile, open_weights
 CLIP, T5 = "clip_l", "t5xxl"  # names of the text encoders
 LATENT_TOKEN = 64  # numbers of a token: 2 x 2 latent pixels of 16 channels
 PUBLISHED_DEPTHS = {3072: {"num_layers": 19, "num_single_layers": 38}}  # of FLUX.1 and of Chroma
+VAE_ANSWER = {"vae": "a VAE, not a checkpoint: it belongs to --ae"}
 WEIGHTS = "diffusion_pytorch_model*.safetensors"  # of a repository that is a transformer only
 
 
@@ -145,11 +147,12 @@ def open_denoiser(path: Path, design: Design) -> tuple[Part, dict[str, Any]]:
     """The denoiser of a file or a folder, and its configuration."""
     folder = path / "transformer" if (path / "transformer").is_dir() else path
     own: dict[str, Any] = {}
+    answers = {**VAE_ANSWER, **design.answers}
     if path.is_dir():
-        _check_pipeline(path, design)
+        require_own_folder(path, design.family, answers)
         own = read_json(folder / "config.json")
     file = part_file(folder) if path.is_dir() else open_weights(path)
-    _check_file(file, design)
+    require_own_file(file, design.family, answers)
     prefix, names = _layout_of(file)
     with reading_sizes(file.path, prefix):
         found = below(file.shapes, prefix)
@@ -165,24 +168,6 @@ def open_denoiser(path: Path, design: Design) -> tuple[Part, dict[str, Any]]:
         finish=design.patch, extras=design.extras, published_depths=PUBLISHED_DEPTHS,
     )  # fmt: skip
     return part, config
-
-
-def _check_pipeline(path: Path, design: Design) -> None:
-    index = path / "model_index.json"
-    name = str(read_json(index).get("_class_name", "")) if index.is_file() else ""
-    kind = pipeline_architecture(name)
-    _refuse(path, foreign_pipeline(name, design.family), design.answers.get(kind.name) if kind else None)
-
-
-def _check_file(file: WeightFile, design: Design) -> None:
-    kind = architecture(file.shapes)
-    _refuse(file.path, foreign_file(file.shapes, design.family), design.answers.get(kind.name) if kind else None)
-
-
-def _refuse(path: Path, foreign: str | None, answer: str | None) -> None:
-    """Raises UserError when a file is `foreign`. answer: what is said instead."""
-    if foreign:
-        raise UserError(f"{path} is {answer or foreign.replace('--vae', '--ae')}")
 
 
 def _layout_of(file: WeightFile) -> tuple[str, Layout]:
@@ -226,8 +211,7 @@ def rotary_axes(head: int) -> list[int]:
 def build_flux(config: Mapping[str, Any]) -> nn.Module:
     from diffusers import FluxTransformer2DModel
 
-    module: Any = FluxTransformer2DModel.from_config(dict(config))
-    return module
+    return FluxTransformer2DModel.from_config(dict(config))
 
 
 def denoiser_rules(module: nn.Module) -> tuple[Rule, ...]:

@@ -17,7 +17,8 @@ from library.adapters.options import block_ranges, rank_list
 from library.adapters.table_targets import TableTargets, count, table_targets
 from library.adapters.target_spec import TargetSpec
 from library.adapters.targets import AdaptedModels, Selection, Targets
-from library.adapters.type_ranks import TypeRanks, check_blocks, raise_problems, short_name
+from library.adapters.type_ranks import TypeRanks, check_blocks, short_name
+from library.errors import raise_problems
 from library.families.flux.adapter_names import DOUBLE, SINGLE
 from library.families.flux.names import flux_names
 from library.options import at_least, option

@@ -16,12 +16,12 @@ from typing import Any
 
 from torch import nn
 
-from library.errors import UserError
-from library.families.detect import foreign_file, foreign_pipeline
+from library.errors import UserError, raise_problems
 from library.families.family import ModelParts
 from library.families.lumina.forward import use_device_lengths
 from library.families.lumina.names import lumina_names
 from library.families.lumina.options import LuminaOptions
+from library.families.own_files import require_own_file, require_own_folder
 from library.key_tables import Rule, Shapes, expand, part_rows
 from library.weights import kl_vae
 from library.weights.language_models import gemma2_encoder
@@ -53,9 +53,7 @@ def open_parts(options: LuminaOptions) -> LuminaParts:
     """Reads headers and configurations only. Raises UserError for files of another kind and where parts are missing."""
     path = _locate_model(options)
     denoiser, config = _denoiser(path)
-    missing = [*_missing(path, options)]
-    if missing:
-        raise UserError(missing)
+    raise_problems(_missing(path, options))
     gemma2 = _inside(locate(options.gemma2, "--gemma2", GEMMA_FILES) if options.gemma2 else path, "text_encoder")
     ae = locate(options.ae, "--ae", kl_vae.VAE_FILES) if options.ae else path
     vae = kl_vae.vae_part(ae, shipped_config("flux_ae"), needed=kl_vae.FLUX, option="--ae")
@@ -99,9 +97,7 @@ def _denoiser(path: Path) -> tuple[Part, dict[str, Any]]:
         prefix, rules = "", own_names
     else:
         file = open_weights(path)
-        answer = foreign_file(file.shapes, "lumina")
-        if answer:
-            raise UserError(f"{path} is {answer}")
+        require_own_file(file, "lumina")
         with reading_sizes(path):
             prefix, mark = _naming(file.shapes)
         with reading_sizes(path, prefix):
@@ -125,10 +121,7 @@ def _naming(shapes: Shapes) -> tuple[str, str]:
 
 def _folder(path: Path) -> tuple[Any, dict[str, Any]]:
     """Weights and configuration in a pipeline's folder or in that of the denoiser alone."""
-    index = path / "model_index.json"
-    foreign = foreign_pipeline(str(read_json(index).get("_class_name", "")), "lumina") if index.is_file() else None
-    if foreign:
-        raise UserError(f"{path} is {foreign}")
+    require_own_folder(path, "lumina")
     folder = _inside(path, "transformer")
     if not (folder / "config.json").is_file():
         raise UserError(f"{path} is no Lumina-Image 2.0 folder: it has no folder transformer and no config.json")

@@ -48,7 +48,8 @@ def lllite_targets(unet: nn.Module) -> Iterator[TargetSpec]:
     """Every layer that is controlled, in the order of the blocks."""
     modules = dict(unet.named_modules())
     for published, ours, stride in _attention_blocks(unet):
-        for path in _controlled_paths(modules[ours]):
+        blocks = modules[f"{ours}.transformer_blocks"].named_children()
+        for path in [f"transformer_blocks.{index}.{path}" for index, _ in blocks for path in CONTROLLED]:
             name = f"{PREFIX}_{published}.{path}".replace(".", "_")
             target = TargetModule(f"{ours}.{path}", modules[f"{ours}.{path}"])
             yield TargetSpec(name, (target,), "denoiser", stride=stride)
@@ -62,12 +63,6 @@ def _attention_blocks(unet: nn.Module) -> Iterator[tuple[str, str, int]]:
             stride *= 2
         elif ".attentions." in name.ours[0] and name.published.startswith(("input_blocks.", "middle_block.")):
             yield name.published, name.ours[0], stride
-
-
-def _controlled_paths(block: nn.Module) -> Iterator[str]:
-    transformer_blocks = block.get_submodule("transformer_blocks")
-    for index, _ in transformer_blocks.named_children():
-        yield from (f"transformer_blocks.{index}.{path}" for path in CONTROLLED)
 
 
 TARGETS = LLLiteTargets()

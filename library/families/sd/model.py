@@ -7,7 +7,7 @@ A U-Net in the latent space of a KL autoencoder, conditioned on the states of on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -23,7 +23,7 @@ from library.families.sd.parts import ENCODER, open_parts
 from library.families.sd.save import NOTHING
 from library.families.sd.unet_family import UnetFamily, UnetParts
 from library.families.sheet import Variant
-from library.key_tables import Rule, publish
+from library.key_tables import publish
 from library.log import get_logger
 from library.types import Batch, Cond, LatentSpec, Tokens
 from library.weights import kl_vae
@@ -153,16 +153,12 @@ class StableDiffusion(UnetFamily):
 
 def published_tensors(unet: nn.Module, encoder: nn.Module, vae: nn.Module, *, version: int) -> dict[str, Tensor]:
     """The tensors of a single-file checkpoint, as far as the modules have them."""
-    text = (OPEN_CLIP_PREFIX, open_clip_rules) if version == 2 else (CLIP_PREFIX, clip_rules)
-    parts: tuple[tuple[nn.Module, str, Callable[[Any], tuple[Rule, ...]]], ...] = (
-        (unet, UNET_PREFIX, unet_rules),
-        (vae, VAE_PREFIX, vae_rules),
-        (encoder, *text),
-    )
-    tensors: dict[str, Tensor] = {}
-    for module, prefix, rules in parts:
-        tensors |= publish(module.state_dict(), rules(module), prefix)
-    return tensors
+    prefix, rules = (OPEN_CLIP_PREFIX, open_clip_rules) if version == 2 else (CLIP_PREFIX, clip_rules)
+    return {
+        **publish(unet.state_dict(), unet_rules(unet), UNET_PREFIX),
+        **publish(vae.state_dict(), vae_rules(vae), VAE_PREFIX),
+        **publish(encoder.state_dict(), rules(encoder), prefix),
+    }
 
 
 def unused_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

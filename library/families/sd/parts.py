@@ -8,7 +8,7 @@ count is read from the shapes, so that models of other sizes load too.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from typing import Any
 from torch import nn
 
 from library.errors import UserError
-from library.families.detect import context_dim, foreign_file, foreign_pipeline
+from library.families.detect import context_dim
+from library.families.own_files import require_own_file, require_own_folder
 from library.families.sd.names import CLIP_PREFIX, OPEN_CLIP_PREFIX, UNET_PREFIX, unet_rules
 from library.families.sd.unet_family import UnetParts
 from library.key_tables import Shapes
@@ -44,7 +45,7 @@ def open_parts(path: Path, *, version: int, vae: Path | None) -> UnetParts:
 
 
 def _open_folder(path: Path, version: int, vae: Path | None) -> UnetParts:
-    _check_folder(path)
+    check_folder(path, "sd", "Stable Diffusion", ("unet", "text_encoder"))
     defaults = shipped_config(f"sd{version}")
     unet_config = read_json(path / "unet" / "config.json")
     _check_version(str(path), CONTEXT_DIMS.get(unet_config.get("cross_attention_dim", 0)), version)
@@ -52,7 +53,6 @@ def _open_folder(path: Path, version: int, vae: Path | None) -> UnetParts:
     text_file = part_file(path / "text_encoder")
     text_config = read_json(path / "text_encoder" / "config.json")
     prefix = "text_model." if any(name.startswith("text_model.") for name in text_file.shapes) else ""
-    scheduler_file = path / "scheduler" / "scheduler_config.json"
     text_encoder = Part("text encoder", text_file, prefix, partial(build_text_encoder, text_config), clip_rules)
     return UnetParts(
         path=path,
@@ -60,32 +60,29 @@ def _open_folder(path: Path, version: int, vae: Path | None) -> UnetParts:
         config=unet_config,
         vae=kl_vae.vae_part(vae or path, defaults["vae"], needed=kl_vae.SD),
         encoders={ENCODER: EncoderPart.of_clip(text_encoder, text_config)},
-        scheduler=read_json(scheduler_file) if scheduler_file.is_file() else defaults["scheduler"],
+        scheduler=folder_scheduler(path, defaults["scheduler"]),
     )
 
 
-def _check_folder(path: Path) -> None:
-    index = path / "model_index.json"
-    pipeline = str(read_json(index).get("_class_name", "")) if index.is_file() else ""
-    foreign = foreign_pipeline(pipeline)
-    if foreign:
-        raise UserError(f"{path} is {foreign}")
-    missing = [part for part in ("unet", "text_encoder") if not (path / part).is_dir()]
+def check_folder(path: Path, family: str, title: str, folders: Sequence[str]) -> None:
+    """Raises UserError for a pipeline of another family, and for one that lacks a folder."""
+    require_own_folder(path, family)
+    missing = [part for part in folders if not (path / part).is_dir()]
     if missing:
-        raise UserError(f"{path} is no Stable Diffusion folder: {' and '.join(missing)} missing there")
+        raise UserError(f"{path} is no {title} folder: {' and '.join(missing)} missing there")
+
+
+def folder_scheduler(path: Path, default: dict[str, Any]) -> dict[str, Any]:
+    """The noise schedule of a pipeline, or `default`."""
+    file = path / "scheduler" / "scheduler_config.json"
+    return read_json(file) if file.is_file() else default
 
 
 # ---- single file ----------------------------------------------------------------------------------------------------
 
 
 def _open_file(path: Path, version: int, vae: Path | None) -> UnetParts:
-    file = open_weights(path)
-    foreign = foreign_file(file.shapes)
-    if foreign:
-        raise UserError(f"{path} is {foreign}")
-    unet_shapes = below(file.shapes, UNET_PREFIX)
-    if not has(unet_shapes, "input_blocks."):
-        raise UserError(f"{path} has no weights below {UNET_PREFIX}; a whole Stable Diffusion checkpoint is needed")
+    file, unet_shapes = open_checkpoint(path, "sd", "Stable Diffusion")
     _check_version(str(path), _file_version(file.shapes), version)
     defaults = shipped_config(f"sd{version}")
     with reading_sizes(path, UNET_PREFIX):
@@ -102,6 +99,16 @@ def _open_file(path: Path, version: int, vae: Path | None) -> UnetParts:
         # the noise of all of them is the same; what a model predicts, a single file does not say
         scheduler={key: value for key, value in defaults["scheduler"].items() if key != "prediction_type"},
     )
+
+
+def open_checkpoint(path: Path, family: str, title: str) -> tuple[WeightFile, Shapes]:
+    """A single file, and the shapes of its U-Net. Raises UserError for other files."""
+    file = open_weights(path)
+    require_own_file(file, family)
+    shapes = below(file.shapes, UNET_PREFIX)
+    if not has(shapes, "input_blocks."):
+        raise UserError(f"{path} has no weights below {UNET_PREFIX}; a whole {title} checkpoint is needed")
+    return file, shapes
 
 
 def _text_part(file: WeightFile, version: int, defaults: Mapping[str, Any]) -> EncoderPart:
@@ -180,7 +187,7 @@ def unet_layout(shapes: Shapes, version: int) -> dict[str, Any]:
         "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends],
         "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
         "cross_attention_dim": context_dim(shapes),
-        "use_linear_projection": _projects_linearly(shapes),
+        "use_linear_projection": any(len(s) == 2 for name, s in shapes.items() if name.endswith(".proj_in.weight")),
     }
     if version == 2:
         result["attention_head_dim"] = [max(1, width // HEAD_DIM) for width in widths]  # diffusers: heads per level
@@ -204,10 +211,6 @@ def input_levels(shapes: Shapes) -> list[list[int]]:
         else:
             levels[-1].append(index)
     return [own for own in levels if own]
-
-
-def _projects_linearly(shapes: Shapes) -> bool:
-    return any(len(shape) == 2 for name, shape in shapes.items() if name.endswith(".proj_in.weight"))
 
 
 def clip_layout(shapes: Shapes) -> dict[str, Any]:
@@ -250,8 +253,7 @@ def _text_layout(vocabulary: int, width: int, inner: int) -> dict[str, Any]:
 def build_unet(config: Mapping[str, Any]) -> nn.Module:
     from diffusers import UNet2DConditionModel
 
-    module: Any = UNet2DConditionModel.from_config(dict(config))
-    return module
+    return UNet2DConditionModel.from_config(dict(config))
 
 
 def build_text_encoder(config: Mapping[str, Any]) -> nn.Module:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from library.io.atomic import atomic_folder
 from library.io.checkpoint import MODEL_INDEX, CheckpointForm, save_tensors
+from library.key_tables import LazyTensors
 from library.weights.clip_names import clip_level
 from library.weights.loading import Part
 from library.weights.text import TOKENIZER_FILES, ClipTokenizer
@@ -32,7 +33,7 @@ WEIGHTS = {"diffusers": "diffusion_pytorch_model", "transformers": "model", "pic
 # ---- one file -------------------------------------------------------------------------------------------------------
 
 
-class Unread(Mapping[str, Tensor]):
+class Unread(LazyTensors):
     """The tensors of a source file that none of our modules holds, each read when it is asked for."""
 
     def __init__(self, file: WeightFile, known: Collection[str]) -> None:
@@ -40,12 +41,6 @@ class Unread(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         return self.file.tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
 
 
 def names_read(part: Part, module: nn.Module) -> set[str]:

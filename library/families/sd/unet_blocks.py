@@ -28,10 +28,6 @@ def _of_level(level: nn.Module, *, starts_alone: bool) -> Iterator[nn.Module]:
         turns = [block for pair in zip_longest(resnets, attentions) for block in pair]
     for block in turns:
         if block is not None:
-            yield from _transformer_blocks(block) if block in attentions else (block,)
+            yield from block.get_submodule("transformer_blocks").children() if block in attentions else (block,)
     yield from parts.get("downsamplers", [])
     yield from parts.get("upsamplers", [])
-
-
-def _transformer_blocks(attention: nn.Module) -> Iterator[nn.Module]:
-    return attention.get_submodule("transformer_blocks").children()

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.device import on_device
-from library.errors import UserError
+from library.errors import UserError, raise_problems
 from library.families.family import ModelFamily
 from library.families.sd3 import SHEET
 from library.families.sd3.options import SD3FineTuneOptions, SD3FlowOptions
@@ -37,6 +37,7 @@ from library.families.sd3.parts import (
 )
 from library.families.sd3.positions import use_random_crop, use_scaled_positions
 from library.families.sheet import Variant
+from library.families.t5 import MASK, cut_padding, encode_t5
 from library.io.checkpoint import CheckpointForm, save_tensors
 from library.key_tables import Published
 from library.log import get_logger
@@ -45,7 +46,6 @@ from library.objectives.flow import FlowObjective, constant_shift
 from library.objectives.options import LossOptions
 from library.types import Batch, Cond, LatentSpec, Tokens
 from library.weights.text import CHUNK, CLIP_ID, ClipTokenizer
-from library.weights.text_encoders import t5_states
 from library.weights.tokenizers import (
     CLIP_G_ID,
     CLIP_G_PADDING,
@@ -60,7 +60,6 @@ log = get_logger()
 
 CLIPS = (CLIP_L, CLIP_G)
 POOLED = "{}_pooled"  # (B, width), beside the states (B, 77, width) under the encoder's own name
-T5_MASK = f"{T5}_mask"  # (B, length) bool, only with --apply_t5_attn_mask
 # folders of a pipeline, then those that may lie beside single files
 TOKENIZERS = {CLIP_L: ("tokenizer",), CLIP_G: ("tokenizer_2", "tokenizer"), T5: ("tokenizer_3", "tokenizer_t5")}
 CLIP_LENGTH = CHUNK + 2
@@ -118,8 +117,7 @@ class StableDiffusion3(ModelFamily):
             tokens, vocabulary = len(tokenizer.tokenizer), encoders[name].vocabulary
             if tokens > vocabulary:
                 problems.append(f"--{name}: the tokenizer has {tokens} tokens, the encoder only {vocabulary}")
-        if problems:
-            raise UserError(problems)
+        raise_problems(problems)
         missing = [f"--{name}" for name in ENCODERS if name not in encoders]
         if missing:
             log.warning(
@@ -178,14 +176,13 @@ class StableDiffusion3(ModelFamily):
             if name in CLIPS:
                 cond[POOLED.format(name)] = torch.zeros(count, encoder.width, dtype=dtype)
             elif self.options.apply_t5_attn_mask:
-                cond[T5_MASK] = torch.ones(count, length, dtype=torch.bool)
+                cond[MASK] = torch.ones(count, length, dtype=torch.bool)
         return cond
 
     def encode_part(self, name: str, encoder: nn.Module, tokens: Tokens) -> Cond:
-        return self._encode_t5(encoder, tokens) if name == T5 else self._encode_clip(name, encoder, tokens)
-
-    def _encode_clip(self, name: str, encoder: nn.Module, tokens: Tokens) -> Cond:
-        """The states that go into the last layer, and the projected pooled state."""
+        """Of a CLIP the states that go into the last layer, and the pooled one. `predict` adds zeros to T5's."""
+        if name == T5:
+            return encode_t5(encoder, tokens, masked=self.options.apply_t5_attn_mask)
         ids = on_device(tokens.ids[name], next(encoder.parameters()).device)[:, 0]
         output = encoder(ids, output_hidden_states=True)
         states = output.hidden_states[-2]
@@ -194,18 +191,6 @@ class StableDiffusion3(ModelFamily):
             is_padding = is_end.cumsum(1) - is_end.long() > 0  # after the first end token
             states = states.masked_fill(is_padding.unsqueeze(-1), 0)
         return {name: states, POOLED.format(name): output.text_embeds}
-
-    def _encode_t5(self, encoder: nn.Module, tokens: Tokens) -> Cond:
-        """The last states; with --apply_t5_attn_mask only as long as the longest caption: `predict` adds the zeros."""
-        device = next(encoder.parameters()).device
-        ids = on_device(tokens.ids[T5], device)
-        if not self.options.apply_t5_attn_mask:
-            return {T5: t5_states(encoder, ids, None)}
-        lengths = tokens.lengths[T5]
-        longest = max(lengths)
-        mask = tokens.mask(T5, longest, device)
-        states = t5_states(encoder, ids[:, :longest], mask if min(lengths) < longest else None)
-        return {T5: states.masked_fill(~mask.unsqueeze(-1), 0), T5_MASK: mask}
 
     def drop_text(self, cond: Cond) -> Cond:
         """Zeros in place of an encoder's states, drawn for every sample and encoder."""
@@ -223,12 +208,7 @@ class StableDiffusion3(ModelFamily):
         return cond
 
     def split_cond(self, cond: Cond) -> list[Cond]:
-        parts = super().split_cond(cond)
-        for part in parts:
-            if T5_MASK in part:
-                length = int(part[T5_MASK].sum())
-                part |= {key: part[key][:length] for key in (T5, T5_MASK)}
-        return parts
+        return cut_padding(super().split_cond(cond), cond)
 
     # ---- pictures
 

@@ -7,7 +7,9 @@ of the rows is the order in adapter files.
 
 from __future__ import annotations
 
-from library.key_tables import COPY, SWAP_HALVES, ModuleName, named, repeated
+from dataclasses import replace
+
+from library.key_tables import SWAP_HALVES, ModuleName, named, repeated
 
 OURS, X, CONTEXT = "transformer_blocks.{i}.", "joint_blocks.{i}.x_block.", "joint_blocks.{i}.context_block."
 
@@ -47,8 +49,5 @@ BLOCK = (
 def sd3_names(blocks: int) -> list[ModuleName]:
     """The table for so many joint blocks. In the last one the context's modulation has only shift and scale."""
     last = f"joint_blocks.{blocks - 1}.context_block.adaLN_modulation.1"
-    names = [
-        ModuleName(name.published, name.ours, SWAP_HALVES if name.published == last else COPY)
-        for name in repeated(blocks, BLOCK)
-    ]
-    return [*names, *OUTSIDE]
+    block = repeated(blocks, BLOCK)
+    return [*(replace(name, op=SWAP_HALVES) if name.published == last else name for name in block), *OUTSIDE]

@@ -19,8 +19,9 @@ import torch
 from torch import nn
 
 from library.errors import UserError
-from library.families.detect import PREFIXES, foreign_file, foreign_pipeline
+from library.families.detect import PREFIXES
 from library.families.family import ModelParts
+from library.families.own_files import class_named, require_own_file, require_own_folder
 from library.families.sd3.names import sd3_names
 from library.families.sd3.options import SD3Options
 from library.key_tables import Rule, Shapes, expand
@@ -113,9 +114,7 @@ def _denoiser(path: Path) -> tuple[WeightFile, Part, dict[str, Any]]:
         config = {"qk_norm": None, "dual_attention_layers": (), **shipped_config("sd3"), **config}
         return file, _mmdit(file, "", config, own_names), config
     file = open_weights(path)
-    foreign = foreign_file(file.shapes, "sd3")
-    if foreign:
-        raise UserError(f"{path} is {foreign}")
+    require_own_file(file, "sd3")
     with reading_sizes(path):
         names, prefix = _naming(file.shapes)
     with reading_sizes(path, prefix):
@@ -141,14 +140,9 @@ def _naming(shapes: Shapes) -> tuple[Mapping[str, str], str]:
 
 def _transformer_folder(path: Path) -> Path:
     """The folder with the MMDiT: `path` itself or the one in a pipeline."""
-    index = path / "model_index.json"
-    pipeline = str(read_json(index).get("_class_name", "")) if index.is_file() else ""
-    foreign = foreign_pipeline(pipeline, "sd3")
+    require_own_folder(path, "sd3")
     folder = path / "transformer" if (path / "transformer").is_dir() else path
-    config = folder / "config.json"
-    name = str(read_json(config).get("_class_name", "")) if config.is_file() else ""
-    if foreign:
-        raise UserError(f"{path} is {foreign}")
+    name = class_named(folder / "config.json")
     if name != "SD3Transformer2DModel":
         what = f"it is a {name}" if name else f"it has neither {path.name}/transformer nor a config.json"
         raise UserError(f"{path} is no folder of SD3 or SD3.5: {what}")

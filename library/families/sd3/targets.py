@@ -11,7 +11,8 @@ from library.adapters.foreign.published_classes import class_names
 from library.adapters.options import block_ranges, rank_list
 from library.adapters.table_targets import TableTargets, count, table_targets
 from library.adapters.target_spec import TargetSpec
-from library.adapters.type_ranks import TypeRanks, check_blocks, raise_problems
+from library.adapters.type_ranks import TypeRanks, check_blocks
+from library.errors import raise_problems
 from library.families.sd3.adapter_names import BLOCKS
 from library.families.sd3.names import sd3_names
 from library.options import at_least, option

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from library.device import on_device
-from library.errors import UserError
+from library.errors import raise_problems
 from library.families.sd.names import UNET_PREFIX, unet_rules
 from library.families.sd.save import NOTHING
 from library.families.sd.unet_family import UnetFamily
@@ -83,8 +83,7 @@ class StableDiffusionXL(UnetFamily):
             )
         for name in self.encoders:
             problems += self.surplus_tokens(name, name)
-        if problems:
-            raise UserError(problems)
+        raise_problems(problems)
         if parts.is_v and not self.options.v_parameterization:
             log.warning(f"{parts.path} says that it predicts v, and this run is without --v_parameterization")
         if parts.path.is_dir() and self.options.v_parameterization and not parts.is_v:  # a single file need not say it

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
-from library.families.detect import foreign_file, foreign_pipeline
+from library.families.sd import parts as sd_parts
 from library.families.sd.names import UNET_PREFIX, unet_rules
-from library.families.sd.parts import OPEN_CLIP_BLOCKS, build_unet, check_channels, input_levels, unet_layout
 from library.families.sd.unet_family import UnetParts
 from library.families.sdxl.names import CLIP_G_PREFIX, CLIP_L_PREFIX
 from library.families.sdxl.options import SDXLOptions
@@ -27,9 +26,9 @@ from library.key_tables import Shapes
 from library.weights import kl_vae
 from library.weights.clip_names import OPEN_CLIP_PROJECTION, PLAYGROUND_PROJECTION, clip_g_rules
 from library.weights.loading import PIPELINE_FILES, Part, locate, own_names, part_file, read_json, shipped_config
-from library.weights.sizes import below, depth, has, reading_sizes, shape_of
+from library.weights.sizes import below, depth, reading_sizes, shape_of
 from library.weights.text_encoders import CLIP, CLIP_HEAD, EncoderPart, clip_encoder
-from library.weights.weight_files import WeightFile, open_weights
+from library.weights.weight_files import WeightFile
 
 OPTION = "--pretrained_model_name_or_path"
 CLIP_L, CLIP_G = "clip_l", "clip_g"
@@ -68,17 +67,16 @@ def open_parts(options: SDXLOptions) -> SDXLParts:
 
 
 def _open_folder(path: Path, vae: Path | None) -> SDXLParts:
-    _check_folder(path)
+    sd_parts.check_folder(path, "sdxl", "SDXL", FOLDERS)
     defaults = shipped_config("sdxl")
     config = read_json(path / "unet" / "config.json")
     if config.get("addition_embed_type") != "text_time":
         raise UserError(f"{path} is no SDXL folder: its U-Net is not told the size of pictures (addition_embed_type)")
-    check_channels(path, config.get("in_channels", 4))
-    scheduler_file = path / "scheduler" / "scheduler_config.json"
-    scheduler = read_json(scheduler_file) if scheduler_file.is_file() else defaults["scheduler"]
+    sd_parts.check_channels(path, config.get("in_channels", 4))
+    scheduler = sd_parts.folder_scheduler(path, defaults["scheduler"])
     return SDXLParts(
         path=path,
-        denoiser=Part("U-Net", part_file(path / "unet"), "", partial(build_unet, config), own_names),
+        denoiser=Part("U-Net", part_file(path / "unet"), "", partial(sd_parts.build_unet, config), own_names),
         config=config,
         vae=kl_vae.vae_part(vae or path, defaults["vae"], needed=kl_vae.SDXL),
         encoders={
@@ -91,30 +89,13 @@ def _open_folder(path: Path, vae: Path | None) -> SDXLParts:
     )
 
 
-def _check_folder(path: Path) -> None:
-    index = path / "model_index.json"
-    pipeline = str(read_json(index).get("_class_name", "")) if index.is_file() else ""
-    foreign = foreign_pipeline(pipeline, "sdxl")
-    if foreign:
-        raise UserError(f"{path} is {foreign}")
-    missing = [part for part in FOLDERS if not (path / part).is_dir()]
-    if missing:
-        raise UserError(f"{path} is no SDXL folder: {' and '.join(missing)} missing there")
-
-
 # ---- single file ----------------------------------------------------------------------------------------------------
 
 
 def _open_file(path: Path, vae: Path | None) -> SDXLParts:
-    file = open_weights(path)
-    foreign = foreign_file(file.shapes, "sdxl")
-    if foreign:
-        raise UserError(f"{path} is {foreign}")
-    shapes = below(file.shapes, UNET_PREFIX)
-    if not has(shapes, "input_blocks."):
-        raise UserError(f"{path} has no weights below {UNET_PREFIX}; a whole SDXL checkpoint is needed")
+    file, shapes = sd_parts.open_checkpoint(path, "sdxl", "SDXL")
     with reading_sizes(path, UNET_PREFIX):
-        check_channels(path, shape_of(shapes, "input_blocks.0.0.weight", 4)[1])
+        sd_parts.check_channels(path, shape_of(shapes, "input_blocks.0.0.weight", 4)[1])
     if not any(name.startswith(CLIP_L_FILE_PREFIX) for name in file.shapes):
         raise UserError(f"{path} has no first text encoder inside (no weights below {CLIP_L_FILE_PREFIX})")
     defaults = shipped_config("sdxl")
@@ -123,7 +104,7 @@ def _open_file(path: Path, vae: Path | None) -> SDXLParts:
         config = {**defaults["unet"], **sdxl_layout(shapes, clip_g.projected)}
     return SDXLParts(
         path=path,
-        denoiser=Part("U-Net", file, UNET_PREFIX, partial(build_unet, config), unet_rules),
+        denoiser=Part("U-Net", file, UNET_PREFIX, partial(sd_parts.build_unet, config), unet_rules),
         config=config,
         vae=kl_vae.vae_part(vae, defaults["vae"], needed=kl_vae.SDXL)
         if vae
@@ -182,7 +163,7 @@ def open_clip_layout(shapes: Shapes, projection: str) -> dict[str, Any]:
         "vocab_size": vocabulary,
         "hidden_size": width,
         "intermediate_size": shape_of(shapes, "transformer.resblocks.0.mlp.c_fc.weight", 2)[0],
-        "num_hidden_layers": depth(shapes, OPEN_CLIP_BLOCKS),
+        "num_hidden_layers": depth(shapes, sd_parts.OPEN_CLIP_BLOCKS),
         "num_attention_heads": max(1, width // CLIP_HEAD),
         "max_position_embeddings": shape_of(shapes, "positional_embedding", 2)[0],
         "projection_dim": outputs,
@@ -193,7 +174,7 @@ def open_clip_layout(shapes: Shapes, projection: str) -> dict[str, Any]:
 
 def sdxl_layout(shapes: Shapes, pooled: int) -> dict[str, Any]:
     """The part of the U-Net's config that the shapes tell. pooled: width of CLIP-G's pooled state."""
-    config = unet_layout(shapes, version=2)  # with the heads counted as in SD 2.x
+    config = sd_parts.unet_layout(shapes, version=2)  # with the heads counted as in SD 2.x
     added = shape_of(shapes, "label_emb.0.0.weight", 2)[1]
     return config | {
         "transformer_layers_per_block": _transformer_layers(shapes),
@@ -204,6 +185,6 @@ def sdxl_layout(shapes: Shapes, pooled: int) -> dict[str, Any]:
 
 def _transformer_layers(shapes: Shapes) -> list[int]:
     """How deep the attention of each level is; 1 where there is none. The middle is as deep as the last level."""
-    levels = [[f"input_blocks.{index}" for index in own] for own in input_levels(shapes)]
+    levels = [[f"input_blocks.{index}" for index in own] for own in sd_parts.input_levels(shapes)]
     levels[-1].append("middle_block")
     return [max(1, depth(shapes, *(TRANSFORMERS.format(block) for block in own))) for own in levels]

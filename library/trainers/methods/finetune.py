@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from library.data.config import load_dataset_config
-from library.errors import UserError, first_names
+from library.errors import UserError, first_names, raise_problems
 from library.io.checkpoint import EXTENSIONS, CheckpointForm, is_save_of
 from library.learning import DENOISER, Learning, Models, Trainables
 from library.log import get_logger, process_count
@@ -155,8 +155,7 @@ class FineTuneMethod(Method[FineTuneTrainerOptions]):
             path = Path(name).resolve() if name else None
             if path and path.parent == folder and is_save_of(path.name, save.output_name, self.extension):
                 problems.append(f"--output_name: the run would overwrite {name} of {flag}; give it another name")
-        if problems:
-            raise UserError(problems)
+        raise_problems(problems)
 
     # ---- files ------------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from library.adapters.adapter_network import AdapterNetwork
 from library.adapters.formats.conversion import read_tensors
 from library.adapters.layers.lllite import sizes_of
-from library.errors import UserError, retold
+from library.errors import UserError, raise_problems, retold
 from library.families.adapters import load_network_module
 from library.io.checkpoint import save_tensors
 from library.learning import DENOISER, Learning, Models, Trainables
@@ -41,13 +41,11 @@ class LLLiteMethod(Method[LLLiteTrainerOptions]):
         if sizes is None:
             raise UserError(f"--network_weights: {file} is no ControlNet-LLLite")
         wanted = {"cond_emb_dim": options.cond_emb_dim, "network_dim": options.network_dim}
-        wrong = [
+        raise_problems(
             f"--{name} {value}: {file} of --network_weights has {size}; leave it out"
             for (name, value), size in zip(wanted.items(), sizes, strict=True)
             if value not in (None, size)
-        ]
-        if wrong:
-            raise UserError(wrong)
+        )
 
     def learning(self) -> Learning:
         return Learning(frozenset({DENOISER}), conditioned=True)

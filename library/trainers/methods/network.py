@@ -16,7 +16,7 @@ from library.adapters.foreign.plugin_network import foreign_error
 from library.adapters.formats.conversion import read_adapter
 from library.adapters.formats.recognition import parse
 from library.adapters.layer_network import encoder_rate
-from library.errors import UserError, retold
+from library.errors import UserError, raise_problems, retold
 from library.families.adapters import adapter_tables, load_network_module, tables_of
 from library.families.registry import misfit
 from library.io.metadata import NetworkFacts
@@ -53,8 +53,7 @@ class NetworkMethod(Method[NetworkTrainerOptions]):
             load_network_module(self.network_module).check_arguments(self.network_args)
         except UserError as error:
             problems += error.problems
-        if problems:
-            raise UserError(problems)
+        raise_problems(problems)
 
     def rank_problems(self) -> list[str]:
         """A rank that no layer of the denoiser has room for. In third-party modules and LoKr it asks for full ones."""
@@ -102,8 +101,7 @@ class NetworkMethod(Method[NetworkTrainerOptions]):
                     f"--base_weights {file} changes the text encoder, whose outputs are cached without it: "
                     "leave out --cache_text_encoder_outputs"
                 )
-        if problems:
-            raise UserError(problems)
+        raise_problems(problems)
 
     def read_adapter(self, flag: str, file: str) -> dict[str, Tensor]:
         """An adapter file for this run's model, with kohya keys. Raises UserError naming option and file."""
@@ -225,8 +223,7 @@ class NetworkMethod(Method[NetworkTrainerOptions]):
             elif not changed and (asked or DENOISER not in parts):
                 problems.append(f"--network_module {line}, which {'is asked for' if asked else 'alone learns'}")
             log.info(line)
-        if problems:
-            raise UserError(problems)
+        raise_problems(problems)
 
     def check_moved_weights(self, network: AdapterNetwork, models: Models, choice: MemoryChoice) -> None:
         """No adapter reads weights while they are in main memory. Raises UserError."""
@@ -238,8 +235,7 @@ class NetworkMethod(Method[NetworkTrainerOptions]):
             )
         if choice.blocks_to_swap and network.reads_between_steps():
             problems.append("--blocks_to_swap: ggpo_sigma and ggpo_beta read all weights after each step; leave it out")
-        if problems:
-            raise UserError(problems)
+        raise_problems(problems)
 
     def create_network(self, models: Models) -> AdapterNetwork:
         """A new network; with --dim_from_weights that of the file."""
