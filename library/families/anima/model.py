@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from library.device import on_device
-from library.errors import UserError
+from library.errors import raise_problems
 from library.families.anima import ANIMA, SHEET
 from library.families.anima.names import CONDITIONER
 from library.families.anima.options import AnimaFineTuneOptions, AnimaFlowOptions
@@ -99,8 +99,7 @@ class Anima(ModelFamily):
                     f"{tokenizer.folder}: this tokenizer has {len(tokenizer.tokenizer)} tokens, {whose} only "
                     f"{vocabulary}; it belongs to another model"
                 )
-        if problems:
-            raise UserError(problems)
+        raise_problems(problems)
 
     # ---- text
 
@@ -147,9 +146,6 @@ class Anima(ModelFamily):
     # ---- pictures
 
     def encode_image(self, vae: nn.Module, pixels: Tensor, seeds: list[int]) -> Tensor:
-        return qwen_vae.encode(vae, pixels)
-
-    def encode_reference(self, vae: nn.Module, pixels: Tensor) -> Tensor:
         return qwen_vae.encode(vae, pixels)
 
     def decode_latent(self, vae: nn.Module, latents: Tensor) -> Tensor:

@@ -33,9 +33,8 @@ class AnimaDenoiser(nn.Module):
         lengths, False at padding; None without any.
         """
         text = self.text_conditioner(states, ids, ids_mask, states_mask)
-        frame = F.pad(x, (0, 0, 0, 0, 0, 1)).unsqueeze(
-            2
-        )  # with the padding mask as one more channel: nothing is padded
+        # The padding mask as one more channel: nothing is padded
+        frame = F.pad(x, (0, 0, 0, 0, 0, 1)).unsqueeze(2)
         return self.transformer(frame, timestep, text, return_dict=False)[0].squeeze(2)
 
 

@@ -13,12 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from library.errors import UserError
+from library.errors import UserError, raise_problems
 from library.families.anima.modules import build_denoiser
 from library.families.anima.names import ADAPTER, CONDITIONER, anima_names
 from library.families.anima.options import TOKEN_LENGTH, AnimaOptions
-from library.families.detect import foreign_file, foreign_pipeline
 from library.families.family import ModelParts
+from library.families.own_files import class_named, require_own_file, require_own_folder
 from library.key_tables import Rule, Shapes, expand
 from library.weights.kl_vae import VAE_FILES
 from library.weights.language_models import language_encoder
@@ -52,9 +52,7 @@ def open_parts(options: AnimaOptions) -> AnimaParts:
     path = _locate_model(options)
     adapter = locate(options.llm_adapter_path, "--llm_adapter_path", MODEL_FILES) if options.llm_adapter_path else None
     denoiser, transformer, conditioner = _denoiser(path, adapter, options)
-    missing = [*_missing(path, options)]
-    if missing:
-        raise UserError(missing)
+    raise_problems(_missing(path, options))
     qwen3 = _inside(locate(options.qwen3, "--qwen3", QWEN3_FILES) if options.qwen3 else path, "text_encoder")
     vae = locate(options.vae, "--vae", VAE_FILES) if options.vae else path
     encoder = language_encoder("qwen3", qwen3, option="--qwen3", prefixes=("", QWEN3_PREFIX))
@@ -95,9 +93,7 @@ def _denoiser(path: Path, adapter: Path | None, options: AnimaOptions) -> tuple[
     if path.is_dir():
         return _folders(path, adapter, options)
     file = open_weights(path)
-    answer = foreign_file(file.shapes, "anima")
-    if answer:
-        raise UserError(f"{path} is {answer}")
+    require_own_file(file, "anima")
     if has(file.shapes, "transformer_blocks.", f"{CONDITIONER}."):
         raise UserError(f"{path} has the names of diffusers: give the folder that holds transformer and {CONDITIONER}")
     prefix = next((prefix for prefix in PREFIXES if has(file.shapes, f"{prefix}blocks.")), "")
@@ -113,34 +109,32 @@ def _denoiser(path: Path, adapter: Path | None, options: AnimaOptions) -> tuple[
     return _part(file, prefix, transformer, conditioner, options, published=True)
 
 
-def _adapter(path: Path) -> tuple[WeightFile, str]:
+def _adapter(path: Path, option: str = "--llm_adapter_path: ") -> tuple[WeightFile, str]:
     """The weights of an LLM adapter, alone or in a whole model, and what stands before its names in them."""
     folder = _inside(path, CONDITIONER)
     file = part_file(folder) if folder.is_dir() else open_weights(folder)
     start = next((start for start in ADAPTER_PREFIXES if has(file.shapes, f"{start}embed.")), None)
     if start is None:
-        raise UserError(f"--llm_adapter_path: {path} is no LLM adapter of Anima: it lacks embed.weight")
+        raise UserError(f"{option}{path} is no LLM adapter of Anima: it lacks embed.weight")
     return file, start
 
 
 def _folders(path: Path, adapter: Path | None, options: AnimaOptions) -> tuple[Part, dict[str, Any], dict[str, Any]]:
     """The two folders of diffusers: in a pipeline's folder, or that of the transformer with the other beside it."""
-    index = path / "model_index.json"
-    foreign = foreign_pipeline(str(read_json(index).get("_class_name", "")), "anima") if index.is_file() else None
-    if foreign:
-        raise UserError(f"{path} is {foreign}")
+    require_own_folder(path, "anima")
     transformer = _inside(path, "transformer")
     conditioner = _inside(path if transformer != path else path.parent, CONDITIONER)
     configs = []
     for folder, kind in ((transformer, TRANSFORMER_CLASS), (conditioner, CONDITIONER_CLASS)):
         if not (folder / "config.json").is_file() or (folder.name != CONDITIONER and kind == CONDITIONER_CLASS):
             raise UserError(f"{path} is no Anima folder: it has no folders transformer and {CONDITIONER}")
-        config = read_json(folder / "config.json")
-        if config.get("_class_name", kind) != kind:
-            raise UserError(f"{folder} holds a {config['_class_name']}, not a {kind}")
-        configs.append(config)
+        found = class_named(folder / "config.json") or kind
+        if found != kind:
+            raise UserError(f"{folder} holds a {found}, not a {kind}")
+        configs.append(read_json(folder / "config.json"))
     file = part_file(transformer)
-    both = JoinedFile(file.path, {"transformer.": (file, ""), f"{CONDITIONER}.": _adapter(adapter or conditioner)})
+    weights = _adapter(adapter) if adapter else _adapter(conditioner, "")
+    both = JoinedFile(file.path, {"transformer.": (file, ""), f"{CONDITIONER}.": weights})
     return _part(both, "", configs[0], configs[1], options, published=False)
 
 
