@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """--network_module networks.dylora: DyLoRA, a LoRA that can be cut to every smaller rank.
 
-For Stable Diffusion 1.x, 2.x, XL, FLUX.1, SD3 and Lumina; the layers are those of networks.lora, files are plain LoRAs
+For every architecture; the layers are those of networks.lora, files are plain LoRAs
 of the full rank. extract_lora_from_dylora.py cuts them.
 """
 

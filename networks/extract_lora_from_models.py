@@ -4,7 +4,7 @@ r"""Make a LoRA of what a model has learned: the difference of a tuned checkpoin
     python networks/extract_lora_from_models.py --model_org base.safetensors --model_tuned tuned.safetensors \
         --dim 32 --save_to lora.safetensors --save_precision fp16
 
-The architecture (SD 1.x, 2.x, XL, SD3, FLUX.1, Chroma, Lumina) is found from the files.
+The architecture (SD 1.x, 2.x, XL, SD3, FLUX.1, FLUX.2, Chroma, Lumina) is found from the files.
 """
 
 from __future__ import annotations

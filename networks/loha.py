@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""--network_module networks.loha: LoHa for Stable Diffusion 1.x, 2.x, XL, FLUX.1, SD3 and Lumina.
+"""--network_module networks.loha: LoHa for Stable Diffusion 1.x, 2.x, XL, FLUX.1, FLUX.2, SD3 and Lumina.
 
 Files are those of LyCORIS (--network_module lycoris.kohya with algo=loha); the layers are those of networks.lora.
 """

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """--network_module networks.lora_fa: LoRA-FA, a LoRA whose down matrices are not trained.
 
-For Stable Diffusion 1.x, 2.x, XL, FLUX.1, SD3 and Lumina; the layers are those of networks.lora, files are plain LoRAs.
+For every architecture; the layers are those of networks.lora, files are plain LoRAs.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ r"""Merge LoRAs and other adapters into a model, or several LoRAs into one.
         --save_to merged.safetensors --save_precision fp16
     python networks/merge_lora.py --models a.safetensors b.safetensors --ratios 0.8 0.5 --concat --save_to c.safetensors
 
-The architecture (SD 1.x, 2.x, XL, SD3, FLUX.1, Chroma, Lumina) is found from the files. docs/lora_tools.md
+The architecture (SD 1.x, 2.x, XL, SD3, FLUX.1, FLUX.2, Chroma, Lumina) is found from the files. docs/lora_tools.md
 """
 
 from __future__ import annotations

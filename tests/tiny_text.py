@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,14 +133,21 @@ def make_qwen25_vl(folder: Path, *, seed: int = 5, width: int = 32, layers: int 
     )
 
 
-def make_mistral(folder: Path, *, seed: int = 6, width: int = 32, layers: int = 4, **settings: Any) -> Made:
-    """A tiny Mistral below `folder`: `mistral.safetensors` and `tokenizer`. Four heads, one of them for keys."""
+def make_mistral(
+    folder: Path, *, seed: int = 6, width: int = 32, layers: int = 4, text: str = "", **settings: Any
+) -> Made:
+    """A tiny Mistral below `folder`: `mistral.safetensors` and `tokenizer`. Four heads, one of them for keys.
+
+    text: as in `write_mistral_tokenizer`.
+    """
     from transformers import MistralConfig, MistralModel
 
     rope = {**ROPE, "rope_theta": 1e9}
-    own = _decoder(width, layers, 4, 1, mistral_tokens())
+    own = _decoder(width, layers, 4, 1, mistral_tokens(text))
     config = MistralConfig(head_dim=16, rms_norm_eps=1e-5, sliding_window=None, rope_parameters=rope, **own)
-    return _write_decoder(folder, MistralModel, config, seed, write_mistral_tokenizer, {"name": "mistral", **settings})
+    return _write_decoder(
+        folder, MistralModel, config, seed, partial(write_mistral_tokenizer, text=text), {"name": "mistral", **settings}
+    )
 
 
 ROPE = {"rope_type": "default", "rope_theta": 1e6}
@@ -231,20 +240,24 @@ QWEN_MARKS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think
 MISTRAL_MARKS = ("<s>", "</s>", "<pad>", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[INST]", "[/INST]")
 
 
-def _byte_tokens(marks: tuple[str, ...]) -> dict[str, int]:
-    """Bytes as byte-level BPE writes them, WORDS with all that they are merged from, and marks."""
+def _byte_tokens(marks: tuple[str, ...], merges: list[tuple[str, str]]) -> dict[str, int]:
+    """Bytes as byte-level BPE writes them, what is merged of them, and marks."""
     from tokenizers.pre_tokenizers import ByteLevel
 
-    tokens = [*sorted(ByteLevel.alphabet()), *(left + right for left, right in gemma2_merges()), *marks]
+    tokens = [*sorted(ByteLevel.alphabet()), *(left + right for left, right in merges), *marks]
     return {token: i for i, token in enumerate(dict.fromkeys(tokens))}
 
 
 def qwen_tokens() -> dict[str, int]:
-    return _byte_tokens(QWEN_MARKS)
+    return _byte_tokens(QWEN_MARKS, gemma2_merges())
 
 
-def mistral_tokens() -> dict[str, int]:
-    return _byte_tokens(MISTRAL_MARKS)
+def mistral_tokens(text: str = "") -> dict[str, int]:
+    return _byte_tokens(MISTRAL_MARKS, _mistral_merges(text))
+
+
+def _mistral_merges(text: str) -> list[tuple[str, str]]:
+    return [*_merges(f"\u0120{word}" for word in text.split()), *gemma2_merges()]
 
 
 def write_qwen_tokenizer(folder: Path) -> Path:
@@ -260,13 +273,13 @@ def write_qwen_tokenizer(folder: Path) -> Path:
     return folder
 
 
-def write_mistral_tokenizer(folder: Path) -> Path:
-    """It begins every text with <s> where it is asked for special tokens."""
+def write_mistral_tokenizer(folder: Path, text: str = "") -> Path:
+    """It begins every text with <s> where it is asked for special tokens. text: its words are single tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    tokens = mistral_tokens()
-    own = Tokenizer(models.BPE(vocab=tokens, merges=gemma2_merges()))
+    tokens = mistral_tokens(text)
+    own = Tokenizer(models.BPE(vocab=tokens, merges=_mistral_merges(text)))
     own.pre_tokenizer, own.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     own.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokens["<s>"])])
     tokenizer = PreTrainedTokenizerFast(
@@ -278,8 +291,13 @@ def write_mistral_tokenizer(folder: Path) -> Path:
 
 
 def gemma2_merges() -> list[tuple[str, str]]:
+    return _merges(WORDS)
+
+
+def _merges(words: Iterable[str]) -> list[tuple[str, str]]:
+    """All that whole words are merged from, letter by letter."""
     merges: dict[tuple[str, str], None] = {}
-    for word in WORDS:
+    for word in words:
         left = word[0]
         for letter in word[1:]:
             merges[left, letter] = None

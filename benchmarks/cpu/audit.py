@@ -60,6 +60,12 @@ MODELS: dict[str, Architecture] = {
         ARCHITECTURES["flux"], pipeline="ChromaPipeline", build=build_chroma, full=shipped_config("chroma"),
         encoders=(replace(ARCHITECTURES["flux"].encoders[1], folder="text_encoder", tokenizer="tokenizer"),),
     ),
+    "klein9b": replace(
+        ARCHITECTURES["klein4b"],
+        full={**ARCHITECTURES["klein4b"].full, "num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32,
+              "joint_attention_dim": 12288},
+        encoders=(replace(ARCHITECTURES["klein4b"].encoders[0], width=4096),),
+    ),
     "sd35l": _sd3(num_layers=38, num_attention_heads=38, caption_projection_dim=2432,
                   pos_embed_max_size=192, dual_attention_layers=[]),
     "sana48": replace(ARCHITECTURES["sana"], full={

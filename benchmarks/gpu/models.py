@@ -60,11 +60,11 @@ def _of_diffusers(name: str, config: Mapping[str, Any]) -> nn.Module:
     return load_attribute(f"diffusers:{name}").from_config(dict(config))
 
 
-UNET, FLUX, LUMINA, COSMOS, SANA = (
+UNET, FLUX, FLUX2, LUMINA, COSMOS, SANA = (
     functools.partial(_of_diffusers, name)
     for name in (
-        "UNet2DConditionModel", "FluxTransformer2DModel", "Lumina2Transformer2DModel", "CosmosTransformer3DModel",
-        "SanaTransformer2DModel",
+        "UNet2DConditionModel", "FluxTransformer2DModel", "Flux2Transformer2DModel", "Lumina2Transformer2DModel",
+        "CosmosTransformer3DModel", "SanaTransformer2DModel",
     )
 )  # fmt: skip
 
@@ -130,6 +130,19 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         (_clip_l(), Encoder("t5", "text_encoder_2", "tokenizer_2", 4096, 64)),
         {**VAE16, "scaling_factor": 0.3611, "shift_factor": 0.1159},
+    ),
+    "klein4b": Architecture(
+        "flux2", "Flux2KleinPipeline", "transformer", "denoiser", FLUX2,
+        shipped_config("flux2"),
+        {
+            "num_layers": 2, "num_single_layers": 2, "num_attention_heads": 16, "attention_head_dim": 16,
+            "joint_attention_dim": 96, "timestep_guidance_channels": 32, "axes_dims_rope": [4, 4, 4, 4],
+        },
+        (Encoder("qwen3", "text_encoder", "tokenizer", 2560, 32),),
+        {
+            "_class_name": "AutoencoderKLFlux2", "block_out_channels": WIDE, "layers_per_block": 1,
+            "latent_channels": 32,
+        },
     ),
     "sd35m": Architecture(
         "sd3", "StableDiffusion3Pipeline", "transformer", "denoiser", build_mmdit,
@@ -275,11 +288,12 @@ def _gemma2(encoder: Encoder, width: int, tokenizer: Path) -> Any:
 
 
 def _qwen3(encoder: Encoder, width: int, tokenizer: Path) -> Any:
+    """At least as many layers as FLUX.2 reads."""
     from transformers import Qwen3Config, Qwen3Model
 
     write_qwen_tokenizer(tokenizer)
     config = Qwen3Config(
-        vocab_size=len(qwen_tokens()), hidden_size=width, intermediate_size=64, num_hidden_layers=2,
+        vocab_size=len(qwen_tokens()), hidden_size=width, intermediate_size=32, num_hidden_layers=27,
         num_attention_heads=2, num_key_value_heads=1, head_dim=16,
     )  # fmt: skip
     return Qwen3Model(config)

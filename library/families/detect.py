@@ -16,7 +16,6 @@ PREFIXES = ("model.diffusion_model.", "net.", "diffusion_model.", "transformer."
 
 # Architectures that are recognised, and that no script here trains: asked before those of the registry
 UNTRAINED = {
-    "flux2": FileMarks("a FLUX.2", ("double_stream_modulation_img.", "double_stream_modulation_txt."), ("Flux2",)),
     "hunyuan_image": FileMarks("a HunyuanImage-2.1", ("byt5_in.", "context_embedder_2."), ("HunyuanImage",)),
 }
 

@@ -319,6 +319,13 @@ class ModelFamily(ABC):
     def text_settings(self, name: str) -> tuple[Any, ...]:
         """The options that change the outputs of encoder `name`: part of the key of their cache."""
 
+    def adapter_problem(self, tensors: Mapping[str, Tensor]) -> str | None:
+        """What is wrong with an adapter file for this model although the names of its layers fit; None: nothing.
+
+        tensors: with kohya keys. Completes the line "<file> ...". Called before anything is loaded.
+        """
+        return None
+
     def model_names(self) -> dict[str, str]:
         """What was given for "sd_model" and "vae": `library.io.metadata.file_facts` makes names and hashes of it."""
         names = {"sd_model": self.options.pretrained_model_name_or_path, "vae": self.options.own_vae}

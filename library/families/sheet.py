@@ -86,7 +86,8 @@ class Sheet:
     formats: tuple[str, ...] = ("safetensors",)  # of --save_model_as, in which checkpoints can be written
     lora_format: str = "kohya"  # the --lora_format of a run that gives none
     side_endings: tuple[str, ...] = ()  # of files that are written beside a checkpoint: "_clip_l"
-    # text encoders whose adapters are trained only when this --network_args key is True: too large to train unasked
+    # text encoders whose adapters are trained only when this --network_args key is True: too large to train unasked.
+    # Empty: they are never trained
     asked_encoders: Mapping[str, str] = field(default_factory=dict)
 
     # pages and recipes

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flow matching along straight lines from pictures to noise: FLUX.1, Chroma, SD3, Lumina-Image 2.0, SANA.
+"""Flow matching along straight lines from pictures to noise: FLUX.1, FLUX.2, Chroma, SD3, Lumina-Image 2.0, SANA.
 
 s is the noise level ("sigma"), 0 for a clean latent x0 and 1 for noise n: x_s = (1 - s) x0 + s n. The model predicts
 the velocity n - x0 (Liu et al. 2022, "Flow Straight and Fast", eq. 1; Esser et al. 2024, "Scaling Rectified Flow
@@ -80,6 +80,8 @@ SAMPLINGS: dict[str, Callable[[Tensor, FlowOptions, LatentSize], Tensor]] = {
     "sigmoid": lambda x, options, size: _sigmoid(x, options),
     "shift": lambda x, options, size: shifted(_sigmoid(x, options), options.shift),
     "flux_shift": lambda x, options, size: shifted(_sigmoid(x, options), resolution_shift(size)),
+    # FLUX.2's latents are one pixel per token
+    "flux2_shift": lambda x, options, size: shifted(_sigmoid(x, options), resolution_shift((2 * size[0], 2 * size[1]))),
     "nextdit_shift": lambda x, options, size: shifted(x, resolution_shift(size)),
     "sd3": lambda x, options, size: shifted(density(x, options), options.shift),
 }

@@ -20,6 +20,7 @@ READS: dict[str, tuple[str, ...]] = {
     "sigmoid": ("sigmoid_scale",),
     "shift": ("sigmoid_scale", "discrete_flow_shift"),
     "flux_shift": ("sigmoid_scale",),
+    "flux2_shift": ("sigmoid_scale",),
     "nextdit_shift": (),
     "sd3": ("weighting_scheme", "training_shift"),
 }

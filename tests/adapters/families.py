@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny and full-size models of FLUX.1, Chroma, SD3, SD3.5, Lumina and Anima for the tests of adapters."""
+"""Tiny and full-size models of FLUX.1, FLUX.2, Chroma, SD3, SD3.5, Lumina and Anima for the tests of adapters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from library.families.anima.modules import build_denoiser
-from networks import lora_anima, lora_flux, lora_lumina, lora_sd3
+from networks import lora_anima, lora_flux, lora_flux2, lora_lumina, lora_sd3
 
 FLUX = {
     "patch_size": 1, "in_channels": 64, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16,
@@ -22,6 +22,11 @@ FLUX = {
 SD3 = {
     "sample_size": 16, "patch_size": 2, "in_channels": 16, "attention_head_dim": 8, "num_attention_heads": 2,
     "joint_attention_dim": 32, "caption_projection_dim": 16, "pooled_projection_dim": 24, "pos_embed_max_size": 16,
+}  # fmt: skip
+FLUX2 = {
+    "in_channels": 128, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2,
+    "joint_attention_dim": 32, "timestep_guidance_channels": 16, "axes_dims_rope": (4, 4, 4, 4),
+    "guidance_embeds": True,
 }  # fmt: skip
 LUMINA = {
     "sample_size": 16, "in_channels": 16, "hidden_size": 48, "num_layers": 2, "num_refiner_layers": 2,
@@ -56,6 +61,13 @@ def flux_ids() -> Tensor:
 def flux_inputs() -> dict[str, Any]:
     texts = {"encoder_hidden_states": randn(2, 7, 32), "txt_ids": torch.zeros(7, 3), "img_ids": flux_ids()}
     return {"hidden_states": randn(2, 16, 64), "timestep": torch.tensor([0.01, 0.7]), **texts}
+
+
+def flux2_inputs() -> dict[str, Any]:
+    ids = {"txt_ids": torch.arange(7.0).unsqueeze(1) * torch.tensor([0.0, 0, 0, 1])}
+    ids["img_ids"] = torch.nn.functional.pad(flux_ids(), (0, 1))
+    more = {"encoder_hidden_states": randn(2, 7, 32), "timestep": torch.tensor([0.01, 0.7]), "guidance": torch.ones(2)}
+    return {"hidden_states": randn(2, 16, 128), **ids, **more}
 
 
 def sd3_inputs() -> dict[str, Any]:
@@ -130,6 +142,7 @@ TINY: dict[str, Tiny] = {
         {**FLUX, "approximator_num_channels": 8, "approximator_hidden_dim": 16, "approximator_layers": 2},
         flux_inputs, lora_flux, {"in_dims": "[2,0,0,0,2]"},
     ),
+    "flux2": Tiny("Flux2Transformer2DModel", FLUX2, flux2_inputs, lora_flux2, {"in_dims": "2,2,2"}),
     "sd3": Tiny("SD3Transformer2DModel", {**SD3, "num_layers": 2}, sd3_inputs, lora_sd3, {"emb_dims": "2,2,2,2,2,2"}),
     "sd35": Tiny(
         "SD3Transformer2DModel", {**SD3, "num_layers": 3, "dual_attention_layers": (0, 1), "qk_norm": "rms_norm"},
@@ -165,6 +178,17 @@ FULL: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
          "qk_norm": "rms_norm"},
         ("clip_l", "clip_g", "t5xxl"),
     ),
+    "flux2_klein_4b": (
+        "Flux2Transformer2DModel",
+        {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680,
+         "guidance_embeds": False}, (),
+    ),
+    "flux2_klein_9b": (
+        "Flux2Transformer2DModel",
+        {"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288,
+         "guidance_embeds": False}, (),
+    ),
+    "flux2_dev": ("Flux2Transformer2DModel", {}, ()),
     "lumina2": ("Lumina2Transformer2DModel", {"cap_feat_dim": 2304}, ("gemma2",)),
     "anima": (
         "AnimaDenoiser",

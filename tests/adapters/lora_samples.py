@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from library.families.anima.modules import build_denoiser
 from library.families.anima.names import anima_names
 from library.families.flux.names import flux_names
+from library.families.flux2.names import flux2_names
 from library.families.lumina.names import lumina_names
 from library.families.sana.adapter_names import sana_layers
 from library.families.sd.names import unet_rules
@@ -86,6 +87,33 @@ def flux(double: int = 2, single: int = 2, heads: int = 2, head_dim: int = 16) -
         ).sample  # fmt: skip
 
     return Sample(model, flux_names(double, single), run)
+
+
+def flux2(double: int = 2, single: int = 2, heads: int = 2, head_dim: int = 16, guidance: bool = True) -> Sample:
+    from diffusers import Flux2Transformer2DModel
+
+    model = frozen(
+        lambda: Flux2Transformer2DModel(
+            in_channels=128,
+            num_layers=double,
+            num_single_layers=single,
+            attention_head_dim=head_dim,
+            num_attention_heads=heads,
+            joint_attention_dim=48,
+            timestep_guidance_channels=16,
+            guidance_embeds=guidance,
+            axes_dims_rope=(head_dim // 4,) * 4,
+        )
+    )
+
+    def run(transformer: nn.Module) -> Tensor:
+        return transformer(
+            hidden_states=noise(1, 6, 128), encoder_hidden_states=noise(1, 3, 48, seed=1),
+            timestep=torch.tensor([0.4]), guidance=torch.tensor([3.5]) if guidance else None,
+            img_ids=torch.arange(24.0).reshape(6, 4), txt_ids=torch.zeros(3, 4),
+        ).sample  # fmt: skip
+
+    return Sample(model, flux2_names(double, single), run)
 
 
 def chroma() -> Sample:
@@ -221,6 +249,7 @@ def sd_unet(version: str) -> dict[str, str]:
 
 SAMPLES: dict[str, Callable[[], Sample]] = {
     "flux": flux,
+    "flux2": flux2,
     "chroma": chroma,
     "sd3": sd3,
     "lumina": lumina,

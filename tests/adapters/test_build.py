@@ -22,7 +22,12 @@ from tests.adapters.families import TINY
 from tests.adapters.models import tiny_clip, tiny_unet
 
 ADDING = {"lora": LORA, "lora_fa": LORA_FA, "loha": LOHA, "lokr": LOKR}
-RANKS = {"flux": {"img_attn_dim": "2"}, "sd3": {"x_attn_dim": "2"}, "lumina": {"attn_dim": "2"}}
+RANKS = {
+    "flux": {"img_attn_dim": "2"},
+    "sd3": {"x_attn_dim": "2"},
+    "lumina": {"attn_dim": "2"},
+    "flux2": {"img_attn_dim": "2"},
+}
 
 
 def builder(kind: AdapterKind, targets: Targets) -> NetworkBuilder:

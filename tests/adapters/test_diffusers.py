@@ -118,7 +118,10 @@ def run_with(network: Any, unet: nn.Module) -> torch.Tensor:
 def mixin(name: str) -> Any:
     from diffusers.loaders import lora_pipeline
 
-    families = {"flux": "Flux", "chroma": "Flux", "sd3": "SD3", "lumina": "Lumina2", "anima": "Anima", "sana": "Sana"}
+    families = {
+        "flux": "Flux", "flux2": "Flux2", "chroma": "Flux", "sd3": "SD3", "lumina": "Lumina2", "anima": "Anima",
+        "sana": "Sana",
+    }  # fmt: skip
     return getattr(lora_pipeline, f"{families[name]}LoraLoaderMixin")
 
 
@@ -141,11 +144,14 @@ def load_transformer(name: str, tensors: dict[str, torch.Tensor], model: nn.Modu
     return [record.getMessage() for record in caplog.records]
 
 
-def check_loads(name: str, sample: Sample, tensors: dict[str, torch.Tensor], to: str, caplog: Any) -> None:
+def check_loads(
+    name: str, sample: Sample, tensors: dict[str, torch.Tensor], to: str, caplog: Any, architecture: str | None = None
+) -> None:
     """Every part has an adapter, nothing is unused, and the output is that of the weights changed by formula."""
     theirs = copy.deepcopy(sample.model)
-    assert load_transformer(name, convert(tensors, to), theirs, caplog) == []
-    parts = {key.partition(".lora_A")[0] for key in convert(tensors, "peft") if ".lora_A." in key}
+    written = {form: convert(tensors, form, architecture=architecture) for form in (to, "peft")}
+    assert load_transformer(name, written[to], theirs, caplog) == []
+    parts = {key.partition(".lora_A")[0] for key in written["peft"] if ".lora_A." in key}
     assert adapter_count(theirs) == len(parts) > 0
     before = sample.run(sample.model)
     with torch.no_grad():
@@ -207,6 +213,16 @@ def test_kohya_files_of_flux_load_at_full_width(split: bool, caplog: pytest.LogC
         outputs.append(layer.lora_B["default_0"](layer.lora_A["default_0"](x)) * layer.scaling["default_0"])
     assert distance(torch.cat(outputs), up @ (down @ x) * (2.7 / ranks)) < 1e-5
     assert outputs[3].shape == (12288,) and adapter_count(theirs) == 4
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["fused", "split"])
+@pytest.mark.parametrize("to", ["kohya", "comfy"])
+def test_files_of_flux2_load(to: str, split: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """The layers that are adapted by default, and those with in_dims."""
+    sample = SAMPLES["flux2"]()
+    known = ("_blocks_", "lora_unet_img_in", "lora_unet_txt_in", "lora_unet_time_in")
+    tensors = {k: v for k, v in adapter(sample, alpha=2.7, split=split).items() if any(part in k for part in known)}
+    check_loads("flux2", sample, tensors, to, caplog, architecture="flux2")
 
 
 def test_comfy_files_of_lumina_load_at_full_width(caplog: pytest.LogCaptureFixture) -> None:

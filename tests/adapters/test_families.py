@@ -16,6 +16,7 @@ from library.adapters.layers.lora import LoRALayer, LoraSettings
 from library.adapters.target_spec import TargetModule, TargetSpec
 from library.families.anima.names import anima_names
 from library.families.flux.names import flux_names
+from library.families.flux2.names import flux2_names
 from library.families.lumina.names import lumina_names
 from library.families.sd3.names import sd3_names
 from library.key_tables import ModuleName, expand, publish, read
@@ -25,6 +26,7 @@ from tests.adapters.models import distance, randomize
 NAMES: dict[str, Callable[[], list[ModuleName]]] = {
     "flux": lambda: flux_names(2, 2),
     "chroma": lambda: flux_names(2, 2, 2),
+    "flux2": lambda: flux2_names(2, 2),
     "sd3": lambda: sd3_names(2),
     "sd35": lambda: sd3_names(3),
     "lumina": lambda: lumina_names(2, 2),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""--network_args of lora_flux, lora_sd3 and lora_lumina: what each does, and one line for each mistake."""
+"""--network_args of lora_flux, lora_flux2, lora_sd3 and lora_lumina: what each does, and one line for each mistake."""
 
 from __future__ import annotations
 
@@ -50,6 +50,18 @@ def test_flux_blocks() -> None:
         network_reg_dims=r"double_blocks_\d_img_mlp_0=5",
     )  # fmt: skip
     assert found == {"double_blocks_0_img_mlp_0": 5, "double_blocks_1_img_mlp_0": 5, "txt_in": 3}
+
+
+def test_flux2_ranks_by_kind() -> None:
+    kinds = ["img_attn", "txt_attn", "img_mlp", "txt_mlp"]
+    given = {f"{kind}_dim": str(index + 1) for index, kind in enumerate(kinds)}
+    found = ranks("flux2", **given, single_dim="7", in_dims="8,0,9", train_double_block_indices="1")
+    for index, kind in enumerate(kinds):
+        assert {rank for name, rank in found.items() if f"_{kind}_" in name} == {index + 1}
+    assert found["single_blocks_0_linear1"] == found["single_blocks_1_linear2"] == 7
+    assert {name: rank for name, rank in found.items() if "_blocks_" not in name} == {"img_in": 8, "txt_in": 9}
+    assert not any(name.startswith("double_blocks_0_") for name in found)
+    assert {name[:7] for name in ranks("flux2", train_blocks="single")} == {"single_"}
 
 
 def test_sd3_ranks_by_kind() -> None:
@@ -145,6 +157,8 @@ def test_rates_by_pattern_reach_the_text_encoder_and_other_families() -> None:
             {"train_single_block_indices": "0-2"},
             "train_single_block_indices: there is no block 2; this model has 0 to 1",
         ),
+        ("flux2", {"train_double_block_indices": "1-2"}, "train_double_block_indices: there is no block 2"),
+        ("flux2", {"in_dims": "1,2"}, "in_dims needs 3 values, got 2"),
         ("sd3", {"train_block_indices": "7"}, "train_block_indices: there is no block 7; this model has 0 to 1"),
         ("sd3", {"emb_dims": "[1,2]"}, "emb_dims needs 6 values, got 2"),
         ("sd3", {"split_qkv": "maybe"}, "split_qkv expects true or false, got 'maybe'"),
@@ -175,7 +189,9 @@ def test_one_mistake(family: str, arguments: dict[str, str], expected: str) -> N
     assert line.startswith(expected)
 
 
-@pytest.mark.parametrize("name", ["networks.lora_flux", "networks.lora_sd3", "networks.lora_lumina"])
+@pytest.mark.parametrize(
+    "name", ["networks.lora_flux", "networks.lora_flux2", "networks.lora_sd3", "networks.lora_lumina"]
+)
 def test_mistakes_are_found_before_anything_is_loaded(name: str) -> None:
     module = load_network_module(name)
     with pytest.raises(UserError) as error:

@@ -172,11 +172,31 @@ def test_diffusers_file_of_sd3_with_default_targets(tmp_path: Path, capsys: pyte
     target.unlink()
     words = ["--src", str(source), "--dst", str(target), "--to", "kohya"]
     assert convert_lora.main(words) == 2 and not target.exists()
-    assert "fit FLUX.1 or Chroma and Stable Diffusion 3 or 3.5 alike" in capsys.readouterr().err
+    assert "fit FLUX.1 or Chroma and Stable Diffusion 3 or 3.5 and FLUX.2 alike" in capsys.readouterr().err
     base = tmp_path / "base.safetensors"
     save_file({"joint_blocks.0.x_block.attn.qkv.weight": torch.ones(24, 8)}, base)
     assert convert_lora.main([*words, "--base_model", str(base)]) == 0
     assert all(key.startswith("lora_unet_joint_blocks_0_") for key in load_file(target))
+
+
+INPUTS = {  # model -> inputs of a layer that reads the states, of the second layer of an MLP, of linear2
+    "flux": (3072, 12288, 15360),
+    "flux2 klein 4b": (3072, 9216, 12288),
+    "flux2 klein 9b": (4096, 12288, 16384),
+    "flux2 dev": (6144, 18432, 24576),
+}
+
+
+@pytest.mark.parametrize("start", ["lora_unet_", "diffusion_model."])
+@pytest.mark.parametrize("model", INPUTS)
+def test_widths_tell_flux2_from_flux(model: str, start: str) -> None:
+    """Their layers have the same names."""
+    layers = ("double_blocks.0.txt_attn.qkv", "double_blocks.0.img_mlp.2", "single_blocks.0.linear2")
+    flat = start == "lora_unet_"
+    names = [start + (name.replace(".", "_") if flat else name) for name in layers]
+    form = {"down": "lora_down.weight", "up": "lora_up.weight"} if flat else {}
+    tensors = plain(*((name, 8, size) for name, size in zip(names, INPUTS[model])), **form)
+    assert architecture_of(tensors) == model.partition(" ")[0]
 
 
 SPELLINGS = {

@@ -43,7 +43,7 @@ from tests.adapters.lora_samples import (
 
 QKV = "lora_unet_double_blocks_0_img_attn_qkv"
 LINEAR1 = "lora_unet_single_blocks_1_linear1"
-TABLE = {"flux": "flux", "chroma": "flux", "sd3": "sd3", "lumina": "lumina", "anima": "anima", "sana": "sana"}
+TABLE = {name: name for name in ("flux", "flux2", "sd3", "lumina", "anima", "sana")} | {"chroma": "flux"}
 
 ENCODERS = {  # kohya name -> the same in comfy and in peft
     "flux": {
@@ -85,6 +85,7 @@ ENCODERS = {  # kohya name -> the same in comfy and in peft
         ),
     },
     "chroma": {},
+    "flux2": {},
 }  # fmt: skip
 
 

@@ -200,7 +200,7 @@ def test_merged_weight_by_the_formula(kind: type, tucker: bool) -> None:
 
 
 @pytest.mark.parametrize("algo", MODULES)
-@pytest.mark.parametrize("family", ["flux", "chroma", "sd35", "lumina"])
+@pytest.mark.parametrize("family", ["flux", "flux2", "chroma", "sd35", "lumina"])
 def test_fused_layers_are_one_adapter(algo: str, family: str) -> None:
     """In every architecture: merged is applied, and the fused layers' ΔW is the file's formula cut into rows."""
     tiny = TINY[family]

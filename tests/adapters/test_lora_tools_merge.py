@@ -99,7 +99,7 @@ def test_merging_is_applying(name: str, module: ModuleType | None, arguments: di
     target = merged(file, [(adapter, 0.7)], tmp_path / "out.safetensors")
     for found, wanted in zip(own.outputs(own.read(target)), expected, strict=True):
         assert distance(found, wanted) < 1e-5
-    assert distance(own.outputs()[0], expected[0]) > 1e-2
+    assert distance(own.outputs()[0], expected[0]) > 3e-3
 
 
 def test_two_adapters_of_different_kinds(tmp_path: Path) -> None:

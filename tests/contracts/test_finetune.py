@@ -37,15 +37,16 @@ SEPARATE = {
     "sd3": {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "text_encoder_3"},
     "sd35": {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "text_encoder_3"},
     "lumina system prompt": {"gemma2": "text_encoder", "ae": "vae"},
+    "flux2 dev": {"text_encoder": "text_encoder", "ae": "vae"},
     "sana": {"gemma2": "text_encoder", "vae": "vae"},
 }
 TEACHABLE = [name for name, case in CASES.items() if case.family in ("sd", "sdxl")]  # their text encoders, too
-VARIANTS = ("sd2 v", "sdxl v", "lumina system prompt")  # a denoiser that another case has, trained for something else
+VARIANTS = ("sd2 v", "sdxl v", "lumina system prompt", "flux2 dev")  # denoisers that other cases have
 FORMATS = ["sd1", "sd2 v", "sdxl"]  # each layout of files
 RESUMED = [
     *((name, kind) for name in ("sd1", "flux") for kind in ("float32 with ema", "stochastic", "kahan")),
     ("sd2 v", "kahan"), ("sdxl", "stochastic"), ("chroma", "float32 with ema"), ("sd3", "kahan"),
-    ("sd35", "stochastic"), ("lumina", "kahan"),
+    ("sd35", "stochastic"), ("lumina", "kahan"), ("flux2", "stochastic"),
 ]  # fmt: skip
 TOLERANCE = 3e-5  # of float32 over a whole model: batches of another size round otherwise
 HALF = {"mixed_precision": "bf16", "full_bf16": True}

@@ -24,9 +24,9 @@ from tests.trainers.helpers import Run, assert_same_run, make_pictures, subset, 
 
 CPU = torch.device("cpu")
 METHODS = ("lora", "full")
-OTHERS = ("sd2 v", "sdxl v", "lumina system prompt")  # the same denoisers, trained for something else
+OTHERS = ("sd2 v", "sdxl v", "lumina system prompt", "flux2 dev")  # denoisers that other cases have
 NAMES = [name for name in CASES if name not in OTHERS]
-FAMILIES = ("sd1", "sdxl", "flux", "sd3", "lumina", "anima")  # one case of each, where a test takes long
+FAMILIES = ("sd1", "sdxl", "flux", "sd3", "lumina", "anima", "flux2")  # one case of each, where a test takes long
 FULL = [f"{name}, full" for name in FAMILIES]
 # where a test takes very long: each denoiser and each method, but not every pair. SDXL has the blocks of SD 1.x
 COMPILED = ["sdxl, lora", "flux, full", "sd3, lora", "lumina, lora"]

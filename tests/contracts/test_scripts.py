@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from library.io.state import load_state, newest_state
-from tests.families import CASES, anima, flux, lumina, sana, sd, sd3, sdxl
+from tests.families import CASES, anima, flux, flux2, lumina, sana, sd, sd3, sdxl
 from tests.script_runner import ROOT, run_script
 from tests.trainers import child
 from tests.trainers.helpers import argv, differing, make_pictures, quick_previews, subset, write_dataset
@@ -38,6 +38,8 @@ RECIPES = {
     "flux_full": ("flux_train.py", "flux"),
     "sd3_lora": ("sd3_train_network.py", "sd35"),
     "sd3_full": ("sd3_train.py", "sd35"),
+    "flux2_lora": ("flux2_train_network.py", "flux2"),
+    "flux2_full": ("flux2_train.py", "flux2"),
     "lumina_lora": ("lumina_train_network.py", "lumina"),
     "lumina_full": ("lumina_train.py", "lumina"),
     "anima_lora": ("anima_train_network.py", "anima"),
@@ -56,7 +58,7 @@ RUNS = [
     for name, case in CASES.items()
     if case.family == family
 ]
-VARIANTS = ("sd2 v", "sdxl v", "lumina system prompt")  # a denoiser that another case has, trained for something else
+VARIANTS = ("sd2 v", "sdxl v", "lumina system prompt", "flux2 dev")  # denoisers that other cases have
 # every architecture with LoRA, and each other script once
 KILLED = [
     run
@@ -232,6 +234,7 @@ FORMS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "sdxl": (sdxl.make, ("diffusers", "single")),
     "flux": (flux.make, ("diffusers", "files", "comfy", "parts")),
     "sd3": (sd3.make, ("diffusers", "single", "files")),
+    "flux2": (flux2.make, ("diffusers", "whole", "comfy")),
     "lumina": (lumina.make, ("diffusers", "whole", "files")),
     "anima": (anima.make, ("diffusers", "files", "parts", "adapter")),
     "sana": (sana.make, ("diffusers", "files", "plain")),

@@ -27,7 +27,12 @@ from tests.trainers.helpers import (
 
 pytestmark = pytest.mark.gpu
 
-VARIANTS = ("sd2 v", "sdxl v", "lumina system prompt")  # a denoiser that another case has; test_no_waits.py has them
+VARIANTS = (
+    "sd2 v",
+    "sdxl v",
+    "lumina system prompt",
+    "flux2 dev",
+)  # denoisers that others have; test_no_waits.py has them
 ARCHITECTURES = [name for name in CASES if name not in VARIANTS]
 CACHED = {"cache_latents": True, "cache_text_encoder_outputs": True, "network_train_unet_only": True}
 ADAFACTOR = {
@@ -99,7 +104,9 @@ def test_adapters_of_every_architecture(name: str, model: Make, dataset: Path, p
     assert moved(cached)
 
 
-@pytest.mark.parametrize("name", ["chroma", "sd3", "sd35", "lumina", "anima", "sana"])  # others: test_no_waits.py
+@pytest.mark.parametrize(
+    "name", ["chroma", "sd3", "sd35", "lumina", "anima", "sana", "flux2"]
+)  # others: test_no_waits.py
 def test_full_training_in_bf16(name: str, model: Make, dataset: Path, tmp_path: Path) -> None:
     check(finetune(dataset, tmp_path, **model(name), max_train_steps=2, mixed_precision="bf16", full_bf16=True))
 

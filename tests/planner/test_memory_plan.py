@@ -77,6 +77,7 @@ JOBS = {
     "FLUX.1 LoRA, budget 0.5": Job("flux", {"activation_budget": 0.5}),
     "FLUX.1 LoRA, fp8, recomputed": Job("flux", {"fp8_base_unet": True, "gradient_checkpointing": True}),
     "SD 3.5 full": Job("sd35", full=True),
+    "FLUX.2 LoRA": Job("flux2"),
     "Lumina LoRA": Job("lumina", {"gemma2_max_token_length": 32}),
     "Anima LoRA": Job("anima", {"qwen3_max_token_length": 32, "t5_max_token_length": 32}),
     "SANA LoRA": Job("sana", {"gemma2_max_token_length": 32}, size=512),

@@ -19,7 +19,7 @@ from tests.adapters.models import tiny_unet
 from tests.trainers.helpers import train
 
 TINY_OF = {"flux": ("flux",), "chroma": ("chroma",), "sd3": ("sd3", "sd35"), "lumina": ("lumina",), "anima": ("anima",),
-           "sana": ("sana",)}  # fmt: skip
+           "sana": ("sana",), "flux2": ("flux2",)}  # fmt: skip
 MAKERS: dict[str, Callable[[], nn.Module]] = {name: tiny.make for name, tiny in TINY.items()}
 MAKERS |= {"unet": tiny_unet, "sana": lambda: sana().model}
 

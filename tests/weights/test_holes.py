@@ -20,11 +20,12 @@ from safetensors.torch import load_file, save_file
 from library.errors import UserError
 from library.families.family import ModelFamily
 from library.families.registry import FAMILIES, open_family
+from library.weights.flux2_vae import build_vae
 from library.weights.language_models import _build
 from library.weights.loading import build_empty, shipped_config
 from library.weights.text_encoders import _build_projected_clip, _build_t5
 from library.weights.weight_files import open_weights
-from tests.families import anima, flux, lumina, sana, sd, sd3, sdxl
+from tests.families import anima, flux, flux2, lumina, sana, sd, sd3, sdxl
 
 DATA = Path(__file__).parents[1] / "data_files" / "weights"
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I64": 8, "C64": 8, "U8": 1}
@@ -90,6 +91,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[st
         "lumina": ("lumina", lumina.make),
         "anima": ("anima", anima.make),
         "anima folder": ("anima", partial(anima.make, layout="diffusers")),
+        "flux2": ("flux2", flux2.make),
         "sana": ("sana", lambda folder: sana.make(folder, layout="files", normed=True, blocks=2)),
     }
     made: dict[str, tuple[str, dict[str, Any]]] = {}
@@ -127,6 +129,11 @@ SWEEPS: dict[str, tuple[tuple[str, ...], int]] = {
     "lumina": (("",), 2),
     "anima": (("",), 4),
     "anima folder": (("",), 4),
+    # of its encoder some layers that are loaded: nothing above them is missed
+    "flux2": (
+        ("double", "single", "img", "time", "txt", "final", "encoder", "decoder", "bn.run", "model.layers.1."),
+        2,
+    ),
     "sana": (("",), 4),
 }
 
@@ -166,6 +173,7 @@ def test_each_tensor_removed_in_turn_is_named(models: Any, name: str) -> None:
         ("lumina", "something.of.nobody"),
         ("anima", "net.llm_adapter.blocks.2.mlp.0.weight"),
         ("anima", "net.blocks.3.mlp.layer1.weight"),
+        ("flux2", "single_blocks.2.linear1.weight"),
         ("sana", "blocks.2.attn.qkv.weight"),
     ],
 )
@@ -197,6 +205,8 @@ MATRICES = (
     ("lumina", "layers.1.attention.qkv.weight"),
     ("anima", "net.llm_adapter.blocks.1.cross_attn.k_proj.weight"),
     ("anima", "encoder.downsamples.1.resample.1.weight"),
+    ("flux2", "single_blocks.1.linear1.weight"),
+    ("flux2", "model.layers.26.mlp.up_proj.weight"),
     ("sana", "blocks.1.cross_attn.kv_linear.weight"),
     ("sana", "encoder.stages.4.op_list.0.context_module.main.qkv.conv.weight"),
 )
@@ -257,6 +267,8 @@ def test_float64_is_cast(models: Any, tmp_path: Path) -> None:
         ("anima", "net.llm_adapter.blocks.0."),
         ("anima", "encoder.downsamples.1."),
         ("anima", "decoder.upsamples.0."),
+        ("flux2", "double_blocks.0."),
+        ("flux2", "model.layers.5."),
         ("sana", "blocks.0."),
         ("sana", "decoder.stages.2.op_list.1."),
         ("sana", "encoder.stages.3."),
@@ -318,6 +330,8 @@ def real() -> dict[str, dict[str, Any]]:
         "clip_g": clip,
         "t5xxl": _build_t5,
         "gemma2": partial(_build, kind="gemma2", layers=None),
+        "qwen3": partial(_build, kind="qwen3", layers=None),
+        "mistral": partial(_build, kind="mistral", layers=None),
     }
     files = {}
     for name, build in own.items():
@@ -327,6 +341,9 @@ def real() -> dict[str, dict[str, Any]]:
              "schnell": "flux_schnell_output", "chroma": "chroma_input", "ae": "flux_ae_input",
              "lumina": "lumina2_output", "anima": "anima_output", "qwen3_06b": "anima_qwen3_input",
              "qwen_vae": "anima_qwen_image_vae_input"}  # fmt: skip
+    files |= {name: flux2.published_shapes(*sizes) for name, sizes in flux2.PUBLISHED.items()}
+    vae = build_empty(lambda: build_vae(shipped_config("flux2_ae")))
+    files["flux2 ae"] = {key: list(tensor.shape) for key, tensor in flux2.published_vae(vae).items()}
     return {**files, **{name: listed(file) for name, file in lists.items()}, **listed("sd3_outputs")}
 
 
@@ -384,6 +401,13 @@ def published_files(real: dict[str, dict[str, Any]], place: Path) -> Iterator[tu
     next_dit = {**real["lumina"], **extras("", "norm_final.weight")}
     gemma = below("model.", real["gemma2"]) | extras("", "spiece_model", "lm_head.weight")
     yield "lumina", "lumina", {model: file(next_dit, "BF16"), "gemma2": file(gemma), "ae": ae}
+    qwen = file(below("model.", real["qwen3"]) | extras("", "lm_head.weight"))
+    mistral = file(below("language_model.model.", real["mistral"]) | extras("", "lm_head.weight", "vision_tower.x"))
+    for kind, encoder in {"klein-4b": qwen, "dev": mistral}.items():
+        options = {"text_encoder": encoder, "ae": file(real["flux2 ae"], "F32")}
+        yield f"flux2 {kind}", "flux2", {model: file(real[kind], "BF16"), **options}
+        prefixed = below("model.diffusion_model.", real[kind])
+        yield f"flux2 {kind} of ComfyUI", "flux2", {model: file(prefixed, "F8_E4M3"), **options}
     text = below("text_encoders.gemma2_2b.transformer.model.", real["gemma2"]) | below("vae.", real["ae"])
     yield "lumina all in one", "lumina", {model: file({**below("model.diffusion_model.", next_dit), **text})}
     qwen3 = below("model.", real["qwen3_06b"]) | extras("", "lm_head.weight")

@@ -2,7 +2,8 @@
 """diffusers 0.42, `load_lora_weights` of each pipeline: which files it converts, what it leaves, what it refuses.
 
 A U-Net's pipelines convert kohya files whole or not at all; those of FLUX.1 know the blocks of the real model;
-Lumina's converts ComfyUI's names, of whole blocks. The others take the formats that the table of their layers names.
+those of FLUX.2 convert kohya's names, and ComfyUI's where no alpha is beside a LoRA; Lumina's converts ComfyUI's names,
+of whole blocks. The others take the formats that the table of their layers names.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from library.errors import first_names
 FLAT = ("lora_te_", "lora_te1_", "lora_te2_", "lora_unet_")
 KOHYA = {"lora_down.weight", "lora_up.weight", "alpha"}
 PEFT = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector", "lora_magnitude_vector.weight")
+LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "alpha")  # of FLUX.2
 FLUX_BLOCKS = {"double": 19, "single": 38}
 FLUX_LINEAR1, LUMINA_QKV = 21504, 3840  # rows that are written into its converters
 T5 = ("lora_te2_", "lora_te3_")
@@ -29,6 +31,10 @@ INSIDE = re.compile(r"lora_unet_(double|single)_blocks_(\d+)_.+")
 ATTENTION = re.compile(r"\.attn[12]\.to_(q|k|v|out\.0)$")
 # Layers of FLUX.1 outside of the blocks: converted to names that the transformer has not
 OUTSIDE = re.compile(r"lora_unet_(guidance_in|img_in|txt_in|time_in|vector_in|final_layer).*")
+# Layers of FLUX.2 whose kohya names it converts; others are left out
+FLUX2_KNOWN = re.compile(
+    r"lora_unet_((double|single)_blocks_.+|img_in|txt_in|time_in_(in|out)_layer|final_layer_linear)"
+)
 NOT_LORA = "all keys must have 'lora' in them, and {} have not: {}"
 
 
@@ -158,6 +164,28 @@ def _is_block(name: str) -> bool:
     return found is not None and int(found[2]) < FLUX_BLOCKS[found[1]]
 
 
+# ---- FLUX.2 ---------------------------------------------------------------------------------------------------------
+
+
+def _of_flux2(reading: Reading, tensors: Mapping[str, Tensor], model: NamedModel) -> None:
+    layers = [layer for layer in model.layers() if not layer.encoder]
+    if any(".lora_down.weight" in key for key in tensors):
+        names = {layer.kohya: LayerPart(layer) for layer in layers if FLUX2_KNOWN.fullmatch(layer.kohya)}
+        take(reading, tensors, names, ("LoRA",), KOHYA)
+    elif any(key.startswith("diffusion_model.") for key in tensors):
+        names = {layer.comfy: LayerPart(layer) for layer in layers}
+        kind, endings = ("LoKr", LOKR) if any(".lokr_" in key for key in tensors) else ("LoRA", PEFT[:2])
+        strays = [key for key in tensors if split_key(key)[0] not in names or split_key(key)[1] not in endings]
+        if strays:
+            reading.refused = f"{len(strays)} keys are unknown to it: {first_names(strays)}"
+        else:
+            take(reading, tensors, names, (kind,), endings)
+    elif any(".lokr_" in key for key in tensors):
+        reading.refused = f"it finds no layers of these names: {first_names([*tensors])}"
+    else:
+        _of_peft(reading, tensors, model)
+
+
 # ---- others ------------------------------------------------------------------------------------------------------
 
 
@@ -217,5 +245,6 @@ def _of_anima(reading: Reading, tensors: Mapping[str, Tensor], model: NamedModel
 CONVERTERS: Mapping[str, Callable[[Reading, Mapping[str, Tensor], NamedModel], None]] = {
     "sd1": _of_unet, "sd2": _of_unet, "sdxl": _of_unet, "flux": _of_flux, "chroma": _of_flux, "lumina": _of_lumina,
     "anima": _of_anima,
+    "flux2": _of_flux2,
 }  # fmt: skip
 DIFFUSERS = Program("diffusers", read_diffusers)

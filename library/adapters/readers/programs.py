@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ComfyUI 0.3.64 (for Anima: of September 2026) and Forge (of lllyasviel): which key names they know, and what they do
-with the others.
+"""ComfyUI 0.3.64 and Forge (of lllyasviel): which key names they know, and what they do with the others.
 
 Both map names to the weights of the model that is loaded. ComfyUI leaves unknown keys and logs them; Forge, with an
-older copy of the same tables, refuses a file with more than twelve of them.
+older copy of the same tables, refuses a file with more than twelve of them. FLUX.2 and Anima are newer than that
+ComfyUI: their names are those of later versions.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from library.adapters.formats.architecture import LayerPart, PublishedLayer, fla
 from library.adapters.readers.reading import SUFFIXES, NamedModel, Names, Program, Reading, take
 from library.errors import first_names
 
-FLUX = ("flux", "chroma")
+FLUX = ("flux", "chroma", "flux2")
 MOST_UNKNOWN = 12  # keys that Forge forgives
 CLIP = ("self_attn.k_proj", "self_attn.q_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
-# What ComfyUI's table from diffusers to FLUX has outside of the blocks
+# What ComfyUI's table from diffusers to FLUX has outside of the blocks; FLUX.2 embeds the time by other names
 FLUX_OUTSIDE = ("final_layer.", "img_in", "time_in.", "txt_in", "vector_in.", "guidance_in.")
+FLUX2_OUTSIDE = ("final_layer.", "img_in", "txt_in")
 ENDINGS = frozenset(SUFFIXES) - {"lora_magnitude_vector", "lora_magnitude_vector.weight"}
 # T5's number among the text encoders -> the kohya prefixes under which each program finds it
 T5_COMFY = {"flux": ("lora_te2", "lora_te3"), "sd3": ("lora_te3",), "chroma": ("lora_te1",)}
@@ -81,7 +82,8 @@ def _unet_names(layer: PublishedLayer, *flat_prefixes: str) -> dict[str, LayerPa
 
 def _part_names(layer: PublishedLayer, model: NamedModel) -> dict[str, LayerPart]:
     """The names of a transformer's layer in diffusers: each part is some rows of it."""
-    if model.name in FLUX and not ("_blocks." in layer.published or layer.published.startswith(FLUX_OUTSIDE)):
+    outside = FLUX2_OUTSIDE if model.name == "flux2" else FLUX_OUTSIDE
+    if model.name in FLUX and not ("_blocks." in layer.published or layer.published.startswith(outside)):
         return {}
     found: dict[str, LayerPart] = {}
     for i, name in enumerate(layer.parts):

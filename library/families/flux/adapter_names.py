@@ -34,7 +34,8 @@ TABLES = (
         "flux", "FLUX.1 or Chroma", flux_denoiser,
         (CLIP_L, replace(T5_XXL, peft="text_encoder_2", aliases=("lora_te2",))),
         flux_facts, beginning(DOUBLE, SINGLE),
-        fused={4: (1.0, 1.0, 1.0, 4.0)}, numbered_oft=True, inputs={READS_STATES: frozenset({3072})},
+        fused={4: (1.0, 1.0, 1.0, 4.0)}, numbered_oft=True,
+        inputs={READS_STATES: frozenset({3072}), "_mlp_2$": frozenset({12288}), "_linear2$": frozenset({15360})},
         variants=("chroma",), readers=ALL_READERS,
     ),
 )  # fmt: skip

@@ -74,12 +74,15 @@ class Design:
     family: str  # in library.families.registry; also the configuration in configs/models
     what: str  # its denoiser, for messages
     build: Callable[[Mapping[str, Any]], nn.Module]
+    rules: Callable[[nn.Module], tuple[Rule, ...]]  # its published names
     patch: Callable[[nn.Module], None]
     # the part of the config that is its own and that the shapes tell
     sizes: Callable[[Shapes, Layout], dict[str, Any]]
     encoders: Mapping[str, Source]
     answers: Mapping[str, str] = field(default_factory=dict)  # what to say of the files of another family
     extras: tuple[str, ...] = ()  # as in `Part`
+    depths: Mapping[int, Mapping[str, int]] = field(default_factory=lambda: PUBLISHED_DEPTHS)  # ... published_depths
+    token: int = LATENT_TOKEN
 
 
 def open_parts(options: FluxOptions, design: Design) -> FluxParts:
@@ -157,15 +160,15 @@ def open_denoiser(path: Path, design: Design) -> tuple[Part, dict[str, Any]]:
     with reading_sizes(file.path, prefix):
         found = below(file.shapes, prefix)
         config = {**shipped_config(design.family), **sizes(found, names), **design.sizes(found, names), **own}
-    if config["in_channels"] != LATENT_TOKEN:
+    if config["in_channels"] != design.token:
         raise UserError(
             f"{file.path} is a fill, control or edit model ({config['in_channels']} numbers per token, not "
-            f"{LATENT_TOKEN}): it cannot be trained here"
+            f"{design.token}): it cannot be trained here"
         )
-    rules = own_names if names is DIFFUSERS else denoiser_rules
+    rules = own_names if names is DIFFUSERS else design.rules
     part = Part(
         design.what, file, prefix, partial(design.build, config), rules,
-        finish=design.patch, extras=design.extras, published_depths=PUBLISHED_DEPTHS,
+        finish=design.patch, extras=design.extras, published_depths=design.depths,
     )  # fmt: skip
     return part, config
 
@@ -225,6 +228,7 @@ FLUX = Design(
     "flux",
     "FLUX.1 transformer",
     build_flux,
+    denoiser_rules,
     keep_time_exact,
     flux_sizes,
     encoders={CLIP: CLIP_SOURCE, T5: T5_SOURCE},

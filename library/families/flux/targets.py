@@ -86,8 +86,19 @@ def denoiser_targets(model: nn.Module) -> list[TargetSpec]:
     return table_targets(names, model)
 
 
-def rank_rules(options: FluxRankOptions, dim: int, targets: list[TargetSpec]) -> TypeRanks:
-    """The ranks that the options ask for. Raises UserError for blocks that the model does not have."""
+def rank_rules(
+    options: Any,
+    dim: int,
+    targets: list[TargetSpec],
+    *,
+    types: Mapping[str, tuple[str, ...]] = TYPES,
+    inputs: tuple[str, ...] = INPUTS,
+) -> TypeRanks:
+    """The ranks that the options ask for. Raises UserError for blocks that the model does not have.
+
+    options: FluxRankOptions or alike. types: those among them that are ranks by words of a name. inputs: those of
+    in_dims.
+    """
     blocks = {DOUBLE: options.train_double_block_indices, SINGLE: options.train_single_block_indices}
     raise_problems(
         line
@@ -97,8 +108,8 @@ def rank_rules(options: FluxRankOptions, dim: int, targets: list[TargetSpec]) ->
     return TypeRanks(
         dim,
         KINDS[options.train_blocks or "all"],
-        types=tuple((words, getattr(options, name)) for name, words in TYPES.items()),
-        outside=dict(zip(INPUTS, options.in_dims or ())),
+        types=tuple((words, getattr(options, name)) for name, words in types.items()),
+        outside=dict(zip(inputs, options.in_dims or ())),
         blocks=blocks,
     )
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -41,7 +42,7 @@ class NetworkMethod(Method[NetworkTrainerOptions]):
         return foreign_error(self.network_module, error)
 
     def checks(self) -> list[Callable[[], None]]:
-        return [self.check_module, self.check_control, self.check_files, self.check_caches]
+        return [self.check_module, self.check_encoders, self.check_control, self.check_files, self.check_caches]
 
     def check_module(self) -> None:
         """The network module is for these models, can be imported and knows the --network_args."""
@@ -70,6 +71,16 @@ class NetworkMethod(Method[NetworkTrainerOptions]):
             return []
         return [f"--network_dim {dim}: no layer of the denoiser is wider than {widest}, and a higher rank adds nothing"]
 
+    def check_encoders(self) -> None:
+        """Options of text encoders have one that may learn."""
+        asked = self.family.sheet.asked_encoders
+        if any(asked.get(name) != "" for name in self.family.encoders):
+            return
+        if self.options.network.network_train_text_encoder_only:
+            raise UserError("--network_train_text_encoder_only: the text encoder of this model is never trained here")
+        if self.options.network.text_encoder_lr:
+            log.warning("--text_encoder_lr: no effect, the text encoder of this model is never trained here")
+
     def check_control(self) -> None:
         """A network that looks at control images changes no weights, and its keys have one form."""
         options = self.options.network
@@ -96,6 +107,9 @@ class NetworkMethod(Method[NetworkTrainerOptions]):
             except UserError as error:
                 problems += error.problems
                 continue
+            with suppress(UserError):  # `family.check` says what is wrong with the model
+                if problem := self.family.adapter_problem(names):
+                    problems.append(f"{flag} {file} {problem}")
             if flag == "--base_weights" and any(name.startswith(prefixes) for name in names):
                 problems.append(
                     f"--base_weights {file} changes the text encoder, whose outputs are cached without it: "

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from library.adapters.adapter_network import AdapterNetwork
+from library.adapters.formats.architecture import table_named
 from library.adapters.formats.conversion import convert, dora_norms, header, read_tensors
 from library.adapters.readers.comparison import NetworkComparison, ProgramReport, report
 from library.errors import UserError
@@ -72,7 +73,8 @@ class NetworkFile:
         """The network's tensors under the names of a --lora_format, and what the file's header has to say of them."""
         if form == "kohya":
             return tensors, {}
-        tables = adapter_tables()
+        own = table_named(adapter_tables(), self.names)  # other models may have layers of the same names
+        tables = adapter_tables() if own is None else (own,)
         norms = dora_norms(tensors, self.weight_source(), tables) if form == "comfy" else None
         return convert(tensors, form, tables, norms=norms), header(tensors, form, tables)
 

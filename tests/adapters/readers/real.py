@@ -30,7 +30,10 @@ def load(name: str, tensors: Mapping[str, Tensor], denoiser: nn.Module, encoders
         known = inspect.signature(kind.__init__).parameters
         kind(**{place: None for place in lacks if place in known} | more | parts).load_lora_weights(given)
         return
-    families = {"flux": "Flux", "chroma": "Flux", "sd3": "SD3", "lumina": "Lumina2", "anima": "Anima", "sana": "Sana"}
+    families = {
+        "flux": "Flux", "flux2": "Flux2", "chroma": "Flux", "sd3": "SD3", "lumina": "Lumina2", "anima": "Anima",
+        "sana": "Sana",
+    }  # fmt: skip
     kind = getattr(lora_pipeline, f"{families[name]}LoraLoaderMixin")
     loader: Any = type("Loader", (kind,), {"lora_scale": 1.0, "hf_device_map": None, "components": {}})()
     loader.transformer, loader.text_conditioner = _two(denoiser)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,8 +17,8 @@ from library.errors import UserError
 from library.families.adapters import load_network_module
 from tests.adapters.families import TINY
 from tests.adapters.known_formats import TABLES, convert, dora_norms
-from tests.adapters.models import randomize, tiny_clip, tiny_unet
-from tests.adapters.readers.real import Outcome
+from tests.adapters.models import distance, randomize, tiny_clip, tiny_unet
+from tests.adapters.readers.real import Outcome, load
 
 pytest.importorskip("peft")
 
@@ -78,9 +79,37 @@ def test_transformers(family: str, arguments: dict[str, str]) -> None:
     network = tiny.module.create_network(1.0, 4, 2.7, None, None, model, **arguments, **everything)
     found = compare({"sd35": "sd3"}.get(family, family), network, model, [])
     assert found["peft"] == "yes"
-    assert found["kohya"] == (REFUSES if family in ("flux", "chroma") else NOTHING)
+    if family == "flux2":
+        assert found == (found | {"kohya": "yes", "comfy": "yes"} if "dora_wd" not in arguments else found)
+    else:
+        assert found["kohya"] == (REFUSES if family in ("flux", "chroma") else NOTHING)
     if family == "anima" and not arguments:
         assert found["comfy"] == "yes"
+
+
+@pytest.mark.parametrize(("module", "form", "expected"), [
+    ("lokr", "comfy", "yes"), ("lokr", "kohya", REFUSES), ("loha", "comfy", REFUSES), ("loha", "kohya", NOTHING),
+])  # fmt: skip
+def test_other_kinds_for_flux2(module: str, form: str, expected: str) -> None:
+    """LoKr is put on layers that diffusers fuses for it: what the whole model gives is compared."""
+    tiny, network_module = TINY["flux2"], load_network_module(f"networks.{module}")
+    model = tiny.make()
+    torch.manual_seed(5)
+    network: Any = network_module.create_network(1.0, 4, 2.7, None, [], model)
+    randomize(network)
+    network.attach(train_denoiser=True, train_text_encoder=False)
+    trained = tiny.run(model)
+    network.detach()
+    tensors = convert(network.state(None), form, architecture="flux2") if form == "comfy" else network.state(None)
+    rules = NetworkComparison(network.trained(), "flux2", TABLES).verdict(DIFFUSERS, tensors)
+    assert ("yes" if rules.takes else rules.text().partition(":")[0]) == expected
+    theirs = copy.deepcopy(model)
+    if expected == REFUSES:
+        with pytest.raises(Exception, match=r"should be empty|not found in the base model"):
+            load("flux2", tensors, theirs, [])
+        return
+    load("flux2", tensors, theirs, [])
+    assert distance(tiny.run(theirs), trained if expected == "yes" else tiny.run(model)) < 1e-4
 
 
 def tiny_t5() -> nn.Module:
