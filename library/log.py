@@ -22,8 +22,13 @@ def get_logger() -> logging.Logger:
 
 
 def is_main_process() -> bool:
-    """Whether this is rank 0. Works before the accelerator exists (launchers set RANK)."""
-    return int(os.environ.get("RANK", "0")) == 0
+    """Whether this is rank 0."""
+    return process_number() == 0
+
+
+def process_number() -> int:
+    """Rank of this process. Works before the accelerator exists (launchers set RANK)."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def process_count() -> int:

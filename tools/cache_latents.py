@@ -28,11 +28,12 @@ def fill(run: caching.CacheRun) -> None:
     """Encode the missing latents. The VAE is loaded only if there are any."""
     latents = run.caches.latents
     assert latents is not None
-    jobs = run.data.encoding_jobs() + run.data.reference_jobs()
-    missing = len(latents.missing(jobs))
+    jobs = run.caches.latent_jobs()
+    own = len(latents.missing(jobs))
+    missing = run.in_all(own)
     log.info(f"{len(jobs)} latents are needed, {len(jobs) - missing} of them are there")
-    if missing:
-        run.caches.fill_latents(run.family.load_vae(run.dtype, run.device), run.share)
+    if own:
+        run.caches.fill_latents(run.family.load_vae(run.dtype, run.device))
     log.info("done: train with --cache_latents_to_disk and the same --mixed_precision")
 
 

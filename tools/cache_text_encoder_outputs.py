@@ -32,12 +32,14 @@ def fill(run: caching.CacheRun) -> None:
 
     caches = run.caches
     assert caches.texts is not None
-    for name, part in caches.texts.parts.items():
-        missing = len(part.missing(caches.wanted))
-        log.info(f"{name}: {len(caches.wanted)} texts are needed, {len(caches.wanted) - missing} of them are there")
+    own = {name: part.lacking(caches.wanted(name), quick=part.skip_check) for name, part in caches.texts.parts.items()}
+    for name, (missing, needed) in own.items():
+        there = run.in_all(needed) - run.in_all(missing)
+        log.info(f"{name}: {run.in_all(needed)} texts are needed, {there} of them are there")
+    for name, (missing, _) in own.items():
         if missing:
             encoder = run.family.load_text_encoder(name, run.dtype, run.device, storage="half")
-            caches.fill_texts(name, encoder, run.share)
+            caches.fill_texts(name, encoder)
             del encoder
             free_memory()
     log.info("done: train with --cache_text_encoder_outputs_to_disk and the same --mixed_precision")

@@ -154,14 +154,17 @@ def _run(
             log.info(line)
     nothing = {"cache_latents": False, "cache_text_encoder_outputs": False}
     options = replace(options, cache=replace(options.cache, **nothing, **cached))
+    from library.trainers.caching import filled_by_all
+
     prepared = CacheRun(open_family(FAMILIES[name], options.model), options)
-    fill(prepared)
-    prepared.finish()
+    with filled_by_all(prepared.caches):
+        fill(prepared)
+    prepared.accelerator.end_training()
     return 0
 
 
 class CacheRun:
-    """The caches of the training run that these options describe, and this process's share of the work."""
+    """The caches of the training run that these options describe."""
 
     def __init__(self, family: Any, options: CachingOptions) -> None:
         """Reads and checks everything. Raises UserError with all mistakes at once, before a model is loaded."""
@@ -169,7 +172,7 @@ class CacheRun:
         from library.device import DistributedSettings, indexed, make_accelerator
         from library.sampling.prompts import load_prompts
         from library.sampling.references import texts_of
-        from library.trainers.caching import Caches, Share
+        from library.trainers.caching import Caches
         from library.trainers.checks import Checks, data_warnings, scan_datasets, training_data
         from library.trainers.resume import run_seed
         from library.trainers.settings import compute_dtype
@@ -197,17 +200,17 @@ class CacheRun:
         timeout = DistributedSettings(timeout_minutes=options.distributed.ddp_timeout)
         self.accelerator = make_accelerator(options.precision.mixed_precision, timeout)
         self.family, self.data, self.device = family, data, indexed(self.accelerator.device)
-        self.share = Share(self.accelerator.process_index, self.accelerator.num_processes)
         self.dtype = compute_dtype(options.precision)
         size = found.datasets[0].config.buckets.resolution
         texts = texts_of(prompts, family.references, size, family.latent.factor)
         import_diffusers()
         self.caches = Caches(family, options, data, self.dtype, learning=(), more_texts=texts)
 
-    def finish(self) -> None:
-        """Wait until every process has written its share."""
-        self.accelerator.wait_for_everyone()
-        self.accelerator.end_training()
+    def in_all(self, count: int) -> int:
+        """The sum of a number over all processes."""
+        from accelerate.utils import gather_object
+
+        return sum(gather_object([count]))
 
 
 def has_control_images(family: str, options: Any) -> bool:

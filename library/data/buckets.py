@@ -7,7 +7,6 @@ Sizes are (width, height) in pixels.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -65,23 +64,16 @@ class BucketManager:
             found = self._fit(size) if self.predefined else self._fit_without_upscale(size)
             self._known[size] = found
         if min(found.reso) <= 0:
-            step = self.rules.bucket_reso_steps
-            raise UserError(
-                f"{name}: {size[0]}x{size[1]} is too small or too narrow for a bucket, whose sides are at least {step} "
-                f"pixels; remove it, lower bucket_reso_steps or switch bucket_no_upscale off"
-            )
+            raise UserError(self.refusal(size, name))
         return found
 
-    def assign(self, pictures: Iterable[tuple[str, Size]]) -> tuple[list[Bucket], list[str]]:
-        """(bucket of each, problems) for (name, size) pairs; a picture with a problem gets Bucket((0, 0), (0, 0))."""
-        buckets, problems = [], []
-        for name, size in pictures:
-            try:
-                buckets.append(self.select(size, name))
-            except UserError as error:
-                buckets.append(Bucket((0, 0), (0, 0)))
-                problems += error.problems
-        return buckets, problems
+    def refusal(self, size: Size, name: str) -> str:
+        """The line about a picture that fits no bucket."""
+        step = self.rules.bucket_reso_steps
+        return (
+            f"{name}: {size[0]}x{size[1]} is too small or too narrow for a bucket, whose sides are at least {step} "
+            f"pixels; remove it, lower bucket_reso_steps or switch bucket_no_upscale off"
+        )
 
     def _fit(self, size: Size) -> Bucket:
         """The predefined bucket of the picture's own size, or of the nearest aspect ratio; the picture covers it."""

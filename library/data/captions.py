@@ -30,6 +30,15 @@ Parts = list[str]  # of a caption: what stood between its separators
 Chances = dict[str, float]  # text -> its probability
 
 
+def caption_of(text: str, *, enable_wildcard: bool) -> str:
+    """The caption in a caption file: its first line, or with wildcards all lines that are not empty."""
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if enable_wildcard:
+        return "\n".join(stripped for line in text.split("\n") if (stripped := line.strip()))
+    return text.split("\n", 1)[0].strip()
+
+
 def final_caption(
     text: str, rules: CaptionRules, rng: random.Random, *, epoch: int, step: int, total_steps: int
 ) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 from library.data.options import MOST_REPEATS, NO_DATA, CacheOptions, DataOptions
 from library.data.records import BucketRules, CaptionRules, DatasetConfig, ImageRules, SubsetConfig
 from library.data.references import reference_problems
+from library.data.shards.patterns import is_url, local_files
 from library.errors import UserError, first_names, how_many_shown, nearest, raise_problems, unknown
 from library.log import get_logger
 from library.options import Spec, at_least, option, specs
@@ -50,6 +51,25 @@ class FileKeys:
     reference_data_dir: str | None = option(
         None, help="Folder of reference pictures: name.png, or name_0.png, name_1.png, ... for name.png.", path=True
     )
+    shards: str | None = option(
+        None,
+        help="Tar files in the layout of WebDataset: a name, * or {000..019} in it, or a URL of fsspec.",
+        path=True,
+    )
+    parquet: str | None = option(None, help="Parquet files with pictures and captions, named as shards.", path=True)
+    image_column: str | None = option(
+        None,
+        help="Column of parquet files with the bytes of pictures (default: image, jpg, png, webp, img or image_bytes).",
+    )
+    caption_column: str | None = option(
+        None,
+        help="Column of parquet files, or key of .json files in shards, with the caption (default: caption, text, "
+        "prompt or txt).",
+    )
+    mask_column: str | None = option(None, help="Column of parquet files with the bytes of masks.")
+    reference_column: str | None = option(
+        None, help="Column of parquet files with the bytes of a reference picture, or a list of several."
+    )
     is_reg: bool = option(False, help="Regularisation pictures: weighted by --prior_loss_weight.")
     class_tokens: str | None = option(None, help="Caption of pictures that have none.")
     custom_attributes: Mapping[str, Any] | None = option(
@@ -63,7 +83,9 @@ class FileKeys:
 
 _RENAMED = {"batch_size": "train_batch_size"}  # key of the file -> option of the command line
 
-_SUBSET_ONLY = frozenset({"image_dir", "metadata_file", "conditioning_data_dir", "reference_data_dir", "is_reg"})
+SOURCES = ("image_dir", "metadata_file", "shards", "parquet")  # image_dir may also go with metadata_file
+_COLUMNS = ("image_column", "caption_column", "mask_column", "reference_column")
+_SUBSET_ONLY = frozenset({*SOURCES, *_COLUMNS, "conditioning_data_dir", "reference_data_dir", "is_reg"})
 _DATASET_KEYS = frozenset(
     {f.name for f in fields(BucketRules)} | {"batch_size", "network_multiplier", "validation_seed", "validation_split"}
 )
@@ -295,9 +317,9 @@ def _all_keys(value: Any) -> Iterator[str]:
 def _read_subset(reader: _Reader, raw: Any, place: str, dataset: _Table, levels: tuple[_Table, ...]) -> SubsetConfig:
     own = reader.table(raw, place, "subsets")
     subset = _subset(_Levels(own, *levels))
-    named = isinstance(raw, dict) and bool({"image_dir", "metadata_file"} & set(raw))
-    if not named:
-        reader.report(place, "image_dir is missing (or metadata_file)")
+    if not (isinstance(raw, dict) and {*SOURCES} & set(raw)):
+        reader.report(place, f"{SOURCES[0]} is missing (or {', '.join(SOURCES[1:-1])} or {SOURCES[-1]})")
+    reader.problems += [f"{reader.where(place)}: {text}" for text in shard_problems(subset, own, dataset)]
     if subset.metadata_file:
         for key in ("class_tokens", "caption_extension", "cache_info"):
             if own.get(key, dataset.get(key)):
@@ -310,6 +332,25 @@ def _read_subset(reader: _Reader, raw: Any, place: str, dataset: _Table, levels:
     return subset
 
 
+def shard_problems(subset: SubsetConfig, own: Mapping[str, Any], dataset: Mapping[str, Any]) -> Iterator[str]:
+    """What cannot go together in a subset with shards or parquet, or without them. own, dataset: the tables."""
+    if subset.shard_pattern is None:
+        for key in (key for key in _COLUMNS if own.get(key)):
+            yield f"{key} has no effect without {'shards or ' if key == 'caption_column' else ''}parquet"
+        return
+    source, pattern = subset.shard_pattern
+    for key in (key for key in SOURCES if key != source and own.get(key)):
+        yield f"{key} cannot stand beside {source}: give one of them, and another subset for the other"
+    inside = {"caption_extension": "captions", "conditioning_data_dir": "masks", "reference_data_dir": "references"}
+    for key, what in inside.items():
+        if own.get(key, dataset.get(key)):
+            yield f"{key} has no effect with {source}: {what} are inside"
+    for key in (key for key in _COLUMNS if own.get(key) and source == "shards" and key != "caption_column"):
+        yield f"{key} has no effect with shards, where the ending of a file says what it is"
+    if "::" in pattern and is_url(pattern):
+        yield f"{source} {pattern}: a URL of one file system is needed, without ::"
+
+
 def missing_paths(subset: SubsetConfig) -> Iterator[str]:
     """One line for each folder or file of a subset that is not there, with the nearest one that is."""
     for key in ("image_dir", "conditioning_data_dir", "reference_data_dir"):
@@ -318,6 +359,16 @@ def missing_paths(subset: SubsetConfig) -> Iterator[str]:
             yield f"{key} {_missing(folder)}"
     if subset.metadata_file and not Path(subset.metadata_file).is_file():
         yield f"metadata_file {_missing(subset.metadata_file)}"
+    if subset.shard_pattern is not None and not is_url(subset.shard_pattern[1]):
+        key, pattern = subset.shard_pattern
+        try:
+            _, missing = local_files(pattern)
+        except UserError as error:
+            yield f"{key} {error.problems[0]}"
+            return
+        if missing:
+            more = f" (and {len(missing) - 1} more of {pattern})" if len(missing) > 1 else ""
+            yield f"{key} {_missing(missing[0])}{more}"
 
 
 def _missing(text: str) -> str:
@@ -406,11 +457,11 @@ def dataset_problems(
 ) -> Iterator[str]:
     """What makes no sense about the datasets as a whole: unused masks, changes that a cache would hide."""
     subsets = [subset for dataset in datasets for subset in dataset.subsets]
-    masked = any((s.conditioning_data_dir and not control) or s.images.alpha_mask for s in subsets)
+    masked = any((s.conditioning_data_dir and not control) or s.images.alpha_mask or s.shard_pattern for s in subsets)
     if options.masked_loss and subsets and not masked:
         where = "alpha_mask = true" if control else "conditioning_data_dir or alpha_mask = true"
         yield f"--masked_loss has no effect: no subset has {where}"
-    without = [s.name for s in subsets if not s.conditioning_data_dir] if control else []
+    without = [s.name for s in subsets if not (s.conditioning_data_dir or s.shard_pattern)] if control else []
     if without:
         yield f"conditioning_data_dir, the folder of the control images, is missing for {first_names(without)}"
     if options.conditioning_data_dir and not options.masked_loss and not control:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from library.data import captions, images
 from library.data.buckets import Bucket
+from library.data.caches.share import ALL, Share
 from library.data.encoding import (
     LatentJob,
     LatentSource,
@@ -166,13 +167,15 @@ class TrainingData:
             found |= dict.fromkeys(part.references(sample))
         return list(found)
 
-    def all_texts(self) -> list[Text]:
-        """Every final text that training and validation use when text outputs are cached, once each."""
-        found: dict[Text, None] = {}
+    def texts_of(self, share: Share = ALL) -> Iterator[Text]:
+        """Every final text that training and validation use when text outputs are cached, made sample by sample.
+
+        share: only of captions that are this process's work. A text may come several times.
+        """
         for part, sample, validation in self._used_samples():
-            shown = self._shown(part, sample)
-            found |= {Text(caption, shown): None for caption in self._captions_of(sample, validation)}
-        return list(found)
+            if share.has(sample.caption):
+                shown = self._shown(part, sample)
+                yield from (Text(caption, shown) for caption in self._captions_of(sample, validation))
 
     def _captions_of(self, sample: Sample, validation: bool) -> list[str]:
         """The final captions of a sample."""

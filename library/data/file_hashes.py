@@ -23,11 +23,12 @@ UNSETTLED = -1
 
 
 class FileState(NamedTuple):
-    """A file as the scan saw it."""
+    """A file as the scan saw it. digest: of its content, where the index of a shard knows it."""
 
     path: str
     size: int
     mtime_ns: int
+    digest: bytes | None = None
 
 
 def state_of(path: str) -> FileState:
@@ -63,10 +64,11 @@ class FileHashes:
         self.store, self.trust = store, trust
         self._known: dict[FileState, bytes] = {}
         self._new: list[FileRow] = []
+        self._saved = time.monotonic()
 
     def recall(self, files: Iterable[FileState]) -> list[FileState]:
         """Take what the store remembers; returns the files that it does not know, or that have changed."""
-        unknown = [file for file in dict.fromkeys(files) if file not in self._known]
+        unknown = [file for file in dict.fromkeys(files) if file.digest is None and file not in self._known]
         rows = self.store.file_rows([file.path for file in unknown])
         rest = []
         for file in unknown:
@@ -79,6 +81,8 @@ class FileHashes:
 
     def digest(self, file: FileState) -> bytes:
         """Digest of the content: known, remembered by the store, or read now (`save` makes the store remember it)."""
+        if file.digest is not None:
+            return file.digest
         if file not in self._known and self.recall([file]):
             row = hash_file(file.path)
             self._new.append(row)
@@ -95,7 +99,10 @@ class FileHashes:
                 self._known[file] = row.digest
                 bar.advance()
 
-    def save(self) -> None:
-        """Make the store remember what was read since the last call."""
+    def save(self, *, every: float = 0) -> None:
+        """Make the store remember what was read since the last call, if that was `every` seconds ago."""
+        if time.monotonic() - self._saved < every:
+            return
+        self._saved = time.monotonic()
         rows, self._new = self._new, []
         self.store.set_file_rows(rows)

@@ -8,6 +8,7 @@ WebP container specification; EXIF 2.32 4.6 (orientation, tag 0x0112).
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import struct
@@ -57,16 +58,25 @@ class _Source:
 def read_header(path: str, handle: int, size: int) -> Header:
     """The header of the picture file `path` of `size` bytes, just opened as `handle`. What is wrong with the picture
     stands in `problem`. Raises OSError when the file cannot be read."""
-    if size == 0:
+    return _read(path, _Source(handle, os.read(handle, HEAD_BYTES), size), path)
+
+
+def header_of(path: str, data: bytes) -> Header:
+    """The same for a picture in memory, all bytes of which are `data`."""
+    return _read(path, _Source(-1, data, len(data)), io.BytesIO(data))
+
+
+def _read(path: str, source: _Source, file: str | io.BytesIO) -> Header:
+    """file: what PIL opens where the format is not read here."""
+    if source.size == 0:
         return _broken("is empty (0 bytes)")
-    head = os.read(handle, HEAD_BYTES)
     try:
-        parse = _PARSERS.get(head[:2])
-        found = parse(_Source(handle, head, size)) if parse else None
+        parse = _PARSERS.get(source.head[:2])
+        found = parse(source) if parse else None
     except (IndexError, struct.error):
         found = None  # the file ended inside its header; PIL says what is wrong with it
     if found is None or (not found.problem and (found.width < 1 or found.height < 1)):
-        found = _decode(path, head)
+        found = _decode(path, source.head, file)
     return _checked(found)
 
 
@@ -234,11 +244,11 @@ _PARSERS = {b"\xff\xd8": _jpeg, b"\x89P": _png, b"RI": _webp, b"BM": _bmp}
 # ---- everything else ----------------------------------------------------------------------------------------------
 
 
-def _decode(path: str, head: bytes) -> Header:
+def _decode(path: str, head: bytes, file: str | io.BytesIO) -> Header:
     """The header as PIL reads it, which decodes the whole picture."""
     try:
         register_reader(path)
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             width, height = image.size
             orientation = _pil_orientation(image)
             alpha = image.mode in ALPHA_MODES or "transparency" in image.info

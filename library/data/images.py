@@ -23,6 +23,8 @@ from PIL import Image, ImageCms, ImageOps
 
 from library.data.buckets import Bucket, Size, center_crop, crop_ltrb
 from library.data.records import ImageRules, Sample
+from library.data.shards.reading import read_member
+from library.data.shards.shard import Member
 from library.errors import UserError
 
 # What PIL and its readers raise for damaged files
@@ -72,14 +74,15 @@ class Picture:
     alpha: np.ndarray | None = None
 
 
-def load_image(path: str, *, alpha: bool) -> Picture:
+def load_image(path: str, *, alpha: bool, member: Member | None = None) -> Picture:
     """The picture in `path`. With `alpha` the alpha channel comes too and the colours under it are left as they are.
 
-    Raises UserError, naming the file, when it is missing, damaged or of a format that nothing here reads.
+    member: where it is inside a shard. Raises UserError, naming the file, when it is missing, damaged or of a format
+    that nothing here reads.
     """
     register_reader(path)
     try:
-        with Image.open(path) as image:
+        with Image.open(path if member is None else io.BytesIO(read_member(path, member))) as image:
             image.load()
             return _to_picture(_upright(image), alpha)
     except DAMAGED as error:
@@ -385,18 +388,21 @@ def prepare(
     Raises UserError naming the file.
     """
     rules = rules or sample.subset.images
-    picture = load_image(sample.path, alpha=rules.alpha_mask)
+    member_of = sample.members.get
+    picture = load_image(sample.path, alpha=rules.alpha_mask, member=member_of(sample.path))
     mask = picture.alpha
     if masked_loss and sample.mask_path is not None:
-        mask = load_image(sample.mask_path, alpha=True).rgb[..., 0]
+        mask = load_image(sample.mask_path, alpha=True, member=member_of(sample.mask_path)).rgb[..., 0]
     face = face_of(sample.path) if rules.face_crop_aug_range is not None else None
-    control = load_control(sample.control_path) if with_control and sample.control_path is not None else None
+    control = None
+    if with_control and sample.control_path is not None:
+        control = load_control(sample.control_path, member_of(sample.control_path))
     return resize_and_crop(picture.rgb, bucket, rules, rng, mask=mask, control=control, face=face, flipped=flipped)
 
 
-def load_control(path: str) -> np.ndarray:
+def load_control(path: str, member: Member | None = None) -> np.ndarray:
     """A control image, h w 3 uint8. Colours under transparency stay as they are. Raises UserError naming the file."""
-    return load_image(path, alpha=True).rgb
+    return load_image(path, alpha=True, member=member).rgb
 
 
 def prepare_control(sample: Sample, bucket: Bucket, *, flipped: bool) -> np.ndarray | None:
@@ -405,4 +411,5 @@ def prepare_control(sample: Sample, bucket: Bucket, *, flipped: bool) -> np.ndar
         return None
     rules = sample.subset.images
     window = choose_window(sample.size, bucket, rules, random.Random(0), None)
-    return cut_control(load_control(sample.control_path), bucket, rules, window, flipped=flipped)
+    control = load_control(sample.control_path, sample.members.get(sample.control_path))
+    return cut_control(control, bucket, rules, window, flipped=flipped)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from library.data.folder import Folder
 from library.data.records import Sample, SubsetConfig
+from library.data.shards.samples import ShardSamples
 from library.errors import first_names
 
 TEXT_ENDINGS = frozenset({"txt", "caption", "cap", "tags"})  # caption files of one program or another
@@ -157,6 +158,8 @@ def left_out(folder: Folder, used: Iterable[str], config: SubsetConfig) -> LeftO
 
 def find_duplicates(samples: Sequence[Sample]) -> list[tuple[str, str]] | None:
     """(name, earlier name) of pictures whose files are equal; only files of one size are read. None: too many."""
+    if isinstance(samples, ShardSamples):
+        return samples.duplicates()
     sizes = Counter([sample.file_size for sample in samples])
     if len(sizes) == len(samples):
         return []

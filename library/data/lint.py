@@ -12,6 +12,7 @@ from library.data.inventory import counted, find_duplicates
 from library.data.parts import MUCH_CAPPED, MUCH_CROPPED, DatasetStats
 from library.data.records import BucketRules, DatasetConfig, Sample, SubsetConfig
 from library.data.scan import Scan, SubsetScan
+from library.data.shards.samples import ShardSamples
 from library.errors import first_names
 from library.values import text_problem
 
@@ -41,7 +42,8 @@ def check(scan: Scan) -> Report:
 def subset_problems(subset: SubsetScan) -> Iterator[str]:
     """Why this subset cannot be trained on."""
     yield from subset.problems
-    wrong = [(sample.path, text_problem(sample.caption)) for sample in subset.samples]
+    checked = isinstance(subset.samples, ShardSamples)  # when they were indexed
+    wrong = [] if checked else [(sample.path, text_problem(sample.caption)) for sample in subset.samples]
     broken = [path for path, problem in wrong if problem]
     if broken:
         reason = next(problem for _, problem in wrong if problem)
@@ -55,7 +57,8 @@ def subset_warnings(subset: SubsetScan) -> Iterator[str]:
     name = subset.config.name
     if not _has_own_words(subset.config):
         if subset.without_caption:
-            kind = f"no caption ({subset.config.caption_extension}) and no class_tokens: they get an empty one"
+            looked_for = "" if subset.config.shard_pattern else f" ({subset.config.caption_extension})"
+            kind = f"no caption{looked_for} and no class_tokens: they get an empty one"
             yield _line(name, subset.without_caption, "pictures have", "picture has", kind)
         if subset.empty_caption:
             kind = "an empty caption and no class_tokens"
@@ -88,6 +91,10 @@ def _no_caption_at_all(scan: Scan) -> Iterator[str]:
         if _has_own_words(subset.config) or any(sample.caption for sample in subset.samples):
             return
         empty += len(subset.samples)
+    if any(subset.config.shard_pattern for subset in scan.subsets):
+        names = first_names([subset.config.name for subset in scan.subsets])
+        yield f"none of the {empty} pictures has a caption: add captions to {names}, or class_tokens"
+        return
     endings = sorted({subset.config.caption_extension for subset in scan.subsets})
     found = {ending for subset in scan.subsets if subset.inventory for ending in subset.inventory.unread_endings}
     beside = f"; beside them lie {', '.join(sorted(found))} files" if found else ""

@@ -27,6 +27,8 @@ def check_masks(trained: Sequence[Sequence[tuple[Sample, Bucket]]], *, masked_lo
     """
     pairs = [pair for dataset in trained for pair in dataset if not pair[0].subset.is_reg]
     masked = [pair for pair in pairs if _mask_file(pair[0], masked_loss=masked_loss)]
+    if masked_loss and not masked:
+        return "--masked_loss: no effect, no picture that is trained has a mask"
     stride = math.ceil(sum(sample.size[0] * sample.size[1] for sample, _ in masked) / MOST_PIXELS) or 1
     looked_at = masked[::stride]
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
@@ -65,7 +67,7 @@ def _brightest(sample: Sample, bucket: Bucket, *, masked_loss: bool) -> int | st
     path = _mask_file(sample, masked_loss=masked_loss)
     assert path is not None
     try:
-        picture = load_image(path, alpha=True)
+        picture = load_image(path, alpha=True, member=sample.members.get(path))
     except UserError as error:
         return error.problems[0]
     mask = picture.rgb[..., 0] if path == sample.mask_path else picture.alpha

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,11 +12,12 @@ import numpy as np
 
 from library.data.buckets import Bucket, BucketManager, crop_share, uncapped
 from library.data.captions import split_validation
+from library.data.columns import Columns, columns_of
 from library.data.encoding import LatentJob, reference_jobs
 from library.data.images import moves_crop
 from library.data.plan import Pool, Shape, make_pool, regularisation_repeats
 from library.data.records import DatasetConfig, Sample
-from library.errors import first_names, raise_problems
+from library.errors import UserError, first_names, raise_problems
 from library.types import ReferenceSpec, Size
 
 MOST_USES = 10**15  # in an epoch of a dataset: numbers of batches and steps then fit into 64 bits
@@ -41,9 +41,9 @@ class DatasetStats:
     buckets: tuple[tuple[Size, int], ...]
     batch_size: int
     batches: int
-    upscaled: tuple[str, ...]  # files that are smaller than their bucket, with both sizes
-    capped: tuple[str, ...]  # files that max_bucket_reso trains at much less than the area, with both sizes
-    cropped: tuple[str, ...]  # files that lose much to the crop, with the share
+    upscaled: Sequence[str]  # files that are smaller than their bucket, with both sizes
+    capped: Sequence[str]  # files that max_bucket_reso trains at much less than the area, with both sizes
+    cropped: Sequence[str]  # files that lose much to the crop, with the share
 
 
 class Part(NamedTuple):
@@ -69,13 +69,14 @@ class Part(NamedTuple):
 class Split(NamedTuple):
     """Indices of the samples of a dataset."""
 
-    train: list[int]
-    validation: list[int]
-    reg: list[int]
+    train: np.ndarray
+    validation: np.ndarray
+    reg: np.ndarray
 
     def without(self, places: Sequence[str], held: Collection[str]) -> Split:
         """The split without what is held out anywhere: a picture may be in several subsets and datasets."""
-        train, reg = ([i for i in indices if places[i] not in held] for indices in (self.train, self.reg))
+        left = [[i for i in indices.tolist() if places[i] not in held] for indices in (self.train, self.reg)]
+        train, reg = (np.array(indices, dtype=np.int64) for indices in left)
         return Split(train, self.validation, reg)
 
 
@@ -84,14 +85,15 @@ def make_parts(
 ) -> list[Part]:
     """Buckets, split, repeats and regularisation of every dataset. Raises UserError with all problems at once."""
     parts, problems = [], []
-    splits = make_splits(datasets, seed)
-    for (config, samples), (whole, split) in zip(datasets, splits):
+    columns = [columns_of(samples) for _, samples in datasets]
+    splits = make_splits([(config, found) for (config, _), found in zip(datasets, columns)], seed)
+    for (config, samples), found, (whole, split) in zip(datasets, columns, splits):
         manager = BucketManager(config.buckets)
-        buckets, wrong = manager.assign((sample.path, sample.size) for sample in samples)
-        wrong += [*too_many_uses(samples), *too_many_references(samples, spec)]
+        buckets, wrong = _buckets(manager, found)
+        wrong += [*too_many_uses(found), *too_many_references(found, spec)]
         problems += wrong
         if not wrong:
-            parts.append(_make_part(config, samples, manager, buckets, whole, split, spec))
+            parts.append(_make_part(config, samples, found, manager, buckets, whole, split, spec))
     if not problems and not any(part.stats.uses for part in parts):
         problems.append(
             "no training picture is left: every picture is for regularisation or validation, or has num_repeats = 0"
@@ -100,31 +102,45 @@ def make_parts(
     return parts
 
 
-def too_many_uses(samples: Sequence[Sample]) -> list[str]:
+def _buckets(manager: BucketManager, columns: Columns) -> tuple[list[Bucket], list[str]]:
+    """(bucket of each size, what is wrong with the pictures of those that have none, in order)."""
+    buckets, wrong = [], dict[int, str]()
+    for number, size in enumerate(columns.kinds.sizes):
+        try:
+            buckets.append(manager.select(size))
+        except UserError:
+            buckets.append(Bucket((0, 0), (0, 0)))
+            for place in np.flatnonzero(columns.kinds.of == number).tolist():
+                wrong[place] = manager.refusal(size, columns.samples[place].path)
+    return buckets, [wrong[place] for place in sorted(wrong)]
+
+
+def too_many_uses(columns: Columns) -> list[str]:
     """One line where an epoch has more uses than can be counted safely."""
-    uses = sum(sample.subset.num_repeats for sample in samples)
+    counts = np.bincount(columns.subset_of, minlength=len(columns.subsets)).tolist()
+    uses = sum(count * subset.num_repeats for count, subset in zip(counts, columns.subsets))
     if uses <= MOST_USES:
         return []
-    most = max((sample.subset for sample in samples), key=lambda subset: subset.num_repeats)
+    most = max(columns.subsets, key=lambda subset: subset.num_repeats)
     line = f"{most.name}: num_repeats is too large: an epoch would use more than {MOST_USES:,} pictures"
     return [f"{line}; give fewer repeats, and more epochs"]
 
 
-def too_many_references(samples: Sequence[Sample], spec: ReferenceSpec | None) -> list[str]:
+def too_many_references(columns: Columns, spec: ReferenceSpec | None) -> list[str]:
     """One line where pictures have more references than the model takes."""
     most = 0 if spec is None else spec.most
-    names = [sample.path for sample in samples if len(sample.references) > most]
+    names = [columns.samples[place].path for place, found in columns.references.items() if len(found) > most]
     return [f"this model takes at most {most} reference pictures of a picture: {first_names(names)}"] if names else []
 
 
-def make_splits(datasets: Sequence[tuple[DatasetConfig, Sequence[Sample]]], seed: int) -> list[tuple[Split, Split]]:
+def make_splits(datasets: Sequence[tuple[DatasetConfig, Columns]], seed: int) -> list[tuple[Split, Split]]:
     """(own split, split without what is held out anywhere) of each dataset."""
     seeds = [seed if config.validation_seed is None else config.validation_seed for config, _ in datasets]
-    splits = [_split(samples, config.validation_split, own) for (config, samples), own in zip(datasets, seeds)]
-    if not any(split.validation for split in splits):
+    splits = [_split(columns, config.validation_split, own) for (config, columns), own in zip(datasets, seeds)]
+    if not any(len(split.validation) for split in splits):
         return list(zip(splits, splits))
-    places = [_places(samples) for _, samples in datasets]
-    held = {where[i] for where, split in zip(places, splits) for i in split.validation}
+    places = [_places(columns.samples) for _, columns in datasets]
+    held = {where[i] for where, split in zip(places, splits) for i in split.validation.tolist()}
     return [(split, split.without(where, held)) for where, split in zip(places, splits)]
 
 
@@ -143,6 +159,7 @@ def _places(samples: Sequence[Sample]) -> list[str]:
 def _make_part(
     config: DatasetConfig,
     samples: Sequence[Sample],
+    columns: Columns,
     manager: BucketManager,
     buckets: list[Bucket],
     whole: Split,
@@ -150,54 +167,63 @@ def _make_part(
     spec: ReferenceSpec | None,
 ) -> Part:
     train, validation, reg = split
-    repeats = np.array([samples[i].subset.num_repeats for i in train], dtype=np.int64)
+    repeats = columns.repeats(train)
     uses = int(repeats.sum())
-    reg_own = np.array([samples[i].subset.num_repeats for i in reg], dtype=np.int64)
-    reg_repeats = regularisation_repeats(reg_own, uses)
-    unsplit, untrained = _one_sided(config, samples, whole)
+    reg_repeats = regularisation_repeats(columns.repeats(reg), uses)
+    unsplit, untrained = _one_sided(config, columns, whole)
+    moved = np.array([moves_crop(subset.images) for subset in columns.subsets], dtype=bool)[columns.subset_of]
+    pairs = [(*size, *bucket.reso) for size, bucket in zip(columns.kinds.sizes, buckets)]
+    texts = ["{}x{} to {}x{}".format(*pair) for pair in pairs]
 
-    shapes = _shapes(samples, buckets, spec)
-    used = np.array(train + reg, dtype=np.int64)
-    pool = make_pool(used, np.concatenate([repeats, reg_repeats]), shapes, config.batch_size)
-    held_out = np.array(validation, dtype=np.int64)
-    validation_pool = make_pool(held_out, np.ones_like(held_out), shapes, config.batch_size)
+    shapes = _shapes(columns, buckets, spec)
+    pool = make_pool(np.concatenate([train, reg]), np.concatenate([repeats, reg_repeats]), *shapes, config.batch_size)
+    validation_pool = make_pool(validation, np.ones_like(validation), *shapes, config.batch_size)
+    held_elsewhere = np.setdiff1d(np.concatenate([whole.train, whole.reg]), np.concatenate([train, reg]))
     stats = DatasetStats(
         images=len(train),
         uses=uses,
         reg_images=int((reg_repeats > 0).sum()),
         reg_uses=int(reg_repeats.sum()),
-        reg_unused=tuple(samples[i].path for i, count in zip(reg, reg_repeats) if count == 0),
+        reg_unused=tuple(samples[i].path for i in reg[reg_repeats == 0].tolist()),
         validation_images=len(validation),
         unsplit=unsplit,
         untrained=untrained,
-        held_elsewhere=tuple(samples[i].path for i in sorted({*whole.train, *whole.reg} - {*train, *reg})),
+        held_elsewhere=tuple(samples[i].path for i in held_elsewhere.tolist()),
         buckets=_uses_of_buckets(pool),
         batch_size=config.batch_size,
         batches=int(pool.batch_counts.sum()),
-        upscaled=tuple(
-            f"{s.path} ({s.size[0]}x{s.size[1]} to {b.reso[0]}x{b.reso[1]})"
-            for s, b in zip(samples, buckets)
-            if b.resized[0] > s.size[0] or b.resized[1] > s.size[1]
+        upscaled=columns.told(
+            {
+                number: texts[number]
+                for number, (size, bucket) in enumerate(zip(columns.kinds.sizes, buckets))
+                if bucket.resized[0] > size[0] or bucket.resized[1] > size[1]
+            }
         ),
-        capped=_capped(config, samples, buckets),
-        cropped=tuple(
-            f"{s.path} ({s.size[0]}x{s.size[1]} to {b.reso[0]}x{b.reso[1]}: {crop_share(b):.0%})"
-            for s, b in zip(samples, buckets)
-            if crop_share(b) > MUCH_CROPPED and not moves_crop(s.subset.images)
+        capped=_capped(config, columns, buckets),
+        cropped=columns.told(
+            {
+                number: f"{texts[number]}: {crop_share(bucket):.0%}"
+                for number, bucket in enumerate(buckets)
+                if crop_share(bucket) > MUCH_CROPPED
+            },
+            ~moved,
         ),
     )
     return Part(config, samples, manager, pool, validation_pool, stats, spec)
 
 
-def _shapes(samples: Sequence[Sample], buckets: Sequence[Bucket], spec: ReferenceSpec | None) -> list[Shape]:
-    """The shape of each sample: those of one batch agree in it."""
-    bare = {reso: Shape(reso) for reso in {bucket.reso for bucket in buckets}}  # one object for millions of pictures
-    return [
-        Shape(reso, tuple(job.bucket.reso for job in reference_jobs(sample.references, reso, spec)))
-        if sample.references
-        else bare[reso]
-        for sample, (reso, _) in zip(samples, buckets)
-    ]
+def _shapes(columns: Columns, buckets: Sequence[Bucket], spec: ReferenceSpec | None) -> tuple[list[Shape], np.ndarray]:
+    """(shapes, number of the shape of each sample): those of one batch agree in it."""
+    shapes = [Shape(bucket.reso) for bucket in buckets]
+    numbers = columns.kinds.of.astype(np.int64)
+    if spec is None:
+        return shapes, numbers
+    known: dict[Shape, int] = {}
+    for place, sizes in columns.references.items():
+        reso = buckets[numbers[place]].reso
+        shape = Shape(reso, tuple(spec.size(size, reso) for size in sizes))
+        numbers[place] = known.setdefault(shape, len(shapes) + len(known))
+    return [*shapes, *known], numbers
 
 
 def _uses_of_buckets(pool: Pool) -> tuple[tuple[Size, int], ...]:
@@ -208,45 +234,46 @@ def _uses_of_buckets(pool: Pool) -> tuple[tuple[Size, int], ...]:
     return tuple(uses.items())
 
 
-def _capped(config: DatasetConfig, samples: Sequence[Sample], buckets: Sequence[Bucket]) -> tuple[str, ...]:
+def _capped(config: DatasetConfig, columns: Columns, buckets: Sequence[Bucket]) -> Sequence[str]:
     """The pictures that would be trained at a larger area without max_bucket_reso."""
     rules = uncapped(config.buckets)
     if rules is None:
         return ()
     free = BucketManager(rules)
-    found = []
-    for sample, (reso, _) in zip(samples, buckets):
-        wider = free.select(sample.size, sample.path).reso
+    texts = {}
+    for number, (size, (reso, _)) in enumerate(zip(columns.kinds.sizes, buckets)):
+        wider = free.select(size).reso
         if reso[0] * reso[1] < (1 - MUCH_CAPPED) * wider[0] * wider[1]:
-            found.append(f"{sample.path} ({reso[0]}x{reso[1]} instead of {wider[0]}x{wider[1]})")
-    return tuple(found)
+            texts[number] = f"{reso[0]}x{reso[1]} instead of {wider[0]}x{wider[1]}"
+    return columns.told(texts)
 
 
 def _one_sided(
-    config: DatasetConfig, samples: Sequence[Sample], split: Split
+    config: DatasetConfig, columns: Columns, split: Split
 ) -> tuple[tuple[tuple[str, int], ...], tuple[str, ...]]:
     """(subsets with their pictures of which none is held out, subsets of which all are), where a split is asked for."""
     if config.validation_split == 0:
         return (), ()
-    trained, held = (Counter(id(samples[i].subset) for i in indices) for indices in (split.train, split.validation))
-    subsets = {id(samples[i].subset): samples[i].subset for i in (*split.train, *split.validation)}
-    unsplit = tuple((subset.name, trained[key]) for key, subset in subsets.items() if not held[key])
-    return unsplit, tuple(subset.name for key, subset in subsets.items() if not trained[key])
+    trained, held = (
+        np.bincount(columns.subset_of[indices], minlength=len(columns.subsets)).tolist()
+        for indices in (split.train, split.validation)
+    )
+    counts = [(subset.name, *pair) for subset, *pair in zip(columns.subsets, trained, held)]
+    unsplit = tuple((name, count) for name, count, held_out in counts if count and not held_out)
+    return unsplit, tuple(name for name, count, held_out in counts if held_out and not count)
 
 
-def _split(samples: Sequence[Sample], split: float, seed: int) -> Split:
+def _split(columns: Columns, split: float, seed: int) -> Split:
     """Split each subset by itself; regularisation pictures are never held out."""
-    found = Split([], [], [])
-    groups: dict[int, list[int]] = {}
-    for index, sample in enumerate(samples):  # subsets are told apart by identity: the same folder may be used twice
-        groups.setdefault(id(sample.subset), []).append(index)
-    for indices in groups.values():
-        if samples[indices[0]].subset.is_reg:
-            found.reg.extend(indices)
+    train, validation, reg = ([np.zeros(0, dtype=np.int64)] for _ in range(3))
+    for number, subset in enumerate(columns.subsets):
+        indices = np.flatnonzero(columns.subset_of == number)
+        if subset.is_reg:
+            reg.append(indices)
         elif split > 0:
-            kept, held_out = split_validation(indices, split, seed)
-            found.train.extend(sorted(kept))
-            found.validation.extend(sorted(held_out))
+            kept, held_out = split_validation(indices.tolist(), split, seed)
+            train.append(np.array(sorted(kept), dtype=np.int64))
+            validation.append(np.array(sorted(held_out), dtype=np.int64))
         else:
-            found.train.extend(indices)
-    return found
+            train.append(indices)
+    return Split(np.concatenate(train), np.concatenate(validation), np.concatenate(reg))

@@ -81,12 +81,17 @@ class Pool:
         return -(-self.bucket_counts // self.batch_size)
 
 
-def make_pool(indices: np.ndarray, repeats: np.ndarray, shape_of: Sequence[Shape], batch_size: int) -> Pool:
-    """A pool of the samples `indices`, each used `repeats` times; `shape_of[i]` is the shape of sample i."""
+def make_pool(
+    indices: np.ndarray, repeats: np.ndarray, known: Sequence[Shape], shape_of: np.ndarray, batch_size: int
+) -> Pool:
+    """A pool of the samples `indices`, each used `repeats` times; `known[shape_of[i]]` is the shape of sample i."""
     indices, repeats = indices[repeats > 0], repeats[repeats > 0]
-    shapes = sorted({shape_of[i] for i in indices.tolist()})
-    number = {shape: k for k, shape in enumerate(shapes)}
-    buckets = np.fromiter((number[shape_of[i]] for i in indices.tolist()), dtype=np.int64, count=len(indices))
+    used = np.unique(shape_of[indices]).tolist()
+    shapes = sorted({known[number] for number in used})
+    place = {shape: k for k, shape in enumerate(shapes)}
+    places = np.zeros(len(known), dtype=np.int64)
+    places[used] = [place[known[number]] for number in used]
+    buckets = places[shape_of[indices]]
     order = np.argsort(buckets, kind="stable")
     samples, repeats = indices[order], repeats[order]
     ends = np.concatenate([[0], np.cumsum(repeats)]).astype(np.int64)

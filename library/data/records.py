@@ -3,8 +3,14 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from library.data.shards.shard import Member
+
+NO_MEMBERS: Mapping[str, Member] = {}
 
 
 @dataclass(frozen=True)
@@ -40,12 +46,18 @@ class ImageRules:
 
 @dataclass(frozen=True)
 class SubsetConfig:
-    """One folder (or metadata file) of pictures."""
+    """One folder, metadata file, or set of shards with pictures."""
 
     image_dir: str | None
     metadata_file: str | None = None
     conditioning_data_dir: str | None = None
     reference_data_dir: str | None = None
+    shards: str | None = None  # pattern of tar files
+    parquet: str | None = None  # pattern of parquet files
+    image_column: str | None = None
+    caption_column: str | None = None
+    mask_column: str | None = None
+    reference_column: str | None = None
     num_repeats: int = 1
     is_reg: bool = False
     class_tokens: str | None = None
@@ -57,7 +69,13 @@ class SubsetConfig:
 
     @property
     def name(self) -> str:
-        return self.metadata_file or self.image_dir or ""
+        return self.metadata_file or self.shards or self.parquet or self.image_dir or ""
+
+    @property
+    def shard_pattern(self) -> tuple[str, str] | None:
+        """(key, pattern) of a subset of shards."""
+        given = (("shards", self.shards), ("parquet", self.parquet))
+        return next(((key, pattern) for key, pattern in given if pattern), None)
 
 
 @dataclass(frozen=True)
@@ -88,7 +106,7 @@ class DatasetConfig:
 class Sample:
     """One picture as the scan found it. Sizes are (width, height) after EXIF orientation."""
 
-    path: str  # absolute
+    path: str  # absolute; in a shard, the shard's path with the picture's name behind it
     size: tuple[int, int]
     caption: str  # raw text ("" when there is none); several lines only with enable_wildcard
     subset: SubsetConfig
@@ -99,3 +117,12 @@ class Sample:
     control_path: str | None = None  # the same where the conditioning images are control images
     legacy_latents: str | None = None  # sd-scripts' npz beside the picture, if one is there
     references: tuple[Sample, ...] = ()  # reference pictures in their order; they have no captions
+    # path -> place, of the picture, its mask and its control image where they are inside a shard
+    members: Mapping[str, Member] = field(default_factory=lambda: NO_MEMBERS, hash=False, compare=False)
+
+    @property
+    def folder(self) -> str:
+        """The folder that the sample is from."""
+        if (member := self.members.get(self.path)) is not None:
+            return member.shard.home
+        return self.subset.image_dir or os.path.dirname(self.path)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import count, takewhile
 from typing import NamedTuple
@@ -12,6 +12,11 @@ from library.data.folder import Folder
 from library.data.headers import ALPHA
 from library.data.records import ImageRules, Sample, SubsetConfig
 from library.errors import first_names
+
+
+def no_flip(subsets: Sequence[str]) -> str:
+    """The line about subsets with references that are to be mirrored."""
+    return f"flip_aug cannot mirror pictures together with their references: leave it out ({first_names(subsets)})"
 
 
 class References(NamedTuple):
@@ -33,7 +38,7 @@ def reference_problems(subsets: Iterable[SubsetConfig], *, taken: bool) -> Itera
         return
     flipped = [subset.name for subset in with_references if subset.images.flip_aug]
     if flipped:
-        yield f"flip_aug cannot mirror pictures together with their references: leave it out ({first_names(flipped)})"
+        yield no_flip(flipped)
 
 
 def find_references(folder: Folder, pictures: Mapping[str, str], config: SubsetConfig) -> References:
@@ -50,12 +55,16 @@ def find_references(folder: Folder, pictures: Mapping[str, str], config: SubsetC
     if missing:
         line = f"no reference picture of the same name for {len(missing)} pictures: {first_names(missing, 10)}"
         problems.append(f"{folder.path}: {line}")
-    rules = ImageRules(resize_interpolation=config.images.resize_interpolation)
-    own = replace(config, images=rules)  # never a mask, nor anything that is drawn
+    own = config_of_references(config)
     good = folder.images
     return References(
         {name: tuple(_sample(folder, f, own) for f in files if f in good) for name, files in names.items()}, problems
     )
+
+
+def config_of_references(config: SubsetConfig) -> SubsetConfig:
+    """The subset of the references of a subset: never a mask, nor anything that is drawn."""
+    return replace(config, images=ImageRules(resize_interpolation=config.images.resize_interpolation))
 
 
 def _names_of(stem: str, by_stem: Mapping[str, str], pictures: set[str]) -> Iterator[str]:

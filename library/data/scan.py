@@ -16,18 +16,21 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from library.data.captions import caption_of
 from library.data.folder import Folder
 from library.data.headers import ALPHA, TURNED
 from library.data.inventory import Captions, Inventory, LeftOut, left_out
+from library.data.joined import Joined
 from library.data.manifest import ImageRow
-from library.data.records import DatasetConfig, Sample, SubsetConfig
-from library.data.references import NO_REFERENCES, References, find_references
-from library.errors import first_names
+from library.data.records import NO_MEMBERS, DatasetConfig, Sample, SubsetConfig
+from library.data.references import NO_REFERENCES, References, find_references, no_flip
+from library.data.shards.indexing import open_shards, shards_of
+from library.data.shards.samples import MOST_STRETCH, ShardSamples
+from library.errors import UserError, first_names
 from library.text_files import file_and, parse_json
 from library.values import shown, text_problem
 
 MANY_OBJECTS = 100_000  # of a scan, from which on it is worth a look at how many objects there are in all
-MOST_STRETCH = 1.25  # of a control image over its picture; those that were rounded to multiples of 64 have less
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class SubsetScan:
     """What is in one subset. Names are file names without the folder."""
 
     config: SubsetConfig
-    samples: tuple[Sample, ...]  # sorted by path; pictures with a problem are not among them
+    samples: Sequence[Sample]  # sorted by path, or in the order of the shards; those with a problem are not there
     problems: tuple[str, ...] = ()  # whole lines: `<path>: <what is wrong>`
     without_caption: tuple[str, ...] = ()  # neither caption file nor class_tokens
     empty_caption: tuple[str, ...] = ()  # a caption file or entry without text, and no class_tokens
@@ -53,8 +56,8 @@ class DatasetScan:
     subsets: tuple[SubsetScan, ...]
 
     @property
-    def samples(self) -> tuple[Sample, ...]:
-        return tuple(sample for subset in self.subsets for sample in subset.samples)
+    def samples(self) -> Sequence[Sample]:
+        return Joined([subset.samples for subset in self.subsets])
 
 
 @dataclass(frozen=True)
@@ -106,15 +109,6 @@ def _paused_gc() -> Iterator[None]:
             gc.enable()
 
 
-def caption_of(text: str, *, enable_wildcard: bool) -> str:
-    """The caption in a caption file: its first line, or with wildcards all lines that are not empty."""
-    if "\r" in text:
-        text = text.replace("\r\n", "\n").replace("\r", "\n")
-    if enable_wildcard:
-        return "\n".join(stripped for line in text.split("\n") if (stripped := line.strip()))
-    return text.split("\n", 1)[0].strip()
-
-
 def join_tags(caption: str, tags: str, *, separator: str, enable_wildcard: bool) -> str:
     """The caption of a metadata entry: caption and tags joined; with wildcards tags go to the end of every line."""
     if not enable_wildcard:
@@ -142,6 +136,8 @@ class _Scanner:
 
     def subset(self, config: SubsetConfig) -> SubsetScan:
         try:
+            if config.shard_pattern is not None:
+                return self._shard_subset(config)
             if config.metadata_file:
                 return self._metadata_subset(config, config.metadata_file)
             return self._folder_subset(config)
@@ -227,6 +223,7 @@ class _Scanner:
             values["control_path"] = controls.get(name) if controls else None
             values["legacy_latents"] = self._legacy(folder, name, row) if legacy else None
             values["references"] = references.get(name, ())
+            values["members"] = NO_MEMBERS
             found.append(sample)
         return found
 
@@ -262,6 +259,36 @@ class _Scanner:
             problems += _other_shapes(folder, pairs, rows)
         unused = [name for name in folder.pictures if name not in used]
         return {name: folder.prefix + mask for name, mask in pairs.items()}, problems, unused
+
+    # ---- pictures in shards ---------------------------------------------------------------------------------------
+
+    def _shard_subset(self, config: SubsetConfig) -> SubsetScan:
+        try:
+            indexes, problems = open_shards(shards_of(config, self.cache_dir))
+        except UserError as error:
+            return SubsetScan(config, (), tuple(error.problems))
+        samples = ShardSamples(indexes, config, control=self.control)
+        missing, empty = samples.without_caption, samples.empty_caption
+        if self.control:
+            problems += _told(config.name, samples.without_control, "pictures have no control image in their shard")
+            stretched = "control images have another shape than their pictures"
+            problems += _told(config.name, samples.stretched_controls, stretched)
+        problems += _told(config.name, samples.without_reference, "pictures have no reference picture, but others have")
+        if config.images.flip_aug and samples.has_references:
+            problems.append(no_flip([config.name]))
+        fallback = len(missing) + len(empty) if config.class_tokens else 0
+        captions = Captions(
+            "the shards", len(samples) - len(missing) - len(empty), fallback, len(missing) + len(empty) - fallback
+        )
+        return SubsetScan(
+            config=config,
+            samples=samples,
+            problems=tuple(problems),
+            without_caption=() if config.class_tokens else missing,
+            empty_caption=() if config.class_tokens else empty,
+            contents="no sample",
+            inventory=Inventory(len(samples), captions, LeftOut(tuple(samples.left_out.most_common()))),
+        )
 
     # ---- pictures of a metadata file ------------------------------------------------------------------------------
 
@@ -326,6 +353,11 @@ class _Scanner:
             return None
         name = name if name in folder.names else folder.by_stem.get(name, "")
         return (folder, name) if name else None
+
+
+def _told(where: str, names: Sequence[str], what: str) -> list[str]:
+    """One line on the samples that have a problem, if there are any."""
+    return [f"{where}: {len(names)} {what}: {first_names(names)}"] if names else []
 
 
 def _written_since(path: str, mtime_ns: int) -> bool:

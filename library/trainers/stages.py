@@ -45,7 +45,7 @@ from library.rng import derive_seed, torch_generator
 from library.sampling.prompts import Prompt
 from library.sampling.references import texts_of
 from library.stopping import StopRequest
-from library.trainers.caching import Caches, Share, encoders_that_stay, vae_that_stays
+from library.trainers.caching import Caches, encoders_that_stay, filled_by_all, vae_that_stays
 from library.trainers.facts import RunRecord
 from library.trainers.memory import Memory, moves_weights
 from library.trainers.method import Method
@@ -241,7 +241,7 @@ def load(scheduled: Scheduled) -> Loaded:
     """Fill the caches, then load what the steps need. Each model is freed as soon as it has no more work."""
     checked, planned, plan = scheduled.checked, scheduled.planned, scheduled.plan
     family, options, processes, stop = checked.family, checked.options, checked.processes, checked.stop
-    share, prompts, learning = Share(processes.rank, processes.world), checked.prompts, checked.learning
+    prompts, learning = checked.prompts, checked.learning
     objective = PriorPreservation(family.objective(options.objective, options.loss))
     size = checked.found.datasets[0].config.buckets.resolution
     caches = Caches(
@@ -257,11 +257,9 @@ def load(scheduled: Scheduled) -> Loaded:
         dtype, storage = planned.load_dtype(name), planned.storage(name)
         return family.load_text_encoder(name, dtype, device or planned.device, storage=storage)
 
-    encoders = encoders_that_stay(caches, load_encoder, share)
-    vae = vae_that_stays(
-        caches, lambda: family.load_vae(planned.dtype, planned.device), share, previews=bool(prompts)
-    )  # fmt: skip
-    processes.accelerator.wait_for_everyone()
+    with filled_by_all(caches):
+        encoders = encoders_that_stay(caches, load_encoder)
+        vae = vae_that_stays(caches, lambda: family.load_vae(planned.dtype, planned.device), previews=bool(prompts))
     free_memory()
     data = checked.data.prepared(
         total_steps=plan.total_steps, latents=caches.latents, texts=caches.texts, join=family.join_conds,

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from library.data.buckets import Bucket, BucketManager, center_crop, crop_ltrb
-from library.data.records import BucketRules
+from library.data.parts import make_parts
+from library.data.records import BucketRules, DatasetConfig, Sample, SubsetConfig
 from library.errors import UserError
 
 GOLDEN = Path(__file__).parents[1] / "data_files" / "data" / "buckets.json"
@@ -45,12 +46,14 @@ def test_size_without_bucket(size: tuple[int, int]) -> None:
     assert caught.value.problems[0].startswith(f"folder/a.png: {size[0]}x{size[1]} is too small or too narrow")
 
 
-def test_assign_collects_every_problem() -> None:
-    pictures = [("a.png", (63, 500)), ("b.png", (512, 512)), ("c.png", (10, 10)), ("d.png", (300, 200))]
-    buckets, problems = BucketManager(NO_UPSCALE).assign(pictures)
-    assert buckets[1] == Bucket((512, 512), (512, 512))
-    assert buckets[3] == Bucket((256, 192), (300, 200))
-    assert [problem.split(":")[0] for problem in problems] == ["a.png", "c.png"]
+def test_every_picture_without_a_bucket_is_named() -> None:
+    subset = SubsetConfig("folder")
+    pictures = (("a.png", (63, 500)), ("b.png", (512, 512)), ("c.png", (10, 10)), ("d.png", (300, 200)))
+    samples = [Sample(name, size, "", subset, 0, 0) for name, size in pictures]
+    with pytest.raises(UserError) as caught:
+        make_parts([(DatasetConfig((subset,), NO_UPSCALE), samples)], 0, None)
+    assert [problem.split(":")[0] for problem in caught.value.problems] == ["a.png", "c.png"]
+    assert BucketManager(NO_UPSCALE).select((300, 200)) == Bucket((256, 192), (300, 200))
 
 
 def test_resolution_below_one_step() -> None:

@@ -314,7 +314,7 @@ def test_all_mistakes_at_once(folder: Path) -> None:
         "datasets[0]: is_reg cannot stand here; it belongs in [[datasets.subsets]]",
         "datasets[0]: resolution expects a whole number or [width, height], got [512, 512, 512]",
         "datasets[0].subsets[0]: unknown key 'image_dirr'. Did you mean 'image_dir'?",
-        "datasets[0].subsets[0]: image_dir is missing (or metadata_file)",
+        "datasets[0].subsets[0]: image_dir is missing (or metadata_file, shards or parquet)",
         f"datasets[0].subsets[1]: image_dir {folder}/picz does not exist. Did you mean {folder}/pics?",
         "datasets[1]: resolution expects a whole number or [width, height], got 'big'",
         "datasets[1]: no [[datasets.subsets]] is given: add one with image_dir or metadata_file",
@@ -474,3 +474,46 @@ def test_repeats_that_the_folder_form_has_itself() -> None:
     (problem,) = DataOptions(train_data_dir="pics", dataset_repeats=5).problems()
     assert problem.startswith("--dataset_repeats has no effect with --train_data_dir")
     assert list(DataOptions(train_data_dir="pics", in_json="meta.json", dataset_repeats=5).problems()) == []
+
+
+def test_shards_and_parquet(folder: Path) -> None:
+    for name in ("a.tar", "b.tar"):
+        (folder / name).touch()
+    text = MINIMAL.replace('image_dir = "PICS"', 'shards = "DIR/{a,b}.tar"\ncaption_column = "tags"')
+    assert text != MINIMAL
+    (dataset,) = load(folder, text)
+    (subset,) = dataset.subsets
+    assert subset.shard_pattern == ("shards", f"{folder}/{{a,b}}.tar") and subset.caption_column == "tags"
+    (dataset,) = load(folder, text.replace("DIR/{a,b}.tar", "s3://bucket/{000..999}.tar"))
+
+    def wrong(line: str) -> list[str]:
+        own = MINIMAL.replace('image_dir = "PICS"', line)
+        return [
+            one.removeprefix("datasets[0].subsets[0]: ").replace(str(folder), "DIR") for one in problems(folder, own)
+        ]
+
+    assert wrong('shards = "DIR/{a..c}.tar"') == ["shards DIR/{a..c}.tar does not exist. Did you mean DIR/a.tar?"]
+    assert wrong('shards = "DIR/{a,b,cc,d}.tar"') == [
+        "shards DIR/cc.tar does not exist. Did you mean DIR/b.tar? (and 1 more of DIR/{a,b,cc,d}.tar)"
+    ]
+    assert wrong('parquet = "DIR"') == ["parquet DIR is a folder; a file is needed"]
+    assert wrong('shards = "s3://x/{1..1000000}.tar"\nimage_column = "a"') == [
+        "image_column has no effect with shards, where the ending of a file says what it is"
+    ]
+    assert wrong('shards = "DIR/{1..1000000}.tar"') == [
+        "shards DIR/{1..1000000}.tar means 1,000,000 files; at most 100,000 are possible"
+    ]
+    assert wrong('shards = "zip::s3://x.zip"') == [
+        "shards zip::s3://x.zip: a URL of one file system is needed, without ::"
+    ]
+    assert wrong(
+        'shards = "DIR/a.tar"\nparquet = "DIR/b.tar"\nreference_data_dir = "DIR"\ncaption_extension = ".txt"'
+    ) == [
+        "parquet cannot stand beside shards: give one of them, and another subset for the other",
+        "caption_extension has no effect with shards: captions are inside",
+        "reference_data_dir has no effect with shards: references are inside",
+    ]
+    assert wrong('image_dir = "DIR/pics"\nmask_column = "m"\ncaption_column = "c"') == [
+        "caption_column has no effect without shards or parquet",
+        "mask_column has no effect without parquet",
+    ]

@@ -579,10 +579,10 @@ def test_cached_texts_cover_every_epoch(tmp_path: Path) -> None:
     varying = make_samples(subset_of(tmp_path, "a", captions=rules), 6)
     fixed = make_samples(subset_of(tmp_path, "b", captions=CaptionRules(caption_prefix="P")), 2)
     data = TrainingData([dataset_of(varying, fixed, validation_split=0.5)], seed=1, text_variants=4)
-    texts = [text.caption for text in data.all_texts()]
+    texts = [text.caption for text in dict.fromkeys(data.texts_of())]
     assert len(texts) == len(set(texts)) <= 3 * 4 + 3
     assert {"", TAGS, f"P {TAGS}"} <= set(texts)  # dropped; of the validation; without variants
-    cached = data.prepared(texts=Lengths(data.all_texts()), join=pad)
+    cached = data.prepared(texts=Lengths([*data.texts_of()]), join=pad)
     seen = set()
     for epoch in range(1, 30):
         for plan in cached.plan_epoch(epoch):
@@ -602,7 +602,7 @@ def test_cached_texts_come_as_often_as_uncached_ones(tmp_path: Path) -> None:
     samples = make_samples(subset_of(tmp_path, "a", captions=rules, num_repeats=8), 25)
     samples = [dataclasses.replace(sample, caption=text) for sample in samples]
     data = TrainingData([dataset_of(samples, batch_size=25)], seed=1, text_variants=8)
-    cached = data.prepared(texts=Lengths(data.all_texts()), join=pad)
+    cached = data.prepared(texts=Lengths([*data.texts_of()]), join=pad)
     for source in (data, cached):
         lines: Counter[str] = Counter()
         for epoch in range(1, 6):

@@ -25,6 +25,7 @@ from torch import Tensor
 from library.data.buckets import Bucket
 from library.data.caches import legacy_npz, store
 from library.data.caches.latent_cache import LatentCache, LatentFolders
+from library.data.caches.share import Share, Shares
 from library.data.dataset import TrainingData
 from library.data.encoding import LatentJob, encoding_input, latent_seed
 from library.data.file_hashes import FileHashes, FileState, state_of
@@ -398,7 +399,7 @@ def test_ranks_share_the_work(tmp_path: Path) -> None:
     jobs = jobs_of(make_samples(tmp_path, 7, ImageRules(flip_aug=True)))
 
     def run(rank: int) -> None:
-        assert make_cache().fill(jobs, Encoder(), batch_size=2, rank=rank, world=2) == (8, 6)[rank]
+        assert make_cache(shares=Shares(others=Share(rank, 2))).fill(jobs, Encoder(), batch_size=2) == (8, 6)[rank]
 
     processes = [FORK.Process(target=run, args=(rank,)) for rank in (0, 1)]
     for process in processes:
@@ -408,8 +409,71 @@ def test_ranks_share_the_work(tmp_path: Path) -> None:
         assert process.exitcode == 0
     assert make_cache().missing(jobs) == []
     assert_cached(make_cache(), jobs)
-    in_memory = make_cache(folders=LatentFolders(disk=False))
-    assert in_memory.fill(jobs, Encoder(), batch_size=2, rank=1, world=2) == 14
+    in_memory = make_cache(folders=LatentFolders(disk=False), shares=Shares(others=Share(1, 2)))
+    assert in_memory.fill(jobs, Encoder(), batch_size=2) == 14
+
+
+class Counting(Encoder):
+    """Writes a letter for each picture that it encodes, and kills its process after some."""
+
+    def __init__(self, path: Path, killed_after: int | None) -> None:
+        super().__init__()
+        self.path, self.killed_after = path, killed_after
+
+    def __call__(self, pixels: Tensor, seeds: list[int]) -> Tensor:
+        if self.count == self.killed_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        with self.path.open("a") as file:
+            file.write("x" * len(pixels))
+        return super().__call__(pixels, seeds)
+
+
+def test_four_processes_of_which_two_are_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next start encodes what they had not written, and nothing else."""
+    monkeypatch.setattr(store, "GROUP_SECONDS", 0)
+    pictures, counts = tmp_path / "pictures", tmp_path / "counts"
+    pictures.mkdir()
+    counts.mkdir()
+    jobs = jobs_of(make_samples(pictures, 60))
+
+    def run(rank: int, start: int) -> None:
+        shares = Shares(others=Share(rank, 4))
+        encoder = Counting(counts / f"{start}-{rank}", 5 if start == 0 and rank in (0, 2) else None)
+        make_cache(shares=shares).fill(jobs, encoder, batch_size=1)
+
+    first = [FORK.Process(target=run, args=(rank, 0)) for rank in range(4)]
+    for process in first:
+        process.start()
+    for process in first:
+        process.join()
+    assert [process.exitcode for process in first] == [-signal.SIGKILL, 0, -signal.SIGKILL, 0]
+    left = len(make_cache().missing(jobs))
+    assert 20 <= left <= 30
+    second = [FORK.Process(target=run, args=(rank, 1)) for rank in range(4)]
+    for process in second:
+        process.start()
+    for process in second:
+        process.join()
+    assert make_cache().missing(jobs) == []
+    assert [(counts / f"0-{rank}").stat().st_size for rank in (1, 3)] == [15, 15]
+    assert sum(path.stat().st_size for path in counts.glob("1-*")) == left
+    assert_cached(make_cache(), jobs)
+    indexes = [path.name for path in (pictures / ".trainyard/latents").glob("*.sqlite")]
+    assert sorted(indexes) == [*(f"index-{rank}.sqlite" for rank in (1, 2, 3)), "index.sqlite"]
+
+
+def test_a_damaged_index_of_another_process(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What it names is encoded again; it is replaced only where no other process may be writing it."""
+    jobs = jobs_of(make_samples(tmp_path, 6))
+    for rank in (0, 1):
+        make_cache(shares=Shares(others=Share(rank, 2))).fill(jobs, Encoder(), batch_size=1)
+    assert make_cache().missing(jobs) == []
+    other = tmp_path / ".trainyard/latents/index-1.sqlite"
+    other.write_bytes(b"x" * other.stat().st_size)
+    found = make_cache(shares=Shares(others=Share(0, 2)))
+    assert found.missing(jobs) == [] and list(found.lacking(jobs).values()) == [(3, 3)]
+    assert other.exists() and "is damaged: what it names is encoded again" in caplog.text
+    assert len(make_cache().missing(jobs)) == 3 and other.with_suffix(".damaged").exists()
 
 
 def test_digests_are_not_remembered_of_files_that_were_just_written(tmp_path: Path) -> None:
@@ -512,8 +576,8 @@ def test_other_files_of_sd_scripts_are_not(tmp_path: Path, reason: str, caplog: 
 
 def test_a_rank_reads_what_another_rank_has_checked(tmp_path: Path) -> None:
     jobs, path, arrays = legacy_jobs(tmp_path, SPEC, PLAIN, "0_0048x0064_sd.npz")
-    cache = make_cache(scale_legacy=scale)
-    assert cache.fill(jobs, Encoder(), batch_size=1, rank=1, world=2) == 0  # the only picture is rank 0's
+    cache = make_cache(scale_legacy=scale, shares=Shares(others=Share(1, 2)))
+    assert cache.fill(jobs, Encoder(), batch_size=1) == 0  # the only picture is rank 0's
     assert torch.equal(cache.get(jobs[0])[0], torch.from_numpy(arrays["latents"]) * 0.18215)
     path.unlink()
     with pytest.raises(UserError, match="start again"):

@@ -511,7 +511,7 @@ def test_subsets_share_a_folder(tmp_path: Path) -> None:
     text, cap = (SubsetConfig(str(tmp_path), caption_extension=extension) for extension in (".txt", ".cap"))
     found = scan((*config(text, cap), *config(text)))
     assert [s.samples[0].caption for s in found.subsets] == ["caption of a", "other", "caption of a"]
-    assert found.datasets[1].samples == found.subsets[0].samples
+    assert tuple(found.datasets[1].samples) == found.subsets[0].samples
 
 
 def test_slow_storage_is_read_by_threads_in_order() -> None:

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from library.data.caches import text_cache
 from library.data.caches.text_cache import TextCache, text_store
 from library.data.encoding import Text
 from library.errors import UserError
@@ -37,7 +39,7 @@ class Encoder:
 
 def make_cache(folder: Path | None, **values: object) -> TextCache:
     settings = {"fingerprint": "clip", "settings": "skip 2, 75 tokens", "dtype": torch.float32} | values
-    return TextCache(text_store(folder and str(folder)), **settings)  # type: ignore[arg-type]
+    return TextCache(text_store(folder and str(folder / "texts")), **settings)  # type: ignore[arg-type]
 
 
 def assert_cached(cache: TextCache, caption: Text) -> None:
@@ -55,7 +57,8 @@ def test_fill_and_get(tmp_path: Path, disk: bool, dtype: torch.dtype) -> None:
     assert set(cache.missing(CAPTIONS)) == set(CAPTIONS) and len(cache.missing(CAPTIONS)) == 5
     assert cache.fill(CAPTIONS, encoder, batch_size=2) == 5
     assert [len(batch) for batch in encoder.batches] == [2, 2, 1]
-    lengths = [len(text.caption) for batch in encoder.batches for text in batch]
+    middle, first, last = encoder.batches  # that in the middle tells what all will take
+    lengths = [len(text.caption) for batch in (first, middle, last) for text in batch]
     assert lengths == sorted(lengths)  # like lengths together: little padding
     for caption in CAPTIONS:
         assert_cached(cache, caption)
@@ -105,17 +108,23 @@ def test_damaged_texts_are_said_once_and_encoded_again(tmp_path: Path, caplog: p
 
 def test_outputs_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     def encode(texts: list[Text]) -> list[Cond]:
-        return [{"hidden": torch.full((2, 2), float("inf") if "dog" in text.caption else 1.0)} for text in texts]
+        return [{"hidden": torch.full((2, 2), float("inf") if "cat" in text.caption else 1.0)} for text in texts]
 
     cache = make_cache(tmp_path)
-    with pytest.raises(UserError, match=r"caption 'a dog': .*not finite \(hidden\)"):
+    with pytest.raises(UserError, match=r"caption 'a cat': .*not finite \(hidden\)"):
         cache.fill(CAPTIONS, encode, batch_size=1)
-    assert Text("") not in cache.missing(CAPTIONS) and Text("a dog") in cache.missing(CAPTIONS)
+    assert Text("") not in cache.missing(CAPTIONS) and Text("a cat") in cache.missing(CAPTIONS)
 
 
-def test_ranks_share_the_work(tmp_path: Path) -> None:
-    encoders = [Encoder(), Encoder()]
-    counts = [make_cache(tmp_path).fill(CAPTIONS, encoders[rank], batch_size=9, rank=rank, world=2) for rank in (0, 1)]
-    assert counts == [3, 2]
-    assert make_cache(tmp_path).missing(CAPTIONS) == []
-    assert make_cache(None).fill(CAPTIONS, Encoder(), batch_size=9, rank=1, world=2) == 5
+def test_millions_of_texts_go_through_memory_window_by_window(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The run says before how much it will write; a text that comes again in a later window is there by then."""
+    monkeypatch.setattr(text_cache, "WINDOW", 3)
+    encoder = Encoder()
+    caplog.set_level("INFO")
+    assert make_cache(tmp_path).fill([*CAPTIONS, *CAPTIONS], encoder, batch_size=2) == 5
+    assert sum(map(len, encoder.batches)) == 5
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert re.fullmatch(r"skip 2, 75 tokens: about \d+ texts are encoded and take [\d.]+ MB", line)
+    assert make_cache(tmp_path).lacking(CAPTIONS) == (0, 6)

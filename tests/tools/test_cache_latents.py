@@ -13,9 +13,9 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from library.cli import option_groups
+from library.data.caches.share import Share, Shares
 from library.families.registry import with_scripts
 from library.options import group_types, specs
-from library.trainers.caching import Share
 from tests.families import CASES, sd
 from tests.trainers.helpers import DEFAULTS, argv, differing, make_pictures, make_trainer, subset, write_dataset
 from tools import cache_latents, cache_text_encoder_outputs, caching
@@ -102,15 +102,15 @@ def test_nothing_is_encoded_twice(
     assert not (tmp_path / "texts").exists()
 
 
-def test_processes_share_the_work(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_processes_share_the_work(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each encodes the pictures that are its own, plain and mirrored."""
     left: list[int] = []
+    monkeypatch.setattr("library.trainers.caching.shares_of", lambda folders: Shares(others=Share(len(left), 2)))
 
     def half(run: caching.CacheRun) -> None:
-        run.share = Share(len(left), 2)
         cache_latents.fill(run)
         assert run.caches.latents is not None
-        left.append(len(run.caches.latents.missing(run.data.encoding_jobs())))
+        left.append(sum(count for count, _ in run.caches.latents.lacking(run.data.encoding_jobs()).values()))
 
     flags = {"cache_latents_to_disk": True, "cache_text_encoder_outputs_to_disk": False}
     for _ in range(2):

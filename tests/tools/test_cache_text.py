@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from accelerate.state import AcceleratorState
 
-from library.trainers.caching import Share
+from library.data.caches.share import Share, Shares
 from tests.families import flux
 from tests.trainers.helpers import argv, make_pictures, make_trainer, subset, write_dataset
 from tools import cache_text_encoder_outputs, caching
@@ -66,19 +66,20 @@ def test_only_the_encoder_that_changed(
     assert "t5xxl: 5 texts are needed, 5 of them are there" in text
 
 
-def test_processes_share_the_work(model: dict[str, Any], tmp_path: Path) -> None:
+def test_processes_share_the_work(model: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     left: list[list[int]] = []
+    monkeypatch.setattr("library.trainers.caching.shares_of", lambda folders: Shares(others=Share(len(left), 2)))
 
     def half(run: caching.CacheRun) -> None:
-        run.share = Share(len(left), 2)
         cache_text_encoder_outputs.fill(run)
         assert run.caches.texts is not None
-        left.append([len(part.missing(run.caches.wanted)) for part in run.caches.texts.parts.values()])
+        parts = run.caches.texts.parts
+        left.append([part.lacking(run.caches.wanted(name, others=True))[0] for name, part in parts.items()])
 
     words = ["--flux", *argv({**model, "cache_dir": tmp_path})]
     for _ in range(2):
         assert caching.run(words, half, "x", "", **FLAGS) == 0
-    assert left == [[2, 2], [0, 0]]
+    assert left == [[4, 4], [0, 0]]  # captions are divided by their digests
 
 
 def test_without_a_cache_folder_it_lies_beside_the_pictures(model: dict[str, Any], tmp_path: Path) -> None:

@@ -76,5 +76,5 @@ def test_with_cached_texts_what_is_in_the_cache_is_counted(caption: str, options
     config = DatasetConfig((subset,), BucketRules((64, 64)))
     data = TrainingData([(config, [sample])], seed=1, text_variants=3)
     data = data.prepared(texts=NoTexts(), join=lambda conds: {})
-    cached = {tag for text in data.all_texts() for tag in text.caption.split(", ") if tag}
+    cached = {tag for text in dict.fromkeys(data.texts_of()) for tag in text.caption.split(", ") if tag}
     assert set(tag_frequency([sample], data.trained_texts)["/folder"]) == cached

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,13 +20,15 @@ from torch import Tensor
 
 from library.data.buckets import Bucket, center_crop
 from library.data.caches.legacy_npz import LegacyFiles
-from library.data.caches.store import MemoryStore, PackedStore, TensorStore
+from library.data.caches.share import ALONE, Shares
+from library.data.caches.store import GROUP_SECONDS, MemoryStore, PackedStore, TensorStore
 from library.data.caches.store_writer import StoreWriter
 from library.data.encoding import EncodingInput, LatentJob, encoding_input, latent_seed
 from library.data.file_hashes import FileHashes, FileState, state_of
 from library.data.images import wants_mask
 from library.data.manifest import FOLDER
 from library.data.records import Sample
+from library.data.shards.shard import Member
 from library.errors import UserError, first_names
 from library.log import get_logger, progress
 from library.types import EncodeImages, LatentSpec
@@ -50,7 +51,7 @@ class LatentFolders:
             return None
         if self.cache_dir is not None:
             return self.cache_dir + "/latents"
-        return (sample.subset.image_dir or os.path.dirname(sample.path)) + f"/{FOLDER}/latents"
+        return f"{sample.folder}/{FOLDER}/latents"
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +82,8 @@ class LatentCache:
     spec: how the family's latents look. vae_fingerprint: digest of the VAE's weights. dtype: of the latents kept.
     masked_loss: mask pictures are read. scale_legacy: raw VAE latents (C h w) -> latents as the model wants them;
     without it the files of sd-scripts are not used. skip_check: what the index of the store says of a path is trusted,
-    whatever happened to the picture or to the store since. All must be picklable where loader workers are spawned.
+    whatever happened to the picture or to the store since. shares: what other processes encode. All must be picklable
+    where loader workers are spawned.
     """
 
     def __init__(
@@ -94,10 +96,11 @@ class LatentCache:
         masked_loss: bool = False,
         scale_legacy: Callable[[Tensor], Tensor] | None = None,
         skip_check: bool = False,
+        shares: Shares = ALONE,
     ) -> None:
         self.folders, self.spec, self.dtype = folders, spec, dtype
         self.vae_fingerprint, self.masked_loss, self.scale_legacy = vae_fingerprint, masked_loss, scale_legacy
-        self.skip_check = skip_check
+        self.skip_check, self.shares = skip_check, shares
         self._places: dict[str | None, _Place] = {}
         self._keys: dict[tuple, bytes] = {}
 
@@ -136,11 +139,23 @@ class LatentCache:
         return latents, None if mask is None else mask.float()
 
     def missing(self, jobs: Iterable[LatentJob]) -> list[LatentJob]:
-        """The jobs that have to be encoded: when there are none, the VAE need not be loaded.
+        """The jobs of this process's share that have to be encoded: when there are none, it need not load the VAE.
 
         Pictures that are new or changed are read to know their content.
         """
-        return [task.job for task in self._missing(jobs)]
+        return [task.job for task in self._missing(self._share(jobs))]
+
+    def lacking(self, jobs: Iterable[LatentJob]) -> dict[str, tuple[int, int]]:
+        """Folder -> (records that this process does not find, of how many) after all have filled their shares.
+
+        Each looks for what the next one has encoded. Folders where nothing is missing are left out.
+        """
+        found = {}
+        for place, tasks in _by_place(self._share(jobs, others=True)):
+            absent = place.unserved(self._missing_in(place, [task.job for task in tasks], quick=True))
+            if absent and isinstance(place.store, PackedStore):
+                found[str(place.store.folder)] = (len(absent), len(tasks))
+        return found
 
     def close(self) -> None:
         """Close the files; they are opened again when they are needed."""
@@ -156,19 +171,17 @@ class LatentCache:
         *,
         batch_size: int,
         workers: int = 1,
-        rank: int = 0,
-        world: int = 1,
     ) -> int:
         """Encode what is missing; returns how many latents were. `encode` is not called when nothing is.
 
         Pictures are decoded in `workers` threads, encoded here in batches of one size, and written by another thread.
-        What is encoded is kept when the run stops half-way. With several ranks each encodes its share of what goes to
-        disk; call it on all ranks and wait for all before reading. Raises UserError: pictures that cannot be read,
+        What is encoded is kept when the run stops half-way. Of several processes each encodes its share of what goes
+        to a folder; call it on all and wait for all before reading. Raises UserError: pictures that cannot be read,
         latents that are not finite, no space.
         """
-        tasks = self._missing(self._share(jobs, rank, world))
-        if rank == 0:
-            for place in self._places.values():
+        tasks = self._missing(self._share(jobs))
+        for place in self._places.values():
+            if place.store.share.rank == 0 and place.store.share.writes:
                 place.store.prune()
         if tasks:
             self._require_space(tasks)
@@ -178,6 +191,7 @@ class LatentCache:
     def _encode(self, tasks: Sequence[_Task], encode: EncodeImages, batch_size: int, workers: int) -> None:
         pool = ThreadPoolExecutor(workers)
         window = workers // batch_size + 2
+        places = [place for place, _ in _by_place(tasks)]
         try:
             with StoreWriter() as writer, progress(len(tasks), "caching latents") as bar:
                 for batch, inputs in _ahead(pool, _batches(tasks, batch_size), self._decode, window):
@@ -185,9 +199,11 @@ class LatentCache:
                         part = slice(start, start + batch_size)
                         self._encode_batch(batch[part], inputs[part], encode, writer)
                         bar.advance(len(batch[part]))
+                    for place in places:
+                        place.hashes.save(every=GROUP_SECONDS)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-            for place, _ in _by_place(tasks):
+            for place in places:
                 place.hashes.save()
 
     def _decode(self, unit: Sequence[_Task]) -> list[EncodingInput]:
@@ -232,29 +248,33 @@ class LatentCache:
 
     # ---- what is there ----------------------------------------------------------------------------------------------
 
-    def _share(self, jobs: Iterable[LatentJob], rank: int, world: int) -> list[LatentJob]:
-        """This rank's part of the jobs; all of them where every rank keeps its own copy in memory."""
-        units = _units(_Task(job, self._place(job.sample)) for job in jobs)
-        shared = [unit for unit in units if unit[0].place.store.shared]
-        own = [unit for unit in units if not unit[0].place.store.shared]
-        return [task.job for unit in shared[rank::world] + own for task in unit]
-
-    def _missing(self, jobs: Iterable[LatentJob]) -> list[_Task]:
-        result: list[_Task] = []
+    def _share(self, jobs: Iterable[LatentJob], *, others: bool = False) -> list[_Task]:
+        """This process's part of the jobs of each folder. others: the next process's part."""
+        found: list[_Task] = []
         for place, tasks in _by_place(_Task(job, self._place(job.sample)) for job in jobs):
-            absent = place.unserved(self._missing_in(place, [task.job for task in tasks]))
+            share = place.store.share
+            found += [task for unit in (share.next if others else share).of(_units(tasks)) for task in unit]
+        return found
+
+    def _missing(self, share: Sequence[_Task]) -> list[_Task]:
+        result: list[_Task] = []
+        for place, tasks in _by_place(share):
+            absent = place.unserved(self._missing_in(place, [task.job for task in tasks], quick=self.skip_check))
             result += [_Task(job, place) for job in absent]
         return result
 
-    def _missing_in(self, place: _Place, jobs: list[LatentJob]) -> list[LatentJob]:
-        """The jobs that one store lacks. With an empty store no file is read before it is decoded."""
+    def _missing_in(self, place: _Place, jobs: list[LatentJob], *, quick: bool) -> list[LatentJob]:
+        """The jobs that one store lacks. With an empty store no file is read before it is decoded.
+
+        quick: only the index of the store is looked at.
+        """
         if place.store.is_empty():
             return jobs
         unread = place.hashes.recall(file for job in jobs for file in self._files(job))
         place.hashes.read_all(unread, HASH_WORKERS)
         place.hashes.save()
         keys = [self._key(job, place.hashes) for job in jobs]
-        found = place.store.check(keys, quick=self.skip_check)
+        found = place.store.check(keys, quick=quick)
         damaged = [job.sample.path for job, key in zip(jobs, keys) if key in found.damaged]
         if damaged:
             log.warning(f"{len(damaged)} cached latents are damaged and encoded again: {first_names(damaged)}")
@@ -262,9 +282,11 @@ class LatentCache:
 
     def _files(self, job: LatentJob) -> list[FileState]:
         """The files that a job's latents depend on: the picture, and its mask picture."""
-        files = [sample_state(job.sample)]
-        if self.masked_loss and job.sample.mask_path is not None:
-            files.append(state_of(job.sample.mask_path))
+        sample = job.sample
+        files = [sample_state(sample)]
+        if self.masked_loss and sample.mask_path is not None:
+            member = sample.members.get(sample.mask_path)
+            files.append(state_of(sample.mask_path) if member is None else member_state(sample.mask_path, member))
         return files
 
     def _key(self, job: LatentJob, hashes: FileHashes) -> bytes:
@@ -280,7 +302,7 @@ class LatentCache:
     def _place(self, sample: Sample) -> _Place:
         folder = self.folders.of(sample)
         if folder not in self._places:
-            store: TensorStore = MemoryStore() if folder is None else PackedStore(folder)
+            store: TensorStore = MemoryStore() if folder is None else PackedStore(folder, self.shares.of(folder))
             legacy = None
             if self.scale_legacy is not None:
                 legacy = LegacyFiles(
@@ -352,7 +374,13 @@ def _ahead(
 
 def sample_state(sample: Sample) -> FileState:
     """The picture's file as the scan saw it."""
-    return FileState(sample.path, sample.file_size, sample.mtime_ns)
+    member = sample.members.get(sample.path)
+    return FileState(sample.path, sample.file_size, sample.mtime_ns, member.digest if member else None)
+
+
+def member_state(path: str, member: Member) -> FileState:
+    """A picture inside a shard as the scan saw it."""
+    return FileState(path, member.length, member.shard.mtime_ns, member.digest)
 
 
 def _flipped(item: EncodingInput, sample: Sample) -> EncodingInput:

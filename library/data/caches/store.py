@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stores of named tensors under a content key: packed shard files on the disk, or a dict in memory.
 
-A folder holds `index.sqlite` and shards of raw bytes. Every writer appends to a shard of its own; bytes are flushed to
-the disk before the index row that names them is committed. A process may be killed at any moment and several may
-write at once: what the index names is whole. What was damaged later (a truncated, overwritten or exchanged shard, a row
-of the index that says something else) is found by a CRC-32 over key, layout and bytes at every read; it is dropped and
-counts as missing.
+A folder holds an index for each writer and shards of raw bytes. Every writer appends to a shard of its own; bytes are
+flushed to the disk before the index row that names them is committed. A process may be killed at any moment and several
+may write at once: what the index names is whole. What was damaged later (a truncated, overwritten or exchanged shard, a
+row of the index that says something else) is found by a CRC-32 over key, layout and bytes at every read; it is dropped
+and counts as missing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from typing import BinaryIO
 
 from torch import Tensor
 
-from library.data.caches.store_index import Entry, FileRow, Index, ShardState, no_space, unwritable
+from library.data.caches.share import ALL, Share
+from library.data.caches.store_index import Entry, FileRow, ShardState, no_space, unwritable
+from library.data.caches.store_indexes import Indexes
 from library.data.caches.store_reader import Reader, is_sound, seal
 from library.data.caches.tensor_bytes import Packed, Tensors, pack, unpack, view_bytes
 from library.errors import UserError
@@ -51,7 +53,7 @@ class Found:
 class MemoryStore:
     """A store that lives as long as its process."""
 
-    shared = False  # other processes do not see what this one writes
+    share = ALL  # other processes do not see what this one writes
 
     def __init__(self) -> None:
         self._records: dict[bytes, dict[str, Tensor]] = {}
@@ -118,16 +120,16 @@ class _Writer:
 
 
 class PackedStore:
-    """A store in a folder, shared between threads, processes and runs."""
+    """A store in a folder, shared between threads, processes and runs. share: of this process in filling it."""
 
-    shared = True
-
-    def __init__(self, folder: str | Path, *, shard_bytes: int = SHARD_BYTES, group_bytes: int = GROUP_BYTES) -> None:
-        self.folder = Path(folder)
+    def __init__(
+        self, folder: str | Path, share: Share = ALL, *, shard_bytes: int = SHARD_BYTES, group_bytes: int = GROUP_BYTES
+    ) -> None:
+        self.folder, self.share = Path(folder), share
         self.shard_bytes, self.group_bytes = shard_bytes, group_bytes
         self._pid = os.getpid()
         self._lock = threading.RLock()
-        self._index = Index(self.folder)
+        self._index = Indexes(self.folder, share)
         self._reader = Reader(self.folder)
         self._writer: _Writer | None = None
         self._entries: dict[bytes, Entry] = {}  # as last seen in the index
@@ -135,7 +137,7 @@ class PackedStore:
     def __reduce__(self) -> tuple:
         """Pickle as the folder: a copy in another process opens it, too."""
         make = functools.partial(PackedStore, shard_bytes=self.shard_bytes, group_bytes=self.group_bytes)
-        return make, (str(self.folder),)
+        return make, (str(self.folder), self.share)
 
     # ---- write ------------------------------------------------------------------------------------------------------
 

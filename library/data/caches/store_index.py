@@ -17,7 +17,7 @@ import sqlite3
 import sys
 import threading
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -76,11 +76,15 @@ class ShardState(NamedTuple):
 
 
 class Index:
-    """The sqlite file of one store folder. Safe for several threads and processes; one connection per process."""
+    """An sqlite file of a store folder. Safe for several threads and processes; one connection per process.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.path = folder / FILE_NAME
+    owned: a damaged file is replaced by a new one. Otherwise it is left to the process that writes it, and counts as
+    empty.
+    """
+
+    def __init__(self, folder: Path, name: str = FILE_NAME, *, owned: bool = True) -> None:
+        self.folder, self.owned, self.ignored = folder, owned, False
+        self.path = folder / name
         self._lock = threading.RLock()
         self._connection: sqlite3.Connection | None = None
         self._pid = os.getpid()
@@ -132,9 +136,8 @@ class Index:
             ("DELETE FROM shards WHERE name = ?", [(name,)]),
         )
 
-    def live_bytes(self) -> dict[str, int]:
-        """Bytes per shard of the records that are not dead."""
-        dead = self.dead_owners()
+    def live_bytes(self, dead: Collection[bytes]) -> dict[str, int]:
+        """Bytes per shard of the records whose owner is not dead."""
         live: dict[str, int] = {}
         query = "SELECT shard, owner, total(length) FROM records GROUP BY shard, owner"  # sum() fails on absurd lengths
         for shard, owner, size in self._select(query):
@@ -146,6 +149,10 @@ class Index:
         query = "SELECT digest FROM retired WHERE digest NOT IN (SELECT digest FROM files)"
         return {row[0] for row in self._select(query)}
 
+    def owners_among(self, digests: Iterable[bytes]) -> set[bytes]:
+        """Those of the digests that some file has."""
+        return {row[0] for row in self._select_many("SELECT digest FROM files WHERE digest IN", list(digests))}
+
     # ---- contents of files ------------------------------------------------------------------------------------------
 
     def file_rows(self, paths: Sequence[str]) -> dict[str, FileRow]:
@@ -153,10 +160,11 @@ class Index:
         rows = (FileRow(os.fsdecode(path), *rest) for path, *rest in found)
         return {row.path: row for row in rows if isinstance(row.digest, bytes)}  # else damaged: the file is read again
 
-    def set_file_rows(self, rows: Iterable[FileRow]) -> None:
-        rows = list(rows)
+    def set_file_rows(self, rows: Sequence[FileRow], retired: Iterable[bytes] = ()) -> None:
+        """retired: digests that these files had before, as other indexes say."""
         changed = "INSERT OR IGNORE INTO retired SELECT digest FROM files WHERE path = ? AND digest <> ?"
         self._write(
+            ("INSERT OR IGNORE INTO retired VALUES (?)", [(digest,) for digest in retired]),
             (changed, [(_stored(row.path), row.digest) for row in rows]),
             ("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", [(_stored(row.path), *row[1:]) for row in rows]),
         )
@@ -184,7 +192,8 @@ class Index:
         """All statements in one transaction. needed: bytes, for the message of a full disk."""
 
         def commit(connection: sqlite3.Connection | None) -> None:
-            assert connection is not None
+            if connection is None:  # damaged, and left to the process that writes it
+                return
             with _transaction(connection):
                 for statement, values in statements:
                     connection.executemany(statement, values)
@@ -204,6 +213,8 @@ class Index:
 
     def _connected(self, *, create: bool) -> sqlite3.Connection | None:
         """This process's connection, or None when there is no index yet and `create` is False."""
+        if self.ignored:
+            return None
         if self._pid != os.getpid():
             # A connection must not be used, nor closed, on the other side of a fork: keep it alive and open another.
             self._of_parents.append(self._connection)
@@ -212,17 +223,19 @@ class Index:
             self._connection = self._open()
         return self._connection
 
-    def _open(self) -> sqlite3.Connection:
+    def _open(self) -> sqlite3.Connection | None:
         self._opened = self._identity()
         if self._opened and not self.path.is_file():  # a folder, a pipe: sqlite would wait for it or refuse it
             self._set_aside()
+            if self.ignored:
+                return None
         try:
             return _connect(self.path)
         except sqlite3.DatabaseError as error:
             if not _is_damage(error):
                 raise
         self._set_aside()
-        return _connect(self.path)
+        return None if self.ignored else _connect(self.path)
 
     def _identity(self) -> int:
         """Identity of the file in that place; 0 where there is none."""
@@ -231,6 +244,10 @@ class Index:
     def _set_aside(self) -> None:
         """Give the file another name, unless another process has just done the same."""
         self.close()
+        if not self.owned:
+            get_logger().warning(f"{self.path} is damaged: what it names is encoded again")
+            self.ignored = True
+            return
         if self._identity() != self._opened:
             return
         damaged = self.path.with_suffix(".damaged")
@@ -238,9 +255,9 @@ class Index:
             damaged = self.path.with_suffix(f".{uuid.uuid4().hex[:8]}.damaged")
         try:
             os.replace(self.path, damaged)
-            self.path.with_name(f"{FILE_NAME}-journal").unlink(missing_ok=True)  # it is about the other file
+            self.path.with_name(f"{self.path.name}-journal").unlink(missing_ok=True)  # it is about the other file
         except OSError as error:
-            raise unwritable(self.folder, f"{FILE_NAME} is damaged; {error.strerror}") from error
+            raise unwritable(self.folder, f"{self.path.name} is damaged; {error.strerror}") from error
         get_logger().warning(f"{self.path} is damaged: kept as {damaged.name}, everything is encoded again")
         self._opened = 0
 

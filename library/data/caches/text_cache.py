@@ -9,14 +9,15 @@ encoder has a cache of its own: only those with something left to encode are loa
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from library.data.caches.latent_cache import sample_state
+from library.data.caches.share import ALL, Share
 from library.data.caches.store import MemoryStore, PackedStore, TensorStore
+from library.data.caches.store_index import megabytes
 from library.data.caches.store_writer import StoreWriter
 from library.data.encoding import Text
 from library.data.file_hashes import FileHashes
@@ -25,14 +26,15 @@ from library.log import get_logger, progress
 from library.types import Cond
 
 FORMAT = "texts-1"
+WINDOW = 100_000  # texts that are in memory at once
 log = get_logger()
 
 EncodeTexts = Callable[[list[Text]], list[Cond]]  # one unpadded Cond per text
 
 
-def text_store(cache_dir: str | None) -> TensorStore:
-    """The store in `cache_dir`, or in memory where there is none."""
-    return MemoryStore() if cache_dir is None else PackedStore(os.path.join(cache_dir, "texts"))
+def text_store(folder: str | None, share: Share = ALL) -> TensorStore:
+    """The store in `folder`, or in memory where there is none."""
+    return MemoryStore() if folder is None else PackedStore(folder, share)
 
 
 class TextCache:
@@ -61,40 +63,70 @@ class TextCache:
 
     def missing(self, texts: Iterable[Text]) -> list[Text]:
         """The texts that have to be encoded, once each: when there are none, no text encoder need be loaded."""
+        return [text for window in _windows(texts) for text in self._missing_in(window, quick=self.skip_check)]
+
+    def is_missing_any(self, texts: Iterable[Text]) -> bool:
+        """Whether `missing` would give any."""
+        return any(self._missing_in(window, quick=self.skip_check) for window in _windows(texts))
+
+    def lacking(self, texts: Iterable[Text], *, quick: bool = True) -> tuple[int, int]:
+        """(texts of which no record is found, of how many). quick: by the index alone."""
+        counts = [(len(self._missing_in(window, quick=quick)), len(window)) for window in _windows(texts)]
+        return sum(lacks for lacks, _ in counts), sum(count for _, count in counts)
+
+    def _missing_in(self, texts: Iterable[Text], *, quick: bool) -> list[Text]:
         keys = {self._key(text): text for text in texts}
         self.hashes.save()
-        found = self.store.check(keys, quick=self.skip_check)
+        found = self.store.check(keys, quick=quick)
         damaged = [repr(text.caption) for key, text in keys.items() if key in found.damaged]
         if damaged:
             log.warning(f"{len(damaged)} cached captions are damaged and encoded again: {first_names(damaged)}")
         return [text for key, text in keys.items() if key in found.missing]
 
-    def fill(
-        self,
-        texts: Iterable[Text],
-        encode: EncodeTexts,
-        *,
-        batch_size: int,
-        rank: int = 0,
-        world: int = 1,
-    ) -> int:
+    def fill(self, texts: Iterable[Text], encode: EncodeTexts, *, batch_size: int) -> int:
         """Encode what is missing, captions of similar length together; returns how many were.
 
-        With several ranks each encodes its share of what goes to disk; call it on all ranks and wait for all before
-        reading. Raises UserError naming captions whose outputs are not finite, or when there is no space.
+        texts: this process's share, gone through several times, so that millions of them need not be in memory. Wait
+        for all processes before reading. Raises UserError naming captions whose outputs are not finite, or when there
+        is no space.
         """
-        share = sorted(set(texts), key=lambda text: text.order)
-        todo = self.missing(share[rank::world] if self.store.shared else share)
-        todo.sort(key=lambda text: (len(text.caption), text.order))
-        if not todo:
-            return 0
-        with StoreWriter() as writer, progress(len(todo), "caching captions") as bar:
-            for start in range(0, len(todo), batch_size):
-                batch = todo[start : start + batch_size]
-                for text, cond in zip(batch, encode(batch), strict=True):
-                    writer.put(self.store, self._key(text), self._record(text.caption, cond))
-                bar.advance(len(batch))
-        return len(todo)
+        count = 0
+        for window in _windows(texts):
+            todo = self._missing_in(window, quick=self.skip_check)
+            todo.sort(key=lambda text: (len(text.caption), text.order))
+            if not todo:
+                continue
+            batches = [todo[start : start + batch_size] for start in range(0, len(todo), batch_size)]
+            with StoreWriter() as writer, progress(len(todo), "caching captions") as bar:
+                if not count:  # those in the middle are of usual length
+                    middle = batches.pop(len(batches) // 2)
+                    size = self._encode(middle, encode, writer, bar) / len(middle)
+                    self._announce(size, texts, window, len(todo))
+                for batch in batches:
+                    self._encode(batch, encode, writer, bar)
+            count += len(todo)
+        return count
+
+    def _encode(self, batch: list[Text], encode: EncodeTexts, writer: StoreWriter, bar: progress) -> int:
+        """Encode a batch and pass it to the writer; returns its bytes."""
+        size = 0
+        for text, cond in zip(batch, encode(batch), strict=True):
+            record = self._record(text.caption, cond)
+            writer.put(self.store, self._key(text), record)
+            size += sum(tensor.nbytes for tensor in record.values())
+        bar.advance(len(batch))
+        return size
+
+    def _announce(self, size: float, texts: Iterable[Text], window: Sequence[Text], missing: int) -> None:
+        """Say how much will be written. size: bytes of a text. missing: of the first `window` of all texts.
+
+        Raises UserError where the disk has less.
+        """
+        all_texts = len(window) if len(window) < WINDOW else sum(1 for _ in texts)
+        wanted = round(missing / len(window) * all_texts) * self.store.share.world
+        total = f"{wanted * size / 1e9:,.1f} GB" if wanted * size >= 1e9 else megabytes(round(wanted * size))
+        log.info(f"{self.settings}: about {wanted} texts are encoded and take {total}")
+        self.store.require_space(round(wanted * size / self.store.share.world))
 
     def close(self) -> None:
         """Close the files; they are opened again when they are needed."""
@@ -116,6 +148,18 @@ class TextCache:
         for job in text.references if self.sees_references else ():
             parts += [str(job.bucket), self.hashes.digest(sample_state(job.sample)).hex()]
         return hashlib.blake2b("\x1f".join(parts).encode(), digest_size=20).digest()
+
+
+def _windows(texts: Iterable[Text]) -> Iterator[list[Text]]:
+    """The texts in lists of WINDOW (the last one shorter), each without repetitions."""
+    window: dict[Text, None] = {}
+    for text in texts:
+        window[text] = None
+        if len(window) == WINDOW:
+            yield list(window)
+            window = {}
+    if window:
+        yield list(window)
 
 
 class TextCaches:
