@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, make_dataclass
 from typing import ClassVar
 
-from library.options import option, refused
+from library.options import Choice, option, refused
 
 # A graphical program writes 255 unless told otherwise: three chunks of text, as 225
 TOKEN_LENGTHS = {"75": 75, "150": 150, "225": 225, "255": 225}
@@ -54,6 +54,10 @@ class ModelOptions:
     def own_vae(self) -> str | None:
         """The VAE that takes the place of the model's own."""
         return self.vae
+
+    def choices(self) -> Iterator[Choice]:
+        """Values for options of other groups that options of the model stand for."""
+        return iter(())
 
     def problems(self) -> Iterator[str]:
         if not self.pretrained_model_name_or_path:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny and full-size models of FLUX.1, FLUX.2, Chroma, SD3, SD3.5, Lumina and Anima for the tests of adapters."""
+"""Tiny and full-size models of the transformers, for the tests of adapters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from library.families.anima.modules import build_denoiser
-from networks import lora_anima, lora_flux, lora_flux2, lora_lumina, lora_sd3
+from networks import lora_anima, lora_flux, lora_flux2, lora_hunyuan_image, lora_lumina, lora_sd3
 
 FLUX = {
     "patch_size": 1, "in_channels": 64, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16,
@@ -32,6 +32,10 @@ LUMINA = {
     "sample_size": 16, "in_channels": 16, "hidden_size": 48, "num_layers": 2, "num_refiner_layers": 2,
     "num_attention_heads": 6, "num_kv_heads": 2, "multiple_of": 16, "axes_dim_rope": (4, 2, 2),
     "axes_lens": (300, 64, 64), "cap_feat_dim": 32,
+}  # fmt: skip
+HUNYUAN = {
+    "num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "num_single_layers": 2, "text_embed_dim": 32,
+    "text_embed_2_dim": 24, "rope_axes_dim": (8, 8),
 }  # fmt: skip
 
 
@@ -99,6 +103,13 @@ def build(cls: str, config: dict[str, Any]) -> nn.Module:
     return model
 
 
+def hunyuan_inputs() -> dict[str, Any]:
+    mask = torch.ones(2, 7, dtype=torch.bool)
+    mask[0, 4:] = False
+    texts = {"text": randn(2, 7, 32), "mask": mask, "glyphs": randn(2, 5, 24)}
+    return {"latents": randn(2, 64, 2, 3), "timestep": torch.tensor([10.0, 700.0]), **texts}
+
+
 @dataclass(frozen=True)
 class Tiny:
     """A tiny denoiser: its class and arguments, its inputs, its network module and arguments that adapt everything."""
@@ -131,6 +142,24 @@ class Tiny:
         return model(**inputs, return_dict=False)[0]
 
 
+class TinyHunyuan(Tiny):
+    """With our pass, in which the layers that are one in the published model read one tensor."""
+
+    def make(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        from library.families.hunyuan_image.forward import use_device_masks
+
+        model = super().make(dtype)
+        use_device_masks(model)
+        return model
+
+    def run(self, model: nn.Module) -> Tensor:
+        inputs = self.inputs()
+        dtype = next(model.parameters()).dtype
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            output: Tensor = model(**inputs)
+        return output.to(dtype)
+
+
 TINY: dict[str, Tiny] = {
     "flux": Tiny(
         "FluxTransformer2DModel", {**FLUX, "pooled_projection_dim": 24, "guidance_embeds": True},
@@ -151,6 +180,9 @@ TINY: dict[str, Tiny] = {
     "lumina": Tiny("Lumina2Transformer2DModel", LUMINA, lumina_inputs, lora_lumina, {"embedder_dims": "2,2,2"}),
     "anima": Tiny(
         "AnimaDenoiser", ANIMA, anima_inputs, lora_anima, {"include_patterns": ".*", "train_llm_adapter": "True"}
+    ),
+    "hunyuan_image": TinyHunyuan(
+        "HunyuanImageTransformer2DModel", HUNYUAN, hunyuan_inputs, lora_hunyuan_image, {}
     ),
 }  # fmt: skip
 
@@ -198,6 +230,7 @@ FULL: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
         },
         ("qwen3",),
     ),
+    "hunyuan_image_2_1": ("HunyuanImageTransformer2DModel", {"text_embed_2_dim": 1472}, ()),
 }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from library.adapters.target_spec import TargetModule, TargetSpec
 from library.families.anima.names import anima_names
 from library.families.flux.names import flux_names
 from library.families.flux2.names import flux2_names
+from library.families.hunyuan_image.names import hunyuan_names
 from library.families.lumina.names import lumina_names
 from library.families.sd3.names import sd3_names
 from library.key_tables import ModuleName, expand, publish, read
@@ -31,6 +32,7 @@ NAMES: dict[str, Callable[[], list[ModuleName]]] = {
     "sd35": lambda: sd3_names(3),
     "lumina": lambda: lumina_names(2, 2),
     "anima": lambda: anima_names(2, 2),
+    "hunyuan_image": lambda: hunyuan_names(2, 2, 2),
 }
 FORMS = {
     "plain": {},

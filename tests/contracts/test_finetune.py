@@ -39,9 +39,16 @@ SEPARATE = {
     "lumina system prompt": {"gemma2": "text_encoder", "ae": "vae"},
     "flux2 dev": {"text_encoder": "text_encoder", "ae": "vae"},
     "sana": {"gemma2": "text_encoder", "vae": "vae"},
+    "hunyuan_image": {"text_encoder": "text_encoder", "byt5": "text_encoder_2", "vae": "vae"},
 }
 TEACHABLE = [name for name, case in CASES.items() if case.family in ("sd", "sdxl")]  # their text encoders, too
-VARIANTS = ("sd2 v", "sdxl v", "lumina system prompt", "flux2 dev")  # denoisers that other cases have
+VARIANTS = (
+    "sd2 v",
+    "sdxl v",
+    "lumina system prompt",
+    "flux2 dev",
+    "hunyuan_image distilled",
+)  # denoisers that other cases have
 FORMATS = ["sd1", "sd2 v", "sdxl"]  # each layout of files
 RESUMED = [
     *((name, kind) for name in ("sd1", "flux") for kind in ("float32 with ema", "stochastic", "kahan")),

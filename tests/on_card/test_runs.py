@@ -32,6 +32,7 @@ VARIANTS = (
     "sdxl v",
     "lumina system prompt",
     "flux2 dev",
+    "hunyuan_image distilled",
 )  # denoisers that others have; test_no_waits.py has them
 ARCHITECTURES = [name for name in CASES if name not in VARIANTS]
 CACHED = {"cache_latents": True, "cache_text_encoder_outputs": True, "network_train_unet_only": True}

@@ -21,7 +21,7 @@ SCRIPTS = {
     "flux": "a FLUX.1 checkpoint: use flux_train_network.py",
     "chroma": "a Chroma checkpoint: use flux_train_network.py --model_type chroma",
     "lumina": "a Lumina-Image-2.0 checkpoint: use lumina_train_network.py",
-    "hunyuan_image": "a HunyuanImage-2.1 checkpoint, which no script here trains yet",
+    "hunyuan_image": "a HunyuanImage-2.1 checkpoint: use hunyuan_image_train_network.py",
     "anima": "an Anima checkpoint: use anima_train_network.py",
 }
 

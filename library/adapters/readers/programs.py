@@ -37,7 +37,7 @@ def comfy_names(model: NamedModel) -> Names:
             names |= dict.fromkeys(_encoder_names(layer, T5_COMFY.get(model.name, ())), place)
             names |= {layer.kohya: place} if layer.encoder.flat_in_comfy else {}
             continue
-        names[f"lora_unet_{flat(layer.published)}"] = place
+        names[layer.comfy_flat] = place
         names |= _unet_names(layer, "lycoris")
         if "peft" in model.formats("ComfyUI") and not layer.parts[0].startswith("unet."):
             names |= _part_names(layer, model)

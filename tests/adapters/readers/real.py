@@ -30,6 +30,9 @@ def load(name: str, tensors: Mapping[str, Tensor], denoiser: nn.Module, encoders
         known = inspect.signature(kind.__init__).parameters
         kind(**{place: None for place in lacks if place in known} | more | parts).load_lora_weights(given)
         return
+    if name == "hunyuan_image":  # its pipeline has no loader
+        denoiser.load_lora_adapter(given, prefix="transformer")  # type: ignore[operator]
+        return
     families = {
         "flux": "Flux", "flux2": "Flux2", "chroma": "Flux", "sd3": "SD3", "lumina": "Lumina2", "anima": "Anima",
         "sana": "Sana",
