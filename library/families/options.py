@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, make_dataclass
 from typing import ClassVar
 
 from library.options import Choice, option, refused
@@ -19,6 +19,17 @@ def token_length(value: object) -> int:
     if found is None:
         raise ValueError(f"expects 75, 150 or 225, got '{value}'")
     return found
+
+
+@dataclass(frozen=True)
+class Answered:
+    """Options that the script of a method takes although they are another method's, and answers."""
+
+    @classmethod
+    def named(cls, names: Iterable[str], answer: str) -> type[Answered]:
+        """A subclass with these options, all of which are numbers."""
+        rows = [(name, float | None, option(None, help="Not for this method.", answer=answer)) for name in names]
+        return make_dataclass(cls.__name__, rows, bases=(cls,), frozen=True)
 
 
 @dataclass(frozen=True)

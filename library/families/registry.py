@@ -7,6 +7,7 @@ import pkgutil
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from library.families.anima import SHEET as ANIMA
 from library.families.chroma import SHEET as CHROMA
 from library.families.flux import SHEET as FLUX
 from library.families.flux2 import SHEET as FLUX2
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from library.families.family import ModelFamily
 
 # An architecture whose files have marks of another one as well stands behind that one.
-SHEETS = (SD, SDXL, FLUX, CHROMA, FLUX2, LUMINA, SD3, SANA, HUNYUAN_IMAGE)
+SHEETS = (SD, SDXL, FLUX, CHROMA, FLUX2, LUMINA, ANIMA, SD3, SANA, HUNYUAN_IMAGE)
 FAMILIES: dict[str, Sheet] = {sheet.name: sheet for sheet in SHEETS}
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from library.data.options import CacheOptions, DataOptions
-from library.families.options import ModelOptions
+from library.families.options import Answered, ModelOptions
 from library.io.options import HubOptions, MetadataOptions, SaveOptions, StateOptions, cross_problems
 from library.memory.options import MemoryOptions
 from library.objectives.options import DDPMOptions, LossOptions
@@ -278,6 +278,7 @@ class NetworkTrainerOptions(TrainerOptions):
     """LoRA and every other adapter."""
 
     network: NetworkOptions
+    answered: Answered
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.families.anima.modules import build_denoiser
+from library.families.anima.names import anima_names
 from library.families.flux.names import flux_names
 from library.families.flux2.names import flux2_names
 from library.families.hunyuan_image.names import hunyuan_names
@@ -192,6 +194,25 @@ def lumina(hidden: int = 48, layers: int = 2, refiners: int = 1, **changes: Any)
     return Sample(model, lumina_names(layers, refiners), run)
 
 
+def anima() -> Sample:
+    transformer = {
+        "in_channels": 16, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "text_embed_dim": 32,
+        "adaln_lora_dim": 8, "extra_pos_embed_type": None,
+    }  # fmt: skip
+    conditioner = {
+        "source_dim": 24, "target_dim": 32, "model_dim": 32, "num_layers": 1, "num_attention_heads": 2,
+        "target_vocab_size": 20, "min_sequence_length": 8,
+    }  # fmt: skip
+    model = frozen(lambda: build_denoiser(transformer, conditioner))
+
+    def run(denoiser: nn.Module) -> Tensor:
+        return denoiser(
+            noise(1, 16, 8, 8), torch.tensor([0.4]), noise(1, 5, 24, seed=1), torch.arange(6).unsqueeze(0), None, None
+        )
+
+    return Sample(model, anima_names(2, 1), run)
+
+
 def sana() -> Sample:
     from diffusers import SanaTransformer2DModel
 
@@ -274,6 +295,7 @@ SAMPLES: dict[str, Callable[[], Sample]] = {
     "chroma": chroma,
     "sd3": sd3,
     "lumina": lumina,
+    "anima": anima,
     "sana": sana,
     "hunyuan_image": hunyuan,
 }

@@ -27,6 +27,7 @@ from tests.adapters.known_formats import (
 from tests.adapters.lora_samples import (
     SAMPLES,
     adapter,
+    anima,
     changed,
     comfy_apply,
     comfy_keys,
@@ -43,7 +44,8 @@ from tests.adapters.lora_samples import (
 
 QKV = "lora_unet_double_blocks_0_img_attn_qkv"
 LINEAR1 = "lora_unet_single_blocks_1_linear1"
-TABLE = {name: name for name in ("flux", "flux2", "sd3", "lumina", "sana", "hunyuan_image")} | {"chroma": "flux"}
+TABLE = {name: name for name in ("flux", "flux2", "sd3", "lumina", "anima", "sana", "hunyuan_image")}
+TABLE |= {"chroma": "flux"}
 
 ENCODERS = {  # kohya name -> the same in comfy and in peft
     "flux": {
@@ -70,6 +72,12 @@ ENCODERS = {  # kohya name -> the same in comfy and in peft
         "lora_te_layers_25_mlp_gate_proj": (
             "text_encoders.gemma2_2b.transformer.model.layers.25.mlp.gate_proj",
             "text_encoder.layers.25.mlp.gate_proj",
+        ),
+    },
+    "anima": {
+        "lora_te_layers_27_mlp_gate_proj": (
+            "text_encoders.qwen3_06b.transformer.model.layers.27.mlp.gate_proj",
+            "text_encoder.layers.27.mlp.gate_proj",
         ),
     },
     "sana": {
@@ -185,6 +193,7 @@ def test_stable_diffusion_1_and_2_are_told_apart_by_the_text(width: int, name: s
 def test_comfy_has_alpha_where_every_reader_takes_it() -> None:
     assert any(key.endswith(".alpha") for key in convert(adapter(flux()), "comfy"))
     assert not any(key.endswith(".alpha") for key in convert(adapter(lumina()), "comfy"))  # diffusers reads this one
+    assert not any(key.endswith(".alpha") for key in convert(adapter(anima()), "comfy"))  # ... and this one
     assert not any(key.endswith(".alpha") for key in convert(adapter(flux()), "peft"))
 
 

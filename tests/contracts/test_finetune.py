@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,7 +149,7 @@ def published_gradients(run: Run, file: Path) -> dict[str, Tensor]:
             parameter.copy_(trainer.gradients[0].get(f"denoiser.{name}", torch.zeros(())))
     trainer.family.save(denoiser, {}, file, CheckpointForm())
     own = {name: p.detach() for name, p in denoiser.named_parameters()}
-    published = {key.removeprefix("model.diffusion_model."): value for key, value in load_file(file).items()}
+    published = {re.sub(r"^(model\.diffusion_model|net)\.", "", key): value for key, value in load_file(file).items()}
     return {DENOISER + k.removesuffix(".weight").replace(".", "_"): v for k, v in {**own, **published}.items()}
 
 

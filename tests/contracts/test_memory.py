@@ -32,11 +32,11 @@ OTHERS = (
     "hunyuan_image distilled",
 )  # denoisers that other cases have
 NAMES = [name for name in CASES if name not in OTHERS]
-FAMILIES = ("sd1", "sdxl", "flux", "sd3", "lumina", "flux2")  # one case of each, where a test takes long
+FAMILIES = ("sd1", "sdxl", "flux", "sd3", "lumina", "anima", "flux2")  # one case of each, where a test takes long
 FULL = [f"{name}, full" for name in FAMILIES]
 # where a test takes very long: each denoiser and each method, but not every pair. SDXL has the blocks of SD 1.x
 COMPILED = ["sdxl, lora", "flux, full", "sd3, lora", "lumina, lora"]
-RESUMED = ["sdxl, lora", "flux, lora", "sd3, lora", "lumina, lora", "sd1, full", "flux, full"]
+RESUMED = ["sdxl, lora", "flux, lora", "sd3, lora", "lumina, lora", "anima, lora", "sd1, full", "flux, full"]
 CACHED = {"cache_latents": True, "cache_text_encoder_outputs": True, "network_train_unet_only": True}
 HOISTABLE = ["flux, lora", "sd3, lora", "hunyuan_image, lora"]  # those with modulation layers in their blocks
 # learning through a base in fewer bits: relative error of the first loss against the same run in bf16
@@ -268,6 +268,7 @@ STORAGE: dict[str, dict[str, Any]] = {
         ("flux, lora", "fp8"),
         ("sd3, lora", "nf4"),
         ("lumina, lora", "int8"),
+        ("anima, lora", "nf4"),
         ("sana, lora", "fp8"),
     ],
     indirect=["subject"],

@@ -106,8 +106,8 @@ def test_adapters_of_every_architecture(name: str, model: Make, dataset: Path, p
 
 
 @pytest.mark.parametrize(
-    "name", ["chroma", "sd3", "sd35", "lumina", "sana", "flux2"]
-)  # test_no_waits.py has the others
+    "name", ["chroma", "sd3", "sd35", "lumina", "anima", "sana", "flux2"]
+)  # others: test_no_waits.py
 def test_full_training_in_bf16(name: str, model: Make, dataset: Path, tmp_path: Path) -> None:
     check(finetune(dataset, tmp_path, **model(name), max_train_steps=2, mixed_precision="bf16", full_bf16=True))
 

@@ -148,7 +148,7 @@ def test_chosen_for_this_machine(values: dict[str, Any], deep: dict[str, Any], d
 
 PLANNED = {
     "train_network.py": "sd1", "sdxl_train_network.py": "sdxl", "flux_train.py": "flux", "sd3_train_network.py": "sd35",
-    "lumina_train_network.py": "lumina",
+    "lumina_train_network.py": "lumina", "anima_train_network.py": "anima",
 }  # fmt: skip
 
 

@@ -25,13 +25,13 @@ from library.memory.quantise import QuantLinear, quantise, quantised, quantised_
 from library.types import Cond
 from library.weights.text_encoders import t5_encoder
 from library.weights.weight_files import WeightFile, open_weights
-from tests.families import flux, hunyuan_image, lumina, sana, sd, sd3, sdxl
+from tests.families import anima, flux, hunyuan_image, lumina, sana, sd, sd3, sdxl
 from tests.tiny_text import make_t5
 
 KINDS = ("fp8", "int8", "nf4")
 MAKE: dict[str, Callable[..., dict[str, Any]]] = {
     "flux": partial(flux.make, t5xxl_max_token_length=24), "lumina": lumina.make, "sd": sd.make, "sd3": sd3.make,
-    "sdxl": sdxl.make, "sana": sana.make, "hunyuan_image": hunyuan_image.make,
+    "sdxl": sdxl.make, "anima": anima.make, "sana": sana.make, "hunyuan_image": hunyuan_image.make,
 }  # fmt: skip
 CAPTIONS = ["a photo of a cat", "red dog"]
 # kind -> most relative error of what a whole tiny model predicts

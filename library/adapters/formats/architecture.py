@@ -98,7 +98,7 @@ class Architecture:
     facts: Callable[[Collection[str], bool], FileFacts]  # (tensor names of a checkpoint, v-prediction is assumed)
     new_layers: re.Pattern[str]  # kohya names of the denoiser's layers that an extracted LoRA has
     conv_layers: re.Pattern[str] | None = None  # ... with a rank for convolutions
-    peft: str = "transformer"
+    peft: str = "transformer"  # empty: our names say it themselves, where a denoiser is two models of diffusers
     kohya_is_diffusers: bool = False  # kohya keys have the path of diffusers instead of the published one
     # Program of library.adapters.readers -> formats whose names it takes. One that is not there has no such model
     readers: Mapping[str, frozenset[str]] = field(default_factory=lambda: READERS)
@@ -127,7 +127,7 @@ class Architecture:
             yield PublishedLayer(
                 f"lora_unet_{flat(path)}",
                 f"diffusion_model.{self.comfy_path(name.published)}",
-                tuple(f"{self.peft}.{own}" for own in name.ours),
+                tuple(f"{self.peft}.{own}" if self.peft else own for own in name.ours),
                 name.published,
                 swap=name.op is SWAP_HALVES,
                 widths=self.fused.get(len(name.ours), (1.0,) * len(name.ours)),
@@ -212,7 +212,7 @@ def index_of(architecture: Architecture, blocks: int) -> NameIndex:
             if layer.encoder:
                 aliases[path.replace(".text_model.", ".")] = place  # as transformers 5 has it
             else:
-                own = flat(path.removeprefix(f"{architecture.peft}."))
+                own = flat(path.partition(".")[2])
                 if layer.comfy != f"diffusion_model.{layer.published}":
                     aliases[layer.comfy_flat] = whole
                 aliases |= {f"{prefix}_{own}": place for prefix in FLAT_DIFFUSERS}
