@@ -65,8 +65,6 @@ class DistributedSettings:
     """Settings for several processes."""
 
     timeout_minutes: int | None = None
-    gradient_as_bucket_view: bool = False
-    static_graph: bool = False
     deepspeed: dict[str, Any] = field(default_factory=dict)  # arguments of accelerate's DeepSpeedPlugin
     batch_size: int = 1  # per device; required by DeepSpeed
 
@@ -74,22 +72,14 @@ class DistributedSettings:
 def make_accelerator(mixed_precision: str, settings: DistributedSettings) -> Accelerator:
     """Create the accelerator and log its device. Raises UserError when the machine does not support the settings."""
     from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
+    from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 
     if mixed_precision == "fp16" and not accelerator_present():
         problem = "--mixed_precision fp16 needs a GPU; on the CPU use --mixed_precision bf16 or no"
         card = unused_card()
         raise UserError([problem, card] if card else problem)
     _check_mac(mixed_precision)
-    handlers: list[Any] = [
-        DistributedDataParallelKwargs(
-            gradient_as_bucket_view=settings.gradient_as_bucket_view,
-            static_graph=settings.static_graph,
-            broadcast_buffers=False,
-            # --clip_skip leaves the last layers of a text encoder without gradient
-            find_unused_parameters=not settings.static_graph,
-        )
-    ]
+    handlers: list[Any] = []
     if settings.timeout_minutes:
         handlers.append(InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=settings.timeout_minutes)))
     plugin = _deepspeed_plugin(settings.deepspeed, settings.batch_size) if settings.deepspeed else None
@@ -117,12 +107,20 @@ def check_launch(*, deepspeed: bool) -> None:
     asked = [kind for name, kind in LAUNCH_KINDS.items() if os.environ.get(name, "").lower() in ("true", "1")]
     if "DeepSpeed" in asked and deepspeed:
         asked.remove("DeepSpeed")
-    raise_problems(
+    problems = []
+    if "FSDP" in asked:
+        asked.remove("FSDP")
+        problems.append(
+            "accelerate's configuration asks for FSDP: answer no to it in `accelerate config`, and give --shard_base, "
+            "which splits the weights between the processes"
+        )
+    problems += [
         f"accelerate's configuration asks for {kind}{' and --deepspeed is not given' if kind == 'DeepSpeed' else ''}: "
         "several GPUs train with copies of the model here; start with `accelerate launch --multi_gpu`, or with one "
         "process, or answer no to it in `accelerate config`"
         for kind in asked
-    )
+    ]
+    raise_problems(problems)
 
 
 def overridden(mixed_precision: str) -> Iterator[tuple[int, str]]:

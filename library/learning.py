@@ -80,6 +80,8 @@ class Trainables:
     facts: NetworkFacts | None = None  # for the metadata of saved files; None: only modelspec.* entries
     check_format: Callable[[], None] = lambda: None  # raises UserError for what the first save could not write
     encoders: frozenset[str] = frozenset()  # text encoders that gradients flow through
+    skips: bool = False  # some parameters may have no gradient in a step, besides those of text encoders
+    read_from_files: bool = False  # all that learns is read from the model's files, and so is the same in each process
     flat: bool = True  # many small parameters: clip and step them as one buffer per group
     set_multiplier: Callable[[float], None] = lambda value: None
     set_condition: Callable[[Tensor | None], None] = lambda control: None  # control images, B 3 H W in [-1, 1]
@@ -89,6 +91,8 @@ class Trainables:
     base_model: Callable[[], AbstractContextManager[Any]] = nullcontext  # inside it the models are untrained
     reads_weights: Callable[[Sequence[nn.Module]], bool] = lambda modules: False  # in a pass, other than by calling
     reads_between_steps: bool = False  # looks at the models' weights after each step
+    # modules that do not learn and whose weights the next save reads
+    read_by_save: Callable[[], Sequence[nn.Module]] = tuple
 
     def parameters(self) -> list[nn.Parameter]:
         """Every weight of the optimizer's groups."""

@@ -45,6 +45,7 @@ from library.values import (
 )
 
 __all__ = [  # what modules with options need
+    "Choice",
     "Idle",
     "ValueCheck",
     "at_least",

@@ -132,7 +132,7 @@ def test_downloads_are_what_commands_name(page: Path) -> None:
 
 
 def test_every_family_says_where_its_files_come_from() -> None:
-    for name in ("train_network", "sdxl", "flux", "flux2", "sd3", "lumina", "sana"):
+    for name in ("train_network", "sdxl", "flux", "flux2", "sd3", "lumina", "anima", "sana", "hunyuan_image"):
         section = text_of(ROOT / "docs" / f"{name}.md").partition("\n## Files you need\n")[2].partition("\n## ")[0]
         assert "licence" in section and downloads(section) and "`--pretrained_model_name_or_path`" in section, name
 
@@ -154,7 +154,9 @@ def test_memory_of_each_card_is_that_of_its_recipe() -> None:
 
 RECOMPUTED = {"sdxl": ["Stable Diffusion XL"], "flux": ["FLUX.1 dev", "Chroma"],
               "sd3": ["SD3.5 medium", "SD3.5 large"], "lumina": ["Lumina-Image 2.0"],
-              "sana": ["SANA 1.6B"], "flux2": ["FLUX.2 klein base 4B", "FLUX.2 klein base 9B"]}  # fmt: skip
+              "anima": ["Anima"], "sana": ["SANA 1.6B"],
+              "flux2": ["FLUX.2 klein base 4B", "FLUX.2 klein base 9B"],
+              "hunyuan_image": ["HunyuanImage-2.1"]}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", RECOMPUTED)

@@ -41,8 +41,9 @@ from library.trainers.stages import as_planned  # noqa: E402
 
 CARDS = (24, 16, 12, 8)  # GB
 SPARE = 768 << 20  # bytes of a card that no recipe takes: a screen, gaps between tensors, what kernels need
-T5_BYTES = 10 << 30  # of T5-XXL in bf16, with what it takes to encode captions
-T5_NOTE = "# T5 is too large for this card: encode the captions on the CPU before, see docs/memory.md.\n"
+# option of a large text encoder -> its name, and its bytes in bf16 with what it takes to encode captions
+LARGE_ENCODERS = {"--t5xxl": ("T5", 10 << 30), "--text_encoder": ("Qwen2.5-VL", 14 << 30)}
+ENCODER_NOTE = "# {} is too large for this card: encode the captions on the CPU before, see docs/memory.md.\n"
 FOLDER = ROOT / "configs" / "memory"
 PAGE = ROOT / "docs" / "memory.md"
 SECTIONS = {  # where a key goes that the recipe does not have; all others: "training"
@@ -76,8 +77,10 @@ def recipe_text(recipe: MemoryRecipe, way: Edits, name: str, card: int) -> str:
     for before, after in {f"configs/{recipe.base}.toml": f"configs/memory/{name}.toml", **recipe.command}.items():
         rest = rest.replace(before, after)
     rest = re.sub(r"^# For Chroma add .*? (?=The command line)", "# ", rest, flags=re.MULTILINE)
-    if "--t5xxl" in rest and card * GIB - SPARE < T5_BYTES:
-        rest = re.sub(r"^(# .*The command line wins)", rf"{T5_NOTE}\1", rest, count=1, flags=re.MULTILINE)
+    for option, (encoder, size) in LARGE_ENCODERS.items():
+        if f"{option} " in rest and card * GIB - SPARE < size:
+            note = ENCODER_NOTE.format(encoder)
+            rest = re.sub(r"^(# .*The command line wins)", rf"{note}\1", rest, count=1, flags=re.MULTILINE)
     return f"# {recipe.title}: for a card of {card} GB.\n" + with_values(
         rest, {**recipe.edits, **way, "gradient_checkpointing": None}
     )

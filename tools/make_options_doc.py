@@ -8,6 +8,7 @@ python tools/make_options_doc.py --check    # exit 1 if it is not up to date
 from __future__ import annotations
 
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,7 +31,8 @@ def text() -> str:
     ]
     users: dict[tuple[str, type], list[str]] = {}
     for script, (method, family) in SCRIPTS.items():
-        for name, group in option_groups(method, family).items():
+        groups = {name: group for name, group in option_groups(method, family).items() if fields(group)}
+        for name, group in groups.items():
             users.setdefault((name, group), []).append(script)
     for everywhere in (True, False):
         lines += ["", "## Of every training script" if everywhere else "## Of some"]

@@ -73,7 +73,7 @@ MODELS: dict[str, Architecture] = {
     "sd3m": _sd3(pos_embed_max_size=192, dual_attention_layers=[], qk_norm=None),
 }  # fmt: skip
 SIZES = {"sd15": (512,), "sdxl": (1024,), "flux": (512, 1024), "chroma": (512, 1024), "sd35m": (1024,),
-         "sd35l": (1024,), "sd3m": (1024,), "lumina": (1024,)}  # fmt: skip
+         "sd35l": (1024,), "sd3m": (1024,), "lumina": (1024,), "anima": (1024,)}  # fmt: skip
 LIKE = {"sd35l": "sd35m", "sd3m": "sd35m"}  # called in the same way
 JOBS = {f"{name}-{size}": (name, size) for name, sizes in SIZES.items() for size in sizes}
 HEAD = ("job", "way", "matmul TF", "elementwise GB", "operations", "kept GB", "peak GB above weights")

@@ -13,7 +13,7 @@ import functools
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ WIDE = (32, 32, 32, 32)  # of the autoencoder: eight pixels a latent, as the rea
 class Encoder:
     """A text encoder: which kind, its folder, the folder of its tokenizer, and what it makes."""
 
-    kind: str  # "clip", "clip_projected", "t5", "gemma2", "qwen3"
+    kind: str  # "clip", "clip_projected", "t5", "byt5", "gemma2", "qwen3", "qwen25_vl"; "t5 tokenizer": that alone
     folder: str
     tokenizer: str
     width: int
@@ -60,11 +60,12 @@ def _of_diffusers(name: str, config: Mapping[str, Any]) -> nn.Module:
     return load_attribute(f"diffusers:{name}").from_config(dict(config))
 
 
-UNET, FLUX, FLUX2, LUMINA, SANA = (
+UNET, FLUX, FLUX2, LUMINA, COSMOS, SANA, HUNYUAN = (
     functools.partial(_of_diffusers, name)
     for name in (
         "UNet2DConditionModel", "FluxTransformer2DModel", "Flux2Transformer2DModel", "Lumina2Transformer2DModel",
-        "SanaTransformer2DModel",
+        "CosmosTransformer3DModel", "SanaTransformer2DModel",
+        "HunyuanImageTransformer2DModel",
     )
 )  # fmt: skip
 
@@ -82,6 +83,7 @@ class Architecture:
     tiny: Mapping[str, Any]
     encoders: tuple[Encoder, ...]
     vae: Mapping[str, Any]
+    beside: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # folder -> one more model of diffusers
 
     def config(self, *, tiny: bool) -> dict[str, Any]:
         return {**self.full, **(self.tiny if tiny else {})}
@@ -172,6 +174,17 @@ ARCHITECTURES: dict[str, Architecture] = {
         (Encoder("gemma2", "text_encoder", "tokenizer", 2304, 32),),
         {**VAE16, "scaling_factor": 0.3611, "shift_factor": 0.1159},
     ),
+    "anima": Architecture(
+        "anima", "AnimaModularPipeline", "transformer", "denoiser", COSMOS,
+        {
+            **shipped_config("anima"), "in_channels": 16, "num_layers": 28, "num_attention_heads": 16,
+            "attention_head_dim": 128, "text_embed_dim": 1024,
+        },
+        {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 32, "adaln_lora_dim": 8},
+        (Encoder("qwen3", "text_encoder", "tokenizer", 1024, 1024), Encoder("t5 tokenizer", "", "t5_tokenizer", 0, 0)),
+        {"_class_name": "AutoencoderKLQwenImage", "base_dim": 8, "num_res_blocks": 1},
+        beside={"text_conditioner": {"_class_name": "AnimaTextConditioner"}},
+    ),
     "sana": Architecture(
         "sana", "SanaPipeline", "transformer", "denoiser", SANA,
         {
@@ -189,6 +202,22 @@ ARCHITECTURES: dict[str, Architecture] = {
             "encoder_block_out_channels": DC_WIDTHS, "decoder_block_out_channels": DC_WIDTHS,
         },
     ),
+    "hunyuan_image": Architecture(
+        "hunyuan_image", "HunyuanImagePipeline", "transformer", "denoiser", HUNYUAN,
+        shipped_config("hunyuan_image"),
+        {
+            "num_layers": 2, "num_single_layers": 2, "num_attention_heads": 8, "attention_head_dim": 16,
+            "text_embed_dim": 32, "text_embed_2_dim": 32, "rope_axes_dim": [8, 8],
+        },
+        (
+            Encoder("qwen25_vl", "text_encoder", "tokenizer", 3584, 32),
+            Encoder("byt5", "text_encoder_2", "", 1472, 32),
+        ),
+        {
+            **shipped_config("hunyuan_image_vae"), "_class_name": "AutoencoderKLHunyuanImage", "layers_per_block": 1,
+            "block_out_channels": [32, 32, 32, 32, 64, 128],
+        },
+    ),
 }  # fmt: skip
 
 
@@ -204,6 +233,9 @@ def write_model(architecture: Architecture, folder: Path, *, tiny: bool) -> Path
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         _vae(architecture.vae).save_pretrained(folder / "vae")
+        for place, config in architecture.beside.items():
+            module = build_empty(functools.partial(_of_diffusers, config["_class_name"], config))
+            write_hole(folder / place, nn.Module.to(module, torch.bfloat16))
         for encoder in architecture.encoders:
             _write_encoder(folder, encoder, encoder.tiny_width if tiny else encoder.width)
     return folder
@@ -229,7 +261,11 @@ def _vae(settings: Mapping[str, Any]) -> Any:
 
 
 def _write_encoder(folder: Path, encoder: Encoder, width: int) -> None:
-    ways = {"clip": _clip, "clip_projected": _clip, "t5": _t5, "gemma2": _gemma2, "qwen3": _qwen3}
+    if encoder.kind == "t5 tokenizer":
+        write_t5_tokenizer(folder / encoder.tokenizer)
+        return
+    ways = {"clip": _clip, "clip_projected": _clip, "t5": _t5, "byt5": _t5, "gemma2": _gemma2, "qwen3": _qwen3,
+            "qwen25_vl": _qwen25_vl}  # fmt: skip
     ways[encoder.kind](encoder, width, folder / encoder.tokenizer).save_pretrained(folder / encoder.folder)
 
 
@@ -250,10 +286,11 @@ def _clip(encoder: Encoder, width: int, tokenizer: Path) -> Any:
 def _t5(encoder: Encoder, width: int, tokenizer: Path) -> Any:
     from transformers import T5Config, T5EncoderModel
 
-    write_t5_tokenizer(tokenizer)
+    if encoder.kind == "t5":  # the other one's tokens are bytes
+        write_t5_tokenizer(tokenizer)
     config = T5Config(
-        vocab_size=len(t5_pieces()), d_model=width, d_kv=16, d_ff=64, num_layers=1, num_heads=2,
-        feed_forward_proj="gated-gelu", dropout_rate=0.0,
+        vocab_size=512 if encoder.kind == "byt5" else len(t5_pieces()), d_model=width, d_kv=16, d_ff=64, num_layers=1,
+        num_heads=2, feed_forward_proj="gated-gelu", dropout_rate=0.0,
     )  # fmt: skip
     return T5EncoderModel(config)
 
@@ -270,7 +307,7 @@ def _gemma2(encoder: Encoder, width: int, tokenizer: Path) -> Any:
 
 
 def _qwen3(encoder: Encoder, width: int, tokenizer: Path) -> Any:
-    """As many layers as FLUX.2 reads."""
+    """At least as many layers as FLUX.2 reads."""
     from transformers import Qwen3Config, Qwen3Model
 
     write_qwen_tokenizer(tokenizer)
@@ -279,6 +316,18 @@ def _qwen3(encoder: Encoder, width: int, tokenizer: Path) -> Any:
         num_attention_heads=2, num_key_value_heads=1, head_dim=16,
     )  # fmt: skip
     return Qwen3Model(config)
+
+
+def _qwen25_vl(encoder: Encoder, width: int, tokenizer: Path) -> Any:
+    from transformers import Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
+
+    write_qwen_tokenizer(tokenizer)
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 1, 1]}
+    config = Qwen2_5_VLTextConfig(
+        vocab_size=len(qwen_tokens()), hidden_size=width, intermediate_size=64, num_hidden_layers=3,
+        num_attention_heads=max(1, width // 8), num_key_value_heads=1, rope_parameters=rope,
+    )  # fmt: skip
+    return Qwen2_5_VLTextModel(config)
 
 
 # ---- random numbers -------------------------------------------------------------------------------------------------

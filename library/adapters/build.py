@@ -171,7 +171,7 @@ def new_layers(
     """
     layers: list[AdapterLayer] = []
     for target in targets:
-        matched = [rank for pattern, rank in patterns.network_reg_dims or () if pattern.search(target.name)]
+        matched = [rank for pattern, rank in patterns.network_reg_dims or () if target.matches(pattern)]
         rank, own_alpha = (matched[0], alpha) if matched else ranks(target)
         if not rank:
             continue

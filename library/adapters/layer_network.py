@@ -30,7 +30,7 @@ from library.log import get_logger
 class RateRules:
     """Learning rates within a network: a factor per denoiser block, LoRA+ ratios (None: no group of its own), patterns.
 
-    patterns: (regular expression, rate). The first one found in a layer's name sets its rate and overrides all others.
+    patterns: (regular expression, rate). The first one that matches a layer sets its rate and overrides all others.
     """
 
     block_weights: tuple[float, ...] | None = None
@@ -166,8 +166,8 @@ class LayerNetwork(AdapterNetwork):
         groups: list[dict[str, Any]] = []
         others = [*layers]
         for index, (pattern, rate) in enumerate(self.rates.patterns):
-            own = [layer for layer in others if pattern.search(layer.target.name)]
-            others = [layer for layer in others if not pattern.search(layer.target.name)]
+            own = [layer for layer in others if layer.target.matches(pattern)]
+            others = [layer for layer in others if not layer.target.matches(pattern)]
             groups += _groups(own, f"{part} reg_lr_{index}", rate, plus)
         return others, groups
 

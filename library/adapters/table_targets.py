@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -27,11 +27,20 @@ from library.adapters.targets import (
     Selection,
     encoder_targets,
 )
-from library.adapters.type_ranks import TypeRanks
 from library.key_tables import SWAP_HALVES, ModuleName
 from library.log import get_logger
 
 IDLE = ("conv_dim", "conv_alpha", "train_norm")  # options of blocks that these models have nothing for
+
+
+class Ranks(Protocol):
+    """Which layers get adapters, and their ranks: `TypeRanks`, or what a family has of its own."""
+
+    def includes(self, target: TargetSpec) -> bool:
+        """Whether the layer may have an adapter."""
+
+    def rank(self, target: TargetSpec) -> int:
+        """The rank of a layer that `includes`; 0: none."""
 
 
 @dataclass(frozen=True)
@@ -39,16 +48,17 @@ class TableTargets(FamilyTargets):
     """The targets of an architecture with a name table, and its rules for ranks by the type of a layer.
 
     denoiser_targets: every layer of a denoiser that a file may name, in the order of files. ranks: (options,
-    --network_dim, all targets) -> the ranks.
+    --network_dim, all targets) -> the ranks. whole_paths: as in TargetSpec. fused: as in Targets.
     """
 
     classes: tuple[str, ...]
     class_names: ClassNames
     rank_options: type
     denoiser_targets: Callable[[nn.Module], list[TargetSpec]]
-    ranks: Callable[[Any, int, list[TargetSpec]], TypeRanks]
+    ranks: Callable[[Any, int, list[TargetSpec]], Ranks]
     has_t5: bool = False
     fused: bool = True
+    whole_paths: bool = False
 
     @property
     def options(self) -> Mapping[str, type]:
@@ -94,7 +104,8 @@ class TableTargets(FamilyTargets):
     ) -> list[TargetSpec]:
         """Text encoders first. outside: as for `text_targets`."""
         denoiser = [] if models.denoiser is None else self.denoiser_targets(models.denoiser)
-        return split_targets([*text_targets(models.encoders, t5=t5, outside=outside), *denoiser], split)
+        found = split_targets([*text_targets(models.encoders, t5=t5, outside=outside), *denoiser], split)
+        return [replace(target, whole_path=True) for target in found] if self.whole_paths else found
 
     def _selection(self, options: Any, dim: int, alpha: float, targets: list[TargetSpec]) -> Selection:
         ranks = self.ranks(options, dim, targets)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,10 +65,18 @@ class TargetSpec:
     split: bool = False  # an adapter of its own for each module, fused on save
     path: str = ""  # its dotted path in the published model
     stride: int = 0  # pixels per token along one side of a picture, where a kind of adapters needs it
+    whole_path: bool = False  # what `matches` asks
 
     @property
     def width(self) -> int:
         return sum(m.width for m in self.modules)
+
+    def matches(self, pattern: re.Pattern[str]) -> bool:
+        """Whether a regular expression of --network_args means this layer: it is somewhere in the name.
+
+        whole_path: it must match the dotted path from start to end instead, as networks.lora_anima has it.
+        """
+        return bool(pattern.fullmatch(self.path) if self.whole_path else pattern.search(self.name))
 
     @property
     def weight(self) -> Tensor:

@@ -7,18 +7,11 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from library.families.registry import FAMILIES, command
-from library.families.sheet import FileMarks
 from library.key_tables import Shapes
 
 NO_ANSWERS: Mapping[str, str] = {}
 # what programs put before a denoiser's names
 PREFIXES = ("model.diffusion_model.", "net.", "diffusion_model.", "transformer.", "unet.")
-
-# Architectures that are recognised, and that no script here trains: asked before those of the registry
-UNTRAINED = {
-    "hunyuan_image": FileMarks("a HunyuanImage-2.1", ("byt5_in.", "context_embedder_2."), ("HunyuanImage",)),
-    "anima": FileMarks("an Anima", ("llm_adapter.", "blocks.0.adaln_modulation_self_attn."), ("Anima",)),
-}
 
 
 @dataclass(frozen=True)
@@ -38,9 +31,6 @@ class FileKind:
 
 def architectures() -> Iterator[FileKind]:
     """The kinds of checkpoints, each before those whose marks it has as well."""
-    for name, files in UNTRAINED.items():
-        answer = f"{files.called} checkpoint, which no script here trains yet"
-        yield FileKind(name, answer, files.tensors, files.pipelines)
     for name, sheet in reversed(FAMILIES.items()):
         answer = f"{sheet.files.called} checkpoint: use {command(sheet)}"
         yield FileKind(name, answer, sheet.files.tensors, sheet.files.pipelines)
@@ -69,7 +59,7 @@ PARTS = (
     FileKind(
         "vae",
         "a VAE, not a checkpoint: it belongs to --vae",
-        ("encoder.conv_in.", "first_stage_model.encoder.conv_in.", "encoder.project_in."),
+        ("encoder.conv_in.", "first_stage_model.encoder.conv_in.", "encoder.downsamples.", "encoder.project_in."),
     ),
     FileKind("embedding", "a textual inversion embedding, not a checkpoint", ("emb_params", "clip_l", "clip_g")),
     FileKind(

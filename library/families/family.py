@@ -49,6 +49,9 @@ class ModelFamily(ABC):
     sheet: ClassVar[Sheet]
     latent: ClassVar[LatentSpec]
     references: ClassVar[ReferenceSpec | None] = None  # how reference pictures are taken; None: there are none
+    # Outputs of text encoders that are padded, (B, length ...) -> their masks, (B, length) bool, False at padding;
+    # batches in which nothing is padded lack the mask
+    text_masks: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, options: Any) -> None:
         self.options = options
@@ -181,14 +184,32 @@ class ModelFamily(ABC):
         return cond
 
     def split_cond(self, cond: Cond) -> list[Cond]:
-        """One Cond per caption, without the batch axis: what the cache holds."""
+        """One Cond per caption, without the batch axis and without padding: what the cache holds."""
         count = len(next(iter(cond.values())))
-        return [{name: tensor[i] for name, tensor in cond.items()} for i in range(count)]
+        cond, lengths = dict(cond), {}
+        for name, mask in self.text_masks.items():
+            if mask not in cond:
+                cond[mask] = torch.ones(cond[name].shape[:2], dtype=torch.bool, device=cond[name].device)
+            lengths[name] = lengths[mask] = cond[mask].sum(1).tolist()
+        return [
+            {name: tensor[i, : lengths[name][i]] if name in lengths else tensor[i] for name, tensor in cond.items()}
+            for i in range(count)
+        ]
 
     @classmethod
     def join_conds(cls, conds: list[Cond]) -> Cond:
         """The inverse: a batch, tensors of different length padded with zeros at the end."""
-        return {name: nn.utils.rnn.pad_sequence([cond[name] for cond in conds], batch_first=True) for name in conds[0]}
+        found = {name: nn.utils.rnn.pad_sequence([cond[name] for cond in conds], batch_first=True) for name in conds[0]}
+        return cls.without_idle_masks(found, {name: [len(cond[name]) for cond in conds] for name in cls.text_masks})
+
+    @classmethod
+    def without_idle_masks(cls, cond: Cond, lengths: Mapping[str, Sequence[int]]) -> Cond:
+        """Without the masks of texts that are all of one length: attention without a mask is quicker.
+
+        lengths: of the texts of a batch, for each name in `text_masks`. The device would have to be asked.
+        """
+        idle = [mask for name, mask in cls.text_masks.items() if len({*lengths[name]}) == 1]
+        return {name: tensor for name, tensor in cond.items() if name not in idle}
 
     # ---- pictures
 

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, make_dataclass
 from typing import ClassVar
 
-from library.options import option, refused
+from library.options import Choice, option, refused
 
 # A graphical program writes 255 unless told otherwise: three chunks of text, as 225
 TOKEN_LENGTHS = {"75": 75, "150": 150, "225": 225, "255": 225}
@@ -19,6 +19,17 @@ def token_length(value: object) -> int:
     if found is None:
         raise ValueError(f"expects 75, 150 or 225, got '{value}'")
     return found
+
+
+@dataclass(frozen=True)
+class Answered:
+    """Options that the script of a method takes although they are another method's, and answers."""
+
+    @classmethod
+    def named(cls, names: Iterable[str], answer: str) -> type[Answered]:
+        """A subclass with these options, all of which are numbers."""
+        rows = [(name, float | None, option(None, help="Not for this method.", answer=answer)) for name in names]
+        return make_dataclass(cls.__name__, rows, bases=(cls,), frozen=True)
 
 
 @dataclass(frozen=True)
@@ -43,6 +54,10 @@ class ModelOptions:
     def own_vae(self) -> str | None:
         """The VAE that takes the place of the model's own."""
         return self.vae
+
+    def choices(self) -> Iterator[Choice]:
+        """Values for options of other groups that options of the model stand for."""
+        return iter(())
 
     def problems(self) -> Iterator[str]:
         if not self.pretrained_model_name_or_path:

@@ -7,9 +7,11 @@ import pkgutil
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from library.families.anima import SHEET as ANIMA
 from library.families.chroma import SHEET as CHROMA
 from library.families.flux import SHEET as FLUX
 from library.families.flux2 import SHEET as FLUX2
+from library.families.hunyuan_image import SHEET as HUNYUAN_IMAGE
 from library.families.lumina import SHEET as LUMINA
 from library.families.sana import SHEET as SANA
 from library.families.sd import SHEET as SD
@@ -21,7 +23,8 @@ if TYPE_CHECKING:
     from library.families.family import ModelFamily
 
 # An architecture whose files have marks of another one as well stands behind that one.
-FAMILIES: dict[str, Sheet] = {sheet.name: sheet for sheet in (SD, SDXL, FLUX, CHROMA, FLUX2, LUMINA, SD3, SANA)}
+SHEETS = (SD, SDXL, FLUX, CHROMA, FLUX2, LUMINA, ANIMA, SD3, SANA, HUNYUAN_IMAGE)
+FAMILIES: dict[str, Sheet] = {sheet.name: sheet for sheet in SHEETS}
 
 
 def with_scripts() -> dict[str, Sheet]:

@@ -81,8 +81,8 @@ class MemoryOptions:
     )
     hoist_modulation: bool = option(
         False,
-        help="FLUX.1 and SD3, adapters only: compute all modulations at the start of a step, and keep their weights, "
-        "a quarter of the model, in main memory.",
+        help="FLUX.1, SD3 and HunyuanImage, adapters only: compute all modulations at the start of a step, and keep "
+        "their weights, a quarter of the model, in main memory.",
     )
     fp8_base: bool = option(False, help="Keep the frozen denoiser and text encoders in 8-bit floats, with scales.")
     fp8_base_unet: bool = option(False, help="Keep the frozen denoiser in 8-bit floats, with scales.")

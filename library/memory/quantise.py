@@ -190,7 +190,7 @@ def _(data: Tensor, scale: Any, code: Any, rows: int, columns: int, dtype: torch
 
 
 class QuantLinear(nn.Linear):
-    """A frozen Linear with a quantised weight in the buffers `stored`, `scale` and, for nf4, `code`.
+    """A frozen Linear with a quantised weight in the parameters `stored`, `scale` and, for nf4, `code`.
 
     `weight` is dequantised when it is read: a new tensor each time, so writing to it has no effect on the layer.
     """
@@ -205,9 +205,9 @@ class QuantLinear(nn.Linear):
         self.in_features, self.out_features = like.in_features, like.out_features
         self.kind, self.dtype = kind, dtype
         self.bias = like.bias
-        self.register_buffer("stored", stored.data)
-        self.register_buffer("scale", stored.scale)
-        self.register_buffer("code", stored.code)
+        for name, tensor in (("stored", stored.data), ("scale", stored.scale), ("code", stored.code)):
+            # parameters, because only those are split between processes (library.memory.sharding)
+            self.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
         self.train(like.training)
 
     @classmethod
@@ -257,7 +257,7 @@ class QuantLinear(nn.Linear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         """`to(dtype)` and the like change `dtype`, but not the stored weight."""
-        kept = {id(buffer) for buffer in self.buffers(recurse=False)}
+        kept = {id(tensor) for tensor in self.tensors}
 
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)

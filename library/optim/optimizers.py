@@ -48,6 +48,11 @@ class OptimizerRow:
         return not (self.finds_rate or self.schedule_free or self.foreign)
 
     @property
+    def block(self) -> int | None:
+        """How many neighbouring elements of a weight are updated together; None: all, or those of a row or column."""
+        return 1 if self.elementwise else 256 if self.path.startswith("bitsandbytes.") else None
+
+    @property
     def paged(self) -> bool:
         """Whether its states move to main memory by themselves when the card is full."""
         return ".Paged" in self.path

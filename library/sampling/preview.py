@@ -91,17 +91,19 @@ class Previewer:
         texts: TextSource | None = None,
         conditioned: bool = False,
         stopped: Callable[[], bool] = lambda: False,
+        writes: bool = True,
     ) -> None:
         """seed: of the run, for prompts without one. default_size: (width, height) of prompts without one.
 
         texts: the cached outputs of text encoders for all prompts. conditioned: what learns looks at control images
-        (--cn of a prompt). stopped: whether the run should stop, so that no further picture is made. Raises UserError
+        (--cn of a prompt). stopped: whether the run should stop, so that no further picture is made. writes: False in
+        processes that make the pictures only because the others need them to. Raises UserError
         for a sampler that the objective does not have, and for control images and references that cannot be read.
         """
         self.family, self.objective, self.prompts = family, objective, tuple(prompts)
         self.folder, self.output_name = Path(output_dir) / "sample", output_name
         self.sampler, self.seed, self.default_size = sampler, seed, default_size
-        self.texts, self.stopped = texts, stopped
+        self.texts, self.stopped, self.writes = texts, stopped, writes
         honoured = [*family.preview.honoured, *(["controlnet_image"] if conditioned else [])]
         honoured += ["references"] if family.references is not None else []
         ignored = given_fields(prompts, [name for name in SPECIAL_FIELDS if name not in honoured])
@@ -135,7 +137,8 @@ class Previewer:
                 try:
                     image = self._picture(models, prompt, index, device, dtype)
                     path = self.folder / self.file_name(index, prompt, step=step, epoch=epoch, now=datetime.now())
-                    self._write(path, image, prompt, self.seed_of(prompt, index))
+                    if self.writes:
+                        self._write(path, image, prompt, self.seed_of(prompt, index))
                     pictures.append(Preview(path, image, prompt))
                 except Stopped:
                     break
@@ -201,13 +204,15 @@ class Previewer:
         guided_ones = [float(t) > guided_above for t in sampler.timesteps]
         conds = {guided: self._cond(models, prompt, index, guided, device) for guided in set(guided_ones)}
         batches = {guided: _batch_of(references, prompt, guided) for guided in set(guided_ones)}
-        for t, guided in zip(sampler.timesteps, guided_ones, strict=True):
+        ends = torch.cat([sampler.timesteps[1:], torch.zeros_like(sampler.timesteps[:1])])
+        for t, end, guided in zip(sampler.timesteps, ends, guided_ones, strict=True):
             if self.stopped():
                 raise Stopped
             count = 2 if guided else 1
             shown = torch.cat([sampler.scale_input(x, t)] * count)
             times = on_device(t, device).expand(count)
-            pred = self.family.predict(models.denoiser, shown, times, conds[guided], batches[guided]).float()
+            cond = conds[guided] | {"step_end": on_device(end, device).expand(count)}
+            pred = self.family.predict(models.denoiser, shown, times, cond, batches[guided]).float()
             if guided:
                 without, with_prompt = pred.chunk(2)
                 pred = self._renormed(without + scale * (with_prompt - without), with_prompt, prompt)

@@ -43,6 +43,7 @@ from library.trainers.method import Method
 from library.trainers.options import TrainerOptions
 from library.trainers.resume import Resumption, resume_folder, run_seed
 from library.trainers.settings import distributed_settings, trained_dtype
+from library.trainers.sharding import check_sharding
 from library.trainers.stages import Checked, Processes
 from library.trainers.tracking import check_trackers
 from library.types import ReferenceSpec
@@ -215,6 +216,8 @@ def check(method: Method[TrainerOptions], stop: StopRequest) -> Checked:
     learning = checks.run(method.learning)
     control = learning is not None and learning.conditioned
     found = checks.run(lambda: scan_datasets(family, options, method.with_captions, control=control))
+    if learning is not None and optimizer is not None and found is not None:
+        checks.run(lambda: check_sharding(options, learning, optimizer, found))
     seed, processes = run_seed(options, facts), None
     if found is not None and not checks.problems:
         processes = start_processes(options, found)
@@ -227,7 +230,10 @@ def check(method: Method[TrainerOptions], stop: StopRequest) -> Checked:
     assert learning is not None and processes is not None
     # the other processes show none, and looking for them takes its time
     warnings = data_warnings(family, found, data, cached=options.cache.texts) if is_main_process() else ()
-    for line in (*warnings, *filter(None, [dark]), *idle_options(options, found, data)):
+    idle = [*idle_options(options, found, data)]
+    if options.distributed.shard_base and processes.world == 1:
+        idle.append("--shard_base: no effect with one process, which has all weights")
+    for line in (*warnings, *filter(None, [dark]), *idle):
         log.warning(line)
     resumption, validation_plans = Resumption(folder), data.validation_plans()
     return Checked(

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from library.data.options import CacheOptions, DataOptions
-from library.families.options import ModelOptions
+from library.families.options import Answered, ModelOptions
 from library.io.options import HubOptions, MetadataOptions, SaveOptions, StateOptions, cross_problems
 from library.memory.options import MemoryOptions
 from library.objectives.options import DDPMOptions, LossOptions
@@ -94,6 +94,11 @@ class PrecisionOptions:
 class DistributedOptions:
     """Several GPUs: `accelerate launch` starts the processes, these are its details."""
 
+    shard_base: bool = option(
+        False,
+        help="Each process keeps only its share of the denoiser's weights (in full training also of gradients and "
+        "optimizer states), and gathers a block at a time while it computes.",
+    )
     ddp_timeout: int | None = option(
         None, help="Minutes to wait for the other processes.", check=positive, zero_is_unset=True
     )
@@ -253,6 +258,10 @@ class TrainerOptions:
             return "plain"
         return self.precision.bf16_update or "stochastic"
 
+    def choices(self) -> Iterator[Choice]:
+        """Values for options that were not given."""
+        return self.model.choices()
+
     def problems(self) -> Iterator[str]:
         """Combinations of options of several groups that make no sense."""
         yield from cross_problems(self.save, self.state, self.hub)
@@ -269,6 +278,7 @@ class NetworkTrainerOptions(TrainerOptions):
     """LoRA and every other adapter."""
 
     network: NetworkOptions
+    answered: Answered
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
@@ -278,6 +288,7 @@ class NetworkTrainerOptions(TrainerOptions):
 
     def choices(self) -> Iterator[Choice]:
         """Cached captions and adapters of the text encoder exclude each other. As in other programs, caching wins."""
+        yield from super().choices()
         network = self.network
         if self.cache.texts and self.model.cached_texts_stay and network.text_encoder_lr is None and not (
             network.network_train_unet_only or network.network_train_text_encoder_only

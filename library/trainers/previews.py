@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -17,7 +17,6 @@ from library.log import get_logger
 from library.objectives.base import Objective
 from library.sampling.preview import Preview, Previewer, PreviewModels, contact_sheet, due
 from library.sampling.prompts import Prompt
-from library.stopping import StopRequest
 from library.trainers.options import TrainerOptions
 from library.trainers.tracking import Trackers
 from library.types import Position
@@ -30,10 +29,12 @@ class Previews:
 
     def __init__(
         self, family: ModelFamily, objective: Objective, options: TrainerOptions, prompts: tuple[Prompt, ...], *,
-        device: torch.device, dtype: torch.dtype, seed: int, active: bool, size: tuple[int, int],
-        texts: TextSource | None, conditioned: bool = False, stop: StopRequest,
+        device: torch.device, dtype: torch.dtype, seed: int, active: bool, writes: bool,
+        size: tuple[int, int], texts: TextSource | None, conditioned: bool = False, stopped: Callable[[], bool],
     ) -> None:  # fmt: skip
-        self.stop = stop
+        """active: whether this process makes them. writes: whether it writes them, too: where weights are split over
+        processes, all make them and one writes. stopped: whether the run is asked to stop."""
+        self.writes, self.stopped = writes, stopped
         self.options, self.device, self.dtype = options.sample, device, dtype
         self.name, self.folder = options.save.output_name or "last", Path(options.save.output_dir or ".") / "sample"
         self.first: list[Preview] = []
@@ -42,7 +43,7 @@ class Previews:
             Previewer(
                 family, objective, prompts, output_dir=options.save.output_dir or ".", seed=seed,
                 output_name=options.save.output_name, sampler=options.sample.sample_sampler, default_size=size,
-                texts=texts, conditioned=conditioned, stopped=lambda: stop.requested,
+                texts=texts, conditioned=conditioned, stopped=stopped, writes=writes,
             )
             if prompts and active
             else None
@@ -57,7 +58,7 @@ class Previews:
         weights: inside it the model is as it is to be shown.
         """
         epoch_end = position.epoch if epoch_ended and self.options.every_n_epochs else None
-        if self.previewer is None or not due(self.options, position.step, epoch_end) or self.stop.requested:
+        if self.previewer is None or not due(self.options, position.step, epoch_end) or self.stopped():
             return
         assert models.vae is not None
         home = next(models.vae.parameters()).device  # main memory, where latents are cached
@@ -80,7 +81,7 @@ class Previews:
 
     def before_and_after(self) -> None:
         """One sheet with the previews of step 0 above the newest ones, if there are both."""
-        if not self.first or len(self.first) != len(self.latest) or self.first is self.latest:
+        if not self.writes or not self.first or len(self.first) != len(self.latest) or self.first is self.latest:
             return
         images = [p.image for p in (*self.first, *self.latest)]
         labels = [

@@ -38,8 +38,6 @@ def distributed_settings(options: DistributedOptions, *, max_grad_norm: float, b
     """Options of several processes as `library.device` takes them. DeepSpeed clips by itself."""
     return DistributedSettings(
         timeout_minutes=options.ddp_timeout,
-        gradient_as_bucket_view=options.ddp_gradient_as_bucket_view,
-        static_graph=options.ddp_static_graph,
         deepspeed=_deepspeed_arguments(options, max_grad_norm) if options.deepspeed else {},
         batch_size=batch_size,
     )

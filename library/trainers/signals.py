@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from library.device import HostCopy, on_device
 from library.errors import EXIT_AT_ONCE, EXIT_STOPPED, ProcessDied
+from library.stopping import StopRequest
 
-__all__ = ["EXIT_AT_ONCE", "EXIT_STOPPED", "OtherProcessDied", "Vote", "exchanging"]
+__all__ = ["EXIT_AT_ONCE", "EXIT_STOPPED", "OtherProcessDied", "Vote", "agreed", "exchanging"]
 
 # what gloo and NCCL say where the process at the other end is gone
 GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
@@ -60,3 +61,9 @@ class Vote:
         votes = on_device(torch.tensor(wishes, dtype=torch.float32), self.device)
         torch.distributed.all_reduce(votes)
         return votes
+
+
+def agreed(stop: StopRequest, device: torch.device, *, processes: int) -> Callable[[], bool]:
+    """Whether any process was asked to stop, to be called in all of them alike. The host waits for the device."""
+    vote = Vote(device, processes=processes)
+    return lambda: vote.at_once(stop.requested)

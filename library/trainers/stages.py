@@ -9,7 +9,7 @@ Running    what learns, its optimizer, and everything that a step needs
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -26,14 +26,16 @@ from library.device import (
     limit_memory,
     seed_everything,
 )
+from library.errors import UserError
 from library.families.family import ModelFamily
-from library.io.weights_port import ReplicatedWeights, WeightsPort
+from library.io.weights_port import ReplicatedWeights, ShardedBase, ShardedWeights, WeightsPort
 from library.learning import DENOISER, Learning, Models, StepModule, Trainables
 from library.log import get_logger
 from library.memory.checkpointing import recompute_encoders
 from library.memory.choice import MemoryChoice
 from library.memory.compiling import warm
 from library.memory.estimate import CUDA_CONTEXT
+from library.memory.sharding import LocalShards, shard, shard_learning
 from library.objectives.base import Objective
 from library.objectives.prior_preservation import PriorPreservation
 from library.optim.in_backward import units
@@ -55,6 +57,7 @@ from library.trainers.previews import Previews
 from library.trainers.resume import Resumption, RunIdentity
 from library.trainers.run_plan import RunPlan, describe, make_plan
 from library.trainers.settings import compute_dtype, trained_dtype
+from library.trainers.signals import agreed
 from library.trainers.step import Pass, Step
 from library.trainers.updates import Updates
 from library.trainers.validation import Validation
@@ -112,6 +115,26 @@ class Checked:
     def options(self) -> TrainerOptions:
         """What the user asks for."""
         return self.method.options
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the denoiser's weights are split over several processes."""
+        return self.options.distributed.shard_base and self.processes.world > 1
+
+    @property
+    def shards_learn(self) -> bool:
+        """Whether they learn, too."""
+        return self.sharded and DENOISER in self.learning.changed
+
+    def stopped(self) -> Callable[[], bool]:
+        """Whether the run is asked to stop, also inside of previews and validation.
+
+        Where weights are split over processes, all make the same passes, and so all must have the same answer.
+        """
+        stop, processes = self.stop, self.processes
+        if self.sharded:
+            return agreed(stop, processes.device, processes=processes.world)
+        return lambda: stop.requested
 
 
 @dataclass(frozen=True)
@@ -250,7 +273,8 @@ def load(scheduled: Scheduled) -> Loaded:
     )  # fmt: skip
     previews = Previews(
         family, objective, options, prompts, device=planned.device, dtype=planned.dtype, seed=plan.seed,
-        active=processes.is_main, size=size, texts=caches.texts, conditioned=learning.conditioned, stop=stop,
+        active=processes.is_main or checked.sharded, writes=processes.is_main, size=size, texts=caches.texts,
+        conditioned=learning.conditioned, stopped=checked.stopped(),
     )  # fmt: skip
 
     def load_encoder(name: str, device: str | None = None) -> nn.Module:
@@ -265,9 +289,13 @@ def load(scheduled: Scheduled) -> Loaded:
         total_steps=plan.total_steps, latents=caches.latents, texts=caches.texts, join=family.join_conds,
         shown=family.references is not None and not family.references.seen_by.isdisjoint(encoders),
     )  # fmt: skip
-    # what is moved to and fro is loaded where it stays: as a whole it may not fit on the card
-    device = torch.device("cpu") if moves_weights(planned.choice, learning.swap_options) else planned.device
-    denoiser = family.load_denoiser(planned.load_dtype(DENOISER), device, storage=planned.storage(DENOISER))
+    # what is moved to and fro or split is loaded into main memory: as a whole it may not fit on the card
+    waits = moves_weights(planned.choice, learning.swap_options) or checked.sharded
+    device = torch.device("cpu") if waits else planned.device
+    dtype: torch.dtype | None = planned.load_dtype(DENOISER)
+    if checked.shards_learn and not family.part(DENOISER).file.is_float8:
+        dtype = None  # the file is mapped, and a block at a time is cast when it is split
+    denoiser = family.load_denoiser(dtype, device, storage=planned.storage(DENOISER))
     models = Models(denoiser, encoders, vae)
     for module in models.all():
         module.requires_grad_(False)
@@ -282,10 +310,24 @@ def build(loaded: Loaded) -> Running:
     checked, planned, plan = loaded.scheduled.checked, loaded.scheduled.planned, loaded.scheduled.plan
     family, options, models = checked.family, checked.options, loaded.models
     seed_everything(derive_seed(plan.seed, "first weights"))
+    blocks, shards_learn = family.blocks(models.denoiser), checked.shards_learn
+    if shards_learn:
+        assert checked.optimizer.row.block is not None  # `check_sharding` has said so
+        autocast = planned.autocast and planned.trained_dtype != planned.dtype
+        shard_learning(
+            models.denoiser, blocks, planned.device, kept=planned.trained_dtype,
+            gathered=planned.dtype if autocast else None, block=checked.optimizer.row.block,
+        )  # fmt: skip
     trainables = checked.method.build(models, planned.choice)
-    trainables.module.to(planned.device, planned.trained_dtype)
+    if not shards_learn:  # its shards are where they stay
+        trainables.module.to(planned.device, planned.trained_dtype)
     if planned.choice.activation_budget < 1:
         recompute_encoders([e for name, e in models.encoders.items() if name in trainables.encoders])
+    trainables.check_format()
+    if checked.sharded and not shards_learn:
+        if trainables.reads_between_steps:
+            raise UserError("--shard_base: ggpo_sigma and ggpo_beta read all weights after each step; leave it out")
+        shard(models.denoiser, blocks, planned.device)
     memory = Memory(
         family, models.denoiser, planned.choice, options.memory, checked.learning.swap_options, planned.device
     )
@@ -295,8 +337,9 @@ def build(loaded: Loaded) -> Running:
     accelerator = checked.processes.accelerator
     module = StepModule(family, models, trainables)
     updates = Updates(
-        options, checked.optimizer, trainables, module, accelerator, total_steps=plan.total_steps, seed=plan.seed
-    )
+        options, checked.optimizer, trainables, module, accelerator, total_steps=plan.total_steps, seed=plan.seed,
+        sharded=checked.sharded, shards=LocalShards(trainables.groups) if shards_learn else None,
+    )  # fmt: skip
     memory.move_activations(trainables.parameters())
     if (stepped := checked.learning.in_backward) is not None:
         together = units(trainables.groups, memory.blocks, stepped)
@@ -307,14 +350,30 @@ def build(loaded: Loaded) -> Running:
     retry = Retry(updates, memory, allowed=checked.processes.world == 1 and not planned.deepspeed)
     step = Step(forward, updates, memory, retry, accelerator, plan.seed)
     validation = Validation(
-        options.train, checked.validation_plans, loaded.data, forward, plan.seed, plan.total_steps, checked.stop
+        options.train, checked.validation_plans, loaded.data, forward, plan.seed, plan.total_steps,
+        checked.stopped(),
     )  # fmt: skip
     if memory.compiled is not None:
         compile_all(loaded, trainables, forward, [*shapes_of.values()][:WARMED_SHAPES])
     free_memory()  # of the weights as they were before they were joined
-    trainables.check_format()
     record = record_of(loaded, trainables)
-    return Running(loaded, trainables, memory, updates, step, validation, record, ReplicatedWeights())
+    return Running(
+        loaded,
+        trainables,
+        memory,
+        updates,
+        step,
+        validation,
+        record,
+        port_of(trainables, checked.sharded, shards_learn),
+    )
+
+
+def port_of(trainables: Trainables, sharded: bool, shards_learn: bool) -> WeightsPort:
+    """How weights and states come together for files."""
+    if shards_learn:
+        return ShardedWeights(trainables.parameters(), trainables.state())
+    return ShardedBase() if sharded else ReplicatedWeights()
 
 
 def compile_all(loaded: Loaded, trainables: Trainables, forward: Pass, plans: Sequence[BatchPlan]) -> None:

@@ -80,7 +80,8 @@ class Trainer:
         """
         trainables = self.running.trainables
         self.running.memory.home()
-        with self.running.updates.averaged(), self.running.port.whole([trainables.module]):
+        modules = [trainables.module, *trainables.read_by_save()]
+        with self.running.updates.averaged(), self.running.port.whole(modules):
             if self.processes.is_main:
                 require_present(dict(trainables.module.named_parameters()), path)
                 trainables.write(path, self.metadata(), self.position)
@@ -199,7 +200,8 @@ class Trainer:
         try:
             if isinstance(failure, OtherProcessDied):  # nobody is there to wait for
                 self.report(self.reader.flush(), trackers)
-                write()
+                with exchanging(self.processes.world):
+                    write()
             else:
                 self.save(trackers, write)
         except UserError as error:

@@ -6,22 +6,26 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from library.errors import UserError, first_names
 from library.io.state import StateParts, unlike
 from library.learning import StepModule, Trainables
+from library.memory.sharding import LocalShards
 from library.optim.bf16 import build_bf16
 from library.optim.ema import Ema
 from library.optim.flat import FlatParameters
 from library.optim.in_backward import InBackward
 from library.optim.optimizers import OptimizerChoice
+from library.optim.replicas import Replicas
 from library.optim.schedulers import build_scheduler
 from library.planner.optimizer_memory import appetite
 from library.trainers.options import TrainerOptions
@@ -29,21 +33,39 @@ from library.trainers.options import TrainerOptions
 LIKE_WEIGHT = ("exp_avg", "exp_avg_sq", "momentum_buffer", "z")  # of an optimizer's state: as large as the weight
 
 
+@dataclass
+class Exchange(DistributedDataParallelKwargs):
+    """Arguments of DistributedDataParallel, with one that accelerate does not name."""
+
+    init_sync: bool = True  # whether the weights of the first process are sent to all others
+
+
 class Updates:
     """The optimizer of a run and what belongs to it. Made when the weights are where they stay for the run."""
 
     def __init__(
         self, options: TrainerOptions, choice: OptimizerChoice, trainables: Trainables, module: StepModule,
-        accelerator: Accelerator, *, total_steps: int, seed: int,
+        accelerator: Accelerator, *, total_steps: int, seed: int, sharded: bool = False,
+        shards: LocalShards | None = None,
     ) -> None:  # fmt: skip
-        """module: of the run; `model` is how accelerate wraps it, and what a pass has to call from now on."""
+        """module: of the run; `model` is how accelerate wraps it, and what a pass has to call from now on.
+
+        sharded: some weights of `module` are split over processes, which DistributedDataParallel cannot surround.
+        shards: of the weights that learn, where those may be split.
+        """
         self.options, self.choice, self.trainables, self.accelerator = options, choice, trainables, accelerator
         joined = choice.row.elementwise and trainables.flat and not options.distributed.deepspeed
         self.flat = FlatParameters(trainables.groups) if joined else None
-        self.exchanged = self.flat if accelerator.num_processes > 1 else None  # gradients that are averaged here
-        if self.exchanged is not None:
-            self.exchanged.broadcast_weights()
-        groups = self.flat.param_groups if self.flat else trainables.groups
+        self.shards = shards
+        self.weights = shards.weights if shards is not None else trainables.parameters()  # what the optimizer steps
+        self.exchanged: FlatParameters | Replicas | None = None  # whose gradients are averaged here
+        if shards is not None:  # a gradient that is split is a mean already
+            self.exchanged = Replicas(shards.whole)
+        elif accelerator.num_processes > 1:
+            self.exchanged = self.flat or (Replicas(trainables.parameters()) if sharded else None)
+            if self.exchanged is not None:
+                self.exchanged.broadcast_weights()
+        groups = self.flat.param_groups if self.flat else shards.param_groups if shards else trainables.groups
         self.optim = build_bf16(choice, groups, options.bf16_update, seed=seed)
         self.in_backward: InBackward | None = None
         # from the first pass DDP learns a static graph. Who exchanges in each pass gets the same mean, only slower
@@ -51,15 +73,17 @@ class Updates:
         self._room: Tensor | None = None
         self._has_states = False
         decay = options.ema.ema_decay
-        self.ema = Ema(trainables.parameters(), decay, self.flat) if decay is not None else None
-        self.model, self.optimizer = self._wrapped(module)
+        self.ema = Ema(self.weights, decay, self.flat) if decay is not None else None
+        self.model, self.optimizer = self._wrapped(module, exchanges=self.flat is None and not sharded)
         self.scheduler = build_scheduler(options.scheduler, self.optim, total_steps=total_steps)
         self.optim.train_mode()
 
-    def _wrapped(self, module: StepModule) -> tuple[nn.Module, AcceleratedOptimizer]:
-        if self.flat is not None:  # "evaluation": not for DDP, which would put its own gradients in place of the views
+    def _wrapped(self, module: StepModule, *, exchanges: bool) -> tuple[nn.Module, AcceleratedOptimizer]:
+        """exchanges: whether the wrapper is to exchange gradients."""
+        if not exchanges:  # "evaluation": not for DDP, which would put its own gradients in place of the views
             model = self.accelerator.prepare_model(module, device_placement=False, evaluation_mode=True)
             return model, self.accelerator.prepare_optimizer(self.optim.optimizer)
+        self.accelerator.ddp_handler = self._exchange()
         frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
         unshared = [*frozen, *(name for name, _ in module.named_buffers())]
         # every process has read the same files, and what waits in main memory cannot be sent around
@@ -67,6 +91,19 @@ class Updates:
         # everything is where it belongs already, and weights that wait in main memory must stay there
         places = {} if self.options.distributed.deepspeed else {"device_placement": [False, True]}
         return self.accelerator.prepare(module, self.optim.optimizer, **places)
+
+    def _exchange(self) -> Exchange:
+        """How DistributedDataParallel exchanges gradients."""
+        options, trainables = self.options.distributed, self.trainables
+        # --clip_skip leaves the last layers of a text encoder without gradient
+        skips = bool(trainables.encoders) or trainables.skips
+        return Exchange(
+            gradient_as_bucket_view=options.ddp_gradient_as_bucket_view,
+            static_graph=options.ddp_static_graph,
+            broadcast_buffers=False,
+            find_unused_parameters=skips and not options.ddp_static_graph,
+            init_sync=not trainables.read_from_files,
+        )
 
     def step_in_backward(
         self, units: Sequence[Sequence[nn.Parameter]], changed: Callable[[Sequence[Tensor]], None]
@@ -95,7 +132,7 @@ class Updates:
         """Bytes of the optimizer states that a card will hold, where known; main memory is taken only when used."""
         if self.accelerator.device.type == "cpu" or self.choice.row.paged or self.options.distributed.deepspeed:
             return 0
-        weights = self.trainables.parameters()
+        weights = self.weights
         dtype = torch.float32 if self.options.bf16_update != "plain" else weights[0].dtype
         hunger = appetite(self.choice, dtype)
         return 0 if hunger.guessed else hunger.states([weight.shape for weight in weights])
@@ -122,6 +159,8 @@ class Updates:
         if self.in_backward is not None:
             self._has_states = True
             return self.in_backward.finish()
+        if self.shards is not None:
+            self.shards.take_gradients()
         norm = self.clip_gradients()
         with self.flat.silent_kept(processes=self.accelerator.num_processes) if self.flat else nullcontext():
             self.optimizer.step()
@@ -135,6 +174,8 @@ class Updates:
             self.flat.require_joined()
             self.accelerator.unscale_gradients(self.optimizer)
             return self.flat.clip_grad_norm(limit)
+        if self.shards is not None:
+            return self.shards.clip_grad_norm(limit)
         norm = self.accelerator.clip_grad_norm_(self.trainables.parameters(), limit)
         return torch.as_tensor(0.0 if norm is None else norm, device=self.accelerator.device)  # DeepSpeed's is a float
 
@@ -158,6 +199,8 @@ class Updates:
         """Clear all gradients."""
         if self.flat is not None:
             self.flat.zero_grad()
+        elif self.shards is not None:
+            self.shards.zero_grad()
         else:
             self.optimizer.zero_grad(set_to_none=True)
 
@@ -166,7 +209,7 @@ class Updates:
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Put the averaged weights in place; afterwards the weights are what they were, to the bit."""
-        parameters = self.trainables.parameters() if self.optim.schedule_free else []
+        parameters = self.weights if self.optim.schedule_free else []
         kept = [p.detach().to("cpu", copy=True) for p in parameters]  # the card may have no room for it
         try:
             self.optim.eval_mode()

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,6 @@ import torch
 from library.data.dataset import TrainingData
 from library.data.plan import BatchPlan
 from library.rng import torch_generator
-from library.stopping import StopRequest
 from library.trainers.options import TrainOptions
 from library.trainers.step import Pass
 
@@ -26,7 +25,7 @@ class Validation:
     forward: Pass
     seed: int
     total_steps: int
-    stop: StopRequest
+    stopped: Callable[[], bool]  # whether the run is asked to stop
 
     def is_due(self, step: int, epoch: int, *, epoch_ended: bool) -> bool:
         """Whether to validate after `step` steps and `epoch` whole epochs. It is always due at the end of the run."""
@@ -43,7 +42,7 @@ class Validation:
         for index, plan in enumerate(self.plans[: self.options.max_validation_steps]):
             batch = self.data.load(plan, step=0).to(device)
             for value in self.forward.objective.validation_t():
-                if self.stop.requested:
+                if self.stopped():
                     return None
                 generator = torch_generator(self.seed, "validation", index, device=device)
                 t = torch.full((batch.size,), value, device=device)

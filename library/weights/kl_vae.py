@@ -178,4 +178,4 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
 
 
 def _shift(vae: Any) -> float:
-    return vae.config.shift_factor or 0.0
+    return vae.config.get("shift_factor") or 0.0

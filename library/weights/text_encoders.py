@@ -47,13 +47,16 @@ KINDS = (
     ("joint_blocks.0.x_block.attn.qkv.weight", "an SD3 checkpoint"),
     ("double_stream_modulation_img.lin.weight", "a FLUX.2 checkpoint"),
     ("double_blocks.0.img_attn.qkv.weight", "a FLUX.1 checkpoint"),
+    ("double_blocks.0.img_attn_qkv.weight", "a HunyuanImage-2.1 checkpoint"),
     ("cap_embedder.0.weight", "a Lumina checkpoint"),
+    ("blocks.0.adaln_modulation_self_attn.1.weight", "an Anima checkpoint"),
     ("input_blocks.0.0.weight", "a Stable Diffusion checkpoint"),
     (T5_MARK, f"a {T5}"),
     (CLIP_MARK, f"a {CLIP}"),
     ("transformer.resblocks.0.attn.in_proj_weight", "a text encoder in OpenCLIP's own names"),
     *((f"layers.0.{mark}", f"a {what}") for what, mark in LANGUAGE_MARKS.items()),
     ("decoder.conv_in.weight", "a VAE"),
+    ("decoder.upsamples.0.residual.0.gamma", "a VAE"),
 )
 
 

@@ -56,7 +56,7 @@ OUTSIDE = (
 ENCODER_LAYERS = {
     "text encoder": {768: 12, 1024: 23},
     CLIP: {768: 12, 1280: 32},
-    T5: {4096: 24},
+    T5: {1472: 12, 4096: 24},
     GEMMA2: {2304: 26},
     QWEN3: {1024: 28, 2560: 36, 4096: 36},
     QWEN25_VL: {3584: 28},
@@ -93,16 +93,19 @@ def part_problems(part: Part) -> Iterator[str]:
         return
     missing = [name for name in expected if name not in shapes]
     if missing:
-        yield f"{path}: {len(missing)} weights of the {part.what} are missing ({first_names(missing)}): {INCOMPLETE}"
+        source = part.file.source(missing[0])
+        yield f"{source}: {len(missing)} weights of the {part.what} are missing ({first_names(missing)}): {INCOMPLETE}"
     wrong = [name for name, fitting in expected.items() if name in shapes and shapes[name] not in fitting]
     if wrong:
         first = f"{wrong[0]} is {shapes[wrong[0]]}, not {expected[wrong[0]][0]}"
         more = f"; also {first_names(wrong[1:])}" if len(wrong) > 1 else ""
-        yield f"{path}: {len(wrong)} weights of the {part.what} have another shape ({first}{more}): {INCOMPLETE}"
+        source = part.file.source(wrong[0])
+        yield f"{source}: {len(wrong)} weights of the {part.what} have another shape ({first}{more}): {INCOMPLETE}"
     yield from _number_problems(part, [name for name in expected if name in shapes])
     extra = [*_left_over(part, expected)]
     if extra:
-        yield f"{path}: {len(extra)} tensors have no place in the {part.what} ({first_names(extra)}): {INCOMPLETE}"
+        source = part.file.source(extra[0])
+        yield f"{source}: {len(extra)} tensors have no place in the {part.what} ({first_names(extra)}): {INCOMPLETE}"
     yield from _lost_layers(part)
 
 
@@ -123,17 +126,18 @@ def _number_problems(part: Part, names: Sequence[str]) -> Iterator[str]:
         first, dtype = next(iter(wrong.items()))
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         kind = str(dtype).removeprefix("torch.")
-        yield f"{part.file.path}: {first} is stored as {kind}{more}: weights are floating-point numbers"
+        yield f"{part.file.source(first)}: {first} is stored as {kind}{more}: weights are floating-point numbers"
 
 
-def _config(part: Part) -> Mapping[str, Any]:
-    """What the module is built of."""
-    return part.build.args[0] if isinstance(part.build, partial) else {}
+def _configs(part: Part) -> list[Mapping[str, Any]]:
+    """What the module is built of: that of its first model decides how deep it is."""
+    args = part.build.args if isinstance(part.build, partial) else ()
+    return [arg for arg in args if isinstance(arg, Mapping)] or [{}]
 
 
 def _senseless(part: Part) -> Iterator[str]:
     """Numbers of a config.json that this file does not go with: building such a model would not end."""
-    for key, value in _config(part).items():
+    for key, value in (item for config in _configs(part) for item in config.items()):
         most = len(part.file.shapes) if key.endswith("layers") else LARGEST
         if isinstance(value, int) and value > most:
             yield f"{part.file.path}: its {part.what} is said to have {key} = {reprlib.repr(value)}, more than {most}"
@@ -146,7 +150,7 @@ def _width(config: Mapping[str, Any]) -> int:
 
 
 def _lost_layers(part: Part) -> Iterator[str]:
-    config = _config(part)
+    config = _configs(part)[0]
     usual = ENCODER_LAYERS.get(part.what, {}).get(_width(config), 0)
     found = config.get("num_hidden_layers", config.get("num_layers"))
     if isinstance(found, int) and found < usual:
@@ -154,7 +158,7 @@ def _lost_layers(part: Part) -> Iterator[str]:
 
 
 def _unusual_depth(part: Part) -> Iterator[str]:
-    config = _config(part)
+    config = _configs(part)[0]
     usual = part.published_depths.get(_width(config), {})
     other = [f"{key} {config.get(key)}, not {count}" for key, count in usual.items() if config.get(key) != count]
     if other:

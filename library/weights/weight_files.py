@@ -45,6 +45,10 @@ class WeightFile(ABC):
         """Files that its weights are read from."""
         return (self.path,)
 
+    def source(self, name: str) -> Path:
+        """The file that a name belongs to, whether it is there or not: for messages."""
+        return self.path
+
     @abstractmethod
     def release(self) -> None:
         """Let go of the file's mapping: what it takes of memory is given back when the last tensor of it is gone."""
@@ -215,6 +219,57 @@ class SplitFile(WeightFile):
 
     def dtype(self, name: str) -> torch.dtype:
         return self._files[self._places[name]].dtype(name)
+
+
+class JoinedFile(WeightFile):
+    """Several files as one. parts: start of names here -> a file, and what its names begin with instead.
+
+    A name belongs to the first start that it has.
+    """
+
+    def __init__(self, path: Path, parts: Mapping[str, tuple[WeightFile, str]]):
+        self.path, self._parts = path, parts
+        names = (
+            start + name.removeprefix(own)
+            for start, (file, own) in parts.items()
+            for name in file.shapes
+            if name.startswith(own)
+        )
+        places = {name: self._place(name) for name in names}
+        self.shapes = {name: file.shapes[own] for name, (file, own) in places.items() if own in file.shapes}
+        self.is_float8 = any(file.is_float8 for file, _ in parts.values())
+
+    def _place(self, name: str) -> tuple[WeightFile, str]:
+        start = next(start for start in self._parts if name.startswith(start))
+        file, own = self._parts[start]
+        return file, own + name.removeprefix(start)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return tuple(path for file, _ in self._parts.values() for path in file.files)
+
+    def source(self, name: str) -> Path:
+        return self._place(name)[0].path
+
+    def release(self) -> None:
+        for file, _ in self._parts.values():
+            file.release()
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
+        file, own = self._place(name)
+        return file.tensor(own, dtype, device)
+
+    def copy(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
+        file, own = self._place(name)
+        return file.copy(own, dtype, device)
+
+    def dtype(self, name: str) -> torch.dtype:
+        file, own = self._place(name)
+        return file.dtype(own)
+
+    def stored(self, name: str, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor] | None:
+        file, own = self._place(name)
+        return file.stored(own, device)
 
 
 def _places(path: Path, files: Mapping[str, WeightFile]) -> dict[str, str]:

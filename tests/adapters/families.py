@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny and full-size models of FLUX.1, FLUX.2, Chroma, SD3, SD3.5 and Lumina for the tests of adapters."""
+"""Tiny and full-size models of the transformers, for the tests of adapters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from networks import lora_flux, lora_flux2, lora_lumina, lora_sd3
+from library.families.anima.modules import build_denoiser
+from networks import lora_anima, lora_flux, lora_flux2, lora_hunyuan_image, lora_lumina, lora_sd3
 
 FLUX = {
     "patch_size": 1, "in_channels": 64, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16,
@@ -31,6 +32,23 @@ LUMINA = {
     "sample_size": 16, "in_channels": 16, "hidden_size": 48, "num_layers": 2, "num_refiner_layers": 2,
     "num_attention_heads": 6, "num_kv_heads": 2, "multiple_of": 16, "axes_dim_rope": (4, 2, 2),
     "axes_lens": (300, 64, 64), "cap_feat_dim": 32,
+}  # fmt: skip
+HUNYUAN = {
+    "num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "num_single_layers": 2, "text_embed_dim": 32,
+    "text_embed_2_dim": 24, "rope_axes_dim": (8, 8),
+}  # fmt: skip
+
+
+ANIMA = {
+    "transformer": {
+        "in_channels": 16, "out_channels": 16, "num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2,
+        "mlp_ratio": 2.0, "text_embed_dim": 24, "adaln_lora_dim": 8, "rope_scale": (1, 4, 4),
+        "extra_pos_embed_type": None,
+    },
+    "conditioner": {
+        "source_dim": 32, "target_dim": 24, "model_dim": 24, "num_layers": 2, "num_attention_heads": 2,
+        "mlp_ratio": 2.0, "target_vocab_size": 40, "min_sequence_length": 12,
+    },
 }  # fmt: skip
 
 
@@ -68,6 +86,30 @@ def lumina_inputs() -> dict[str, Any]:
     return {"hidden_states": randn(2, 16, 8, 8), "timestep": torch.tensor([0.99, 0.3]), **texts}
 
 
+def anima_inputs() -> dict[str, Any]:
+    mask = torch.ones(2, 7, dtype=torch.bool)
+    mask[0, 4:] = False
+    texts = {"states": randn(2, 7, 32), "ids": torch.arange(14).reshape(2, 7), "states_mask": mask, "ids_mask": mask}
+    return {"x": randn(2, 16, 8, 8), "timestep": torch.tensor([0.01, 0.7]), **texts}
+
+
+def build(cls: str, config: dict[str, Any]) -> nn.Module:
+    """A denoiser: a class of diffusers, or Anima's two."""
+    import diffusers
+
+    if cls == "AnimaDenoiser":
+        return build_denoiser(**config)
+    model: nn.Module = getattr(diffusers, cls)(**config)
+    return model
+
+
+def hunyuan_inputs() -> dict[str, Any]:
+    mask = torch.ones(2, 7, dtype=torch.bool)
+    mask[0, 4:] = False
+    texts = {"text": randn(2, 7, 32), "mask": mask, "glyphs": randn(2, 5, 24)}
+    return {"latents": randn(2, 64, 2, 3), "timestep": torch.tensor([10.0, 700.0]), **texts}
+
+
 @dataclass(frozen=True)
 class Tiny:
     """A tiny denoiser: its class and arguments, its inputs, its network module and arguments that adapt everything."""
@@ -80,10 +122,8 @@ class Tiny:
 
     def make(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """Random weights, frozen, in training mode (nothing in these models drops)."""
-        import diffusers
-
         torch.manual_seed(0)
-        model: nn.Module = getattr(diffusers, self.cls)(**self.config)
+        model = build(self.cls, self.config)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 noise = torch.randn_like(parameter) * 0.08
@@ -96,7 +136,28 @@ class Tiny:
             k: v.to(dtype) if v.is_floating_point() and k not in ("timestep", "img_ids", "txt_ids") else v
             for k, v in self.inputs().items()
         }
+        if self.cls == "AnimaDenoiser":
+            output: Tensor = model(**inputs)
+            return output
         return model(**inputs, return_dict=False)[0]
+
+
+class TinyHunyuan(Tiny):
+    """With our pass, in which the layers that are one in the published model read one tensor."""
+
+    def make(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        from library.families.hunyuan_image.forward import use_device_masks
+
+        model = super().make(dtype)
+        use_device_masks(model)
+        return model
+
+    def run(self, model: nn.Module) -> Tensor:
+        inputs = self.inputs()
+        dtype = next(model.parameters()).dtype
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            output: Tensor = model(**inputs)
+        return output.to(dtype)
 
 
 TINY: dict[str, Tiny] = {
@@ -117,6 +178,12 @@ TINY: dict[str, Tiny] = {
         sd3_inputs, lora_sd3, {"emb_dims": "2,2,2,2,2,2"},
     ),
     "lumina": Tiny("Lumina2Transformer2DModel", LUMINA, lumina_inputs, lora_lumina, {"embedder_dims": "2,2,2"}),
+    "anima": Tiny(
+        "AnimaDenoiser", ANIMA, anima_inputs, lora_anima, {"include_patterns": ".*", "train_llm_adapter": "True"}
+    ),
+    "hunyuan_image": TinyHunyuan(
+        "HunyuanImageTransformer2DModel", HUNYUAN, hunyuan_inputs, lora_hunyuan_image, {}
+    ),
 }  # fmt: skip
 
 
@@ -155,6 +222,15 @@ FULL: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     ),
     "flux2_dev": ("Flux2Transformer2DModel", {}, ()),
     "lumina2": ("Lumina2Transformer2DModel", {"cap_feat_dim": 2304}, ("gemma2",)),
+    "anima": (
+        "AnimaDenoiser",
+        {
+            "transformer": {"in_channels": 16, "num_attention_heads": 16, "extra_pos_embed_type": None},
+            "conditioner": {},
+        },
+        ("qwen3",),
+    ),
+    "hunyuan_image_2_1": ("HunyuanImageTransformer2DModel", {"text_embed_2_dim": 1472}, ()),
 }  # fmt: skip
 
 
@@ -174,6 +250,11 @@ def full_encoder(name: str, projection: bool = False) -> nn.Module:
                 hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8,
                 num_key_value_heads=4, head_dim=256,
             ))  # fmt: skip
+        if name == "qwen3":
+            return t.Qwen3Model(t.Qwen3Config(
+                hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
+                num_key_value_heads=8, head_dim=128,
+            ))  # fmt: skip
         width, layers, heads = (768, 12, 12) if name == "clip_l" else (1280, 32, 20)
         config = t.CLIPTextConfig(
             hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=heads,
@@ -185,9 +266,7 @@ def full_encoder(name: str, projection: bool = False) -> nn.Module:
 @lru_cache
 def full_models(variant: str) -> tuple[list[nn.Module], nn.Module]:
     """Text encoders in the order of a run, and the denoiser, at full size on the meta device."""
-    import diffusers
-
     cls, config, encoders = FULL[variant]
     with torch.device("meta"):
-        denoiser = getattr(diffusers, cls)(**config)
+        denoiser = build(cls, config)
     return [full_encoder(name, projection=cls.startswith("SD3")) for name in encoders], denoiser

@@ -15,8 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.families.anima.modules import build_denoiser
+from library.families.anima.names import anima_names
 from library.families.flux.names import flux_names
 from library.families.flux2.names import flux2_names
+from library.families.hunyuan_image.names import hunyuan_names
 from library.families.lumina.names import lumina_names
 from library.families.sana.adapter_names import sana_layers
 from library.families.sd.names import unet_rules
@@ -35,6 +38,7 @@ class Sample:
     names: list[ModuleName]
     run: Callable[[nn.Module], Tensor]
     part: str = "transformer"
+    comfy: Callable[[str], str] = lambda published: published  # published path -> that in ComfyUI's model
 
     def layers(self) -> Iterator[tuple[ModuleName, list[nn.Module]]]:
         """Published layers with their modules, Linear layers and convolutions over all channels only."""
@@ -190,6 +194,25 @@ def lumina(hidden: int = 48, layers: int = 2, refiners: int = 1, **changes: Any)
     return Sample(model, lumina_names(layers, refiners), run)
 
 
+def anima() -> Sample:
+    transformer = {
+        "in_channels": 16, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "text_embed_dim": 32,
+        "adaln_lora_dim": 8, "extra_pos_embed_type": None,
+    }  # fmt: skip
+    conditioner = {
+        "source_dim": 24, "target_dim": 32, "model_dim": 32, "num_layers": 1, "num_attention_heads": 2,
+        "target_vocab_size": 20, "min_sequence_length": 8,
+    }  # fmt: skip
+    model = frozen(lambda: build_denoiser(transformer, conditioner))
+
+    def run(denoiser: nn.Module) -> Tensor:
+        return denoiser(
+            noise(1, 16, 8, 8), torch.tensor([0.4]), noise(1, 5, 24, seed=1), torch.arange(6).unsqueeze(0), None, None
+        )
+
+    return Sample(model, anima_names(2, 1), run)
+
+
 def sana() -> Sample:
     from diffusers import SanaTransformer2DModel
 
@@ -215,6 +238,46 @@ def sana() -> Sample:
     return Sample(model, sana_layers(2), run)
 
 
+def hunyuan() -> Sample:
+    from diffusers import HunyuanImageTransformer2DModel
+
+    model = frozen(
+        lambda: HunyuanImageTransformer2DModel(
+            num_attention_heads=2, attention_head_dim=16, num_layers=1, num_single_layers=1, num_refiner_layers=1,
+            text_embed_dim=32, text_embed_2_dim=24, rope_axes_dim=(8, 8),
+        )
+    )  # fmt: skip
+
+    def run(transformer: nn.Module) -> Tensor:
+        return transformer(
+            hidden_states=noise(1, 64, 2, 3), timestep=torch.tensor([400.0]),
+            encoder_hidden_states=noise(1, 5, 32, seed=1), encoder_attention_mask=torch.ones(1, 5, dtype=torch.bool),
+            encoder_hidden_states_2=noise(1, 4, 24, seed=2),
+            encoder_attention_mask_2=torch.ones(1, 4, dtype=torch.bool),
+        ).sample  # fmt: skip
+
+    return Sample(model, hunyuan_names(1, 1, 1), run, comfy=in_comfyui)
+
+
+def in_comfyui(published: str) -> str:
+    """HunyuanImage-2.1 as ComfyUI has it, in the blocks and in the refiner."""
+    for theirs, own in (
+        ("mod.linear", "mod.lin"),
+        ("modulation.linear", "modulation.lin"),
+        ("mlp.fc1", "mlp.0"),
+        ("mlp.fc2", "mlp.2"),
+        ("attn_", "attn."),
+        ("linear_1", "in_layer"),
+        ("linear_2", "out_layer"),
+        ("time_in.mlp.0", "time_in.in_layer"),
+        ("time_in.mlp.2", "time_in.out_layer"),
+        ("t_embedder.mlp.0", "t_embedder.in_layer"),
+        ("t_embedder.mlp.2", "t_embedder.out_layer"),
+    ):
+        published = published.replace(theirs, own)
+    return published  # fmt: skip
+
+
 def sd_unet(version: str) -> dict[str, str]:
     """Path in diffusers -> published path of every layer of the real U-Net (built without weights)."""
     from diffusers import UNet2DConditionModel
@@ -232,7 +295,9 @@ SAMPLES: dict[str, Callable[[], Sample]] = {
     "chroma": chroma,
     "sd3": sd3,
     "lumina": lumina,
+    "anima": anima,
     "sana": sana,
+    "hunyuan_image": hunyuan,
 }
 
 
@@ -338,7 +403,8 @@ def comfy_keys(sample: Sample) -> dict[str, Target]:
     keys: dict[str, Target] = {}
     for name, modules in sample.layers():
         whole: Target = (name.published, None, False)
-        keys |= {f"lora_unet_{flat(name.published)}": whole, f"diffusion_model.{name.published}": whole}
+        path = sample.comfy(name.published)
+        keys |= {f"lora_unet_{flat(path)}": whole, f"diffusion_model.{path}": whole}
         start = 0
         for path, module in zip(name.ours, modules):
             rows = slice(start, start := start + len(module.weight))

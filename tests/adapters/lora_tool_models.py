@@ -20,7 +20,7 @@ from library.io.checkpoint import save_tensors
 from library.key_tables import Rule, expand, publish, read
 from library.weights.clip_names import clip_g_rules, clip_rules, open_clip_rules
 from library.weights.vae_names import VAE_PREFIX, vae_rules
-from networks import lora, lora_flux, lora_flux2, lora_lumina, lora_sana, lora_sd3
+from networks import lora, lora_anima, lora_flux, lora_flux2, lora_hunyuan_image, lora_lumina, lora_sana, lora_sd3
 from tests.adapters import lora_samples
 from tests.adapters.models import randomize
 from tests.tiny import tiny_modules
@@ -184,5 +184,7 @@ MODELS: dict[str, Callable[[], Model]] = {
     "flux2": lambda: transformer("flux2", lora_flux2),
     "sd3": lambda: transformer("sd3", lora_sd3, UNET_PREFIX),
     "lumina": lambda: transformer("lumina", lora_lumina),
+    "anima": lambda: transformer("anima", lora_anima, "net."),
     "sana": lambda: transformer("sana", lora_sana),
+    "hunyuan_image": lambda: transformer("hunyuan_image", lora_hunyuan_image),
 }

@@ -118,18 +118,31 @@ def run_with(network: Any, unet: nn.Module) -> torch.Tensor:
 def mixin(name: str) -> Any:
     from diffusers.loaders import lora_pipeline
 
-    families = {"flux": "Flux", "flux2": "Flux2", "chroma": "Flux", "sd3": "SD3", "lumina": "Lumina2", "sana": "Sana"}
+    families = {
+        "flux": "Flux", "flux2": "Flux2", "chroma": "Flux", "sd3": "SD3", "lumina": "Lumina2", "anima": "Anima",
+        "sana": "Sana",
+    }  # fmt: skip
     return getattr(lora_pipeline, f"{families[name]}LoraLoaderMixin")
 
 
 def load_transformer(name: str, tensors: dict[str, torch.Tensor], model: nn.Module, caplog: Any) -> list[str]:
     """Through the loader of the family's pipelines; what it said about keys."""
     logging.getLogger("diffusers").propagate = True
+    if name == "hunyuan_image":  # its pipeline has no loader
+        with caplog.at_level(logging.WARNING):
+            model.load_lora_adapter(dict(tensors), prefix="transformer")  # type: ignore[operator]
+        return [record.getMessage() for record in caplog.records]
     loader = mixin(name)
     with caplog.at_level(logging.WARNING):
         if name in ("flux", "chroma"):
             state, alphas = loader.lora_state_dict(dict(tensors), return_alphas=True)
             loader.load_lora_into_transformer(state, alphas, model, low_cpu_mem_usage=True)
+        elif name == "anima":
+            state = loader.lora_state_dict(dict(tensors))
+            for part in ("transformer", "text_conditioner"):
+                own = {key: value for key, value in state.items() if key.startswith(f"{part}.")}
+                load = getattr(loader, f"load_lora_into_{part}")
+                load(own, model.get_submodule(part), low_cpu_mem_usage=True)
         else:
             loader.load_lora_into_transformer(loader.lora_state_dict(dict(tensors)), model, low_cpu_mem_usage=True)
     return [record.getMessage() for record in caplog.records]
@@ -162,6 +175,13 @@ def test_peft_files_load(name: str, form: str, caplog: pytest.LogCaptureFixture)
             sample, rank=5, alpha=1.0, only="feed_forward"
         )
     check_loads(name, sample, tensors, "peft", caplog)
+
+
+def test_comfy_files_of_anima_load(caplog: pytest.LogCaptureFixture) -> None:
+    """Every layer, those of the LLM adapter too, which is the text conditioner there."""
+    sample = SAMPLES["anima"]()
+    tensors = adapter(sample, alpha=2.7)
+    check_loads("anima", sample, tensors, "comfy", caplog)
 
 
 @pytest.mark.parametrize("split", [False, True], ids=["fused", "split"])

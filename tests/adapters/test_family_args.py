@@ -89,6 +89,42 @@ def test_lumina_ranks_by_kind() -> None:
     assert {name.partition("_refiner")[0] for name in ranks("lumina", train_blocks="refiners")} == {"noise", "context"}
 
 
+def test_anima_patterns_match_whole_paths() -> None:
+    """As in sd-scripts: a pattern that is in the middle of a path only means nothing."""
+    usual = ranks("anima")
+    assert len(usual) == 20 and not any("modulation" in name or "adapter" in name for name in usual)
+    assert ranks("anima", exclude_patterns="['mlp', 'self_attn']") == usual
+    assert {name.split("_")[2] for name in ranks("anima", exclude_patterns="['.*mlp.*', '.*self_attn.*']")} == {"cross"}
+    assert ranks("anima", exclude_patterns=".*mlp.*").keys() == ranks("anima", exclude_patterns='".*mlp.*"').keys()
+    more = ranks("anima", include_patterns=r"['final_layer\..*', 'x_embedder.*', 'llm_adapter.*']").keys() - usual
+    assert more == {
+        "final_layer_linear", "final_layer_adaln_modulation_1", "final_layer_adaln_modulation_2", "x_embedder_proj_1"
+    }  # fmt: skip
+    adapter = ranks("anima", train_llm_adapter="True").keys() - usual
+    assert len(adapter) == 20 and all(name.startswith("llm_adapter_blocks_") for name in adapter)
+    found = ranks("anima", network_reg_dims=r"blocks\.0\..*=8,.*mlp.*=2,self_attn=16", train_llm_adapter="True")
+    assert (
+        found["blocks_0_mlp_layer1"] == 8 and found["blocks_1_mlp_layer1"] == found["llm_adapter_blocks_0_mlp_0"] == 2
+    )
+    assert found["blocks_1_self_attn_q_proj"] == found["llm_adapter_blocks_0_self_attn_q_proj"] == 4
+
+
+def test_anima_rates_by_whole_paths() -> None:
+    network = TINY["anima"].module.create_network(
+        1.0, 4, 1.0, None, [tiny_qwen3()], TINY["anima"].make(), train_llm_adapter="True",
+        network_reg_lrs=".*llm_adapter.*=0.5,layers.*=0.25,mlp=9",
+    )  # fmt: skip
+    groups = {group["name"]: group["lr"] for group in network.param_groups(learning_rate=1.0)}
+    assert groups == {"textencoder reg_lr_1": 0.25, "unet reg_lr_0": 0.5, "unet": 1.0}
+
+
+def tiny_qwen3() -> Any:
+    from transformers import Qwen3Config, Qwen3Model
+
+    size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
+    return Qwen3Model(Qwen3Config(**size, intermediate_size=8, head_dim=8, vocab_size=8))
+
+
 def test_rates_by_pattern_reach_the_text_encoder_and_other_families() -> None:
     from networks.lora import create_network
     from tests.adapters.models import tiny_clip
@@ -131,6 +167,13 @@ def test_rates_by_pattern_reach_the_text_encoder_and_other_families() -> None:
         ("lumina", {"network_reg_dims": "layers_[=4"}, "network_reg_dims 'layers_[' is no regular expression: "),
         ("lumina", {"network_reg_dims": "layers_"}, "network_reg_dims expects regex=value,regex=value, got 'layers_'"),
         ("lumina", {"network_reg_lrs": "layers_=-1"}, "network_reg_lrs must not be below 0, got layers_=-1"),
+        ("anima", {"exclude_patterns": "blocks[=4"}, "exclude_patterns expects a regular expression or a list of them"),
+        (
+            "anima",
+            {"include_patterns": "[1]"},
+            "include_patterns expects a regular expression or a list of them, got '[1]'",
+        ),
+        ("anima", {"exclude_patterns": ".*"}, "no layer is left to train"),
         ("lumina", {"ggpo_sigma": "-1"}, "ggpo_sigma must be at least 0, got -1.0"),
         ("flux", {"ggpo_sigma": "0.1", "use_scalar": "True"}, "ggpo_sigma and ggpo_beta do not go with use_tucker or"),
         (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Full-size FLUX.1, Chroma, SD3, SD3.5, Lumina: names, shapes, ranks, optimizer groups as in sd-scripts 0.10.1."""
+"""Full-size transformers: names, shapes, ranks, groups as in sd-scripts 0.10.1."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from networks import lora_flux, lora_lumina, lora_sd3
+from networks import lora_anima, lora_flux, lora_hunyuan_image, lora_lumina, lora_sd3
 from tests.adapters.families import FULL, full_encoder, full_models
 from tests.adapters.models import read_json
 
@@ -28,12 +28,16 @@ def unpacked(runs: list[Any]) -> list[tuple[str, Any]]:
 
 
 def module_of(variant: str) -> ModuleType:
-    found = {"f": lora_flux, "c": lora_flux, "s": lora_sd3, "l": lora_lumina}
+    found = {"f": lora_flux, "c": lora_flux, "s": lora_sd3, "l": lora_lumina, "a": lora_anima, "h": lora_hunyuan_image}
     return found[variant[0]]
 
 
 def models_of(variant: str) -> tuple[list[nn.Module], nn.Module]:
-    variant = variant.replace("sd35m", "sd35_medium").replace("lumina_", "lumina2_")
+    variant = (
+        variant.replace("sd35m", "sd35_medium")
+        .replace("lumina_", "lumina2_")
+        .replace("hunyuan_reg", "hunyuan_image_2_1")
+    )
     return full_models(next((name for name in FULL if variant.startswith(name)), "flux_dev"))
 
 
@@ -56,7 +60,7 @@ def test_saved_keys_and_shapes(variant: str) -> None:
     assert {key: list(value.shape) for key, value in state.items()} == expected
 
 
-@pytest.mark.parametrize("variant", ["flux_dev_train_t5xxl", "chroma", "sd35_large_emb_dims4", "lumina2"])
+@pytest.mark.parametrize("variant", ["flux_dev_train_t5xxl", "chroma", "sd35_large_emb_dims4", "lumina2", "anima"])
 def test_network_from_a_full_size_file(variant: str) -> None:
     golden = GOLDEN["keys"][variant]
     state = network_of(variant, golden["network_args"], encoders=golden["text_encoders"]).state(None)

@@ -172,7 +172,8 @@ def test_diffusers_file_of_sd3_with_default_targets(tmp_path: Path, capsys: pyte
     target.unlink()
     words = ["--src", str(source), "--dst", str(target), "--to", "kohya"]
     assert convert_lora.main(words) == 2 and not target.exists()
-    assert "fit FLUX.1 or Chroma and Stable Diffusion 3 or 3.5 and FLUX.2 alike" in capsys.readouterr().err
+    titles = "FLUX.1 or Chroma and Stable Diffusion 3 or 3.5 and FLUX.2 and HunyuanImage-2.1"
+    assert f"fit {titles} alike" in capsys.readouterr().err
     base = tmp_path / "base.safetensors"
     save_file({"joint_blocks.0.x_block.attn.qkv.weight": torch.ones(24, 8)}, base)
     assert convert_lora.main([*words, "--base_model", str(base)]) == 0

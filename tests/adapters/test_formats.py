@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from tests.adapters.known_formats import (
 from tests.adapters.lora_samples import (
     SAMPLES,
     adapter,
+    anima,
     changed,
     comfy_apply,
     comfy_keys,
@@ -42,7 +44,8 @@ from tests.adapters.lora_samples import (
 
 QKV = "lora_unet_double_blocks_0_img_attn_qkv"
 LINEAR1 = "lora_unet_single_blocks_1_linear1"
-TABLE = {"flux": "flux", "flux2": "flux2", "chroma": "flux", "sd3": "sd3", "lumina": "lumina", "sana": "sana"}
+TABLE = {name: name for name in ("flux", "flux2", "sd3", "lumina", "anima", "sana", "hunyuan_image")}
+TABLE |= {"chroma": "flux"}
 
 ENCODERS = {  # kohya name -> the same in comfy and in peft
     "flux": {
@@ -71,6 +74,12 @@ ENCODERS = {  # kohya name -> the same in comfy and in peft
             "text_encoder.layers.25.mlp.gate_proj",
         ),
     },
+    "anima": {
+        "lora_te_layers_27_mlp_gate_proj": (
+            "text_encoders.qwen3_06b.transformer.model.layers.27.mlp.gate_proj",
+            "text_encoder.layers.27.mlp.gate_proj",
+        ),
+    },
     "sana": {
         "lora_te_layers_3_self_attn_o_proj": (
             "text_encoders.gemma2_2b.transformer.model.layers.3.self_attn.o_proj",
@@ -79,6 +88,7 @@ ENCODERS = {  # kohya name -> the same in comfy and in peft
     },
     "chroma": {},
     "flux2": {},
+    "hunyuan_image": {},
 }  # fmt: skip
 
 
@@ -102,13 +112,16 @@ def full(name: str, **options: object) -> dict[str, Tensor]:
     return random_lora(dict.fromkeys(ENCODERS[name], (12, 8)), dtype=dtype) | adapter(SAMPLES[name](), **options)  # type: ignore[arg-type]
 
 
-def chain(tensors: dict[str, Tensor], *formats: str, norms: object = None) -> dict[str, Tensor]:
+def chain(
+    tensors: dict[str, Tensor], *formats: str, norms: object = None, architecture: str | None = None
+) -> dict[str, Tensor]:
     """Through files of these formats: what each header says is kept."""
+    more: Any = {"norms": norms, "architecture": architecture}
     for to in formats:
         entry = header(tensors, to)
-        written = convert(tensors, to, norms=norms)  # type: ignore[arg-type]
+        written = convert(tensors, to, **more)
         assert format_of(written) == to
-        tensors = convert(written, "kohya", alphas=alphas_in(entry), norms=norms)  # type: ignore[arg-type]
+        tensors = convert(written, "kohya", alphas=alphas_in(entry), **more)
     return tensors
 
 
@@ -126,7 +139,27 @@ def test_architecture_and_format_are_found(name: str) -> None:
     tensors = full(name)
     for to in ("kohya", "comfy", "peft"):
         written = convert(tensors, to)
-        assert (architecture_of(written), format_of(written)) == (TABLE[name], to)
+        if to == "kohya" or name != "hunyuan_image":  # tiny widths: the names are those of FLUX.1
+            assert architecture_of(written) == TABLE[name]
+        assert format_of(written) == to
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "mlp"), [("flux", 3072, "img_mlp_0"), ("hunyuan_image", 3584, "img_mlp_fc1")]
+)
+def test_flux_and_hunyuan_image_are_told_apart_by_their_widths(name: str, width: int, mlp: str) -> None:
+    tensors = random_lora({f"lora_unet_double_blocks_0_{mlp}": (4 * width, width)}, rank=1)
+    for to in ("kohya", "comfy", "peft"):
+        written = convert(tensors, to)
+        assert (architecture_of(written), format_of(written)) == (name, to)
+        assert to_kohya(written).keys() | {f"lora_unet_double_blocks_0_{mlp}.alpha"} == tensors.keys()
+    assert "diffusion_model.double_blocks.0.img_mlp.0.lora_A.weight" in convert(tensors, "comfy")
+
+
+def test_names_that_sd_scripts_converts_to_for_comfyui_are_read() -> None:
+    tensors = random_lora({"lora_unet_single_blocks_3_modulation_lin": (3 * 3584, 3584)})
+    found = to_kohya(tensors, among=["hunyuan_image"])
+    assert {key.partition(".")[0] for key in found} == {"lora_unet_single_blocks_3_modulation_linear"}
 
 
 @pytest.mark.parametrize("name", ENCODERS)
@@ -160,6 +193,7 @@ def test_stable_diffusion_1_and_2_are_told_apart_by_the_text(width: int, name: s
 def test_comfy_has_alpha_where_every_reader_takes_it() -> None:
     assert any(key.endswith(".alpha") for key in convert(adapter(flux()), "comfy"))
     assert not any(key.endswith(".alpha") for key in convert(adapter(lumina()), "comfy"))  # diffusers reads this one
+    assert not any(key.endswith(".alpha") for key in convert(adapter(anima()), "comfy"))  # ... and this one
     assert not any(key.endswith(".alpha") for key in convert(adapter(flux()), "peft"))
 
 
@@ -181,8 +215,8 @@ VARIANTS: dict[str, dict[str, object]] = {
 @pytest.mark.parametrize("name", SAMPLES)
 def test_no_bit_is_lost(name: str, variant: str) -> None:
     tensors = full(name, **VARIANTS[variant])
-    assert_same(chain(tensors, "comfy", "peft", "kohya"), tensors)
-    assert_same(chain(tensors, "peft", "comfy"), tensors)
+    assert_same(chain(tensors, "comfy", "peft", "kohya", architecture=TABLE[name]), tensors)
+    assert_same(chain(tensors, "peft", "comfy", architecture=TABLE[name]), tensors)
 
 
 def test_no_bit_is_lost_of_stable_diffusion() -> None:
@@ -297,6 +331,10 @@ def test_comfyui_arrives_at_the_trained_weights(name: str, split: bool, to: str)
     sample = SAMPLES[name]()
     tensors = adapter(sample, alpha=2.7, split=split)
     found, unused = comfy_apply(convert(tensors, to), published_weights(sample), comfy_keys(sample))
+    if (name, to) == ("hunyuan_image", "kohya"):  # as sd-scripts writes them; ComfyUI has other names for some layers
+        left = {key.partition(".")[0] for key in unused}
+        assert "lora_unet_double_blocks_0_img_mlp_fc1" in left and "lora_unet_double_blocks_0_img_attn_qkv" not in left
+        return
     assert unused == set()
     for path, weight in expected_weights(sample, tensors).items():
         assert torch.allclose(found[path], weight, atol=1e-4, rtol=1e-4), path
@@ -500,7 +538,7 @@ def test_what_is_not_understood() -> None:
     )
     for tensors, expected in (
         (other, "the adapter is for no architecture that is known (Stable Diffusion 1.x, Stable Diffusion 2.x, FLUX.1"),
-        (random_lora({QKV: (96, 32), "lora_unet_double_blocks_0_img_mod_linear": (8, 8)}),
+        (random_lora({QKV: (96, 32), "lora_unet_double_blocks_0_img_mod_other": (8, 8)}),
          "1 of 2 layers of the adapter are unknown: FLUX.1 or Chroma comes nearest but has not lora_unet_double"),
         ({"transformer.x_embedder.lora_C.weight": torch.ones(1)}, "1 keys of the adapter file are not understood"),
     ):  # fmt: skip

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,9 +39,16 @@ SEPARATE = {
     "lumina system prompt": {"gemma2": "text_encoder", "ae": "vae"},
     "flux2 dev": {"text_encoder": "text_encoder", "ae": "vae"},
     "sana": {"gemma2": "text_encoder", "vae": "vae"},
+    "hunyuan_image": {"text_encoder": "text_encoder", "byt5": "text_encoder_2", "vae": "vae"},
 }
 TEACHABLE = [name for name, case in CASES.items() if case.family in ("sd", "sdxl")]  # their text encoders, too
-VARIANTS = ("sd2 v", "sdxl v", "lumina system prompt", "flux2 dev")  # denoisers that other cases have
+VARIANTS = (
+    "sd2 v",
+    "sdxl v",
+    "lumina system prompt",
+    "flux2 dev",
+    "hunyuan_image distilled",
+)  # denoisers that other cases have
 FORMATS = ["sd1", "sd2 v", "sdxl"]  # each layout of files
 RESUMED = [
     *((name, kind) for name in ("sd1", "flux") for kind in ("float32 with ema", "stochastic", "kahan")),
@@ -141,7 +149,7 @@ def published_gradients(run: Run, file: Path) -> dict[str, Tensor]:
             parameter.copy_(trainer.gradients[0].get(f"denoiser.{name}", torch.zeros(())))
     trainer.family.save(denoiser, {}, file, CheckpointForm())
     own = {name: p.detach() for name, p in denoiser.named_parameters()}
-    published = {key.removeprefix("model.diffusion_model."): value for key, value in load_file(file).items()}
+    published = {re.sub(r"^(model\.diffusion_model|net)\.", "", key): value for key, value in load_file(file).items()}
     return {DENOISER + k.removesuffix(".weight").replace(".", "_"): v for k, v in {**own, **published}.items()}
 
 

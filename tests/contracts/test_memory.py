@@ -24,15 +24,21 @@ from tests.trainers.helpers import Run, assert_same_run, make_pictures, subset, 
 
 CPU = torch.device("cpu")
 METHODS = ("lora", "full")
-OTHERS = ("sd2 v", "sdxl v", "lumina system prompt", "flux2 dev")  # denoisers that other cases have
+OTHERS = (
+    "sd2 v",
+    "sdxl v",
+    "lumina system prompt",
+    "flux2 dev",
+    "hunyuan_image distilled",
+)  # denoisers that other cases have
 NAMES = [name for name in CASES if name not in OTHERS]
-FAMILIES = ("sd1", "sdxl", "flux", "sd3", "lumina", "flux2")  # one case of each, where a test takes long
+FAMILIES = ("sd1", "sdxl", "flux", "sd3", "lumina", "anima", "flux2")  # one case of each, where a test takes long
 FULL = [f"{name}, full" for name in FAMILIES]
 # where a test takes very long: each denoiser and each method, but not every pair. SDXL has the blocks of SD 1.x
 COMPILED = ["sdxl, lora", "flux, full", "sd3, lora", "lumina, lora"]
-RESUMED = ["sdxl, lora", "flux, lora", "sd3, lora", "lumina, lora", "sd1, full", "flux, full"]
+RESUMED = ["sdxl, lora", "flux, lora", "sd3, lora", "lumina, lora", "anima, lora", "sd1, full", "flux, full"]
 CACHED = {"cache_latents": True, "cache_text_encoder_outputs": True, "network_train_unet_only": True}
-HOISTABLE = ["flux, lora", "sd3, lora"]  # those with modulation layers in their blocks
+HOISTABLE = ["flux, lora", "sd3, lora", "hunyuan_image, lora"]  # those with modulation layers in their blocks
 # learning through a base in fewer bits: relative error of the first loss against the same run in bf16
 QUANT_ERRORS = {"fp8": 0.05, "int8": 0.03, "nf4": 0.25}
 
@@ -262,6 +268,7 @@ STORAGE: dict[str, dict[str, Any]] = {
         ("flux, lora", "fp8"),
         ("sd3, lora", "nf4"),
         ("lumina, lora", "int8"),
+        ("anima, lora", "nf4"),
         ("sana, lora", "fp8"),
     ],
     indirect=["subject"],

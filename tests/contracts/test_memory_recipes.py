@@ -28,8 +28,9 @@ NAMES = sorted(path.stem for path in FOLDER.glob("*.toml"))
 TINY = {
     "sd_lora": "sd1", "sd_full": "sd1", "sdxl_lora": "sdxl", "sdxl_full": "sdxl", "sd3_medium_lora": "sd35",
     "sd3_medium_full": "sd35", "flux_lora": "flux", "flux_full": "flux", "lumina_lora": "lumina",
-    "lumina_full": "lumina", "flux2_klein4b_lora": "flux2", "flux2_klein4b_full": "flux2",
-    "sana_lora": "sana", "sana_full": "sana",
+    "lumina_full": "lumina", "anima_lora": "anima", "anima_full": "anima",
+    "flux2_klein4b_lora": "flux2", "flux2_klein4b_full": "flux2", "sana_lora": "sana", "sana_full": "sana",
+    "hunyuan_image_lora": "hunyuan_image", "hunyuan_image_full": "hunyuan_image",
 }  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from library.io.state import load_state, newest_state
-from tests.families import CASES, flux, flux2, lumina, sana, sd, sd3, sdxl
+from tests.families import CASES, anima, flux, flux2, hunyuan_image, lumina, sana, sd, sd3, sdxl
 from tests.script_runner import ROOT, run_script
 from tests.trainers import child
 from tests.trainers.helpers import argv, differing, make_pictures, quick_previews, subset, write_dataset
@@ -42,8 +42,12 @@ RECIPES = {
     "flux2_full": ("flux2_train.py", "flux2"),
     "lumina_lora": ("lumina_train_network.py", "lumina"),
     "lumina_full": ("lumina_train.py", "lumina"),
+    "anima_lora": ("anima_train_network.py", "anima"),
+    "anima_full": ("anima_train.py", "anima"),
     "sana_lora": ("sana_train_network.py", "sana"),
     "sana_full": ("sana_train.py", "sana"),
+    "hunyuan_image_lora": ("hunyuan_image_train_network.py", "hunyuan_image"),
+    "hunyuan_image_full": ("hunyuan_image_train.py", "hunyuan_image"),
 }
 # What a script needs besides a model and pictures
 WORD = {"token_string": "zapcat", "use_object_template": True}
@@ -56,7 +60,13 @@ RUNS = [
     for name, case in CASES.items()
     if case.family == family
 ]
-VARIANTS = ("sd2 v", "sdxl v", "lumina system prompt", "flux2 dev")  # denoisers that other cases have
+VARIANTS = (
+    "sd2 v",
+    "sdxl v",
+    "lumina system prompt",
+    "flux2 dev",
+    "hunyuan_image distilled",
+)  # denoisers that other cases have
 # every architecture with LoRA, and each other script once
 KILLED = [
     run
@@ -234,7 +244,9 @@ FORMS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "sd3": (sd3.make, ("diffusers", "single", "files")),
     "flux2": (flux2.make, ("diffusers", "whole", "comfy")),
     "lumina": (lumina.make, ("diffusers", "whole", "files")),
+    "anima": (anima.make, ("diffusers", "files", "parts", "adapter")),
     "sana": (sana.make, ("diffusers", "files", "plain")),
+    "hunyuan_image": (hunyuan_image.make, ("diffusers", "comfy", "files")),
 }
 OPTIONS_OF_FAMILY = {"flux": flux.CASES["flux"].options}
 

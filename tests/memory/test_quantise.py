@@ -59,6 +59,11 @@ def pair(kind: str, *, rows: int = 40, columns: int = 24, bias: bool = True) -> 
     return layer, plain
 
 
+def stored_in(layer: QuantLinear) -> list[tuple[str, Tensor]]:
+    """What stands for the weight, by its names."""
+    return [(name, tensor) for name, tensor in zip(("stored", "scale", "code"), layer.tensors) if tensor is not None]
+
+
 class Two(nn.Module):
     """Linears inside and outside of a list of blocks."""
 
@@ -127,7 +132,7 @@ def test_only_what_is_stored_is_kept_for_the_backward_pass(kind: str) -> None:
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         layer(torch.randn(3, 24, requires_grad=True))
-    own = {buffer.data_ptr() for buffer in layer.buffers()}
+    own = {kept.data_ptr() for _, kept in stored_in(layer)}
     assert {tensor.data_ptr() for tensor in kept} == own
 
 
@@ -179,25 +184,25 @@ def test_autocast(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_moving_and_casting_leave_what_is_stored(kind: str) -> None:
     layer, _ = pair(kind)
-    before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+    before = {name: kept.clone() for name, kept in stored_in(layer)}
     model = nn.Sequential(layer).to("cpu", torch.bfloat16)
     assert layer.weight.dtype == layer.bias.dtype == torch.bfloat16
     model.float()
-    for name, buffer in layer.named_buffers():
-        assert buffer.dtype == before[name].dtype and torch.equal(buffer, before[name])
+    for name, kept in stored_in(layer):
+        assert kept.dtype == before[name].dtype and torch.equal(kept, before[name])
     assert layer.weight.dtype == torch.float32 and not any(p.requires_grad for p in layer.parameters())
     assert layer.to("meta").stored.is_meta
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_new_place_for_what_is_stored_is_seen_in_the_backward_pass(kind: str) -> None:
-    """Block swapping gives buffers another place between the passes, by `.data`."""
+    """Block swapping gives weights another place between the passes, by `.data`."""
     layer, plain = pair(kind)
     x = torch.randn(3, 24, requires_grad=True)
     y = layer(x)
-    for buffer in layer.buffers():
-        old = buffer.data
-        buffer.data = old.clone()
+    for _, kept in stored_in(layer):
+        old = kept.data
+        kept.data = old.clone()
         old.zero_()
     torch.testing.assert_close(*(torch.autograd.grad(out.sum(), x)[0] for out in (y, plain(x))))
 
@@ -225,10 +230,10 @@ def test_linears_of_blocks_are_quantised_and_no_others() -> None:
 def test_bytes_are_known_before(kind: str) -> None:
     for rows, columns in ((40, 24), (7, 10), (64, 128)):
         layer, plain = pair(kind, rows=rows, columns=columns)
-        assert stored_bytes(plain, kind) == sum(buffer.nbytes for buffer in layer.buffers())
+        assert stored_bytes(plain, kind) == sum(kept.nbytes for _, kept in stored_in(layer))
         empty = QuantLinear.empty(plain, kind, torch.float32)
-        described = [[(n, b.shape, b.dtype) for n, b in module.named_buffers()] for module in (layer, empty)]
-        assert described[0] == described[1] and all(buffer.is_meta for buffer in empty.buffers())
+        described = [[(name, t.shape, t.dtype) for name, t in stored_in(module)] for module in (layer, empty)]
+        assert described[0] == described[1] and all(kept.is_meta for _, kept in stored_in(empty))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -102,7 +102,7 @@ def halve(trainer: Recorded) -> None:
     trainer.memory.most_samples = 1
 
 
-@pytest.mark.parametrize("name", ["sd1", "flux", "lumina"])
+@pytest.mark.parametrize("name", ["sd1", "flux", "lumina", "anima"])
 def test_batches_in_parts(name: str, small: Ground, tmp_path: Path) -> None:
     """Cached texts of several lengths, each part cut to its own."""
     cached = {"cache_text_encoder_outputs": True, "network_train_unet_only": True}

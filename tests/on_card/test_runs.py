@@ -32,6 +32,7 @@ VARIANTS = (
     "sdxl v",
     "lumina system prompt",
     "flux2 dev",
+    "hunyuan_image distilled",
 )  # denoisers that others have; test_no_waits.py has them
 ARCHITECTURES = [name for name in CASES if name not in VARIANTS]
 CACHED = {"cache_latents": True, "cache_text_encoder_outputs": True, "network_train_unet_only": True}
@@ -105,8 +106,8 @@ def test_adapters_of_every_architecture(name: str, model: Make, dataset: Path, p
 
 
 @pytest.mark.parametrize(
-    "name", ["chroma", "sd3", "sd35", "lumina", "sana", "flux2"]
-)  # test_no_waits.py has the others
+    "name", ["chroma", "sd3", "sd35", "lumina", "anima", "sana", "flux2"]
+)  # others: test_no_waits.py
 def test_full_training_in_bf16(name: str, model: Make, dataset: Path, tmp_path: Path) -> None:
     check(finetune(dataset, tmp_path, **model(name), max_train_steps=2, mixed_precision="bf16", full_bf16=True))
 

@@ -79,7 +79,12 @@ JOBS = {
     "SD 3.5 full": Job("sd35", full=True),
     "FLUX.2 LoRA": Job("flux2"),
     "Lumina LoRA": Job("lumina", {"gemma2_max_token_length": 32}),
+    "Anima LoRA": Job("anima", {"qwen3_max_token_length": 32, "t5_max_token_length": 32}),
     "SANA LoRA": Job("sana", {"gemma2_max_token_length": 32}, size=512),
+    # a quotation that leaves no room for padding
+    "HunyuanImage LoRA": Job(
+        "hunyuan_image", {"text_encoder_max_token_length": 32, "caption_prefix": f'"{"star " * 30}"'}
+    ),
 }
 
 

@@ -151,7 +151,7 @@ def test_recipes_are_taken() -> None:
     recipes = [path for path in (ROOT / "configs").glob("*.toml") if path.stem.endswith(("_lora", "_full"))]
     assert len(recipes) >= 7
     for path in recipes:
-        family = path.stem.partition("_")[0]
+        family = path.stem.rpartition("_")[0]
         found, resolved = caching.read_options(
             ["--architecture", family, "--config_file", str(path), "--pretrained_model_name_or_path", "x"],
             prog="x",

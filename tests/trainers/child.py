@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -25,6 +26,7 @@ import transformers.models.clip.modeling_clip  # noqa: F401
 from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: F401
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
 
 from library import device
@@ -114,20 +116,25 @@ class ExchangingPort(ReplicatedWeights):
         return parts
 
 
-def runs_of_two(rank: int, jobs: Mapping[str, Job], folder: Path) -> None:
-    """One of two processes, in which several runs follow each other; `folder` gets `name rank.safetensors` of each."""
+def runs_together(rank: int, jobs: Mapping[str, Job], folder: Path, world: int = 2) -> None:
+    """One of two or more processes, in which several runs follow each other; `folder` gets `name rank.safetensors` of
+    each."""
     torch.set_num_threads(1)
     settle()
     redirect(folder / f"{rank}.log")
+    logging.basicConfig(level=logging.INFO)
     for name, job in jobs.items():
-        meet(rank, job.port)
-        trainer = make_finetune(job.values, family="sd") if job.full else make_trainer(job.values)
+        meet(rank, job.port, world)
+        trainer = (make_finetune if job.full else make_trainer)(job.values, family=job.family)
         trainer.each_step = TimeoutSeen()
         assert trainer.run() == 0
         losses, norms = (torch.tensor([vars(r)[name] for r in trainer.reports]) for name in ("loss", "grad_norm"))
         facts = {"model": type(trainer.updates.model).__name__, "timeout": str(trainer.each_step.timeout)}
+        facts["unused"] = str(getattr(trainer.updates.model, "find_unused_parameters", False))
+        facts["bytes"] = str(local_bytes(trainer.models.denoiser))
         numbers = {"losses": losses, "norms": norms}
-        save_file({**trainer.trainables.state(), **numbers}, folder / f"{name} {rank}.safetensors", facts)
+        learned = {} if job.full and job.values.get("shard_base") else trainer.trainables.state()
+        save_file({**learned, **numbers}, folder / f"{name} {rank}.safetensors", facts)
 
 
 def deepspeed_rank(rank: int, port: int, values: Mapping[str, Any], folder: Path) -> None:
@@ -153,11 +160,17 @@ def deepspeed_rank(rank: int, port: int, values: Mapping[str, Any], folder: Path
 
 @dataclass(frozen=True)
 class Job:
-    """A run of `runs_of_two`: the options, and where its processes meet."""
+    """A run of `runs_together`: the options, and where its processes meet."""
 
     values: Mapping[str, Any]
     full: bool  # full training, else a network
     port: int
+    family: str = "sd"
+
+
+def local_bytes(module: nn.Module) -> int:
+    """Bytes of the weights that this process has."""
+    return sum((p.to_local() if isinstance(p, DTensor) else p).nbytes for p in module.parameters())
 
 
 class TimeoutSeen:
@@ -171,9 +184,9 @@ class TimeoutSeen:
         self.timeout = group._get_backend(torch.device("cpu")).options._timeout
 
 
-def meet(rank: int, port: int) -> None:
-    """Tell torch that this is one of two processes."""
-    where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+def meet(rank: int, port: int, world: int = 2) -> None:
+    """Tell torch that this is one of so many processes."""
+    where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in where.items()})
     os.environ["MASTER_ADDR"] = "127.0.0.1"
 

@@ -18,8 +18,8 @@ from tests.adapters.lora_samples import sana
 from tests.adapters.models import tiny_unet
 from tests.trainers.helpers import train
 
-TINY_OF = {"flux": ("flux",), "chroma": ("chroma",), "sd3": ("sd3", "sd35"), "lumina": ("lumina",), "sana": ("sana",),
-           "flux2": ("flux2",)}  # fmt: skip
+TINY_OF = {name: (name,) for name in ("flux", "flux2", "chroma", "lumina", "anima", "sana", "hunyuan_image")}
+TINY_OF["sd3"] = ("sd3", "sd35")
 MAKERS: dict[str, Callable[[], nn.Module]] = {name: tiny.make for name, tiny in TINY.items()}
 MAKERS |= {"unet": tiny_unet, "sana": lambda: sana().model}
 

@@ -21,8 +21,8 @@ SCRIPTS = {
     "flux": "a FLUX.1 checkpoint: use flux_train_network.py",
     "chroma": "a Chroma checkpoint: use flux_train_network.py --model_type chroma",
     "lumina": "a Lumina-Image-2.0 checkpoint: use lumina_train_network.py",
-    "hunyuan_image": "a HunyuanImage-2.1 checkpoint, which no script here trains yet",
-    "anima": "an Anima checkpoint, which no script here trains yet",
+    "hunyuan_image": "a HunyuanImage-2.1 checkpoint: use hunyuan_image_train_network.py",
+    "anima": "an Anima checkpoint: use anima_train_network.py",
 }
 
 
@@ -58,6 +58,7 @@ def diffusers_models():
         "hunyuan_image": lambda: d.HunyuanImageTransformer2DModel(
             num_layers=1, num_single_layers=1, text_embed_2_dim=16
         ),
+        "anima": lambda: d.CosmosTransformer3DModel(num_layers=1, num_attention_heads=2),
         "sana": lambda: d.SanaTransformer2DModel(num_layers=1),
         "sdxl": lambda: d.UNet2DConditionModel(
             addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=64
@@ -65,7 +66,7 @@ def diffusers_models():
     }
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux", "flux2", "lumina", "hunyuan_image", "sana", "sdxl"])
+@pytest.mark.parametrize("name", ["sd3", "flux", "flux2", "lumina", "hunyuan_image", "anima", "sana", "sdxl"])
 def test_diffusers_files_of_other_architectures(name):
     with torch.device("meta"):
         names = diffusers_models()[name]().state_dict()

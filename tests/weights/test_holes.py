@@ -25,7 +25,7 @@ from library.weights.language_models import _build
 from library.weights.loading import build_empty, shipped_config
 from library.weights.text_encoders import _build_projected_clip, _build_t5
 from library.weights.weight_files import open_weights
-from tests.families import flux, flux2, lumina, sana, sd, sd3, sdxl
+from tests.families import anima, flux, flux2, hunyuan_image, lumina, sana, sd, sd3, sdxl
 
 DATA = Path(__file__).parents[1] / "data_files" / "weights"
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I64": 8, "C64": 8, "U8": 1}
@@ -89,8 +89,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[st
         "chroma": ("flux", lambda folder: flux.make(folder, variant="chroma", layout="diffusers")),
         "sd35": ("sd3", lambda folder: sd3.make(folder, layout="single", kind="5-medium")),
         "lumina": ("lumina", lumina.make),
+        "anima": ("anima", anima.make),
+        "anima folder": ("anima", partial(anima.make, layout="diffusers")),
         "flux2": ("flux2", flux2.make),
         "sana": ("sana", lambda folder: sana.make(folder, layout="files", normed=True, blocks=2)),
+        "hunyuan_image": ("hunyuan_image", hunyuan_image.make),
     }
     made: dict[str, tuple[str, dict[str, Any]]] = {}
 
@@ -125,12 +128,15 @@ SWEEPS: dict[str, tuple[tuple[str, ...], int]] = {
     "chroma": (("",), 2),
     "sd35": (("model.", "text_encoders."), 2),
     "lumina": (("",), 2),
+    "anima": (("",), 4),
+    "anima folder": (("",), 4),
     # of its encoder some layers that are loaded: nothing above them is missed
     "flux2": (
         ("double", "single", "img", "time", "txt", "final", "encoder", "decoder", "bn.run", "model.layers.1."),
         2,
     ),
     "sana": (("",), 4),
+    "hunyuan_image": (("double_blocks.", "single_blocks.", "byt5_in.", "txt_in.", "encoder.", "decoder."), 7),
 }
 
 
@@ -167,8 +173,11 @@ def test_each_tensor_removed_in_turn_is_named(models: Any, name: str) -> None:
         ("sd35", "model.diffusion_model.joint_blocks.9.x_block.attn.qkv.weight"),
         ("lumina", "context_refiner.2.attention.out.weight"),
         ("lumina", "something.of.nobody"),
+        ("anima", "net.llm_adapter.blocks.2.mlp.0.weight"),
+        ("anima", "net.blocks.3.mlp.layer1.weight"),
         ("flux2", "single_blocks.2.linear1.weight"),
         ("sana", "blocks.2.attn.qkv.weight"),
+        ("hunyuan_image", "double_blocks.7.img_attn_qkv.weight"),
     ],
 )
 def test_a_tensor_that_is_not_read_is_named(models: Any, name: str, more: str) -> None:
@@ -197,10 +206,14 @@ MATRICES = (
     ("sd35", "model.diffusion_model.joint_blocks.1.x_block.attn.qkv.weight"),
     ("sd35", "model.diffusion_model.pos_embed"),
     ("lumina", "layers.1.attention.qkv.weight"),
+    ("anima", "net.llm_adapter.blocks.1.cross_attn.k_proj.weight"),
+    ("anima", "encoder.downsamples.1.resample.1.weight"),
     ("flux2", "single_blocks.1.linear1.weight"),
     ("flux2", "model.layers.26.mlp.up_proj.weight"),
     ("sana", "blocks.1.cross_attn.kv_linear.weight"),
     ("sana", "encoder.stages.4.op_list.0.context_module.main.qkv.conv.weight"),
+    ("hunyuan_image", "single_blocks.1.linear1.weight"),
+    ("hunyuan_image", "decoder.up.0.upsample.conv.weight"),
 )
 
 
@@ -255,11 +268,17 @@ def test_float64_is_cast(models: Any, tmp_path: Path) -> None:
         ("sdxl", "model.diffusion_model.middle_block.1."),
         ("lumina", "layers.0."),
         ("lumina", "noise_refiner.1."),
+        ("anima", "net.blocks.0."),
+        ("anima", "net.llm_adapter.blocks.0."),
+        ("anima", "encoder.downsamples.1."),
+        ("anima", "decoder.upsamples.0."),
         ("flux2", "double_blocks.0."),
         ("flux2", "model.layers.5."),
         ("sana", "blocks.0."),
         ("sana", "decoder.stages.2.op_list.1."),
         ("sana", "encoder.stages.3."),
+        ("hunyuan_image", "double_blocks.0."),
+        ("hunyuan_image", "encoder.down.2."),
     ],
 )
 def test_whole_blocks_removed(models: Any, name: str, block: str) -> None:
@@ -320,14 +339,27 @@ def real() -> dict[str, dict[str, Any]]:
         "gemma2": partial(_build, kind="gemma2", layers=None),
         "qwen3": partial(_build, kind="qwen3", layers=None),
         "mistral": partial(_build, kind="mistral", layers=None),
+        "qwen25_vl": partial(_build, kind="qwen2.5_vl", layers=None),
     }
     files = {}
     for name, build in own.items():
         module = build_empty(partial(build, shipped_config(name)))
         files[name] = {key: list(tensor.shape) for key, tensor in module.state_dict().items()}
+    byt5 = {
+        **shipped_config("t5xxl"),
+        "vocab_size": 1510,
+        "d_model": 1472,
+        "d_ff": 3584,
+        "num_layers": 12,
+        "num_heads": 6,
+    }
+    module = build_empty(partial(_build_t5, byt5))
+    files["byt5"] = {key: list(tensor.shape) for key, tensor in module.state_dict().items()}
     lists = {"sd1": "sd15_full_output", "sd2": "sd2_full_output", "sdxl": "sdxl_full_output", "flux": "flux_dev_output",
              "schnell": "flux_schnell_output", "chroma": "chroma_input", "ae": "flux_ae_input",
-             "lumina": "lumina2_output"}  # fmt: skip
+             "lumina": "lumina2_output", "anima": "anima_output", "qwen3_06b": "anima_qwen3_input",
+             "qwen_vae": "anima_qwen_image_vae_input", "hunyuan_image": "hunyuan_image_input",
+             "hunyuan_image_vae": "hunyuan_image_vae_input"}  # fmt: skip
     files |= {name: flux2.published_shapes(*sizes) for name, sizes in flux2.PUBLISHED.items()}
     vae = build_empty(lambda: build_vae(shipped_config("flux2_ae")))
     files["flux2 ae"] = {key: list(tensor.shape) for key, tensor in flux2.published_vae(vae).items()}
@@ -397,6 +429,21 @@ def published_files(real: dict[str, dict[str, Any]], place: Path) -> Iterator[tu
         yield f"flux2 {kind} of ComfyUI", "flux2", {model: file(prefixed, "F8_E4M3"), **options}
     text = below("text_encoders.gemma2_2b.transformer.model.", real["gemma2"]) | below("vae.", real["ae"])
     yield "lumina all in one", "lumina", {model: file({**below("model.diffusion_model.", next_dit), **text})}
+    qwen3 = below("model.", real["qwen3_06b"]) | extras("", "lm_head.weight")
+    given = {"qwen3": file(qwen3, "BF16"), "vae": file(real["qwen_vae"], "BF16")}
+    for prefix in ("net.", "model.diffusion_model.", ""):
+        names = {prefix + name.removeprefix("net."): shape for name, shape in real["anima"].items()}
+        yield f"anima {prefix}", "anima", {model: file(names, "BF16"), **given}
+    seeing = below("model.", real["qwen25_vl"]) | extras("", "lm_head.weight", "visual.patch_embed.proj.weight")
+    texts = {"text_encoder": file(seeing, "BF16"), "byt5": file(real["byt5"])}
+    dit, vae = real["hunyuan_image"], real["hunyuan_image_vae"]
+    video = {name: [*shape, 1] if ".attn_1." in name and len(shape) == 4 else shape for name, shape in vae.items()}
+    yield "hunyuan image", "hunyuan_image", {model: file(dit, "BF16"), "vae": file(vae), **texts}
+    inner = [3584]
+    more = {f"{name}.mlp.{i}.{end}": [*inner, *([256] if i == 0 else inner)][: 2 if end == "weight" else 1]
+            for name in ("guidance_in", "time_r_in") for i in (0, 2) for end in ("weight", "bias")}  # fmt: skip
+    distilled = {model: file({**dit, **more}, "BF16"), "vae": file(below("vae.", video), "F32"), **texts}
+    yield "hunyuan image distilled", "hunyuan_image", distilled
 
 
 def test_published_files_are_read(real: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -436,14 +483,22 @@ def test_a_vae_of_another_kind_of_model(real: Any, tmp_path: Path) -> None:
     write = lambda name, shapes: fake(tmp_path / f"{name}.safetensors", shapes)
     alone = write("vae", {name.removeprefix("first_stage_model."): shape for name, shape in inside.items()})
     ae = write("ae", real["ae"])
-    files = {name: write(name, real[name]) for name in ("clip_l", "clip_g", "t5xxl", "gemma2")}
-    models = {name: write(name, real[name]) for name in ("sd1", "sdxl", "flux", "medium", "lumina")}
+    files = {name: write(name, real[name]) for name in ("clip_l", "clip_g", "t5xxl", "gemma2", "qwen25_vl", "byt5")}
+    names = ("sd1", "sdxl", "flux", "medium", "lumina", "hunyuan_image")
+    models = {name: write(name, real[name]) for name in names}
     of_model = lambda name, *own: {"pretrained_model_name_or_path": models[name], **{n: files[n] for n in own}}
     wrong = [
         ("flux", {**of_model("flux", "clip_l", "t5xxl"), "ae": alone}, "--ae", 4, 16),
         ("flux", {**of_model("flux", "clip_l", "t5xxl"), "ae": models["sdxl"]}, "--ae", 4, 16),
         ("lumina", {**of_model("lumina", "gemma2"), "ae": models["sd1"]}, "--ae", 4, 16),
         ("sd3", {**of_model("medium", "clip_l", "clip_g"), "vae": alone}, "--vae", 4, 16),
+        (
+            "hunyuan_image",
+            {**of_model("hunyuan_image"), "text_encoder": files["qwen25_vl"], "byt5": files["byt5"], "vae": ae},
+            "--vae",
+            16,
+            64,
+        ),
         ("sdxl", {**of_model("sdxl"), "vae": ae}, "--vae", 16, 4),
         ("sd", {**of_model("sd1"), "vae": models["medium"]}, "--vae", 16, 4),
     ]

@@ -67,4 +67,10 @@ ENCODER_CLASSES: dict[str, ClassNames] = {
         (r"(layers\.\d+\.self_attn)\.", "Gemma2Attention", "CLIPAttention"),
         (r"(layers\.\d+\.mlp)\.", "Gemma2MLP", "CLIPMLP"),
     ),
+    "Qwen3Model": class_names(
+        "Qwen3Model",
+        (r"(layers\.\d+)\.", "Qwen3DecoderLayer"),
+        (r"(layers\.\d+\.self_attn)\.", "Qwen3Attention", "CLIPAttention"),
+        (r"(layers\.\d+\.mlp)\.", "Qwen3MLP", "CLIPMLP"),
+    ),
 }

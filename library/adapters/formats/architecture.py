@@ -60,6 +60,11 @@ class PublishedLayer:
     swap: bool = False  # (shift, scale) in published files, (scale, shift) in diffusers: where rows = 2 x inputs
     widths: tuple[float, ...] = (1.0,)  # rows of each part, in units of the inputs
 
+    @property
+    def comfy_flat(self) -> str:
+        """The name under which ComfyUI finds a layer of the denoiser in files of kohya's format."""
+        return f"lora_unet_{flat(self.comfy.removeprefix('diffusion_model.'))}"
+
     def apart(self, part: int) -> str:
         """Flat name of a part that is not a whole layer."""
         return f"lora_unet_{flat(self.parts[part].partition('.')[2])}"
@@ -93,7 +98,7 @@ class Architecture:
     facts: Callable[[Collection[str], bool], FileFacts]  # (tensor names of a checkpoint, v-prediction is assumed)
     new_layers: re.Pattern[str]  # kohya names of the denoiser's layers that an extracted LoRA has
     conv_layers: re.Pattern[str] | None = None  # ... with a rank for convolutions
-    peft: str = "transformer"
+    peft: str = "transformer"  # empty: our names say it themselves, where a denoiser is two models of diffusers
     kohya_is_diffusers: bool = False  # kohya keys have the path of diffusers instead of the published one
     # Program of library.adapters.readers -> formats whose names it takes. One that is not there has no such model
     readers: Mapping[str, frozenset[str]] = field(default_factory=lambda: READERS)
@@ -107,6 +112,7 @@ class Architecture:
     # Whether a checkpoint of the family, by names and shapes, is of this architecture: where a family has several
     holds: Callable[[Shapes], bool] = lambda shapes: True
     not_in_last_block: str = ""  # a layer that all joint blocks but the last one have
+    comfy_path: Callable[[str], str] = lambda published: published  # published path of a layer -> ComfyUI's
 
     def layers(self, blocks: int) -> Iterator[PublishedLayer]:
         """Every layer that an adapter may be on: encoders first, as in files."""
@@ -120,8 +126,8 @@ class Architecture:
             path = name.ours[0] if self.kohya_is_diffusers else name.published
             yield PublishedLayer(
                 f"lora_unet_{flat(path)}",
-                f"diffusion_model.{name.published}",
-                tuple(f"{self.peft}.{own}" for own in name.ours),
+                f"diffusion_model.{self.comfy_path(name.published)}",
+                tuple(f"{self.peft}.{own}" if self.peft else own for own in name.ours),
                 name.published,
                 swap=name.op is SWAP_HALVES,
                 widths=self.fused.get(len(name.ours), (1.0,) * len(name.ours)),
@@ -156,8 +162,11 @@ class LayerPart:
     part: int | None = None
 
     def is_comfy(self, path: str) -> bool:
-        """Whether `path`, by which this was found, is a name of the comfy format: a path with dots of a whole layer."""
-        return self.part is None and "." in path
+        """Whether `path`, by which this was found, is a name of the comfy format: a path with dots of a whole layer.
+
+        Or the flat form of such a path, where ComfyUI has other names than published files.
+        """
+        return self.part is None and ("." in path or path == self.layer.comfy_flat != self.layer.kohya)
 
 
 @dataclass(frozen=True)
@@ -203,7 +212,9 @@ def index_of(architecture: Architecture, blocks: int) -> NameIndex:
             if layer.encoder:
                 aliases[path.replace(".text_model.", ".")] = place  # as transformers 5 has it
             else:
-                own = flat(path.removeprefix(f"{architecture.peft}."))
+                own = flat(path.partition(".")[2])
+                if layer.comfy != f"diffusion_model.{layer.published}":
+                    aliases[layer.comfy_flat] = whole
                 aliases |= {f"{prefix}_{own}": place for prefix in FLAT_DIFFUSERS}
     for encoder in architecture.encoders:
         for path in encoder.paths(blocks):

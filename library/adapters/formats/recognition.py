@@ -134,7 +134,7 @@ def require_one(tensors: Mapping[str, Tensor], tables: Tables, among: Tables | N
     fitting = architectures_of(tensors, tables if among is None else among)
     if len(fitting) > 1:
         titles = " and ".join(architecture.title for architecture in fitting)
-        raise UserError(f"the layers' names fit {titles} alike, and their widths are of neither: {advice}")
+        raise UserError(f"the layers' names fit {titles} alike, and their widths are of none of them: {advice}")
 
 
 def _missing(paths: Paths, tables: Tables) -> dict[Architecture, list[str]]:
@@ -207,8 +207,10 @@ def format_of(tensors: Mapping[str, Tensor], tables: Tables, among: Tables | Non
     """
     paths, _ = _sorted(tensors)
     found, is_whole = _nearest_format(paths, tables)
-    if among is not None and not (is_whole and found == "kohya"):
-        found, _ = _nearest_format(paths, among)
+    if among is not None:
+        own, has_all = _nearest_format(paths, among)
+        if has_all or not (is_whole and found == "kohya"):
+            found = own
     if found is not None:
         return found
     starts: dict[Format, tuple[str, ...]] = {"comfy": COMFY_PREFIXES, "peft": PEFT_PREFIXES}

@@ -3,7 +3,8 @@
 
 A U-Net's pipelines convert kohya files whole or not at all; those of FLUX.1 know the blocks of the real model;
 those of FLUX.2 convert kohya's names, and ComfyUI's where no alpha is beside a LoRA; Lumina's converts ComfyUI's names,
-of whole blocks. The others take the formats that the table of their layers names.
+of whole blocks. HunyuanImage-2.1 has no such method there, but its transformer has: `load_lora_adapter(...,
+prefix="transformer")`. The others take the formats that the table of their layers names.
 """
 
 from __future__ import annotations
@@ -231,8 +232,21 @@ def _lumina_trouble(tensors: Mapping[str, Tensor]) -> str | None:
     return f"it knows a qkv of {LUMINA_QKV} rows only: {first_names(wrong)}" if wrong else None
 
 
+def _of_anima(reading: Reading, tensors: Mapping[str, Tensor], model: NamedModel) -> None:
+    """diffusers' names and ComfyUI's, also side by side. An alpha, which would have no effect, is refused."""
+    foreign = [key for key in tensors if "lora" not in key]
+    if foreign:
+        reading.refused = NOT_LORA.format(len(foreign), first_names(foreign))
+        return
+    names = {name: LayerPart(layer) for layer in model.layers() if not layer.encoder
+             for name in (layer.comfy, *layer.parts)}  # fmt: skip
+    take(reading, tensors, names, ("LoRA",), PEFT)
+
+
 CONVERTERS: Mapping[str, Callable[[Reading, Mapping[str, Tensor], NamedModel], None]] = {
     "sd1": _of_unet, "sd2": _of_unet, "sdxl": _of_unet, "flux": _of_flux, "chroma": _of_flux, "lumina": _of_lumina,
+    "anima": _of_anima,
     "flux2": _of_flux2,
+    "hunyuan_image": _take_parts,
 }  # fmt: skip
 DIFFUSERS = Program("diffusers", read_diffusers)

@@ -2,8 +2,8 @@
 """ComfyUI 0.3.64 and Forge (of lllyasviel): which key names they know, and what they do with the others.
 
 Both map names to the weights of the model that is loaded. ComfyUI leaves unknown keys and logs them; Forge, with an
-older copy of the same tables, refuses a file with more than twelve of them. FLUX.2 is newer than that ComfyUI: its
-names are those of later versions.
+older copy of the same tables, refuses a file with more than twelve of them. FLUX.2 and Anima are newer than that
+ComfyUI: their names are those of later versions.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def comfy_names(model: NamedModel) -> Names:
             names |= dict.fromkeys(_encoder_names(layer, T5_COMFY.get(model.name, ())), place)
             names |= {layer.kohya: place} if layer.encoder.flat_in_comfy else {}
             continue
-        names[f"lora_unet_{flat(layer.published)}"] = place
+        names[layer.comfy_flat] = place
         names |= _unet_names(layer, "lycoris")
         if "peft" in model.formats("ComfyUI") and not layer.parts[0].startswith("unet."):
             names |= _part_names(layer, model)

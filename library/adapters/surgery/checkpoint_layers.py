@@ -26,7 +26,7 @@ from library.adapters.formats.architecture import (
 from library.key_tables import Shapes, part_rows
 from library.weights.weight_files import WeightFile
 
-DENOISER_PREFIXES = ("model.diffusion_model.", "", "diffusion_model.")
+DENOISER_PREFIXES = ("model.diffusion_model.", "", "diffusion_model.", "net.")
 TEXT_LEVEL = "text_model."  # of CLIP; some old files leave it out
 TEXT_PROJECTION = "text_projection"  # of CLIP, outside of that level
 MOST_ENCODER_BLOCKS = 32  # of CLIP-G: a file of the denoiser alone does not tell how deep the text encoders are

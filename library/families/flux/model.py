@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from library.device import on_device
 from library.errors import UserError
-from library.families.family import STAYING_BLOCKS, ModelFamily, require_blocks
+from library.families.family import STAYING_BLOCKS, require_blocks
 from library.families.flux import SHEET, VARIANTS, FluxVariant
 from library.families.flux.options import FluxFineTuneOptions, FluxFlowOptions, FluxOptions
 from library.families.flux.parts import CLIP, FLUX, T5, Design, FluxParts, denoiser_rules, open_parts
 from library.families.t5 import MASK, cut_padding, encode_t5
+from library.families.two_streams import TwoStreamFamily, block_lists
 from library.io.checkpoint import CheckpointForm, save_tensors
 from library.key_tables import Published
-from library.memory.block_swap import spread
 from library.objectives.flow import FlowObjective, constant_shift, resolution_shift
 from library.objectives.options import LossOptions
 from library.types import Batch, Cond, LatentSpec, Tokens
@@ -35,8 +35,9 @@ from library.weights.tokenizers import clip_tokenizer, t5_tokenizer, tokenizer_f
 POOLED = f"{CLIP}_pooled"  # (B, width)
 
 
-class Flux(ModelFamily):
+class Flux(TwoStreamFamily):
     sheet = SHEET
+    embedder = "time_text_embed"
     latent = LatentSpec("flux", channels=16, factor=8, npz_suffix="_flux.npz", npz_sized_keys=True)
     design: ClassVar[Design] = FLUX
     extra_tokens: ClassVar[int] = 0  # of the padding, which the model sees with --apply_t5_attn_mask
@@ -160,38 +161,21 @@ class Flux(ModelFamily):
         told = cond.get("guidance")
         return torch.full_like(t, self.options.guidance_scale, dtype=torch.float32) if told is None else told
 
-    def blocks(self, denoiser: nn.Module) -> list[nn.Module]:
-        return [block for blocks in _block_lists(denoiser) for block in blocks]
-
     def swapped(self, denoiser: nn.Module, count: int, options: FluxFineTuneOptions | None = None) -> list[int]:
-        """Half of `count` are double blocks; for each other one, two single blocks go, which are about as large."""
-        doubles, singles = map(len, _block_lists(denoiser))
-        most = doubles - STAYING_BLOCKS, singles - STAYING_BLOCKS
+        """Or as many double and single blocks as the options say."""
         given = (options.double_blocks_to_swap, options.single_blocks_to_swap) if options else (None, None)
-        if any(given):
-            if count:
-                raise UserError(
-                    "--blocks_to_swap says how many double and single blocks are swapped: "
-                    "leave out --double_blocks_to_swap and --single_blocks_to_swap"
-                )
-            double, single = (number or 0 for number in given)
-            require_blocks("--double_blocks_to_swap", double, most[0])
-            require_blocks("--single_blocks_to_swap", single, most[1])
-        else:
-            double, single = count // 2, 2 * (count - count // 2)
-            require_blocks("--blocks_to_swap", count, self.most_swapped(denoiser))
-        return [*spread(doubles, double), *(doubles + index for index in spread(singles, single))]
-
-    def most_swapped(self, denoiser: nn.Module) -> int:
-        doubles, singles = (len(blocks) - STAYING_BLOCKS for blocks in _block_lists(denoiser))
-        return max(0, min(2 * doubles + 1, singles // 2 * 2))
-
-    def modulations(self, denoiser: nn.Module) -> tuple[nn.Module, list[nn.Linear]] | None:
-        doubles, singles = _block_lists(denoiser)
-        names = [(block, f"{norm}.linear") for block in doubles for norm in ("norm1", "norm1_context")]
-        names += [(block, "norm.linear") for block in singles]
-        linears = [block.get_submodule(name) for block, name in names]
-        return denoiser.get_submodule("time_text_embed"), linears  # type: ignore[return-value]
+        if not any(given):
+            return super().swapped(denoiser, count)
+        if count:
+            raise UserError(
+                "--blocks_to_swap says how many double and single blocks are swapped: "
+                "leave out --double_blocks_to_swap and --single_blocks_to_swap"
+            )
+        double, single = (number or 0 for number in given)
+        doubles, singles = map(len, block_lists(denoiser))
+        require_blocks("--double_blocks_to_swap", double, doubles - STAYING_BLOCKS)
+        require_blocks("--single_blocks_to_swap", single, singles - STAYING_BLOCKS)
+        return self.swapped_of_each(denoiser, double, single)
 
     # ---- files
 
@@ -201,12 +185,6 @@ class Flux(ModelFamily):
 
     def text_settings(self, name: str) -> tuple[Any, ...]:
         return (self.text_length, self.masks_text, self.extra_tokens) if name == T5 else ()
-
-
-def _block_lists(denoiser: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
-    """Double blocks and single blocks."""
-    double, single = (denoiser.get_submodule(name) for name in ("transformer_blocks", "single_transformer_blocks"))
-    return [*double.children()], [*single.children()]
 
 
 # ---- latents as tokens ----------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from library.data.config import load_dataset_config
@@ -69,6 +68,8 @@ class FineTuneMethod(Method[FineTuneTrainerOptions]):
             kind="Checkpoint",
             before_step=EncoderStop(encoders, self.options.finetune.encoders_until).before_step,
             encoders=frozenset(encoders),
+            read_from_files=True,
+            read_by_save=lambda: [models.denoiser],
             flat=False,  # a second copy of a whole model would not fit where the first just does
         )
 
@@ -226,5 +227,5 @@ class LearningModels(nn.ModuleDict):
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of `state`, whose names and shapes `tensors` must have."""
-        own = self.state()
-        torch._foreach_copy_([*own.values()], [tensors[name] for name in own])
+        for name, own in self.state().items():
+            own.copy_(tensors[name])

@@ -46,6 +46,7 @@ class FineTuneTrainerOptions(TrainerOptions):
 
     def choices(self) -> Iterator[Choice]:
         """Weights that learn can only wait in main memory when each is stepped while it is on the card."""
+        yield from super().choices()
         swaps = self.memory.blocks_to_swap is not None or self.finetune.swaps_blocks
         if swaps and self.optimizer.in_backward is None and not self.distributed.deepspeed:
             line = f"--fused_backward_pass is chosen, which --blocks_to_swap needs: weights are stepped {IN_BACKWARD}"

@@ -164,8 +164,8 @@ class NetworkMethod(Method[NetworkTrainerOptions]):
     def prefixes_of(self, encoders: Sequence[str], *, learning: bool) -> tuple[str, ...]:
         """Prefixes of the names of adapters of these encoders, of those that learn or of the others."""
         parts = self.learning().parts
-        names = [name for name in encoders if (name in parts) == learning]
-        return tuple(f"{self.family.sheet.adapter_prefixes[name]}_" for name in names)
+        prefixes = self.family.sheet.adapter_prefixes
+        return tuple(f"{prefixes[n]}_" for n in encoders if n in prefixes and (n in parts) == learning)
 
     def build(self, models: Models, choice: MemoryChoice, *, files: bool = True) -> Trainables:
         options, learning = self.options.network, self.learning()
@@ -201,6 +201,7 @@ class NetworkMethod(Method[NetworkTrainerOptions]):
             facts=NetworkFacts(self.network_module, options.network_dim, options.network_alpha, self.network_args),
             check_format=file.check_format,
             encoders=learning.encoders,
+            skips=network.is_sparse() or learning.reads_weights,  # nothing is known of third-party modules
             flat=not network.is_sparse(),
             set_multiplier=network.set_multiplier,
             set_condition=network.set_condition,
@@ -209,6 +210,7 @@ class NetworkMethod(Method[NetworkTrainerOptions]):
             base_model=network.disabled,
             reads_weights=network.reads_weights,
             reads_between_steps=network.reads_between_steps(),
+            read_by_save=file.reads,
         )
 
     def load_weights(self, network: AdapterNetwork) -> None:
@@ -309,7 +311,7 @@ class NetworkMethod(Method[NetworkTrainerOptions]):
         options = self.options.network
         module = load_network_module(self.network_module)
         multipliers = options.base_weights_multiplier or ()
-        encoders = self.encoders_in_order(models, self.family.encoders)
+        encoders = self.encoders_in_order(models, self.family.sheet.adapter_prefixes)
         for index, file in enumerate(options.base_weights or ()):
             multiplier = multipliers[index] if index < len(multipliers) else 1.0
             with torch.random.fork_rng(devices=[]):  # the layers made here must not shift the draws of those that learn

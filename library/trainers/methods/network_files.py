@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from library.adapters.adapter_network import AdapterNetwork
 from library.adapters.formats.architecture import table_named
@@ -77,6 +77,11 @@ class NetworkFile:
         tables = adapter_tables() if own is None else (own,)
         norms = dora_norms(tensors, self.weight_source(), tables) if form == "comfy" else None
         return convert(tensors, form, tables, norms=norms), header(tensors, form, tables)
+
+    def reads(self) -> list[nn.Module]:
+        """The models' layers whose weights the next save looks at."""
+        adapted = [part.module for target in self.network.targets().values() for part in target.modules]
+        return adapted if self.tells or (self.format == "comfy" and self.network.reads_weights(adapted)) else []
 
     def weight_source(self) -> Callable[[str], Tensor | None]:
         """From the name of an adapter to the weight that it is put on, as it is without it."""

@@ -30,12 +30,24 @@ def load(name: str, tensors: Mapping[str, Tensor], denoiser: nn.Module, encoders
         known = inspect.signature(kind.__init__).parameters
         kind(**{place: None for place in lacks if place in known} | more | parts).load_lora_weights(given)
         return
-    families = {"flux": "Flux", "flux2": "Flux2", "chroma": "Flux", "sd3": "SD3", "lumina": "Lumina2", "sana": "Sana"}
+    if name == "hunyuan_image":  # its pipeline has no loader
+        denoiser.load_lora_adapter(given, prefix="transformer")  # type: ignore[operator]
+        return
+    families = {
+        "flux": "Flux", "flux2": "Flux2", "chroma": "Flux", "sd3": "SD3", "lumina": "Lumina2", "anima": "Anima",
+        "sana": "Sana",
+    }  # fmt: skip
     kind = getattr(lora_pipeline, f"{families[name]}LoraLoaderMixin")
     loader: Any = type("Loader", (kind,), {"lora_scale": 1.0, "hf_device_map": None, "components": {}})()
-    loader.transformer = denoiser
+    loader.transformer, loader.text_conditioner = _two(denoiser)
     loader.text_encoder, loader.text_encoder_2, loader.text_encoder_3 = [*encoders, None, None, None][:3]
     loader.load_lora_weights(given)
+
+
+def _two(denoiser: nn.Module) -> tuple[nn.Module, nn.Module | None]:
+    """A denoiser, and the second model that Anima's has."""
+    children = dict(denoiser.named_children())
+    return children.get("transformer", denoiser), children.get("text_conditioner")
 
 
 class Outcome:
@@ -57,7 +69,8 @@ class Outcome:
             self.refused, self.error = True, error
             return
         index = NamedModel.of(check.model, [*tensors, *check.layers], TABLES).index
-        models = {"unet": denoiser, "transformer": denoiser}
+        models = {"unet": denoiser}
+        models["transformer"], models["text_conditioner"] = _two(denoiser)
         models |= dict(zip(("text_encoder", "text_encoder_2", "text_encoder_3"), encoders))
         for name, layer in check.layers.items():
             place = index.find(name)
@@ -77,7 +90,7 @@ class Outcome:
 
 def _module(models: Mapping[str, nn.Module], path: str) -> nn.Module | None:
     part, _, own = path.partition(".")
-    modules = dict(models[part].named_modules()) if part in models else {}
+    modules = dict(models[part].named_modules()) if models.get(part) is not None else {}
     return modules.get(own, modules.get(own.removeprefix("text_model.")))
 
 

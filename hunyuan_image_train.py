@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Train all weights of HunyuanImage-2.1.
+
+    accelerate launch hunyuan_image_train.py --pretrained_model_name_or_path hunyuanimage2.1.safetensors \
+        --text_encoder qwen_2.5_vl_7b.safetensors --byt5 byt5_small_glyphxl_fp16.safetensors \
+        --vae hunyuan_image_2.1_vae_fp16.safetensors \
+        --dataset_config dataset.toml --output_dir output --output_name my_model \
+        --config_file configs/hunyuan_image_full.toml
+"""
+
+from library.cli import run
+
+if __name__ == "__main__":
+    run("finetune", "hunyuan_image")

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights that are split over processes: each keeps its rows of a weight, and gathers a block's while it runs.
+
+torch's `fully_shard` does it (https://arxiv.org/abs/2304.11277, in its form without flat parameters), and keeps each
+weight as a DTensor between passes. Every pass through the model is then a collective operation: all processes make the
+same number of passes, forward and backward, in the same order.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+
+def shard(model: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -> None:
+    """Split all weights of a frozen model over all processes, in place. They may be anywhere; shards are on `device`.
+
+    blocks: the parts of the model that are gathered one at a time; what else it has is gathered for a whole pass. One
+    block at a time is on `device` as a whole, too, while it is split.
+    """
+    _shard(model, blocks, device)
+
+
+def shard_learning(
+    model: nn.Module, blocks: Sequence[nn.Module], device: torch.device, *, kept: torch.dtype,
+    gathered: torch.dtype | None, block: int,
+) -> None:  # fmt: skip
+    """Split a model of which weights may learn, and cast it, a block at a time.
+
+    Only weights of Linear and convolutions are split, which are nearly all numbers of a model; autocast leaves the
+    others as they are, so they are computed with in their own precision here, too. kept: the dtype of the weights.
+    gathered: that of the computation under autocast, in which they come together; None: in their own. block: how many
+    neighbouring numbers of a weight the optimizer treats together (1: each on its own); no such block is split, nor a
+    weight of which a process would have less than 16.
+    """
+    layers = (m for m in model.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd)))
+    split = {layer.weight for layer in layers if _divides(layer.weight, block)}
+    others = [parameter for parameter in model.parameters() if parameter not in split]
+    for parameter in others:
+        parameter.data = parameter.data.to(device, kept)
+    persistent = model.state_dict(keep_vars=True).values()
+    for buffer in model.buffers():
+        if buffer.is_floating_point() and any(buffer is tensor for tensor in persistent):
+            buffer.data = buffer.data.to(kept)
+    _shard(model, blocks, device, others=others, kept=kept, gathered=gathered)
+
+
+def _divides(weight: Tensor, block: int) -> bool:
+    """Whether every process gets rows of a weight, and all but the last one whole blocks."""
+    world = distributed.get_world_size()
+    rows = -(-len(weight) // world)
+    width = weight[0].numel()
+    last = (len(weight) - rows * (world - 1)) * width
+    least = 16 * block if block > 1 else 1
+    return last >= least and rows * width % block == 0
+
+
+def _shard(
+    model: nn.Module, blocks: Sequence[nn.Module], device: torch.device, *, others: Collection[nn.Parameter] = (),
+    kept: torch.dtype | None = None, gathered: torch.dtype | None = None,
+) -> None:  # fmt: skip
+    """others: weights that are not split."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # not in every build of torch
+
+    # torch warns of in-place changes of what a block returns; no model here makes any
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    mesh = distributed.init_device_mesh(device.type, (distributed.get_world_size(),))
+    policy = MixedPrecisionPolicy(gathered, torch.float32, cast_forward_inputs=False)
+    ignored: dict[str, Any] = {"ignored_params": set(others)} if others else {}
+    for part in (*blocks, model):
+        for parameter in part.parameters():
+            if not parameter.is_contiguous() or kept not in (None, parameter.dtype):
+                parameter.data = parameter.data.to(kept or parameter.dtype).contiguous()
+        # after each pass, also the model's own: it may be the last one with averaged weights
+        fully_shard(part, mesh=mesh, reshard_after_forward=True, mp_policy=policy, **ignored)
+
+
+class LocalShards:
+    """What this process has of the parameters that learn, as plain tensors for an optimizer and an average.
+
+    They are in the memory of the shards, so that an update of them is one of the model. Parameters that are not split
+    stand for themselves.
+    """
+
+    def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
+        parameters = [p for group in groups for p in group["params"]]
+        self._split = {p: nn.Parameter(own) for p in parameters if (own := _local(p)) is not None}
+        self.whole: list[nn.Parameter] = [p for p in parameters if p not in self._split]
+        self.param_groups: list[dict[str, Any]] = [
+            {**group, "params": [self._split.get(p, p) for p in group["params"]]} for group in groups
+        ]
+        self.weights: list[nn.Parameter] = [p for group in self.param_groups for p in group["params"]]
+
+    def take_gradients(self) -> None:
+        """Give the shards the gradients that the last pass left with the parameters."""
+        for parameter, own in self._split.items():
+            own.grad = None if parameter.grad is None else _local(parameter.grad)
+
+    def zero_grad(self) -> None:
+        """Remove all gradients."""
+        for parameter in (*self._split, *self.weights):
+            parameter.grad = None
+
+    def clip_grad_norm(self, max_norm: float) -> Tensor:
+        """Clip the norm of all gradients together, of all processes. Returns the norm before, 0-dim, on the device."""
+        shards = [own.grad for own in self._split.values() if own.grad is not None]
+        others = [p.grad for p in self.whole if p.grad is not None]
+        square = _square_of(shards, self.weights[0].device)
+        distributed.all_reduce(square)
+        norm = (square + _square_of(others, square.device)).sqrt()
+        if gradients := [*shards, *others]:
+            torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+
+def _local(tensor: Tensor) -> Tensor | None:
+    """What this process has of a tensor that is split; None for one that is not."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.to_local().detach() if isinstance(tensor, DTensor) else None
+
+
+def _square_of(gradients: list[Tensor], device: torch.device) -> Tensor:
+    """The squared norm of all together, 0-dim float32."""
+    if not gradients:
+        return torch.zeros((), device=device)
+    return torch.stack(torch._foreach_norm(gradients, 2, torch.float32)).square().sum()
