@@ -247,6 +247,10 @@ class ModelFamily(ABC):
     def blocks(self, denoiser: nn.Module) -> list[nn.Module]:
         """The denoiser's blocks in the order in which they run."""
 
+    def optional(self, denoiser: nn.Module) -> list[nn.Module]:
+        """Parts of the denoiser outside its blocks that only some batches need."""
+        return []
+
     def swapped(self, denoiser: nn.Module, count: int, options: Any = None) -> list[int]:
         """Indices into `blocks` of those that --blocks_to_swap `count` keeps in main memory, evenly spread.
 

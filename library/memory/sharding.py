@@ -26,19 +26,21 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -
 
 
 def shard_learning(
-    model: nn.Module, blocks: Sequence[nn.Module], device: torch.device, *, kept: torch.dtype,
-    gathered: torch.dtype | None, block: int,
+    model: nn.Module, blocks: Sequence[nn.Module], device: torch.device, *, optional: Sequence[nn.Module],
+    kept: torch.dtype, gathered: torch.dtype | None, block: int,
 ) -> None:  # fmt: skip
     """Split a model of which weights may learn, and cast it, a block at a time.
 
     Only weights of Linear and convolutions are split, which are nearly all numbers of a model; autocast leaves the
-    others as they are, so they are computed with in their own precision here, too. kept: the dtype of the weights.
+    others as they are, so they are computed with in their own precision here, too. optional: parts that only some
+    batches need: they are not split, because all processes exchange the same gradients. kept: the dtype of the weights.
     gathered: that of the computation under autocast, in which they come together; None: in their own. block: how many
     neighbouring numbers of a weight the optimizer treats together (1: each on its own); no such block is split, nor a
     weight of which a process would have less than 16.
     """
     layers = (m for m in model.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd)))
     split = {layer.weight for layer in layers if _divides(layer.weight, block)}
+    split -= {parameter for part in optional for parameter in part.parameters()}
     others = [parameter for parameter in model.parameters() if parameter not in split]
     for parameter in others:
         parameter.data = parameter.data.to(device, kept)

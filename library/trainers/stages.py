@@ -315,7 +315,8 @@ def build(loaded: Loaded) -> Running:
         assert checked.optimizer.row.block is not None  # `check_sharding` has said so
         autocast = planned.autocast and planned.trained_dtype != planned.dtype
         shard_learning(
-            models.denoiser, blocks, planned.device, kept=planned.trained_dtype,
+            models.denoiser, blocks, planned.device, optional=family.optional(models.denoiser),
+            kept=planned.trained_dtype,
             gathered=planned.dtype if autocast else None, block=checked.optimizer.row.block,
         )  # fmt: skip
     trainables = checked.method.build(models, planned.choice)

@@ -656,15 +656,18 @@ def test_what_this_machine_has_not(base: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("variable", "kind"),
-    [("FSDP", "FSDP"), ("MEGATRON_LM", "Megatron-LM"), ("DEEPSPEED", "DeepSpeed and --deepspeed is not given")],
-)
+    ("variable", "kind", "instead"),
+    [
+        ("FSDP", "FSDP", "--shard_base"), ("MEGATRON_LM", "Megatron-LM", "--multi_gpu"),
+        ("DEEPSPEED", "DeepSpeed and --deepspeed is not given", "--multi_gpu"),
+    ],
+)  # fmt: skip
 def test_what_accelerate_was_configured_for(
-    variable: str, kind: str, sd1: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    variable: str, kind: str, instead: str, sd1: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`accelerate launch` says so in the environment; nobody would notice that the training does not do it."""
     monkeypatch.setenv(f"ACCELERATE_USE_{variable}", "true")
-    with pytest.raises(UserError, match=f"^accelerate's configuration asks for {kind}: .*--multi_gpu`"):
+    with pytest.raises(UserError, match=f"^accelerate's configuration asks for {kind}: .*{instead}"):
         train(sd1, dataset, tmp_path)
 
 

@@ -53,7 +53,7 @@ class Example:
 RUNS = {
     "flux": Example("flux", {**LORA, "gradient_checkpointing": True, "ema_decay": 0.9}),
     "fp8": Example(
-        "flux", {**LORA, "fp8_base_unet": True, "network_args": ["dora_wd=True"], "lora_format": "comfy"}
+        "lumina", {**LORA, "fp8_base_unet": True, "network_args": ["dora_wd=True"], "lora_format": "comfy"}
     ),
     "nf4": Example("flux", {**LORA, "base_quant": "nf4", "gradient_checkpointing": True}),
     "LoKr": Example("sd3", {**LORA, "network_module": "networks.lokr", "optimizer_type": "AdamW8bit"}),

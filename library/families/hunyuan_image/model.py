@@ -188,6 +188,10 @@ class HunyuanImage(TwoStreamFamily):
             told["timestep_r"] = cond.get("step_end", t).float() * TIMES
         return denoiser(x_t, time, *states, **told)
 
+    def optional(self, denoiser: nn.Module) -> list[nn.Module]:
+        """What reads the glyphs of quoted text."""
+        return [denoiser.get_submodule("context_embedder_2")]
+
     # ---- files
 
     def save(self, denoiser: nn.Module, encoders: Mapping[str, nn.Module], path: Path, form: CheckpointForm) -> None:

@@ -68,6 +68,7 @@ class FineTuneMethod(Method[FineTuneTrainerOptions]):
             kind="Checkpoint",
             before_step=EncoderStop(encoders, self.options.finetune.encoders_until).before_step,
             encoders=frozenset(encoders),
+            skips=bool(self.family.optional(models.denoiser)),
             read_from_files=True,
             read_by_save=lambda: [models.denoiser],
             flat=False,  # a second copy of a whole model would not fit where the first just does

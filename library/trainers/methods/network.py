@@ -201,7 +201,8 @@ class NetworkMethod(Method[NetworkTrainerOptions]):
             facts=NetworkFacts(self.network_module, options.network_dim, options.network_alpha, self.network_args),
             check_format=file.check_format,
             encoders=learning.encoders,
-            skips=network.is_sparse() or learning.reads_weights,  # nothing is known of third-party modules
+            # nothing is known of third-party modules
+            skips=network.is_sparse() or learning.reads_weights or bool(self.family.optional(models.denoiser)),
             flat=not network.is_sparse(),
             set_multiplier=network.set_multiplier,
             set_condition=network.set_condition,
