@@ -154,7 +154,9 @@ def _swap_in(temp: Path, path: Path) -> None:
             os.rename(new, path)
             break
         except OSError as error:
-            if not path.is_dir() or error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EACCES, errno.EPERM):
+            # another process may have moved the folder in the way since; Windows refuses for other reasons, too
+            taken = error.errno in (errno.ENOTEMPTY, errno.EEXIST)
+            if not taken and not (error.errno in (errno.EACCES, errno.EPERM) and path.is_dir()):
                 shutil.rmtree(new, ignore_errors=True)
                 raise
         aside = temp_name(path, "old")
