@@ -113,4 +113,4 @@ def foreign_pipeline(class_name: str, wanted: str = "sd", answers: Mapping[str, 
 
 def context_dim(shapes: Shapes) -> int | None:
     """Width of the text states that a U-Net attends to, in either naming; None without cross attention."""
-    return next((shape[-1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")), None)
+    return next((shape[-1] for name, shape in shapes.items() if shape and name.endswith("attn2.to_k.weight")), None)

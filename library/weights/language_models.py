@@ -82,10 +82,10 @@ def language_encoder(
     shapes = below(file.shapes, prefix)
     with reading_sizes(file.path, prefix, option):
         sizes = language_layout(shapes, model.head)
+        full = {**_fixed(model, sizes, folder_config), "attention_dropout": 0.0}
     found = sizes["num_hidden_layers"]
     if layers is not None and found < layers:
         raise UserError(f"{option}: {file.path} has {found} layers, and the states of layer {layers} are needed")
-    full = {**_fixed(model, sizes, folder_config), "attention_dropout": 0.0}
     extras = () if layers is None else (rf"layers\.({'|'.join(map(str, range(layers, found)))})\..+", r"norm\.weight")
     settings = " ".join(str(full.get(key)) for key in model.settings)
     part = Part(model.what, file, prefix, partial(_build, full, kind, layers), own_names, settings, extras=extras)

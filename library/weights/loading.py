@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -191,7 +192,7 @@ def locate(name: str, option: str, patterns: Sequence[str]) -> Path:
 
     patterns: which files of a hub repository are needed. Raises UserError when there is nothing of that name.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # unlike Path.expanduser, it leaves an unknown "~user" as it is
     if path.exists():
         return path
     if HUB_ID.fullmatch(name) and path.suffix not in WEIGHT_SUFFIXES:
@@ -214,7 +215,7 @@ def download(repository: str, option: str, patterns: Sequence[str]) -> Path:
     taken.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
     pickles = [pattern.replace(".safetensors", ".bin") for pattern in patterns]
     full = [*SKIPPED_FILES, "*.fp16.*", "*.bf16[.-]*"]
@@ -229,8 +230,9 @@ def download(repository: str, option: str, patterns: Sequence[str]) -> Path:
             f"{option}: {repository} does not exist here, is not in the hub's cache, and the hub cannot be reached; "
             "give the path of a file or folder"
         ) from None
-    except (HfHubHTTPError, ValueError, OSError) as error:
-        raise UserError(f"{option}: the hub does not give {repository}: {str(error).strip().splitlines()[0]}") from None
+    except Exception as error:  # of the hub, the network or the disk: the classes differ from version to version
+        problem = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{option}: the hub does not give {repository}: {problem}") from None
     raise UserError(f"{option}: {repository} on the hub has no weights of a diffusers model")
 
 

@@ -85,7 +85,7 @@ def qwen_vae_part(path: Path, *, option: str = "--vae") -> Part:
         config = read_json(folder / "config.json")
         if config.get("_class_name", CLASS) != CLASS:
             raise UserError(f"{option}: {folder} holds a {config['_class_name']}, not an {CLASS}: {NEEDED}")
-        return _part(part_file(folder), "", config, own_names)
+        return _part(part_file(folder), "", config, own_names, option)
     file = open_weights(path)
     for names, rules in ((WAN, wan_rules), (DIFFUSERS, own_names)):
         for prefix in PREFIXES:

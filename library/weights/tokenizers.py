@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from library.errors import UserError
+from library.errors import UserError, retold
 from library.types import Tokens
 from library.weights.text import (
     CLIP_ID,
@@ -264,6 +264,9 @@ def _embedded(file: Path) -> str | None:
 
 
 def _unpack(file: Path, name: str, kind: TokenizerKind) -> TextTokenizer:
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / GEMMA2_MODEL).write_bytes(open_weights(file).tensor(name).numpy().tobytes())
+    model = open_weights(file).tensor(name)
+    if model.dtype not in (torch.uint8, torch.int8):
+        raise UserError(f"{file}: {name} is stored as {str(model.dtype).removeprefix('torch.')}, not as bytes")
+    with tempfile.TemporaryDirectory() as folder, retold(lambda line: line.replace(folder, f"{name} in {file}")):
+        (Path(folder) / GEMMA2_MODEL).write_bytes(model.numpy().tobytes())
         return TextTokenizer(file, _text_tokenizer(Path(folder), kind).tokenizer)

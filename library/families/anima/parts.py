@@ -33,6 +33,9 @@ PREFIXES = ("net.", "model.diffusion_model.", "diffusion_model.", "")
 ADAPTER_PREFIXES = (*(f"{prefix}{ADAPTER}." for prefix in PREFIXES), "")  # in a file of --llm_adapter_path
 QWEN3_PREFIX = "text_encoders.qwen3_06b.transformer."
 TRANSFORMER_CLASS, CONDITIONER_CLASS = "CosmosTransformer3DModel", "AnimaTextConditioner"
+# Entries of their config.json that are read here
+TRANSFORMER_KEYS = ("in_channels", "attention_head_dim", "text_embed_dim")
+CONDITIONER_KEYS = ("source_dim", "target_dim", "target_vocab_size")
 MODEL_FILES = (*PIPELINE_FILES, "transformer/*.safetensors", f"{CONDITIONER}/*.safetensors")
 QWEN3_FILES = ("text_encoder/*.safetensors", "*.safetensors", "*/*.json", "*.json", "*/*.txt", "*.txt")
 EXTRAS = (r"pos_embedder\..+",)  # tables of the positions, which are computed here
@@ -104,6 +107,8 @@ def _denoiser(path: Path, adapter: Path | None, options: AnimaOptions) -> tuple[
         raise UserError(f"{path} has no LLM adapter ({ADAPTER}.*): give its file with --llm_adapter_path")
     with reading_sizes(path, prefix):
         transformer = layout(shapes)
+    if (channels := transformer["in_channels"]) != LATENT_CHANNELS:
+        raise UserError(f"{path} is another model of this design: it reads {channels} channels, not {LATENT_CHANNELS}")
     with reading_sizes(file.source(f"{prefix}{ADAPTER}."), f"{prefix}{ADAPTER}."):
         conditioner = conditioner_layout(below(shapes, f"{ADAPTER}."))
     return _part(file, prefix, transformer, conditioner, options, published=True)
@@ -125,13 +130,19 @@ def _folders(path: Path, adapter: Path | None, options: AnimaOptions) -> tuple[P
     transformer = _inside(path, "transformer")
     conditioner = _inside(path if transformer != path else path.parent, CONDITIONER)
     configs = []
-    for folder, kind in ((transformer, TRANSFORMER_CLASS), (conditioner, CONDITIONER_CLASS)):
+    for folder, kind, keys in (
+        (transformer, TRANSFORMER_CLASS, TRANSFORMER_KEYS),
+        (conditioner, CONDITIONER_CLASS, CONDITIONER_KEYS),
+    ):
         if not (folder / "config.json").is_file() or (folder.name != CONDITIONER and kind == CONDITIONER_CLASS):
             raise UserError(f"{path} is no Anima folder: it has no folders transformer and {CONDITIONER}")
         found = class_named(folder / "config.json") or kind
         if found != kind:
             raise UserError(f"{folder} holds a {found}, not a {kind}")
-        configs.append(read_json(folder / "config.json"))
+        config = read_json(folder / "config.json")
+        if lacking := next((key for key in keys if key not in config), None):
+            raise UserError(f"{folder / 'config.json'} is incomplete: it lacks {lacking}")
+        configs.append(config)
     file = part_file(transformer)
     weights = _adapter(adapter) if adapter else _adapter(conditioner, "")
     both = JoinedFile(file.path, {"transformer.": (file, ""), f"{CONDITIONER}.": weights})

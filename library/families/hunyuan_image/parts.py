@@ -24,7 +24,7 @@ from library.families.hunyuan_image.names import hunyuan_names, in_comfy_names, 
 from library.families.hunyuan_image.options import HunyuanImageOptions
 from library.families.own_files import require_own_file, require_own_folder
 from library.key_tables import ModuleName, Rule, Shapes, expand
-from library.weights.hunyuan_vae import vae_part
+from library.weights.hunyuan_vae import NEEDED, vae_part
 from library.weights.language_models import language_encoder
 from library.weights.loading import PIPELINE_FILES, Part, locate, part_file, read_json, shipped_config
 from library.weights.sizes import SizeError, below, depth, has, reading_sizes, shape_of
@@ -132,6 +132,11 @@ def _denoiser(path: Path) -> tuple[Part, dict[str, Any]]:
         patch = tuple(config["patch_size"])
     if patch != (1, 1):
         raise UserError(f"{file.path} is another model of this design: a token of it is not one latent pixel")
+    if config["in_channels"] != NEEDED.channels:
+        raise UserError(
+            f"{file.path} is another model of this design: it reads {config['in_channels']} channels, not "
+            f"{NEEDED.channels}"
+        )
     build, rules = partial(build_denoiser, config), partial(denoiser_rules, naming=naming)
     part = Part("denoiser", file, prefix, build, rules, published_depths=PUBLISHED_DEPTHS)
     return part, config

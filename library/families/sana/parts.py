@@ -108,8 +108,11 @@ def _denoiser(path: Path) -> tuple[Part, dict[str, Any]]:
         raise UserError(f"{path} is a SANA-Sprint, which is trained by distillation: give a SANA or SANA-1.5 model")
     with reading_sizes(path):
         width, layers = config["num_attention_heads"] * config["attention_head_dim"], config["num_layers"]
-    usual = {1152: 28, 2240: 60 if layers > 20 else 20}
-    depths = {width: {"num_layers": usual[width]}} if width in usual else {}
+        usual = {1152: 28, 2240: 60 if layers > 20 else 20}
+        depths = {width: {"num_layers": usual[width]}} if width in usual else {}
+        channels, _ = config["in_channels"], config["caption_channels"]  # both must be there
+    if channels != dc_ae.CHANNELS:
+        raise UserError(f"{path} reads {channels} channels, not {dc_ae.CHANNELS}: give a SANA or SANA-1.5 model")
     part = Part("denoiser", file, prefix, partial(build, config), rules, extras=EXTRAS, published_depths=depths)
     return part, config
 
