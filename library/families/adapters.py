@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the families hand to library.adapters, which knows none of them: names of layers in files, and targets.
+"""Layer names and targets of all families, for library.adapters, which knows no family.
 
     tensors = read_adapter("lora.safetensors", adapter_tables(), tables_of("flux"))
     network = load_network_module("networks.loha").create_network(1.0, 4, 1.0, None, encoders, denoiser)
 
-Both are in modules of a family's room, `adapter_names` and `targets`, where they are found by its row in the registry.
+They are in the modules `adapter_names` and `targets` of a family's package, which its sheet in the registry names.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from library.families.detect import architecture, foreign_file
 from library.families.registry import FAMILIES
 from library.key_tables import Shapes
 
-# Files with adapters of text encoders only fit several families, of which the first one counts; others come after
+# A file with adapters of text encoders only fits several families and is read as the first of them; others come after
 FIRST = ("sd", "flux", "sdxl", "sd3")
 
 
 def load_network_module(name: str) -> NetworkModule:
-    """A --network_module by its dotted name. Raises UserError when it is not there, or is not a network module."""
+    """Load a --network_module by its dotted name. Raises UserError if it does not exist or is not a network module."""
     return import_network_module(name, every_family(), adapter_tables(), own_modules())
 
 
@@ -37,20 +37,20 @@ def own_modules() -> list[str]:
 
 @functools.cache
 def adapter_tables() -> Tables:
-    """The names of layers in adapter files, of every architecture."""
+    """The tables of layer names in adapter files, of every architecture."""
     names = sorted(FAMILIES, key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
     rooms = dict.fromkeys(_room(name) for name in names)
     tables = (table for room in rooms for table in _tables(room))
-    return tuple(dict.fromkeys(tables))  # one family may have those of another
+    return tuple(dict.fromkeys(tables))  # a family may share those of another
 
 
 def tables_of(family: str) -> Tables | None:
-    """The tables of one family; None when it has none."""
+    """The tables of one family, or None."""
     return _tables(_room(family)) or None
 
 
 def known_architectures() -> KnownArchitectures:
-    """What the LoRA tools need to know of the families."""
+    """What the LoRA tools need to know about the families."""
 
     def of_checkpoint(shapes: Shapes) -> Architecture | None:
         found = architecture(shapes)
@@ -62,7 +62,7 @@ def known_architectures() -> KnownArchitectures:
 
 @functools.cache
 def every_family() -> AnyFamily:
-    """The targets of all families, for the kinds of adapters that are made for all of them."""
+    """The targets of all families, for the kinds of adapters that fit all of them."""
     rooms = dict.fromkeys(map(_room, FAMILIES))
     families = dict.fromkeys(map(_targets, rooms))
     sd = _targets(_room("sd"))
@@ -72,12 +72,12 @@ def every_family() -> AnyFamily:
 
 @functools.cache
 def unets() -> AnyFamily:
-    """The targets of the families that have a U-Net."""
+    """The targets of the families with a U-Net."""
     return AnyFamily((_targets(_room("sdxl")),), _targets(_room("sd")), {"blocks": BlockOptions})
 
 
 def _room(family: str) -> str:
-    """`library.families.flux`"""
+    """The package of a family: "library.families.flux"."""
     return FAMILIES[family].path.partition(":")[0].rpartition(".")[0]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a file of weights is, told from its tensor names and shapes alone. Imports no torch."""
+"""Recognise a file of weights by its tensor names and shapes alone. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from library.families.registry import FAMILIES, command
 from library.key_tables import Shapes
 
 NO_ANSWERS: Mapping[str, str] = {}
-# what programs put before a denoiser's names
+# prefixes that programs put before a denoiser's names
 PREFIXES = ("model.diffusion_model.", "net.", "diffusion_model.", "transformer.", "unet.")
 
 
@@ -20,17 +20,17 @@ class FileKind:
 
     name: str
     answer: str
-    marks: tuple[str, ...]  # tensor names without prefix, or starts of them that end with a dot: one is enough
-    pipelines: tuple[str, ...] = ()  # starts of the class names of its pipelines
+    marks: tuple[str, ...]  # tensor names without prefix, or beginnings of names that end with a dot; one is enough
+    pipelines: tuple[str, ...] = ()  # beginnings of the class names of its pipelines
 
     def has(self, names: Collection[str]) -> bool:
-        """Whether a file with these names is one. A start that several tensors have outlives the loss of one."""
+        """Whether a file with these names is of this kind. A mark that several tensors share outlives a lost tensor."""
         starts = tuple(mark for mark in self.marks if mark.endswith("."))
         return any(mark in names for mark in self.marks) or any(name.startswith(starts) for name in names)
 
 
 def architectures() -> Iterator[FileKind]:
-    """The kinds of checkpoints, each before those whose marks it has as well."""
+    """The kinds of checkpoints. A kind that also has the marks of another one comes before it."""
     for name, sheet in reversed(FAMILIES.items()):
         answer = f"{sheet.files.called} checkpoint: use {command(sheet)}"
         yield FileKind(name, answer, sheet.files.tensors, sheet.files.pipelines)
@@ -49,7 +49,7 @@ ADAPTER_ANSWER = "a LoRA or other adapter, not a checkpoint: it belongs to --net
 CONTROL_ENDINGS = ("input_hint_block.0.weight", "controlnet_cond_embedding.conv_in.weight", ".conditioning1.0.weight")
 CONTROL_ANSWER = "a ControlNet, not a checkpoint: give the base model that it was made for"
 
-# parts of a model; asked only when no architecture is recognised
+# parts of a model, tried only if no architecture is recognised
 PARTS = (
     FileKind(
         "unet",
@@ -90,9 +90,9 @@ def _without_prefixes(shapes: Shapes) -> set[str]:
 
 
 def foreign_file(shapes: Shapes, wanted: str = "sd", answers: Mapping[str, str] = NO_ANSWERS) -> str | None:
-    """What a file is when it is not a checkpoint of the family `wanted`; None when it is one.
+    """Say what a file is if it is not a checkpoint of the family `wanted`; None if it is one.
 
-    "an SDXL checkpoint: use sdxl_train_network.py". answers: name of a kind -> what the family says of such files.
+    For example "an SDXL checkpoint: use sdxl_train_network.py". answers: name of a kind -> the family's own answer.
     """
     if any(name.endswith(ADAPTER_ENDINGS) for name in shapes):
         return ADAPTER_ANSWER
@@ -106,11 +106,11 @@ def foreign_file(shapes: Shapes, wanted: str = "sd", answers: Mapping[str, str] 
 
 
 def foreign_pipeline(class_name: str, wanted: str = "sd", answers: Mapping[str, str] = NO_ANSWERS) -> str | None:
-    """`foreign_file` for a folder, by `_class_name` in its model_index.json. Unknown classes pass."""
+    """`foreign_file` for a folder, by `_class_name` in its model_index.json. None for unknown classes."""
     kind = next((kind for kind in architectures() if kind.pipelines and class_name.startswith(kind.pipelines)), None)
     return None if kind is None or kind.name == wanted else answers.get(kind.name, kind.answer)
 
 
 def context_dim(shapes: Shapes) -> int | None:
     """Width of the text states that a U-Net attends to, in either naming; None without cross attention."""
-    return next((shape[-1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")), None)
+    return next((shape[-1] for name, shape in shapes.items() if shape and name.endswith("attn2.to_k.weight")), None)

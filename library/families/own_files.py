@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files and folders that a family is given: those of other families are refused with a line about them."""
+"""Checks that a file or folder belongs to the family it is given to. Others are refused with a line about them."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from library.weights.weight_files import WeightFile
 
 
 def class_named(path: Path) -> str:
-    """The class that a configuration of diffusers is for; empty where there is no such file or it does not say."""
+    """The `_class_name` of a configuration of diffusers; empty if there is no such file or entry."""
     return str(read_json(path).get("_class_name", "")) if path.is_file() else ""
 
 
 def require_own_file(file: WeightFile, family: str, answers: Mapping[str, str] = NO_ANSWERS) -> None:
-    """Raises UserError for a file of something else. answers: as for `foreign_file`."""
+    """Raise UserError unless the file is a checkpoint of the family. answers: as for `foreign_file`."""
     foreign = foreign_file(file.shapes, family, answers)
     if foreign:
         raise UserError(f"{file.path} is {foreign}")
 
 
 def require_own_folder(path: Path, family: str, answers: Mapping[str, str] = NO_ANSWERS) -> None:
-    """Raises UserError for a pipeline of another family. answers: as for `foreign_file`."""
+    """Raise UserError if the folder is a pipeline of another family. answers: as for `foreign_file`."""
     foreign = foreign_pipeline(class_named(path / "model_index.json"), family, answers)
     if foreign:
         raise UserError(f"{path} is {foreign}")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The data sheet of an architecture: what is known of it without loading anything. Imports no torch.
+"""The data sheet of an architecture: facts that need no loaded model. Imports no torch.
 
-Each room below library/families has one, `SHEET` in its `__init__.py`. Everything that is written per architecture
-follows from the sheets: option groups of the scripts, detection of files, which --network_module fits, metadata,
+Each package below library/families has one, `SHEET` in its `__init__.py`. Everything specific to an architecture
+follows from its sheet: the scripts' option groups, detection of files, which --network_module fits, metadata,
 docs/options.md, the table in the README, the recipes in configs/memory and the jobs of the GPU benchmark.
 """
 
@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 
 from library.families.recipes import BenchmarkJob, MemoryRecipe
 
-# adapter kinds that are made for every architecture, and those of U-Nets
+# kinds of adapters for every architecture, and those for U-Nets
 EVERYWHERE = {kind: f"networks.{kind}" for kind in ("lora_fa", "dylora", "loha", "lokr")}
 OF_UNETS = {kind: f"networks.{kind}" for kind in ("lora", "oft", "control_net_lllite")} | EVERYWHERE
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the metadata of saved files say about the base model."""
+    """Facts about the base model for the metadata of saved files."""
 
     base_model_version: str  # ss_base_model_version: "sd_v1"
     architecture: str  # modelspec.architecture without "/lora": "stable-diffusion-v1"
@@ -31,20 +31,20 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class PreviewDefaults:
-    """What a prompt of a preview means where it says nothing, and which of its fields the family makes use of."""
+    """Defaults for prompts of previews, and the optional fields of a prompt that the family uses."""
 
     steps: int = 30
     scale: float = 7.5  # classifier-free guidance; 1 turns it off
     guidance: float | None = None  # embedded guidance, of distilled models
-    size: int = 512  # pixels of a side where the dataset has no size
+    size: int = 512  # pixels of a side if the dataset gives no size
     cfg_trunc_ratio: float | None = None  # classifier-free guidance only at noise levels above 1 - this
-    renorm_cfg: float | None = None  # most that guidance may lengthen a prediction
+    renorm_cfg: float | None = None  # largest factor by which guidance may lengthen a prediction
     honoured: tuple[str, ...] = ()  # of library.sampling.preview.SPECIAL_FIELDS
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One of the published models of an architecture, which a family tells apart by its options and its files."""
+    """A published model of an architecture. The family tells which one it is from its options and files."""
 
     facts: ModelFacts
     preview: PreviewDefaults = PreviewDefaults()
@@ -55,43 +55,43 @@ class FileMarks:
     """How the files of an architecture are recognised."""
 
     called: str  # with its article, before the word "checkpoint": "an SDXL"
-    # tensor names without prefix, or starts of them that end with a dot: one is enough. Published and diffusers names
+    # tensor names without prefix, or beginnings of names that end with a dot, published and of diffusers; one is enough
     tensors: tuple[str, ...]
-    pipelines: tuple[str, ...] = ()  # starts of `_class_name` in model_index.json
-    # completes "<file> is ..." for a file in which nothing is recognised
+    pipelines: tuple[str, ...] = ()  # beginnings of `_class_name` in model_index.json
+    # completes "<file> is ..." if nothing in the file is recognised
     unknown: str = "a file of unknown names: it has no denoiser inside"
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """What is known of an architecture before a file is opened."""
+    """Facts about an architecture that are known before a file is opened."""
 
-    name: str  # in the registry, and that of its room: "sdxl"
-    title: str  # as users call the models that its scripts train: "Stable Diffusion XL"
+    name: str  # in the registry, and of its package: "sdxl"
+    title: str  # for users: "Stable Diffusion XL"
     path: str  # "module:Class" of its ModelFamily
-    option_groups: Mapping[str, type]  # groups of a method's options that it replaces by its own: "model" at least
+    option_groups: Mapping[str, type]  # option groups of a method that it replaces with its own: at least "model"
     files: FileMarks
     networks: Mapping[str, str]  # kind of adapters -> the --network_module for these models
     variants: Mapping[str, Variant]
-    adapter_prefixes: Mapping[str, str]  # text encoder -> what its names in adapter files begin with: "lora_te1"
-    bucket_step: int  # sides of pictures are multiples of it, in pixels
+    adapter_prefixes: Mapping[str, str]  # text encoder -> prefix of its names in adapter files: "lora_te1"
+    bucket_step: int  # pixels; sides of pictures are multiples of it
 
-    # who starts it
+    # scripts
     scripts: Mapping[str, str] = field(default_factory=dict)  # method of library.cli -> script
-    family_option: str | None = None  # model option whose value is the name of the family that the scripts train
-    scripts_of: str | None = None  # the family whose scripts train it, by their `family_option`
+    family_option: str | None = None  # model option with which the scripts train other families, by their names
+    scripts_of: str | None = None  # family whose scripts train this one, with their `family_option`
 
-    # what its options and files are like
+    # options and files
     token_option: str = "--max_token_length"  # the option that limits the length of captions
     formats: tuple[str, ...] = ("safetensors",)  # of --save_model_as, in which checkpoints can be written
-    lora_format: str = "kohya"  # the --lora_format of a run that gives none
+    lora_format: str = "kohya"  # default of --lora_format
     side_endings: tuple[str, ...] = ()  # of files that are written beside a checkpoint: "_clip_l"
-    # text encoders whose adapters are trained only when this --network_args key is True: too large to train unasked.
-    # Empty: they are never trained
+    # text encoder -> the --network_args key that must be True to train its adapters: it is too large to train by
+    # default. Empty key: its adapters are never trained
     asked_encoders: Mapping[str, str] = field(default_factory=dict)
 
     # pages and recipes
-    models: str = ""  # in the README's table: "SD3, SD3.5 medium and large"; empty: those of `scripts_of`
+    models: str = ""  # in the README's table: "SD3, SD3.5 medium and large"; empty if `scripts_of` lists them
     page: str = ""  # "docs/sd3.md"
     recipes: Mapping[str, str] = field(default_factory=dict)  # method -> "configs/sd3_lora.toml"
     memory_recipes: Mapping[str, MemoryRecipe] = field(default_factory=dict)  # name in configs/memory -> recipe
@@ -99,5 +99,5 @@ class Sheet:
 
     @property
     def default_network(self) -> str:
-        """The --network_module of a run that gives none."""
+        """The default of --network_module."""
         return self.networks["lora"]

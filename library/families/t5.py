@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The states of T5 in a Cond, as FLUX.1, Chroma and SD3 have them: of one length, or without the padding and masked."""
+"""States of T5 in a Cond, for FLUX.1, Chroma and SD3: all of one length, or without padding and with a mask."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from library.types import Cond, Tokens
 from library.weights.text_encoders import t5_states
 
 T5 = "t5xxl"  # name of the encoder, and of its states: (B, length, width)
-MASK = f"{T5}_mask"  # (B, length) bool: True where the model may look
+MASK = f"{T5}_mask"  # (B, length) bool: True where the model may attend
 
 
 def encode_t5(encoder: nn.Module, tokens: Tokens, *, masked: bool, more: int = 0) -> Cond:
-    """The last states; with `masked` as long as the longest caption, and zero where the mask says so.
+    """The last states of T5. With `masked`, they are cut to the longest caption and are zero where the mask is False.
 
-    more: tokens of the padding that the model may look at.
+    more: number of padding tokens that the model may attend to.
     """
     device = next(encoder.parameters()).device
     ids = on_device(tokens.ids[T5], device)
@@ -31,7 +31,7 @@ def encode_t5(encoder: nn.Module, tokens: Tokens, *, masked: bool, more: int = 0
 
 
 def cut_padding(parts: list[Cond], cond: Cond) -> list[Cond]:
-    """The parts of a batch, one per caption, their states as long as the mask of `cond` says."""
+    """Cut the states of each part of a batch, one per caption, to the length that the mask of `cond` gives."""
     lengths = cond[MASK].sum(1).tolist() if MASK in cond else ()
     for part, length in zip(parts, lengths):
         part |= {key: part[key][:length] for key in (T5, MASK)}

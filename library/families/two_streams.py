@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Transformers designed as FLUX.1: double blocks, in which picture and text are two streams, then single blocks."""
+"""Transformers designed like FLUX.1: double blocks, in which picture and text are two streams, then single blocks."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from library.memory.block_swap import spread
 
 
 class TwoStreamFamily(ModelFamily):
-    """Which of these blocks are swapped, and where their modulations are."""
+    """A family whose denoiser has double and single blocks: its swapped blocks and its modulations."""
 
-    embedder: ClassVar[str]  # the module that gives the time embedding
+    embedder: ClassVar[str]  # name of the module that computes the time embedding
 
     def blocks(self, denoiser: nn.Module) -> list[nn.Module]:
         return [block for blocks in block_lists(denoiser) for block in blocks]
 
     def swapped(self, denoiser: nn.Module, count: int, options: Any = None) -> list[int]:
-        """Half of `count` are double blocks; for each other one, two single blocks go, which are about as large."""
+        """Half of `count` are double blocks. Each other one stands for two single blocks, which are about as large."""
         require_blocks("--blocks_to_swap", count, self.most_swapped(denoiser))
         return self.swapped_of_each(denoiser, count // 2, 2 * (count - count // 2))
 
     def swapped_of_each(self, denoiser: nn.Module, double: int, single: int) -> list[int]:
-        """Indices into `blocks` of so many double and single blocks, evenly spread."""
+        """Indices into `blocks` of `double` double blocks and `single` single blocks, evenly spread."""
         doubles, singles = map(len, block_lists(denoiser))
         return [*spread(doubles, double), *(doubles + index for index in spread(singles, single))]
 

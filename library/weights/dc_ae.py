@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The deep compression autoencoder (DC-AE) of SANA: where its weights lie, and pixels <-> scaled latents.
+"""The deep compression autoencoder (DC-AE) of SANA: where its weights are, and pixels <-> scaled latents.
 
 Chen et al. 2024, "Deep Compression Autoencoder for Efficient High-Resolution Diffusion Models",
 https://arxiv.org/abs/2410.10733. Latents are 32 times smaller than pictures along each side, and nothing is drawn.
@@ -26,19 +26,19 @@ from library.weights.weight_files import open_weights
 
 CLASS = "AutoencoderDC"
 CHANNELS = 32  # of latents
-LEVELS = 6  # of encoder and decoder: each but the first halves the sides
+LEVELS = 6  # of encoder and decoder; each except the first halves the sides
 PUBLISHED, DIFFUSERS = (
     "encoder.stages.",
     "encoder.down_blocks.0.0.",
-)  # starts of names; other autoencoders lack the last 0
+)  # beginnings of names; those of other autoencoders lack the last 0
 RESIDUAL, ATTENTION = "ResBlock", "EfficientViTBlock"
 NEEDED = "the DC-AE of SANA (dc-ae-f32c32-sana-1.0 or 1.1) is needed"
 
 
 def dc_ae_part(path: Path, *, option: str = "--vae") -> Part:
-    """A DC-AE in a file (published or diffusers names) or in a folder (its own, a model's).
+    """The DC-AE in a file (published or diffusers names) or in a folder (its own or a model's).
 
-    option: for messages. Raises UserError when it is another autoencoder.
+    option: for messages. Raises UserError if it is another autoencoder.
     """
     if path.is_dir():
         folder = path / "vae" if (path / "vae").is_dir() else path
@@ -62,7 +62,7 @@ def dc_ae_part(path: Path, *, option: str = "--vae") -> Part:
     return Part("VAE", file, "", partial(build, config), rules, f"DC-AE {config.get('scaling_factor')}")
 
 
-# Names inside of a block, published and of diffusers
+# Names inside a block, published and of diffusers
 NORMS = {RESIDUAL: ("main.conv2.norm.weight", "norm.weight"),
          ATTENTION: ("context_module.main.proj.norm.weight", "attn.norm_out.weight")}  # fmt: skip
 AROUND = ("context_module.main.aggreg.0.0.weight", "attn.to_qkv_multiscale.0.proj_in.weight")
@@ -72,7 +72,7 @@ BLOCK = re.compile(r"((?:op_list\.)?\d+\.)(.*)")
 
 
 def layout(shapes: Shapes) -> dict[str, Any]:
-    """The part of the configuration that the shapes of a file tell, in published or diffusers' names."""
+    """The part of the configuration that the shapes of a file in published or diffusers names tell."""
     names = 0 if has(shapes, PUBLISHED) else 1
     latents = ("encoder.project_out.main.op_list.0.conv.weight", "encoder.conv_out.weight")[names]
     config: dict[str, Any] = {"latent_channels": shape_of(shapes, latents, 4)[0]}
@@ -86,7 +86,7 @@ def layout(shapes: Shapes) -> dict[str, Any]:
 
 
 def _level(shapes: Shapes, start: str, names: int) -> dict[str, Any]:
-    """What the names that begin with `start` tell of their level. names: 0 for published ones, 1 for diffusers'."""
+    """The configuration of the level whose names begin with `start`. names: 0 for published ones, 1 for diffusers'."""
     found = [match.groups() for name in below(shapes, start) if (match := BLOCK.match(name))]
     blocks = [*dict.fromkeys(block for block, rest in found if not rest.startswith(RESIZING))]
     if not blocks:
@@ -130,7 +130,7 @@ SIZE_CHANGES = {"DCDownBlock2d": "main.conv", "DCUpBlock2d": "main.conv.conv"}
 
 
 def dc_ae_names(vae: nn.Module) -> Iterator[ModuleName]:
-    """The table of an AutoencoderDC. Attention is made of 1x1 convolutions in the file."""
+    """The table of an AutoencoderDC. Its attention consists of 1x1 convolutions in the file."""
     yield from ENDS
     for side, blocks in (("encoder", "down_blocks"), ("decoder", "up_blocks")):
         for i, level in enumerate(vae.get_submodule(f"{side}.{blocks}").children()):

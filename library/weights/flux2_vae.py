@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The autoencoder of FLUX.2: where its weights lie, and pixels <-> normalised latents.
+"""The autoencoder of FLUX.2: where its weights are, and pixels <-> normalised latents.
 
-A KL autoencoder of 32 channels at an eighth of the size. Each 2 x 2 latent pixels are one of 128 channels, which the
-running statistics of a batch normalisation bring to mean 0 and variance 1.
+A KL autoencoder of 32 channels at an eighth of the size. Each 2 x 2 latent pixels are joined to one of 128 channels,
+which the running statistics of a batch normalisation bring to mean 0 and variance 1.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from library.weights.weight_files import WeightFile, open_weights
 NEEDED = kl_vae.RequiredVae(32, "FLUX.2 (flux2-vae.safetensors)")
 CLASS = "AutoencoderKLFlux2"
 STATISTICS = ("running_mean", "running_var")
-COUNTER = "bn.num_batches_tracked"  # a whole number, which nothing reads
+COUNTER = "bn.num_batches_tracked"  # an integer that nothing reads
 
 
 def vae_part(path: Path, *, option: str) -> Part:
-    """A VAE in a file (published or diffusers names, alone or inside a checkpoint) or in a folder (its own, a model's).
+    """The VAE in a file (published or diffusers names, alone or in a checkpoint) or in a folder (its own or a model's).
 
-    option: for messages. Raises UserError when it is not the VAE of FLUX.2.
+    option: for messages. Raises UserError if it is not the VAE of FLUX.2.
     """
     config = shipped_config("flux2_ae")
     if path.is_dir():
@@ -63,7 +63,7 @@ def vae_part(path: Path, *, option: str) -> Part:
 
 
 def _decoder_widths(shapes: Shapes, levels: int, published: bool) -> list[int]:
-    """Channels of the decoder from full size on: there is a smaller one for the same latents."""
+    """Channels of the decoder, beginning at full size. A smaller decoder exists for the same latents."""
     names = [f"decoder.up.{i}.block.0" if published else f"decoder.up_blocks.{levels - 1 - i}.resnets.0"
              for i in range(levels)]  # fmt: skip
     return [shape_of(shapes, f"{name}.conv2.weight", 4)[0] for name in names]
@@ -81,7 +81,7 @@ def _own_rules(vae: nn.Module) -> tuple[Rule, ...]:
 
 
 def _published_rules(vae: nn.Module, inside: bool) -> tuple[Rule, ...]:
-    """inside: the 1 x 1 convolutions around the latents are named as parts of encoder and decoder."""
+    """Published names. inside: the 1 x 1 convolutions around the latents are named as parts of encoder and decoder."""
     sides = ("encoder.", "decoder.") if inside else ("", "")
     own = [named(f"{side}{name}", name) for side, name in zip(sides, ("quant_conv", "post_quant_conv"))]
     tensors = [name for name in vae.state_dict() if name != COUNTER]
@@ -89,7 +89,7 @@ def _published_rules(vae: nn.Module, inside: bool) -> tuple[Rule, ...]:
 
 
 def _keep_statistics(vae: nn.Module, file: WeightFile, prefix: str) -> None:
-    """Have the statistics as the file has them, whatever the dtype of the weights: all latents depend on them."""
+    """Load the statistics in float32 for every dtype of the weights: all latents depend on them."""
     bn: Any = vae.get_submodule("bn")
     for name in STATISTICS if not bn.running_mean.is_meta else ():
         setattr(bn, name, file.copy(f"{prefix}bn.{name}", torch.float32))
@@ -100,7 +100,7 @@ def _keep_statistics(vae: nn.Module, file: WeightFile, prefix: str) -> None:
 
 @torch.no_grad()
 def encode(vae: Any, pixels: Tensor) -> Tensor:
-    """Pixels B 3 16h 16w in [-1, 1] -> normalised latents B 128 h w float32, of the posterior's mean."""
+    """Pixels B 3 16h 16w in [-1, 1] -> normalised latents B 128 h w float32, from the posterior's mean."""
     parameter = next(vae.parameters())
     with torch.autocast(parameter.device.type, enabled=False):  # the VAE's own dtype decides: see --no_half_vae
         posterior = vae.encode(pixels.to(parameter.device, parameter.dtype), return_dict=False)[0]

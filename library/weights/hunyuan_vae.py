@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The autoencoder of HunyuanImage-2.1: where its weights lie, and their published names.
+"""The autoencoder of HunyuanImage-2.1: where its weights are, and their published names.
 
 Published names: https://github.com/Tencent-Hunyuan/HunyuanImage-2.1. library.weights.kl_vae turns pixels into latents,
-as with other KL autoencoders: here 32 x 32 pixels are one latent pixel of 64 channels.
+as for other KL autoencoders. Here 32 x 32 pixels become one latent pixel of 64 channels.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ CLASS = "AutoencoderKLHunyuanImage"
 NEEDED = kl_vae.RequiredVae(64, "HunyuanImage-2.1")
 PREFIXES = ("", "vae.")
 MARK = "encoder.conv_in."
-# the 1x1 convolutions of the attention are those of a video in Tencent's own file
+# the 1x1 convolutions of the attention are three-dimensional in Tencent's own file
 CONVOLUTION = Op(lambda t: t, lambda t, shape: t.reshape(shape), shapes=lambda shape: (shape, (*shape, 1)))
 ATTENTION = (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("proj_out", "proj"))
 
 
 def vae_part(path: Path, option: str) -> Part:
-    """The autoencoder in a file or in a folder (its own, a model's). Raises UserError where it is another one."""
+    """The autoencoder in a file or in a folder (its own or a model's). Raises UserError if it is another one."""
     if path.is_dir():
         folder = path / "vae" if (path / "vae").is_dir() else path
         file, prefix, published = part_file(folder), "", False
@@ -55,11 +55,11 @@ def vae_part(path: Path, option: str) -> Part:
 
 
 def layout(shapes: Shapes, *, published: bool) -> dict[str, Any]:
-    """The part of the configuration that the shapes tell. published: in published names, else in those of diffusers."""
+    """The part of the configuration that the shapes tell. published: whether names are published or of diffusers."""
     if published:
         first = [f"encoder.down.{level}.block.0." for level in range(depth(shapes, "encoder.down.{}."))]
         layers = depth(shapes, "encoder.down.0.block.{}.")
-    else:  # one list of blocks: the residual blocks of a level, then what halves the sides
+    else:  # one list of blocks: the residual blocks of a level, then its downsampling
         blocks = [*takewhile(lambda start: has(shapes, start), (f"encoder.down_blocks.{i}." for i in count()))]
         layers = next((i for i, start in enumerate(blocks) if has(shapes, f"{start}conv.")), len(blocks))
         first = blocks[:: layers + 1]

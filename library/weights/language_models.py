@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Language models as text encoders: Gemma 2, Qwen3, Mistral, and the text part of Qwen2.5-VL.
 
-Sources are those of `text_encoders`. Output layers and vision towers are never loaded, and of a model whose inner
-states are read, nothing above them either. The shapes in a file tell its sizes; what no shape tells comes from
-configs/models, or from the folder's config.json.
+Sources are those of `text_encoders`. Output layers and vision towers are never loaded, nor are layers above the states
+that are read. Sizes come from the shapes in a file; everything else comes from configs/models or from the folder's
+config.json.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from library.weights.text_encoders import (
 )
 from library.weights.weight_files import WeightFile
 
-# What programs put before the names: transformers 5 and 4 for models that also see, for those that only read, nothing
+# Prefixes of names in files: of transformers 5 and 4 for models with vision, of text-only models, and none
 LEVELS = ("model.language_model.", "language_model.model.", "language_model.", "model.", "")
-ROPE = ("rope_theta", "rope_scaling", "rope_parameters")  # one fact under its names of several versions
+ROPE = ("rope_theta", "rope_scaling", "rope_parameters")  # names of the same setting in different versions
 VISION = ("visual.", "model.visual.")
 
 
@@ -45,9 +45,9 @@ class LanguageModel:
 
     what: str  # for messages, and the key of LANGUAGE_MARKS
     config: str  # of configs/models
-    classes: tuple[str, str]  # of transformers: the configuration and the model without its output layer
+    classes: tuple[str, str]  # in transformers: the configuration, and the model without its output layer
     head: int  # width of an attention head
-    settings: tuple[str, ...] = ("head_dim", "rms_norm_eps", "rope_parameters")  # on which its states depend
+    settings: tuple[str, ...] = ("head_dim", "rms_norm_eps", "rope_parameters")  # settings that its states depend on
 
 
 KINDS = {
@@ -66,9 +66,8 @@ def language_encoder(
     """A language model of KINDS without its output layer.
 
     path: file, opened or not, or folder. option: for messages. prefixes: of the names in a file, before one of LEVELS.
-    layers: so many are loaded, and neither those above nor the last norm, so that `hidden_states[layers]` is what the
-    whole model has there, not normalised. None: all of it. Raises UserError for a file of another kind and for a model
-    with fewer layers.
+    layers: number of layers to load, without the last norm: `hidden_states[layers]` is then that of the whole model,
+    not normalised. None: the whole model. Raises UserError for a file of another kind or a model with fewer layers.
     """
     model = KINDS[kind]
     file, folder_config = open_source(path)
@@ -82,10 +81,10 @@ def language_encoder(
     shapes = below(file.shapes, prefix)
     with reading_sizes(file.path, prefix, option):
         sizes = language_layout(shapes, model.head)
+        full = {**_fixed(model, sizes, folder_config), "attention_dropout": 0.0}
     found = sizes["num_hidden_layers"]
     if layers is not None and found < layers:
         raise UserError(f"{option}: {file.path} has {found} layers, and the states of layer {layers} are needed")
-    full = {**_fixed(model, sizes, folder_config), "attention_dropout": 0.0}
     extras = () if layers is None else (rf"layers\.({'|'.join(map(str, range(layers, found)))})\..+", r"norm\.weight")
     settings = " ".join(str(full.get(key)) for key in model.settings)
     part = Part(model.what, file, prefix, partial(_build, full, kind, layers), own_names, settings, extras=extras)
@@ -93,32 +92,32 @@ def language_encoder(
 
 
 def gemma2_encoder(path: Path, *, option: str, prefixes: Sequence[str] = ("",)) -> EncoderPart:
-    """Gemma 2, all of its layers. Arguments as `language_encoder`."""
+    """Gemma 2 with all of its layers. Arguments as in `language_encoder`."""
     return language_encoder("gemma2", path, option=option, prefixes=prefixes)
 
 
 def _kind_below(shapes: Shapes, start: str) -> str | None:
-    """Which kind the names below `start` are, by what any of its layers has, so that no single tensor decides it."""
+    """The kind of the model below `start`. Any of its layers tells, so a single missing tensor does not matter."""
     names = [name for name in shapes if name.startswith(f"{start}layers.")]
     return next((what for what, mark in LANGUAGE_MARKS.items() if any(n.endswith(f".{mark}") for n in names)), None)
 
 
 def _fixed(model: LanguageModel, sizes: Mapping[str, Any], folder: Mapping[str, Any]) -> dict[str, Any]:
-    """The whole configuration: what is shipped, what the shapes tell, and a folder's config.json, which counts most."""
+    """The whole configuration. A folder's config.json overrides the shapes, which override the shipped one."""
     own = folder.get("text_config", folder)
     shipped = shipped_config(model.config)
     if any(name in own for name in ROPE):
         shipped = {name: value for name, value in shipped.items() if name not in ROPE}
     full = {**shipped, **sizes, **own}
     sections = full.get("rope_parameters") or {}
-    if "mrope_section" in sections and "rope_parameters" not in own:  # of models with smaller heads than the published
+    if "mrope_section" in sections and "rope_parameters" not in own:  # smaller heads than published
         side = 3 * full["head_dim"] // 16
         full["rope_parameters"] = {**sections, "mrope_section": [full["head_dim"] // 2 - 2 * side, side, side]}
     return {name: value for name, value in full.items() if name not in ("model_type", "vision_config")}
 
 
 def language_layout(shapes: Shapes, head: int) -> dict[str, Any]:
-    """The part of the config that the shapes tell. A model smaller than one `head` has one head for keys."""
+    """The part of the configuration that the shapes tell. A model narrower than one `head` has a single key head."""
     vocabulary, width = shape_of(shapes, "embed_tokens.weight", 2)
     queries, keys = (shape_of(shapes, f"layers.0.self_attn.{n}_proj.weight", 2)[0] for n in "qk")
     norm = "layers.0.self_attn.q_norm.weight"
@@ -151,8 +150,8 @@ def _build(config: Mapping[str, Any], kind: str, layers: int | None) -> nn.Modul
 def language_states(encoder: Any, ids: Tensor, words: Tensor, layers: Sequence[int]) -> list[Tensor]:
     """States (B, length, width) after each of `layers`, as `hidden_states` of transformers counts them.
 
-    ids: (B, length). words: (B, length) bool, False at padding, which no token looks at. Of a mask of two dimensions
-    transformers asks the host whether it can be left out; one of four dimensions it takes as it is.
+    ids: (B, length). words: (B, length) bool, False at padding, which no token attends to. The mask has four dimensions
+    because transformers uses such a mask as it is: for one with two, the host waits to see whether it can be left out.
     """
     mask = words
     if encoder.config._attn_implementation == "sdpa":

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a path or hub id to modules: find the files, build the module empty, put the file's tensors into it.
+"""Loading of modules from a path or hub id: find the files, build an empty module, put the file's tensors into it.
 
-The module is built without memory for its parameters, and the tensors of the file become its parameters: nothing is
-copied unless a cast or another device is asked for, so the peak stays near the size of what is kept.
+The module is built without memory for its parameters, and the tensors of the file become its parameters. Nothing is
+copied unless another dtype or device is asked for, so peak memory stays near the size of the loaded module.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,44 +32,43 @@ from library.weights.weight_files import WEIGHT_SUFFIXES, WeightFile, open_weigh
 CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "configs" / "models"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 BASE_NAMES = ("diffusion_pytorch_model", "model", "pytorch_model")
-VARIANTS = ("", ".bf16", ".fp16")  # the full weights where both are there
+VARIANTS = ("", ".bf16", ".fp16")  # full weights first
 PIPELINE_FILES = ("model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*.json")
 SKIPPED_FILES = ("safety_checker/*", "feature_extractor/*", "*non_ema*", "*openvino*", "*flax*", "*.onnx*")
 
 
 @dataclass(frozen=True)
 class Part:
-    """One module of a model: how to build it, and where its weights lie."""
+    """One module of a model: how to build it, and where its weights are."""
 
     what: str  # for messages: "U-Net"
     file: WeightFile
     prefix: str  # of its names in the file
-    build: Callable[[], nn.Module]  # with its configuration: a `functools.partial`, as `rules` where it has arguments
+    build: Callable[[], nn.Module]  # a `functools.partial` with its configuration; so is `rules` if it has arguments
     rules: Callable[[nn.Module], tuple[Rule, ...]]
-    settings: str = ""  # what else its outputs depend on: part of the fingerprint
-    finish: Callable[[nn.Module], None] | None = None  # what is done to the module when its weights are in
-    spare: str = ""  # start of names below the prefix that belong to it and are not used
+    settings: str = ""  # other things that its outputs depend on: part of the fingerprint
+    finish: Callable[[nn.Module], None] | None = None  # called with the module once its weights are loaded
+    spare: str = ""  # beginning of names below the prefix that belong to it and are not used
     extras: tuple[str, ...] = ()  # further tensors of published files: regular expressions on whole names
-    # width of a published model -> the numbers of its blocks by their names in the configuration
+    # width of a published model -> its numbers of blocks, by their keys in the configuration
     published_depths: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
 
     def blank(self) -> nn.Module:
-        """The module without its weights (on the meta device), as `build` makes it."""
+        """The module from `build`, its parameters on the meta device."""
         return build_empty(self.build)
 
     def expected(self) -> dict[str, tuple[tuple[int, ...], ...]]:
-        """Weights by their names in the file, each with the shapes that it may have there. Cached."""
+        """Names of the weights in the file -> the shapes that each may have there. Cached."""
         found = _expected(_Maker((_key(self.build), _key(self.rules)), self.build, self.rules))
         return {self.prefix + name: shapes for name, shapes in found.items()}
 
     def load(self, dtype: torch.dtype | None, device: torch.device | str, *, storage: Storage = "plain") -> nn.Module:
-        """The module with its weights, frozen, in evaluation mode. dtype None: as the file has them, fp8 as bfloat16.
+        """The module with its weights, frozen, in evaluation mode. dtype None: that of the file, bfloat16 for fp8.
 
-        storage: how matrices are kept. "half": those that the file has in half precision or fp8 stay so and are cast
-        when they are used, for a module that only computes in `dtype` (see library.memory.precision). "fp8", "int8",
-        "nf4": those of the repeated blocks are quantised as they are read (library.memory.quantise), one at a time;
-        with "fp8", what the file has in fp8 stays as it is. Raises UserError when weights are missing or have another
-        shape.
+        storage: how matrices are kept. "half": those stored in half precision or fp8 stay so and are cast when they are
+        used, for a module that computes in `dtype` only (see library.memory.precision). "fp8", "int8", "nf4": those of
+        the repeated blocks are quantised one at a time while they are read (library.memory.quantise); with "fp8",
+        weights stored in fp8 are kept. Raises UserError if weights are missing or have another shape.
         """
         if dtype is None and self.file.is_float8:
             dtype = torch.bfloat16
@@ -88,11 +88,11 @@ class Part:
         if self.finish is not None:
             self.finish(module)
         if storage not in ("plain", "half"):
-            free_memory()  # of the large forms of what was made small
+            free_memory()  # of the weights before quantisation
         return module.to(device).eval().requires_grad_(False)  # `to` moves the buffers that no file holds
 
     def empty(self, dtype: torch.dtype | None = None, storage: Storage = "plain") -> nn.Module:
-        """The module as `load` makes it, its weights without memory (on the meta device). Reads the header only."""
+        """The module that `load` returns, but with weights on the meta device. Reads the header only."""
         if dtype is None and self.file.is_float8:
             dtype = torch.bfloat16
         module = self.blank()
@@ -119,11 +119,11 @@ class Part:
     def _read(
         self, module: nn.Module, shapes: Shapes, dtype: torch.dtype | None, device: torch.device | str, storage: Storage
     ) -> tuple[dict[str, Tensor], list[str]]:
-        """The module's tensors by its names, and the names that are missing. Quantised Linears are put in here."""
+        """The module's tensors by name, and the names that are missing. Puts quantised Linears into the module."""
         file = self.file
         rules: Sequence[Rule] = self.rules(module)
         tensors: dict[str, Tensor] = {}
-        as_is: set[str] = set()  # our weights that are read in the file's dtype
+        as_is: set[str] = set()  # our names of weights that are read in the file's dtype
         keep: Callable[[str, Tensor], dict[str, Tensor]] = lambda own, tensor: {own: tensor}
         if storage == "half":
             as_is = castable_weights(module) if dtype == torch.float32 else set()
@@ -144,18 +144,18 @@ class Part:
         return tensors | others, wrong
 
     def fingerprint(self) -> str:
-        """Hash of settings and of names, shapes and bytes of this part's weights: equal only for equal contents."""
+        """Hash of settings and of names, shapes and bytes of this part's weights: equal only if all of them are."""
         return weights_fingerprint(self.file, self.prefix, self.settings)
 
 
 def kept_dtype(stored: torch.dtype) -> torch.dtype:
-    """What weights are kept in that no dtype is asked for: nothing here computes in 64 bits."""
+    """The dtype of loaded weights if none is asked for: that of the file, but float32 for float64."""
     return torch.float32 if stored == torch.float64 else stored
 
 
 @dataclass(frozen=True)
 class _Maker:
-    """How an empty module and its names in files are made. Equal where both come out equal."""
+    """How an empty module and its names in files are made. Equal makers give equal results."""
 
     key: tuple[Any, ...]
     build: Callable[[], nn.Module] = field(compare=False)
@@ -176,7 +176,7 @@ def _expected(maker: _Maker) -> dict[str, tuple[tuple[int, ...], ...]]:
 
 
 def build_empty(build: Callable[[], nn.Module]) -> nn.Module:
-    """What `build` makes, its parameters without memory (on the meta device), its buffers real."""
+    """The module from `build`, with parameters on the meta device and real buffers."""
     from accelerate import init_empty_weights
 
     with init_empty_weights():
@@ -187,11 +187,11 @@ def build_empty(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 def locate(name: str, option: str, patterns: Sequence[str]) -> Path:
-    """The local file or folder for a path or hub id. A hub id is only tried when no such path exists.
+    """The local file or folder for a path or hub id. A hub id is only tried if no such path exists.
 
-    patterns: which files of a hub repository are needed. Raises UserError when there is nothing of that name.
+    patterns: files that are needed of a hub repository. Raises UserError if there is nothing of that name.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # unlike Path.expanduser, it leaves an unknown "~user" as it is
     if path.exists():
         return path
     if HUB_ID.fullmatch(name) and path.suffix not in WEIGHT_SUFFIXES:
@@ -200,7 +200,7 @@ def locate(name: str, option: str, patterns: Sequence[str]) -> Path:
 
 
 def _similar(path: Path) -> str:
-    """A hint at a file of nearly that name beside it."""
+    """A hint at a file with a similar name in the same folder."""
     if not path.parent.is_dir():
         return f" (nor does the folder {path.parent})"
     hint = nearest(path.name, (p.name for p in path.parent.iterdir()))
@@ -208,13 +208,13 @@ def _similar(path: Path) -> str:
 
 
 def download(repository: str, option: str, patterns: Sequence[str]) -> Path:
-    """Folder with the needed files of a hub repository: from the local hub cache, else over the network.
+    """Folder with the needed files of a hub repository, from the local hub cache or else over the network.
 
-    patterns name .safetensors files; where a repository has none, its variants in half precision or its .bin files are
-    taken.
+    patterns: names of .safetensors files. If a repository has none of them, its variants in half precision or its .bin
+    files are used.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
     pickles = [pattern.replace(".safetensors", ".bin") for pattern in patterns]
     full = [*SKIPPED_FILES, "*.fp16.*", "*.bf16[.-]*"]
@@ -229,13 +229,14 @@ def download(repository: str, option: str, patterns: Sequence[str]) -> Path:
             f"{option}: {repository} does not exist here, is not in the hub's cache, and the hub cannot be reached; "
             "give the path of a file or folder"
         ) from None
-    except (HfHubHTTPError, ValueError, OSError) as error:
-        raise UserError(f"{option}: the hub does not give {repository}: {str(error).strip().splitlines()[0]}") from None
+    except Exception as error:  # of the hub, the network or the disk: the classes differ from version to version
+        problem = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{option}: the hub does not give {repository}: {problem}") from None
     raise UserError(f"{option}: {repository} on the hub has no weights of a diffusers model")
 
 
 def part_file(folder: Path) -> WeightFile:
-    """The weights in a diffusers or transformers folder: safetensors before pickles, whole before split."""
+    """The weights in a diffusers or transformers folder: safetensors before pickles, one file before several."""
     for ending in (".safetensors", ".bin"):
         for base in BASE_NAMES:
             for variant in VARIANTS:
@@ -246,13 +247,13 @@ def part_file(folder: Path) -> WeightFile:
                 ):
                     if (folder / name).is_file():
                         return open_weights(folder / name)
-                for part in folder.glob(f"{base}{variant}-00001-of-*{ending}"):  # the index was left behind
+                for part in folder.glob(f"{base}{variant}-00001-of-*{ending}"):  # the index is missing
                     return open_weights(part)
     raise UserError(f"{folder} has no weights: {BASE_NAMES[0]}.safetensors or {BASE_NAMES[1]}.safetensors is missing")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises UserError when the file is missing or holds something else."""
+    """Read a JSON object. Raises UserError if the file is missing or holds something else."""
     try:
         content = parse_json(path.read_bytes(), finite=True)
     except FileNotFoundError:
@@ -267,10 +268,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def shipped_config(name: str) -> dict[str, Any]:
-    """configs/models/<name>.json: what a single file does not say of itself."""
+    """The configuration in configs/models/<name>.json, for what a single file of weights does not tell."""
     return read_json(CONFIG_FOLDER / f"{name}.json")
 
 
 def own_names(module: nn.Module) -> tuple[Rule, ...]:
-    """The rules of a file that has our own names."""
+    """The rules for a file with our own names."""
     return tuple(Rule(name, (name,)) for name in module.state_dict())

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The autoencoder of Qwen-Image, which Anima uses too: where its weights lie, and pixels <-> normalised latents.
+"""The autoencoder of Qwen-Image, also used by Anima: where its weights are, and pixels <-> normalised latents.
 
-It is the video autoencoder of Wan 2.1 with other weights: its convolutions are three-dimensional, and a picture is a
-video of one frame. Published names are those of Wan 2.1 (https://github.com/Wan-Video/Wan2.1, as ComfyUI's files have
-them), or those of diffusers (as in the repository of Qwen-Image).
+It is the video autoencoder of Wan 2.1 with other weights. Its convolutions are three-dimensional, and a picture is a
+video of one frame. Published names are those of Wan 2.1 (https://github.com/Wan-Video/Wan2.1) in ComfyUI's files, and
+those of diffusers in the repository of Qwen-Image.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ DIFFUSERS = ("encoder.down_blocks.{}.", "conv1.weight", "encoder.conv_in.weight"
 
 
 def wan_names(vae: nn.Module) -> list[ModuleName]:
-    """The table for files in the names of Wan 2.1, in which the levels of each side are one list of layers."""
+    """The table for files with the names of Wan 2.1, in which all levels of a side form one list of layers."""
     count = children_of(vae)
     names = [named("conv1", "quant_conv"), named("conv2", "post_quant_conv")]
     for side in ("encoder", "decoder"):
@@ -76,16 +76,16 @@ def wan_rules(vae: nn.Module) -> tuple[Rule, ...]:
 
 
 def qwen_vae_part(path: Path, *, option: str = "--vae") -> Part:
-    """The VAE in a file (names of Wan 2.1 or diffusers) or in a folder (its own, a model's).
+    """The VAE in a file (names of Wan 2.1 or diffusers) or in a folder (its own or a model's).
 
-    option: for messages. Raises UserError when it is another VAE.
+    option: for messages. Raises UserError if it is another VAE.
     """
     if path.is_dir():
         folder = path / "vae" if (path / "vae").is_dir() else path
         config = read_json(folder / "config.json")
         if config.get("_class_name", CLASS) != CLASS:
             raise UserError(f"{option}: {folder} holds a {config['_class_name']}, not an {CLASS}: {NEEDED}")
-        return _part(part_file(folder), "", config, own_names)
+        return _part(part_file(folder), "", config, own_names, option)
     file = open_weights(path)
     for names, rules in ((WAN, wan_rules), (DIFFUSERS, own_names)):
         for prefix in PREFIXES:
@@ -117,7 +117,7 @@ def layout(shapes: Shapes, names: tuple[str, str, str]) -> dict[str, Any]:
     """The part of the configuration that the shapes tell. names: WAN or DIFFUSERS."""
     block, convolution, first = names
     found = (re.match(re.escape(block).replace(r"\{\}", r"(\d{1,3})") + r"(resample|time_conv)\.", n) for n in shapes)
-    resampled = sorted({int(match[1]) for match in found if match})  # the last layer of each level but the last one
+    resampled = sorted({int(match[1]) for match in found if match})  # the last layer of each level but the last
     starts = [0, *(i + 1 for i in resampled)]
     width, colours, *_ = shape_of(shapes, first, 5)
     return {
@@ -138,9 +138,9 @@ def build_qwen_vae(config: Mapping[str, Any]) -> nn.Module:
 
 
 def use_single_frames(vae: nn.Module) -> None:
-    """Compute the convolutions over time in two dimensions: a third of the work, and of the memory.
+    """Compute the convolutions over time in two dimensions, which takes a third of the time and memory.
 
-    Before the one frame of a picture there are only zeros, so that the last slice of a kernel alone has an effect.
+    Only zeros come before the single frame of a picture, so only the last slice of a kernel has an effect.
     """
     for module in vae.modules():
         if isinstance(module, nn.Conv3d):
@@ -158,9 +158,9 @@ def _convolved(conv: Any, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def encode(vae: Any, pixels: Tensor) -> Tensor:
-    """Pixels B 3 H W in [-1, 1] -> latents B 16 h w float32 as the denoiser sees them: (mean - m) / s, by channel.
+    """Pixels B 3 H W in [-1, 1] -> latents B 16 h w float32, normalised for the denoiser: (mean - m) / s per channel.
 
-    The mean of the posterior is used, as the models were trained with it; nothing is drawn.
+    Uses the mean of the posterior, with which the models were trained. Nothing is drawn.
     """
     parameter = next(vae.parameters())
     with torch.autocast(parameter.device.type, enabled=False):  # the VAE's own dtype decides: see --no_half_vae

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sizes of a model, read from the names and shapes of its file: how many blocks there are, how wide a layer is.
+"""Sizes of a model, read from the names and shapes in its file: number of blocks, widths of layers.
 
-No single tensor decides how deep a model is. A block counts where half of its tensors are there, so that a tensor that
-is gone leaves a hole in a block, and one too many is left over: both are found when every weight is looked for.
+No single tensor decides how deep a model is. A block counts if at least half of its tensors are there. The check of the
+weights then finds missing tensors of such blocks, and surplus tensors of others.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from library.key_tables import Shapes
 
 
 class SizeError(Exception):
-    """A size cannot be read. what, name of a tensor and rest complete the line "<file> ..."."""
+    """A size cannot be read. `what`, the tensor's `name` and `rest` complete the line "<file> ..."."""
 
     def __init__(self, what: str, name: str, rest: str = "") -> None:
         super().__init__(f"{what} {name}{rest}")
         self.what, self.name, self.rest = what, name, rest
 
     def line(self, prefix: str) -> str:
-        """The message; with a prefix, the tensor's whole name in the file too."""
+        """The message, which also has the tensor's full name in the file if there is a prefix."""
         whole = f" ({prefix}{self.name})" if prefix else ""
         return f"{self.what} {self.name}{whole}{self.rest}"
 
 
 def below(shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
-    """What a file has below a prefix, by the rest of the names."""
+    """The shapes of the tensors below a prefix, by the rest of their names."""
     return {name[len(prefix) :]: shape for name, shape in shapes.items() if name.startswith(prefix)}
 
 
 def has(shapes: Shapes, *starts: str) -> bool:
-    """Whether the name of any tensor begins with one of `starts`."""
+    """Whether any tensor's name begins with one of `starts`."""
     return any(name.startswith(starts) for name in shapes)
 
 
 def shape_of(shapes: Shapes, name: str, dimensions: int) -> tuple[int, ...]:
-    """The shape of one tensor. Raises SizeError when it is not there, is empty, or has more or fewer dimensions."""
+    """The shape of one tensor. Raises SizeError if it is missing, is empty, or has more or fewer dimensions."""
     if name not in shapes:
         raise SizeError("is incomplete: it lacks", name)
     shape = tuple(shapes[name])
@@ -51,7 +51,7 @@ def shape_of(shapes: Shapes, name: str, dimensions: int) -> tuple[int, ...]:
 
 
 def depth(shapes: Shapes, *blocks: str) -> int:
-    """How many blocks of a kind there are. blocks: the start of their names, "layers.{}."; the deepest kind counts."""
+    """The number of blocks, that of the deepest kind. blocks: the beginning of each kind's names, "layers.{}."."""
     return max(_depth(shapes, block) for block in blocks)
 
 
@@ -69,7 +69,7 @@ def _depth(shapes: Shapes, block: str) -> int:
 
 @contextmanager
 def reading_sizes(path: Path, prefix: str = "", option: str = "") -> Iterator[None]:
-    """Whatever cannot be read of sizes inside ends as a UserError about `path`. prefix: of the names in the file."""
+    """Context in which errors while reading sizes become a UserError about `path`. prefix: of the names in the file."""
     start = f"{option}: {path}" if option else str(path)
     try:
         yield
@@ -77,5 +77,5 @@ def reading_sizes(path: Path, prefix: str = "", option: str = "") -> Iterator[No
         raise UserError(f"{start} {error.line(prefix)}") from None
     except KeyError as error:  # an entry of config.json
         raise UserError(f"{start} is incomplete: it lacks {error.args[0]}") from None
-    except (ValueError, TypeError, IndexError, ArithmeticError) as error:  # of numbers that make no model
+    except (ValueError, TypeError, IndexError, ArithmeticError) as error:  # impossible sizes
         raise UserError(f"{start} is damaged or of another kind: its sizes make no model ({error})") from None

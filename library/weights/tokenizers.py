@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokenizers of CLIP-L, CLIP-G, T5, Gemma 2, Qwen and Mistral: where they are found, and captions -> ids."""
+"""Tokenizers of CLIP-L, CLIP-G, T5, Gemma 2, Qwen and Mistral: finding them, and captions -> ids."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from library.errors import UserError
+from library.errors import UserError, retold
 from library.types import Tokens
 from library.weights.text import (
     CLIP_ID,
@@ -47,7 +47,7 @@ EMBEDDED = "spiece_model"  # tensor with the bytes of a SentencePiece model in C
 
 @dataclass(frozen=True)
 class TextTokenizer:
-    """A tokenizer whose captions are padded on the right to one length: T5's and Gemma's."""
+    """A tokenizer that pads captions on the right to one length: T5's and Gemma's."""
 
     folder: Path  # where it came from
     tokenizer: Any  # of transformers
@@ -65,16 +65,16 @@ class TextTokenizer:
         return Tokens({name: ids}, {name: lengths}, truncated=truncated)
 
     def limit(self, length: int) -> int:
-        """Most tokens of a caption among `length` of them: start and end do not count."""
+        """Maximum number of tokens of a caption if `length` tokens are read. Start and end do not count."""
         return length - self.tokenizer.num_special_tokens_to_add()
 
     def count(self, captions: Sequence[str]) -> list[int]:
-        """Number of tokens of each caption without start and end, before anything is cut."""
+        """Number of tokens of each whole caption, without start and end."""
         encoded = self.tokenizer(list(captions), add_special_tokens=False, truncation=False, verbose=False)
         return [len(ids) for ids in encoded["input_ids"]]
 
     def fingerprint(self) -> str:
-        """Hash of all that ids depend on: vocabulary, normalization, special tokens, padding."""
+        """Hash of everything that ids depend on: vocabulary, normalization, special tokens, padding."""
         settings = json.loads(self.tokenizer.backend_tokenizer.to_str())
         kept = {
             key: value for key, value in settings.items() if key not in ("truncation", "padding")
@@ -85,16 +85,16 @@ class TextTokenizer:
 
 @dataclass(frozen=True)
 class ChatTokenizer(TextTokenizer):
-    """A language model's tokenizer: each caption stands in a chat, which is given as the text before and after it.
+    """A language model's tokenizer. Each caption is put into a chat, given as the text before and after it.
 
-    A caption that is too long is cut at its end, and what comes after it stays.
+    A caption that is too long is cut at its end; the text after it is kept.
     """
 
     before: str = ""
     after: str = ""
 
     def __call__(self, captions: Sequence[str], *, length: int, name: str) -> Tokens:
-        """Ids (B, length) of the encoder `name`, padded on the tokenizer's side."""
+        """Ids (B, length) of the encoder `name`, padded on the side that the tokenizer uses."""
         rows = self._rows(captions)
         after = len(self._ids([self.after])[0])
         cut = [row if len(row) <= length else row[: length - after] + row[len(row) - after :] for row in rows]
@@ -107,11 +107,11 @@ class ChatTokenizer(TextTokenizer):
 
     @property
     def pads_left(self) -> bool:
-        """Whether padding stands before the text."""
+        """Whether padding comes before the text."""
         return bool(self.tokenizer.padding_side == "left")
 
     def limit(self, length: int) -> int:
-        """Most tokens of a caption: those of the chat do not count."""
+        """Maximum number of tokens of a caption. Those of the chat do not count."""
         return length - self._frame
 
     def count(self, captions: Sequence[str]) -> list[int]:
@@ -137,9 +137,9 @@ class ChatTokenizer(TextTokenizer):
 
 
 def tokenizer_folders(*sources: Path | None, names: Sequence[str]) -> list[Path]:
-    """Where a tokenizer of one of these folder names may lie: inside each source, or beside it when that is a file.
+    """Folders with one of `names` that may hold a tokenizer: inside each source, or beside it if it is a file.
 
-    A folder of its own (a transformers folder) may also hold the tokenizer directly, or have it as a neighbour.
+    A source that is a transformers folder may also hold the tokenizer directly, or have it in a folder beside it.
     """
     found = []
     for source in sources:
@@ -158,25 +158,25 @@ def clip_tokenizer(
     subfolder: str = "",
     padding: str | None = None,
 ) -> ClipTokenizer:
-    """CLIP's, from `folders`, --tokenizer_cache_dir or the hub. padding: another padding token than its own.
+    """CLIP's tokenizer, from `folders`, --tokenizer_cache_dir or the hub. padding: a padding token other than its own.
 
     The vocabularies of CLIP-L and CLIP-G are equal; CLIP-G is padded with token 0 (CLIP_G_PADDING).
-    Raises UserError saying which files to put where.
+    Raises UserError that says which files to put where.
     """
     return read_tokenizer(find_folder(CLIP_KIND, folders, cache=cache, hub=((hub_id, subfolder),)), padding=padding)
 
 
 def t5_tokenizer(folders: Sequence[Path], *, cache: str | None) -> TextTokenizer:
-    """T5's, which ends every caption with </s>. Raises UserError saying which files to put where."""
+    """T5's tokenizer, which ends every caption with </s>. Raises UserError that says which files to put where."""
     kind = _sentencepiece_kind("a T5", "T5TokenizerFast", T5_MODEL)
     advice = _advice([folder / T5_MODEL for folder in folders])
     return _text_tokenizer(find_folder(kind, folders, cache=cache, hub=T5_HUB, advice=advice), kind)
 
 
 def gemma2_tokenizer(folders: Sequence[Path], *, cache: str | None, file: Path | None = None) -> TextTokenizer:
-    """Gemma's, which begins every caption with <bos>. file: weights that may hold it as ComfyUI's do.
+    """Gemma's tokenizer, which begins every caption with <bos>. file: weights that may contain it, as ComfyUI's do.
 
-    Raises UserError saying which files to put where.
+    Raises UserError that says which files to put where.
     """
     kind = _sentencepiece_kind("a Gemma", "GemmaTokenizerFast", GEMMA2_MODEL)
     inside = _embedded(file) if file is not None else None
@@ -195,16 +195,16 @@ def qwen_tokenizer(
     after: str = "",
     hub: Sequence[tuple[str, str]] = QWEN_HUB,
 ) -> ChatTokenizer:
-    """That of Qwen2.5 and Qwen3, which pads on the right. before, after: the chat around a caption.
+    """The tokenizer of Qwen2.5 and Qwen3, which pads on the right. before, after: the chat around a caption.
 
-    Raises UserError saying which files to put where, and for a tokenizer that does not know the marks of the chat.
+    Raises UserError that says which files to put where, and for a tokenizer without the special tokens of the chat.
     """
     kind = TokenizerKind("a Qwen", "Qwen2TokenizerFast", ("tokenizer.json", "vocab.json"), JSON_FILES)
     return _chat_tokenizer(find_folder(kind, folders, cache=cache, hub=hub), kind, before, after, "right")
 
 
 def mistral_tokenizer(folders: Sequence[Path], *, cache: str | None, before: str, after: str) -> ChatTokenizer:
-    """Mistral's, which pads on the left. Arguments and errors as `qwen_tokenizer`."""
+    """Mistral's tokenizer, which pads on the left. Arguments and errors as in `qwen_tokenizer`."""
     kind = TokenizerKind("a Mistral", "PreTrainedTokenizerFast", ("tokenizer.json",), JSON_FILES)
     return _chat_tokenizer(find_folder(kind, folders, cache=cache, hub=MISTRAL_HUB), kind, before, after, "left")
 
@@ -220,7 +220,7 @@ def _chat_tokenizer(folder: Path, kind: TokenizerKind, before: str, after: str, 
 
 
 def _begin_with_bos(tokenizer: TextTokenizer) -> TextTokenizer:
-    """Gemma was trained with <bos> before every text, and a SentencePiece model alone does not say so."""
+    """Make the tokenizer add <bos>, with which Gemma was trained: a SentencePiece model alone does not say so."""
     from tokenizers.processors import TemplateProcessing
 
     own: Any = tokenizer.tokenizer
@@ -231,13 +231,13 @@ def _begin_with_bos(tokenizer: TextTokenizer) -> TextTokenizer:
 
 
 def _sentencepiece_kind(name: str, reader: str, model: str) -> TokenizerKind:
-    """Both kinds are published as a SentencePiece model too, which only the library of that name reads."""
+    """A kind that is also published as a SentencePiece model, which only the library sentencepiece reads."""
     files = ("tokenizer.json", model) if _has_sentencepiece() else ("tokenizer.json",)
     return TokenizerKind(name, reader, files, JSON_FILES)
 
 
 def _advice(models: Sequence[Path]) -> str:
-    """What makes one of these files readable."""
+    """Advice on how to make the first of these files that exists readable."""
     found = next((model for model in models if model.is_file()), None)
     return (
         "" if found is None or _has_sentencepiece() else f", or install sentencepiece, which reads the one in {found}"
@@ -257,13 +257,16 @@ def _text_tokenizer(folder: Path, kind: TokenizerKind) -> TextTokenizer:
 
 
 def _embedded(file: Path) -> str | None:
-    """The name of the tensor that is a SentencePiece model."""
+    """The name of the tensor with a SentencePiece model in a file, or None."""
     if not file.is_file():
         return None
     return next((name for name in open_weights(file).shapes if name.split(".")[-1] == EMBEDDED), None)
 
 
 def _unpack(file: Path, name: str, kind: TokenizerKind) -> TextTokenizer:
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / GEMMA2_MODEL).write_bytes(open_weights(file).tensor(name).numpy().tobytes())
+    model = open_weights(file).tensor(name)
+    if model.dtype not in (torch.uint8, torch.int8):
+        raise UserError(f"{file}: {name} is stored as {str(model.dtype).removeprefix('torch.')}, not as bytes")
+    with tempfile.TemporaryDirectory() as folder, retold(lambda line: line.replace(folder, f"{name} in {file}")):
+        (Path(folder) / GEMMA2_MODEL).write_bytes(model.numpy().tobytes())
         return TextTokenizer(file, _text_tokenizer(Path(folder), kind).tokenizer)

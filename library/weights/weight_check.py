@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a model's files hold its weights: each of them, in its shape, and nothing that should have been one.
+"""Check that a model's files hold all of its weights in the right shapes, and no tensors that have no place in it.
 
-Headers only, so that it comes before anything is loaded. A tensor that is missing, has another shape or is not
-floating-point is named. What is left over below a part's prefix is something that published files have and no
-picture depends on (EXTRAS, `Part.extras`), or it is named too: most often it belongs to a block of which the rest is
-gone. What lies outside of every part is of other programs: it is carried over into saved checkpoints, and said once.
+Reads headers only, before anything is loaded. A tensor that is missing, has another shape or is not floating-point is
+named. So is every other tensor below a part's prefix, unless published files have it and no output depends on it
+(EXTRAS, `Part.extras`): it most often belongs to an incomplete block. Tensors outside of all parts come from other
+programs; they are copied into saved checkpoints and reported once.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from library.weights.text_encoders import CLIP, GEMMA2, LANGUAGE_MARKS, QWEN3, Q
 
 log = get_logger()
 
-# Starts of the names of whole parts in a file of several
+# Prefixes of whole parts in a file that holds several
 PLACES = (
     "model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.", "text_encoders.", "vae.",
 )  # fmt: skip
-# What any part may have below its prefix: constants, scales of computing in 8 bits, numbers of a training
+# Extra tensors that any part may have below its prefix: constants, scales of 8-bit computation, state of a training run
 ANYWHERE = (
     r"(.+\.)?(position_ids|logit_scale|logit_bias|attn_mask|inv_freq|original_inv_freq|num_batches_tracked)",
     r"(.+\.)?(scaled_fp8|scale_input|input_scale|comfy_quant|spiece_model|tekken_model)",
@@ -45,14 +45,14 @@ EXTRAS: Mapping[str, Sequence[str]] = {
     T5: (*TEXT_EXTRAS, r"decoder\..+", r"shared\.weight", r"encoder\.embed_tokens\.weight"),
     **dict.fromkeys(LANGUAGE_MARKS, TEXT_EXTRAS),
 }
-# What lies outside of the parts of a published checkpoint: the noise schedule, marks, numbers of a training
+# Tensors outside of the parts of a published checkpoint: the noise schedule, marks, state of a training run
 OUTSIDE = (
     *ANYWHERE,
     *TEXT_EXTRAS,
     r"betas|(sqrt_|log_)?((one_minus|recip|recipm1)_)?alphas_cumprod(_prev)?",
     r"logvar|posterior_\w+|lvlb_weights|scale_factor|denoiser\..+|v_pred|ztsnr",
 )
-# Layers of the published text encoders by width: one of that width with fewer has lost some
+# Numbers of layers of the published text encoders, by width: an encoder of that width with fewer has lost some
 ENCODER_LAYERS = {
     "text encoder": {768: 12, 1024: 23},
     CLIP: {768: 12, 1280: 32},
@@ -61,13 +61,13 @@ ENCODER_LAYERS = {
     QWEN3: {1024: 28, 2560: 36, 4096: 36},
     QWEN25_VL: {3584: 28},
 }
-LARGEST = 10_000_000  # of the whole numbers in a model's configuration
+LARGEST = 10_000_000  # largest integer in a model's configuration
 INCOMPLETE = "the file is incomplete, damaged or of another architecture"
 BITSANDBYTES = (".absmax", ".quant_map")
 
 
 def check_weights(parts: Mapping[str, Part], main: Path) -> None:
-    """Raises UserError with all that is wrong. main: the model's file, of whose further content a line is logged."""
+    """Raise UserError with every problem. main: the model's file; a line is logged about its further tensors."""
     problems = [problem for part in parts.values() for problem in part_problems(part)]
     if problems:
         raise UserError(dict.fromkeys(problems))
@@ -77,7 +77,7 @@ def check_weights(parts: Mapping[str, Part], main: Path) -> None:
 
 
 def part_problems(part: Part) -> Iterator[str]:
-    """What is wrong with the weights of one part."""
+    """Problems with the weights of one part, one line each."""
     path, shapes = part.file.path, part.file.shapes
     if any(name.startswith(part.prefix) and name.endswith(BITSANDBYTES) for name in shapes):
         yield f"{path}: the {part.what} is quantised with bitsandbytes: give the file in half precision or fp8"
@@ -88,7 +88,7 @@ def part_problems(part: Part) -> Iterator[str]:
         return
     try:
         expected = part.expected()
-    except Exception as error:  # what diffusers or transformers say of sizes that make no model is of any class
+    except Exception as error:  # diffusers and transformers raise errors of any class for impossible sizes
         yield f"{path}: its sizes make no {part.what}: {[*str(error).splitlines(), ''][0]}"
         return
     missing = [name for name in expected if name not in shapes]
@@ -110,7 +110,7 @@ def part_problems(part: Part) -> Iterator[str]:
 
 
 def _left_over(part: Part, weights: Collection[str]) -> Iterator[str]:
-    """Names that are the part's by their prefix, without its weights and what published files have besides them."""
+    """Names with the part's prefix that are neither its weights nor known extras of published files."""
     known = re.compile("|".join((*ANYWHERE, *EXTRAS.get(part.what, ()), *part.extras)))
     for name in part.file.shapes:
         own = name[len(part.prefix) :]
@@ -130,13 +130,13 @@ def _number_problems(part: Part, names: Sequence[str]) -> Iterator[str]:
 
 
 def _configs(part: Part) -> list[Mapping[str, Any]]:
-    """What the module is built of: that of its first model decides how deep it is."""
+    """Configurations of the models in the module. The first one gives its depth."""
     args = part.build.args if isinstance(part.build, partial) else ()
     return [arg for arg in args if isinstance(arg, Mapping)] or [{}]
 
 
 def _senseless(part: Part) -> Iterator[str]:
-    """Numbers of a config.json that this file does not go with: building such a model would not end."""
+    """Numbers of a config.json that are far too large for this file: building such a model would never end."""
     for key, value in (item for config in _configs(part) for item in config.items()):
         most = len(part.file.shapes) if key.endswith("layers") else LARGEST
         if isinstance(value, int) and value > most:
@@ -167,7 +167,7 @@ def _unusual_depth(part: Part) -> Iterator[str]:
 
 
 def _outside(parts: Sequence[Part]) -> Iterator[str]:
-    """What a file has outside of its parts. parts: those that are in it."""
+    """A line about the tensors of a file outside of its parts. parts: those in the file."""
     starts = tuple(part.prefix for part in parts) + PLACES
     known = re.compile("|".join(OUTSIDE))
     names = [n for n in (parts[0].file.shapes if parts else ()) if not n.startswith(starts) and not known.fullmatch(n)]

@@ -15,7 +15,7 @@ from library.families.recipes import IN_BACKWARD, MemoryRecipe
 from library.families.sheet import EVERYWHERE, FileMarks, ModelFacts, PreviewDefaults, Sheet, Variant
 
 ANIMA = Variant(
-    # "epsilon": sd-scripts writes it so and its readers expect it; the model predicts noise - x0
+    # "epsilon": sd-scripts writes it and its readers expect it; the model predicts noise - x0
     ModelFacts("anima", "anima-preview", "https://huggingface.co/circlestone-labs/Anima", "epsilon"),
     PreviewDefaults(steps=30, scale=4.0, size=1024, honoured=("flow_shift",)),
 )

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Anima.
 
-A picture model of CircleStone Labs and Comfy Org: the transformer of NVIDIA's Cosmos-Predict2 2B
-(https://github.com/nvidia-cosmos/cosmos-predict2) in the latent space of Qwen-Image's autoencoder. Its text goes twice
-through a tokenizer: a small transformer, the LLM adapter, makes what the model reads of token ids of T5 and of the
-states of Qwen3-0.6B. Trained with flow matching.
+An image model of CircleStone Labs and Comfy Org: the transformer of NVIDIA's Cosmos-Predict2 2B
+(https://github.com/nvidia-cosmos/cosmos-predict2) in the latent space of Qwen-Image's autoencoder. Captions are
+tokenized twice: the LLM adapter, a small transformer, computes the model's text input from token ids of T5 and states
+of Qwen3-0.6B. Trained with flow matching.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from library.weights.tokenizers import TextTokenizer, qwen_tokenizer, t5_tokeniz
 
 T5 = "t5"  # ids of T5's tokenizer: (B, length) int64
 MASKS = {QWEN3: "qwen3_mask", T5: "t5_mask"}
-PREVIEW_SHIFT = 3.0  # of the noise levels, at every size: the model's own scheduler has it
+PREVIEW_SHIFT = 3.0  # shift of the noise levels, at every size, as in the model's own scheduler
 HUB = (("Qwen/Qwen3-0.6B", ""),)
 PREFIX = "net."  # of saved files
-# part of the denoiser -> parts of the names of its weights
+# part of the denoiser -> substrings of the names of its weights
 GROUPS = {
     "llm_adapter": (f"{CONDITIONER}.",),
     "self_attn": (".attn1.",),
@@ -59,7 +59,7 @@ class Anima(ModelFamily):
 
     @cached_property
     def parts(self) -> AnimaParts:
-        """Headers of the files. The first use downloads what is given as a hub id."""
+        """The parts of the model, from file headers only. The first access downloads what is given as a hub id."""
         return open_parts(self.options)
 
     @cached_property
@@ -69,7 +69,7 @@ class Anima(ModelFamily):
 
     @cached_property
     def t5(self) -> TextTokenizer:
-        """T5's tokenizer. There is no T5: the LLM adapter has an embedding for its ids."""
+        """T5's tokenizer. T5 itself is not used: the LLM adapter has an embedding for its ids."""
         given = self.options.t5_tokenizer_path
         names = ("t5_tokenizer", "tokenizer_t5")
         folders = tokenizer_folders(self.parts.path, self.parts.qwen3_path, names=names)
@@ -112,12 +112,12 @@ class Anima(ModelFamily):
 
     @property
     def token_limit(self) -> int:
-        """The smaller one of the two limits."""
+        """The smaller of the two tokenizers' limits."""
         own, t5 = self.options.qwen3_max_token_length, self.options.t5_max_token_length
         return min(self.tokenizers[QWEN3].limit(own), self.t5.limit(t5))
 
     def count_tokens(self, captions: Sequence[str]) -> list[int]:
-        """By the tokenizer that makes more of a caption, most often T5's."""
+        """Counts of the tokenizer that makes more tokens of a caption, most often T5's."""
         return [max(counts) for counts in zip(self.tokenizers[QWEN3].count(captions), self.t5.count(captions))]
 
     def blank_cond(self, count: int, dtype: torch.dtype = torch.float32) -> Cond:
@@ -128,9 +128,9 @@ class Anima(ModelFamily):
         return cond | {MASKS[name]: mask for name, mask in masks.items()}
 
     def encode_part(self, name: str, encoder: nn.Module, tokens: Tokens) -> Cond:
-        """The last states of Qwen3, and the ids of T5, each cut to the longest of the batch.
+        """The last states of Qwen3 and the ids of T5, each cut to the longest caption of the batch.
 
-        An empty caption is one state of zeros: attention to it gives zero, as attention to nothing would.
+        An empty caption becomes one state of zeros: attention to it gives zero, like attention to nothing.
         """
         device = next(encoder.parameters()).device
         longest = {name: max(1, *tokens.lengths[name]) for name in MASKS}
@@ -153,7 +153,7 @@ class Anima(ModelFamily):
 
     @classmethod
     def scale_legacy(cls, latents: Tensor) -> Tensor:
-        return latents  # sd-scripts' autoencoder normalises on its own
+        return latents  # sd-scripts' autoencoder normalises them itself
 
     # ---- training
 
@@ -161,7 +161,7 @@ class Anima(ModelFamily):
         return FlowObjective(options, loss, preview_shift=constant_shift(PREVIEW_SHIFT))
 
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Cond, batch: Batch | None) -> Tensor:
-        """n - x0 for x_t = (1 - t) x0 + t n; the model is told t, in float32."""
+        """n - x0 for x_t = (1 - t) x0 + t n. The model reads t in float32."""
         masks = (cond.get(MASKS[name]) for name in (QWEN3, T5))
         return denoiser(x_t, t.float(), cond[QWEN3], cond[T5], *masks)
 
@@ -171,7 +171,7 @@ class Anima(ModelFamily):
     # ---- full training
 
     def denoiser_groups(self, denoiser: nn.Module, options: AnimaFineTuneOptions, rate: float) -> list[dict[str, Any]]:
-        """One group for each part that has a rate of its own. The LLM adapter learns only when it has one."""
+        """One group for each part with its own learning rate. The LLM adapter learns only if it has one."""
         rates = {name: getattr(options, f"{name}_lr") for name in GROUPS}
         found: dict[str, list[nn.Parameter]] = {}
         for name, parameter in denoiser.named_parameters():
@@ -185,14 +185,14 @@ class Anima(ModelFamily):
     # ---- files
 
     def save(self, denoiser: nn.Module, encoders: Mapping[str, nn.Module], path: Path, form: CheckpointForm) -> None:
-        """Transformer and LLM adapter in one file, as ComfyUI and sd-scripts read it."""
+        """Write transformer and LLM adapter into one file, as ComfyUI and sd-scripts expect."""
         tensors = Published(denoiser.state_dict(), denoiser_rules(denoiser), PREFIX)
         tables = {f"{PREFIX}pos_embedder.{name}": table for name, table in self._position_tables().items()}
         whole: Any = ChainMap(tables, tensors)  # type: ignore[arg-type]
         save_tensors(path, whole, form.metadata, dtype=form.dtype, hashes=False)
 
     def _position_tables(self) -> dict[str, Tensor]:
-        """What files have of the positions besides, and readers expect: numbers and shares of the rotations."""
+        """Tables of the positions that readers expect in files: indices, and exponents of the rotations."""
         config = self.parts.config
         head, (frames, *sides) = config["attention_head_dim"], config["max_size"]
         space = head // 6 * 2

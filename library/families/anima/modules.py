@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The denoiser of Anima: diffusers' transformer of Cosmos-Predict2, and the text conditioner that goes before it."""
+"""The denoiser of Anima: diffusers' transformer of Cosmos-Predict2, and the text conditioner before it."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ class AnimaDenoiser(nn.Module):
     ) -> Tensor:
         """Velocity B C h w for latents (B C h w) at noise levels (B,).
 
-        states: of Qwen3 (B, length, width). ids: of T5's tokenizer (B, length of its own). Masks: bool, of the same
-        lengths, False at padding; None without any.
+        states: those of Qwen3 (B, length, width). ids: those of T5's tokenizer (B, other length). Masks: bool, of the
+        same lengths, False at padding; None without padding.
         """
         text = self.text_conditioner(states, ids, ids_mask, states_mask)
-        # The padding mask as one more channel: nothing is padded
+        # One more channel, for the padding mask: nothing is padded
         frame = F.pad(x, (0, 0, 0, 0, 0, 1)).unsqueeze(2)
         return self.transformer(frame, timestep, text, return_dict=False)[0].squeeze(2)
 
 
 def build_denoiser(transformer: Mapping[str, Any], conditioner: Mapping[str, Any]) -> nn.Module:
-    """The module for the configurations of diffusers' two models.
+    """Build the module from the configurations of diffusers' two models.
 
     The transformer itself would add the channel of the padding mask with a function of torchvision. It is built without
-    that, for one channel more; its weights are the same.
+    this, with one more input channel. Its weights are the same.
     """
     from diffusers import AnimaTextConditioner, CosmosTransformer3DModel
 

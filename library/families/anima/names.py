@@ -53,7 +53,7 @@ CONDITIONER_REST = (
 
 
 def anima_names(layers: int, adapter_layers: int) -> list[ModuleName]:
-    """The table for so many blocks of the transformer and of the LLM adapter."""
+    """The table for these numbers of blocks of the transformer and of the LLM adapter."""
     return [
         *BEFORE,
         *repeated(adapter_layers, CONDITIONER_BLOCK),

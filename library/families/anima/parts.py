@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The parts of Anima: transformer with LLM adapter, Qwen3-0.6B and the VAE of Qwen-Image, from files or folders.
 
-A bare file holds no configuration: configs/models/anima.json has what is the same in every model, and widths, heads
-and counts are read from the shapes, so that models of other sizes load too.
+A single file has no configuration. configs/models/anima.json has what all models share; widths, heads and counts are
+read from the shapes, so models of other sizes load too.
 """
 
 from __future__ import annotations
@@ -33,9 +33,12 @@ PREFIXES = ("net.", "model.diffusion_model.", "diffusion_model.", "")
 ADAPTER_PREFIXES = (*(f"{prefix}{ADAPTER}." for prefix in PREFIXES), "")  # in a file of --llm_adapter_path
 QWEN3_PREFIX = "text_encoders.qwen3_06b.transformer."
 TRANSFORMER_CLASS, CONDITIONER_CLASS = "CosmosTransformer3DModel", "AnimaTextConditioner"
+# Entries of their config.json that are read here
+TRANSFORMER_KEYS = ("in_channels", "attention_head_dim", "text_embed_dim")
+CONDITIONER_KEYS = ("source_dim", "target_dim", "target_vocab_size")
 MODEL_FILES = (*PIPELINE_FILES, "transformer/*.safetensors", f"{CONDITIONER}/*.safetensors")
 QWEN3_FILES = ("text_encoder/*.safetensors", "*.safetensors", "*/*.json", "*.json", "*/*.txt", "*.txt")
-EXTRAS = (r"pos_embedder\..+",)  # tables of the positions, which are computed here
+EXTRAS = (r"pos_embedder\..+",)  # tables of positions, which the model computes itself
 PUBLISHED_DEPTHS = {2048: {"num_layers": 28}}
 
 
@@ -48,7 +51,7 @@ class AnimaParts(ModelParts):
 
 
 def open_parts(options: AnimaOptions) -> AnimaParts:
-    """Reads headers and configurations only. Raises UserError for files of another kind and where parts are missing."""
+    """Read headers and configurations only. Raises UserError for files of another kind and for missing parts."""
     path = _locate_model(options)
     adapter = locate(options.llm_adapter_path, "--llm_adapter_path", MODEL_FILES) if options.llm_adapter_path else None
     denoiser, transformer, conditioner = _denoiser(path, adapter, options)
@@ -104,13 +107,15 @@ def _denoiser(path: Path, adapter: Path | None, options: AnimaOptions) -> tuple[
         raise UserError(f"{path} has no LLM adapter ({ADAPTER}.*): give its file with --llm_adapter_path")
     with reading_sizes(path, prefix):
         transformer = layout(shapes)
+    if (channels := transformer["in_channels"]) != LATENT_CHANNELS:
+        raise UserError(f"{path} is another model of this design: it reads {channels} channels, not {LATENT_CHANNELS}")
     with reading_sizes(file.source(f"{prefix}{ADAPTER}."), f"{prefix}{ADAPTER}."):
         conditioner = conditioner_layout(below(shapes, f"{ADAPTER}."))
     return _part(file, prefix, transformer, conditioner, options, published=True)
 
 
 def _adapter(path: Path, option: str = "--llm_adapter_path: ") -> tuple[WeightFile, str]:
-    """The weights of an LLM adapter, alone or in a whole model, and what stands before its names in them."""
+    """The weights of an LLM adapter, alone or in a whole model, and the prefix of its names there."""
     folder = _inside(path, CONDITIONER)
     file = part_file(folder) if folder.is_dir() else open_weights(folder)
     start = next((start for start in ADAPTER_PREFIXES if has(file.shapes, f"{start}embed.")), None)
@@ -120,18 +125,24 @@ def _adapter(path: Path, option: str = "--llm_adapter_path: ") -> tuple[WeightFi
 
 
 def _folders(path: Path, adapter: Path | None, options: AnimaOptions) -> tuple[Part, dict[str, Any], dict[str, Any]]:
-    """The two folders of diffusers: in a pipeline's folder, or that of the transformer with the other beside it."""
+    """The two folders of diffusers, both in a pipeline's folder or beside each other."""
     require_own_folder(path, "anima")
     transformer = _inside(path, "transformer")
     conditioner = _inside(path if transformer != path else path.parent, CONDITIONER)
     configs = []
-    for folder, kind in ((transformer, TRANSFORMER_CLASS), (conditioner, CONDITIONER_CLASS)):
+    for folder, kind, keys in (
+        (transformer, TRANSFORMER_CLASS, TRANSFORMER_KEYS),
+        (conditioner, CONDITIONER_CLASS, CONDITIONER_KEYS),
+    ):
         if not (folder / "config.json").is_file() or (folder.name != CONDITIONER and kind == CONDITIONER_CLASS):
             raise UserError(f"{path} is no Anima folder: it has no folders transformer and {CONDITIONER}")
         found = class_named(folder / "config.json") or kind
         if found != kind:
             raise UserError(f"{folder} holds a {found}, not a {kind}")
-        configs.append(read_json(folder / "config.json"))
+        config = read_json(folder / "config.json")
+        if lacking := next((key for key in keys if key not in config), None):
+            raise UserError(f"{folder / 'config.json'} is incomplete: it lacks {lacking}")
+        configs.append(config)
     file = part_file(transformer)
     weights = _adapter(adapter) if adapter else _adapter(conditioner, "")
     both = JoinedFile(file.path, {"transformer.": (file, ""), f"{CONDITIONER}.": weights})
@@ -142,7 +153,7 @@ def _part(
     file: WeightFile, prefix: str, transformer: Mapping[str, Any], conditioner: Mapping[str, Any],
     options: AnimaOptions, *, published: bool,
 ) -> tuple[Part, dict[str, Any], dict[str, Any]]:  # fmt: skip
-    length = max(TOKEN_LENGTH, options.t5_max_token_length)  # every text is padded to, whatever else is in its batch
+    length = max(TOKEN_LENGTH, options.t5_max_token_length)  # every text is padded to it, in every batch
     transformer = {**transformer, "max_size": shipped_config("anima")["max_size"]}
     conditioner = {**conditioner, "min_sequence_length": length}
     part = Part(
@@ -172,7 +183,7 @@ def layout(shapes: Shapes) -> dict[str, Any]:
 
 
 def conditioner_layout(shapes: Shapes) -> dict[str, Any]:
-    """The configuration of a text conditioner, whose names are the same everywhere."""
+    """The configuration of a text conditioner. Its names are the same in all files."""
     vocabulary, target = shape_of(shapes, "embed.weight", 2)
     inner, source = shape_of(shapes, "blocks.0.cross_attn.k_proj.weight", 2)
     width = shape_of(shapes, "blocks.0.mlp.0.weight", 2)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Targets of adapters in Anima, and the --network_args that choose them, by patterns on the published paths."""
+"""Targets of adapters in Anima, and the --network_args that choose them with patterns for published paths."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CLASS_NAMES = class_names(
 
 
 def path_patterns(value: Any) -> tuple[re.Pattern[str], ...]:
-    """A regular expression, or several as a Python list, quoted or not. Raises ValueError with what is wrong."""
+    """Parse a regular expression or a Python list of them, quoted or not. Raises ValueError that says what is wrong."""
     try:
         found = ast.literal_eval(value) if isinstance(value, str) else value
     except (ValueError, SyntaxError):
@@ -60,7 +60,7 @@ class AnimaLayerOptions:
 
 @dataclass(frozen=True)
 class PatternRanks:
-    """Rank `dim` for every layer that the patterns leave."""
+    """Rank `dim` for every layer that the patterns select."""
 
     dim: int
     options: AnimaLayerOptions
@@ -74,7 +74,7 @@ class PatternRanks:
         return not left_out or _matches(options.include_patterns, path)
 
     def rank(self, target: TargetSpec) -> int:
-        """The same for all."""
+        """The rank, the same for all layers."""
         return self.dim
 
 

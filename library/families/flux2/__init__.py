@@ -12,7 +12,7 @@ from library.families.sheet import EVERYWHERE, FileMarks, ModelFacts, PreviewDef
 CODE = "https://github.com/black-forest-labs/flux2"
 KLEIN_PREVIEW = PreviewDefaults(50, scale=4.0, size=1024, honoured=("flow_shift",))
 
-# in the command of a recipe's header
+# replacements in the command of a recipe's header
 KLEIN_9B = {"flux-2-klein-base-4b": "flux-2-klein-base-9b", "qwen_3_4b": "qwen_3_8b"}
 
 
@@ -22,7 +22,7 @@ class Flux2Variant(Variant):
 
     title: str
     width: int  # of its states
-    encoder: str  # the text encoder that it reads
+    encoder: str  # its text encoder
 
 
 VARIANTS = {

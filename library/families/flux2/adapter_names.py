@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of the layers of FLUX.2 in adapter files. Files of FLUX.1 have the same ones for other layers."""
+"""Names of the layers of FLUX.2 in adapter files. FLUX.1 has layers of other widths under the same names."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def flux2_denoiser(blocks: int) -> list[ModuleName]:
 
 
 def flux2_facts(names: Collection[str], v_prediction: bool) -> FileFacts:
-    """dev by its guidance, klein by the number of its blocks; without names klein 4B."""
+    """Tell dev by its guidance and klein by its number of blocks; klein 4B if there are no names."""
     if any("guidance_in." in name for name in names):
         return file_facts(SHEET, "dev")
     return file_facts(SHEET, "klein-9b" if any("double_blocks.5." in name for name in names) else "klein-4b")

@@ -2,7 +2,7 @@
 """FLUX.2 klein base and dev.
 
 Black Forest Labs 2025, https://github.com/black-forest-labs/flux2. A rectified-flow transformer over latents and the
-states of three layers of a language model: Qwen3 for klein, Mistral for dev, which is also told a guidance.
+states of three layers of a language model: Qwen3 for klein, Mistral for dev. dev also has embedded guidance.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Flux2(ModelFamily):
 
     @cached_property
     def parts(self) -> Flux2Parts:
-        """Headers of the files. The first use downloads what is given as a hub id."""
+        """The parts of the model, from file headers only. The first access downloads what is given as a hub id."""
         return open_parts(self.options)
 
     @cached_property
@@ -80,7 +80,7 @@ class Flux2(ModelFamily):
             )
 
     def adapter_problem(self, tensors: Mapping[str, Tensor]) -> str | None:
-        """Layers of these names are in FLUX.1 and in FLUX.2 of every size: the widths of their inputs tell which."""
+        """FLUX.1 and all sizes of FLUX.2 share layer names: the widths of the inputs tell which model a file is for."""
         layers = {name: inputs_of(own) for name, own in by_module(tensors).items()}
         of = lambda width, inner: all(
             found in (0, wanted)
@@ -114,7 +114,7 @@ class Flux2(ModelFamily):
         return {ENCODER: torch.zeros(count, *size, dtype=dtype)}
 
     def encode_part(self, name: str, encoder: nn.Module, tokens: Tokens) -> Cond:
-        """States of the whole length: the model was trained with those of the padding, and sees all of them."""
+        """States of the whole length: the model was trained with padding and attends to all of it."""
         device = next(encoder.parameters()).device
         ids = on_device(tokens.ids[ENCODER], device)
         words = tokens.mask(ENCODER, ids.shape[1], device)
@@ -142,7 +142,7 @@ class Flux2(ModelFamily):
         return Flux2Objective(options, loss, preview_shift=constant_shift(1.0))
 
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Cond, batch: Batch | None) -> Tensor:
-        """Noise - latents, B 128 h w. A token is a latent pixel, at (0, row, column, 0); those of text count on."""
+        """Noise - latents, B 128 h w. Latent pixels are tokens at (0, row, column, 0), text tokens at (0, 0, 0, i)."""
         text, (height, width) = cond[ENCODER], x_t.shape[-2:]
         place = torch.arange(text.shape[1], dtype=torch.float32, device=text.device)
         tokens = denoiser(
@@ -157,7 +157,7 @@ class Flux2(ModelFamily):
         return tokens.transpose(1, 2).unflatten(2, (height, width))
 
     def _guidance(self, cond: Cond, t: Tensor) -> Tensor:
-        """(B) float32: of a preview's prompt, else the one that is trained with."""
+        """(B) float32: that of a preview's prompt, else that of --guidance_scale."""
         told = cond.get("guidance")
         return torch.full_like(t, self.options.guidance_scale, dtype=torch.float32) if told is None else told
 
@@ -176,17 +176,17 @@ class Flux2(ModelFamily):
 
 
 class Flux2Objective(FlowObjective):
-    """Flow matching whose previews are shifted by their number of steps too."""
+    """Flow matching. The shift of previews also depends on their number of steps."""
 
     def sampler(self, name: str, steps: int, *, size: LatentSize, shift: float | None = None) -> Sampler:
         return super().sampler(name, steps, size=size, shift=preview_shift(size, steps) if shift is None else shift)
 
 
 def preview_shift(size: LatentSize, steps: int) -> float:
-    """Black Forest Labs' factor e^mu for latents of this size and so many steps.
+    """Black Forest Labs' factor e^mu for latents of this size and this number of steps.
 
-    mu lies on a line between those for 10 and 200 steps, which are linear in the tokens; above 4300 tokens it is that
-    for 200 steps.
+    mu is linear in the steps between its values for 10 and 200 steps, which are linear in the tokens. Above 4300 tokens
+    it is the value for 200 steps.
     """
     tokens = size[0] * size[1]
     few, many = 8.73809524e-05 * tokens + 1.89833333, 0.00016927 * tokens + 0.45666666
@@ -194,9 +194,9 @@ def preview_shift(size: LatentSize, steps: int) -> float:
 
 
 def layer_inputs(name: str, width: int, inner: int) -> int | None:
-    """Inputs of a block's layer by its name in adapter files; None outside of the blocks.
+    """Input width of a block's layer, by its name in adapter files; None outside of the blocks.
 
-    width: of the model's states. inner: of its feed-forward layers.
+    width: that of the model's states. inner: that of its feed-forward layers.
     """
     if not name.startswith(("lora_unet_double_blocks_", "lora_unet_single_blocks_")):
         return None

@@ -47,5 +47,5 @@ SINGLE_BLOCK = (
 
 
 def flux2_names(double: int, single: int) -> list[ModuleName]:
-    """The table for so many double and single blocks. Klein has no guidance embedder."""
+    """The table for `double` double and `single` single blocks. klein has no guidance embedder."""
     return [*repeated(double, DOUBLE_BLOCK), *repeated(single, SINGLE_BLOCK), *OUTSIDE]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of FLUX.2: denoiser, text encoder and autoencoder, each from a file or folder of its own or a model's.
+"""The parts of FLUX.2: denoiser, text encoder and autoencoder, each from its own file or folder or from the model's.
 
-Files are found and read as those of FLUX.1 are (library/families/flux/parts.py): a single file's shapes tell all of
-its configuration that differs between the models.
+Files are found and read as for FLUX.1 (library/families/flux/parts.py). The shapes in a single file tell everything
+that differs between the configurations of the models.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from library.weights.loading import PIPELINE_FILES, locate, read_json
 from library.weights.sizes import has, shape_of
 
 ENCODER = "text_encoder"  # its name, and that of its states in a Cond
-LATENT_CHANNELS = 128  # which are the numbers of a token
-# published names of the models that need few steps and no guidance
+LATENT_CHANNELS = 128  # width of a token
+# published names of the distilled models, for few steps and no guidance
 DISTILLED = re.compile(r"flux[-_.]?2[-_]klein[-_](4b|9b)(?![a-z0-9])", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class TextStates:
-    """What a model reads of its text encoder: which kind that is, its layers, and the chat around a caption."""
+    """How a model uses its text encoder: its kind, the layers that are read, and the chat around a caption."""
 
     kind: str  # of library.weights.language_models
     prefixes: tuple[str, ...]  # of its names in all-in-one files
-    layers: tuple[int, ...]  # whose states are read, side by side; those above the last are not loaded
+    layers: tuple[int, ...]  # layers whose states are concatenated; those above the last are not loaded
     before: str
     after: str
 
@@ -72,9 +72,9 @@ class Flux2Parts(ModelParts):
 
 
 def open_parts(options: Flux2Options) -> Flux2Parts:
-    """Reads headers and configurations only; a hub id is downloaded, as far as nothing else is given for it.
+    """Read headers and configurations only. Of a hub id, only parts that no other option gives are downloaded.
 
-    Raises UserError for files of another kind, for distilled models and where parts are missing.
+    Raises UserError for files of another kind, for distilled models and for missing parts.
     """
     given = {"text_encoder": options.text_encoder, "ae": options.ae}
     sources = {
@@ -103,7 +103,7 @@ def open_parts(options: Flux2Options) -> Flux2Parts:
 
 
 def variant_of(config: Mapping[str, Any]) -> Flux2Variant:
-    """The published model of such a configuration, or the one it is made like."""
+    """The published model with this configuration, or the one most like it."""
     if config["guidance_embeds"]:
         return VARIANTS["dev"]
     width = config["num_attention_heads"] * config["attention_head_dim"]
@@ -111,9 +111,9 @@ def variant_of(config: Mapping[str, Any]) -> Flux2Variant:
 
 
 def refuse_distilled(model: str, path: Path, variant: Flux2Variant) -> None:
-    """Raises UserError for klein models that need few steps: by their pipeline's word, or by their published names.
+    """Raise UserError for distilled klein models, recognised by model_index.json or by their published names.
 
-    Their weights look like those of the base models. model: as the user gives it, a hub id too.
+    The shapes of their weights are those of the base models. model: the user's path or hub id.
     """
     indices = [folder / "model_index.json" for folder in (path, path.parent) if path.is_dir()]
     said = any(read_json(index).get("is_distilled") for index in indices if index.is_file())
@@ -129,7 +129,7 @@ def refuse_distilled(model: str, path: Path, variant: Flux2Variant) -> None:
 
 
 def flux2_sizes(shapes: Shapes, names: Layout) -> dict[str, Any]:
-    """What the shapes tell of guidance, time and feed-forward layers. Positions have four axes of equal width."""
+    """Configuration of guidance, time and feed-forward layers from the shapes. Positions have four equal axes."""
     (head,) = shape_of(shapes, names.head, 1)
     published = has(shapes, "time_in.")
     time = "time_in.in_layer" if published else "time_guidance_embed.timestep_embedder.linear_1"

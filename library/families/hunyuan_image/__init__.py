@@ -11,7 +11,7 @@ from library.families.sheet import EVERYWHERE, FileMarks, ModelFacts, PreviewDef
 
 QWEN, BYT5 = "qwen25_vl", "byt5"  # the text encoders, and their states in a Cond: (B, length, width)
 CODE = "https://github.com/Tencent-Hunyuan/HunyuanImage-2.1"
-# "diffusers" and "epsilon": sd-scripts writes them so into adapters and its readers expect it
+# "diffusers" and "epsilon": sd-scripts writes these into adapters, and its readers expect them
 FACTS = ModelFacts("hunyuan-image-2.1", "hunyuan-image-2.1", "diffusers", "epsilon", CODE)
 
 
@@ -19,7 +19,7 @@ FACTS = ModelFacts("hunyuan-image-2.1", "hunyuan-image-2.1", "diffusers", "epsil
 class HunyuanImageVariant(Variant):
     """A published model of HunyuanImage-2.1."""
 
-    preview_shift: float = 5.0  # of the noise levels in previews, at every size
+    preview_shift: float = 5.0  # shift of the noise levels in previews, at every size
 
 
 VARIANTS = {
@@ -40,7 +40,7 @@ SHEET = Sheet(
     networks={"lora": "networks.lora_hunyuan_image"} | EVERYWHERE,
     variants=VARIANTS,
     adapter_prefixes={},
-    asked_encoders={QWEN: "", BYT5: ""},  # never: no program has names for their layers
+    asked_encoders={QWEN: "", BYT5: ""},  # never trained: no program has names for their layers
     bucket_step=32,
     scripts={"network": "hunyuan_image_train_network.py", "finetune": "hunyuan_image_train.py"},
     token_option="--text_encoder_max_token_length",

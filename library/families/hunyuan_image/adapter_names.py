@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of the layers of HunyuanImage-2.1 in adapter files. ComfyUI has other names than the published files."""
+"""Names of the layers of HunyuanImage-2.1 in adapter files. ComfyUI's names differ from the published ones."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One pass of HunyuanImage-2.1 in which the host never waits for the device.
+"""Forward pass of HunyuanImage-2.1 in which the host never waits for the device.
 
 diffusers sorts the tokens of both text encoders by their masks, sample by sample, and reads the masks back to the host
-for that. Text tokens have no position, so that their order has no influence: here they stay where they are, and the
-padding is hidden. Without padding there is no mask, and attention is quicker. The numbers are the same.
+to do so. Text tokens have no positions, so their order does not matter: here they keep their places, and the padding is
+masked. Without padding there is no mask, which makes attention faster. The results are the same.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Turns = tuple[Tensor, Tensor]  # cosines and sines of the picture's tokens
 
 
 def use_device_masks(denoiser: nn.Module) -> None:
-    """Let diffusers' HunyuanImageTransformer2DModel `denoiser` run the forward pass of this file."""
+    """Make `denoiser`, diffusers' HunyuanImageTransformer2DModel, use the forward pass of this file."""
     embedder = denoiser.get_submodule("time_guidance_embed")
     denoiser.forward, embedder.forward = MethodType(_forward, denoiser), MethodType(_embed, embedder)
     for block in denoiser.get_submodule("single_transformer_blocks").children():
@@ -40,9 +40,9 @@ def _forward(
 ) -> Tensor:
     """Velocity B C h w for latents (B C h w) at times (B) of 0 to 1000.
 
-    text, glyphs: states (B, length, width) of Qwen2.5-VL and of ByT5, the latter None where nothing is quoted. Masks:
-    (B, length) bool, False at padding; None without padding. guidance (B), in thousandths, and timestep_r (B), where
-    the step ends: of the distilled model.
+    text, glyphs: states (B, length, width) of Qwen2.5-VL and of ByT5; glyphs is None if nothing is quoted. Masks:
+    (B, length) bool, False at padding; None without padding. guidance (B), in thousandths, and timestep_r (B), the time
+    at which the step ends, are for the distilled model.
     """
     turns = self.rope(latents)
     time = self.time_guidance_embed(timestep, guidance, timestep_r, latents.dtype)
@@ -64,7 +64,7 @@ def _forward(
 def _embed(
     self: Any, timestep: Tensor, guidance: Tensor | None, timestep_r: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """(B, width): the sinusoids are made in float32, and what the layers read of them is of `dtype`."""
+    """Time embedding (B, width). The sinusoids are computed in float32 and cast to `dtype` for the layers."""
     embed = lambda layer, t: layer(self.time_proj(t).to(dtype))
     time = embed(self.timestep_embedder, timestep)
     if timestep_r is not None:
@@ -73,7 +73,7 @@ def _embed(
 
 
 def _joined(*parts: tuple[Tensor | None, Tensor]) -> Tensor | None:
-    """The masks of several states side by side; None where all have none."""
+    """The concatenated masks of several states; None if none of them has one."""
     if all(mask is None for mask, _ in parts):
         return None
     return torch.cat([x.new_ones(x.shape[:2], dtype=torch.bool) if mask is None else mask for mask, x in parts], 1)
@@ -82,8 +82,10 @@ def _joined(*parts: tuple[Tensor | None, Tensor]) -> Tensor | None:
 def _single_block(
     self: Any, picture: Tensor, text: Tensor, time: Tensor, attention_mask: Tensor | None, image_rotary_emb: Turns
 ) -> tuple[Tensor, Tensor]:
-    """diffusers takes the tokens apart and joins them again between the MLP and the attention, which are one layer in
-    the published model: here both read the same tensor, and so does an adapter on that layer.
+    """A single block in which the MLP and the attention read the same tensor.
+
+    They are one layer in the published model, so an adapter on that layer needs one input. diffusers splits and joins
+    the tokens between them.
     """
     from diffusers.models import attention_dispatch, embeddings
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ByT5 reads of a caption: the text that it quotes, byte by byte, so that the model can write it."""
+"""The input of ByT5: the quoted text of a caption, byte by byte, so that the model can write it."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from library.types import Tokens
 from library.weights.tokenizers import TextTokenizer
 
 LENGTH = 128  # bytes, with the end token
-# As Tencent, ComfyUI and sd-scripts read captions; diffusers also takes what stands between two apostrophes
+# As in Tencent's code, ComfyUI and sd-scripts; diffusers also reads text between two apostrophes
 QUOTES = (r'"(.*?)"', r"‘(.*?)’", r"“(.*?)”")
 
 
 def quoted(caption: str) -> str:
-    """`a sign "Open" and "24 h"` -> `Text "Open". Text "24 h". `; empty where nothing is quoted."""
+    """`a sign "Open" and "24 h"` -> `Text "Open". Text "24 h". `; empty if nothing is quoted."""
     return "".join(f'Text "{text}". ' for pattern in QUOTES for text in re.findall(pattern, caption))
 
 
 class GlyphTokenizer(TextTokenizer):
-    """ByT5's, which has no files. A caption that quotes nothing has no tokens, not even an end token."""
+    """ByT5's tokenizer, which has no files. A caption without quotes has no tokens, not even an end token."""
 
     def __call__(self, captions: Sequence[str], *, length: int, name: str) -> Tokens:
         rows = [self._ids(quoted(caption), length) for caption in captions]

@@ -2,9 +2,9 @@
 """HunyuanImage-2.1.
 
 Tencent 2025, https://github.com/Tencent-Hunyuan/HunyuanImage-2.1. A transformer of double and single blocks over
-latents of which each pixel stands for 32 x 32 pixels; it reads states of Qwen2.5-VL, and those of a ByT5 that was
-trained on glyphs for what the caption quotes. Trained with flow matching. The distilled model is told a guidance and,
-as a mean flow, the time at which a step ends (Geng et al. 2025, https://arxiv.org/abs/2505.13447).
+latents 32 times smaller than pictures along each side. It reads states of Qwen2.5-VL and, for quoted text, those of a
+ByT5 that was trained on glyphs. Trained with flow matching. The distilled model also reads a guidance and, as a mean
+flow, the time at which a step ends (Geng et al. 2025, https://arxiv.org/abs/2505.13447).
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from library.weights.language_models import language_states
 from library.weights.text_encoders import t5_states
 from library.weights.tokenizers import ChatTokenizer, TextTokenizer, qwen_tokenizer, tokenizer_folders
 
-MASK = "{}_mask"  # (B, length) bool, False where a shorter text is padded; batches in which none is lack it
-SCALE = 0.75289  # of the published autoencoder
-TIMES = 1000  # the model embeds noise levels, and guidance, of 0..1 as 0..1000
-PLAIN_BYT5 = 384  # tokens of ByT5 as Google published it; the one that was trained on glyphs has colours and fonts
+MASK = "{}_mask"  # (B, length) bool, False at padding; missing in batches without padding
+SCALE = 0.75289  # scaling factor of the published autoencoder
+TIMES = 1000  # the model embeds noise levels and guidance of 0..1 as 0..1000
+PLAIN_BYT5 = 384  # tokens of Google's ByT5; the one that was trained on glyphs also has colours and fonts
 CHAT = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
     "spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n"
-)  # before a caption; the model does not see its states
+)  # before a caption; the denoiser does not read its states
 CHAT_END = "<|im_end|>"
 QWEN_HUB = (("Qwen/Qwen2.5-VL-7B-Instruct", ""),)
 
@@ -55,7 +55,7 @@ class HunyuanImage(TwoStreamFamily):
 
     @cached_property
     def parts(self) -> HunyuanImageParts:
-        """Headers of the files. The first use downloads what is given as a hub id."""
+        """The parts of the model, from file headers only. The first access downloads what is given as a hub id."""
         return open_parts(self.options)
 
     @cached_property
@@ -70,7 +70,7 @@ class HunyuanImage(TwoStreamFamily):
 
     @cached_property
     def _hidden(self) -> int:
-        """Tokens before a caption, whose states the model does not see."""
+        """Number of tokens before a caption, whose states the denoiser does not read."""
         return len(self._chat.tokenizer(CHAT, add_special_tokens=False).input_ids)
 
     @property
@@ -129,9 +129,9 @@ class HunyuanImage(TwoStreamFamily):
         }
 
     def encode_part(self, name: str, encoder: nn.Module, tokens: Tokens) -> Cond:
-        """States of the batch's texts, cut to the longest; of ByT5 none where no caption quotes anything.
+        """States of the batch's texts, cut to the longest. Those of ByT5 have length 0 if no caption quotes anything.
 
-        Padding is zero, as `join_conds` makes it.
+        Padding is zero, as in `join_conds`.
         """
         device, lengths = next(encoder.parameters()).device, tokens.lengths[name]
         longest = max(lengths)
@@ -140,7 +140,7 @@ class HunyuanImage(TwoStreamFamily):
             states = language_states(encoder, ids, mask, (-1,))[0][:, self._hidden :]
             mask = mask[:, self._hidden :]
         elif longest:
-            seen = mask | (torch.arange(longest, device=device) == 0)  # a text without tokens: not nothing but padding
+            seen = mask | (torch.arange(longest, device=device) == 0)  # never mask a whole text
             states = t5_states(encoder, ids, seen if min(lengths) < longest else None)
         else:
             states = torch.zeros(len(ids), 0, self.parts.encoders[BYT5].width, device=device)
@@ -161,7 +161,7 @@ class HunyuanImage(TwoStreamFamily):
         joined = super().join_conds(conds)
         for name in [name for name in cls.encoders if name in joined]:
             if len({len(cond[name]) for cond in conds}) == 1:
-                del joined[MASK.format(name)]  # attention without a mask is quicker, and on the device nobody can look
+                del joined[MASK.format(name)]  # attention is faster without a mask
         return joined
 
     # ---- pictures
@@ -176,7 +176,7 @@ class HunyuanImage(TwoStreamFamily):
         return FlowObjective(options, loss, preview_shift=constant_shift(self.variant.preview_shift))
 
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Cond, batch: Batch | None) -> Tensor:
-        """Noise - latents. In previews a mean flow is told where the step ends; the velocity is that of no step."""
+        """Noise - latents. A mean flow also reads the time at which the step ends: outside of previews, `t` itself."""
         states = [cond.get(key) for name in self.encoders for key in (name, MASK.format(name))]
         if not cond[BYT5].shape[1]:
             states[-2:] = [None, None]
@@ -189,7 +189,7 @@ class HunyuanImage(TwoStreamFamily):
         return denoiser(x_t, time, *states, **told)
 
     def optional(self, denoiser: nn.Module) -> list[nn.Module]:
-        """What reads the glyphs of quoted text."""
+        """The module that reads the glyphs of quoted text."""
         return [denoiser.get_submodule("context_embedder_2")]
 
     # ---- files

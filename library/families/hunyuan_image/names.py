@@ -33,7 +33,7 @@ OUTSIDE = (
 
 
 def _stream(start: str, norm: str, ours: tuple[str, str, str, str], norms: str, feed_forward: str) -> list[ModuleName]:
-    """Half of a double block: that of the picture or of the text. ours: q, k, v and the output of the attention."""
+    """One stream of a double block, picture or text. ours: q, k, v and output of the attention."""
     *qkv, out = (f"{DOUBLE}attn.{name}" for name in ours)
     return [
         named(f"{start}_mod.linear", f"{DOUBLE}{norm}.linear"),
@@ -71,7 +71,7 @@ REFINER_BLOCK = (
 
 
 def hunyuan_names(double: int, single: int, refiners: int) -> list[ModuleName]:
-    """The table for so many double, single and refiner blocks. The base model lacks time_r_in and guidance_in."""
+    """The table for these numbers of blocks. The base model has neither time_r_in nor guidance_in."""
     return [
         *repeated(double, DOUBLE_BLOCK),
         *repeated(single, SINGLE_BLOCK),
@@ -116,12 +116,12 @@ def comfy_path(published: str) -> str:
 
 
 def in_comfy_names(table: Iterable[ModuleName]) -> Iterator[ModuleName]:
-    """The table for files in ComfyUI's names."""
+    """The table for files with ComfyUI's names."""
     return (ModuleName(comfy_path(name.published), name.ours, name.op) for name in table)
 
 
 def split_apart(table: Iterable[ModuleName]) -> Iterator[ModuleName]:
-    """The table for files of a model that ran on several cards: q, k, v and mlp are layers of their own."""
+    """The table for files of a model that ran on several GPUs, in which q, k, v and mlp are separate layers."""
     for name in table:
         end = next((end for end in SPLIT if name.published.endswith(end) and "_blocks." in name.published), None)
         if end is None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of HunyuanImage-2.1: denoiser, Qwen2.5-VL, ByT5 and VAE, each from a file or folder, or from the model's.
+"""The parts of HunyuanImage-2.1: denoiser, Qwen2.5-VL, ByT5 and VAE, each from its own file or folder or the model's.
 
-A bare file holds no configuration: configs/models/hunyuan_image.json has what is the same in every model, and widths,
-heads and counts are read from the shapes, so that models of other sizes load too.
+A single file has no configuration. configs/models/hunyuan_image.json has what all models share; widths, heads and
+counts are read from the shapes, so models of other sizes load too.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from library.families.hunyuan_image.names import hunyuan_names, in_comfy_names, 
 from library.families.hunyuan_image.options import HunyuanImageOptions
 from library.families.own_files import require_own_file, require_own_folder
 from library.key_tables import ModuleName, Rule, Shapes, expand
-from library.weights.hunyuan_vae import vae_part
+from library.weights.hunyuan_vae import NEEDED, vae_part
 from library.weights.language_models import language_encoder
 from library.weights.loading import PIPELINE_FILES, Part, locate, part_file, read_json, shipped_config
 from library.weights.sizes import SizeError, below, depth, has, reading_sizes, shape_of
@@ -51,7 +51,7 @@ class HunyuanImageParts(ModelParts):
 
 
 def open_parts(options: HunyuanImageOptions) -> HunyuanImageParts:
-    """Reads headers and configurations only; a hub id is downloaded, as far as nothing else is given for it.
+    """Read headers and configurations only. Of a hub id, only parts that no other option gives are downloaded.
 
     Raises UserError for files of another kind and for parts that are neither given nor in the model.
     """
@@ -75,7 +75,7 @@ def open_parts(options: HunyuanImageOptions) -> HunyuanImageParts:
 
 
 def _place(model: Path, given: str | None, option: str, folder: str) -> Path:
-    """The file or folder of a part, which may not exist: what is given for it, else its folder in the model."""
+    """The file or folder of a part: the given one, else its folder in the model, which may not exist."""
     if not given:
         return model / folder
     place = locate(given, option, (f"{folder}/*", "*.safetensors*", "*.json"))
@@ -87,14 +87,14 @@ def _place(model: Path, given: str | None, option: str, folder: str) -> Path:
 
 @dataclass(frozen=True)
 class Naming:
-    """One way to name the weights of a file, as far as sizes are read from them: starts of names."""
+    """One way to name the weights in a file: beginnings of the names from which sizes are read."""
 
     picture: str = "img_in."
     double: str = "double_blocks.{}."
     single: str = "single_blocks.{}."
     refiner: str = "txt_in.individual_token_refiner.blocks.{}."
     guidance: str = "guidance_in."
-    end: str = "time_r_in."  # of the time at which a step ends
+    end: str = "time_r_in."  # embeds the time at which a step ends
     made_of: Callable[[Iterable[ModuleName]], Iterable[ModuleName]] = list  # the published table
 
 
@@ -132,13 +132,18 @@ def _denoiser(path: Path) -> tuple[Part, dict[str, Any]]:
         patch = tuple(config["patch_size"])
     if patch != (1, 1):
         raise UserError(f"{file.path} is another model of this design: a token of it is not one latent pixel")
+    if config["in_channels"] != NEEDED.channels:
+        raise UserError(
+            f"{file.path} is another model of this design: it reads {config['in_channels']} channels, not "
+            f"{NEEDED.channels}"
+        )
     build, rules = partial(build_denoiser, config), partial(denoiser_rules, naming=naming)
     part = Part("denoiser", file, prefix, build, rules, published_depths=PUBLISHED_DEPTHS)
     return part, config
 
 
 def _naming(shapes: Shapes) -> tuple[str, str]:
-    """What stands before the names of a file, and which of NAMINGS they are."""
+    """The prefix of the names in a file, and which of NAMINGS they follow."""
     for prefix in ("", *PREFIXES):
         names = below(shapes, prefix)
         if has(names, NAMINGS["diffusers"].picture):
@@ -151,7 +156,7 @@ def _naming(shapes: Shapes) -> tuple[str, str]:
 
 
 def layout(shapes: Shapes, naming: str) -> dict[str, Any]:
-    """What the shapes of a file without prefix tell of the configuration. naming: one of NAMINGS."""
+    """The part of the configuration that the shapes of a file without prefix tell. naming: one of NAMINGS."""
     names = NAMINGS[naming]
     rows = {row.ours[0]: row.published for row in names.made_of(hunyuan_names(1, 1, 1))}
 

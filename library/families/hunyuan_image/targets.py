@@ -30,7 +30,7 @@ CLASS_NAMES = class_names(
 
 @dataclass(frozen=True)
 class HunyuanImageRankOptions:
-    """There are none: ranks and rates by name are network_reg_dims and network_reg_lrs."""
+    """No options: network_reg_dims and network_reg_lrs set ranks and learning rates by name."""
 
 
 def denoiser_targets(model: nn.Module) -> list[TargetSpec]:

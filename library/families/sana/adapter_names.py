@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of the layers of SANA in adapter files: those of diffusers, which are the only ones that programs read."""
+"""Names of the layers of SANA in adapter files: those of diffusers, the only ones that programs read."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ BLOCKS = "transformer_blocks_"
 
 
 def sana_layers(blocks: int) -> list[ModuleName]:
-    """Every module of a denoiser with so many blocks."""
+    """Every module of a denoiser with this number of blocks."""
     return [named(own, own) for name in sana_names(blocks) for own in name.ours]
 
 
 def sana_facts(names: Collection[str], v_prediction: bool) -> FileFacts:
-    """SANA-1.5 by its norms of queries; without names SANA."""
+    """Tell SANA-1.5 by its norms of queries; SANA if there are no names."""
     normed = any(name.endswith((".norm_q.weight", ".q_norm.weight")) for name in names)
     return file_facts(SHEET, "sana1.5" if normed else "sana")
 

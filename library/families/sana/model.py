@@ -3,8 +3,8 @@
 
 Xie et al. 2024, "SANA: Efficient High-Resolution Image Synthesis with Linear Diffusion Transformers",
 https://arxiv.org/abs/2410.10629; SANA-1.5: https://arxiv.org/abs/2501.18427. A transformer with linear attention over
-the latents of a 32 times compressing autoencoder; the text is the states of Gemma 2 2B-it, which is told what to do
-with a caption. Trained with flow matching; the model is told the noise level in thousandths.
+latents 32 times smaller than pictures along each side. It reads states of Gemma 2 2B-it, whose input begins with an
+instruction on what to do with the caption. Trained with flow matching; the model reads noise levels in thousandths.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from library.weights import dc_ae
 from library.weights.loading import CONFIG_FOLDER
 from library.weights.tokenizers import TextTokenizer, gemma2_tokenizer, tokenizer_folders
 
-MASK = "gemma2_mask"  # (B, length) bool, False where a shorter text is padded; batches in which none is lack it
-PREVIEW_SHIFT = 3.0  # of the noise levels, at every size: the model's own scheduler has it
+MASK = "gemma2_mask"  # (B, length) bool, False at padding; missing in batches without padding
+PREVIEW_SHIFT = 3.0  # shift of the noise levels, at every size, as in the model's own scheduler
 INSTRUCTION = CONFIG_FOLDER / "sana_instruction.txt"  # that of diffusers' SanaPipeline
-OVERLAP = 2  # SANA counts the start token and the last one of the instruction, a space that begins the caption, twice
+OVERLAP = 2  # SANA counts two tokens twice: the start and the instruction's last, a space that begins the caption
 
 
 class Sana(ModelFamily):
@@ -55,7 +55,7 @@ class Sana(ModelFamily):
 
     @cached_property
     def parts(self) -> SanaParts:
-        """Headers of the files. The first use downloads what is given as a hub id."""
+        """The parts of the model, from file headers only. The first access downloads what is given as a hub id."""
         return open_parts(self.options)
 
     @cached_property
@@ -85,23 +85,23 @@ class Sana(ModelFamily):
 
     @cached_property
     def skipped(self) -> int:
-        """Tokens before a caption that are not kept: those of the instruction, without the start token."""
+        """Number of tokens before a caption whose states are dropped: the instruction, without the start token."""
         return max(0, self.tokenizers[ENCODER].count([self.instruction])[0] + 1 - OVERLAP) if self.instruction else 0
 
     @property
     def length(self) -> int:
-        """Most tokens that Gemma 2 reads at once."""
+        """Maximum number of tokens that Gemma 2 reads."""
         return self.skipped + self.options.gemma2_max_token_length
 
     def tokenize(self, captions: list[str]) -> Tokens:
-        """Captions in small letters, each behind the instruction; an empty one stands alone, as it did in training."""
+        """Captions in lower case, each after the instruction. An empty caption has none, as in SANA's training."""
         texts = [caption.lower().strip() for caption in captions]
         texts = [self.instruction + text if text else "" for text in texts]
         return self.tokenizers[ENCODER](texts, length=self.length, name=ENCODER)
 
     @property
     def token_limit(self) -> int:
-        """What the instruction leaves of the tokens that Gemma 2 reads."""
+        """Maximum number of tokens of a caption: those that Gemma 2 reads, less the instruction."""
         tokenizer = self.tokenizers[ENCODER]
         return tokenizer.limit(self.length) - tokenizer.count([self.instruction])[0]
 
@@ -116,7 +116,7 @@ class Sana(ModelFamily):
         return {ENCODER: states, MASK: torch.ones(count, length, dtype=torch.bool)}
 
     def encode_part(self, name: str, encoder: nn.Module, tokens: Tokens) -> Cond:
-        """States of the start token and of each caption, without those of the instruction. Padding is zero."""
+        """States of the start token and of each caption, without the instruction's. Padding is zero."""
         device, lengths = next(encoder.parameters()).device, tokens.lengths[ENCODER]
         longest = max(lengths)
         ids, read = on_device(tokens.ids[ENCODER], device)[:, :longest], tokens.mask(ENCODER, longest, device)
@@ -135,7 +135,7 @@ class Sana(ModelFamily):
     def join_conds(cls, conds: list[Cond]) -> Cond:
         joined = super().join_conds(conds)
         if len({len(cond[ENCODER]) for cond in conds}) == 1:
-            del joined[MASK]  # attention without a mask is quicker, and on the device nobody can look
+            del joined[MASK]  # attention is faster without a mask
         return joined
 
     def text_settings(self, name: str) -> tuple[Any, ...]:
@@ -163,7 +163,7 @@ class Sana(ModelFamily):
         return FlowObjective(options, loss, preview_shift=constant_shift(PREVIEW_SHIFT))
 
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Cond, batch: Batch | None) -> Tensor:
-        """n - x0 for x_t = (1 - t) x0 + t n. The time is told in float32, in thousandths unless the model says more."""
+        """n - x0 for x_t = (1 - t) x0 + t n. The model reads 1000 t, in float32, times its timestep_scale."""
         return denoiser(
             x_t,
             encoder_hidden_states=cond[ENCODER],
@@ -178,5 +178,5 @@ class Sana(ModelFamily):
     # ---- files
 
     def save(self, denoiser: nn.Module, encoders: Mapping[str, nn.Module], path: Path, form: CheckpointForm) -> None:
-        """In diffusers' names, which its `from_single_file` and folders have."""
+        """Write the denoiser in diffusers' names, which its `from_single_file` and folders use."""
         save_tensors(path, denoiser.state_dict(), form.metadata, dtype=form.dtype, hashes=False)

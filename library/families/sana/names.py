@@ -44,5 +44,5 @@ BLOCK = (
 
 
 def sana_names(blocks: int) -> list[ModuleName]:
-    """The table for so many blocks."""
+    """The table for this number of blocks."""
     return [*repeated(blocks, BLOCK), *OUTSIDE]

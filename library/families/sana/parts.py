@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of SANA: denoiser, Gemma 2 and DC-AE, those of a diffusers folder or each from a place of its own.
+"""The parts of SANA: denoiser, Gemma 2 and DC-AE, from one diffusers folder or from separate files and folders.
 
-A bare file of the denoiser holds no configuration: configs/models/sana.json has what is the same in every model, and
-widths, heads and counts are read from the shapes.
+A single file of the denoiser has no configuration. configs/models/sana.json has what all models share; widths, heads
+and counts are read from the shapes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ CROSS_HEADS = {1152: 16, 2240: 20}  # width of a published model -> heads of its
 SPRINT = ("cfg_embedder.", "time_embed.guidance_embedder.")
 EXTRAS = (r"pos_embed", r"y_embedder\.y_embedding", r"logvar_linear\..+")
 PLAIN_SIDE = 32  # latent pixels of a side up to which models have no positions
-POSITION_SIDE = 64  # ... at which the scale of positions is 1
+POSITION_SIDE = 64  # latent pixels of a side at which the scale of positions is 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class SanaParts(ModelParts):
 
 
 def open_parts(options: SanaOptions) -> SanaParts:
-    """Reads headers and configurations only. Raises UserError for files of another kind and where parts are missing."""
+    """Read headers and configurations only. Raises UserError for files of another kind and for missing parts."""
     path = _locate_model(options)
     denoiser, config = _denoiser(path)
     missing = [*_missing(path, options)]
@@ -108,14 +108,17 @@ def _denoiser(path: Path) -> tuple[Part, dict[str, Any]]:
         raise UserError(f"{path} is a SANA-Sprint, which is trained by distillation: give a SANA or SANA-1.5 model")
     with reading_sizes(path):
         width, layers = config["num_attention_heads"] * config["attention_head_dim"], config["num_layers"]
-    usual = {1152: 28, 2240: 60 if layers > 20 else 20}
-    depths = {width: {"num_layers": usual[width]}} if width in usual else {}
+        usual = {1152: 28, 2240: 60 if layers > 20 else 20}
+        depths = {width: {"num_layers": usual[width]}} if width in usual else {}
+        channels, _ = config["in_channels"], config["caption_channels"]  # both must be there
+    if channels != dc_ae.CHANNELS:
+        raise UserError(f"{path} reads {channels} channels, not {dc_ae.CHANNELS}: give a SANA or SANA-1.5 model")
     part = Part("denoiser", file, prefix, partial(build, config), rules, extras=EXTRAS, published_depths=depths)
     return part, config
 
 
 def _naming(shapes: Shapes) -> tuple[str, str]:
-    """What stands before the names of a file, and which of TEXTS it has."""
+    """The prefix of the names in a file, and which of TEXTS it has."""
     pairs = ((prefix, texts) for prefix in (*PREFIXES, "") for texts in TEXTS)
     found = next((pair for pair in pairs if has(shapes, "".join(pair))), None)
     if found is None:
