@@ -128,7 +128,7 @@ class LatentCache:
         if state.digest is not None:  # then the key takes no more than a look into a dict, and no memory
             key = self._key(job, place.hashes)
         else:
-            identity = (*state, *job[1:], sample.subset.images)
+            identity = (*state, *job[1:], sample.mask_path, sample.subset.images)
             if identity not in self._keys:
                 self._keys[identity] = self._key(job, place.hashes)
             key = self._keys[identity]
@@ -365,7 +365,7 @@ def _units(tasks: Iterable[_Task]) -> list[list[_Task]]:
     units: dict[tuple, list[_Task]] = {}
     for task in tasks:
         sample = task.job.sample
-        units.setdefault((sample.path, task.job.bucket, sample.subset.images), []).append(task)
+        units.setdefault((sample.path, sample.mask_path, task.job.bucket, sample.subset.images), []).append(task)
     return list(units.values())
 
 

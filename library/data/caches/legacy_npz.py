@@ -37,6 +37,7 @@ DAMAGED = (
     zipfile.BadZipFile, zlib.error, struct.error, OSError, ValueError, EOFError, KeyError,
     NotImplementedError,  # a compression that Python does not know
     RuntimeError,  # an encrypted file
+    TypeError,  # a dtype that numpy does not know
 )  # fmt: skip
 NPY_MAGIC = b"\x93NUMPY"
 NPY_HEADER = re.compile(  # as numpy writes it: the dtype, the order of the bytes, the shape
@@ -101,6 +102,9 @@ def read(path: str, spec: LatentSpec, wanted: Wanted) -> tuple[Tensor, Tensor | 
 
 def _array(file: zipfile.ZipFile, name: str, shape: tuple[int, ...], kinds: str) -> np.ndarray:
     """One array. Raises NotUsable where it is another than wanted, before its bytes are read; DAMAGED errors."""
+    packed = file.getinfo(f"{name}.npy").compress_type
+    if packed not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # all that numpy writes
+        raise ValueError(f"{name} is compressed in a way that numpy does not use")
     with file.open(f"{name}.npy") as member:
         start = member.read(8)
         size = int.from_bytes(member.read(2 if start[6:7] == b"\1" else 4), "little")
@@ -234,4 +238,4 @@ def _size(path: str) -> int:
 
 
 def _identity(job: LatentJob) -> tuple:
-    return job.sample.path, job.bucket, job.flipped, job.sample.subset.images
+    return job.sample.path, job.sample.mask_path, *job[1:], job.sample.subset.images
