@@ -348,10 +348,13 @@ def _own_schema() -> list[tuple]:
 
 def no_space(folder: Path, needed: int, reason: str) -> UserError:
     """The error for a full disk: names the folder, what is needed and what is there."""
-    free = shutil.disk_usage(folder).free
+    try:
+        free = f"{megabytes(shutil.disk_usage(folder).free)} free; "
+    except OSError:  # the folder was removed
+        free = ""
     need = f"{megabytes(needed)} more needed, " if needed else ""
     return UserError(
-        f"--cache_dir: no space for the cache in {folder} ({need}{megabytes(free)} free; {reason}): "
+        f"--cache_dir: no space for the cache in {folder} ({need}{free}{reason}): "
         "make room, or give another folder with --cache_dir"
     )
 

@@ -43,14 +43,19 @@ class Reader:
         self._files: dict[tuple[int, str], BinaryIO] = {}  # by process: a file position must not be shared over a fork
 
     def read(self, entry: Entry) -> Tensor | None:
-        """The bytes of one record, or None when the file is not there, cannot be read or is too short."""
+        """The bytes of one record, or None when the file is not there, cannot be read or is too short.
+
+        Raises OSError where too many files are open.
+        """
         try:
             file = self._open(entry.shard)
             if entry.start + entry.length > os.fstat(file.fileno()).st_size:
                 return None
             buffer = torch.empty(entry.length, dtype=torch.uint8)
             count = self._read_into(file, view_bytes(buffer), entry.start)
-        except OSError:
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):  # no fault of the record, which must not be dropped
+                raise
             return None
         return buffer if count == entry.length else None
 
