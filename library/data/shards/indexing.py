@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -85,8 +86,9 @@ def _index(shard: Shard) -> ShardIndex | list[str]:
 
 
 def _index_tar(shard: Shard) -> IndexBuilder:
-    if shard.copy_path is not None and os.path.exists(shard.copy_path):
-        os.unlink(shard.copy_path)  # of what was at that URL before
+    if shard.copy_path is not None:
+        with contextlib.suppress(FileNotFoundError):  # there is none, or another process has just removed it
+            os.unlink(shard.copy_path)  # of what was at that URL before
     return index_tar(shard, local_copy(shard))
 
 

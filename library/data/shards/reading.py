@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import uuid
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,13 +25,12 @@ def digest_of(data: bytes) -> bytes:
 
 def read_member(path: str, member: Member) -> bytes:
     """The bytes of the picture `path`. Raises UserError where they are not those of when the shard was indexed."""
-    file = local_copy(member.shard)
     try:
-        with open(file, "rb") as opened:
+        with open(local_copy(member.shard), "rb") as opened:
             opened.seek(member.start)
             data = opened.read(member.length)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     if digest_of(data) != member.digest:
         reason = "the shard was changed since it was indexed, or is damaged: start again"
         raise UserError(f"{path}: {reason}, after deleting {member.shard.index_path} where that does not help")
@@ -57,7 +57,7 @@ def parquet_file(shard: Shard) -> Iterator[str]:
     if not is_url(shard.path):
         yield shard.path
         return
-    source = f"{shard.copy_path}.{os.getpid()}.parquet"
+    source = f"{shard.copy_path}.{uuid.uuid4().hex[:8]}.parquet"
     try:
         download(shard.path, source, shard.size)
         yield source

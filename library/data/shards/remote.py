@@ -68,8 +68,10 @@ def remote_state(url: str) -> tuple[int, int]:
     with _told(url):
         facts = files.info(path)
         size = facts["size"]
-    if facts.get("type") == "directory" or size is None:
-        raise UserError(f"{url}: {'is a folder; a file is needed' if size != 0 else 'is empty'}")
+    if facts.get("type") == "directory":
+        raise UserError(f"{url}: is a folder; a file is needed")
+    if size is None:
+        raise UserError(f"{url}: its server does not say how large it is, which is needed")
     changes = repr([facts.get(name) for name in CHANGES])
     return int(size), int.from_bytes(hashlib.blake2b(changes.encode(), digest_size=7).digest(), "little")
 

@@ -83,7 +83,8 @@ class ShardSamples(Sequence[Sample]):
     def sizes(self) -> np.ndarray:
         """Width and height of each picture, N 2 int64."""
         pictures = [index.pictures[index.samples["picture"]] for index in self.indexes]
-        return np.concatenate([np.stack([p["width"], p["height"]], axis=1, dtype=np.int64) for p in pictures])
+        none = np.zeros((0, 2), dtype=np.int64)  # where all shards are damaged
+        return np.concatenate([none, *(np.stack([p["width"], p["height"]], axis=1, dtype=np.int64) for p in pictures)])
 
     def reference_sizes(self) -> Iterator[tuple[int, tuple[Size, ...]]]:
         """(number, sizes of its reference pictures) of each sample that has any."""
@@ -146,6 +147,8 @@ class ShardSamples(Sequence[Sample]):
 
     def duplicates(self) -> list[tuple[str, str]]:
         """(name, earlier name) of pictures with equal bytes."""
+        if not len(self):
+            return []
         digests = [index.pictures["digest"][index.samples["picture"]].view("S20") for index in self.indexes]
         _, first, place = np.unique(np.concatenate(digests), return_index=True, return_inverse=True)
         same = first[place]

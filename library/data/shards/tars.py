@@ -46,10 +46,6 @@ def index_tar(shard: Shard, path: str) -> IndexBuilder:
     keys: dict[str, _Files] = {}
     with open(path, "rb") as file:
         magic = file.read(2)
-        if magic in COMPRESSED:
-            line = f"is compressed, and single pictures of it cannot be read: unpack it once ({COMPRESSED[magic]})"
-            found.problems.append(f"{shard.path}: {line}")
-            return found
         names: set[str] = set()
         twice: dict[str, None] = {}
         try:
@@ -61,7 +57,10 @@ def index_tar(shard: Shard, path: str) -> IndexBuilder:
                     raise tarfile.ReadError(f"{member.name} goes beyond its end")
                 _take(found, keys, file, member)
         except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
-            found.problems.append(f"{shard.path}: is truncated or damaged, or no tar file ({error})")
+            line = f"is truncated or damaged, or no tar file ({error})"
+            if magic in COMPRESSED and not names:  # the name of a first file may begin with BZ, too
+                line = f"is compressed, and single pictures of it cannot be read: unpack it once ({COMPRESSED[magic]})"
+            found.problems.append(f"{shard.path}: {line}")
             return found
     if twice:
         found.problems.append(f"{shard.path}: files that are in it twice: {first_names(list(twice))}")
