@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -227,16 +228,17 @@ def open_trackers(options: LoggingOptions, *, main_process: bool, project: str) 
         else None
     )
     settings = tracker_settings(options)
-    makers: list[Callable[[], Tracker]] = []
+    makers: list[tuple[str, Callable[[], Tracker]]] = []
     if kind in ("tensorboard", "all") and folder is not None:
-        makers.append(lambda: TensorBoardTracker(folder / name, settings.get("tensorboard", {})))
+        own = settings.get("tensorboard", {})
+        makers.append((f"--logging_dir: {folder}", partial(TensorBoardTracker, folder / name, own)))
     if kind in ("wandb", "all"):
         key, own = options.wandb_api_key, settings.get("wandb", {})
-        makers.append(lambda: WandbTracker(name, options.wandb_run_name, folder, key, own))
+        makers.append(("--log_with wandb", partial(WandbTracker, name, options.wandb_run_name, folder, key, own)))
     trackers: list[Tracker] = []
-    for make in makers:
+    for where, make in makers:
         try:
             trackers.append(make())
-        except OSError as error:
-            log.warning(no_more_curves(f"--logging_dir: {folder}", error))
+        except Exception as error:  # wandb has kinds of its own: no network, an unknown key, a wrong argument
+            log.warning(no_more_curves(where, error))
     return Trackers(trackers)

@@ -130,7 +130,10 @@ class FineTuneMethod(Method[FineTuneTrainerOptions]):
     def check_data(self) -> None:
         """No picture wants to be kept as the untrained model makes it: that model is gone."""
         options = self.options
-        configs = load_dataset_config(options.data, bucket_step=self.family.sheet.bucket_step, cache=options.cache)
+        configs = load_dataset_config(
+            options.data, bucket_step=self.family.sheet.bucket_step, cache=options.cache,
+            references=self.family.references is not None,
+        )  # fmt: skip
         subsets = [subset for config in configs for subset in config.subsets]
         wanted = [s.name for s in subsets if s.custom_attributes.get("diff_output_preservation")]
         if wanted:
