@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bytes of a picture in a shard."""
+"""Read the bytes of a picture from its shard."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from library.errors import UserError
 
 
 def digest_of(data: bytes) -> bytes:
-    """Digest of the content of a picture, as `file_hashes` computes it of a file."""
+    """Digest of the content of a picture, the same that `file_hashes` computes for a file."""
     return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
 
 
 def read_member(path: str, member: Member) -> bytes:
-    """The bytes of the picture `path`. Raises UserError where they are not those of when the shard was indexed."""
+    """The bytes of the picture `path`. Raises UserError if they have changed since the shard was indexed."""
     try:
         with open(local_copy(member.shard), "rb") as opened:
             opened.seek(member.start)
@@ -38,7 +38,7 @@ def read_member(path: str, member: Member) -> bytes:
 
 
 def local_copy(shard: Shard) -> str:
-    """The file in which the shard's pictures have their places, which is made where it is missing. Raises UserError."""
+    """The local file that holds the bytes of the shard's pictures; made if it is missing. Raises UserError."""
     copy = shard.copy_path
     if copy is None:
         return shard.path
@@ -53,7 +53,7 @@ def local_copy(shard: Shard) -> str:
 
 @contextmanager
 def parquet_file(shard: Shard) -> Iterator[str]:
-    """A parquet shard as a local file. One that is downloaded is removed at the end: its pictures have been copied."""
+    """A parquet shard as a local file. A downloaded one is removed at the end: its pictures have been copied."""
     if not is_url(shard.path):
         yield shard.path
         return
