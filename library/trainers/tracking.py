@@ -33,7 +33,7 @@ ExceptHook = Callable[[threading.ExceptHookArgs], object]
 
 
 class Tracker(Protocol):
-    """One program that shows curves and pictures."""
+    """A program that shows curves and pictures."""
 
     where: str  # for a message: the option and the folder
 
@@ -76,8 +76,8 @@ class TensorBoardTracker:
 class WandbTracker:
     """A run of the wandb service. `settings`: further arguments of wandb.init.
 
-    The step is a value of its own: numbers of a step arrive after the pictures of a later one, and wandb's own counter
-    drops what comes late.
+    The step is logged as a value: numbers of a step arrive after the pictures of a later one, and wandb's own counter
+    drops late values.
     """
 
     def __init__(
@@ -108,9 +108,9 @@ class WandbTracker:
 
 
 class Trackers:
-    """All trackers of the run; none on other ranks and without --logging_dir / --log_with.
+    """The trackers of the run; none on ranks other than 0, or without --logging_dir / --log_with.
 
-    One that fails (a full disk, a network) is left out from then on, with one warning: no curve ends a training.
+    A tracker that fails (full disk, network) is removed with one warning: logging must not end a training.
     """
 
     def __init__(self, trackers: list[Tracker]) -> None:
@@ -138,13 +138,13 @@ class Trackers:
 
 
 def no_more_curves(where: str, error: Exception) -> str:
-    """The warning about a log that cannot be written."""
+    """The warning for a log that cannot be written."""
     reason = (str(error).splitlines() or [""])[0] or type(error).__name__
     return f"{where}: {reason}: no more curves are written, the training goes on"
 
 
 def _without_tensorboard(previous: ExceptHook) -> ExceptHook:
-    """An exception hook that leaves out errors of TensorBoard's threads: its next call raises them again."""
+    """An exception hook that ignores errors of TensorBoard's threads, which its next call raises again."""
 
     def hook(args: threading.ExceptHookArgs) -> None:
         if not type(args.thread).__module__.startswith("tensorboard."):
@@ -154,7 +154,7 @@ def _without_tensorboard(previous: ExceptHook) -> ExceptHook:
 
 
 def check_trackers(options: LoggingOptions) -> None:
-    """The programs for the curves are installed and their settings can be read. Raises UserError."""
+    """Check that the logging packages are installed and their settings are valid. Raises UserError."""
     if options.log_with in ("wandb", "all") and importlib.util.find_spec("wandb") is None:
         raise UserError(f"--log_with {options.log_with}: the package is not installed: pip install wandb")
     if options.logging_dir and options.log_with != "wandb" and importlib.util.find_spec("tensorboard") is None:
@@ -173,7 +173,7 @@ def check_trackers(options: LoggingOptions) -> None:
 
 
 def needs_log(options: LoggingOptions) -> tuple[str, ...]:
-    """Names of the options of a log program that this run does not use.
+    """Names of the logging options that have no effect in this run.
 
     The name of the wandb run is not among them: graphical programs always give it.
     """
@@ -200,7 +200,7 @@ def tracker_settings(options: LoggingOptions) -> dict[str, dict[str, object]]:
 
 
 def _tensorboard_problems(settings: Mapping[str, Mapping[str, object]]) -> Iterator[str]:
-    """Problems of the arguments under [tensorboard]. Those of wandb only wandb knows."""
+    """Problems of the arguments under [tensorboard]. Those under [wandb] are checked by wandb."""
     given = settings.get("tensorboard", {})
     yield from unknown_names("arguments", [key for key in given if key not in OF_TENSORBOARD], OF_TENSORBOARD)
     for key, kind in OF_TENSORBOARD.items():
@@ -239,6 +239,6 @@ def open_trackers(options: LoggingOptions, *, main_process: bool, project: str) 
     for where, make in makers:
         try:
             trackers.append(make())
-        except Exception as error:  # wandb has kinds of its own: no network, an unknown key, a wrong argument
+        except Exception as error:  # wandb raises its own classes: no network, unknown key, wrong argument
             log.warning(no_more_curves(where, error))
     return Trackers(trackers)

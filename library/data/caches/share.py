@@ -30,7 +30,7 @@ class Share:
 
     @property
     def next(self) -> Share:
-        """The share of the next process. This process looks for its records, to check that it sees what others write."""
+        """The share of the next process, whose records this one looks for to check that it sees what others write."""
         return Share((self.rank + 1) % self.world, self.world)
 
 

@@ -166,7 +166,7 @@ class IndexBuilder:
         return start, len(text)
 
     def finish(self) -> ShardIndex:
-        """The index, which is stored if the folder is writable and the shard is old enough for its time to be trusted."""
+        """The index; stored if the folder is writable and the shard is old enough for its time to be trusted."""
         body = b"".join(
             (np.array(self._pictures, PICTURE).tobytes(), np.array(self._samples, SAMPLE).tobytes(), bytes(self._text))
         )
