@@ -2,7 +2,7 @@
 """From --dataset_config (TOML or JSON), --train_data_dir or --in_json to checked `DatasetConfig` records.
 
 A value is looked up in the subset's table, then its dataset's, then [general], then the command-line option of that
-name. Every mistake is collected and reported at once, each with its place: `data.toml: datasets[0].subsets[1]: ...`.
+name. All mistakes are reported at once, each with its place: `data.toml: datasets[0].subsets[1]: ...`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _attributes(value: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class FileKeys:
-    """The keys that only a dataset file knows; the others are the options of `DataOptions` (two under another name)."""
+    """The keys that exist only in a dataset file; the others are options of `DataOptions` (two under another name)."""
 
     image_dir: str | None = option(None, help="Folder of the pictures.", path=True)
     metadata_file: str | None = option(
@@ -114,7 +114,7 @@ def key_specs() -> dict[str, Spec]:
 
 
 def read_document(path: Path) -> dict[str, Any]:
-    """The dataset file as a dict: JSON when it is called .json, else TOML. Raises UserError with file and line."""
+    """The dataset file as a dict: JSON if its suffix is .json, else TOML. Raises UserError with file and line."""
     if path.suffix.lower() != ".json":
         return read_toml(path, "--dataset_config")
     document = read_json(path, "--dataset_config", "a TOML or JSON file")
@@ -125,12 +125,12 @@ def read_document(path: Path) -> dict[str, Any]:
 
 @dataclass
 class _Reader:
-    """Checks tables and collects what is wrong with them."""
+    """Checks tables and collects their problems."""
 
     file: str
     problems: list[str] = field(default_factory=list)
     conditioned: bool = False  # conditioning_data_dir is read: for masks, or for control images
-    bad_resolution: set[str] = field(default_factory=set)  # places where one was reported, so that none is missing
+    bad_resolution: set[str] = field(default_factory=set)  # places where a wrong one was reported
     known: dict[str, Spec] = field(default_factory=key_specs)
 
     def where(self, place: str) -> str:
@@ -246,7 +246,7 @@ def _dataset(
 
 
 def _bucket_rules(levels: _Levels, bucket_step: int) -> BucketRules:
-    """The rules of a dataset. Steps that divide the model's own, which some programs' files have, are the model's."""
+    """The rules of a dataset. Smaller steps that divide the model's, which some programs write, become the model's."""
     rules: BucketRules = levels.build(BucketRules)
     steps = rules.bucket_reso_steps
     if not rules.enable_bucket or steps >= bucket_step or bucket_step % steps:
@@ -256,7 +256,7 @@ def _bucket_rules(levels: _Levels, bucket_step: int) -> BucketRules:
 
 
 def bucket_problems(rules: BucketRules, bucket_step: int) -> Iterator[str]:
-    """What cannot work about bucket sizes. bucket_step: pixels that every side of a bucket must be a multiple of."""
+    """Problems of the bucket sizes. bucket_step: every side of a bucket must be a multiple of this many pixels."""
     if not rules.enable_bucket:
         return
     step = rules.bucket_reso_steps
@@ -268,7 +268,7 @@ def bucket_problems(rules: BucketRules, bucket_step: int) -> Iterator[str]:
     if rules.bucket_no_upscale:
         return  # sizes then follow the pictures; only the area of the resolution counts
     short, long = min(rules.resolution), max(rules.resolution)
-    # the limits count after rounding to the steps: the smallest side down, the largest up
+    # the limits are rounded to the steps first: the smallest side down, the largest up
     if rules.min_bucket_reso // step * step > short:
         yield f"min_bucket_reso {rules.min_bucket_reso} is larger than the resolution: give at most {short}"
     if -(-rules.max_bucket_reso // step) * step < long:
@@ -333,7 +333,7 @@ def _read_subset(reader: _Reader, raw: Any, place: str, dataset: _Table, levels:
 
 
 def shard_problems(subset: SubsetConfig, own: Mapping[str, Any], dataset: Mapping[str, Any]) -> Iterator[str]:
-    """What cannot go together in a subset with shards or parquet, or without them. own, dataset: the tables."""
+    """Keys of a subset that conflict with shards or parquet, or need them. own, dataset: the tables."""
     if subset.shard_pattern is None:
         for key in (key for key in _COLUMNS if own.get(key)):
             yield f"{key} has no effect without {'shards or ' if key == 'caption_column' else ''}parquet"
@@ -352,7 +352,7 @@ def shard_problems(subset: SubsetConfig, own: Mapping[str, Any], dataset: Mappin
 
 
 def missing_paths(subset: SubsetConfig) -> Iterator[str]:
-    """One line for each folder or file of a subset that is not there, with the nearest one that is."""
+    """One line for each folder or file of a subset that does not exist, with the nearest one that does."""
     for key in ("image_dir", "conditioning_data_dir", "reference_data_dir"):
         folder = vars(subset)[key]
         if folder and not Path(folder).is_dir():
@@ -372,7 +372,7 @@ def missing_paths(subset: SubsetConfig) -> Iterator[str]:
 
 
 def _missing(text: str) -> str:
-    """What is wrong with a path that is not the folder or file it should be."""
+    """Why a path is not the folder or file it should be."""
     path = Path(text)
     if path.is_file():
         return f"{text} is a file; a folder is needed"
@@ -394,7 +394,7 @@ def _missing(text: str) -> str:
 
 
 def _folder_subsets(parent: str, flag: str, is_reg: bool, levels: _Table, problems: list[str]) -> list[SubsetConfig]:
-    """One subset for each subfolder `<repeats>_<class words>`; others, and those with 0 repeats, are left out."""
+    """One subset per subfolder `<repeats>_<class words>`; others, and those with 0 repeats, are left out."""
     root = Path(parent)
     if not root.is_dir():
         problems.append(f"{flag}: {_missing(parent)}")
@@ -420,7 +420,7 @@ def _folder_subsets(parent: str, flag: str, is_reg: bool, levels: _Table, proble
 
 
 def _holds_pictures(root: Path) -> bool:
-    """Whether a folder has no subfolder `<repeats>_<class words>`: then, with control images, it is the subset."""
+    """Whether a folder has no subfolder `<repeats>_<class words>`; with control images it is then the subset itself."""
     return root.is_dir() and not any(
         entry.is_dir() and entry.name.partition("_")[0].strip().isdecimal() for entry in root.iterdir()
     )
@@ -455,7 +455,7 @@ def _read_command_line(
 def dataset_problems(
     datasets: Iterable[DatasetConfig], options: DataOptions, cache: CacheOptions | None = None, control: bool = False
 ) -> Iterator[str]:
-    """What makes no sense about the datasets as a whole: unused masks, changes that a cache would hide."""
+    """Problems of the datasets as a whole: unused masks, augmentation that a cache would prevent."""
     subsets = [subset for dataset in datasets for subset in dataset.subsets]
     masked = any((s.conditioning_data_dir and not control) or s.images.alpha_mask or s.shard_pattern for s in subsets)
     if options.masked_loss and subsets and not masked:
@@ -480,8 +480,9 @@ def load_dataset_config(
 ) -> tuple[DatasetConfig, ...]:  # fmt: skip
     """The datasets that the options describe. Raises UserError listing every mistake.
 
-    bucket_step: pixels that sides must be multiples of. cache: checked together, if given. control: each subset must
-    have a conditioning_data_dir, which holds control images and no masks. references: whether the model takes any.
+    bucket_step: sides must be multiples of this many pixels. cache: options checked along with the datasets, if given.
+    control: each subset must have a conditioning_data_dir with control images instead of masks. references: whether the
+    model takes reference pictures.
     """
     problems: list[str] = []
     if options.dataset_config:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training data of a run: several datasets, one plan per epoch, and what a planned batch contains.
+"""The training data of a run: its datasets, the plan of each epoch, and the contents of each planned batch.
 
-Every draw takes its seed from (run seed, purpose, epoch, position in the epoch), so a batch is the same in any worker,
-after any resume, and whether latents come from a cache or not.
+Every random draw is seeded by (run seed, purpose, epoch, position in the epoch), so a batch is the same in any worker,
+after a resume, and with or without cached latents.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ class TrainingData:
 
     seed: the run's seed. masked_loss: masks come from mask pictures (alpha_mask subsets have masks with or without it).
     text_variants: texts per caption that are cached where captions vary. references: how the model takes reference
-    pictures. What is known later comes with `prepared`.
+    pictures. `prepared` adds what is known later.
 
-    Raises UserError with all pictures that fit no bucket, and when no training picture is left.
+    Raises UserError naming all pictures that fit no bucket, and if no training picture is left.
     """
 
     def __init__(
@@ -84,11 +84,11 @@ class TrainingData:
         join: Callable[[list[Cond]], Cond] | None = None,
         shown: bool | None = None,
     ) -> TrainingData:
-        """The same data with the length of the run (optimizer steps, for token warm-up in fractions) and filled caches.
+        """A copy with the length of the run (optimizer steps, for token warm-up given as a fraction) and filled caches.
 
-        join: pads the outputs of several captions into those of a batch; needed with `texts`. shown: whether batches
-        come with the pixels of reference pictures although their latents are cached, for text encoders to look at.
-        Raises UserError where a cache cannot serve the datasets' options.
+        join: pads the outputs of several captions into a batch; required with `texts`. shown: whether batches contain
+        the pixels of reference pictures even if their latents are cached, for text encoders to look at. Raises
+        UserError if a cache does not work with the datasets' options.
         """
         raise_problems(self.cache_problems(latents=latents is not None, texts=texts is not None))
         if texts is not None and join is None:
@@ -102,7 +102,7 @@ class TrainingData:
         return new
 
     def cache_problems(self, *, latents: bool, texts: bool) -> list[str]:
-        """Options of subsets that a cache of latents or of text outputs cannot serve, one line each."""
+        """Options of subsets that do not work with a cache of latents or of text outputs, one line each."""
         lines: list[str] = []
         for part in self._parts:
             for subset in part.config.subsets:
@@ -114,14 +114,14 @@ class TrainingData:
     # ---- plans
 
     def plan_epoch(self, epoch: int) -> EpochPlan:
-        """The batches of an epoch (they count from 1) in order: a pure function of (seed, epoch)."""
+        """The batches of an epoch (counted from 1) in order: a pure function of (seed, epoch)."""
         if epoch < 1:
             raise ValueError("epochs count from 1")
         return plan_epoch([part.train for part in self._parts], seed=self.seed, epoch=epoch)
 
     @property
     def batches_per_epoch(self) -> int:
-        """Micro-batches of an epoch, of all processes."""
+        """Micro-batches of an epoch, over all processes."""
         return sum(part.stats.batches for part in self._parts)
 
     def validation_plans(self) -> EpochPlan:
@@ -129,11 +129,11 @@ class TrainingData:
         return plan_in_order([part.validation for part in self._parts])
 
     def stats(self) -> tuple[DatasetStats, ...]:
-        """Each dataset in numbers."""
+        """Statistics of each dataset."""
         return tuple(part.stats for part in self._parts)
 
     def trained(self) -> list[Sequence[tuple[Sample, Bucket]]]:
-        """Pictures that any epoch trains, once each, per dataset."""
+        """The pictures that any epoch trains on, each once, per dataset."""
         return [_trained(part) for part in self._parts]
 
     @property
@@ -142,17 +142,17 @@ class TrainingData:
         return self.masked_loss or any(s.images.alpha_mask for part in self._parts for s in part.config.subsets)
 
     def trained_texts(self, sample: Sample) -> list[str]:
-        """What a picture's caption may be in training; whatever varies only the order of its parts is left out."""
+        """The captions that a picture may have in training; variants that only reorder parts are left out."""
         rules = sample.subset.captions
         possible = captions.possible_texts(sample.caption, rules)
         if self.texts is None or possible == [""] or not (rules.enable_wildcard or rules.caption_tag_dropout_rate > 0):
             return possible
         return list(captions.caption_variants(sample.caption, rules, self.text_variants, _variant_seed(sample)))
 
-    # ---- what a cache must hold
+    # ---- contents of the caches
 
     def encoding_jobs(self) -> Sequence[LatentJob]:
-        """Every (picture, bucket, flipped) that training and validation use, once each, dataset by dataset."""
+        """Every (picture, bucket, flipped) that training and validation use, each once, dataset by dataset."""
         if not self._may_repeat():
             return Joined([_jobs(part) for part in self._parts])
         found: dict[tuple, LatentJob] = {}
@@ -166,7 +166,7 @@ class TrainingData:
         return list(found.values())
 
     def _may_repeat(self) -> bool:
-        """Whether two samples may be of the same file: it cannot be where all are in shards, each named once."""
+        """Whether two samples may be of the same file: impossible if all are in shards and each shard is named once."""
         sources = [
             source
             for part in self._parts
@@ -176,16 +176,16 @@ class TrainingData:
         return len(set(shards)) < len(shards) or not all(isinstance(source, ShardSamples) for source in sources)
 
     def reference_jobs(self) -> list[LatentJob]:
-        """Every reference picture at every size that training and validation use, once each."""
+        """Every reference picture at every size that training and validation use, each once."""
         found: dict[LatentJob, None] = {}
         for part, sample, _ in self._used_samples() if any(part.has_references for part in self._parts) else ():
             found |= dict.fromkeys(part.references(sample))
         return list(found)
 
     def texts_of(self, share: Share = ALL) -> Iterator[Text]:
-        """Every final text that training and validation use when text outputs are cached, made sample by sample.
+        """Yield every final text that training and validation use when text outputs are cached, sample by sample.
 
-        share: only of captions that are this process's work. A text may come several times.
+        share: only captions that are this process's work. A text may occur several times.
         """
         for part, sample, validation in self._used_samples():
             if share.has(sample.caption):
@@ -206,7 +206,7 @@ class TrainingData:
         return part.references(sample) if self.seen else ()
 
     def _used_samples(self) -> Iterator[tuple[Part, Sample, bool]]:
-        """(dataset, sample, for validation) of every sample that some epoch or validation uses."""
+        """(dataset, sample, is for validation) of every sample that an epoch or validation uses."""
         for part in self._parts:
             for pool, validation in ((part.train, False), (part.validation, True)):
                 for index in np.unique(pool.samples).tolist():
@@ -219,7 +219,7 @@ class TrainingData:
         return BatchLoader(self, workers=workers, persistent=persistent, pin_memory=pin_memory)
 
     def load(self, plan: BatchPlan, *, step: int) -> Batch:
-        """The batch of a plan. `step` is the optimizer step that it is for: token warm-up depends on it.
+        """Load the batch of a plan. step: the optimizer step it is for, on which token warm-up depends.
 
         Raises UserError naming the file that cannot be read.
         """

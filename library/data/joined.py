@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sequences that hold no items of their own: several as one, and items that are made when they are asked for."""
+"""Sequences without storage of their own: a concatenation, and items that are made on demand."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class Joined(Sequence[T]):
-    """The items of all parts, one part after the other."""
+    """Concatenation of sequences."""
 
     def __init__(self, parts: Sequence[Sequence[T]]) -> None:
         self.parts = [part for part in parts if part]
@@ -37,7 +37,7 @@ class Joined(Sequence[T]):
 
 
 class Made(Sequence[T]):
-    """Items that are made when they are asked for. make: number -> item."""
+    """A sequence whose items are made on demand. make: number -> item."""
 
     def __init__(self, count: int, make: Callable[[int], T]) -> None:
         self.places, self.make = range(count), make
@@ -55,6 +55,6 @@ class Made(Sequence[T]):
 
 
 def place_in(ends: Sequence[int], number: int) -> tuple[int, int]:
-    """(part, place in it) of an item of parts that end before the items `ends`."""
+    """(part, index in the part) of item `number`. ends: cumulative lengths of the parts."""
     part = bisect_right(ends, number)
     return part, number - (ends[part - 1] if part else 0)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which samples form which batch of an epoch: index arithmetic only, a pure function of (seed, epoch).
+"""Assignment of samples to the batches of an epoch: index arithmetic, a pure function of (seed, epoch).
 
-A plan of a million samples is a few arrays; a `BatchPlan` is made when it is asked for. Where an epoch has more uses
-than LISTED (num_repeats = 3000000), its order is not listed but computed place by place: that costs nothing, however
-often pictures are repeated. The two orders differ, so LISTED must never change.
+The plan of a million samples is a few arrays; a `BatchPlan` is made on demand. If an epoch has more uses than LISTED
+(num_repeats = 3000000), its order is not listed but computed for each position, at no cost in memory. The two orders
+differ, so LISTED must never change.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ LISTED = 1 << 20  # uses in an epoch
 
 
 class Shape(NamedTuple):
-    """What the pictures of a batch have in common. Sizes are (width, height) in pixels."""
+    """The sizes that all pictures of a batch share. Sizes are (width, height) in pixels."""
 
     bucket: Size
     references: tuple[Size, ...] = ()  # of each reference picture as it is encoded
 
 
 class BatchPlan(NamedTuple):
-    """One micro-batch. Every draw made for it depends on (seed, epoch, position, place in the batch) only."""
+    """One micro-batch. Every random draw for it depends only on (seed, epoch, position, place in the batch)."""
 
     dataset: int  # index of the dataset
     bucket: Size  # (width, height) that the batch trains at
@@ -44,11 +44,11 @@ class BatchPlan(NamedTuple):
 
 @dataclass(frozen=True)
 class Pool:
-    """The samples of one dataset as an epoch uses them: repeated, and grouped by shape."""
+    """The samples that an epoch uses of one dataset, repeated and grouped by shape."""
 
-    samples: np.ndarray  # indices of the samples that are used, those of a shape next to each other
-    repeats: np.ndarray  # how often each of them is used in an epoch, once at least
-    starts: np.ndarray  # first use of each shape, and at the end the number of uses
+    samples: np.ndarray  # indices of the samples in use, grouped by shape
+    repeats: np.ndarray  # how often each of them is used in an epoch, at least once
+    starts: np.ndarray  # first use of each shape; the last entry is the number of uses
     shapes: tuple[Shape, ...]  # sorted
     batch_size: int
 
@@ -63,11 +63,11 @@ class Pool:
 
     @cached_property
     def ends(self) -> np.ndarray:
-        """The use after the last one of each sample."""
+        """End (exclusive) of the uses of each sample."""
         return np.cumsum(self.repeats)
 
     def sample_of(self, use: int) -> int:
-        """`entries[use]`, without making the list of entries."""
+        """`entries[use]`, without building the list of entries."""
         return int(self.samples[np.searchsorted(self.ends, use, side="right")])
 
     @property
@@ -100,10 +100,10 @@ def make_pool(
 
 
 def regularisation_repeats(repeats: np.ndarray, wanted: int) -> np.ndarray:
-    """How often each regularisation image is used so that together they reach `wanted`, the uses of training images.
+    """How often each regularisation image is used to reach `wanted` uses in total, the number of training uses.
 
-    Images come in order with their own repeats until there are enough (later ones are not used); if there are too few,
-    each gets one more use, in order, round after round.
+    Images are taken in order with their own repeats until there are enough; later ones are not used. If there are too
+    few, each gets one more use, in order, round after round.
     """
     before = np.concatenate([[0], np.cumsum(repeats)[:-1]]) if len(repeats) else np.zeros(0, dtype=np.int64)
     used = np.where(before < wanted, repeats, 0).astype(np.int64)
@@ -115,7 +115,7 @@ def regularisation_repeats(repeats: np.ndarray, wanted: int) -> np.ndarray:
 
 
 class EpochPlan(Sequence[BatchPlan]):
-    """The batches of one epoch in order; slices (`plan[start:]`, `plan[rank::world]`) are plans too."""
+    """The batches of one epoch in order. Slices (`plan[start:]`, `plan[rank::world]`) are plans too."""
 
     def __init__(self, order: _Listed | _Computed, positions: range | None = None):
         self.order = order
@@ -138,7 +138,7 @@ class EpochPlan(Sequence[BatchPlan]):
 
 
 def each_shape(plans: Sequence[BatchPlan]) -> list[BatchPlan]:
-    """A batch for each (shape, number of samples); of a whole epoch without going through it."""
+    """One batch of each (shape, number of samples); an epoch is not iterated for it."""
     return plans.order.each_shape() if isinstance(plans, EpochPlan) else _first_of_each(plans)
 
 
@@ -150,7 +150,7 @@ def _first_of_each(plans: Sequence[BatchPlan]) -> list[BatchPlan]:
 
 
 def plan_epoch(pools: Sequence[Pool], *, seed: int, epoch: int) -> EpochPlan:
-    """The batches of an epoch: samples are shuffled within their shape, then all batches together."""
+    """The batches of an epoch: samples are shuffled within each shape, then all batches are shuffled."""
     if sum(pool.uses for pool in pools) > LISTED:
         return EpochPlan(_Computed(pools, seed, epoch))
     orders = [_shuffled_in_buckets(pool, derive_seed(seed, "order", epoch, d)) for d, pool in enumerate(pools)]
@@ -160,19 +160,19 @@ def plan_epoch(pools: Sequence[Pool], *, seed: int, epoch: int) -> EpochPlan:
 
 
 def plan_in_order(pools: Sequence[Pool]) -> EpochPlan:
-    """The batches of a validation: nothing is shuffled."""
+    """The batches of a validation, not shuffled."""
     entries = [pool.entries for pool in pools]
     return EpochPlan(_Listed(entries, [pool.shapes for pool in pools], _batch_table(pools), 0, validation=True))
 
 
-# ---- an order that is listed ----------------------------------------------------------------------------------------
+# ---- listed order ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Listed:
-    """An order that is listed.
+    """A listed order.
 
-    orders: sample indices per dataset; table: rows of (dataset, shape, start, stop), one for each position.
+    orders: sample indices per dataset. table: rows of (dataset, shape, start, stop), one per position.
     """
 
     orders: Sequence[np.ndarray]
@@ -220,14 +220,14 @@ def _batch_table(pools: Sequence[Pool]) -> np.ndarray:
     return np.concatenate(parts) if parts else np.zeros((0, 4), dtype=np.int64)
 
 
-# ---- an order that is computed --------------------------------------------------------------------------------------
+# ---- computed order -------------------------------------------------------------------------------------------------
 
 _ROUNDS = 4
 _MASK = (1 << 64) - 1
 
 
 class Shuffle:
-    """A permutation of range(count) in no memory: a Feistel network, walked along until it comes back into the range.
+    """A permutation of range(count) without storage: a Feistel network with cycle walking.
 
     Black and Rogaway, "Ciphers with Arbitrary Finite Domains" (CT-RSA 2002), methods 2 and 3.
     """
@@ -271,7 +271,7 @@ class _Computed:
     def __init__(self, pools: Sequence[Pool], seed: int, epoch: int) -> None:
         self.pools, self.epoch = pools, epoch
         self.buckets: list[_Bucket] = []
-        self.ends: list[int] = []  # the batch after the last one of each bucket, before batches are shuffled
+        self.ends: list[int] = []  # end (exclusive) of the batches of each bucket, before batches are shuffled
         total = 0
         for d, pool in enumerate(pools):
             counts = zip(pool.shapes, pool.starts.tolist(), pool.bucket_counts.tolist(), pool.batch_counts.tolist())
@@ -288,7 +288,7 @@ class _Computed:
         return self._numbered(self.order[position], position)
 
     def each_shape(self) -> list[BatchPlan]:
-        """The first and the last batch of each bucket; their positions are not those they have in the epoch."""
+        """The first and the last batch of each bucket; their positions are not those in the epoch."""
         ends = [0, *self.ends]
         numbers = sorted({number for a, b in pairwise(ends) for number in (a, b - 1)})
         return _first_of_each([self._numbered(number, number) for number in numbers])

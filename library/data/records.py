@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The records of the data room: what a configuration says, and what a scan of the folders found."""
+"""Records of the configuration of datasets and of the samples that a scan found."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class SubsetConfig:
 
 @dataclass(frozen=True)
 class BucketRules:
-    """Which sizes a dataset trains at. resolution is (width, height); without enable_bucket all pictures get it."""
+    """The sizes that a dataset trains at. resolution: (width, height) of all pictures, unless enable_bucket is set."""
 
     resolution: tuple[int, int]
     enable_bucket: bool = False
@@ -92,7 +92,7 @@ class BucketRules:
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    """Subsets that share batch size and sizes."""
+    """Subsets with the same batch size and bucket rules."""
 
     subsets: tuple[SubsetConfig, ...]
     buckets: BucketRules
@@ -117,7 +117,7 @@ class Sample:
     control_path: str | None = None  # the same where the conditioning images are control images
     legacy_latents: str | None = None  # sd-scripts' npz beside the picture, if one is there
     references: tuple[Sample, ...] = ()  # reference pictures in their order; they have no captions
-    # path -> place, of the picture, its mask and its control image where they are inside a shard
+    # path -> location, of the picture, its mask and its control image if they are inside a shard
     members: Mapping[str, Member] = field(default_factory=lambda: NO_MEMBERS, hash=False, compare=False)
 
     @property

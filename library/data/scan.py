@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds the pictures of the datasets with their captions, masks and sizes, before any model is loaded.
+"""Scan of the datasets: finds pictures, captions, masks and sizes before any model is loaded.
 
-Each folder is listed once. A picture's size comes from its header, its caption from the file of the same stem or from
-the metadata file. What was learnt is kept in a manifest (`manifest.py`): a restart only compares file sizes and times.
-Nothing is judged here: what is wrong is collected for `lint.py`.
+Each folder is listed once. A picture's size is read from its header, its caption from the file with the same stem or
+from the metadata file. The results are stored in a manifest (`manifest.py`): a restart only compares file sizes and
+times. Problems are collected here and judged in `lint.py`.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ from library.errors import UserError, first_names
 from library.text_files import file_and, parse_json
 from library.values import shown, text_problem
 
-MANY_OBJECTS = 100_000  # of a scan, from which on it is worth a look at how many objects there are in all
+MANY_OBJECTS = 100_000  # made by a scan; from here on the first garbage collection is worth avoiding
 
 
 @dataclass(frozen=True)
 class SubsetScan:
-    """What is in one subset. Names are file names without the folder."""
+    """Contents of one subset. Names are file names without the folder."""
 
     config: SubsetConfig
-    samples: Sequence[Sample]  # sorted by path, or in the order of the shards; those with a problem are not there
+    samples: Sequence[Sample]  # sorted by path, or in the order of the shards; without those that have a problem
     problems: tuple[str, ...] = ()  # whole lines: `<path>: <what is wrong>`
     without_caption: tuple[str, ...] = ()  # neither caption file nor class_tokens
     empty_caption: tuple[str, ...] = ()  # a caption file or entry without text, and no class_tokens
     shared_stems: tuple[tuple[str, ...], ...] = ()  # pictures that differ only in their suffix
     unused_masks: tuple[str, ...] = ()
-    contents: str = ""  # what the folder holds, where no picture was found
-    inventory: Inventory | None = None  # None where there was nothing to look at
+    contents: str = ""  # what the folder contains, if no picture was found
+    inventory: Inventory | None = None  # None if the subset could not be read
 
 
 @dataclass(frozen=True)
 class DatasetScan:
-    """One dataset with its subsets in the order of the configuration."""
+    """One dataset and its subsets, in the order of the configuration."""
 
     config: DatasetConfig
     subsets: tuple[SubsetScan, ...]
@@ -62,7 +62,7 @@ class DatasetScan:
 
 @dataclass(frozen=True)
 class Scan:
-    """What was found, parallel to the datasets of the configuration."""
+    """Result of a scan: one entry per dataset of the configuration."""
 
     datasets: tuple[DatasetScan, ...]
 
@@ -121,14 +121,14 @@ def join_tags(caption: str, tags: str, *, separator: str, enable_wildcard: bool)
 
 
 class _Scanner:
-    """One scan: its folders, each listed once, whatever number of subsets use them."""
+    """One scan: its folders, each listed once even if several subsets use it."""
 
     def __init__(self, cache_dir: str | None, npz_suffix: str | None, plain_npz: bool, control: bool) -> None:
         self.cache_dir, self.npz_suffix, self.plain_npz, self.control = cache_dir, npz_suffix, plain_npz, control
         self.folders: dict[str, Folder] = {}
 
     def folder(self, path: str) -> Folder:
-        """The folder, listed once. Raises OSError when it cannot be listed."""
+        """The folder, listed once. Raises OSError if it cannot be listed."""
         path = os.path.abspath(path)
         if path not in self.folders:
             self.folders[path] = Folder(path, self.cache_dir)
@@ -199,7 +199,7 @@ class _Scanner:
         self, folder: Folder, config: SubsetConfig, captions: Iterable[tuple[str, str]], masks: dict[str, str],
         references: Mapping[str, tuple[Sample, ...]],
     ) -> list[Sample]:  # fmt: skip
-        """A sample for each picture of `captions` (picture name, caption) that is good; `masks` or control images."""
+        """A sample for each readable picture of `captions` (name, caption). masks: or control images."""
         found = []
         legacy = self.npz_suffix is not None and folder.has_npz
         prefix, images, new = folder.prefix, folder.images, object.__new__
@@ -228,7 +228,7 @@ class _Scanner:
         return found
 
     def _legacy(self, folder: Folder, name: str, row: ImageRow) -> str | None:
-        """sd-scripts' latent file of exactly this stem and size; not of a turned picture, nor older than that."""
+        """The sd-scripts latent file of this stem and size; None for a rotated picture or if older than the picture."""
         _, mtime_ns, width, height, flags = row
         if flags & TURNED:
             return None
@@ -334,7 +334,7 @@ class _Scanner:
         )
 
     def _named(self, config: SubsetConfig, path: str, found: dict[Folder, dict[str, str]], without: int) -> Inventory:
-        """Inventory of a metadata file, and the pictures of image_dir that it does not name."""
+        """Inventory of a metadata file, including the pictures of image_dir that it does not name."""
         count = sum(map(len, found.values()))
         unnamed = 0
         with contextlib.suppress(OSError):
@@ -356,12 +356,12 @@ class _Scanner:
 
 
 def _told(where: str, names: Sequence[str], what: str) -> list[str]:
-    """One line on the samples that have a problem, if there are any."""
+    """One line about the samples with a problem, if there are any."""
     return [f"{where}: {len(names)} {what}: {first_names(names)}"] if names else []
 
 
 def _written_since(path: str, mtime_ns: int) -> bool:
-    """Whether the path is a regular file that is at least as new."""
+    """Whether the path is a regular file at least as new as `mtime_ns`."""
     try:
         status = os.stat(path)
     except OSError:
@@ -370,7 +370,7 @@ def _written_since(path: str, mtime_ns: int) -> bool:
 
 
 def _other_shapes(folder: Folder, pairs: Mapping[str, str], rows: Mapping[str, ImageRow]) -> list[str]:
-    """One line on the control images of another shape than their pictures: stretching would distort them."""
+    """One line about control images with another aspect ratio than their pictures, which stretching would distort."""
     wrong = []
     for name, control in pairs.items():
         if name not in rows or control not in folder.images:
@@ -385,8 +385,7 @@ def _other_shapes(folder: Folder, pairs: Mapping[str, str], rows: Mapping[str, I
 
 
 def _caption_files(folder: Folder, extension: str) -> list[str]:
-    """Caption file of each picture: of the same stem, or of the stem without the four fields of a face position; ""
-    where there is none."""
+    """Caption file of each picture, "" if none: same stem, or the stem without the four fields of a face position."""
     found = []
     names = folder.names
     for stem in folder.pictures.values():
@@ -413,7 +412,7 @@ def _shared_stems(pictures: dict[str, str]) -> tuple[tuple[str, ...], ...]:
 
 
 def read_metadata(path: str) -> tuple[list[tuple[str, str, str]], list[str]]:
-    """(image key, caption, tags) of each entry of a JSON or JSON Lines file, and what is wrong with the file."""
+    """(image key, caption, tags) of each entry of a JSON or JSON Lines file, and the problems of the file."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             text = file.read()

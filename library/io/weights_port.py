@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Access of saves and states to weights that are distributed over processes.
+"""Access to weights that are distributed over processes, for saves and states.
 
-Every method is a collective operation: all processes call it, in the same order, even if they write nothing.
+Every method is collective: all processes must call it, in the same order, even if they write nothing.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor, distributed, nn
 
 from library.io.state import StateParts
 
-# Of the 8-bit optimizers of bitsandbytes: names of a state's scales begin so, and each is for so many numbers.
+# 8-bit optimizers of bitsandbytes: prefix of the names of scales in a state, and numbers per scale
 SCALES, SCALE_BLOCK = "absmax", 256
 
 
 class WeightsPort(Protocol):
-    """Gathers weights and optimizer states before a file is written, and scatters them after one was read."""
+    """Gathers weights and optimizer states before a file is written, and scatters them after one is read."""
 
     def whole(self, modules: list[nn.Module]) -> AbstractContextManager[None]:
         """Inside the context, the main process has the complete parameters of `modules` and may write them."""
@@ -53,7 +53,7 @@ class ReplicatedWeights:
 
 
 class ShardedBase:
-    """A frozen model that is split over processes (library.memory.sharding); what learns is complete in all of them."""
+    """A frozen model split over processes (library.memory.sharding); the weights that learn are complete in each."""
 
     @contextmanager
     def whole(self, modules: list[nn.Module]) -> Iterator[None]:
@@ -74,17 +74,17 @@ class ShardedBase:
 
 
 class ShardedWeights(ShardedBase):
-    """A model whose own weights learn and are split over processes, with the optimizer's states.
+    """A model whose own weights learn and are split over processes, together with the optimizer's states.
 
-    A state is the same as that of one process with all weights, and so is continued by any number of processes.
+    A state is the same as that of one process with all weights, so any number of processes can continue from it.
     """
 
     def __init__(self, parameters: Sequence[Tensor], named: Mapping[str, Tensor]) -> None:
-        """parameters: in the order of the optimizer. named: the weights of a state by their names there."""
+        """parameters: in the order of the optimizer. named: the weights by their names in a state."""
         self.parameters, self.named = [*parameters], dict(named)
 
     def gather(self, parts: StateParts) -> StateParts:
-        """The complete state, in main memory of the main process; the others return what they have of it."""
+        """The complete state, in main memory of the main process; other processes return `parts`."""
         found = {name: complete(tensor) for name, tensor in parts.weights.items()}
         weights = {name: tensor for name, tensor in found.items() if tensor is not None}
         optimizer = self._each(parts.optimizer, self._complete)
@@ -94,7 +94,7 @@ class ShardedWeights(ShardedBase):
         return replace(parts, weights=weights, optimizer=optimizer, ema=ema)
 
     def scatter(self, parts: StateParts) -> StateParts:
-        """What this process has of a complete state. What does not fit is left as it is."""
+        """This process's part of a complete state. Values of other shapes are left unchanged."""
         weights = {name: self._weight(name, value) for name, value in parts.weights.items()}
         optimizer = self._each(parts.optimizer, self._own)
         ema = parts.ema and {key: self._own(int(key), "", value) for key, value in parts.ema.items()}
@@ -112,9 +112,9 @@ class ShardedWeights(ShardedBase):
         )
 
     def _each(self, state: Mapping[str, Any], change: Callable[[int, str, Any], Any]) -> dict[str, Any]:
-        """A state dict of an optimizer, everything in it that belongs to one parameter changed.
+        """Apply `change` to every value of an optimizer's state dict that belongs to one parameter.
 
-        change: is given the number of the parameter, a name and the value.
+        change: (number of the parameter, name, value) -> new value.
         """
 
         def changed(value: Any) -> Any:
@@ -135,7 +135,7 @@ class ShardedWeights(ShardedBase):
         return {**others, "state": own, "param_groups": state["param_groups"]}
 
     def _complete(self, number: int, name: str, value: Any) -> Any:
-        """A value of an optimizer's state that belongs to a parameter, for the whole parameter."""
+        """Gather a value of an optimizer's state for the whole parameter that it belongs to."""
         parameter = self.parameters[number]
         rows = _local(parameter)
         if rows is None or not isinstance(value, Tensor):
@@ -163,23 +163,23 @@ class ShardedWeights(ShardedBase):
         return value
 
 
-# ---- shards and what they are of ------------------------------------------------------------------------------------
+# ---- shards and whole tensors ---------------------------------------------------------------------------------------
 
 
 def _local(tensor: Tensor) -> Tensor | None:
-    """What this process has of a tensor that is split; None for one that is not."""
+    """This process's shard of a split tensor; None for a tensor that is not split."""
     from torch.distributed.tensor import DTensor
 
     return tensor.to_local().detach() if isinstance(tensor, DTensor) else None
 
 
 def _most_rows(rows: int) -> int:
-    """How many of so many rows each process has; the last ones have fewer, or none."""
+    """Rows per process of `rows` in all; the last processes have fewer, or none."""
     return -(-rows // distributed.get_world_size())
 
 
 def _rows_of(rows: int) -> slice:
-    """Which of so many rows this process has."""
+    """This process's rows of `rows` in all."""
     first = distributed.get_rank() * _most_rows(rows)
     return slice(first, first + _most_rows(rows))
 
@@ -189,14 +189,14 @@ def _blocks(numbers: int) -> int:
 
 
 def complete(tensor: Tensor) -> Tensor | None:
-    """A tensor that may be split, complete and on the CPU; None in all but the main process."""
+    """Gather a split tensor on the CPU of the main process, None in the others. Other tensors are returned as is."""
     rows = _local(tensor)
     return tensor if rows is None else on_main_process(rows, tensor.shape, _most_rows(len(tensor)))
 
 
 @contextmanager
 def gathered(modules: list[nn.Module]) -> Iterator[None]:
-    """In the main process `modules` are as they were before they were split: weights, on the CPU, and classes."""
+    """Context in which `modules` of the main process have their whole weights, on the CPU, and original classes."""
     from torch.distributed.fsdp import FSDPModule
 
     owners = {id(owner): owner for module in modules for owner in module.modules()}.values()
@@ -216,7 +216,7 @@ def gathered(modules: list[nn.Module]) -> Iterator[None]:
         for owner, name, parameter in places if main else ():
             setattr(owner, name, found[id(parameter)])
         for owner, cls in classes if main else ():
-            owner.__class__ = cls.__mro__[2]  # after the one that torch made, and FSDPModule
+            owner.__class__ = cls.__mro__[2]  # skips the class made by torch, and FSDPModule
         yield
     finally:
         for owner, cls in classes if main else ():
@@ -226,9 +226,9 @@ def gathered(modules: list[nn.Module]) -> Iterator[None]:
 
 
 def on_main_process(rows: Tensor, shape: torch.Size, most: int) -> Tensor | None:
-    """The tensor of this shape of which each process has some `rows`, on the CPU; None in all but the main process.
+    """Gather a tensor of `shape`, split by rows, on the CPU of the main process; None in the others.
 
-    most: how many rows each of the first processes has.
+    most: rows of each of the first processes.
     """
     own = rows.new_zeros((most, *shape[1:]))
     own[: len(rows)] = rows

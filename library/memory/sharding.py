@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights that are split over processes: each keeps its rows of a weight, and gathers a block's while it runs.
+"""Weights split over processes: each keeps some rows of a weight, and gathers the weights of a block while it runs.
 
-torch's `fully_shard` does it (https://arxiv.org/abs/2304.11277, in its form without flat parameters), and keeps each
-weight as a DTensor between passes. Every pass through the model is then a collective operation: all processes make the
-same number of passes, forward and backward, in the same order.
+This uses torch's `fully_shard` (https://arxiv.org/abs/2304.11277, without flat parameters), which keeps each weight as
+a DTensor between passes. Every pass through the model is therefore collective: all processes must make the same passes,
+forward and backward, in the same order.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor, distributed, nn
 def shard(model: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -> None:
     """Split all weights of a frozen model over all processes, in place. They may be anywhere; shards are on `device`.
 
-    blocks: the parts of the model that are gathered one at a time; what else it has is gathered for a whole pass. One
-    block at a time is on `device` as a whole, too, while it is split.
+    blocks: the parts of the model that are gathered one at a time; all other weights are gathered for a whole pass.
+    While a block is being split, it is on `device` as a whole.
     """
     _shard(model, blocks, device)
 
@@ -29,14 +29,14 @@ def shard_learning(
     model: nn.Module, blocks: Sequence[nn.Module], device: torch.device, *, optional: Sequence[nn.Module],
     kept: torch.dtype, gathered: torch.dtype | None, block: int,
 ) -> None:  # fmt: skip
-    """Split a model of which weights may learn, and cast it, a block at a time.
+    """Split and cast a model whose weights may learn, one block at a time.
 
-    Only weights of Linear and convolutions are split, which are nearly all numbers of a model; autocast leaves the
-    others as they are, so they are computed with in their own precision here, too. optional: parts that only some
-    batches need: they are not split, because all processes exchange the same gradients. kept: the dtype of the weights.
-    gathered: that of the computation under autocast, in which they come together; None: in their own. block: how many
-    neighbouring numbers of a weight the optimizer treats together (1: each on its own); no such block is split, nor a
-    weight of which a process would have less than 16.
+    Only weights of Linear and convolution layers are split, nearly all numbers of a model. Autocast does not cast the
+    others, so they keep their precision here as well. optional: parts that only some batches use. They are not split,
+    because all processes must exchange the same gradients. kept: dtype of the weights. gathered: dtype in which weights
+    are gathered, that of the computation under autocast; None: their own. block: number of neighbouring numbers of a
+    weight that the optimizer treats together (1: each separately). No such block is split, nor a weight of which a
+    process would have fewer than 16 blocks.
     """
     layers = (m for m in model.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd)))
     split = {layer.weight for layer in layers if _divides(layer.weight, block)}
@@ -52,7 +52,7 @@ def shard_learning(
 
 
 def _divides(weight: Tensor, block: int) -> bool:
-    """Whether every process gets rows of a weight, and all but the last one whole blocks."""
+    """Whether every process gets rows of a weight, and all except the last whole blocks."""
     world = distributed.get_world_size()
     rows = -(-len(weight) // world)
     width = weight[0].numel()
@@ -68,7 +68,7 @@ def _shard(
     """others: weights that are not split."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # not in every build of torch
 
-    # torch warns of in-place changes of what a block returns; no model here makes any
+    # torch warns about in-place changes of a block's output; no model here makes any
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = distributed.init_device_mesh(device.type, (distributed.get_world_size(),))
     policy = MixedPrecisionPolicy(gathered, torch.float32, cast_forward_inputs=False)
@@ -77,15 +77,15 @@ def _shard(
         for parameter in part.parameters():
             if not parameter.is_contiguous() or kept not in (None, parameter.dtype):
                 parameter.data = parameter.data.to(kept or parameter.dtype).contiguous()
-        # after each pass, also the model's own: it may be the last one with averaged weights
+        # reshard after each pass, also the model itself: it may be the last pass with averaged weights
         fully_shard(part, mesh=mesh, reshard_after_forward=True, mp_policy=policy, **ignored)
 
 
 class LocalShards:
-    """What this process has of the parameters that learn, as plain tensors for an optimizer and an average.
+    """This process's shards of the parameters that learn, as plain tensors for an optimizer and an average.
 
-    They are in the memory of the shards, so that an update of them is one of the model. Parameters that are not split
-    stand for themselves.
+    They share memory with the model's shards, so updating them updates the model. Parameters that are not split are
+    used as they are.
     """
 
     def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
@@ -98,7 +98,7 @@ class LocalShards:
         self.weights: list[nn.Parameter] = [p for group in self.param_groups for p in group["params"]]
 
     def take_gradients(self) -> None:
-        """Give the shards the gradients that the last pass left with the parameters."""
+        """Give the shards the gradients of the last pass."""
         for parameter, own in self._split.items():
             own.grad = None if parameter.grad is None else _local(parameter.grad)
 
@@ -108,7 +108,7 @@ class LocalShards:
             parameter.grad = None
 
     def clip_grad_norm(self, max_norm: float) -> Tensor:
-        """Clip the norm of all gradients together, of all processes. Returns the norm before, 0-dim, on the device."""
+        """Clip the total norm of the gradients of all processes. Returns the norm before, 0-dim, on the device."""
         shards = [own.grad for own in self._split.values() if own.grad is not None]
         others = [p.grad for p in self.whole if p.grad is not None]
         square = _square_of(shards, self.weights[0].device)
@@ -120,14 +120,14 @@ class LocalShards:
 
 
 def _local(tensor: Tensor) -> Tensor | None:
-    """What this process has of a tensor that is split; None for one that is not."""
+    """This process's shard of a split tensor; None for a tensor that is not split."""
     from torch.distributed.tensor import DTensor
 
     return tensor.to_local().detach() if isinstance(tensor, DTensor) else None
 
 
 def _square_of(gradients: list[Tensor], device: torch.device) -> Tensor:
-    """The squared norm of all together, 0-dim float32."""
+    """The squared norm of all gradients together, 0-dim float32."""
     if not gradients:
         return torch.zeros((), device=device)
     return torch.stack(torch._foreach_norm(gradients, 2, torch.float32)).square().sum()

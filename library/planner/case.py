@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The figures that a plan is made of: from a simulated step, the headers of the files, and the optimizer."""
+"""The figures behind a plan, from a simulated step, the headers of the files, and the optimizer."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The planner: what a step takes with each way of saving memory, and which way is the fastest that fits.
+"""The planner: memory and time of a step with each memory-saving choice, and the fastest choice that fits.
 
 plan = plan_memory(planned)  # one step is simulated; no weights are read
 plan.table()  # --plan
@@ -37,7 +37,7 @@ ROWS = 14  # of the table
 
 @dataclass(frozen=True)
 class Option:
-    """One way to run, and what it takes."""
+    """One way to run, with its memory and time."""
 
     choice: MemoryChoice
     needs: Prediction
@@ -50,7 +50,7 @@ class Option:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """All ways to run, and the figures that they are computed from."""
+    """All ways to run, and the figures they are computed from."""
 
     case: Case
     options: tuple[Option, ...]
@@ -146,7 +146,7 @@ def _thinned(options: Sequence[Option], rows: int, keep: Collection[Option | Non
 
 
 class PeakCheck:
-    """Logs once what steps took on a card, beside what was predicted. `step_taken` does not wait for the card."""
+    """Logs once the measured and the predicted memory of a step. `step_taken` does not wait for the device."""
 
     def __init__(self, predicted: Prediction, device: torch.device) -> None:
         self.predicted, self.device = predicted, device
@@ -180,7 +180,7 @@ def plan_memory(planned: Planned) -> MemoryPlan:
 
 
 def candidates(planned: Planned, case: Case) -> Iterator[MemoryChoice]:
-    """Ways to run that are worth trying: what was given stays as it is.
+    """Choices worth trying. Options that were given are kept.
 
     Without --vram_budget (and without --plan), only what is "auto" is free.
     """

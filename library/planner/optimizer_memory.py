@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much an optimizer keeps and takes, found by stepping the real one on three small weights."""
+"""Memory of an optimizer, measured by stepping the real one on three small weights."""
 
 from __future__ import annotations
 

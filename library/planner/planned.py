@@ -22,13 +22,13 @@ Loss = Callable[[Batch], Tensor]  # a batch -> its mean loss, 0-dim
 
 
 def largest(epoch: Sequence[BatchPlan]) -> BatchPlan:
-    """The batch with most pixels. epoch: not empty."""
+    """The batch with the most pixels. epoch: not empty."""
     return max(each_shape(epoch), key=lambda plan: plan.bucket[0] * plan.bucket[1] * len(plan.samples))
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A run that is checked and whose models are not loaded yet: all that decides how much memory a step takes."""
+    """A checked run whose models are not loaded yet: everything that determines the memory of a step."""
 
     family: ModelFamily
     learning: Learning

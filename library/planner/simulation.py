@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One training step of a run on tensors without memory: what it would take, before a weight is read.
+"""Simulation of one training step on tensors without memory, before any weight is read.
 
 Models are built from the headers of their files, the method builds what learns on them, and one batch of the largest
 bucket goes forward and backward, all under torch's FakeTensorMode: only shapes, dtypes and lifetimes are real.

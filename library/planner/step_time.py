@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long a step takes with each way of saving memory, for comparing them: operations and bytes over stated rates.
+"""Estimated time of a step with each memory-saving choice, for comparison: operations and bytes over fixed rates.
 
 The rates are those of one common card; another one is faster in everything by about the same factor. What is copied
 beside the computation costs what the computation does not hide.
@@ -10,7 +10,7 @@ from __future__ import annotations
 from library.memory.choice import MemoryChoice
 from library.memory.estimate import Case, moved, total_work
 
-FLOPS = 130e12  # a second, of bf16 matrix products: four fifths of what an RTX 4090 can
+FLOPS = 130e12  # a second, of bf16 matrix products: four fifths of an RTX 4090's peak
 MEMORY = 0.9e12  # bytes a second
 HOST = 25e9  # bytes a second from pinned main memory, PCIe 4.0 x16
 COMPILED_MOVES = 0.4  # of the bytes that plain operations move: fused ones read and write once

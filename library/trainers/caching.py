@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The caches of a run: what they are keyed by, and the encoders that fill them and are freed afterwards."""
+"""The caches of a run: their keys, and the encoders that fill them and are then freed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ log = get_logger()
 
 @dataclass(frozen=True)
 class Wanted(Iterable[Text]):
-    """The texts of a run that are one process's work, made anew at each pass: there may be millions of them."""
+    """One process's share of the texts of a run. Generated anew in each pass: there may be millions."""
 
     data: TrainingData
     more: Sequence[Text]  # prompts of previews
@@ -54,7 +54,7 @@ class Caches:
     """Latents and text outputs of one run.
 
     learning: text encoders that are trained, whose outputs cannot be cached. more_texts: prompts of previews.
-    check: called before each batch; raises KeyboardInterrupt where the run should stop.
+    check: called before each batch; raises KeyboardInterrupt if the run should stop.
     """
 
     def __init__(
@@ -97,35 +97,35 @@ class Caches:
         )
 
     def _text_folder(self) -> str:
-        """--cache_dir, or beside the first dataset's pictures: captions are shared between datasets."""
+        """A folder in --cache_dir, or beside the first dataset's pictures: captions are shared between datasets."""
         beside = self.options.cache_dir or os.path.join(self.data.encoding_jobs()[0].sample.folder, FOLDER)
         return os.path.join(beside, "texts")
 
     def latent_jobs(self) -> Sequence[LatentJob]:
-        """All pictures that are encoded."""
+        """All pictures to encode, references included."""
         return Joined([self.data.encoding_jobs(), self.data.reference_jobs()])
 
     def wanted(self, name: str, *, others: bool = False) -> Wanted:
-        """The texts that this process has to see encoded by text encoder `name`. others: those of the next process."""
+        """This process's share of the texts for text encoder `name`. others: the share of the next process."""
         assert self.texts is not None
         share = self.texts.parts[name].store.share
         return Wanted(self.data, self.more_texts, share.next if others else share)
 
     def latents_missing(self) -> bool:
-        """True when the VAE has pictures to encode in this process."""
+        """Whether the VAE has pictures to encode in this process."""
         return self.latents is not None and self.latents.is_missing_any(self.latent_jobs())
 
     def caches_text(self, name: str) -> bool:
-        """True when the outputs of text encoder `name` are cached."""
+        """Whether the outputs of text encoder `name` are cached."""
         return self.texts is not None and name in self.texts.parts
 
     def texts_missing(self, name: str) -> bool:
-        """True when text encoder `name`, whose outputs are cached, has captions to encode in this process."""
+        """Whether text encoder `name`, whose outputs are cached, has captions to encode in this process."""
         assert self.texts is not None
         return self.texts.parts[name].is_missing_any(self.wanted(name))
 
     def lacking(self) -> Iterator[str]:
-        """What this process does not find after all have filled their shares, one line for each folder."""
+        """Records that this process does not find after all have filled their shares, one line per folder."""
         places = self.latents.lacking(self.latent_jobs()) if self.latents is not None else {}
         for folder, (count, total) in places.items():
             yield _lacking(f"{count} of {total} latents", folder)
@@ -176,7 +176,7 @@ class Caches:
 
     @contextmanager
     def _saying_what_stays(self, on_disk: bool) -> Iterator[None]:
-        """Say what Ctrl-C leaves behind: an entry of the cache is whole or not there."""
+        """Add to a KeyboardInterrupt what stays in the cache: its records are complete or absent."""
         try:
             yield
         except KeyboardInterrupt:
@@ -188,10 +188,10 @@ class Caches:
 
 
 def shares_of(folders: Iterable[str]) -> Shares:
-    """How the processes of a run share the work on each folder: those that see the same folder divide it.
+    """Divide the work on each folder between the processes that see the same folder.
 
-    Each writes a marker file and looks for those of the others. All must call this together, with the same folders or
-    with folders of their own.
+    Each process writes a marker file and looks for the markers of the others. Collective: all processes must call this,
+    with the same or with different folders.
     """
     state = PartialState()
     rank, world = state.process_index, state.num_processes
@@ -202,7 +202,7 @@ def shares_of(folders: Iterable[str]) -> Shares:
     own = {folder: Path(folder, f".{run[0]}.{rank}.writer") for folder in folders}
     writable = {folder for folder, marker in own.items() if _touched(marker)}
     state.wait_for_everyone()
-    # asked for by name: a network folder may show an old list of its files
+    # looked up by name: the listing of a network folder may be outdated
     seen = {f: [r for r in range(world) if m.with_name(f".{run[0]}.{r}.writer").exists()] for f, m in own.items()}
     state.wait_for_everyone()
     for folder in writable:
@@ -211,7 +211,7 @@ def shares_of(folders: Iterable[str]) -> Shares:
 
 
 def _touched(marker: Path) -> bool:
-    """Make an empty file. False where the folder cannot be written."""
+    """Make an empty file. False if the folder cannot be written."""
     try:
         marker.parent.mkdir(parents=True, exist_ok=True)
         marker.touch()
@@ -222,9 +222,9 @@ def _touched(marker: Path) -> bool:
 
 @contextmanager
 def filled_by_all(caches: Caches) -> Iterator[None]:
-    """Around the filling of the caches: waits for all processes.
+    """Context manager around filling the caches. On exit it waits for all processes.
 
-    Raises UserError, the same in all of them, where one cannot fill its share, or does not find what another one wrote.
+    Raises the same UserError in all processes if one cannot fill its share or does not find what another wrote.
     """
     problems: list[str] = []
     try:
@@ -250,13 +250,13 @@ def _lacking(what: str, folder: str) -> str:
 
 
 class LoadsEncoder(Protocol):
-    """Loads a text encoder; without `device`, where the training is."""
+    """Loads a text encoder; by default on the device of the training."""
 
     def __call__(self, name: str, device: str | None = None) -> nn.Module: ...
 
 
 def encoders_that_stay(caches: Caches, load: LoadsEncoder) -> dict[str, nn.Module]:
-    """Fill the text caches. Returns the text encoders that the steps need: those whose outputs are not cached."""
+    """Fill the text caches. Returns the text encoders that training needs: those whose outputs are not cached."""
     encoders: dict[str, nn.Module] = {}
     for name in caches.family.encoders:
         if not caches.caches_text(name):
@@ -267,7 +267,7 @@ def encoders_that_stay(caches: Caches, load: LoadsEncoder) -> dict[str, nn.Modul
 
 
 def fill_texts(caches: Caches, name: str, load: LoadsEncoder) -> None:
-    """Encode the captions that are not cached yet; on the CPU where the encoder does not fit on the card."""
+    """Encode the captions that are not cached yet; on the CPU if the encoder does not fit on the card."""
     if fits(lambda: caches.fill_texts(name, load(name))):
         free_memory()
         return
@@ -277,7 +277,7 @@ def fill_texts(caches: Caches, name: str, load: LoadsEncoder) -> None:
 
 
 def vae_that_stays(caches: Caches, load: Callable[[], nn.Module], *, previews: bool) -> nn.Module | None:
-    """Fill the latent cache. Returns the VAE where the steps need it, and in main memory where only previews do."""
+    """Fill the latent cache. Returns the VAE if training needs it, or previews (then in main memory), else None."""
     vae = load() if caches.latents is None or previews or caches.latents_missing() else None
     if caches.latents is None:
         return vae

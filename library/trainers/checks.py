@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The first stage of a run: all that needs no model is read and checked, and all mistakes are reported at once."""
+"""The first stage of a run: check everything that needs no model, and report all mistakes at once."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ log = get_logger()
 
 
 class Checks:
-    """Runs checks one after the other and keeps what each found wrong."""
+    """Runs checks one after the other and collects their problems."""
 
     def __init__(self) -> None:
         self.problems: list[str] = []
 
     def run(self, action: Callable[[], T]) -> T | None:
-        """The result of `action`, or None when it raised a UserError."""
+        """The result of `action`, or None if it raised UserError."""
         try:
             return action()
         except UserError as error:
@@ -75,9 +75,9 @@ class Checks:
 
 
 def preview_prompts(options: SampleOptions) -> tuple[Prompt, ...]:
-    """The prompts of the previews; none when no previews are made.
+    """The prompts of the previews; empty if no previews are made.
 
-    Graphical programs write an empty file where no prompt was given.
+    Graphical programs write an empty file if no prompt was given.
     """
     file = Path(options.sample_prompts or "")
     if options.wanted and file.is_file() and file.stat().st_size == 0:
@@ -87,9 +87,9 @@ def preview_prompts(options: SampleOptions) -> tuple[Prompt, ...]:
 
 
 def check_schedule(options: TrainerOptions, optimizer: OptimizerChoice | None) -> None:
-    """The learning-rate schedule, also where the optimizer is wrong: then as it would be with the default one.
+    """Check the learning-rate schedule; with the default optimizer if the chosen one is invalid. Raises UserError.
 
-    With --max_train_epochs the length is not known yet; `stages.schedule` looks again when it is.
+    With --max_train_epochs the length is not known yet; `stages.schedule` checks again when it is.
     """
     if optimizer is None and options.scheduler.lr_scheduler.startswith("adafactor"):
         return
@@ -99,7 +99,7 @@ def check_schedule(options: TrainerOptions, optimizer: OptimizerChoice | None) -
 
 
 def check_weights(options: TrainerOptions, optimizer: OptimizerChoice | None) -> None:
-    """The optimizer can work on weights in fp16 (--full_fp16), and they are averaged once. Raises UserError."""
+    """Check that the optimizer supports fp16 weights (--full_fp16) and that weights are averaged once only."""
     if optimizer is None:
         return
     if optimizer.row.schedule_free and options.ema.ema_decay is not None:
@@ -109,7 +109,7 @@ def check_weights(options: TrainerOptions, optimizer: OptimizerChoice | None) ->
 
 
 def check_output_folder(options: TrainerOptions, extension: str) -> None:
-    """The folder can be written to. What killed runs left half-written there is removed. extension: of the saves."""
+    """Check that the folder is writable, and remove what killed runs left half-written. extension: of the saves."""
     save = options.save
     assert save.output_dir is not None
     name = last_name(save.output_name)
@@ -121,7 +121,7 @@ def scan_datasets(
     family: ModelFamily, options: TrainerOptions, with_captions: Callable[[Scan], Scan] = lambda found: found, *,
     control: bool = False,
 ) -> Scan:  # fmt: skip
-    """Configuration, folders, captions and pictures. Raises UserError with all that is wrong with them."""
+    """Read configuration, folders, captions and picture headers. Raises UserError with all problems."""
     configs = load_dataset_config(
         options.data, bucket_step=family.sheet.bucket_step, cache=options.cache, control=control,
         references=family.references is not None,
@@ -144,7 +144,7 @@ def scan_datasets(
 
 
 def data_warnings(family: ModelFamily, found: Scan, data: TrainingData, *, cached: bool) -> Iterator[str]:
-    """What is probably not meant, told from datasets and model together. cached: text outputs are."""
+    """Warnings about likely mistakes that follow from datasets and model. cached: text outputs are cached."""
     several = [stats.upscaled for stats in data.stats()]
     enlarged = several[0] if len(several) == 1 else list(dict.fromkeys(chain.from_iterable(several)))
     samples = Joined([dataset.samples for dataset in found.datasets])
@@ -160,7 +160,7 @@ def data_warnings(family: ModelFamily, found: Scan, data: TrainingData, *, cache
 
 
 def idle_options(options: TrainerOptions, found: Scan, data: TrainingData) -> Iterator[str]:
-    """Options that will do nothing in this run, which only the datasets tell, or which graphical programs leave in."""
+    """Options without effect in this run, as far as that depends on the datasets or comes from graphical programs."""
     names = ("validation_seed", "validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps")
     values = {**vars(options.data), **vars(options.train)}
     given = [f"--{name}" for name in names if values[name] is not None]
@@ -179,7 +179,7 @@ def idle_options(options: TrainerOptions, found: Scan, data: TrainingData) -> It
 def training_data(found: Scan, options: TrainerOptions, seed: int, references: ReferenceSpec | None) -> TrainingData:
     """The epochs of the run. references: how the model takes reference pictures.
 
-    Raises UserError where a cache cannot serve the datasets' options.
+    Raises UserError if a cache does not work with the datasets' options.
     """
     data = TrainingData(
         [(dataset.config, dataset.samples) for dataset in found.datasets],
@@ -228,7 +228,7 @@ def check(method: Method[TrainerOptions], stop: StopRequest) -> Checked:
     checks.finish()
     assert found is not None and data is not None and optimizer is not None and prompts is not None
     assert learning is not None and processes is not None
-    # the other processes show none, and looking for them takes its time
+    # other processes show no warnings, and finding them takes time
     warnings = data_warnings(family, found, data, cached=options.cache.texts) if is_main_process() else ()
     idle = [*idle_options(options, found, data)]
     if options.distributed.shard_base and processes.world == 1:
@@ -242,7 +242,7 @@ def check(method: Method[TrainerOptions], stop: StopRequest) -> Checked:
 
 
 def check_memory(method: Method[TrainerOptions]) -> None:
-    """The model and the method can do what is asked for to save memory. Raises UserError."""
+    """Check that model and method support the memory options. Raises UserError."""
     options, learning = method.options, method.learning()
     check_choice(
         options.memory, method.family, learning.swap_options, learning=learning.parts, changed=learning.changed,
@@ -252,7 +252,7 @@ def check_memory(method: Method[TrainerOptions]) -> None:
 
 
 def start_processes(options: TrainerOptions, found: Scan) -> Processes:
-    """Meet the other processes of the run."""
+    """Connect to the other processes of the run."""
     accelerator = make_accelerator(
         options.precision.mixed_precision,
         distributed_settings(
@@ -265,12 +265,12 @@ def start_processes(options: TrainerOptions, found: Scan) -> Processes:
         unscale_half_gradients(accelerator.scaler)
     processes = Processes(accelerator, indexed(accelerator.device))
     if processes.device.type == "cpu" and MemoryChoice.of(options.memory).activation_budget == 0:
-        return_large_blocks()  # a run that recomputes to save memory wants this, too
+        return_large_blocks()  # runs that recompute to save memory need it as well
     return processes
 
 
 def agreed_seed(seed: int) -> int:
-    """The seed of the first process, for all of them."""
+    """The seed of the first process, broadcast to all."""
     seeds = [seed]
     broadcast_object_list(seeds)
     return seeds[0]

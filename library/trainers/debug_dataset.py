@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""--debug_dataset: writes what the training would see, as picture sheets and captions, instead of training."""
+"""--debug_dataset: instead of training, write what it would see as picture sheets and captions."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def write_dataset_sheets(data: TrainingData, folder: Path) -> list[Path]:
 
 
 def batch_pictures(batch: Batch) -> list[Image.Image]:
-    """The pictures of a batch; where the loss does not count they are darkened."""
+    """The pictures of a batch, darkened where the mask excludes them from the loss."""
     assert batch.pixels is not None
     masks: list[Tensor | None] = list(batch.masks) if batch.masks is not None else [None] * batch.size
     return [to_image(_darkened(pixels, mask)) for pixels, mask in zip(batch.pixels, masks)]

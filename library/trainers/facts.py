@@ -30,7 +30,7 @@ from library.options import changed_values
 from library.trainers.options import TrainerOptions
 from library.trainers.run_plan import RunPlan
 
-# kind of file -> what modelspec.architecture ends with
+# kind of file -> ending of modelspec.architecture
 ENDINGS = {
     "LoRA": "/lora",
     "Checkpoint": "",
@@ -40,10 +40,10 @@ ENDINGS = {
 
 
 class FileHashes:
-    """Hashes of the model files for the metadata, computed beside the training: sha256 of some GB takes seconds."""
+    """Hashes of the model files for the metadata, computed in a thread: sha256 of some GB takes seconds."""
 
     def __init__(self, names: Mapping[str, str]) -> None:
-        """names: kind ("sd_model", "vae") -> what was given for it."""
+        """names: kind ("sd_model", "vae") -> the path or name given for it."""
         self._files = names
         self._found: dict[str, str] = {}
         self._thread = threading.Thread(target=self._compute, daemon=True)
@@ -70,9 +70,9 @@ def subset_facts(config: DatasetConfig, samples: Sequence[Sample]) -> tuple[Subs
 
 
 def tag_frequency(trained: Iterable[Sample], texts: Callable[[Sample], Sequence[str]]) -> dict[str, dict[str, int]]:
-    """Folder -> tag -> how often it is trained: once for each picture of which some text has it, whatever is drawn.
+    """Folder -> tag -> number of pictures with the tag in any of their possible texts.
 
-    texts: picture -> what its caption may be.
+    texts: picture -> its possible captions.
     """
     found: dict[str, Counter[str]] = {}
     for sample in trained:
@@ -105,7 +105,7 @@ def dataset_facts(
 
 
 class RunRecord:
-    """Everything that the saves of a run say about it. `metadata` is called once per save."""
+    """Everything that the metadata of saves say about a run. `metadata` is called once per save."""
 
     def __init__(
         self,

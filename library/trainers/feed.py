@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hands out the batches of a run, step by step, and keeps an error in loading them until the state is saved."""
+"""Iteration over the batches of a run, step by step; a loading error is held back until the state is saved."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ STEPS_AHEAD = 2  # with several processes: until all know that one of them has n
 
 
 class Feed:
-    """The batches of one optimizer step after the other.
+    """Iterates over the batches of successive optimizer steps.
 
-    With several processes it is STEPS_AHEAD steps ahead of the training: where one process cannot load a batch, it has
-    still as many steps to take as pass until all of them stop, after the same step (`Vote`).
+    With several processes it loads STEPS_AHEAD steps ahead of the training: a process that cannot load a batch still
+    has enough steps to take until all processes stop after the same step (`Vote`).
     """
 
     def __init__(self, steps: Steps, *, processes: int) -> None:
@@ -55,14 +55,14 @@ class Feed:
 def steps_of(
     data: TrainingData, loader: BatchLoader, plan: RunPlan, start: Position, *, rank: int, world: int
 ) -> Steps:
-    """One process's micro-batches of one optimizer step after the other, from `start` to the end of the run."""
+    """Yield one process's micro-batches of each optimizer step, from `start` to the end of the run."""
     step, epoch, first = start.step, start.epoch, start.batch
     with loader:
         while step < plan.total_steps:
             own = share_of(data.plan_epoch(epoch + 1)[first:], rank, world)
             batches = loader.run(own, step_of_first=step, accumulation=plan.accumulation)
             for group in plan.groups(first):
-                # where another's batch fills up the last step of an epoch, it does not count a second time
+                # a batch of another process that fills up the last step of an epoch must not count twice
                 shares = [
                     world / len(group) if place < len(group) else 0.0 for place in range(rank, rank + len(group), world)
                 ]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Watching over a run: numbers are read from the device late and asynchronously, but always before a save."""
+"""Monitoring of a run: numbers are read from the device late and asynchronously, but always before a save."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LIKELY_CAUSES = (
     "Likely causes: a learning rate that is too high, fp16 overflow (use --mixed_precision bf16, or --no_half_vae), "
     "or a damaged picture. Nothing was saved over an earlier file; --resume the last state with a lower rate."
 )
-# fp16: each step that the scaler leaves out halves its scale, from 65536; after so many in a row it cannot be the scale
+# fp16: each step that the scaler skips halves its scale, from 65536; after so many in a row the scale is not the cause
 MOST_SKIPS = 30
 
 
@@ -29,7 +29,7 @@ class StepReport:
     step: int
     loss: float
     grad_norm: float
-    others: dict[str, float]  # learning rates and what else the step says of itself
+    others: dict[str, float]  # learning rates and other numbers of the step
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class _Pending:
 
 
 class StepReader:
-    """Hands out step reports as they arrive from the device, at most `lag` steps late; stops a run that diverged."""
+    """Returns step reports as they arrive from the device, at most `lag` steps late; stops a run that diverged."""
 
     def __init__(self, *, lag: int) -> None:
         self.lag = lag
@@ -54,8 +54,8 @@ class StepReader:
              scaler_skips: bool, others: dict[str, float | Tensor]) -> None:  # fmt: skip
         """loss, grad_norm and tensors among `others`: 0-dim, copied to the host together, without waiting for them.
 
-        names, own_loss: pictures and loss of this process. scaler_skips: fp16, where a non-finite gradient is the
-        scaler's business.
+        names, own_loss: pictures and loss of this process. scaler_skips: fp16, where the scaler handles non-finite
+        gradients.
         """
         measured = {name: value for name, value in others.items() if isinstance(value, Tensor)}
         known = {name: float(value) for name, value in others.items() if name not in measured}
@@ -64,11 +64,11 @@ class StepReader:
         self._pending.append(_Pending(step, list(names), values, scaler_skips, [*measured], known))
 
     def arrived(self) -> list[StepReport]:
-        """Reports of the steps whose numbers are here. Raises StopTraining on a non-finite one."""
+        """Reports of the steps whose numbers have arrived. Raises StopTraining if one is not finite."""
         return list(self._take(lambda p: p.values.ready or len(self._pending) > self.lag))
 
     def flush(self) -> list[StepReport]:
-        """All reports: waits for the device. Called before anything is saved."""
+        """All outstanding reports; waits for the device. Called before each save."""
         return list(self._take(lambda p: True))
 
     def _take(self, may_read: Callable[[_Pending], bool]) -> Iterable[StepReport]:
@@ -90,7 +90,7 @@ class StepReader:
 
 
 class MovingAverage:
-    """Mean of the last `size` losses, as the progress bar shows it."""
+    """Mean of the last `size` losses, shown in the progress bar."""
 
     def __init__(self, size: int, values: Iterable[float] = ()) -> None:
         self.values: deque[float] = deque(values, maxlen=max(size, 1))
@@ -104,7 +104,7 @@ class MovingAverage:
 
 
 class GradientWatch:
-    """Notes until the first save which modules have received a gradient."""
+    """Records until the first save which modules have received a gradient."""
 
     def __init__(self, modules: Mapping[str, Sequence[nn.Parameter]]) -> None:
         learning = {name: [p for p in parameters if p.requires_grad] for name, parameters in modules.items()}
@@ -120,7 +120,7 @@ class GradientWatch:
             handle.remove()
 
     def stop(self) -> list[str]:
-        """Stop watching. Names of the modules none of whose parameters ever received a gradient."""
+        """Stop watching. Returns the names of modules whose parameters never received a gradient."""
         for handles in self._hooks.values():
             for handle in handles:
                 handle.remove()

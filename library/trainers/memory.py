@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ways of saving memory that a run uses: they prepare the denoiser, surround its passes, and can be extended."""
+"""The memory-saving methods of a run: they prepare the denoiser, surround its passes, and can be extended later."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from library.memory.slots import saved_bytes
 from library.optim.in_backward import InBackward
 
 log = get_logger()
-MOST_STATIC_SHAPES = 3  # more are compiled as one graph of any shape: a graph for each would take minutes each
+MOST_STATIC_SHAPES = 3  # more share one dynamic graph: compiling takes minutes per shape
 
 
 class Memory:
-    """The denoiser's blocks and what is done to them. Made when the denoiser is loaded and has its adapters."""
+    """The memory-saving methods applied to the denoiser's blocks. Made when the denoiser has its adapters."""
 
     def __init__(
         self, family: ModelFamily, denoiser: nn.Module, choice: MemoryChoice, options: MemoryOptions,
@@ -43,13 +43,13 @@ class Memory:
         self.family, self.denoiser, self.choice, self.options, self.device = family, denoiser, choice, options, device
         self.blocks = family.blocks(denoiser)
         self.compiled: CompiledBlocks | None = None
-        self.recomputation: Recomputation | None = None  # None: compiled blocks see to that themselves
+        self.recomputation: Recomputation | None = None  # None: compiled blocks recompute by themselves
         self.swap: BlockSwap | None = None
         self.hoisting: Hoisting | None = None
         self.offload: Offload | None = None
         self.pinning = Pinning(device)
         self._trained: list[Tensor] = []
-        self.most_samples: int | None = None  # of a micro-batch that go through the model together
+        self.most_samples: int | None = None  # samples of a micro-batch in one pass
 
     def prepare(self, *, shapes: int) -> None:
         """Hoist, compile or recompute, and swap. shapes: the number of different sizes of pictures and batches."""
@@ -74,16 +74,16 @@ class Memory:
             place(self.denoiser, self.device, but=[*waiting, *(self.hoisting.linears if self.hoisting else ())])
 
     def can_compile(self) -> bool:
-        """Whether this machine has a compiler; says so where it has none."""
+        """Whether this machine has a compiler; warns if not."""
         lacking = missing_compiler(self.options.dynamo_backend, self.device)
         if lacking is not None:
             log.warning(f"--compile: no effect, this machine has no {lacking}")
         return lacking is None
 
     def exchange(self, count: int) -> None:
-        """Let `count` blocks, as --blocks_to_swap counts them, wait in main memory from now on.
+        """Swap `count` blocks, as --blocks_to_swap counts them, to main memory from now on.
 
-        Where this runs out of memory halfway, it can be called again with another number.
+        If this runs out of memory halfway, it can be called again with another number.
         """
         self.choice = replace(self.choice, blocks_to_swap=count)
         waiting = self.family.swapped(self.denoiser, count, self.swap_options)
@@ -99,14 +99,14 @@ class Memory:
         return self.hoisting.tensors if self.hoisting is not None else ()
 
     def move_activations(self, trained: Iterable[Tensor]) -> None:
-        """--cpu_offload_checkpointing. trained: weights that learn, when they are where they stay."""
+        """--cpu_offload_checkpointing. trained: weights that learn, at their final location."""
         if self.choice.offload:
             self._trained = [*trained]
             self.offload = Offload(self.device, pinning=self.pinning)
             self._join_offload()
 
     def _join_offload(self) -> None:
-        """Tell the offloading of activations where the weights are, and the swapping of blocks about the offloading."""
+        """Tell activation offloading which tensors are weights, and block swapping about the offloading."""
         if self.offload is None:
             return
         self.offload.keep([*self.denoiser.parameters(), *self.denoiser.buffers(), *self._trained])
@@ -114,12 +114,12 @@ class Memory:
             self.swap.rest = self.offload.pack, self.offload.unpack
 
     def changed(self, parameters: Sequence[Tensor]) -> None:
-        """Note that these weights have just been updated."""
+        """Notify block swapping that these weights were updated."""
         if self.swap is not None:
             self.swap.changed(parameters)
 
     def steps_in_backward(self, optimizer: InBackward) -> None:
-        """Let whatever has a gradient in a block be updated before the block leaves the card."""
+        """Update all weights of a block that have a gradient before the block leaves the card."""
         if self.swap is not None:
             self.swap.before_leaving = optimizer.step_now
 
@@ -128,17 +128,17 @@ class Memory:
         return self.offload.forward() if self.offload is not None else nullcontext()
 
     def home(self) -> None:
-        """Bring all weights to where they can be read, until the next pass."""
+        """Make all weights readable until the next pass."""
         for keeper in (self.swap, self.hoisting):
             if keeper is not None:
                 keeper.home()
 
-    # ---- with less --------------------------------------------------------------------------------------------------
+    # ---- shrinking --------------------------------------------------------------------------------------------------
 
     def ways_to_shrink(self, batch_size: int) -> Iterator[tuple[str, Callable[[], None]]]:
-        """The ways to make the next try smaller, the cheapest first: a description, and the function that does it.
+        """Ways to reduce the memory of the next attempt, cheapest first: (description, action).
 
-        Each saves something, and is gone once it was tried, also where it failed.
+        Each saves memory, and is not offered again once it was tried, even if it failed.
         """
         if self._keeps_activations():
             yield "all activations are recomputed from now on (--gradient_checkpointing)", self._recompute_all
@@ -155,7 +155,7 @@ class Memory:
             )
 
     def _keeps_activations(self) -> bool:
-        """Whether some block could be recomputed and is not yet. Compiled blocks decide for themselves."""
+        """Whether a block is not recomputed yet but could be. Compiled blocks decide for themselves."""
         if self.recomputation is None:
             return False
         weights = self.recomputation.weights
@@ -167,7 +167,7 @@ class Memory:
         self.recomputation.set_budget(0.0)
 
     def _more_blocks(self) -> int | None:
-        """The next number of swapped blocks: a quarter of all more, or the first that saves more; None without one."""
+        """The next larger number of swapped blocks: a quarter of all more, or the first that saves more; or None."""
         if self.device.type == "cpu" or self.learns or (self.swap_options and self.swap_options.swaps_blocks):
             return None
         now, most = self.choice.blocks_to_swap, self.family.most_swapped(self.denoiser)
@@ -177,7 +177,7 @@ class Memory:
         return next(larger, None)
 
     def _saved(self, sizes: Sequence[int], count: int) -> int:
-        """Bytes of the card that swapping `count` blocks saves. sizes: of each block."""
+        """Bytes of device memory that swapping `count` blocks saves. sizes: bytes of each block."""
         return saved_bytes([sizes[index] for index in self.family.swapped(self.denoiser, count, self.swap_options)])
 
     @property
@@ -186,7 +186,7 @@ class Memory:
         return any(parameter.requires_grad for parameter in self.denoiser.parameters())
 
     def recover(self) -> None:
-        """Reset what a pass that ended halfway has left behind."""
+        """Reset the state left behind by an interrupted pass."""
         if self.swap is not None:
             self.swap.reset()
 
@@ -195,7 +195,7 @@ def check_choice(
     options: MemoryOptions, family: ModelFamily, swap_options: FineTuneOptions | None, *, learning: frozenset[str],
     changed: frozenset[str], in_backward: bool, deepspeed: bool, average: bool,
 ) -> None:  # fmt: skip
-    """Raises UserError where the machine, the model or the method cannot do what is asked for.
+    """Raises UserError if the machine, the model or the method does not support the memory options.
 
     learning: models that get gradients. changed: those whose own weights learn. average: --ema_decay.
     """
@@ -253,7 +253,7 @@ def swaps(choice: MemoryChoice, swap_options: FineTuneOptions | None) -> bool:
 
 
 def moves_weights(choice: MemoryChoice, swap_options: FineTuneOptions | None) -> bool:
-    """Whether weights of the denoiser wait in main memory, so that it must not be loaded onto the card as a whole."""
+    """Whether weights of the denoiser stay in main memory, so that it must not be loaded onto the card as a whole."""
     return choice.hoist or swaps(choice, swap_options)
 
 

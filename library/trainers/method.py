@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A method of training: which weights learn, how they are built, and what is saved."""
+"""Interface of a training method: which weights learn, how they are built, and what is saved."""
 
 from __future__ import annotations
 
@@ -20,38 +20,38 @@ Options = TypeVar("Options", bound=TrainerOptions, covariant=True)
 class Method(ABC, Generic[Options]):
     """The method of one run, on one family and with one user's options.
 
-    A new method answers `learning` and `build`; the other four have defaults.
+    A new method implements `learning` and `build`; the other methods have defaults.
     """
 
-    project: ClassVar[str]  # name of the log's project where none is given
+    project: ClassVar[str]  # default name of the project in the log
 
     def __init__(self, family: ModelFamily, options: Options) -> None:
         self.family, self.options = family, options
 
     @abstractmethod
     def learning(self) -> Learning:
-        """Which models learn. Known when the family's files are checked."""
+        """Which models learn. Called after the family's files are checked."""
 
     @abstractmethod
     def build(self, models: Models, choice: MemoryChoice, *, files: bool = True) -> Trainables:
-        """Attach or choose what learns; everything else in `models` is frozen already.
+        """Attach or select the weights that learn; everything else in `models` is frozen already.
 
-        files: False where only sizes matter, and files of weights to start from are not read.
+        files: False if only sizes matter, and files with initial weights are not read.
         """
 
     def checks(self) -> list[Callable[[], None]]:
-        """What is checked before a model is loaded; each raises UserError."""
+        """Checks that run before a model is loaded; each raises UserError."""
         return []
 
     def with_captions(self, found: Scan) -> Scan:
-        """The datasets with the captions that the method wants. Raises UserError where it cannot learn from them."""
+        """The datasets with the captions that the method uses. Raises UserError if it cannot learn from them."""
         return found
 
     @property
     def extension(self) -> str:
-        """File ending of the saves; empty where each is a folder."""
+        """File ending of the saves; empty if each is a folder."""
         return EXTENSIONS[self.options.save.save_model_as]
 
     def explained(self, error: Exception) -> str | None:
-        """One line for an error that third-party code of the method raised; None for any other error."""
+        """One line for an error raised by third-party code of the method; None for any other error."""
         return None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Running out of memory: the run goes on with a smaller footprint, or ends with one line and nothing lost."""
+"""Out of memory: the run continues with a smaller footprint, or ends with one line and without losing a state."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ log = get_logger()
 
 
 class DoesNotFit(UserError):
-    """A step needs more memory than there is, whatever was tried. The weights are as they were before it."""
+    """A step needs more memory than there is, after all attempts. The weights are those before the step."""
 
     def __init__(self, step: int, reason: str, tried: Sequence[str]) -> None:
-        """step: counted from 0. tried: the ways in which the run was made smaller."""
+        """step: counted from 0. tried: what was done to reduce memory."""
         after = f", also after this: {'; '.join(tried)}" if tried else ", and nothing makes it smaller by itself"
         super().__init__(f"out of memory in step {step + 1} ({reason}){after}. {NEEDS_LESS[0].upper()}{NEEDS_LESS[1:]}")
 
 
 class HalfDone(UserError):
-    """Memory ran out when some weights may have been updated: the step can neither be finished nor repeated."""
+    """Memory ran out after some weights may have been updated: the step can neither be finished nor repeated."""
 
     def __init__(self, step: int, reason: str) -> None:
         super().__init__(
@@ -42,7 +42,7 @@ class HalfDone(UserError):
 
 @contextmanager
 def changing_weights(step: int) -> Iterator[None]:
-    """Surrounds the optimizer's step. Raises HalfDone where memory runs out in it."""
+    """Context manager around the optimizer's step. Raises HalfDone if memory runs out in it."""
     try:
         yield
     except Exception as error:
@@ -56,18 +56,18 @@ def changing_weights(step: int) -> Iterator[None]:
 
 @dataclass
 class Retry:
-    """Computes the gradients of a step again, with a smaller footprint, where they did not fit."""
+    """Computes the gradients of a step; if they do not fit, reduces the footprint and computes them again."""
 
     updates: Updates
     memory: Memory
-    allowed: bool  # not where other processes are in the middle of the same step
-    tried: list[str] = field(default_factory=list)  # the ways in which the run was made smaller, as they were logged
+    allowed: bool  # False with several processes, which are in the middle of the same step
+    tried: list[str] = field(default_factory=list)  # what was done to reduce memory, as logged
 
     def __call__(self, gradients: Callable[[], Tensor], *, largest_batch: int, step: int) -> Tensor:
         """The result of `gradients`, which must compute the same each time it is called.
 
-        largest_batch: samples of the largest micro-batch. Raises DoesNotFit when nothing makes the step smaller, and
-        HalfDone when weights have been stepped in the backward pass already.
+        largest_batch: samples of the largest micro-batch. Raises DoesNotFit if nothing makes the step smaller, and
+        HalfDone if weights were already updated in the backward pass.
         """
         while True:
             try:
@@ -81,7 +81,7 @@ class Retry:
             self._shrink(largest_batch, step, reason)  # outside of the except clause: the error's frames hold tensors
 
     def _shrink(self, largest_batch: int, step: int, reason: str) -> None:
-        """Forget the step that did not fit, and shrink the run in the first way that itself fits."""
+        """Discard the step that did not fit, and reduce memory in the first way that itself fits."""
         if self.updates.in_backward is not None and self.updates.in_backward.started:
             raise HalfDone(step, reason)
         while fits(self._forget) and (way := next(self.memory.ways_to_shrink(largest_batch), None)):
@@ -103,7 +103,7 @@ class Retry:
 
 
 def encoded(encode: EncodeImages, pixels: Tensor, seeds: list[int]) -> Tensor:
-    """Latents of the pictures, encoded in halves where they do not fit on the card together."""
+    """Encode pictures to latents, in halves if they do not fit on the card together."""
     found: list[Tensor] = []
     if len(seeds) == 1:
         return encode(pixels, seeds)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When previews are made, where they are shown, and the sheet of before and after."""
+"""The previews of a run: when they are made, where they are shown, and the before-and-after sheet."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ log = get_logger()
 
 
 class Previews:
-    """The previews of one run; does nothing when none are wanted, or on other processes."""
+    """The previews of one run; does nothing if none are wanted, or on other processes."""
 
     def __init__(
         self, family: ModelFamily, objective: Objective, options: TrainerOptions, prompts: tuple[Prompt, ...], *,
         device: torch.device, dtype: torch.dtype, seed: int, active: bool, writes: bool,
         size: tuple[int, int], texts: TextSource | None, conditioned: bool = False, stopped: Callable[[], bool],
     ) -> None:  # fmt: skip
-        """active: whether this process makes them. writes: whether it writes them, too: where weights are split over
+        """active: whether this process makes previews. writes: whether it also writes them: if weights are split over
         processes, all make them and one writes. stopped: whether the run is asked to stop."""
         self.writes, self.stopped = writes, stopped
         self.options, self.device, self.dtype = options.sample, device, dtype
@@ -53,9 +53,9 @@ class Previews:
         self, models: Models, trainables: Trainables, trackers: Trackers, position: Position, *,
         epoch_ended: bool, weights: AbstractContextManager[None],
     ) -> None:  # fmt: skip
-        """Make previews when they are due after `position.step` steps.
+        """Make previews if they are due after `position.step` steps.
 
-        weights: inside it the model is as it is to be shown.
+        weights: context in which the model has the weights to show.
         """
         epoch_end = position.epoch if epoch_ended and self.options.every_n_epochs else None
         if self.previewer is None or not due(self.options, position.step, epoch_end) or self.stopped():
@@ -80,7 +80,7 @@ class Previews:
         self.latest = pictures
 
     def before_and_after(self) -> None:
-        """One sheet with the previews of step 0 above the newest ones, if there are both."""
+        """Write one sheet with the previews of step 0 above the newest ones, if both exist."""
         if not self.writes or not self.first or len(self.first) != len(self.latest) or self.first is self.latest:
             return
         images = [p.image for p in (*self.first, *self.latest)]
@@ -96,7 +96,7 @@ class Previews:
 
 @contextmanager
 def harmless(what: str) -> Iterator[None]:
-    """Turn what fails inside into one warning: nothing about previews may end a training."""
+    """Turn any exception inside into one warning: a preview must not end the training."""
     try:
         yield
     except Exception as error:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Resuming: which state a run continues from, and whether that state is one of this run."""
+"""Resuming: which state a run continues from, and whether that state belongs to this run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from library.options import changed_values
 from library.trainers.options import TrainerOptions
 from library.trainers.run_plan import RunPlan
 
-# Options that must be the same when a state is continued: the state carries what they decide.
+# Options that must not change on resume: the state depends on them.
 RESUMED_OPTIONS = (
     "optimizer_type", "optimizer_args", "learning_rate", "lr_scheduler", "lr_scheduler_type", "lr_scheduler_args",
     "lr_warmup_steps", "full_fp16", "full_bf16", "ema_decay", "network_module",
@@ -36,10 +36,10 @@ RESUMED_OPTIONS = (
     "token_string", "num_vectors_per_token", "init_word", "weights", "cond_emb_dim",
 )  # fmt: skip
 
-# What else must be the same: how many micro-batches all processes together have
+# The numbers of micro-batches over all processes, which must not change either
 BATCHES_PER_STEP, BATCHES_PER_EPOCH = "--gradient_accumulation_steps x processes", "batches per epoch"
 
-# Options that only the rest of the learning-rate schedule depends on. They have a part of the fingerprint of their own
+# Options that only affect the rest of the learning-rate schedule: a separate part of the fingerprint
 SCHEDULE = "schedule"
 SCHEDULE_OPTIONS = (
     "lr_decay_steps", "lr_scheduler_num_cycles", "lr_scheduler_power", "lr_scheduler_timescale",
@@ -50,22 +50,22 @@ log = get_logger()
 
 
 class Resumption:
-    """The state that a run continues from, if any. It is held until it is restored, and no longer."""
+    """The state that a run continues from, if any. It is held only until it is restored."""
 
     def __init__(self, folder: Path | None) -> None:
-        """Reads the state. Raises UserError where it is not whole."""
+        """Reads the state. Raises UserError if it is incomplete or damaged."""
         self.folder = folder
         self.parts: StateParts | None = as_of_now(load_state(folder)) if folder else None
 
     def taken(self) -> StateParts | None:
-        """The state; from then on it is no longer held here."""
+        """Return the state and release it."""
         parts, self.parts = self.parts, None
         return parts
 
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What makes a state one of this run."""
+    """The properties that identify the states of a run."""
 
     options: TrainerOptions
     optimizer: OptimizerChoice
@@ -74,7 +74,7 @@ class RunIdentity:
     plan: RunPlan
 
     def check(self, resumption: Resumption) -> None:
-        """Raises UserError saying what of the state belongs to another run."""
+        """Raises UserError naming what differs if the state belongs to another run."""
         state = resumption.parts
         if state is None:
             return
@@ -89,21 +89,21 @@ class RunIdentity:
             self.plan.require_steps_after(state.step)
 
     def is_finished(self, resumption: Resumption) -> bool:
-        """Whether --resume auto finds that nothing is left to do."""
+        """Whether --resume auto has found a run with nothing left to do."""
         state = resumption.parts
         return self.options.state.resume == AUTO and state is not None and state.step >= self.plan.total_steps
 
     def fingerprint(self) -> dict[str, object]:
-        """Everything that a state says of its run."""
+        """Everything that a state records about its run."""
         return {**self.facts(), SCHEDULE: self.schedule()}
 
     def schedule(self) -> dict[str, object]:
-        """What else the learning-rate schedule follows from: it may change when this run is resumed."""
+        """Inputs of the learning-rate schedule that may change on resume."""
         scheduler = vars(self.options.scheduler)
         return {"steps": self.plan.total_steps, **{f"--{name}": scheduler[name] for name in SCHEDULE_OPTIONS}}
 
     def changed_schedule(self, state: StateParts) -> list[str]:
-        """What gives the rest of the run another schedule than it had when the state was saved."""
+        """Changes since the state was saved that alter the schedule of the remaining steps, one line each."""
         now, before = self.schedule(), state.fingerprint.get(SCHEDULE)
         if before is None or before == now:
             return []  # None: a state from before this was noted
@@ -115,7 +115,7 @@ class RunIdentity:
         return compare(before, now) if curves[0] != curves[1] else []
 
     def facts(self) -> dict[str, object]:
-        """What must be the same when this run is resumed."""
+        """Properties that must not change on resume."""
         values = {f"--{n}": v for n, v in changed_values(self.options, all_values=True).items() if n in RESUMED_OPTIONS}
         values["--optimizer_type"] = self.options.optimizer.name  # there are several ways to ask for one
         plan = {BATCHES_PER_STEP: self.plan.batches_per_step, BATCHES_PER_EPOCH: self.plan.batches_per_epoch}
@@ -135,7 +135,7 @@ class RunIdentity:
                 "captions": captions,
                 "settings": _digest(rules),
             }
-            if dataset.validation_split:  # apart: states of runs without it are those of before
+            if dataset.validation_split:  # a separate entry, so that states of runs without it stay valid
                 chosen = "the run's seed" if dataset.validation_seed is None else f"seed {dataset.validation_seed}"
                 result[f"subset {index}"]["held out"] = f"{dataset.validation_split} by {chosen}"
             if isinstance(subset.samples, ShardSamples):
@@ -147,7 +147,7 @@ class RunIdentity:
 
 
 def content_digests(samples: Sequence[Sample]) -> tuple[str, str]:
-    """Digests of the pictures and of the captions of a subset. Of shards the indexes have them."""
+    """Digests of the pictures and of the captions of a subset. For shards they come from the indexes."""
     if isinstance(samples, ShardSamples):
         return samples.digests()
     pictures = [(Path(sample.path).name, sample.file_size) for sample in samples]
@@ -155,7 +155,7 @@ def content_digests(samples: Sequence[Sample]) -> tuple[str, str]:
 
 
 def as_of_now(state: StateParts) -> StateParts:
-    """A state whose batches are counted over all processes. Older states counted those of one process."""
+    """Convert a state to the current form, which counts batches over all processes; older ones counted per process."""
     facts = dict(state.fingerprint)
     if "processes" not in facts:
         return state
@@ -166,12 +166,12 @@ def as_of_now(state: StateParts) -> StateParts:
 
 
 def _digest(value: object) -> str:
-    """A short text that differs where the values do."""
+    """A short hash of a value's repr."""
     return hashlib.blake2b(repr(value).encode(), digest_size=4).hexdigest()
 
 
 def run_seed(options: TrainerOptions, state: dict[str, Any] | None) -> int:
-    """--seed, else that of the resumed state, else a new one."""
+    """--seed, else the seed of the resumed state, else a new one."""
     if options.train.seed is not None:
         return options.train.seed
     if state is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A whole run: a method goes through the stages to the loop."""
+"""A whole run: the stages of a method, then the training loop."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Loop = Callable[[Running, Start], Trainer]
 
 
 def run(method: Method[TrainerOptions], stop: StopRequest | None = None, loop: Loop = Trainer) -> int:
-    """Train. Exit code 0, or EXIT_STOPPED where the run was asked to stop. Raises UserError and StopTraining."""
+    """Train. Returns exit code 0, or EXIT_STOPPED if the run was asked to stop. Raises UserError and StopTraining."""
     try:
         return _run(method, stop or StopRequest(), loop)
     except Exception as error:

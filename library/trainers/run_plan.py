@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The length of a run in steps, epochs and batches: computed once, printed before anything is trained."""
+"""The length of a run in steps, epochs and batches, computed once and printed before training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from library.types import Position
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Steps and epochs of a run. A micro-batch is the batch of one forward pass of one process.
+    """Steps and epochs of a run. A micro-batch is the batch of one forward pass in one process.
 
     The steps do not depend on how many processes share the micro-batches of each: only `batches_per_step` counts.
     """
@@ -30,12 +30,12 @@ class RunPlan:
 
     @property
     def batches_per_step(self) -> int:
-        """Micro-batches of an optimizer step, of all processes."""
+        """Micro-batches of an optimizer step, over all processes."""
         return self.accumulation * self.num_processes
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps of one epoch: the last one may have fewer micro-batches."""
+        """Optimizer steps of one epoch; the last one may have fewer micro-batches."""
         return math.ceil(self.batches_per_epoch / self.batches_per_step)
 
     @property
@@ -43,7 +43,7 @@ class RunPlan:
         return math.ceil(self.total_steps / self.steps_per_epoch)
 
     def require_steps_after(self, step: int) -> None:
-        """Raises UserError when a run that goes on after `step` steps has nothing left to do."""
+        """Raises UserError if a run that continues after `step` steps has nothing left to do."""
         if step >= self.total_steps:
             raise UserError(
                 f"the run starts at step {step} and ends at step {self.total_steps}: nothing is left to train. "
@@ -56,19 +56,19 @@ class RunPlan:
         return Position(step, epoch, rest * self.batches_per_step)
 
     def groups(self, first_batch: int) -> Iterator[range]:
-        """Micro-batches of an epoch, from `first_batch` on, in groups that make one optimizer step each."""
+        """Micro-batches of an epoch from `first_batch` on, grouped by optimizer step."""
         for start in range(first_batch, self.batches_per_epoch, self.batches_per_step):
             yield range(start, min(start + self.batches_per_step, self.batches_per_epoch))
 
     def end_of_step(self, batch: int) -> int:
-        """The micro-batch after those of the step that begins with micro-batch `batch` of an epoch."""
+        """End (exclusive) of the micro-batches of the step that begins with micro-batch `batch` of an epoch."""
         return min(batch + self.batches_per_step, self.batches_per_epoch)
 
 
 def make_plan(
     *, total_batches: int, num_processes: int, accumulation: int, max_steps: int, max_epochs: int | None, seed: int
 ) -> RunPlan:
-    """The plan of a run; `max_epochs` wins over `max_steps`. Raises UserError where there is no batch.
+    """The plan of a run; `max_epochs` overrides `max_steps`. Raises UserError if there is no batch.
 
     total_batches: micro-batches of an epoch, of all processes.
     """
@@ -103,13 +103,13 @@ T = TypeVar("T")
 
 
 def share_of(items: Sequence[T], rank: int, world: int) -> Sequence[T]:
-    """The items of one process; one that would have fewer gets another's item at the end, so that all have as many."""
+    """The items of one process. A process that would have fewer repeats another's item, so that all have as many."""
     own = items[rank::world]
     return own if len(own) == math.ceil(len(items) / world) else _WithOneMore(own, items[rank % len(items)])
 
 
 class _WithOneMore(Sequence[T]):
-    """A sequence and an item at its end, without a copy: an epoch may have millions of batches."""
+    """A sequence with one item appended, without a copy: an epoch may have millions of batches."""
 
     def __init__(self, items: Sequence[T], last: T) -> None:
         self.items, self.last = items, last

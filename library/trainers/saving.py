@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saves: when they are written, under which names, which older ones are removed, and what goes to the hub."""
+"""Saves: when they are written and under which names, which older ones are removed, and what is uploaded."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ NameOf = Callable[[str | None, int], str]  # (--output_name, number of a step or
 
 
 class Saver:
-    """Saves of one run. All processes call its methods alike; only the main one writes.
+    """The saves of one run. All processes must call its methods; only the main one writes.
 
-    `write_model(path)` and `state()` are the trainer's. They are called in all processes, because they gather weights
-    that are spread over processes.
+    `write_model(path)` and `state()` belong to the trainer. They are called in all processes, because they gather
+    weights that are split over processes.
     """
 
     def __init__(
@@ -34,9 +34,9 @@ class Saver:
         write_model: Callable[[Path], None], state: Callable[[], StateParts], extension: str,
         side_endings: Sequence[str] = (),
     ) -> None:  # fmt: skip
-        """extension: of the saves, empty where each is a folder.
+        """extension: of the saves; empty if each is a folder.
 
-        side_endings: of the stems of further files that `write_model` may write beside the one it is told.
+        side_endings: appended to the stem for further files that `write_model` may write next to its path.
         """
         self.save, self.options, self.plan, self.active = options.save, options.state, plan, active
         self.folder = Path(options.save.output_dir or ".")
@@ -48,24 +48,24 @@ class Saver:
         self.written: list[Path] = []
         self.state_at = time.monotonic()  # when the last state was written, or the run began
         self.last_state: str | None = None  # its name
-        self.between: str | None = None  # name of the state that `state_now` has written last
+        self.between: str | None = None  # name of the last state written by `state_now`
 
     def make_folder(self) -> None:
-        """Make the output folder again where it was removed during the run."""
+        """Recreate the output folder if it was removed during the run."""
         if self.active and not self.folder.is_dir():
             with saving(self.folder, 0):
                 self.folder.mkdir(parents=True)
             log.warning(f"--output_dir: {self.folder} was removed during the run and is made again")
 
     def write_config(self, options: TrainerOptions) -> None:
-        """The resolved options beside the output: what to give as --config_file to do the same again."""
+        """Write the resolved options beside the output, as a --config_file that repeats the run."""
         if self.active:
             path = self.folder / f"{names.last_name(self.save.output_name)}.config.toml"
             text = dump_toml(options)
             atomic_write(path, lambda temp: temp.write_text(text, encoding="utf-8"))
 
     def is_due(self, position: Position, epoch_ended: bool) -> bool:
-        """True when this step or epoch ends with a save; the last step is saved by `at_end`."""
+        """Whether this step or epoch ends with a save; the last step is saved by `at_end`."""
         if position.step >= self.plan.total_steps:
             return False
         by_epoch = epoch_ended and names.saves_after_epoch(
@@ -74,7 +74,7 @@ class Saver:
         return by_epoch or names.saves_after_step(position.step, every=self.save.save_every_n_steps)
 
     def after_step(self, position: Position, epoch_ended: bool) -> None:
-        """The saves that are due after an optimizer step."""
+        """Write the saves that are due after an optimizer step."""
         self.make_folder()
         step, epoch = position.step, position.epoch
         keep_epochs, keep_steps = names.states_to_keep(self.save, self.options)
@@ -90,7 +90,7 @@ class Saver:
     def _replace(
         self, name_of: NameOf, number: int, outdated: Callable[..., int | None], models: int | None, states: int | None
     ) -> None:
-        """Write a save, and remove the outdated ones. models, states: how many of each are kept; None: all."""
+        """Write a save and remove outdated ones. models, states: how many of each are kept; None: all."""
         self._write(name_of(self.save.output_name, number), with_state=self.options.save_state)
         self._drop(name_of, outdated(keep=models), keep_model=False)
         self._drop(name_of, outdated(keep=states), keep_model=True)
@@ -101,7 +101,7 @@ class Saver:
         return minutes is not None and time.monotonic() - self.state_at >= 60 * minutes
 
     def state_now(self, position: Position) -> None:
-        """A state between the saves, in place of the one before. A finished run needs none."""
+        """Write a state between saves, replacing the previous one. A finished run needs none."""
         name = names.step_name(self.save.output_name, position.step)
         if position.step >= self.plan.total_steps or name == self.last_state:
             return
@@ -112,7 +112,7 @@ class Saver:
         self.between = name
 
     def at_end(self, position: Position, *, finished: bool) -> None:
-        """The result of the run; of a stopped one, a state to continue from."""
+        """Write the result of the run; for a stopped run also a state to continue from."""
         self.make_folder()
         name = self.save.output_name
         if finished:
@@ -139,7 +139,7 @@ class Saver:
             self._write_state(name)
 
     def _files(self, name: str) -> list[Path]:
-        """The file or folder of a save, and the files that may lie beside it."""
+        """The file or folder of a save, and the files that may accompany it."""
         return [self.folder / f"{name}{ending}{self.extension}" for ending in self.endings]
 
     def _write_state(self, name: str) -> None:

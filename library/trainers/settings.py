@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options as the objects that torch and accelerate take."""
+"""Conversion of options to objects of torch and accelerate."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ def trained_dtype(options: PrecisionOptions) -> torch.dtype:
 
 
 def saved_dtype(options: SaveOptions) -> torch.dtype | None:
-    """--save_precision; None: weights are saved as they are."""
+    """--save_precision; None: weights keep their dtype."""
     return DTYPES[options.save_precision] if options.save_precision else None
 
 
 def loading_processes(options: DataOptions) -> int:
-    """Processes that load pictures: more of them than the machine has cores would only wait for each other."""
+    """Number of processes that load pictures: at most one per core."""
     return min(options.max_data_loader_n_workers, os.cpu_count() or 1)
 
 
 def distributed_settings(options: DistributedOptions, *, max_grad_norm: float, batch_size: int) -> DistributedSettings:
-    """Options of several processes as `library.device` takes them. DeepSpeed clips by itself."""
+    """Options for several processes in the form of `library.device`. DeepSpeed clips gradients itself."""
     return DistributedSettings(
         timeout_minutes=options.ddp_timeout,
         deepspeed=_deepspeed_arguments(options, max_grad_norm) if options.deepspeed else {},

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What does not go together with weights that are split over processes (--shard_base)."""
+"""Checks of options that do not work with weights split over processes (--shard_base)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from library.trainers.options import TrainerOptions
 
 
 def check_sharding(options: TrainerOptions, learning: Learning, optimizer: OptimizerChoice, found: Scan) -> None:
-    """Raises UserError with all that --shard_base cannot do, where it is given."""
+    """Raises UserError listing everything that does not work with --shard_base, if it is given."""
     if options.distributed.shard_base and (problems := [*_problems(options, learning, optimizer, found)]):
         raise UserError(problems)
 

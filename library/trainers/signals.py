@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stopping several processes after the same step, also where one of them has died."""
+"""Stopping several processes after the same step, even if one of them has died."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from library.stopping import StopRequest
 
 __all__ = ["EXIT_AT_ONCE", "EXIT_STOPPED", "OtherProcessDied", "Vote", "agreed", "exchanging"]
 
-# what gloo and NCCL say where the process at the other end is gone
+# messages of gloo and NCCL when the process at the other end is gone
 GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 
 
 class OtherProcessDied(ProcessDied):
-    """Another process of the training is gone: nothing can be exchanged. The weights are those before the step."""
+    """Another process of the training has died, so collectives fail. The weights are those before the step."""
 
 
 @contextmanager
 def exchanging(processes: int) -> Iterator[None]:
-    """Surrounds what several processes do together. Raises OtherProcessDied where one of them has died."""
+    """Context manager around collectives. Raises OtherProcessDied if another process has died."""
     try:
         yield
     except RuntimeError as error:
@@ -36,9 +36,9 @@ def exchanging(processes: int) -> Iterator[None]:
 
 
 class Vote:
-    """Several processes must stop, or save, after the same step: in every step each says what it wants.
+    """Lets several processes stop, or save, after the same step: each announces its wishes in every step.
 
-    What was said in the step before counts, so that nobody waits for the device.
+    The wishes of the previous step count, so that no process waits for the device.
     """
 
     def __init__(self, device: torch.device, *, processes: int) -> None:
@@ -46,11 +46,11 @@ class Vote:
         self._votes: deque[HostCopy] = deque()
 
     def at_once(self, wish: bool) -> bool:
-        """Whether any process wants it now. The host waits for the device."""
+        """Whether any process has the wish now. Synchronises host and device."""
         return wish if self.processes == 1 else bool(self._sum(wish).item() > 0)
 
     def decided(self, *wishes: bool) -> Sequence[bool]:
-        """Which of the wishes any process has. Called once per step in every process, with the same answer in all."""
+        """Which of the wishes any process had one step ago. Collective, called once per step; same result in all."""
         if self.processes == 1:
             return wishes
         self._votes.append(HostCopy(self._sum(*wishes)))
@@ -64,6 +64,6 @@ class Vote:
 
 
 def agreed(stop: StopRequest, device: torch.device, *, processes: int) -> Callable[[], bool]:
-    """Whether any process was asked to stop, to be called in all of them alike. The host waits for the device."""
+    """A function that tells whether any process was asked to stop. Collective; synchronises host and device."""
     vote = Vote(device, processes=processes)
     return lambda: vote.at_once(stop.requested)

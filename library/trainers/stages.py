@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The stages of a run before its first step: each owns what is known by then, and a function leads to the next one.
 
-Checked    options, data and files are without mistakes, and the processes have met
-Scheduled  how long the run is, and what it does to save memory
-Loaded     the caches are filled and the models are there
-Running    what learns, its optimizer, and everything that a step needs
+Checked    options, data and files are valid, and the processes are connected
+Scheduled  the length of the run and its memory options are known
+Loaded     the caches are filled and the models are loaded
+Running    the weights that learn, their optimizer, and everything else that a step needs
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Processes:
 
     @property
     def world(self) -> int:
-        """How many there are."""
+        """Number of processes."""
         return self.accelerator.num_processes
 
     @property
@@ -92,7 +92,7 @@ class Processes:
 
 @dataclass(frozen=True)
 class Checked:
-    """A run without a mistake of its user. Nothing is loaded."""
+    """A run whose options, data and files are valid. No model is loaded."""
 
     method: Method[TrainerOptions]
     learning: Learning
@@ -108,12 +108,12 @@ class Checked:
 
     @property
     def family(self) -> ModelFamily:
-        """The architecture."""
+        """The model family."""
         return self.method.family
 
     @property
     def options(self) -> TrainerOptions:
-        """What the user asks for."""
+        """The options of the run."""
         return self.method.options
 
     @property
@@ -123,13 +123,13 @@ class Checked:
 
     @property
     def shards_learn(self) -> bool:
-        """Whether they learn, too."""
+        """Whether the split weights learn."""
         return self.sharded and DENOISER in self.learning.changed
 
     def stopped(self) -> Callable[[], bool]:
-        """Whether the run is asked to stop, also inside of previews and validation.
+        """A function that tells, also during previews and validation, whether the run is asked to stop.
 
-        Where weights are split over processes, all make the same passes, and so all must have the same answer.
+        If weights are split over processes, all must make the same passes and therefore get the same answer.
         """
         stop, processes = self.stop, self.processes
         if self.sharded:
@@ -139,17 +139,17 @@ class Checked:
 
 @dataclass(frozen=True)
 class Scheduled:
-    """A run whose length is known, and what it does to save memory."""
+    """A run whose length and memory options are known."""
 
     checked: Checked
     plan: RunPlan
     identity: RunIdentity
-    planned: Planned  # with the choice of the planner, where it was asked
+    planned: Planned  # with the planner's choice, if it was asked
     peak_check: PeakCheck | None = None  # of the planner's prediction
 
     @property
     def is_finished(self) -> bool:
-        """Whether --resume auto finds that nothing is left to do."""
+        """Whether --resume auto has found a run with nothing left to do."""
         return self.identity.is_finished(self.checked.resumption)
 
 
@@ -166,7 +166,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Running:
-    """A run that can take its first step."""
+    """A run that is ready for its first step."""
 
     loaded: Loaded
     trainables: Trainables
@@ -175,12 +175,12 @@ class Running:
     step: Step
     validation: Validation
     record: RunRecord
-    port: WeightsPort  # through which weights and states go to files and come back
+    port: WeightsPort  # gathers weights and states for files, and scatters them
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins: at its first step, or where a state was saved."""
+    """Where a run begins: at its first step, or at a saved state."""
 
     position: Position = field(default_factory=Position)
     losses: Sequence[float] = ()  # of the steps before, for their moving average
@@ -245,7 +245,7 @@ def as_planned(
 
 
 def choose_memory(scheduled: Scheduled) -> Scheduled:
-    """The planner's choice where it was asked. The card is made as small as --vram_budget says."""
+    """Ask the planner for a choice, if requested, and limit device memory to --vram_budget."""
     planned, budget = scheduled.planned, scheduled.planned.memory.vram_budget
     if not planned.memory.asks_planner:
         return scheduled
@@ -289,12 +289,12 @@ def load(scheduled: Scheduled) -> Loaded:
         total_steps=plan.total_steps, latents=caches.latents, texts=caches.texts, join=family.join_conds,
         shown=family.references is not None and not family.references.seen_by.isdisjoint(encoders),
     )  # fmt: skip
-    # what is moved to and fro or split is loaded into main memory: as a whole it may not fit on the card
+    # weights that are swapped or split are loaded into main memory: the whole model may not fit on the card
     waits = moves_weights(planned.choice, learning.swap_options) or checked.sharded
     device = torch.device("cpu") if waits else planned.device
     dtype: torch.dtype | None = planned.load_dtype(DENOISER)
     if checked.shards_learn and not family.part(DENOISER).file.is_float8:
-        dtype = None  # the file is mapped, and a block at a time is cast when it is split
+        dtype = None  # the file is mapped; each block is cast when it is split
     denoiser = family.load_denoiser(dtype, device, storage=planned.storage(DENOISER))
     models = Models(denoiser, encoders, vae)
     for module in models.all():
@@ -306,7 +306,7 @@ def load(scheduled: Scheduled) -> Loaded:
 
 
 def build(loaded: Loaded) -> Running:
-    """What learns, its optimizer, and what the steps do to save memory. Raises UserError."""
+    """Build the weights that learn, their optimizer, and the memory-saving methods. Raises UserError."""
     checked, planned, plan = loaded.scheduled.checked, loaded.scheduled.planned, loaded.scheduled.plan
     family, options, models = checked.family, checked.options, loaded.models
     seed_everything(derive_seed(plan.seed, "first weights"))
@@ -320,7 +320,7 @@ def build(loaded: Loaded) -> Running:
             gathered=planned.dtype if autocast else None, block=checked.optimizer.row.block,
         )  # fmt: skip
     trainables = checked.method.build(models, planned.choice)
-    if not shards_learn:  # its shards are where they stay
+    if not shards_learn:  # shards are at their final location
         trainables.module.to(planned.device, planned.trained_dtype)
     if planned.choice.activation_budget < 1:
         recompute_encoders([e for name, e in models.encoders.items() if name in trainables.encoders])
@@ -371,26 +371,26 @@ def build(loaded: Loaded) -> Running:
 
 
 def port_of(trainables: Trainables, sharded: bool, shards_learn: bool) -> WeightsPort:
-    """How weights and states come together for files."""
+    """The port that gathers weights and states for files."""
     if shards_learn:
         return ShardedWeights(trainables.parameters(), trainables.state())
     return ShardedBase() if sharded else ReplicatedWeights()
 
 
 def compile_all(loaded: Loaded, trainables: Trainables, forward: Pass, plans: Sequence[BatchPlan]) -> None:
-    """Let the blocks be compiled for batches of these sizes, now and not in the first step."""
+    """Compile the blocks for batches of these sizes before the first step."""
 
     def one_pass(plan: BatchPlan) -> Tensor:
         generator = torch_generator(loaded.scheduled.plan.seed, "compiling", device=forward.device)
         return forward.mean_loss(loaded.data.load(plan, step=0).to(forward.device), generator)
 
     parameters = trainables.parameters()
-    # all that learns, or what comes before every block: then the backward pass goes through all of them
+    # all weights that learn, or the first ones, before every block: the backward pass then goes through all blocks
     warm([partial(one_pass, plan) for plan in plans], parameters if trainables.flat else parameters[:1], forward.device)
 
 
 def record_of(loaded: Loaded, trainables: Trainables) -> RunRecord:
-    """What the saves will say of the run."""
+    """The record of the run for the metadata of saves."""
     checked, plan = loaded.scheduled.checked, loaded.scheduled.plan
     return RunRecord(
         checked.options,
@@ -398,7 +398,7 @@ def record_of(loaded: Loaded, trainables: Trainables) -> RunRecord:
         [(dataset.config, dataset.samples) for dataset in checked.found.datasets],
         loaded.data,
         checked.family.facts(),
-        checked.family.model_names() if trainables.facts is not None else {},  # hashing gigabytes takes its time
+        checked.family.model_names() if trainables.facts is not None else {},  # hashing gigabytes takes time
     )
 
 

@@ -26,7 +26,7 @@ from library.types import Batch, Cond, Noised, Tokens
 
 @dataclass(frozen=True)
 class Pass:
-    """The forward pass of a batch, from its pictures to the predictions that the objective asks for."""
+    """The forward pass of a batch, from its pictures to the predictions requested by the objective."""
 
     family: ModelFamily
     objective: Objective
@@ -65,11 +65,11 @@ class Pass:
         return replace(batch, references=tuple(latents.float() for latents in found))
 
     def tokens(self, batch: Batch) -> Tokens:
-        """What the text encoders read, on the device."""
+        """The tokens of the captions, on the device."""
         return self.family.tokenize_with(batch.captions, [*zip(*batch.reference_pixels)]).to(self.device)
 
     def predict(self, batch: Batch) -> Predict:
-        """The model's predictions for this batch, for its objective to ask for."""
+        """The model's predictions for this batch, as functions that the objective calls."""
         self.trainables.set_multiplier(batch.network_multiplier)
 
         def trained(noised: Noised) -> Tensor:
@@ -85,27 +85,27 @@ class Pass:
         return Predict(trained, untrained)
 
     def mean_loss(self, batch: Batch, generator: torch.Generator, t: Tensor | None = None) -> Tensor:
-        """The mean loss of a batch that nothing is learned from."""
+        """The mean loss of a batch, without a backward pass."""
         noised = self.noised(batch, generator, t)
         return self.objective.loss(self.predict(batch), noised, batch).mean()
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """The numbers of an optimizer step, 0-dim and still on the device where they are tensors."""
+    """The numbers of an optimizer step. Tensors are 0-dim and still on the device."""
 
     loss: Tensor  # mean over all processes
     own_loss: Tensor  # of this process
     grad_norm: Tensor  # before clipping
-    others: dict[str, float | Tensor]  # learning rates, and what the method logs
+    others: dict[str, float | Tensor]  # learning rates and values logged by the method
 
 
 @dataclass(frozen=True)
 class Step:
     """The optimizer step of a run.
 
-    Noise, timesteps and dropout are keyed by the seed and `Batch.position` only: however many processes share the
-    batches of a step, the same are drawn.
+    Noise, timesteps and dropout depend only on the seed and `Batch.position`: the number of processes that share the
+    batches of a step does not change them.
     """
 
     forward: Pass
@@ -118,7 +118,7 @@ class Step:
     def take(self, batches: Sequence[Batch], step: int, average_loss: float | None) -> StepResult:
         """Take optimizer step `step`, counted from 0, over its micro-batches.
 
-        average_loss: of the steps before, where the schedule follows it. Raises DoesNotFit and HalfDone.
+        average_loss: of the previous steps, if the schedule follows it. Raises DoesNotFit and HalfDone.
         """
         trainables = self.forward.trainables
         trainables.before_step(step)
@@ -140,7 +140,7 @@ class Step:
         return StepResult(mean_loss, loss, grad_norm, {**rates, **more})
 
     def learn(self, batch: Batch, *, is_last: bool) -> Tensor:
-        """Backward pass of the mean loss of one micro-batch times its share of the step, which is returned."""
+        """Backward pass of one micro-batch. Returns its mean loss times its share of the step."""
         forward, total = self.forward, torch.zeros((), device=self.forward.device)
         generator = torch_generator(self.seed, "noise", batch.position, 0, device=forward.device)
         seed_everything(derive_seed(self.seed, "dropout", batch.position, 0))
@@ -156,9 +156,9 @@ class Step:
         return total
 
     def parts(self, batch: Batch, noised: Noised, cond: Cond | None) -> Iterator[tuple[Batch, Noised]]:
-        """The batch in parts of as many samples as fit: the same samples, noise and timesteps.
+        """Split the batch into parts of `memory.most_samples`, with the same samples, noise and timesteps.
 
-        cond: the batch's on the host, where the length of each text can be read without waiting for the device.
+        cond: of the batch, on the host, where the length of each text can be read without waiting for the device.
         """
         most, family = self.memory.most_samples, self.forward.family
         if most is None or batch.size <= most:

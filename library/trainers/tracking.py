@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -32,7 +33,7 @@ ExceptHook = Callable[[threading.ExceptHookArgs], object]
 
 
 class Tracker(Protocol):
-    """One program that shows curves and pictures."""
+    """A program that shows curves and pictures."""
 
     where: str  # for a message: the option and the folder
 
@@ -75,8 +76,8 @@ class TensorBoardTracker:
 class WandbTracker:
     """A run of the wandb service. `settings`: further arguments of wandb.init.
 
-    The step is a value of its own: numbers of a step arrive after the pictures of a later one, and wandb's own counter
-    drops what comes late.
+    The step is logged as a value: numbers of a step arrive after the pictures of a later one, and wandb's own counter
+    drops late values.
     """
 
     def __init__(
@@ -107,9 +108,9 @@ class WandbTracker:
 
 
 class Trackers:
-    """All trackers of the run; none on other ranks and without --logging_dir / --log_with.
+    """The trackers of the run; none on ranks other than 0, or without --logging_dir / --log_with.
 
-    One that fails (a full disk, a network) is left out from then on, with one warning: no curve ends a training.
+    A tracker that fails (full disk, network) is removed with one warning: logging must not end a training.
     """
 
     def __init__(self, trackers: list[Tracker]) -> None:
@@ -137,13 +138,13 @@ class Trackers:
 
 
 def no_more_curves(where: str, error: Exception) -> str:
-    """The warning about a log that cannot be written."""
+    """The warning for a log that cannot be written."""
     reason = (str(error).splitlines() or [""])[0] or type(error).__name__
     return f"{where}: {reason}: no more curves are written, the training goes on"
 
 
 def _without_tensorboard(previous: ExceptHook) -> ExceptHook:
-    """An exception hook that leaves out errors of TensorBoard's threads: its next call raises them again."""
+    """An exception hook that ignores errors of TensorBoard's threads, which its next call raises again."""
 
     def hook(args: threading.ExceptHookArgs) -> None:
         if not type(args.thread).__module__.startswith("tensorboard."):
@@ -153,7 +154,7 @@ def _without_tensorboard(previous: ExceptHook) -> ExceptHook:
 
 
 def check_trackers(options: LoggingOptions) -> None:
-    """The programs for the curves are installed and their settings can be read. Raises UserError."""
+    """Check that the logging packages are installed and their settings are valid. Raises UserError."""
     if options.log_with in ("wandb", "all") and importlib.util.find_spec("wandb") is None:
         raise UserError(f"--log_with {options.log_with}: the package is not installed: pip install wandb")
     if options.logging_dir and options.log_with != "wandb" and importlib.util.find_spec("tensorboard") is None:
@@ -172,7 +173,7 @@ def check_trackers(options: LoggingOptions) -> None:
 
 
 def needs_log(options: LoggingOptions) -> tuple[str, ...]:
-    """Names of the options of a log program that this run does not use.
+    """Names of the logging options that have no effect in this run.
 
     The name of the wandb run is not among them: graphical programs always give it.
     """
@@ -199,7 +200,7 @@ def tracker_settings(options: LoggingOptions) -> dict[str, dict[str, object]]:
 
 
 def _tensorboard_problems(settings: Mapping[str, Mapping[str, object]]) -> Iterator[str]:
-    """Problems of the arguments under [tensorboard]. Those of wandb only wandb knows."""
+    """Problems of the arguments under [tensorboard]. Those under [wandb] are checked by wandb."""
     given = settings.get("tensorboard", {})
     yield from unknown_names("arguments", [key for key in given if key not in OF_TENSORBOARD], OF_TENSORBOARD)
     for key, kind in OF_TENSORBOARD.items():
@@ -227,16 +228,17 @@ def open_trackers(options: LoggingOptions, *, main_process: bool, project: str) 
         else None
     )
     settings = tracker_settings(options)
-    makers: list[Callable[[], Tracker]] = []
+    makers: list[tuple[str, Callable[[], Tracker]]] = []
     if kind in ("tensorboard", "all") and folder is not None:
-        makers.append(lambda: TensorBoardTracker(folder / name, settings.get("tensorboard", {})))
+        own = settings.get("tensorboard", {})
+        makers.append((f"--logging_dir: {folder}", partial(TensorBoardTracker, folder / name, own)))
     if kind in ("wandb", "all"):
         key, own = options.wandb_api_key, settings.get("wandb", {})
-        makers.append(lambda: WandbTracker(name, options.wandb_run_name, folder, key, own))
+        makers.append(("--log_with wandb", partial(WandbTracker, name, options.wandb_run_name, folder, key, own)))
     trackers: list[Tracker] = []
-    for make in makers:
+    for where, make in makers:
         try:
             trackers.append(make())
-        except OSError as error:
-            log.warning(no_more_curves(f"--logging_dir: {folder}", error))
+        except Exception as error:  # wandb raises its own classes: no network, unknown key, wrong argument
+            log.warning(no_more_curves(where, error))
     return Trackers(trackers)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training loop: there is no other."""
+"""The training loop of every method."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Trainer:
     # ---- states and files -------------------------------------------------------------------------------------------
 
     def state_parts(self) -> StateParts:
-        """Everything that the rest of the run depends on, whole in the main process. Called in all processes."""
+        """Everything that the rest of the run depends on, complete in the main process. Collective."""
         self.running.memory.home()
         parts = StateParts(
             **self.running.updates.states(),
@@ -76,7 +76,7 @@ class Trainer:
     def write_model(self, path: Path) -> None:
         """Write the trained weights (their moving average, if there is one) with metadata.
 
-        Called in all processes, which gather the weights; the main one writes.
+        Collective: all processes gather the weights, the main one writes.
         """
         trainables = self.running.trainables
         self.running.memory.home()
@@ -96,7 +96,7 @@ class Trainer:
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
     def train(self) -> int:
-        """Train until the end or until the run is asked to stop. The exit code."""
+        """Train until the end or until the run is asked to stop. Returns the exit code."""
         self.stop.check()
         self.stop.interrupts = False  # from here on the step is finished and the state saved
         with self.stop.installed():
@@ -119,9 +119,9 @@ class Trainer:
             return self.stop.code_of_run
 
     def take_steps(self, feed: Feed, trackers: Trackers) -> Exception | None:
-        """Train until the end, until the run was asked to stop, or until it cannot go on: then the reason is returned.
+        """Train until the end, until asked to stop, or until the run cannot continue; in that case return the reason.
 
-        Whatever is returned, the weights are those after the last step that was counted.
+        In every case the weights are those after the last counted step.
         """
         vote = Vote(self.processes.device, processes=self.processes.world)
         if vote.at_once(feed.failure is not None):
@@ -147,8 +147,8 @@ class Trainer:
         return feed.failure
 
     def after_training_step(self, bar: progress, trackers: Trackers) -> Exception | None:
-        """What comes after a step: numbers, validation, saves, previews. An error is returned where a state can be
-        saved all the same."""
+        """Everything after a step: numbers, validation, saves, previews. Returns an error after which a state can still
+        be saved."""
         failure = None
         if (peak_check := self.loaded.scheduled.peak_check) is not None:
             peak_check.step_taken()
@@ -165,7 +165,7 @@ class Trainer:
         return failure
 
     def steps(self) -> Steps:
-        """The micro-batches of one optimizer step after the other, from the current position to the end of the run."""
+        """The micro-batches of each optimizer step, from the current position to the end of the run."""
         data = self.options.data
         loader = self.loaded.data.loader(
             workers=loading_processes(data), persistent=data.persistent_data_loader_workers,
@@ -176,14 +176,14 @@ class Trainer:
         )  # fmt: skip
 
     def advance(self) -> bool:
-        """Count the step. True when it was the last of its epoch."""
+        """Count the step. Returns whether it was the last of its epoch."""
         epoch, batch = self.position.epoch, self.plan.end_of_step(self.position.batch)
         ended = batch >= self.plan.batches_per_epoch
         self.position = Position(self.position.step + 1, epoch + ended, 0 if ended else batch)
         return ended
 
     def save(self, trackers: Trackers, write: Callable[[], None]) -> None:
-        """Read all numbers that are still under way (StopTraining when one is not finite), then write."""
+        """Read all outstanding numbers (StopTraining if one is not finite), then write."""
         self.report(self.reader.flush(), trackers)
         if self.watch is not None:
             silent, self.watch = self.watch.stop(), None
@@ -193,12 +193,12 @@ class Trainer:
         self.processes.accelerator.wait_for_everyone()
 
     def save_at_end(self, trackers: Trackers, failure: Exception | None, *, finished: bool) -> None:
-        """The result, or the state of a run that ends early. Raises `failure`, why it cannot go on, after the save."""
+        """Save the result, or the state of a run that ends early. Raises `failure`, if given, after the save."""
         write = partial(self.saver.at_end, self.position, finished=finished)
         if failure is None:
             return self.save(trackers, write)
         try:
-            if isinstance(failure, OtherProcessDied):  # nobody is there to wait for
+            if isinstance(failure, OtherProcessDied):  # no barrier: a process is gone
                 self.report(self.reader.flush(), trackers)
                 with exchanging(self.processes.world):
                     write()
@@ -206,7 +206,7 @@ class Trainer:
                 self.save(trackers, write)
         except UserError as error:
             log.warning(f"the state could not be saved: {'; '.join(error.problems)}")
-        if not self.processes.is_main:  # of what goes wrong in one process alone, only that one can tell
+        if not self.processes.is_main:  # only this process knows its own failure
             log.error(f"process {self.processes.rank}: {failure}")
         raise failure
 

@@ -41,25 +41,25 @@ class Exchange(DistributedDataParallelKwargs):
 
 
 class Updates:
-    """The optimizer of a run and what belongs to it. Made when the weights are where they stay for the run."""
+    """The optimizer of a run and its schedule, scaler and average. Made when weights are at their final location."""
 
     def __init__(
         self, options: TrainerOptions, choice: OptimizerChoice, trainables: Trainables, module: StepModule,
         accelerator: Accelerator, *, total_steps: int, seed: int, sharded: bool = False,
         shards: LocalShards | None = None,
     ) -> None:  # fmt: skip
-        """module: of the run; `model` is how accelerate wraps it, and what a pass has to call from now on.
+        """module: of the run; accelerate wraps it as `model`, which every pass must call from now on.
 
-        sharded: some weights of `module` are split over processes, which DistributedDataParallel cannot surround.
-        shards: of the weights that learn, where those may be split.
+        sharded: some weights of `module` are split over processes, so DistributedDataParallel cannot wrap it.
+        shards: of the weights that learn, if those may be split.
         """
         self.options, self.choice, self.trainables, self.accelerator = options, choice, trainables, accelerator
         joined = choice.row.elementwise and trainables.flat and not options.distributed.deepspeed
         self.flat = FlatParameters(trainables.groups) if joined else None
         self.shards = shards
         self.weights = shards.weights if shards is not None else trainables.parameters()  # what the optimizer steps
-        self.exchanged: FlatParameters | Replicas | None = None  # whose gradients are averaged here
-        if shards is not None:  # a gradient that is split is a mean already
+        self.exchanged: FlatParameters | Replicas | None = None  # gradients that are averaged here
+        if shards is not None:  # the gradient of a split weight is averaged already
             self.exchanged = Replicas(shards.whole)
         elif accelerator.num_processes > 1:
             self.exchanged = self.flat or (Replicas(trainables.parameters()) if sharded else None)
@@ -68,7 +68,7 @@ class Updates:
         groups = self.flat.param_groups if self.flat else shards.param_groups if shards else trainables.groups
         self.optim = build_bf16(choice, groups, options.bf16_update, seed=seed)
         self.in_backward: InBackward | None = None
-        # from the first pass DDP learns a static graph. Who exchanges in each pass gets the same mean, only slower
+        # DDP learns a static graph from the first pass; exchanging in every pass gives the same mean, only slower
         self._first_exchanges = options.distributed.ddp_static_graph
         self._room: Tensor | None = None
         self._has_states = False
@@ -79,21 +79,21 @@ class Updates:
         self.optim.train_mode()
 
     def _wrapped(self, module: StepModule, *, exchanges: bool) -> tuple[nn.Module, AcceleratedOptimizer]:
-        """exchanges: whether the wrapper is to exchange gradients."""
+        """exchanges: whether the wrapper exchanges gradients."""
         if not exchanges:  # "evaluation": not for DDP, which would put its own gradients in place of the views
             model = self.accelerator.prepare_model(module, device_placement=False, evaluation_mode=True)
             return model, self.accelerator.prepare_optimizer(self.optim.optimizer)
         self.accelerator.ddp_handler = self._exchange()
         frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
         unshared = [*frozen, *(name for name, _ in module.named_buffers())]
-        # every process has read the same files, and what waits in main memory cannot be sent around
+        # every process has read the same files, and weights in main memory cannot be broadcast
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, unshared)
-        # everything is where it belongs already, and weights that wait in main memory must stay there
+        # all weights are at their final location, and those in main memory must stay there
         places = {} if self.options.distributed.deepspeed else {"device_placement": [False, True]}
         return self.accelerator.prepare(module, self.optim.optimizer, **places)
 
     def _exchange(self) -> Exchange:
-        """How DistributedDataParallel exchanges gradients."""
+        """Arguments of DistributedDataParallel."""
         options, trainables = self.options.distributed, self.trainables
         # --clip_skip leaves the last layers of a text encoder without gradient
         skips = bool(trainables.encoders) or trainables.skips
@@ -108,28 +108,28 @@ class Updates:
     def step_in_backward(
         self, units: Sequence[Sequence[nn.Parameter]], changed: Callable[[Sequence[Tensor]], None]
     ) -> InBackward:
-        """Step each of `units` as soon as its gradients are there. changed: is told which weights were stepped."""
+        """Step each of `units` as soon as its gradients are complete. changed: called with the weights stepped."""
         limit = self.options.optimizer.max_grad_norm
         self.in_backward = InBackward(self.optim.optimizer, units, limit, changed)
         return self.in_backward
 
-    # ---- room for the optimizer's states: its first step makes them, and half a step cannot be taken again ----------
+    # ---- room for the optimizer's states: made in its first step, which cannot be repeated halfway ------------------
 
     def hold_room(self) -> None:
-        """Hold the memory of the optimizer's states until they are made.
+        """Reserve the memory of the optimizer's states until they are made.
 
-        A first step that does not fit beside them then runs out of memory in a pass, where it can be taken again, and
-        not when some weights have been stepped.
+        If the first step does not fit beside them, it then runs out of memory in a pass, which can be repeated, and
+        not after some weights were stepped.
         """
         if self._room is None and not self._has_states:
             self._room = torch.empty(self._bytes_of_states(), dtype=torch.uint8, device=self.accelerator.device)
 
     def release_room(self) -> None:
-        """Free what `hold_room` holds."""
+        """Free the memory reserved by `hold_room`."""
         self._room = None
 
     def _bytes_of_states(self) -> int:
-        """Bytes of the optimizer states that a card will hold, where known; main memory is taken only when used."""
+        """Bytes of optimizer states on the device, if known; 0 on the CPU, where memory is taken only when used."""
         if self.accelerator.device.type == "cpu" or self.choice.row.paged or self.options.distributed.deepspeed:
             return 0
         weights = self.weights
@@ -141,7 +141,7 @@ class Updates:
 
     @contextmanager
     def backward(self, *, is_last: bool) -> Iterator[None]:
-        """Surround a backward pass: in the last of a step processes exchange gradients, and weights may be stepped."""
+        """Context manager around a backward pass. In the last of a step, gradients are exchanged, weights may step."""
         self.accelerator.gradient_state._set_sync_gradients(is_last)
         if self.in_backward is not None:
             self.in_backward.last_micro_batch(is_last)
@@ -154,7 +154,7 @@ class Updates:
             self.exchanged.average_gradients()
 
     def step(self) -> Tensor:
-        """Clip the gradients and step the optimizer. The gradient norm before clipping, on the device."""
+        """Clip the gradients and step the optimizer. Returns the gradient norm before clipping, on the device."""
         self.release_room()
         if self.in_backward is not None:
             self._has_states = True
@@ -168,7 +168,7 @@ class Updates:
         return norm
 
     def clip_gradients(self) -> Tensor:
-        """Clip to --max_grad_norm. The norm before clipping, on the device."""
+        """Clip to --max_grad_norm. Returns the norm before clipping, on the device."""
         limit = self.options.optimizer.max_grad_norm or float("inf")
         if self.flat is not None:
             self.flat.require_joined()
@@ -180,7 +180,7 @@ class Updates:
         return torch.as_tensor(0.0 if norm is None else norm, device=self.accelerator.device)  # DeepSpeed's is a float
 
     def rates(self) -> dict[str, float | Tensor]:
-        """The learning rate of each group, and times the step size where the optimizer finds that itself."""
+        """The learning rate of each group, and its product with the step size if the optimizer finds that itself."""
         found: dict[str, float | Tensor] = {}
         for group, rate in zip(self.optim.optimizer.param_groups, self.scheduler.get_last_lr()):
             name = group.get("name", f"group {len(found)}")
@@ -204,26 +204,26 @@ class Updates:
         else:
             self.optimizer.zero_grad(set_to_none=True)
 
-    # ---- weights to look at -----------------------------------------------------------------------------------------
+    # ---- weights to show --------------------------------------------------------------------------------------------
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Put the averaged weights in place; afterwards the weights are what they were, to the bit."""
+        """Context with the averaged weights in place; on exit the weights are restored bit for bit."""
         parameters = self.weights if self.optim.schedule_free else []
-        kept = [p.detach().to("cpu", copy=True) for p in parameters]  # the card may have no room for it
+        kept = [p.detach().to("cpu", copy=True) for p in parameters]  # the device may have no room for a copy
         try:
             self.optim.eval_mode()
             with self.ema.swapped() if self.ema else nullcontext():
                 yield
         finally:
             self.optim.train_mode()
-            with torch.no_grad():  # its way back rounds
+            with torch.no_grad():  # train_mode() rounds
                 for parameter, value in zip(parameters, kept):
                     parameter.copy_(value)
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """Make the model what a user of the saved file sees: averaged weights, no dropout, full strength."""
+        """Context in which the model equals the saved file: averaged weights, no dropout, full strength."""
         self.trainables.set_multiplier(1.0)
         was_training = self.trainables.module.training
         self.trainables.module.eval()
@@ -247,7 +247,7 @@ class Updates:
         }
 
     def load(self, parts: StateParts) -> None:
-        """Continue from a state. Raises UserError where it is of other weights or of another optimizer."""
+        """Continue from a state. Raises UserError if it has other weights or another optimizer."""
         mine, found = ({n: tuple(t.shape) for n, t in w.items()} for w in (self.trainables.state(), parts.weights))
         wrong = sorted(name for name in mine.keys() | found.keys() if mine.get(name) != found.get(name))
         if wrong:

@@ -17,7 +17,7 @@ from library.trainers.step import Pass
 
 @dataclass(frozen=True)
 class Validation:
-    """The validation of a run. plans: batches of the pictures that are held out; without any it is never due."""
+    """The validation of a run. plans: batches of held-out pictures; if empty, validation is never due."""
 
     options: TrainOptions
     plans: Sequence[BatchPlan]
@@ -37,7 +37,7 @@ class Validation:
 
     @torch.no_grad()
     def loss(self) -> float | None:
-        """Mean loss over batches and timesteps; None where the run is asked to stop before it is computed."""
+        """Mean loss over batches and timesteps; None if the run is asked to stop first."""
         device, losses = self.forward.device, []
         for index, plan in enumerate(self.plans[: self.options.max_validation_steps]):
             batch = self.data.load(plan, step=0).to(device)

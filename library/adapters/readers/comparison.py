@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which programs make of an adapter file the change that was trained: by their rules, layer by layer, on the host.
+"""Check which programs apply an adapter file as it was trained: by their rules, layer by layer, on the CPU.
 
 Each layer's change is applied to one random vector, by the live layer and by the program's formula. Both are computed
 in float64, so that they agree to 1e-5 where the file is in float32, else to the rounding of its precision.
@@ -36,7 +36,7 @@ CHEAP = (FORMULAS["LoRA"], FORMULAS["LoKr"], FORMULAS["norm"])
 
 @dataclass
 class Verdict:
-    """What a program makes of a file. missing: layers that stay as they were; wrong: (layer, relative difference)."""
+    """How a program applies a file. missing: unchanged layers. wrong: (layer, relative difference)."""
 
     program: str
     refused: str | None = None
@@ -64,7 +64,7 @@ class Verdict:
 
 
 class NetworkComparison:
-    """The live layers, whose changes are computed once, and the programs' answers to files."""
+    """Compares the live layers, whose changes are computed once, with how programs apply files."""
 
     def __init__(self, layers: Iterable[TrainedLayer], model: str, tables: Tables):
         """model: the name of the architecture, or of a variant of one, among `tables`."""

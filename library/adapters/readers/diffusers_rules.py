@@ -92,7 +92,7 @@ def _one_alpha(reading: Reading) -> None:
     models: dict[str, list[ReadLayer]] = {}
     for entries in reading.entries.values():
         for entry in entries:
-            if ALPHA in entry.tensors:
+            if ALPHA in entry.tensors and entry.tensors[ALPHA].numel() == 1:
                 models.setdefault(entry.place.layer.parts[0].partition(".")[0], []).append(entry)
     for own in models.values():
         [(alpha, _)] = Counter(float(entry.tensors[ALPHA]) for entry in own).most_common(1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The keys of an adapter file that each program knows, found without the model that it was trained on."""
+"""The keys of an adapter file that each program knows, determined without the base model."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a program reads an adapter file: the keys that it assigns to layers of a model, and those that it ignores."""
+"""How a program reads an adapter file: which keys it assigns to layers of a model, and which it ignores."""
 
 from __future__ import annotations
 

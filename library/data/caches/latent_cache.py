@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Latents that are encoded once: keyed by the content of the picture, what was done to it, and the weights of the VAE.
+"""Cache of encoded latents, keyed by the content of the picture, its preprocessing, and the weights of the VAE.
 
-An edited picture, another VAE, another size, another mask changes the key, so only what has changed is encoded again.
+Editing a picture or its mask, or using another VAE or size, changes the key, so only what has changed is encoded again.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from library.errors import UserError, first_names
 from library.log import get_logger, progress
 from library.types import EncodeImages, LatentSpec
 
-FORMAT = "latents-1"  # changes when the way from a file to its latents changes
+FORMAT = "latents-1"  # increment when the way from a file to its latents changes
 HASH_WORKERS = 8
 WINDOW = 50_000  # jobs that are in memory at once
 log = get_logger()
@@ -41,7 +41,7 @@ log = get_logger()
 
 @dataclass(frozen=True)
 class LatentFolders:
-    """Where the latents of a picture are: in memory, or in `cache_dir`, or in `.trainyard` in its subset's folder."""
+    """Where latents are stored: in memory, in `cache_dir`, or in `.trainyard` in the folder of the subset."""
 
     cache_dir: str | None = None
     disk: bool = True
@@ -55,7 +55,7 @@ class LatentFolders:
         return f"{sample.folder}/{FOLDER}/latents"
 
     def of_all(self, samples: Iterable[Sample]) -> list[str]:
-        """The folders of all samples, once each."""
+        """The folders of all samples, each once."""
         if not self.disk:
             return []
         if self.cache_dir is not None:
@@ -65,7 +65,7 @@ class LatentFolders:
 
 @dataclass(frozen=True, eq=False)
 class _Place:
-    """A store, the digests of the files that it is about, and the files of sd-scripts that stand in for records."""
+    """A store, the digests of the files behind its records, and the sd-scripts files used in place of records."""
 
     store: TensorStore
     hashes: FileHashes
@@ -79,7 +79,7 @@ class _Place:
 
 
 class _Task(NamedTuple):
-    """A job and the place of its latents."""
+    """A job and the place where its latents are stored."""
 
     job: LatentJob
     place: _Place
@@ -88,11 +88,11 @@ class _Task(NamedTuple):
 class LatentCache:
     """Cached latents of one VAE; a `LatentSource`.
 
-    spec: how the family's latents look. vae_fingerprint: digest of the VAE's weights. dtype: of the latents kept.
-    masked_loss: mask pictures are read. scale_legacy: raw VAE latents (C h w) -> latents as the model wants them;
-    without it the files of sd-scripts are not used. skip_check: what the index of the store says of a path is trusted,
-    whatever happened to the picture or to the store since. shares: what other processes encode. All must be picklable
-    where loader workers are spawned.
+    spec: format of the family's latents. vae_fingerprint: digest of the VAE's weights. dtype: of the stored latents.
+    masked_loss: mask pictures are read. scale_legacy: raw VAE latents (C h w) -> latents as the model expects them;
+    None: sd-scripts files are not used. skip_check: trust the index of the store without checking whether a picture or
+    a record has changed since. shares: how processes divide the encoding. All must be picklable if loader workers are
+    spawned.
     """
 
     def __init__(
@@ -118,8 +118,8 @@ class LatentCache:
     def get(self, job: LatentJob) -> tuple[Tensor, Tensor | None]:
         """(latents C h w in the cache's dtype, mask 1 h w float32 in [0, 1] or None).
 
-        Raises UserError when the record is not there: it was damaged after the start, or `fill` was not called. What is
-        damaged has then been dropped: the next run encodes it.
+        Raises UserError if the record is missing: it was damaged after the start, or `fill` was not called. A damaged
+        record has then been dropped, and the next run encodes it again.
         """
         sample, place = job.sample, self._place(job.sample)
         if (found := place.from_legacy(job)) is not None:
@@ -128,7 +128,7 @@ class LatentCache:
         if state.digest is not None:  # then the key takes no more than a look into a dict, and no memory
             key = self._key(job, place.hashes)
         else:
-            identity = (*state, *job[1:], sample.subset.images)
+            identity = (*state, *job[1:], sample.mask_path, sample.subset.images)
             if identity not in self._keys:
                 self._keys[identity] = self._key(job, place.hashes)
             key = self._keys[identity]
@@ -141,7 +141,7 @@ class LatentCache:
             raise UserError(f"{sample.path}: {reason}") from None
 
     def _read(self, store: TensorStore, key: bytes, job: LatentJob) -> tuple[Tensor, Tensor | None]:
-        """The record of a job. Raises KeyError where it is missing, or has another shape: then it has been dropped."""
+        """The record of a job. Raises KeyError if it is missing or has another shape, and drops the latter."""
         record = store.get(key)
         latents, mask = record.get("latents"), record.get("mask")
         size = self._latent_size(job.bucket)
@@ -152,20 +152,20 @@ class LatentCache:
         return latents, None if mask is None else mask.float()
 
     def missing(self, jobs: Sequence[LatentJob]) -> list[LatentJob]:
-        """The jobs of this process's share that have to be encoded: when there are none, it need not load the VAE.
+        """The jobs of this process's share that must be encoded. If there are none, the VAE need not be loaded.
 
-        Pictures that are new or changed are read to know their content.
+        New and changed pictures are read to compute their digests.
         """
         return [task.job for window in _windows(jobs) for task in self._missing(self._share(window))]
 
     def is_missing_any(self, jobs: Sequence[LatentJob]) -> bool:
-        """Whether `missing` would give any."""
+        """Whether `missing` would return any."""
         return any(self._missing(self._share(window)) for window in _windows(jobs))
 
     def lacking(self, jobs: Sequence[LatentJob]) -> dict[str, tuple[int, int]]:
-        """Folder -> (records that this process does not find, of how many) after all have filled their shares.
+        """Folder -> (records that this process does not find, total), after all processes have filled their shares.
 
-        Each looks for what the next one has encoded. Folders where nothing is missing are left out.
+        Each process looks for what the next one has encoded. Folders without missing records are omitted.
         """
         found: dict[str, tuple[int, int]] = {}
         for window in _windows(jobs):
@@ -177,7 +177,7 @@ class LatentCache:
         return {folder: counts for folder, counts in found.items() if counts[0]}
 
     def close(self) -> None:
-        """Close the files; they are opened again when they are needed."""
+        """Close the files; they are reopened on use."""
         for place in self._places.values():
             place.store.close()
 
@@ -191,12 +191,12 @@ class LatentCache:
         batch_size: int,
         workers: int = 1,
     ) -> int:
-        """Encode what is missing; returns how many latents were. `encode` is not called when nothing is.
+        """Encode what is missing and return the number of latents encoded. `encode` is not called if there are none.
 
-        Pictures are decoded in `workers` threads, encoded here in batches of one size, and written by another thread.
-        What is encoded is kept when the run stops half-way. Of several processes each encodes its share of what goes
-        to a folder; call it on all and wait for all before reading. Raises UserError: pictures that cannot be read,
-        latents that are not finite, no space.
+        Pictures are decoded in `workers` threads, encoded in this thread in batches of one size, and written by another
+        thread. If the run stops halfway, what was encoded is kept. With several processes, each encodes its share of a
+        folder: call this in all of them, and wait for all before reading. Raises UserError for pictures that cannot be
+        read, latents that are not finite, and a full disk.
         """
         count = 0
         for number, window in enumerate(_windows(jobs)):
@@ -218,7 +218,7 @@ class LatentCache:
         try:
             with StoreWriter() as writer, progress(len(tasks), "caching latents") as bar:
                 for batch, inputs in _ahead(pool, _batches(tasks, batch_size), self._decode, window):
-                    for start in range(0, len(batch), batch_size):  # mirrored pictures may make a batch longer
+                    for start in range(0, len(batch), batch_size):  # mirrored copies may make a batch longer
                         part = slice(start, start + batch_size)
                         self._encode_batch(batch[part], inputs[part], encode, writer)
                         bar.advance(len(batch[part]))
@@ -230,7 +230,7 @@ class LatentCache:
                 place.hashes.save()
 
     def _decode(self, unit: Sequence[_Task]) -> list[EncodingInput]:
-        """The inputs of one picture, plain and mirrored, decoded once. Also computes its digest."""
+        """The inputs of one picture, plain and mirrored, which is decoded once. Also computes its digest."""
         job, place = unit[0]
         for file in self._files(job):
             place.hashes.digest(file)
@@ -240,7 +240,7 @@ class LatentCache:
     def _encode_batch(
         self, tasks: Sequence[_Task], inputs: Sequence[EncodingInput], encode: EncodeImages, writer: StoreWriter
     ) -> None:
-        """Encode one batch and pass it to the writer. Raises UserError naming files whose latents are not finite."""
+        """Encode one batch and hand it to the writer. Raises UserError naming files whose latents are not finite."""
         encoded = encode(torch.stack([item.pixels for item in inputs]), [item.seed for item in inputs])
         size = self._latent_size(tasks[0].job.bucket)
         if encoded.shape != (len(tasks), self.spec.channels, *size):
@@ -261,7 +261,7 @@ class LatentCache:
             )
 
     def _require_space(self, tasks: Sequence[_Task], *, times: float) -> None:
-        """times: how much more there is to come."""
+        """times: factor by which all jobs exceed `tasks`."""
         for place, group in _by_place(tasks):
             place.store.require_space(round(times * sum(self._record_bytes(task.job) for task in group)))
 
@@ -273,7 +273,7 @@ class LatentCache:
     # ---- what is there ----------------------------------------------------------------------------------------------
 
     def _share(self, jobs: Iterable[LatentJob], *, others: bool = False) -> list[_Task]:
-        """This process's part of the jobs of each folder. others: the next process's part."""
+        """This process's share of the jobs of each folder. others: the next process's share."""
         found: list[_Task] = []
         for place, tasks in _by_place(_Task(job, self._place(job.sample)) for job in jobs):
             share = place.store.share
@@ -288,9 +288,9 @@ class LatentCache:
         return result
 
     def _missing_in(self, place: _Place, jobs: list[LatentJob], *, quick: bool) -> list[LatentJob]:
-        """The jobs that one store lacks. With an empty store no file is read before it is decoded.
+        """The jobs that one store lacks. If the store is empty, no file is read here.
 
-        quick: only the index of the store is looked at.
+        quick: look at the index of the store only.
         """
         if place.store.is_empty():
             return jobs
@@ -361,16 +361,16 @@ def _by_place(tasks: Iterable[_Task]) -> list[tuple[_Place, list[_Task]]]:
 
 
 def _units(tasks: Iterable[_Task]) -> list[list[_Task]]:
-    """Tasks of one picture at one size together: its file is read once for the plain and the mirrored one."""
+    """Group the tasks of one picture at one size: its file is read once for the plain and the mirrored version."""
     units: dict[tuple, list[_Task]] = {}
     for task in tasks:
         sample = task.job.sample
-        units.setdefault((sample.path, task.job.bucket, sample.subset.images), []).append(task)
+        units.setdefault((sample.path, sample.mask_path, task.job.bucket, sample.subset.images), []).append(task)
     return list(units.values())
 
 
 def _batches(tasks: Iterable[_Task], batch_size: int) -> Iterator[list[list[_Task]]]:
-    """Units of one size together, as many as give `batch_size` tasks."""
+    """Group units of one size into batches of about `batch_size` tasks."""
     by_size: dict[tuple[int, int], list[list[_Task]]] = {}
     for unit in _units(tasks):
         by_size.setdefault(unit[0].job.bucket.reso, []).append(unit)
@@ -391,7 +391,7 @@ def _ahead(
     decode: Callable[[Sequence[_Task]], list[EncodingInput]],
     window: int,
 ) -> Iterator[tuple[list[_Task], list[EncodingInput]]]:
-    """Yield the batches in order while the pool decodes the next `window` ones."""
+    """Yield the batches in order while the pool decodes the next `window` batches."""
     waiting: deque[tuple[list[_Task], list[Future]]] = deque()
     for batch in itertools.chain(batches, [None] * window):
         if batch is not None:
@@ -413,6 +413,6 @@ def member_state(path: str, member: Member) -> FileState:
 
 
 def _flipped(item: EncodingInput, sample: Sample) -> EncodingInput:
-    """The same picture mirrored, with the seed of the mirrored one."""
+    """The mirrored picture, with the seed of the mirrored version."""
     mask = None if item.mask is None else item.mask.flip(-1)
     return EncodingInput(item.pixels.flip(-1), latent_seed(sample, True), mask)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The per-picture latent files of sd-scripts: `<stem>_<W>x<H>_sd.npz` with float32 arrays. Read, never written.
+"""Reader of the per-picture latent files of sd-scripts: `<stem>_<W>x<H>_sd.npz` with float32 arrays.
 
 Arrays: `latents` (C h w, not scaled), `original_size` (width, height of the picture), `crop_ltrb`, `latents_flipped`
 (with flip_aug), `alpha_mask` (H W). Families other than SD and SDXL add `_<h>x<w>` to every array name.
 
-An array's header is read before its bytes, here and not by numpy: a file of any content costs no more than the arrays
-that are wanted, and runs no code.
+The header of an array is parsed here, not by numpy, and checked before its bytes are read: no file can take more memory
+than the arrays that are wanted, or run code.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ DAMAGED = (
     zipfile.BadZipFile, zlib.error, struct.error, OSError, ValueError, EOFError, KeyError,
     NotImplementedError,  # a compression that Python does not know
     RuntimeError,  # an encrypted file
+    TypeError,  # a dtype that numpy does not know
 )  # fmt: skip
 NPY_MAGIC = b"\x93NUMPY"
 NPY_HEADER = re.compile(  # as numpy writes it: the dtype, the order of the bytes, the shape
@@ -58,7 +59,7 @@ class Wanted:
 
 
 class NotUsable(Exception):
-    """The file does not fit; `damaged` says that it cannot even be read."""
+    """The file does not fit the job; `damaged`: it cannot even be read."""
 
     def __init__(self, reason: str, *, damaged: bool = False) -> None:
         super().__init__(reason)
@@ -100,7 +101,10 @@ def read(path: str, spec: LatentSpec, wanted: Wanted) -> tuple[Tensor, Tensor | 
 
 
 def _array(file: zipfile.ZipFile, name: str, shape: tuple[int, ...], kinds: str) -> np.ndarray:
-    """One array. Raises NotUsable where it is another than wanted, before its bytes are read; DAMAGED errors."""
+    """Read one array. Raises NotUsable, before its bytes are read, if it is not the wanted one; and DAMAGED errors."""
+    packed = file.getinfo(f"{name}.npy").compress_type
+    if packed not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # all that numpy writes
+        raise ValueError(f"{name} is compressed in a way that numpy does not use")
     with file.open(f"{name}.npy") as member:
         start = member.read(8)
         size = int.from_bytes(member.read(2 if start[6:7] == b"\1" else 4), "little")
@@ -127,11 +131,11 @@ def _names(wanted: Wanted) -> list[str]:
 
 
 class LegacyFiles:
-    """The files of sd-scripts that stand in for records of one store.
+    """The sd-scripts files that are used in place of records of one store.
 
-    spec: how the family's latents look. scale: raw VAE latents (C h w) -> latents as the model wants them. dtype: of
-    what `get` gives. masked_loss: mask pictures are read; these files never hold them. trust: a file that was once
-    good is not looked at again.
+    spec: format of the family's latents. scale: raw VAE latents (C h w) -> latents as the model expects them. dtype: of
+    what `get` returns. masked_loss: mask pictures are read; these files never contain them. trust: a file that was
+    valid once is not checked again.
     """
 
     def __init__(
@@ -149,7 +153,7 @@ class LegacyFiles:
         self._paths: dict[tuple, str] = {}
 
     def get(self, job: LatentJob) -> tuple[Tensor, Tensor | None] | None:
-        """(latents C h w, mask 1 h w or None) where `unserved` found a valid file, else None. Raises UserError."""
+        """(latents C h w, mask 1 h w or None) if `unserved` found a valid file, else None. Raises UserError."""
         path = self._paths.get(_identity(job))
         if path is None:
             return None
@@ -165,10 +169,10 @@ class LegacyFiles:
         return self.scale(latents).to(self.dtype), mask
 
     def unserved(self, jobs: Sequence[LatentJob]) -> list[LatentJob]:
-        """The jobs that no valid file serves. Says which files are damaged, and which do not fit.
+        """The jobs without a valid file. Logs which files are damaged and which do not fit.
 
-        Files of CHECKED_BYTES together are read at every start. Of more, each is read once: the store remembers by its
-        size and time that it was good.
+        If the files have at most CHECKED_BYTES together, all are read at every start. Otherwise each is read once: the
+        store remembers by size and time that it was valid.
         """
         paths = {job.sample.legacy_latents for job in jobs}
         remembers = self.trust or sum(_size(path) for path in paths if path) > CHECKED_BYTES
@@ -195,7 +199,7 @@ class LegacyFiles:
         return rest
 
     def _check(self, path: str, job: LatentJob, remembers: bool) -> list[FileRow]:
-        """Read a file to see whether it serves the job, unless that is known; what to remember. Raises NotUsable."""
+        """Check that a file fits the job, unless that is known. Returns what to remember. Raises NotUsable."""
         wanted = self._wanted(job)
         try:
             now = os.stat(path)
@@ -221,12 +225,12 @@ class LegacyFiles:
 
 
 def _row_name(path: str, wanted: Wanted) -> str:
-    """Name under which the store remembers that the file was good."""
+    """Name under which the store remembers that the file was valid."""
     return f"{path}\x1f{wanted}"
 
 
 def _size(path: str) -> int:
-    """Size of a file in bytes, 0 where there is none: then `_check` raises."""
+    """Size of a file in bytes; 0 if there is none, for which `_check` raises."""
     try:
         return os.stat(path).st_size
     except OSError:
@@ -234,4 +238,4 @@ def _size(path: str) -> int:
 
 
 def _identity(job: LatentJob) -> tuple:
-    return job.sample.path, job.bucket, job.flipped, job.sample.subset.images
+    return job.sample.path, job.sample.mask_path, *job[1:], job.sample.subset.images

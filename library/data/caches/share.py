@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which part of the work on a cache folder is done by which of the processes that see this folder."""
+"""How the processes that see a cache folder divide the work on it."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Share:
-    """One process among those that share a folder."""
+    """One of the processes that share a folder."""
 
     rank: int = 0
     world: int = 1
-    writes: bool = True  # False: the folder cannot be written; then nothing is this process's work
+    writes: bool = True  # False: the folder is read-only, and this process has no work
 
     def of(self, items: Sequence[T]) -> Sequence[T]:
-        """Every world-th item: this process's work."""
+        """This process's work: every world-th item."""
         return items[self.rank :: self.world] if self.writes else items[:0]
 
     def has(self, text: str) -> bool:
-        """Whether what belongs to a text is this process's work."""
+        """Whether a text is this process's work."""
         digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()
         return self.writes and int.from_bytes(digest, "little") % self.world == self.rank
 
     @property
     def next(self) -> Share:
-        """The work of the next process: what this one looks for, to see that it finds what others have written."""
+        """The share of the next process, whose records this one looks for to check that it sees what others write."""
         return Share((self.rank + 1) % self.world, self.world)
 
 
@@ -39,7 +39,7 @@ ALL = Share()
 
 @dataclass(frozen=True)
 class Shares:
-    """The shares of one process: of folders by name, and of any other folder. Memory is of each process alone."""
+    """The shares of one process: by folder, and for any other folder. Memory is not shared."""
 
     folders: Mapping[str, Share] = field(default_factory=dict)
     others: Share = ALL

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stores of named tensors under a content key: packed shard files on the disk, or a dict in memory.
 
-A folder holds an index for each writer and shards of raw bytes. Every writer appends to a shard of its own; bytes are
-flushed to the disk before the index row that names them is committed. A process may be killed at any moment and several
-may write at once: what the index names is whole. What was damaged later (a truncated, overwritten or exchanged shard, a
-row of the index that says something else) is found by a CRC-32 over key, layout and bytes at every read; it is dropped
-and counts as missing.
+A folder holds one index per writer, and shards of raw bytes. Each writer appends to its own shard, and flushes bytes to
+disk before it commits the index row that refers to them. Records in the index are therefore complete, even if a process
+is killed or several write at once. Later damage (a truncated, overwritten or replaced shard, a wrong index row) is
+detected by a CRC-32 over key, layout and bytes at every read; a damaged record is dropped and counts as missing.
 """
 
 from __future__ import annotations
@@ -36,10 +35,10 @@ from library.errors import UserError
 
 SHARD_BYTES = 1 << 30
 GROUP_BYTES = 64 << 20
-CHECKED_BYTES = 1 << 30  # `check` reads as much at every start: from memory in half a second, and it is needed soon
+CHECKED_BYTES = 1 << 30  # `check` reads up to this many at every start: half a second if cached, and soon needed anyway
 GROUP_SECONDS = 5.0
 ABANDONED_SECONDS = 3600.0
-MOST_ENTRIES = 200_000  # that are kept in memory; another look into the index takes some 50 us
+MOST_ENTRIES = 200_000  # kept in memory; a lookup in the index takes about 50 us
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -52,7 +51,7 @@ class Found:
 
 
 class MemoryStore:
-    """A store that lives as long as its process."""
+    """A store in the memory of this process."""
 
     share = ALL  # other processes do not see what this one writes
 
@@ -77,10 +76,10 @@ class MemoryStore:
         return not self._records
 
     def flush(self) -> None:
-        """Do nothing: there is nothing to write."""
+        """Does nothing: there is nothing to write."""
 
     def require_space(self, needed: int) -> None:
-        """Do nothing: main memory is not measured."""
+        """Does nothing: main memory is not measured."""
 
     def prune(self) -> int:
         return 0
@@ -92,7 +91,7 @@ class MemoryStore:
         self._files.update((row.path, row) for row in rows)
 
     def close(self) -> None:
-        """Do nothing: no file is open."""
+        """Does nothing: no file is open."""
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
@@ -100,7 +99,7 @@ class MemoryStore:
 
 @dataclass
 class _Writer:
-    """The shard that this process appends to, and the records of it that are not committed yet."""
+    """The shard that this process appends to, and its records that are not committed yet."""
 
     file: BinaryIO
     name: str
@@ -110,7 +109,7 @@ class _Writer:
     pending: dict[bytes, Entry] = field(default_factory=dict)
 
     def append(self, parts: Iterable[memoryview]) -> int:
-        """Write the parts; returns the position of the first byte."""
+        """Write the parts and return the position of the first byte."""
         start = self.position
         for part in parts:
             while part.nbytes:
@@ -121,7 +120,7 @@ class _Writer:
 
 
 class PackedStore:
-    """A store in a folder, shared between threads, processes and runs. share: of this process in filling it."""
+    """A store in a folder, shared between threads, processes and runs. share: this process's part in filling it."""
 
     def __init__(
         self, folder: str | Path, share: Share = ALL, *, shard_bytes: int = SHARD_BYTES, group_bytes: int = GROUP_BYTES
@@ -137,22 +136,22 @@ class PackedStore:
         self._checked = 0  # bytes that this object was asked to check
 
     def __reduce__(self) -> tuple:
-        """Pickle as the folder: a copy in another process opens it, too."""
+        """Pickle the path of the folder: a copy in another process opens the same folder."""
         make = functools.partial(PackedStore, shard_bytes=self.shard_bytes, group_bytes=self.group_bytes)
         return make, (str(self.folder), self.share)
 
     # ---- write ------------------------------------------------------------------------------------------------------
 
     def put(self, key: bytes, tensors: Tensors, owner: bytes = b"") -> None:
-        """Append one record. It is safe after `flush`, which happens by itself every GROUP_BYTES or GROUP_SECONDS.
+        """Append one record. It is durable after `flush`, which is called every GROUP_BYTES or GROUP_SECONDS.
 
-        owner: digest of the file that the record was made from; when that file has another content, `prune` may drop
-        the record. Raises UserError when the disk is full or the folder cannot be written.
+        owner: digest of the file that the record was made from; once that file has changed, `prune` may drop the
+        record. Raises UserError if the disk is full or the folder cannot be written.
         """
         self._append(key, pack(tensors), owner)
 
     def flush(self) -> None:
-        """Write the bytes to the disk, then the rows of the index that name them."""
+        """Flush the bytes to disk, then commit the index rows that refer to them."""
         with self._lock:
             writer = self._own_writer()
             if writer is None or not writer.pending:
@@ -165,13 +164,13 @@ class PackedStore:
             writer.safe = writer.position
 
     def require_space(self, needed: int) -> None:
-        """Raises UserError when the disk has less than `needed` bytes free, before any work is done."""
+        """Raises UserError if the disk has less than `needed` bytes free."""
         self._make_folder()
         if shutil.disk_usage(self.folder).free < needed:
             raise no_space(self.folder, needed, "estimated")
 
     def close(self) -> None:
-        """Flush and close all files; the store opens them again when it is used again."""
+        """Flush and close all files; they are reopened on use."""
         with self._lock:
             self.flush()
             if (writer := self._own_writer()) is not None:
@@ -199,7 +198,7 @@ class PackedStore:
                 self._writer = None
 
     def _own_writer(self) -> _Writer | None:
-        """This process's writer; a forked child starts a shard of its own."""
+        """This process's writer; a forked child starts its own shard."""
         if self._pid != os.getpid():
             self._writer, self._pid = None, os.getpid()
         return self._writer
@@ -222,7 +221,7 @@ class PackedStore:
 
     @contextlib.contextmanager
     def _disk_errors(self, writer: _Writer, needed: int = 0) -> Iterator[None]:
-        """An error while writing gives the shard back as it was last committed, and a UserError."""
+        """On an error while writing, restore the shard to its last commit and raise UserError."""
         try:
             yield
         except (OSError, UserError) as error:
@@ -244,10 +243,10 @@ class PackedStore:
     # ---- read -------------------------------------------------------------------------------------------------------
 
     def get(self, key: bytes) -> dict[str, Tensor]:
-        """The tensors under `key`, fresh ones.
+        """New tensors with the record under `key`.
 
-        Raises KeyError when the record is missing, or damaged: then it has been dropped, and the next `check` says
-        that it is missing. Raises UserError where it cannot be dropped.
+        Raises KeyError if the record is missing or damaged; a damaged one has been dropped, and the next `check`
+        reports it as missing. Raises UserError if it cannot be dropped.
         """
         entry = self._entries.get(key)
         buffer = self._whole(entry) if entry is not None else None
@@ -261,16 +260,16 @@ class PackedStore:
         return unpack(buffer, entry.layout)
 
     def discard(self, key: bytes) -> None:
-        """Drop a record that does not hold what its reader expects."""
+        """Drop a record that does not contain what its reader expects."""
         self._entries.pop(key, None)
         self._index.drop_keys([key])
 
     def check(self, keys: Iterable[bytes], *, quick: bool = False) -> Found:
-        """Which of the keys have to be written. Damaged records are dropped from the index.
+        """Find the keys that must be written. Damaged records are dropped from the index.
 
-        Records of CHECKED_BYTES together are all read and their checksums computed. Of more, only those in a shard
-        whose size or time is not that of its last commit (the run was killed, the folder was copied, bytes were
-        changed); what else may be wrong with the others, `get` finds. quick: only look at the index.
+        Up to CHECKED_BYTES, all records are read and their checksums compared. Beyond that, only those in shards whose
+        size or time differs from the last commit (the run was killed, the folder was copied, bytes were changed);
+        `get` detects other damage. quick: look at the index only.
         """
         wanted = frozenset(keys)
         found = self._find(list(wanted))
@@ -284,7 +283,7 @@ class PackedStore:
         return Found(frozenset(wanted - found.keys() | wanted & damaged), wanted & damaged)
 
     def _damaged_among(self, entries: Sequence[Entry]) -> set[bytes]:
-        """Keys of the damaged ones, after dropping them."""
+        """Drop the damaged entries and return their keys."""
         size = sum(entry.length for entry in entries)
         self._checked += size
         if self._checked <= CHECKED_BYTES:
@@ -308,16 +307,16 @@ class PackedStore:
         return found
 
     def _whole(self, entry: Entry) -> Tensor | None:
-        """The bytes of a record, or None when they are not what was written under its key."""
+        """The bytes of a record, or None if they are not what was written under its key."""
         buffer = self._reader.read(entry) if is_sound(entry) else None
         if buffer is None:
             return None
         checksum = zlib.crc32(view_bytes(buffer))
-        # without the seal: written before there was one
+        # without the seal: written by an older version
         return buffer if entry.checksum in (checksum ^ seal(entry.key, entry.layout), checksum) else None
 
     def _drop(self, entries: Sequence[Entry], *, must: bool = False) -> None:
-        """Forget damaged records. Where the folder cannot be written they stay and are found again; must: UserError."""
+        """Drop damaged records. In a read-only folder they stay and are found again; must: raise UserError instead."""
         for entry in entries:
             self._entries.pop(entry.key, None)
         if entries and (must or os.access(self.folder, os.W_OK)):
@@ -326,7 +325,7 @@ class PackedStore:
             self._index.drop_keys({entry.key for entry in entries} - {entry.key for entry in sound})
 
     def _check_shard(self, name: str, known: ShardState | None) -> set[bytes]:
-        """Keys of the damaged records of a shard, after dropping them."""
+        """Drop the damaged records of a shard and return their keys."""
         try:
             now = os.stat(self.folder / name)
             state = ShardState(name, now.st_size, now.st_mtime_ns)
@@ -343,19 +342,19 @@ class PackedStore:
     # ---- files and unused records -----------------------------------------------------------------------------------
 
     def file_rows(self, paths: Sequence[str]) -> dict[str, FileRow]:
-        """What is remembered of the files at these paths."""
+        """What is remembered about the files at these paths."""
         return self._index.file_rows(paths)
 
     def set_file_rows(self, rows: Sequence[FileRow]) -> None:
-        """Remember the content of files."""
+        """Remember size, time and digest of files."""
         if rows:
             self._make_folder()
             self._index.set_file_rows(rows)
 
     def prune(self, *, abandoned_s: float = ABANDONED_SECONDS) -> int:
-        """When over half of all bytes belong to no record or a dead one, write the living anew; returns bytes freed.
+        """If over half of all bytes belong to no live record, rewrite the live ones. Returns the number of bytes freed.
 
-        Shards that were written to within `abandoned_s` seconds may belong to a running process and are left alone.
+        Shards written to in the last `abandoned_s` seconds may belong to a running process and are left alone.
         """
         with self._lock:
             self.flush()
@@ -378,7 +377,7 @@ class PackedStore:
         return {name: file for name, file in found.items() if stat.S_ISREG(file.st_mode)}
 
     def _rewrite(self, shard: str) -> int:
-        """Move the living records of a shard to this process's own; returns their bytes."""
+        """Move the live records of a shard to this process's shard and return their size in bytes."""
         if (writer := self._own_writer()) is not None and writer.name == shard:
             writer.file.close()
             self._writer = None

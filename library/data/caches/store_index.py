@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The index of a packed store: an sqlite file that says where each record is, and which file has which content.
+"""The index of a packed store: an sqlite file with the location of each record and the digests of source files.
 
-A row is committed only after its bytes are on the disk, so whatever is in the index can be read. sqlite serialises the
-writers; the rollback journal (not WAL) is used because it also works on network folders and on read-only ones. A file
-that is damaged, or that something else wrote, is kept under another name and a new index begun: all records are encoded
-again.
+A row is committed only after its bytes are on disk, so every record in the index can be read. sqlite serialises the
+writers; the rollback journal (not WAL) is used because it also works on network and read-only folders. A file that is
+damaged or not such an index is renamed and a new index is started: all records are then encoded again.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ FILE_NAME = "index.sqlite"
 VERSION = 1
 CHUNK = 500  # values per statement; sqlite before 3.32 allows 999
 BUSY_SECONDS = 60.0
-NO_VERSION = 1000  # from here on the number is damage, not a newer program's
+NO_VERSION = 1000  # from here on the number is damage, not the version of a newer program
 
 T = TypeVar("T")
 Statement = tuple[str, Sequence[Sequence[object]]]  # SQL, and the values of each time that it is executed
@@ -44,9 +43,9 @@ CREATE TABLE IF NOT EXISTS retired (digest BLOB PRIMARY KEY) WITHOUT ROWID;
 
 
 class Entry(NamedTuple):
-    """Where a record lies. `layout`: JSON list of [name, dtype, shape]; `owner`: digest of its source file.
+    """Location of a record. `layout`: JSON list of [name, dtype, shape]; `owner`: digest of its source file.
 
-    As the index has it: a damaged one may hold values of any type (`store.is_sound`).
+    Values are as read from the index: a damaged index may hold any type (see `store_reader.is_sound`).
     """
 
     key: bytes
@@ -59,7 +58,7 @@ class Entry(NamedTuple):
 
 
 class FileRow(NamedTuple):
-    """What a file was when its content was last read."""
+    """Size, time and digest of a file when it was last read."""
 
     path: str
     size: int
@@ -68,7 +67,7 @@ class FileRow(NamedTuple):
 
 
 class ShardState(NamedTuple):
-    """Size and time of a shard file when all its records were known to be whole."""
+    """Size and time of a shard file when all its records were known to be intact."""
 
     name: str
     size: int
@@ -78,7 +77,7 @@ class ShardState(NamedTuple):
 class Index:
     """An sqlite file of a store folder. Safe for several threads and processes; one connection per process.
 
-    owned: a damaged file is replaced by a new one. Otherwise it is left to the process that writes it, and counts as
+    owned: a damaged file is replaced by a new one. Otherwise it is left to the process that writes it and treated as
     empty.
     """
 
@@ -98,14 +97,14 @@ class Index:
         return {row[0]: _entry(row) for row in self._select_many("SELECT * FROM records WHERE key IN", keys)}
 
     def of_shard(self, name: str) -> list[Entry]:
-        """All entries of one shard, in the order of the bytes."""
+        """All entries of one shard, in order of position."""
         return [_entry(row) for row in self._select("SELECT * FROM records WHERE shard = ? ORDER BY start", (name,))]
 
     def is_empty(self) -> bool:
         return not self._select("SELECT 1 FROM records LIMIT 1")
 
     def add(self, entries: Iterable[Entry], shard: ShardState) -> None:
-        """Commit records whose bytes are already safe, with the state of their shard, in one transaction."""
+        """Commit records whose bytes are already on disk, and the state of their shard, in one transaction."""
         rows = list(entries)
         self._write(
             ("INSERT OR REPLACE INTO records VALUES (?, ?, ?, ?, ?, ?, ?)", rows),
@@ -114,12 +113,12 @@ class Index:
         )
 
     def drop(self, entries: Iterable[Entry]) -> None:
-        """Forget records, unless another process has written them again elsewhere."""
+        """Drop records, unless another process has written them again elsewhere."""
         statement = "DELETE FROM records WHERE key = ? AND shard = ? AND start = ?"
         self._write((statement, [(e.key, e.shard, e.start) for e in entries]))
 
     def drop_keys(self, keys: Iterable[bytes]) -> None:
-        """Forget records wherever they are."""
+        """Drop records wherever they are stored."""
         self._write(("DELETE FROM records WHERE key = ?", [(key,) for key in keys]))
 
     # ---- shards -----------------------------------------------------------------------------------------------------
@@ -145,12 +144,12 @@ class Index:
         return live
 
     def dead_owners(self) -> set[bytes]:
-        """Digests that some file once had and that no file has now."""
+        """Digests that a file once had and that no file has now."""
         query = "SELECT digest FROM retired WHERE digest NOT IN (SELECT digest FROM files)"
         return {row[0] for row in self._select(query)}
 
     def owners_among(self, digests: Iterable[bytes]) -> set[bytes]:
-        """Those of the digests that some file has."""
+        """The subset of the digests that some file has."""
         return {row[0] for row in self._select_many("SELECT digest FROM files WHERE digest IN", list(digests))}
 
     # ---- contents of files ------------------------------------------------------------------------------------------
@@ -161,7 +160,7 @@ class Index:
         return {row.path: row for row in rows if isinstance(row.digest, bytes)}  # else damaged: the file is read again
 
     def set_file_rows(self, rows: Sequence[FileRow], retired: Iterable[bytes] = ()) -> None:
-        """retired: digests that these files had before, as other indexes say."""
+        """retired: earlier digests of these files according to other indexes."""
         changed = "INSERT OR IGNORE INTO retired SELECT digest FROM files WHERE path = ? AND digest <> ?"
         self._write(
             ("INSERT OR IGNORE INTO retired VALUES (?)", [(digest,) for digest in retired]),
@@ -189,7 +188,7 @@ class Index:
             yield from self._select(f"{query} ({','.join('?' * len(chunk))})", chunk)
 
     def _write(self, *statements: Statement, needed: int = 0) -> None:
-        """All statements in one transaction. needed: bytes, for the message of a full disk."""
+        """Execute all statements in one transaction. needed: bytes, for the message about a full disk."""
 
         def commit(connection: sqlite3.Connection | None) -> None:
             if connection is None:  # damaged, and left to the process that writes it
@@ -201,7 +200,7 @@ class Index:
         self._healed(commit, create=True, needed=needed)
 
     def _healed(self, action: Callable[[sqlite3.Connection | None], T], *, create: bool, needed: int = 0) -> T:
-        """The result of `action`, which is repeated with a new index where the file turns out to be damaged."""
+        """The result of `action`. If the file turns out to be damaged, retry with a new index."""
         with self._lock, self._errors(needed):
             try:
                 return action(self._connected(create=create))
@@ -212,7 +211,7 @@ class Index:
             return action(self._connected(create=create))
 
     def _connected(self, *, create: bool) -> sqlite3.Connection | None:
-        """This process's connection, or None when there is no index yet and `create` is False."""
+        """This process's connection, or None if there is no index yet and `create` is False."""
         if self.ignored:
             return None
         if self._pid != os.getpid():
@@ -238,11 +237,11 @@ class Index:
         return None if self.ignored else _connect(self.path)
 
     def _identity(self) -> int:
-        """Identity of the file in that place; 0 where there is none."""
+        """Inode of the file at `path`; 0 if there is none."""
         return os.lstat(self.path).st_ino if os.path.lexists(self.path) else 0
 
     def _set_aside(self) -> None:
-        """Give the file another name, unless another process has just done the same."""
+        """Rename the file, unless another process has just done so."""
         self.close()
         if not self.owned:
             get_logger().warning(f"{self.path} is damaged: what it names is encoded again")
@@ -279,18 +278,18 @@ class Index:
 
 
 def _entry(row: tuple) -> Entry:
-    """Shard names and layouts are few: every entry shares them."""
+    """An entry whose shard name and layout are interned: there are few different ones."""
     shard, layout = (sys.intern(text) if type(text) is str else text for text in (row[1], row[5]))
     return Entry(row[0], shard, row[2], row[3], row[4], layout, row[6])
 
 
 def _is_damage(error: sqlite3.DatabaseError) -> bool:
-    """Error of the file itself; the subclasses cover locks, permissions, disk space and programming mistakes."""
+    """Whether the file itself is at fault; subclasses cover locks, permissions, disk space and programming errors."""
     return type(error) is sqlite3.DatabaseError
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    """An open connection with the tables made. Raises sqlite3.DatabaseError when the file is not such an index."""
+    """Open a connection and create the tables. Raises sqlite3.DatabaseError if the file is not such an index."""
     connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
     try:
         connection.text_factory = functools.partial(str, encoding="utf-8", errors="surrogateescape")
@@ -347,11 +346,14 @@ def _own_schema() -> list[tuple]:
 
 
 def no_space(folder: Path, needed: int, reason: str) -> UserError:
-    """The error for a full disk: names the folder, what is needed and what is there."""
-    free = shutil.disk_usage(folder).free
+    """The error for a full disk: names the folder, the space needed and the space free."""
+    try:
+        free = f"{megabytes(shutil.disk_usage(folder).free)} free; "
+    except OSError:  # the folder was removed
+        free = ""
     need = f"{megabytes(needed)} more needed, " if needed else ""
     return UserError(
-        f"--cache_dir: no space for the cache in {folder} ({need}{megabytes(free)} free; {reason}): "
+        f"--cache_dir: no space for the cache in {folder} ({need}{free}{reason}): "
         "make room, or give another folder with --cache_dir"
     )
 
@@ -366,7 +368,7 @@ def megabytes(count: int) -> str:
 
 
 def _stored(path: str) -> str | bytes:
-    """A path as sqlite takes it: as bytes where its name is not UTF-8."""
+    """A path in a form that sqlite accepts: bytes if it is not valid UTF-8."""
     try:
         path.encode()
     except UnicodeEncodeError:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The indexes of a store folder: each of the processes that fill it together writes one of its own, and all are read.
+"""The indexes of a store folder: each process that fills the folder writes its own index, and all are read.
 
-So no two processes write to one sqlite file, which needs locks that network folders often lack. The first process
-writes the file that a process alone writes, too.
+This avoids concurrent writes to one sqlite file, which need locks that network folders often lack. The first process
+writes the same file as a single process does.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Indexes:
         self._look()
 
     def _look(self) -> list[Index]:
-        """Take in the indexes that are new in the folder, which are returned."""
+        """Open the indexes that are new in the folder and return them."""
         try:
             names = sorted(os.listdir(self.folder))
         except OSError:
@@ -36,7 +36,7 @@ class Indexes:
         for name in names:
             is_index = name == FILE_NAME or (name.startswith(f"{PREFIX}-") and name.endswith(f".{SUFFIX}"))
             if is_index and name != self.own.path.name and name not in self._others:
-                # of another process: it alone may begin a new one in the place of one that is damaged
+                # of another process: only that one may replace it if it is damaged
                 self._others[name] = Index(self.folder, name, owned=self.share.world == 1)
                 new.append(self._others[name])
         return new
@@ -56,7 +56,7 @@ class Indexes:
         return found
 
     def of_shard(self, name: str) -> list[Entry]:
-        """All entries of one shard, in the order of the bytes."""
+        """All entries of one shard, in order of position."""
         return [entry for index in self._all for entry in index.of_shard(name)]
 
     def is_empty(self) -> bool:
@@ -64,18 +64,18 @@ class Indexes:
         return all(index.is_empty() for index in self._all)
 
     def add(self, entries: Iterable[Entry], shard: ShardState) -> None:
-        """Commit records whose bytes are already safe, with the state of their shard, in one transaction."""
+        """Commit records whose bytes are already on disk, and the state of their shard, in one transaction."""
         self.own.add(entries, shard)
 
     def drop(self, entries: Sequence[Entry]) -> None:
-        """Forget records, unless another process has written them again elsewhere."""
+        """Drop records, unless another process has written them again elsewhere."""
         for index in self._all:
             known = index.find([entry.key for entry in entries])
             if known:
                 index.drop([entry for entry in entries if entry.key in known])
 
     def drop_keys(self, keys: Iterable[bytes]) -> None:
-        """Forget records wherever they are."""
+        """Drop records wherever they are stored."""
         wanted = list(keys)
         for index in self._all:
             if known := index.find(wanted):
@@ -97,7 +97,7 @@ class Indexes:
         return next((index for index in self._all if name in index.shard_states()), self.own)
 
     def live_bytes(self) -> dict[str, int]:
-        """Bytes per shard of the records that are not dead."""
+        """Bytes per shard of the live records."""
         dead, live = self.dead_owners(), dict[str, int]()
         for index in self._all:
             for name, size in index.live_bytes(dead).items():
@@ -105,7 +105,7 @@ class Indexes:
         return live
 
     def dead_owners(self) -> set[bytes]:
-        """Digests that some file once had and that no file has now."""
+        """Digests that a file once had and that no file has now."""
         dead = set().union(*(index.dead_owners() for index in self._all))
         return dead.difference(*(index.owners_among(dead) for index in self._all)) if dead else dead
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Records of a packed store as the index names them: whether an entry can be right, and the bytes that it names."""
+"""Reading the records of a packed store: plausibility of an index entry, and the bytes it refers to."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ HAS_PREADV = hasattr(os, "preadv")  # not on Windows; reads without a lock
 
 
 def seal(key: bytes, layout: str) -> int:
-    """What is mixed into the checksum of a record, so that bytes of another record, or cut otherwise, do not pass."""
+    """Value mixed into the checksum of a record: rejects the bytes of another record or of another layout."""
     return zlib.crc32(layout.encode(), zlib.crc32(key))
 
 
 def is_sound(entry: Entry) -> bool:
-    """Whether a writer could have made this entry: the index may be damaged."""
+    """Whether a writer could have made this entry; the index may be damaged."""
     numbers = (entry.start, entry.length, entry.checksum)
     if type(entry.shard) is not str or type(entry.layout) is not str or any(type(n) is not int for n in numbers):
         return False
@@ -35,7 +35,7 @@ def is_sound(entry: Entry) -> bool:
 
 
 class Reader:
-    """Reads byte ranges of the shards of a folder into fresh tensors; keeps the files open, per process."""
+    """Reads byte ranges of the shards of a folder into new tensors; keeps the files open, per process."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -43,19 +43,24 @@ class Reader:
         self._files: dict[tuple[int, str], BinaryIO] = {}  # by process: a file position must not be shared over a fork
 
     def read(self, entry: Entry) -> Tensor | None:
-        """The bytes of one record, or None when the file is not there, cannot be read or is too short."""
+        """The bytes of one record, or None if the file is missing, cannot be read or is too short.
+
+        Raises OSError if too many files are open.
+        """
         try:
             file = self._open(entry.shard)
             if entry.start + entry.length > os.fstat(file.fileno()).st_size:
                 return None
             buffer = torch.empty(entry.length, dtype=torch.uint8)
             count = self._read_into(file, view_bytes(buffer), entry.start)
-        except OSError:
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):  # the record is not at fault and must not be dropped
+                raise
             return None
         return buffer if count == entry.length else None
 
     def _open(self, shard: str) -> BinaryIO:
-        """Open a shard. Raises OSError where there is no such file, or a folder or a pipe in its place."""
+        """Open a shard. Raises OSError if there is no such file, or if it is a folder or a pipe."""
         key = (os.getpid(), shard)
         if key not in self._files:
             path = self.folder / shard

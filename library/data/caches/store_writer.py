@@ -17,7 +17,7 @@ _Item = tuple[TensorStore, bytes, Tensors, bytes]
 
 
 class StoreWriter:
-    """Context manager around a writer thread. At the end, also after an error, everything that was put is flushed."""
+    """Context manager around a writer thread. On exit, also after an error, everything that was put is flushed."""
 
     def __init__(self) -> None:
         self._queue: queue.Queue[_Item | None] = queue.Queue(MOST_WAITING)
@@ -29,7 +29,7 @@ class StoreWriter:
         return self
 
     def put(self, store: TensorStore, key: bytes, tensors: Tensors, owner: bytes = b"") -> None:
-        """Hand over one record. Raises what the thread met while writing earlier ones."""
+        """Queue one record. Raises the error of the thread, if it failed to write an earlier one."""
         if self._error is not None:
             raise self._error
         self._queue.put((store, key, tensors, owner))
@@ -43,7 +43,7 @@ class StoreWriter:
             raise self._error
 
     def _run(self) -> None:
-        """Body of the thread. After an error it goes on emptying the queue, so that `put` never blocks."""
+        """Body of the thread. After an error it keeps draining the queue, so that `put` never blocks."""
         stores: dict[int, TensorStore] = {}
         while (item := self._queue.get()) is not None:
             store, key, tensors, owner = item

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Named tensors as bytes and back, without a copy on the way back."""
+"""Conversion of named tensors to bytes and back; the way back makes no copy."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def view_bytes(data: Tensor) -> memoryview:
 
 
 class Packed(NamedTuple):
-    """A record as bytes: the parts one after the other, and the JSON that takes them apart again."""
+    """A record as bytes: consecutive parts, and the JSON layout needed to split them."""
 
     parts: list[memoryview]
     length: int
@@ -75,7 +75,7 @@ def _slices(layout: str) -> tuple[tuple[str, torch.dtype, tuple[int, ...], int, 
 
 @functools.lru_cache(maxsize=4096)
 def layout_bytes(layout: str) -> int | None:
-    """Length of a record of this layout; None where it is not one that `pack` writes."""
+    """Length of a record of this layout; None if `pack` could not have written it."""
     try:
         slices = _slices(layout)
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -87,5 +87,5 @@ def layout_bytes(layout: str) -> int | None:
 
 
 def unpack(buffer: Tensor, layout: str) -> dict[str, Tensor]:
-    """Views of the bytes (uint8, one dimension), as `pack` laid them out."""
+    """Named views of the bytes (uint8, 1-dim), the inverse of `pack`."""
     return {name: buffer[start:end].view(dtype).view(shape) for name, dtype, shape, start, end in _slices(layout)}

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Outputs of text encoders that are computed once: keyed by the caption and the weights of the encoder, and by the
-content of the reference pictures that the encoder looks at.
+"""Cache of text encoder outputs, keyed by the caption, the weights of the encoder, and the content of the reference
+pictures that the encoder looks at.
 
-Equal captions are kept once, without padding. An edited caption or picture or another encoder changes the key. Each
-encoder has a cache of its own: only those with something left to encode are loaded, one after the other.
+Equal captions are stored once, without padding. Editing a caption or picture, or using another encoder, changes the
+key. Each encoder has its own cache: only encoders with something left to encode are loaded, one after the other.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ EncodeTexts = Callable[[list[Text]], list[Cond]]  # one unpadded Cond per text
 
 
 def text_store(folder: str | None, share: Share = ALL) -> TensorStore:
-    """The store in `folder`, or in memory where there is none."""
+    """The store in `folder`; None: in memory."""
     return MemoryStore() if folder is None else PackedStore(folder, share)
 
 
 class TextCache:
     """Cached outputs of one text encoder; a `TextSource`.
 
-    fingerprint: digest of the encoder's weights. settings: whatever else decides what it gives (tokenizer, clip_skip,
-    max_token_length ...), as text. dtype: of the floating-point outputs that are kept; others stay as they are.
-    skip_check: the index of the store is trusted. sees_references: the encoder looks at the pictures of a text.
+    fingerprint: digest of the encoder's weights. settings: everything else that determines its output (tokenizer,
+    clip_skip, max_token_length ...), as text. dtype: of the stored floating-point outputs; others keep theirs.
+    skip_check: trust the index of the store. sees_references: the encoder looks at the pictures of a text.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class TextCache:
         self.hashes = FileHashes(store, trust=skip_check)
 
     def get(self, text: Text) -> Cond:
-        """The unpadded outputs for a text. Raises UserError when they are not there."""
+        """The unpadded outputs for a text. Raises UserError if they are missing."""
         try:
             return self.store.get(self._key(text))
         except KeyError:
@@ -62,15 +62,15 @@ class TextCache:
             raise UserError(f"caption '{text.caption}': {reason}") from None
 
     def missing(self, texts: Iterable[Text]) -> list[Text]:
-        """The texts that have to be encoded, once each: when there are none, no text encoder need be loaded."""
+        """The texts that must be encoded, each once. If there are none, the text encoder need not be loaded."""
         return [text for window in _windows(texts) for text in self._missing_in(window, quick=self.skip_check)]
 
     def is_missing_any(self, texts: Iterable[Text]) -> bool:
-        """Whether `missing` would give any."""
+        """Whether `missing` would return any."""
         return any(self._missing_in(window, quick=self.skip_check) for window in _windows(texts))
 
     def lacking(self, texts: Iterable[Text], *, quick: bool = True) -> tuple[int, int]:
-        """(texts of which no record is found, of how many). quick: by the index alone."""
+        """(texts without a record, total). quick: look at the index only."""
         counts = [(len(self._missing_in(window, quick=quick)), len(window)) for window in _windows(texts)]
         return sum(lacks for lacks, _ in counts), sum(count for _, count in counts)
 
@@ -84,11 +84,11 @@ class TextCache:
         return [text for key, text in keys.items() if key in found.missing]
 
     def fill(self, texts: Iterable[Text], encode: EncodeTexts, *, batch_size: int) -> int:
-        """Encode what is missing, captions of similar length together; returns how many were.
+        """Encode what is missing, captions of similar length together, and return the number of texts encoded.
 
-        texts: this process's share, gone through several times, so that millions of them need not be in memory. Wait
-        for all processes before reading. Raises UserError naming captions whose outputs are not finite, or when there
-        is no space.
+        texts: this process's share. It is iterated several times, so that millions of texts need not be in memory. Wait
+        for all processes before reading. Raises UserError naming captions whose outputs are not finite, and for a full
+        disk.
         """
         count = 0
         for window in _windows(texts):
@@ -108,7 +108,7 @@ class TextCache:
         return count
 
     def _encode(self, batch: list[Text], encode: EncodeTexts, writer: StoreWriter, bar: progress) -> int:
-        """Encode a batch and pass it to the writer; returns its bytes."""
+        """Encode a batch and hand it to the writer. Returns its size in bytes."""
         size = 0
         for text, cond in zip(batch, encode(batch), strict=True):
             record = self._record(text.caption, cond)
@@ -118,9 +118,9 @@ class TextCache:
         return size
 
     def _announce(self, size: float, texts: Iterable[Text], window: Sequence[Text], missing: int) -> None:
-        """Say how much will be written. size: bytes of a text. missing: of the first `window` of all texts.
+        """Log how much will be written. size: bytes per text. missing: number of texts to encode in the first `window`.
 
-        Raises UserError where the disk has less.
+        Raises UserError if the disk has less free.
         """
         all_texts = len(window) if len(window) < WINDOW else sum(1 for _ in texts)
         wanted = round(missing / len(window) * all_texts) * self.store.share.world
@@ -129,7 +129,7 @@ class TextCache:
         self.store.require_space(round(wanted * size / self.store.share.world))
 
     def close(self) -> None:
-        """Close the files; they are opened again when they are needed."""
+        """Close the files; they are reopened on use."""
         self.store.close()
 
     def _record(self, caption: str, cond: Cond) -> Cond:
@@ -151,7 +151,7 @@ class TextCache:
 
 
 def _windows(texts: Iterable[Text]) -> Iterator[list[Text]]:
-    """The texts in lists of WINDOW (the last one shorter), each without repetitions."""
+    """The texts in lists of WINDOW (the last one shorter), each without duplicates."""
     window: dict[Text, None] = {}
     for text in texts:
         window[text] = None
@@ -163,19 +163,19 @@ def _windows(texts: Iterable[Text]) -> Iterator[list[Text]]:
 
 
 class TextCaches:
-    """The caches of several encoders side by side; a `TextSource` that gives what all of them have for a text."""
+    """The caches of several encoders; a `TextSource` that merges their outputs for a text."""
 
     def __init__(self, parts: Mapping[str, TextCache]) -> None:
         self.parts = dict(parts)
 
     def get(self, text: Text) -> Cond:
-        """The unpadded outputs for a text. Raises UserError when they are not there."""
+        """The unpadded outputs for a text. Raises UserError if they are missing."""
         cond: Cond = {}
         for part in self.parts.values():
             cond |= part.get(text)
         return cond
 
     def close(self) -> None:
-        """Close the files; they are opened again when they are needed."""
+        """Close the files; they are reopened on use."""
         for part in self.parts.values():
             part.close()

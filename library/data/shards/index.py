@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The index of a shard: what one pass over it found, in columns of a file that is mapped into memory.
+"""The index of a shard: the result of one pass over it, as columns in a memory-mapped file.
 
-A line of JSON, a row for each picture, a row for each sample, the text that they point into, a checksum. The pages of
-the file are shared by all processes of a machine, and only those that are used are read.
+The file holds a line of JSON, a row for each picture, a row for each sample, the text that these rows point into, and a
+checksum. All processes of a machine share the pages of the file, and only the pages in use are read.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from library.text_files import parse_json
 
 VERSION = 1
 CHUNK_BYTES = 1 << 22
-CHECKSUM_BYTES = 4  # CRC-32 of all before them
+CHECKSUM_BYTES = 4  # CRC-32 of all bytes before them
 
-# Places in the text are in bytes; start and length of a picture too, in the shard or its copy
+# Byte offsets and lengths: of names and captions in the text, of pictures in the shard or its local copy
 PICTURE = np.dtype(
     [("name", "<u8"), ("name_length", "<u4"), ("start", "<u8"), ("length", "<u8"), ("width", "<u2"), ("height", "<u2"),
      ("flags", "u1"), ("digest", "V20")]
 )  # fmt: skip
-# Numbers of pictures; -1: there is none. The references of a sample follow each other. caption_length -1: no caption
+# Picture numbers; -1: none. The references of a sample are consecutive. caption_length -1: no caption
 SAMPLE = np.dtype(
     [("picture", "<i4"), ("mask", "<i4"), ("control", "<i4"), ("reference", "<i4"), ("references", "<i4"),
      ("caption", "<u8"), ("caption_length", "<i4")]
@@ -53,7 +53,7 @@ class PictureRow(NamedTuple):
 
 
 class SampleRow(NamedTuple):
-    """A sample of a shard: numbers of pictures, -1 where it has none, and its caption, None where it has none."""
+    """A sample of a shard: picture numbers (-1: none) and the caption (None: none)."""
 
     picture: int
     mask: int
@@ -63,10 +63,10 @@ class SampleRow(NamedTuple):
 
 
 class ShardIndex:
-    """The index of one shard. left_out: ending -> number of files that are not read. path: None: only in memory."""
+    """The index of one shard. left_out: ending -> number of files not read. path: of the index; None: in memory."""
 
     def __init__(self, shard: Shard, data: bytes | mmap.mmap, path: str | None = None) -> None:
-        """Raises ValueError, KeyError or TypeError where the data are not an index."""
+        """Raises ValueError, KeyError or TypeError if the data are not an index."""
         self.shard, self.data, self.path = shard, data, path
         line = data[: data.find(b"\n") + 1]
         header = parse_json(line)
@@ -83,7 +83,7 @@ class ShardIndex:
         return len(self.samples)
 
     def __reduce__(self) -> tuple:
-        """Another process maps the same file."""
+        """Pickle the path: another process maps the same file."""
         return (ShardIndex, (self.shard, self.data)) if self.path is None else (_mapped, (self.shard, self.path))
 
     @property
@@ -116,7 +116,7 @@ def _mapped(shard: Shard, path: str) -> ShardIndex:
 
 
 def read_index(shard: Shard) -> ShardIndex | None:
-    """The index that was kept of a shard; None where there is none, or it is damaged or of another state."""
+    """The stored index of a shard; None if there is none, or it is damaged or describes another state of the shard."""
     try:
         if not _is_whole(shard.index_path):
             return None
@@ -127,7 +127,7 @@ def read_index(shard: Shard) -> ShardIndex | None:
 
 
 def _is_whole(path: str) -> bool:
-    """Whether a file has its checksum at its end. Read and not mapped: its pages do not count as this process's."""
+    """Whether a file ends with its checksum. It is read, not mapped: its pages do not count as this process's."""
     total, last = 0, b""
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK_BYTES):
@@ -138,7 +138,7 @@ def _is_whole(path: str) -> bool:
 
 
 class IndexBuilder:
-    """Collects what is found in a shard."""
+    """Collects the pictures, samples and problems of a shard."""
 
     def __init__(self, shard: Shard) -> None:
         self.shard = shard
@@ -155,7 +155,7 @@ class IndexBuilder:
         return len(self._pictures) - 1
 
     def sample(self, picture: int, mask: int, control: int, references: Sequence[int], caption: str | None) -> None:
-        """Add a sample. references: numbers that follow each other."""
+        """Add a sample. references: consecutive picture numbers."""
         first = references[0] if references else -1
         place = (0, -1) if caption is None else self._add(caption.encode())
         self._samples.append((picture, mask, control, first, len(references), *place))
@@ -166,7 +166,7 @@ class IndexBuilder:
         return start, len(text)
 
     def finish(self) -> ShardIndex:
-        """The index, kept where the shard's folder can be written and the shard is old enough to be trusted."""
+        """The index; stored if the folder is writable and the shard is old enough for its time to be trusted."""
         body = b"".join(
             (np.array(self._pictures, PICTURE).tobytes(), np.array(self._samples, SAMPLE).tobytes(), bytes(self._text))
         )
@@ -183,7 +183,7 @@ class IndexBuilder:
 
 
 def _write(path: str, data: bytes) -> bool:
-    """Write a file that is whole or not there. False where that is not possible."""
+    """Write a file completely or not at all. False if it cannot be written."""
     part = f"{path}.{uuid.uuid4().hex[:8]}.part"
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the patterns of a subset to the indexes of its shards, each made in one pass over its shard and then kept."""
+"""From the pattern of a subset to the indexes of its shards. Each index is made in one pass and then stored."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ WORKERS = 8
 
 
 def shards_of(config: SubsetConfig, cache_dir: str | None) -> list[Shard]:
-    """The shards of a subset, in the order of its pattern. Raises UserError where one is not there."""
+    """The shards of a subset, in the order of its pattern. Raises UserError if one does not exist."""
     assert config.shard_pattern is not None
     key, pattern = config.shard_pattern
     columns = Columns(config.image_column, config.caption_column, config.mask_column, config.reference_column)
@@ -49,9 +50,9 @@ def shards_of(config: SubsetConfig, cache_dir: str | None) -> list[Shard]:
 
 
 def open_shards(shards: Sequence[Shard]) -> tuple[list[ShardIndex], list[str]]:
-    """(index of each shard that is whole, what is wrong with the others).
+    """(indexes of the shards that are whole, problems of the others).
 
-    Processes that are started together begin at different shards, and each takes over what another has finished.
+    Processes that start together begin at different shards, and each reuses the indexes that another has finished.
     """
     found = {shard: read_index(shard) for shard in shards}
     todo = [shard for shard, index in found.items() if index is None]
@@ -72,7 +73,7 @@ def open_shards(shards: Sequence[Shard]) -> tuple[list[ShardIndex], list[str]]:
 
 
 def _index(shard: Shard) -> ShardIndex | list[str]:
-    """Index one shard, unless another process has just done that; or what is wrong with it."""
+    """The index of one shard, unless another process has just made it; or the problems of the shard."""
     if (known := read_index(shard)) is not None:
         return known
     try:
@@ -85,13 +86,14 @@ def _index(shard: Shard) -> ShardIndex | list[str]:
 
 
 def _index_tar(shard: Shard) -> IndexBuilder:
-    if shard.copy_path is not None and os.path.exists(shard.copy_path):
-        os.unlink(shard.copy_path)  # of what was at that URL before
+    if shard.copy_path is not None:
+        with contextlib.suppress(FileNotFoundError):  # there is none, or another process has just removed it
+            os.unlink(shard.copy_path)  # of what was at that URL before
     return index_tar(shard, local_copy(shard))
 
 
 def _index_parquet(shard: Shard) -> IndexBuilder:
-    """What is in a parquet file, whose pictures are copied. Raises UserError, OSError."""
+    """Index a parquet file and copy its pictures. Raises UserError and OSError."""
     found = IndexBuilder(shard)
     assert shard.copy_path is not None
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parquet files whose rows are pictures with captions.
 
-A single row of a parquet file cannot be read: pictures lie in compressed pages of many rows. So they are copied once,
-one behind the other, into a file in the cache folder, in which every picture has a place of its own.
+A single row of a parquet file cannot be read: pictures are stored in compressed pages of many rows. They are therefore
+copied once, one after the other, into a file in the cache folder, from which each can be read separately.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from library.errors import UserError, unknown
 ROWS = 32  # that are in memory at once
 IMAGE_NAMES = ("image", "jpg", "png", "webp", "img", "image_bytes")
 CAPTION_NAMES = ("caption", "text", "prompt", "txt")
-OLDEST = 15  # of pyarrow; those before 14.0.1 run code that a file brings along
+OLDEST = 15  # of pyarrow; versions before 14.0.1 run code that a file contains
 NO_PYARROW = "reading parquet files needs the package pyarrow: pip install pyarrow"
 
 
 class Picture(NamedTuple):
-    """The bytes of a picture, and where they are in the copy. suffix: of its file name, where the row tells one."""
+    """The bytes of a picture and their offset in the copy. suffix: of its file name, if the row has one."""
 
     data: bytes
     start: int
@@ -35,7 +35,7 @@ class Picture(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A row of a file. picture: None where the row has none."""
+    """A row of a file. picture: None if the row has none."""
 
     number: int
     picture: Picture | None
@@ -45,7 +45,7 @@ class Row(NamedTuple):
 
 
 class _Names(NamedTuple):
-    """The columns that are read; None: there is none."""
+    """The columns that are read; None: no such column."""
 
     image: str
     caption: str | None
@@ -54,9 +54,9 @@ class _Names(NamedTuple):
 
 
 def copied_rows(shard: Shard, source: str, target: str) -> Iterator[Row]:
-    """The rows of the file `source`, in order, while their pictures are copied to `target`, which is there at the end.
+    """Yield the rows of the file `source` in order and copy their pictures to `target`, which exists after the last.
 
-    Raises UserError naming the file: it is damaged, lacks a column, or there is no space for the copy.
+    Raises UserError naming the file if it is damaged, lacks a column, or there is no space for the copy.
     """
     folder = Path(target).parent
     folder.mkdir(parents=True, exist_ok=True)
@@ -105,7 +105,7 @@ def _values(shard: Shard, source: str) -> Iterator[tuple[Any, str | None, Any, A
 
 @contextmanager
 def _told(shard: Shard) -> Iterator[None]:
-    """What pyarrow raises for damaged files, as one line."""
+    """Turn what pyarrow raises for damaged files into a UserError of one line."""
     import pyarrow
 
     try:
@@ -116,7 +116,7 @@ def _told(shard: Shard) -> Iterator[None]:
 
 
 def _chosen(shard: Shard, schema: Any) -> _Names:
-    """The columns of the file that are read. Raises UserError where one is missing or holds something else."""
+    """The columns of the file that are read. Raises UserError if one is missing or has the wrong type."""
     import pyarrow.types as kinds
 
     def column(key: str, given: str | None, usual: Sequence[str]) -> str | None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which files a pattern of a dataset file means: `pictures/{000..019}.tar`, `pictures/*.tar`, `s3://bucket/{a,b}.tar`."""
+"""Expand patterns of a dataset file: `pictures/{000..019}.tar`, `pictures/*.tar`, `s3://bucket/{a,b}.tar`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 
 
 def is_url(pattern: str) -> bool:
-    """Whether it is read by fsspec: `s3://...`, `https://...`, and chains of file systems such as `zip::s3://...`."""
+    """Whether fsspec reads it: `s3://...`, `https://...`, and chains of file systems such as `zip::s3://...`."""
     return re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*:(:|//)", pattern) is not None
 
 
@@ -49,7 +49,7 @@ def _limit(pattern: str, count: int) -> None:
 
 
 def local_files(pattern: str) -> tuple[list[str], list[str]]:
-    """(absolute paths of the files that are there, names and patterns without a file), both in the pattern's order."""
+    """(absolute paths of the files that exist, names and patterns without a file), both in the order of the pattern."""
     found: dict[str, None] = {}
     missing = []
     for name in expand(pattern):

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bytes of a picture in a shard."""
+"""Read the bytes of a picture from its shard."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import uuid
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,19 +19,18 @@ from library.errors import UserError
 
 
 def digest_of(data: bytes) -> bytes:
-    """Digest of the content of a picture, as `file_hashes` computes it of a file."""
+    """Digest of the content of a picture, the same that `file_hashes` computes for a file."""
     return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
 
 
 def read_member(path: str, member: Member) -> bytes:
-    """The bytes of the picture `path`. Raises UserError where they are not those of when the shard was indexed."""
-    file = local_copy(member.shard)
+    """The bytes of the picture `path`. Raises UserError if they have changed since the shard was indexed."""
     try:
-        with open(file, "rb") as opened:
+        with open(local_copy(member.shard), "rb") as opened:
             opened.seek(member.start)
             data = opened.read(member.length)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     if digest_of(data) != member.digest:
         reason = "the shard was changed since it was indexed, or is damaged: start again"
         raise UserError(f"{path}: {reason}, after deleting {member.shard.index_path} where that does not help")
@@ -38,7 +38,7 @@ def read_member(path: str, member: Member) -> bytes:
 
 
 def local_copy(shard: Shard) -> str:
-    """The file in which the shard's pictures have their places, which is made where it is missing. Raises UserError."""
+    """The local file that holds the bytes of the shard's pictures; made if it is missing. Raises UserError."""
     copy = shard.copy_path
     if copy is None:
         return shard.path
@@ -53,11 +53,11 @@ def local_copy(shard: Shard) -> str:
 
 @contextmanager
 def parquet_file(shard: Shard) -> Iterator[str]:
-    """A parquet shard as a local file. One that is downloaded is removed at the end: its pictures have been copied."""
+    """A parquet shard as a local file. A downloaded one is removed at the end: its pictures have been copied."""
     if not is_url(shard.path):
         yield shard.path
         return
-    source = f"{shard.copy_path}.{os.getpid()}.parquet"
+    source = f"{shard.copy_path}.{uuid.uuid4().hex[:8]}.parquet"
     try:
         download(shard.path, source, shard.size)
         yield source

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shards at URLs, through fsspec: which are there, whether they have changed, and their download."""
+"""Shards at URLs, read through fsspec: listing, detecting changes, downloading."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CHANGES = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", 
 
 @contextmanager
 def _told(url: str) -> Iterator[None]:
-    """Whatever a file system raises, as one line."""
+    """Turn any error of a file system into a UserError of one line."""
     try:
         yield
     except UserError:
@@ -47,7 +47,7 @@ def _opened(url: str) -> tuple[Any, str]:
 
 
 def remote_files(pattern: str) -> list[str]:
-    """The URLs that a pattern means. Raises UserError where a `*` finds nothing, or its server does not answer."""
+    """The URLs of a pattern. Raises UserError if a `*` matches nothing or the server does not answer."""
     found: dict[str, None] = {}
     for url in expand(pattern):
         if "*" not in url:
@@ -68,14 +68,16 @@ def remote_state(url: str) -> tuple[int, int]:
     with _told(url):
         facts = files.info(path)
         size = facts["size"]
-    if facts.get("type") == "directory" or size is None:
-        raise UserError(f"{url}: {'is a folder; a file is needed' if size != 0 else 'is empty'}")
+    if facts.get("type") == "directory":
+        raise UserError(f"{url}: is a folder; a file is needed")
+    if size is None:
+        raise UserError(f"{url}: its server does not say how large it is, which is needed")
     changes = repr([facts.get(name) for name in CHANGES])
     return int(size), int.from_bytes(hashlib.blake2b(changes.encode(), digest_size=7).digest(), "little")
 
 
 def download(url: str, target: str, size: int) -> None:
-    """The file at `url` as `target`, which is whole or not there. Raises UserError."""
+    """Download `url` to `target`, completely or not at all. Raises UserError."""
     folder = Path(target).parent
     folder.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(folder).free < size:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The samples of shards, made when they are asked for: kept are only the indexes, which all processes share."""
+"""The samples of shards, made on demand: only the indexes are kept, and all processes share them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from library.data.shards.index import ShardIndex
 from library.data.shards.shard import Member
 from library.types import Size
 
-MOST_STRETCH = 1.25  # of a control image over its picture; those that were rounded to multiples of 64 have less
+MOST_STRETCH = 1.25  # of a control image relative to its picture; rounding to multiples of 64 stretches less
 
 
 class ShardSamples(Sequence[Sample]):
@@ -72,7 +72,7 @@ class ShardSamples(Sequence[Sample]):
         )
 
     def _placed(self, index: ShardIndex, number: int, members: dict[str, Member]) -> Sample:
-        """A picture by itself, as a reference is. Its place is added to `members`, which the sample keeps."""
+        """One picture without a caption. Its location is added to `members`, which the sample keeps."""
         name, start, length, width, height, flags, digest = index.picture(number)
         path, shard = f"{index.shard.path}/{name}", index.shard
         members[path] = Member(shard, start, length, digest)
@@ -83,10 +83,11 @@ class ShardSamples(Sequence[Sample]):
     def sizes(self) -> np.ndarray:
         """Width and height of each picture, N 2 int64."""
         pictures = [index.pictures[index.samples["picture"]] for index in self.indexes]
-        return np.concatenate([np.stack([p["width"], p["height"]], axis=1, dtype=np.int64) for p in pictures])
+        none = np.zeros((0, 2), dtype=np.int64)  # where all shards are damaged
+        return np.concatenate([none, *(np.stack([p["width"], p["height"]], axis=1, dtype=np.int64) for p in pictures)])
 
     def reference_sizes(self) -> Iterator[tuple[int, tuple[Size, ...]]]:
-        """(number, sizes of its reference pictures) of each sample that has any."""
+        """(number, sizes of the reference pictures) of each sample that has any."""
         for index, end in zip(self.indexes, self.ends):
             for number in np.flatnonzero(index.samples["references"]).tolist():
                 rows = index.pictures[index.sample(number).references]
@@ -94,7 +95,7 @@ class ShardSamples(Sequence[Sample]):
                 yield end - len(index) + number, tuple(found)
 
     def digests(self) -> tuple[str, str]:
-        """Digests of the pictures, all those of the samples included, and of the names and captions."""
+        """(digest of all pictures, masks and references included; digest of names and captions)."""
         pictures, texts = (hashlib.blake2b(digest_size=4) for _ in range(2))
         for index in self.indexes:
             pictures.update(index.pictures["digest"].tobytes())
@@ -102,7 +103,7 @@ class ShardSamples(Sequence[Sample]):
         texts.update((self.config.class_tokens or "").encode())
         return pictures.hexdigest(), texts.hexdigest()
 
-    # ---- what is to be said of them, without making any ------------------------------------------------------------
+    # ---- facts about them, without making any ----------------------------------------------------------------------
 
     def names(self, chosen: Sequence[np.ndarray]) -> tuple[str, ...]:
         """`<shard>/<name>` of the chosen samples. chosen: a mask over the samples of each index."""
@@ -136,7 +137,7 @@ class ShardSamples(Sequence[Sample]):
 
     @property
     def stretched_controls(self) -> tuple[str, ...]:
-        """Those whose control images have another shape than their pictures."""
+        """Samples whose control image has another aspect ratio than the picture."""
         return self.names([_stretched(index) for index in self.indexes])
 
     @property
@@ -146,6 +147,8 @@ class ShardSamples(Sequence[Sample]):
 
     def duplicates(self) -> list[tuple[str, str]]:
         """(name, earlier name) of pictures with equal bytes."""
+        if not len(self):
+            return []
         digests = [index.pictures["digest"][index.samples["picture"]].view("S20") for index in self.indexes]
         _, first, place = np.unique(np.concatenate(digests), return_index=True, return_inverse=True)
         same = first[place]
@@ -158,9 +161,9 @@ class ShardSamples(Sequence[Sample]):
 
 
 def _stretched(index: ShardIndex) -> np.ndarray:
-    """Whether each sample of an index has a control image of another shape."""
+    """Whether each sample of an index has a control image of another aspect ratio."""
     rows = index.samples
-    own, other = (index.pictures[rows[kind]] for kind in ("picture", "control"))  # of -1: any, it does not count
+    own, other = (index.pictures[rows[kind]] for kind in ("picture", "control"))  # of -1: any, masked
     sides = [side.astype(np.float64) for side in (own["width"], other["height"], own["height"], other["width"])]
     ratio = sides[0] * sides[1] / (sides[2] * sides[3])
     return (rows["control"] >= 0) & (np.maximum(ratio, 1 / ratio) > MOST_STRETCH)

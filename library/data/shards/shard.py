@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shards: files that hold many pictures, tar or parquet, and where one picture is inside of them."""
+"""Shards: tar or parquet files that hold many pictures, and the location of a picture inside one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard as the scan saw it. path: absolute, or a URL. folder: where its index is kept, and its local copy."""
+    """A shard as the scan saw it. path: absolute, or a URL. folder: of its index and its local copy."""
 
     path: str
     kind: str  # TAR or PARQUET
@@ -36,7 +36,7 @@ class Shard:
 
     @property
     def home(self) -> str:
-        """The folder that it lies in; where it is at a URL, that of its copy."""
+        """The folder of the shard; for a URL, that of its copy."""
         return self.folder if is_url(self.path) else os.path.dirname(self.path)
 
     @property
@@ -45,14 +45,14 @@ class Shard:
 
     @property
     def copy_path(self) -> str | None:
-        """The local file with the bytes of its pictures, where they are not read from `path` itself."""
+        """The local file with the bytes of its pictures; None if they are read from `path` itself."""
         if self.kind == PARQUET:
             return f"{self._kept}.pictures"
         return f"{self._kept}.tar" if is_url(self.path) else None
 
     @property
     def _kept(self) -> str:
-        """Beginning of the names of what is kept of it."""
+        """Common prefix of the paths of its index and its copy."""
         identity = repr((self.path, self.kind, self.columns)).encode(errors="surrogatepass")
         name = os.path.basename(self.path).partition("?")[0][:100]
         return os.path.join(self.folder, f"{name}-{hashlib.blake2b(identity, digest_size=8).hexdigest()}")

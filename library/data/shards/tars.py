@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tar shards in the layout of WebDataset: files of one key, the name up to the first dot, are one sample.
+"""Tar shards in the layout of WebDataset: files with the same key (the name up to the first dot) are one sample.
 
     000123.jpg  000123.txt  000123.mask.png  000123.reference_0.png  000123.reference_1.png
 
@@ -34,22 +34,18 @@ COMPRESSED = {b"\x1f\x8b": "gzip -d", b"BZ": "bunzip2", b"\xfd7": "xz -d", b"\x2
 
 @dataclass
 class _Files:
-    """The files of one key. pictures: what it is ("", "mask", "control", "reference", ...) -> its row."""
+    """The files of one key. pictures: role ("", "mask", "control", "reference", ...) -> row."""
 
     pictures: dict[str, PictureRow] = field(default_factory=dict)
     captions: dict[str, str] = field(default_factory=dict)  # by ending
 
 
 def index_tar(shard: Shard, path: str) -> IndexBuilder:
-    """What is in the tar file `path`: all its samples, in order, and what is wrong with it. Raises OSError."""
+    """Index the tar file `path`: all its samples, in order, and its problems. Raises OSError."""
     found = IndexBuilder(shard)
     keys: dict[str, _Files] = {}
     with open(path, "rb") as file:
         magic = file.read(2)
-        if magic in COMPRESSED:
-            line = f"is compressed, and single pictures of it cannot be read: unpack it once ({COMPRESSED[magic]})"
-            found.problems.append(f"{shard.path}: {line}")
-            return found
         names: set[str] = set()
         twice: dict[str, None] = {}
         try:
@@ -61,7 +57,10 @@ def index_tar(shard: Shard, path: str) -> IndexBuilder:
                     raise tarfile.ReadError(f"{member.name} goes beyond its end")
                 _take(found, keys, file, member)
         except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
-            found.problems.append(f"{shard.path}: is truncated or damaged, or no tar file ({error})")
+            line = f"is truncated or damaged, or no tar file ({error})"
+            if magic in COMPRESSED and not names:  # the first file's name may begin with BZ
+                line = f"is compressed, and single pictures of it cannot be read: unpack it once ({COMPRESSED[magic]})"
+            found.problems.append(f"{shard.path}: {line}")
             return found
     if twice:
         found.problems.append(f"{shard.path}: files that are in it twice: {first_names(list(twice))}")
@@ -70,7 +69,7 @@ def index_tar(shard: Shard, path: str) -> IndexBuilder:
 
 
 def _members(file: BinaryIO, path: str) -> Iterator[tarfile.TarInfo]:
-    """The files of a tar. Raises tarfile.TarError, also where the mark of its end is missing."""
+    """The regular files of a tar. Raises tarfile.TarError, also if the end-of-archive blocks are missing."""
     file.seek(0)
     with tarfile.open(path, mode="r:", fileobj=file) as tar:
         while (member := tar.next()) is not None:
@@ -84,7 +83,7 @@ def _members(file: BinaryIO, path: str) -> Iterator[tarfile.TarInfo]:
 
 
 def _take(found: IndexBuilder, keys: dict[str, _Files], file: BinaryIO, member: tarfile.TarInfo) -> None:
-    """Look at one file of a tar: read it where it is a picture or a caption."""
+    """Read one file of a tar if it is a picture or a caption, else count it."""
     folder, slash, name = member.name.rpartition("/")
     stem, _, ending = name.partition(".")
     ending = ending.lower()
@@ -126,7 +125,7 @@ def _take(found: IndexBuilder, keys: dict[str, _Files], file: BinaryIO, member: 
 
 
 def _caption(data: bytes, ending: str, key: str | None) -> str | None:
-    """The caption in a file; None where a JSON file has none. Raises ValueError."""
+    """The caption in a file; None if a JSON file has none. Raises ValueError."""
     if ending != "json":
         try:
             return checked_caption(data.decode("utf-8-sig"))
@@ -143,7 +142,7 @@ def _caption(data: bytes, ending: str, key: str | None) -> str | None:
 
 
 def checked_caption(text: str) -> str:
-    """A caption without the blanks around it. Raises ValueError where it is no valid text."""
+    """A caption without surrounding whitespace. Raises ValueError if it is not valid text."""
     wrong = text_problem(text)
     if wrong:
         raise ValueError(f"the caption {wrong}")

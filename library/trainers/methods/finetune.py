@@ -27,7 +27,7 @@ log = get_logger()
 
 
 class FineTuneMethod(Method[FineTuneTrainerOptions]):
-    """The family says which parts learn, each at which rate, and how a model is written."""
+    """Full training. The family decides which parts learn, at which rates, and how a model is written."""
 
     project = "finetuning"
 
@@ -75,7 +75,7 @@ class FineTuneMethod(Method[FineTuneTrainerOptions]):
         )
 
     def groups(self, modules: Mapping[str, nn.Module], rates: Mapping[str, float]) -> list[dict[str, Any]]:
-        """The optimizer's groups, without those that learn nothing."""
+        """The optimizer's groups, without empty ones and those with learning rate 0."""
         found: list[dict[str, Any]] = []
         for name, rate in rates.items():
             if name == DENOISER:
@@ -93,12 +93,12 @@ class FineTuneMethod(Method[FineTuneTrainerOptions]):
         ]  # fmt: skip
 
     def check_rates(self) -> None:
-        """Something learns."""
+        """Raises UserError if nothing learns."""
         if not self.learning_rates:
             raise UserError("nothing learns: all learning rates are 0 (see --learning_rate)")
 
     def check_static_graph(self) -> None:
-        """The same weights learn in every step, where that is promised."""
+        """Raises UserError if --ddp_static_graph is given but the weights that learn change."""
         if self.options.distributed.ddp_static_graph and self.options.finetune.encoders_until is not None:
             raise UserError(
                 "--ddp_static_graph says that every step uses the same weights, and --stop_text_encoder_training "
@@ -106,7 +106,7 @@ class FineTuneMethod(Method[FineTuneTrainerOptions]):
             )
 
     def check_in_backward(self) -> None:
-        """Weights can be stepped during the backward pass, where that is asked for."""
+        """Raises UserError if weights cannot be stepped during the backward pass but should be."""
         options, name = self.options, self.options.optimizer.name
         if options.optimizer.in_backward is not None:
             check_in_backward(
@@ -119,7 +119,7 @@ class FineTuneMethod(Method[FineTuneTrainerOptions]):
             )
 
     def check_caches(self) -> None:
-        """Cached text outputs leave something to cache."""
+        """Raises UserError if text outputs are cached although every text encoder is trained."""
         encoders = self.family.encoders
         if self.options.cache.texts and encoders and self.learning_rates.keys() >= {*encoders}:
             raise UserError(
@@ -128,9 +128,12 @@ class FineTuneMethod(Method[FineTuneTrainerOptions]):
             )
 
     def check_data(self) -> None:
-        """No picture wants to be kept as the untrained model makes it: that model is gone."""
+        """Raises UserError for diff_output_preservation: the untrained model is not available."""
         options = self.options
-        configs = load_dataset_config(options.data, bucket_step=self.family.sheet.bucket_step, cache=options.cache)
+        configs = load_dataset_config(
+            options.data, bucket_step=self.family.sheet.bucket_step, cache=options.cache,
+            references=self.family.references is not None,
+        )  # fmt: skip
         subsets = [subset for config in configs for subset in config.subsets]
         wanted = [s.name for s in subsets if s.custom_attributes.get("diff_output_preservation")]
         if wanted:
@@ -140,7 +143,7 @@ class FineTuneMethod(Method[FineTuneTrainerOptions]):
             )
 
     def check_format(self) -> None:
-        """Say what of the options does nothing."""
+        """Log options without effect."""
         save = self.options.save
         if self.family.sheet.formats == ("safetensors",) and (save.save_model_as or save.use_safetensors):
             log.info(f"--{'save_model_as' if save.save_model_as else 'use_safetensors'}: {ONE_FORMAT}")
@@ -148,7 +151,7 @@ class FineTuneMethod(Method[FineTuneTrainerOptions]):
             log.warning(line)
 
     def check_source(self) -> None:
-        """No save takes the place of the model that the run starts from: each save reads from it again."""
+        """Raises UserError if a save would overwrite the initial model, which every save reads again."""
         save, model = self.options.save, self.options.model
         folder = Path(save.output_dir or ".").resolve()
         given = {"--pretrained_model_name_or_path": model.pretrained_model_name_or_path, "--vae": model.vae}
@@ -163,7 +166,7 @@ class FineTuneMethod(Method[FineTuneTrainerOptions]):
 
     @property
     def format(self) -> str:
-        """How the model is written: one of the family's formats."""
+        """Format in which the model is written: one of the family's."""
         name = self.options.model.pretrained_model_name_or_path
         wanted = self.options.save.format_after(is_file=name is not None and Path(name).is_file())
         return wanted if wanted in self.family.sheet.formats else self.family.sheet.formats[0]
@@ -176,7 +179,7 @@ class FineTuneMethod(Method[FineTuneTrainerOptions]):
         self, denoiser: nn.Module, encoders: dict[str, nn.Module], path: Path, metadata: dict[str, str],
         position: Position,
     ) -> None:  # fmt: skip
-        """The model in its format, with the text encoders that learned."""
+        """Write the model in its format, with the text encoders that learned."""
         form = CheckpointForm(self.format, position.epoch, position.step, saved_dtype(self.options.save), metadata)
         self.family.save(denoiser, encoders, path, form)
 
@@ -188,14 +191,14 @@ class DreamBoothMethod(FineTuneMethod):
 
 
 class EncoderStop:
-    """--stop_text_encoder_training: from a given step on, text encoders get no gradient, decay or momentum."""
+    """--stop_text_encoder_training: from a given step on, text encoders get no gradient, weight decay or momentum."""
 
     def __init__(self, encoders: Mapping[str, nn.Module], until: int | None) -> None:
         """until: the step; None: they learn to the end."""
         self.encoders, self.until, self.stopped = encoders, until, False
 
     def before_step(self, step: int) -> None:
-        """Freeze them when it is time."""
+        """Freeze the text encoders at the given step."""
         if self.until is None or step < self.until or self.stopped:
             return
         self.stopped = True
@@ -205,14 +208,14 @@ class EncoderStop:
 
 
 class LearningModels(nn.ModuleDict):
-    """The models that learn, by part. Of their parameters those learn that need a gradient when it is made."""
+    """The models that learn, by part. Parameters learn if they require a gradient when this object is made."""
 
     def __init__(self, modules: dict[str, nn.Module]) -> None:
         super().__init__(modules)
         self._learning = frozenset(name for name, p in self.named_parameters() if p.requires_grad)
 
     def learning_parameters(self) -> dict[str, nn.Parameter]:
-        """Part and path -> parameter; also those that have stopped learning since."""
+        """Part and path -> parameter, including those that have stopped learning since."""
         return {name: p for name, p in self.named_parameters() if name in self._learning}
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
@@ -223,7 +226,7 @@ class LearningModels(nn.ModuleDict):
         return found
 
     def state(self) -> dict[str, Tensor]:
-        """Exactly what learns. The tensors are the parameters' own, not copies."""
+        """The weights that learn. The tensors share memory with the parameters."""
         return {name: p.detach() for name, p in self.learning_parameters().items()}
 
     def load(self, tensors: dict[str, Tensor]) -> None:

@@ -24,7 +24,7 @@ from library.types import Position
 
 
 class LLLiteMethod(Method[LLLiteTrainerOptions]):
-    """Its file is the same as that of --network_module networks.control_net_lllite."""
+    """ControlNet-LLLite. Files are the same as with --network_module networks.control_net_lllite."""
 
     project = "lllite_control_net_train"
 
@@ -32,7 +32,7 @@ class LLLiteMethod(Method[LLLiteTrainerOptions]):
         return [self.check_weights]
 
     def check_weights(self) -> None:
-        """The file to start from is a ControlNet-LLLite of the sizes that are asked for. Raises UserError."""
+        """Raises UserError if --network_weights is not a ControlNet-LLLite of the requested sizes."""
         given = self.given_weights()
         if given is None:
             return
@@ -84,11 +84,11 @@ class LLLiteMethod(Method[LLLiteTrainerOptions]):
         return network
 
     def given_weights(self) -> dict[str, Tensor] | None:
-        """--network_weights. Raises UserError when it cannot be read."""
+        """The tensors of --network_weights, if given. Raises UserError if it cannot be read."""
         file = self.options.lllite.network_weights
         with retold(lambda line: f"--network_weights: {line}"):
             return None if file is None else read_tensors(file)
 
     def write(self, network: AdapterNetwork, path: Path, metadata: dict[str, str], position: Position) -> None:
-        """The network's weights."""
+        """Write the network's weights."""
         save_tensors(path, network.state(None), metadata, dtype=saved_dtype(self.options.save))

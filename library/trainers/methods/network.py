@@ -34,7 +34,7 @@ FEW_RANKS = 1024  # never refused
 
 
 class NetworkMethod(Method[NetworkTrainerOptions]):
-    """`--network_module`: ours, or any module with create_network(...) and create_network_from_weights(...)."""
+    """`--network_module`: a built-in one, or any with create_network(...) and create_network_from_weights(...)."""
 
     project = "network_train"
 
@@ -45,7 +45,7 @@ class NetworkMethod(Method[NetworkTrainerOptions]):
         return [self.check_module, self.check_encoders, self.check_control, self.check_files, self.check_caches]
 
     def check_module(self) -> None:
-        """The network module is for these models, can be imported and knows the --network_args."""
+        """Raises UserError if the network module is for other models, cannot be imported or rejects --network_args."""
         problem = misfit(self.family.name, self.network_module)
         if problem is not None:
             raise UserError(problem)
@@ -57,7 +57,7 @@ class NetworkMethod(Method[NetworkTrainerOptions]):
         raise_problems(problems)
 
     def rank_problems(self) -> list[str]:
-        """A rank that no layer of the denoiser has room for. In third-party modules and LoKr it asks for full ones."""
+        """Problem of a rank above that of every layer of the denoiser; third-party modules and LoKr may use such."""
         dim, kinds = self.options.network.network_dim, self.family.sheet.networks
         if dim is None or self.network_module not in kinds.values() or self.network_module == kinds.get("lokr"):
             return []
@@ -72,7 +72,7 @@ class NetworkMethod(Method[NetworkTrainerOptions]):
         return [f"--network_dim {dim}: no layer of the denoiser is wider than {widest}, and a higher rank adds nothing"]
 
     def check_encoders(self) -> None:
-        """Options of text encoders have one that may learn."""
+        """Raises UserError or warns if options of text encoders are given but none may learn."""
         asked = self.family.sheet.asked_encoders
         if any(asked.get(name) != "" for name in self.family.encoders):
             return
@@ -82,7 +82,7 @@ class NetworkMethod(Method[NetworkTrainerOptions]):
             log.warning("--text_encoder_lr: no effect, the text encoder of this model is never trained here")
 
     def check_control(self) -> None:
-        """A network that looks at control images changes no weights, and its keys have one form."""
+        """Raises UserError for options without meaning for a network that looks at control images."""
         options = self.options.network
         names = ("base_weights", "scale_weight_norms", "network_train_text_encoder_only")
         given = [f"--{name}" for name in names if vars(options)[name]]
@@ -91,7 +91,7 @@ class NetworkMethod(Method[NetworkTrainerOptions]):
             raise UserError(f"{name} has no meaning with --network_module {self.network_module}" for name in given)
 
     def check_files(self) -> None:
-        """The network files to start from are there and hold a network."""
+        """Raises UserError if a file of --network_weights or --base_weights is missing or holds no network."""
         options = self.options.network
         if options.dim_from_weights and options.network_dim is not None:
             log.warning("--network_dim and --network_alpha: no effect with --dim_from_weights, the file has its own")
@@ -127,7 +127,7 @@ class NetworkMethod(Method[NetworkTrainerOptions]):
         return tensors
 
     def check_caches(self) -> None:
-        """Cached text outputs leave something to cache."""
+        """Raises UserError if text outputs are cached although every text encoder is trained."""
         if self.options.cache.texts and self.learning().parts.issuperset(self.family.encoders):
             raise UserError(
                 "--cache_text_encoder_outputs fixes the text encoder's outputs, which are being trained: "
@@ -162,7 +162,7 @@ class NetworkMethod(Method[NetworkTrainerOptions]):
         return encoder_rate(self.options.network.text_encoder_lr, index) != 0
 
     def prefixes_of(self, encoders: Sequence[str], *, learning: bool) -> tuple[str, ...]:
-        """Prefixes of the names of adapters of these encoders, of those that learn or of the others."""
+        """Prefixes of adapter names for those of the encoders that learn, or for those that do not."""
         parts = self.learning().parts
         prefixes = self.family.sheet.adapter_prefixes
         return tuple(f"{prefixes[n]}_" for n in encoders if n in prefixes and (n in parts) == learning)
@@ -215,13 +215,13 @@ class NetworkMethod(Method[NetworkTrainerOptions]):
         )
 
     def load_weights(self, network: AdapterNetwork) -> None:
-        """--network_weights, into a network of its own sizes."""
+        """Load --network_weights into an existing network."""
         file = self.options.network.network_weights
         with retold(lambda line: f"--network_weights {file}: {line.removeprefix(f'{file}: ')}"):
             network.load(self.given_weights())
 
     def report_reach(self, network: AdapterNetwork, models: Models) -> None:
-        """Log what a third-party module adapts. Raises UserError where that is nothing of what is to learn."""
+        """Log which layers a third-party module adapts. Raises UserError if none of them would learn."""
         name, parts, problems = self.network_module, self.learning().parts, []
         for place, layers in network.layers_reached().items():
             part = "denoiser" if place is None else self.family.encoders[place]
@@ -243,7 +243,7 @@ class NetworkMethod(Method[NetworkTrainerOptions]):
         raise_problems(problems)
 
     def check_moved_weights(self, network: AdapterNetwork, models: Models, choice: MemoryChoice) -> None:
-        """No adapter reads weights while they are in main memory. Raises UserError."""
+        """Raises UserError if an adapter would read weights while they are in main memory."""
         problems, modulations = [], self.family.modulations(models.denoiser) if choice.hoist else None
         if modulations is not None and network.reads_weights(modulations[1]):
             problems.append(
@@ -255,7 +255,7 @@ class NetworkMethod(Method[NetworkTrainerOptions]):
         raise_problems(problems)
 
     def create_network(self, models: Models) -> AdapterNetwork:
-        """A new network; with --dim_from_weights that of the file."""
+        """A new network, or with --dim_from_weights the network of the file."""
         options = self.options.network
         encoders = self.encoders_in_order(models, self.learning().parts)
         module = load_network_module(self.network_module)
@@ -294,7 +294,7 @@ class NetworkMethod(Method[NetworkTrainerOptions]):
     def encoders_in_order(self, models: Models, wanted: Collection[str]) -> list[nn.Module | None]:
         """The loaded text encoders among `wanted` in their places, None for the others; empty without any.
 
-        No adapters on what does not learn: their first values would shift the draws of the others.
+        Encoders that do not learn get no adapters: initialising them would shift the random draws of the others.
         """
         found = [models.encoders.get(name) if name in wanted else None for name in self.family.encoders]
         return found if any(encoder is not None for encoder in found) else []
@@ -308,7 +308,7 @@ class NetworkMethod(Method[NetworkTrainerOptions]):
         return self.options.network.network_module or self.family.sheet.default_network
 
     def merge_base_weights(self, models: Models, choice: MemoryChoice) -> None:
-        """--base_weights: networks that become part of the models before the training."""
+        """Merge the networks of --base_weights into the models before training."""
         options = self.options.network
         module = load_network_module(self.network_module)
         multipliers = options.base_weights_multiplier or ()
@@ -332,7 +332,7 @@ class NetworkMethod(Method[NetworkTrainerOptions]):
 
 
 def after_step(network: AdapterNetwork, limit: float | None) -> dict[str, float | Tensor]:
-    """Tell the network of the step, and scale its weights down to --scale_weight_norms. Returns numbers to log."""
+    """Notify the network of the step and apply --scale_weight_norms. Returns numbers to log."""
     network.step_taken()
     if limit is None:
         return {}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The adapter file of a run: what is written, and at the first save what other programs make of it."""
+"""The adapter file of a run: its contents, and at the first save a check of how other programs read it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class NetworkFile:
     def __init__(
         self, network: AdapterNetwork, options: NetworkTrainerOptions, names: str, usual: str, *, conditioned: bool
     ):
-        """names: the table of names of the model (ModelFamily.table_name). usual: the format where none is asked for.
+        """names: the table of names of the model (ModelFamily.table_name). usual: the default format.
 
         conditioned: it has no other format.
         """
@@ -44,7 +44,7 @@ class NetworkFile:
         self.tells = not conditioned  # until the first save
 
     def check_format(self) -> None:
-        """Raises UserError where something cannot be written, or has no name in the format that is asked for."""
+        """Raises UserError if a tensor cannot be written or has no name in the requested format."""
         if self.format == "kohya" and not self.network.layers_reached():
             return
         try:
@@ -56,7 +56,7 @@ class NetworkFile:
             self.format = "kohya"
 
     def write(self, path: Path, metadata: dict[str, str], position: Position) -> None:
-        """Write the file, whole or not at all."""
+        """Write the file completely or not at all."""
         state = in_precision(self.network.state(None), self.dtype, path)
         tensors, entries = self.formatted(state, self.format)
         save_tensors(path, tensors, {**metadata, **entries})
@@ -70,7 +70,7 @@ class NetworkFile:
         return self.formatted(own, form)[0]
 
     def formatted(self, tensors: dict[str, Tensor], form: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """The network's tensors under the names of a --lora_format, and what the file's header has to say of them."""
+        """The network's tensors under the names of a --lora_format, and the entries of the file's header."""
         if form == "kohya":
             return tensors, {}
         own = table_named(adapter_tables(), self.names)  # other models may have layers of the same names
@@ -79,12 +79,12 @@ class NetworkFile:
         return convert(tensors, form, tables, norms=norms), header(tensors, form, tables)
 
     def reads(self) -> list[nn.Module]:
-        """The models' layers whose weights the next save looks at."""
+        """The layers of the models whose weights the next save reads."""
         adapted = [part.module for target in self.network.targets().values() for part in target.modules]
         return adapted if self.tells or (self.format == "comfy" and self.network.reads_weights(adapted)) else []
 
     def weight_source(self) -> Callable[[str], Tensor | None]:
-        """From the name of an adapter to the weight that it is put on, as it is without it."""
+        """A function from the name of an adapter to the weight of its layer, without the adapter."""
         targets = self.network.targets()
         if targets:
             return lambda name: targets[name].weight if name in targets else None
@@ -96,13 +96,13 @@ def say_who_takes(
     path: Path, network: AdapterNetwork, model: str, form: str,
     rewritten: Callable[[str, Collection[str]], Mapping[str, Tensor]],
 ) -> None:  # fmt: skip
-    """Read the file back by the programs' rules and compare it with the live network. Never ends a training.
+    """Read the file back by the programs' rules and compare it with the live network. Never raises.
 
     model: the table of names (ModelFamily.table_name). rewritten: some layers in another --lora_format.
     """
     try:
         found = read_back(path, network, model, form, rewritten)
-    except Exception as error:  # a finished save must not be lost to a look at it
+    except Exception as error:  # the save is finished; a failed check must not end the run
         log.warning(f"{path.name}: what other programs make of it could not be found out: {_line(error)}")
         return
     if found.taken_by:

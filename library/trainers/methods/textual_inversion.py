@@ -77,13 +77,13 @@ STYLE_SENTENCES = (
 
 
 class TextualInversionMethod(Method[TextualInversionOptions]):
-    """Rows of the token embeddings learn: one word's, in every text encoder that the model has."""
+    """Trains the token embeddings of one word, in every text encoder of the model."""
 
     project = "textual_inversion"
 
     def __init__(self, family: ModelFamily, options: TextualInversionOptions) -> None:
         super().__init__(family, options)
-        # what the word is to each text encoder, and the rows of --weights: `check_word` finds them
+        # the word's tokens in each text encoder, and the rows of --weights: set by `check_word`
         self.words: dict[str, NewWord] = {}
         self.given: dict[str, Tensor] | None = None
 
@@ -98,7 +98,7 @@ class TextualInversionMethod(Method[TextualInversionOptions]):
             raise UserError("nothing learns: --learning_rate is 0")
 
     def check_word(self) -> None:
-        """The model lacks the word, and knows what it is to begin as."""
+        """Raises UserError if the model already has the word, or does not know --init_word."""
         options = self.options.word
         assert options.token_string is not None
         self.words = self.family.add_word(options.token_string, options.num_vectors_per_token, options.init_word)
@@ -112,7 +112,7 @@ class TextualInversionMethod(Method[TextualInversionOptions]):
                 )
 
     def with_captions(self, found: Scan) -> Scan:
-        """Every caption has the word; with a template it is one of its sentences, another one at each use."""
+        """Check that captions contain the word; with a template, replace them by its sentences, drawn at each use."""
         options = self.options.word
         assert options.token_string is not None
         check_subsets(found)
@@ -142,19 +142,19 @@ class TextualInversionMethod(Method[TextualInversionOptions]):
         )
 
     def new_rows(self, encoder: nn.Module, name: str, word: NewWord) -> NewRows:
-        """The word's rows in one encoder, in use."""
+        """Install the word's rows in one encoder."""
         embedding = table_of(encoder)
         start = first_rows(embedding, word) if self.given is None else self.given[name]
         return NewRows(embedding, start)
 
     def write(self, rows: Mapping[str, NewRows], path: Path, metadata: dict[str, str], position: Position) -> None:
-        """The word's rows under their published names."""
+        """Write the word's rows under their published names."""
         dtype = saved_dtype(self.options.save)
         save_tensors(path, published_rows(state_of(rows)), metadata, dtype=dtype, hashes=False)
 
 
 def state_of(rows: Mapping[str, NewRows]) -> dict[str, Tensor]:
-    """Encoder -> (count, width). The tensors are the parameters' own, not copies."""
+    """Encoder -> rows (count, width). The tensors share memory with the parameters."""
     return {name: own.weight.detach() for name, own in rows.items()}
 
 
@@ -168,7 +168,7 @@ def load_state(rows: Mapping[str, NewRows], tensors: dict[str, Tensor]) -> None:
 
 
 def check_subsets(found: Scan) -> None:
-    """Raises UserError for settings of subsets that have no meaning here; warns of what teaches nothing."""
+    """Raises UserError for settings of subsets without meaning here; warns about pictures that teach nothing."""
     problems = []
     for subset in {id(subset.config): subset.config for subset in found.subsets}.values():
         rules = subset.captions
@@ -188,7 +188,7 @@ def check_subsets(found: Scan) -> None:
 
 
 def check_captions(found: Scan, word: str) -> None:
-    """Raises UserError when no caption has the word; warns of those that lack it."""
+    """Raises UserError if no caption contains the word; warns about those that lack it."""
     pattern = word_pattern(word)
     samples = [s for dataset in found.datasets for s in dataset.samples if not s.subset.is_reg]
     without = [
@@ -206,7 +206,7 @@ def check_captions(found: Scan, word: str) -> None:
 
 
 def with_sentences(found: Scan, sentences: Sequence[str]) -> Scan:
-    """The same pictures, each with all these sentences as a caption of many lines, of which every use draws one."""
+    """The same pictures with these sentences as lines of their caption; every use draws one."""
     caption = "\n".join(sentences)
     datasets = []
     for dataset in found.datasets:
