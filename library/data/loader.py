@@ -103,7 +103,7 @@ class BatchLoader:
         try:
             return next(results, None)
         except Exception as error:
-            wait([worker.sentinel for worker in self._workers], timeout=1)  # its connections break before it is gone
+            wait([worker.sentinel for worker in self._workers], timeout=10)  # its connections break before it is gone
             codes = [worker.exitcode for worker in self._workers if worker.exitcode]
             if not codes:
                 raise
