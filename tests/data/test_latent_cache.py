@@ -264,6 +264,22 @@ def test_an_edited_mask_is_noticed(tmp_path: Path) -> None:
     assert make_cache(masked_loss=False).missing([job]) == [job]
 
 
+def test_two_masks_of_one_picture(tmp_path: Path) -> None:
+    """Two subsets may train the same picture with a mask each."""
+    (sample,) = make_samples(tmp_path, 1)
+    masks = [tmp_path / "first.bmp", tmp_path / "second.bmp"]
+    for seed, mask in enumerate(masks, start=5):
+        make_picture(mask, seed, (48, 64))
+    jobs = [jobs_of([replace(sample, mask_path=str(mask))])[0] for mask in masks]
+    cache = make_cache(masked_loss=True)
+    cache.fill(jobs, Encoder(), batch_size=1)
+    for job in jobs:
+        item = encoding_input(job, masked_loss=True)
+        found = cache.get(job)[1]
+        assert item.mask is not None and found is not None
+        assert torch.allclose(found[0], item.mask[0].reshape(8, 8, 6, 8).mean((1, 3)), atol=2**-10)
+
+
 def test_a_restart_reads_no_picture(tmp_path: Path) -> None:
     jobs = jobs_of(make_samples(tmp_path, 3))
     make_cache().fill(jobs, Encoder(), batch_size=1)

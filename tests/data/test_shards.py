@@ -94,6 +94,13 @@ def test_samples_of_a_tar(tmp_path: Path) -> None:
     )
 
 
+def test_the_first_file_of_a_tar_may_have_any_name(tmp_path: Path) -> None:
+    """BZ are also the first bytes of a file that bzip2 made."""
+    write_tar(tmp_path / "a.tar", {"BZ1.png": png(1), "BZ1.txt": b"a cat"})
+    (sample,) = scanned(str(tmp_path / "a.tar")).samples
+    assert sample.caption == "a cat"
+
+
 def test_digests_are_those_of_files(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "x.tar", FILES)
     (tmp_path / "a.png").write_bytes(FILES["a.png"])
