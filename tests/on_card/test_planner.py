@@ -30,7 +30,10 @@ pytestmark = pytest.mark.gpu
 
 ARCHITECTURES = ("sd1", "sdxl", "flux", "chroma", "sd3", "sd35", "lumina", "anima", "sana")
 WORD = "zapcat"
-SHORT = {"anima": {"qwen3_max_token_length": 32, "t5_max_token_length": 32}}  # plans count on texts of full length
+SHORT = {  # plans count on texts of full length
+    "anima": {"qwen3_max_token_length": 32, "t5_max_token_length": 32},
+    "lumina": {"gemma2_max_token_length": 32},
+}
 CHOICES = [MemoryChoice(activation_budget=budget) for budget in (1.0, 0.5, 0.0)]
 OF_RUN: dict[str, Any] = {
     "output_name": "x", "learning_rate": 1e-3, "seed": 7, "max_train_steps": 2, "max_data_loader_n_workers": 0,
@@ -57,7 +60,7 @@ class Job:
 
 JOBS = {
     **{f"{name} LoRA": Job(name, options=SHORT.get(name, {})) for name in ARCHITECTURES},
-    **{f"{name} full": Job(name, "finetune") for name in ARCHITECTURES},
+    **{f"{name} full": Job(name, "finetune", SHORT.get(name, {})) for name in ARCHITECTURES},
     **{f"{name} word": Job(name, "textual_inversion") for name in ("sd1", "sdxl")},
     "sdxl LLLite": Job("sdxl", "lllite"),
     "sd1 LyCORIS": Job(
