@@ -91,7 +91,7 @@ class FlowModelOptions(ModelOptions):
 
 @dataclass(frozen=True)
 class SeparateAutoencoder(FlowModelOptions):
-    """Of models whose autoencoder is given with --ae."""
+    """Options of models whose autoencoder is given with --ae."""
 
     vae: str | None = option(None, help="Not for this model.", check=refused("its autoencoder is given with --ae"))
     ae: str | None = option(
