@@ -180,7 +180,7 @@ class StableDiffusion3(ModelFamily):
         return cond
 
     def encode_part(self, name: str, encoder: nn.Module, tokens: Tokens) -> Cond:
-        """Of a CLIP the states that go into the last layer, and the pooled one. `predict` adds zeros to T5's."""
+        """Outputs of an encoder: the input of a CLIP's last layer with its pooled state, or T5's states."""
         if name == T5:
             return encode_t5(encoder, tokens, masked=self.options.apply_t5_attn_mask)
         ids = on_device(tokens.ids[name], next(encoder.parameters()).device)[:, 0]
