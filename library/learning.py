@@ -18,6 +18,7 @@ from library.io.metadata import NetworkFacts
 from library.memory.choice import MemoryChoice
 from library.memory.quantise import Storage
 from library.optim.options import FullOptimizerOptions
+from library.optim.working_copy import FindCopy
 from library.types import Batch, Position, Tokens
 
 DENOISER = "denoiser"
@@ -87,6 +88,7 @@ class Trainables:
     set_condition: Callable[[Tensor | None], None] = lambda control: None  # control images, B 3 H W in [-1, 1]
     before_step: Callable[[int], None] = lambda step: None  # called before each optimizer step, counted from 0
     after_step: Callable[[], dict[str, float | Tensor]] = dict  # ... and after it, gradients still there; to be logged
+    use_copies: Callable[[FindCopy], None] | None = None  # compute with working copies, which makes them worth having
     epoch_started: Callable[[], None] = lambda: None  # called before the first batch of each epoch
     base_model: Callable[[], AbstractContextManager[Any]] = nullcontext  # inside it the models are untrained
     reads_weights: Callable[[Sequence[nn.Module]], bool] = lambda modules: False  # in a pass, other than by calling

@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from library.adapters.shared_call import SharedCall
 from library.adapters.target_spec import TargetSpec
 from library.errors import UserError
+from library.optim.working_copy import FindCopy
 
 
 class AdapterLayer(nn.Module, ABC):
@@ -110,6 +111,9 @@ class AdapterLayer(nn.Module, ABC):
 
     def step_taken(self) -> None:
         """Called after each optimizer step, before the gradients are cleared."""
+
+    def use_copies(self, find: FindCopy) -> None:
+        """Compute training passes with the parameters' working copies, where this kind of adapter can."""
 
     # ---- forward and merging ---------------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from library.adapters.formats.adapter_files import write_tensors
 from library.adapters.target_spec import ReachedLayer, TargetSpec
 from library.device import without_rounding
 from library.errors import UserError, first_names
+from library.optim.working_copy import FindCopy
 
 if TYPE_CHECKING:
     from library.adapters.readers.trained_layer import TrainedLayer
@@ -151,6 +152,9 @@ class AdapterNetwork(nn.Module, ABC):
 
     def step_taken(self) -> None:
         """Called after each optimizer step, before the gradients are cleared; some adapters read them (GGPO)."""
+
+    def use_copies(self, find: FindCopy) -> None:
+        """Compute training passes with the parameters' working copies, as far as the adapters can."""
 
     def enable_gradient_checkpointing(self) -> None:
         """Called once when the models recompute activations; hooks need nothing for it."""

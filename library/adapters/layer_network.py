@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from library.adapters.readers.trained_layer import TrainedLayer, trained_layer
 from library.adapters.target_spec import Component, TargetSpec
 from library.errors import UserError, first_names
 from library.log import get_logger
+from library.optim.working_copy import FindCopy
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class LayerNetwork(AdapterNetwork):
         self.layers = nn.ModuleDict({layer.target.name: layer for layer in layers})
         self.rates = rates or RateRules()
         self.left_out: dict[str, Component] = {}  # layers of models that are not trained
+        self._multiplier: float | None = None  # of the layers, once it was set
         self.set_multiplier(multiplier)
 
     def named_layers(self, part: Component | None = None) -> dict[str, AdapterLayer]:
@@ -82,6 +85,11 @@ class LayerNetwork(AdapterNetwork):
         for layer in self.named_layers().values():
             layer.detach()
 
+    @cached_property
+    def _listening(self) -> list[AdapterLayer]:
+        """The layers that have to know of each step."""
+        return [layer for layer in self.named_layers().values() if layer.reads_between_steps]
+
     @contextmanager
     def disabled(self) -> Iterator[None]:
         layers = [*self.named_layers().values()]
@@ -95,6 +103,9 @@ class LayerNetwork(AdapterNetwork):
                 layer.enabled = enabled
 
     def set_multiplier(self, multiplier: float) -> None:
+        if multiplier == self._multiplier:
+            return
+        self._multiplier = multiplier
         for layer in self.named_layers().values():
             layer.set_multiplier(multiplier)
 
@@ -115,8 +126,12 @@ class LayerNetwork(AdapterNetwork):
         return [trained_layer(layer) for layer in self.named_layers().values()]
 
     def step_taken(self) -> None:
-        for layer in self.named_layers().values():
+        for layer in self._listening:
             layer.step_taken()
+
+    def use_copies(self, find: FindCopy) -> None:
+        for layer in self.named_layers().values():
+            layer.use_copies(find)
 
     def reads_weights(self, among: Iterable[nn.Module]) -> bool:
         chosen = {id(module) for module in among}

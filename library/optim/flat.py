@@ -14,7 +14,7 @@ Several processes exchange whole buffers (`average_gradients`), so the model nee
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -96,6 +96,12 @@ class FlatParameters:
         self._silent = [p for flat in self.groups for p in flat.params]  # without a gradient in any process so far
         self._heard: set[int] = set()
         self._hooks = {id(p): p.register_post_accumulate_grad_hook(self._hear) for p in self._silent}
+
+    def heard_from(self, parameters: Iterable[Tensor]) -> None:
+        """Note that these parameters have got a gradient other than by autograd."""
+        for parameter in parameters if self._hooks else ():
+            if id(parameter) in self._hooks:
+                self._hear(parameter)
 
     def _hear(self, parameter: Tensor) -> None:
         self._heard.add(id(parameter))

@@ -15,7 +15,7 @@ from functools import cached_property
 
 import torch
 
-from library.device import forget_peak, free_bytes, peak_bytes
+from library.device import forget_peak, free_bytes, is_card, peak_bytes
 from library.errors import UserError
 from library.learning import DENOISER
 from library.log import get_logger
@@ -84,12 +84,27 @@ class MemoryPlan:
 
         Raises UserError when nothing fits.
         """
-        limit = int(free_bytes(self.device) * SHARE_OF_FREE) if budget is None else budget
+        limit = self._limit(budget)
         chosen = self.within(limit)
         if chosen is None:
             raise UserError(self._too_large(limit))
-        log.info(f"memory: {chosen.flags}: {gb(chosen.needs.peak)} predicted of {gb(limit)}")
+        peak = chosen.needs.peak
+        log.info(f"memory: {chosen.flags}: {gb(peak)} predicted of {gb(limit)}, {gb(limit - peak)} to spare")
         return chosen.choice
+
+    def _limit(self, budget: int | None) -> int:
+        """Bytes that a run may take: of the budget no more than what the card has free, with some of that kept back."""
+        if budget is not None and not is_card(self.device):
+            return budget
+        try:
+            free = int(free_bytes(self.device) * SHARE_OF_FREE)
+        except UserError:
+            if budget is None:
+                raise
+            return budget
+        if budget is not None and budget > free:
+            log.warning(f"--vram_budget {gb(budget)}: only {gb(free)} of the card are free, which is what counts")
+        return free if budget is None else min(budget, free)
 
     def needs(self, choice: MemoryChoice) -> Prediction:
         """The predicted memory of a step with `choice`."""

@@ -22,6 +22,7 @@ from library.memory.estimate import StepFigures
 from library.memory.host_image import tensors_of
 from library.memory.meter import Meter, watched
 from library.optim.in_backward import units
+from library.optim.working_copy import Use, WorkingCopy
 from library.planner.planned import Planned
 from library.types import Batch, Tokens
 from library.weights.text import CHUNK
@@ -67,7 +68,8 @@ def simulate(planned: Planned) -> Simulation:
         flat = trainables.flat and planned.optimizer.row.elementwise and not planned.deepspeed
         for parameter in trainables.parameters() if flat else ():
             parameter.grad = torch.zeros_like(parameter)
-        return _step(planned, models, trainables, _batch(planned), flat=flat)
+        copies = _use_copies(trainables, planned.dtype) if flat else []
+        return _step(planned, models, trainables, _batch(planned), copies, flat=flat)
 
 
 # ---- models ---------------------------------------------------------------------------------------------------------
@@ -119,6 +121,23 @@ def moved(trainables: Trainables, device: torch.device, dtype: torch.dtype) -> T
     return replace(trainables, groups=groups, modules=modules)
 
 
+def _use_copies(trainables: Trainables, dtype: torch.dtype) -> list[WorkingCopy]:
+    """Working copies of what learns, as a run has them (`WorkingCopies`), in use from now on."""
+    if trainables.use_copies is None:
+        return []
+    use = Use()
+    use.going_on = True
+    copies: dict[Tensor, WorkingCopy] = {}
+    for parameter in trainables.parameters():
+        assert parameter.grad is not None
+        value, gradient = parameter.detach(), parameter.grad
+        if parameter.dtype != dtype:
+            value, gradient = torch.zeros_like(value, dtype=dtype), torch.zeros_like(value, dtype=dtype)
+        copies[parameter] = WorkingCopy(parameter, value, gradient, use)
+    trainables.use_copies(copies.get)
+    return [copy for parameter, copy in copies.items() if copy.gradient is not parameter.grad]
+
+
 def encoder_layers(encoder: nn.Module) -> list[nn.Module]:
     """The layers that are recomputed one by one."""
     from transformers.modeling_layers import GradientCheckpointingLayer
@@ -154,7 +173,10 @@ def _batch(planned: Planned) -> Batch:
 # ---- the step -------------------------------------------------------------------------------------------------------
 
 
-def _step(planned: Planned, models: Models, trainables: Trainables, batch: Batch, *, flat: bool) -> Simulation:
+def _step(
+    planned: Planned, models: Models, trainables: Trainables, batch: Batch, copies: Sequence[WorkingCopy], *, flat: bool
+) -> Simulation:
+    """copies: those of what learns that take memory of their own."""
     family, parameters = planned.family, trainables.parameters()
     layers = [layer for encoder in models.encoders.values() for layer in encoder_layers(encoder)]
     blocks = family.blocks(models.denoiser)
@@ -167,7 +189,7 @@ def _step(planned: Planned, models: Models, trainables: Trainables, batch: Batch
         "encoders": [t for encoder in models.encoders.values() for t in tensors_of(encoder)],
         "vae": tensors_of(models.vae) if models.vae is not None else [],
         "denoiser": tensors_of(models.denoiser),
-        "learning": tensors_of(trainables.module),
+        "learning": [*tensors_of(trainables.module), *(t for copy in copies for t in (copy.value, copy.gradient))],
         "gradients": [p.grad for p in parameters if p.grad is not None],
         "batch": [leaf for leaf in tree_leaves(vars(batch)) if isinstance(leaf, Tensor)],
     }

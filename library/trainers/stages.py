@@ -339,7 +339,7 @@ def build(loaded: Loaded) -> Running:
     module = StepModule(family, models, trainables)
     updates = Updates(
         options, checked.optimizer, trainables, module, accelerator, total_steps=plan.total_steps, seed=plan.seed,
-        sharded=checked.sharded, shards=LocalShards(trainables.groups) if shards_learn else None,
+        dtype=planned.dtype, sharded=checked.sharded, shards=LocalShards(trainables.groups) if shards_learn else None,
     )  # fmt: skip
     memory.move_activations(trainables.parameters())
     if (stepped := checked.learning.in_backward) is not None:

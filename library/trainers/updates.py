@@ -27,6 +27,7 @@ from library.optim.in_backward import InBackward
 from library.optim.optimizers import OptimizerChoice
 from library.optim.replicas import Replicas
 from library.optim.schedulers import build_scheduler
+from library.optim.working_copy import WorkingCopies
 from library.planner.optimizer_memory import appetite
 from library.trainers.options import TrainerOptions
 
@@ -45,17 +46,22 @@ class Updates:
 
     def __init__(
         self, options: TrainerOptions, choice: OptimizerChoice, trainables: Trainables, module: StepModule,
-        accelerator: Accelerator, *, total_steps: int, seed: int, sharded: bool = False,
+        accelerator: Accelerator, *, total_steps: int, seed: int, dtype: torch.dtype, sharded: bool = False,
         shards: LocalShards | None = None,
     ) -> None:  # fmt: skip
         """module: of the run; accelerate wraps it as `model`, which every pass must call from now on.
 
+        dtype: of the computation.
         sharded: some weights of `module` are split over processes, so DistributedDataParallel cannot wrap it.
         shards: of the weights that learn, if those may be split.
         """
         self.options, self.choice, self.trainables, self.accelerator = options, choice, trainables, accelerator
         joined = choice.row.elementwise and trainables.flat and not options.distributed.deepspeed
         self.flat = FlatParameters(trainables.groups) if joined else None
+        self.copies: WorkingCopies | None = None
+        if self.flat is not None and trainables.use_copies is not None:
+            self.copies = WorkingCopies(self.flat, dtype)
+            trainables.use_copies(self.copies.find)
         self.shards = shards
         self.weights = shards.weights if shards is not None else trainables.parameters()  # what the optimizer steps
         self.exchanged: FlatParameters | Replicas | None = None  # gradients that are averaged here
@@ -148,7 +154,8 @@ class Updates:
             if is_last:
                 self.release_room()
         exchanges, self._first_exchanges = is_last or self._first_exchanges, False
-        with nullcontext() if exchanges else self.accelerator.no_sync(self.model):
+        quiet = nullcontext() if exchanges else self.accelerator.no_sync(self.model)
+        with quiet, self.copies.in_use() if self.copies is not None else nullcontext():
             yield
         if is_last and self.exchanged is not None:
             self.exchanged.average_gradients()

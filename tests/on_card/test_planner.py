@@ -133,27 +133,33 @@ def of_device(trainer: Recorded, memory: MemoryOptions, device: torch.device) ->
     return replace(as_planned(method, method.learning(), optimizer, batch, device=device), memory=memory)
 
 
-WAYS: tuple[dict[str, Any], ...] = ({"vram_budget": "8GB"}, {"blocks_to_swap": "auto", "activation_budget": "auto"})
+MORE_THAN_ANY_CARD = "100000GB"
+WAYS: tuple[dict[str, Any], ...] = (
+    {"vram_budget": "8GB"}, {"blocks_to_swap": "auto", "activation_budget": "auto"}, {"vram_budget": MORE_THAN_ANY_CARD}
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", JOBS)
 def test_runs_take_what_was_planned(
     name: str, ground: Ground, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """In a budget, or (every second one) in the memory that is free; the peak is the predicted one.
+    """In a budget, in the memory that is free, or in that because the budget is larger; the peak is the predicted one.
 
     And what was learned is finite: of every architecture and method.
     """
+    way = WAYS[list(JOBS).index(name) % len(WAYS)]
     gc.collect()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()  # of earlier runs in this process
-    trainer = ground.trainer(JOBS[name], tmp_path, **WAYS[list(JOBS).index(name) % 2])
+    trainer = ground.trainer(JOBS[name], tmp_path, **way)
     with caplog.at_level(logging.INFO):
         assert trainer.run() == 0
     settle()
     assert trainer.device.type == "cuda" and trainer.position.step == 2
     learned = load_file(tmp_path / "x.safetensors")
     assert learned and all(bool(tensor.float().isfinite().all()) for tensor in learned.values())
+    warned = any(f"--vram_budget {MORE_THAN_ANY_CARD[:-2]}.00 GB: only " in line for line in caplog.messages)
+    assert warned == (way.get("vram_budget") == MORE_THAN_ANY_CARD)
     predicted, measured = figures(caplog.messages)
     print(name, predicted, measured, before / GIB)
     assert measured - before / GIB == pytest.approx(predicted, abs=0.03)
@@ -169,7 +175,8 @@ def test_nothing_fits(ground: Ground, tmp_path: Path, capsys: pytest.CaptureFixt
 
 def figures(messages: list[str]) -> tuple[float, float]:
     """GB that were predicted, and measured after the second step, as the run's messages say."""
-    chosen = [line for line in messages if re.fullmatch(r"memory: .*: [\d.]+ GB predicted of [\d.]+ GB", line)]
+    pattern = r"memory: .*: [\d.]+ GB predicted of [\d.]+ GB, [\d.]+ GB to spare"
+    chosen = [line for line in messages if re.fullmatch(pattern, line)]
     (taken,) = [line for line in messages if "measured" in line]
     found = re.fullmatch(r"memory: ([\d.]+) GB predicted, ([\d.]+) GB measured: activations x -?[\d.]+", taken)
     assert len(chosen) == 1 and found is not None

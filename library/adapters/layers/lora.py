@@ -22,12 +22,14 @@ from torch import Tensor, nn
 
 from library.adapters.adapter_layer import AdapterLayer
 from library.adapters.kind import AdapterKind
+from library.adapters.layers.low_rank import LowRank
 from library.adapters.layers.norm import NormLayer
 from library.adapters.layers.ranked import RankedLayer, RankedOptions, RankedSettings, axis_in, ranked_values
 from library.adapters.layers.weight import applied
 from library.adapters.options import BlockOptions, DropoutOptions, LoraPlusOptions, PatternOptions
 from library.adapters.target_spec import TargetSpec
 from library.errors import UserError
+from library.optim.working_copy import FindCopy
 from library.options import at_least, option
 
 
@@ -98,6 +100,7 @@ class LoRALayer(RankedLayer):
         up = _uniform if settings.scalar else torch.zeros
         self.lora_up = nn.Parameter(up(target.width, rank, *point))
         self.scalar = nn.Parameter(torch.zeros(())) if settings.scalar else None
+        self._pair: LowRank | None = None  # the matrices' working copies
         self.noise: Tensor | None  # standard deviation per row; none before the first step
         self.register_buffer("noise", None if settings.noise is None else torch.zeros(target.width))
 
@@ -110,11 +113,32 @@ class LoRALayer(RankedLayer):
 
     # ---- forward ---------------------------------------------------------------------------------------------------
 
+    def use_copies(self, find: FindCopy) -> None:
+        down, up = find(self.lora_down), find(self.lora_up)
+        self._pair = LowRank(down, up) if down is not None and up is not None and self._is_plain() else None
+
+    def _is_plain(self) -> bool:
+        """Whether the change of the output is scale · up(down(x)) and nothing else, over all of the modules' rows."""
+        kept = self.settings
+        dropout = kept.neuron_dropout or kept.rank_dropout or kept.module_dropout
+        special = self.is_conv or self.dora or self.scalar is not None or self.noise is not None or dropout
+        return not special and all(module.rows is None for module in self.target.modules)
+
     def change(self, x: Tensor, y: Tensor, index: int) -> Tensor:
+        if not torch.compiler.is_compiling() and self._pair is not None and self._pair.takes(y):
+            return self._changed_with_copies(self._pair, x, y, index)
         changed = super().change(x, y, index)
         if self.noise is None or not self.training:
             return changed
         return changed + self.place(self._perturbation(x, index).to(y.dtype), index)
+
+    def _changed_with_copies(self, pair: LowRank, x: Tensor, y: Tensor, index: int) -> Tensor:
+        """`change` with the working copies; the modules of the target share one product, as in a fused layer."""
+        scale, modules = self.scale * self.multiplier, self.target.modules
+        if len(modules) == 1:
+            return pair.added(x, y, scale)
+        widths = [module.width for module in modules]
+        return y + self.shared.value("product", lambda: pair.product(x, scale).split(widths, -1))[index]
 
     def delta(self, x: Tensor, index: int = 0) -> Tensor:
         """up(dropout(down(x))): computed in x's dtype, or in autocast's."""
@@ -274,6 +298,10 @@ class SplitLoRALayer(AdapterLayer):
     def step_taken(self) -> None:
         for part in self._all():
             part.step_taken()
+
+    def use_copies(self, find: FindCopy) -> None:
+        for part in self._all():
+            part.use_copies(find)
 
     def delta(self, x: Tensor, index: int = 0) -> Tensor:
         return self._part(index).delta(x)

@@ -226,6 +226,7 @@ class NetworkMethod(Method[NetworkTrainerOptions]):
             set_multiplier=network.set_multiplier,
             set_condition=network.set_condition,
             after_step=partial(after_step, network, options.scale_weight_norms),
+            use_copies=network.use_copies,
             epoch_started=network.epoch_started,
             base_model=network.disabled,
             reads_weights=network.reads_weights,
