@@ -124,6 +124,6 @@ class StepModule(nn.Module):
             with torch.set_grad_enabled(name in self.learning and torch.is_grad_enabled()):
                 cond |= self.family.encode_part(name, encoder, tokens)
         if self.trained.training:
-            cond = self.family.drop_text(cond)
+            cond, batch = self.family.drop_text(cond), self.family.drop_references(batch)
         self.set_condition(batch.control)  # it stays until the next pass: blocks are recomputed in the backward pass
         return self.family.predict(self.denoiser, x_t, t, cond, batch)

@@ -109,7 +109,8 @@ def resize(options: ResizeLoraOptions) -> None:
 def resized(
     layers: Mapping[str, Tensors], options: ResizeOptions, device: torch.device
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, RankStatistics]]:
-    """The layers at their new ranks, and what is left of each. alpha / rank stays the same; norms are copied.
+    """The layers at their new ranks, and what is left of each. alpha / rank stays the same; changes of norms and of
+    whole weights are copied.
 
     Raises UserError naming the layers that are not a plain LoRA.
     """

@@ -82,7 +82,7 @@ def nearest(
     from library.adapters.surgery.merge import added, exact_sum
 
     if all(set(own) <= ADDED for own, _ in layers):
-        return added(layers)
+        return added(name, layers)
     change = exact_sum(name, layers, device)
     values = spectrum_of_change(change)
     rank = choose_rank(values.s, ranks.new_conv_rank or ranks.new_rank if change.is_3x3 else ranks.new_rank, None, 0)

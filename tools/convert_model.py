@@ -158,6 +158,19 @@ def kind_of(path: Path) -> str:
     return f"v{CONTEXT_DIMS.get(context_dim(shapes) or 0, 1)}"
 
 
+def edits(path: Path) -> bool:
+    """Whether the U-Net of a model reads a picture to edit."""
+    from library.families.sd.names import UNET_PREFIX
+    from library.weights.grown_input import EDIT_CHANNELS
+    from library.weights.loading import read_json
+    from library.weights.weight_files import open_weights
+
+    if path.is_dir():
+        return read_json(path / "unet" / "config.json").get("in_channels") == EDIT_CHANNELS
+    shape = open_weights(path).shapes.get(f"{UNET_PREFIX}input_blocks.0.0.weight", ())
+    return len(shape) == 4 and shape[1] == EDIT_CHANNELS
+
+
 def open_family(options: ConversionOptions, path: Path, reference: Path | None) -> Any:
     """The family of the model at `path`, its headers read, with the scheduler that a new folder gets."""
     from library.weights.loading import read_json
@@ -169,6 +182,7 @@ def open_family(options: ConversionOptions, path: Path, reference: Path | None) 
         "pretrained_model_name_or_path": str(path),
         "tokenizer_cache_dir": options.tokenizer_cache_dir,
         "v_parameterization": is_v,
+        "task": "edit" if edits(path) else None,
     }
     if kind != "sdxl":
         values["v2"] = kind == "v2"

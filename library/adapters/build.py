@@ -21,7 +21,9 @@ from library.adapters.formats.deltas import kohya_dora
 from library.adapters.formats.recognition import OFT_PREFIX, architectures_with
 from library.adapters.kind import AdapterKind, LayerReader
 from library.adapters.layer_network import RateRules
+from library.adapters.layers.new_inputs import NewInputsLayer
 from library.adapters.layers.norm import NormLayer
+from library.adapters.layers.rewrite import RewriteLayer
 from library.adapters.options import BlockOptions, LoraPlusOptions, PatternOptions, read_network_args
 from library.adapters.target_spec import TargetSpec
 from library.adapters.targets import AdaptedModels, RankRule, Targets, TextEncoders
@@ -99,6 +101,7 @@ class NetworkBuilder:
             patterns=options.get("patterns", PatternOptions()),
             alpha=alpha,
         )
+        layers += map(NewInputsLayer, self.targets.new_inputs(models))
         rates = rate_rules(options, selection.block_weights)
         return self.kind.network(layers, rates=rates, multiplier=multiplier, tables=self.tables)
 
@@ -125,16 +128,22 @@ class NetworkBuilder:
         self._refuse_decided(options, file)
         if self.kind.blocks is not None:
             options["blocks"] = BlockOptions()
-        targets = self.targets.in_file(options, models)
+        grown = {target.name: target for target in self.targets.new_inputs(models)}
+        whole: LayerReader = RewriteLayer if for_inference else NewInputsLayer
+        targets = [target for target in self.targets.in_file(options, models) if target.name not in grown]
+        readers = READERS if for_inference and self.kind.reads_every_kind else self.kind.readers
         weights = weights_of(file, weights_sd)
         layers = layers_from_weights(
-            targets,
-            READERS if for_inference and self.kind.reads_every_kind else self.kind.readers,
+            [*targets, *grown.values()],
+            [*readers, whole] if grown else readers,
             weights,
             self.tables,
             settings=self.kind.settings(options, neuron_dropout),
             file=str(file or "adapter weights"),
         )
+        there = {layer.target.name for layer in layers}
+        if not for_inference:
+            layers += [NewInputsLayer(target) for name, target in grown.items() if name not in there]
         rates = rate_rules(options, self.targets.block_weights(options, models))
         network = self.kind.network(layers, rates=rates, multiplier=multiplier, tables=self.tables)
         if for_inference:

@@ -108,6 +108,10 @@ class Targets(ABC):
         """Learning-rate factors by block for a network from a file; None: the same rate for all."""
         return None
 
+    def new_inputs(self, models: AdaptedModels) -> list[TargetSpec]:
+        """Convolutions with input channels that the model's file does not have: every network trains those whole."""
+        return []
+
 
 class FamilyTargets(Targets):
     """The targets of an architecture for every kind of adapters that adds to the weights."""
@@ -168,6 +172,9 @@ class AnyFamily(Targets):
 
     def block_weights(self, options: Mapping[str, Any], models: AdaptedModels) -> tuple[float, ...] | None:
         return self.of(models).block_weights(options, models)
+
+    def new_inputs(self, models: AdaptedModels) -> list[TargetSpec]:
+        return self.of(models).new_inputs(models)
 
 
 # ---- walking through models ---------------------------------------------------------------------------------------

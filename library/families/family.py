@@ -48,7 +48,6 @@ class ModelFamily(ABC):
 
     sheet: ClassVar[Sheet]
     latent: ClassVar[LatentSpec]
-    references: ClassVar[ReferenceSpec | None] = None  # how reference pictures are used; None: not supported
     # Padded outputs of text encoders, (B, length ...) -> their masks, (B, length) bool, False at padding. A batch
     # without padding has no mask
     text_masks: ClassVar[Mapping[str, str]] = {}
@@ -65,6 +64,21 @@ class ModelFamily(ABC):
     @abstractmethod
     def variant(self) -> Variant:
         """The model of the sheet that was given. Known after `check`."""
+
+    @property
+    def edits(self) -> bool:
+        """Whether the model learns to edit pictures (--task edit)."""
+        return self.options.task == "edit"
+
+    @property
+    def grows_input(self) -> bool:
+        """Whether the denoiser gets new input channels for reference pictures. False for files that `check` refuses."""
+        return False
+
+    @property
+    def references(self) -> ReferenceSpec | None:
+        """How reference pictures are used; None: they are not."""
+        return None
 
     @property
     def preview(self) -> PreviewDefaults:
@@ -182,6 +196,10 @@ class ModelFamily(ABC):
     def drop_text(self, cond: Cond) -> Cond:
         """Drop outputs of single encoders at random (torch's global generator). Used in training only."""
         return cond
+
+    def drop_references(self, batch: Batch) -> Batch:
+        """Drop reference pictures at random (torch's global generator). Used in training only."""
+        return batch
 
     def split_cond(self, cond: Cond) -> list[Cond]:
         """Split into one Cond per caption, without the batch axis and without padding, as in the cache."""

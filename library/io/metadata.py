@@ -52,6 +52,7 @@ MINIMUM_KEYS = (
     "ss_network_dim",
     "ss_network_alpha",
     "ss_network_args",
+    "ss_task",
 )
 
 # ---- facts from the trainer ---------------------------------------------------------------------------------------
@@ -192,6 +193,7 @@ def build_metadata(
     """
     given = [name for name in OPTION_NAMES if name in run.options]
     keys: dict[str, Any] = {OTHER_KEYS.get(name, f"ss_{name}"): run.options[name] for name in given}
+    keys |= {"ss_task": run.options["task"]} if run.options.get("task") else {}
     keys |= {**_run_keys(run), **_network_keys(run), **_dataset_keys(run), **run.files}
     keys |= {"ss_steps": step, "ss_epoch": epoch, "ss_training_finished_at": now}
     if minimum:

@@ -29,15 +29,18 @@ from library.io.atomic import atomic_write
 from library.log import get_logger
 from library.objectives.base import Objective, Sampler
 from library.rng import derive_seed
+from library.sampling.guidance import Guidance
 from library.sampling.options import SampleOptions
 from library.sampling.prompts import INLINE, Prompt, given_fields
 from library.sampling.references import references_of, shown_of, size_of
-from library.types import Batch, Cond, Size, like
+from library.types import Cond, Size, like
 
 log = get_logger()
 
 # Fields of prompts that only some architectures support.
-SPECIAL_FIELDS = ("guidance_scale", "controlnet_image", "cfg_trunc_ratio", "renorm_cfg", "flow_shift", "references")
+SPECIAL_FIELDS = (
+    "guidance_scale", "controlnet_image", "cfg_trunc_ratio", "renorm_cfg", "flow_shift", "references", "image_scale",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,8 @@ class Previewer:
         self.sampler, self.seed, self.default_size = sampler, seed, default_size
         self.texts, self.stopped, self.writes = texts, stopped, writes
         honoured = [*family.preview.honoured, *(["controlnet_image"] if conditioned else [])]
-        honoured += ["references"] if family.references is not None else []
+        if family.references is not None:
+            honoured += ["references", *(["image_scale"] if family.references.scale is not None else [])]
         ignored = given_fields(prompts, [name for name in SPECIAL_FIELDS if name not in honoured])
         self.controls = [self._control(prompt) if conditioned else None for prompt in self.prompts]
         self.references = [references_of(prompt, family.references, self.size_of(prompt)) for prompt in self.prompts]
@@ -190,32 +194,31 @@ class Previewer:
     def _denoise(
         self, models: PreviewModels, prompt: Prompt, index: int, device: torch.device, references: Sequence[Tensor]
     ) -> Tensor:
-        """Noise to latents (1 C h w). Guidance: Ho and Salimans 2022, equation 6, both terms in one batch.
+        """Noise to latents (1 C h w). All predictions that guidance combines are made in one batch.
 
         references: latents of the reference pictures, 1 C h w each.
         """
-        scale = self.scale_of(prompt)
+        guidance, alone = self.guidance_of(prompt), Guidance(1.0)
         sampler = self._sampler(prompt)
         # On the CPU, so that a seed gives the same picture on every device.
         generator = torch.Generator().manual_seed(self.seed_of(prompt, index))
         shape = (1, self.family.latent.channels, *self._latent_size(prompt))
         x = on_device(torch.randn(shape, generator=generator) * sampler.init_noise_sigma, device)
-        guided_above = self._guided_above(prompt) if scale != 1.0 else float("inf")
-        guided_ones = [float(t) > guided_above for t in sampler.timesteps]
-        conds = {guided: self._cond(models, prompt, index, guided, device) for guided in set(guided_ones)}
-        batches = {guided: _batch_of(references, prompt, guided) for guided in set(guided_ones)}
+        guided_above = self._guided_above(prompt)
+        ways = [guidance if float(t) > guided_above else alone for t in sampler.timesteps]
+        conds = {way: self._cond(models, prompt, index, way.texts(prompt), device) for way in set(ways)}
+        batches = {way: way.batch(prompt, references) for way in set(ways)}
         ends = torch.cat([sampler.timesteps[1:], torch.zeros_like(sampler.timesteps[:1])])
-        for t, end, guided in zip(sampler.timesteps, ends, guided_ones, strict=True):
+        for t, end, way in zip(sampler.timesteps, ends, ways, strict=True):
             if self.stopped():
                 raise Stopped
-            count = 2 if guided else 1
+            count = len(way.texts(prompt))
             shown = torch.cat([sampler.scale_input(x, t)] * count)
             times = on_device(t, device).expand(count)
-            cond = conds[guided] | {"step_end": on_device(end, device).expand(count)}
-            pred = self.family.predict(models.denoiser, shown, times, cond, batches[guided]).float()
-            if guided:
-                without, with_prompt = pred.chunk(2)
-                pred = self._renormed(without + scale * (with_prompt - without), with_prompt, prompt)
+            cond = conds[way] | {"step_end": on_device(end, device).expand(count)}
+            pred = self.family.predict(models.denoiser, shown, times, cond, batches[way]).float()
+            if not way.is_idle:
+                pred = self._renormed(way.combined(pred), pred[-1:], prompt)
             x = sampler.step(pred, t, x, generator)
         return x
 
@@ -228,6 +231,13 @@ class Previewer:
     def scale_of(self, prompt: Prompt) -> float:
         """Classifier-free guidance; 1: the prompt alone."""
         return self.family.preview.scale if prompt.scale is None else prompt.scale
+
+    def guidance_of(self, prompt: Prompt) -> Guidance:
+        """Guidance of a prompt, by its reference picture too where it has one and the family guides by it."""
+        spec = self.family.references
+        guided = spec is not None and spec.scale is not None and prompt.references
+        scale = (spec.scale if prompt.image_scale is None else prompt.image_scale) if spec and guided else None
+        return Guidance(self.scale_of(prompt), scale)
 
     def _latent_size(self, prompt: Prompt) -> tuple[int, int]:
         width, height = self.size_of(prompt)
@@ -255,15 +265,17 @@ class Previewer:
         lengths = [like(torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim()))), x) for x in (plain, guided)]
         return guided * (limit * lengths[0] / lengths[1].clamp_min(1e-8)).clamp(max=1)
 
-    def _cond(self, models: PreviewModels, prompt: Prompt, index: int, guided: bool, device: torch.device) -> Cond:
-        """What `predict` reads: of the negative prompt and the prompt, or of the prompt alone."""
-        texts, spec, cond = _texts(prompt, guided), self.family.references, Cond()
+    def _cond(
+        self, models: PreviewModels, prompt: Prompt, index: int, texts: Sequence[str], device: torch.device
+    ) -> Cond:
+        """What `predict` reads of these texts of a prompt."""
+        spec, cond = self.family.references, Cond()
         shown = shown_of(self.references[index], spec)
         if self.texts is not None:
             cond = self.family.join_conds([self.texts.get(Text(text, shown)) for text in texts])
         if models.encoders:
             pictures = [[reference_pixels(job) for job in shown]] * len(texts)
-            cond |= self.family.encode_text(self.family.tokenize_with(texts, pictures), models.encoders)
+            cond |= self.family.encode_text(self.family.tokenize_with([*texts], pictures), models.encoders)
         guidance = self.family.preview.guidance if prompt.guidance_scale is None else prompt.guidance_scale
         if guidance is not None:
             cond["guidance"] = torch.full((len(texts),), guidance)
@@ -278,28 +290,17 @@ class Previewer:
 
     def _parameters(self, prompt: Prompt, image: Image.Image, seed: int) -> str:
         """The picture's settings in the text form that picture viewers of web UIs know."""
+        guidance = self.guidance_of(prompt)
         settings = {
             "Steps": prompt.sample_steps or self.family.preview.steps,
             "Sampler": prompt.sample_sampler or self.sampler,
-            "CFG scale": self.scale_of(prompt),
+            "CFG scale": guidance.text,
+            **({} if guidance.picture is None else {"Image CFG scale": guidance.picture}),
             "Seed": seed,
             "Size": f"{image.width}x{image.height}",
         }
         negative = f"\nNegative prompt: {prompt.negative_prompt}" if prompt.negative_prompt else ""
         return f"{prompt.prompt}{negative}\n{', '.join(f'{k}: {v}' for k, v in settings.items())}"
-
-
-def _texts(prompt: Prompt, guided: bool) -> list[str]:
-    return [prompt.negative_prompt, prompt.prompt] if guided else [prompt.prompt]
-
-
-def _batch_of(references: Sequence[Tensor], prompt: Prompt, guided: bool) -> Batch | None:
-    """What `predict` reads of a batch: the reference pictures, also for the negative prompt. None without any."""
-    if not references:
-        return None
-    texts = _texts(prompt, guided)
-    shared = tuple(torch.cat([latents] * len(texts)) for latents in references)
-    return Batch(names=texts, captions=texts, loss_weights=torch.ones(len(texts)), references=shared)
 
 
 # ---- leaving no trace ---------------------------------------------------------------------------------------------

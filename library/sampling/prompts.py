@@ -45,6 +45,7 @@ class Prompt:
     renorm_cfg: float | None = _inline("rcfg")
     flow_shift: float | None = _inline("fs")
     references: tuple[str, ...] | None = _inline("ref")  # files of reference pictures
+    image_scale: float | None = _inline("il")  # of guidance by the reference picture, apart from the text
 
 
 FIELDS = {f.name: f for f in fields(Prompt)}

@@ -207,6 +207,7 @@ def check(method: Method[TrainerOptions], stop: StopRequest) -> Checked:
     checks.run(family.check_weights)
     checks.run(lambda: check_launch(deepspeed=options.distributed.deepspeed))
     checks.run(lambda: check_memory(method))
+    checks.run(lambda: check_task(method))
     for method_check in method.checks():
         checks.run(method_check)
     checks.run(lambda: check_output_folder(options, method.extension))
@@ -251,6 +252,15 @@ def check(method: Method[TrainerOptions], stop: StopRequest) -> Checked:
     return Checked(
         method, learning, found, data, validation_plans, prompts, optimizer, seed, resumption, processes, stop
     )
+
+
+def check_task(method: Method[TrainerOptions]) -> None:
+    """Check that model and method can learn to edit pictures, where they are to. Raises UserError."""
+    family = method.family
+    if family.edits and family.references is None:
+        raise UserError(f"--task edit: {family.sheet.title} is not trained to edit pictures here")
+    if family.edits and not method.learns_edits:
+        raise UserError("--task edit: this script does not teach a model to edit pictures; train a LoRA or all weights")
 
 
 def check_memory(method: Method[TrainerOptions]) -> None:

@@ -24,6 +24,7 @@ class Method(ABC, Generic[Options]):
     """
 
     project: ClassVar[str]  # default name of the project in the log
+    learns_edits: ClassVar[bool] = True  # whether it can learn to edit pictures (--task edit)
 
     def __init__(self, family: ModelFamily, options: Options) -> None:
         self.family, self.options = family, options

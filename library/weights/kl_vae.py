@@ -156,15 +156,26 @@ def encode(vae: Any, pixels: Tensor, seeds: Sequence[int] | None) -> Tensor:
     picture comes from its own seed on the CPU, so that a latent depends neither on its batch nor on the device. Without
     seeds the mean is used.
     """
-    parameter = next(vae.parameters())
-    with torch.autocast(parameter.device.type, enabled=False):  # the VAE's own dtype decides: see --no_half_vae
-        posterior = vae.encode(pixels.to(parameter.device, parameter.dtype), return_dict=False)[0]
+    posterior = _posterior(vae, pixels)
     if seeds is None:
         return (posterior.mean.float() - _shift(vae)) * vae.config.scaling_factor
     shape = tuple(posterior.mean.shape[1:])
     noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-    sample = posterior.mean.float() + posterior.std.float() * on_device(noise, parameter.device)
+    sample = posterior.mean.float() + posterior.std.float() * on_device(noise, posterior.mean.device)
     return (sample - _shift(vae)) * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def encode_unscaled(vae: Any, pixels: Tensor) -> Tensor:
+    """Pixels B 3 H W in [-1, 1] -> the mean of the posterior, B C h w float32, neither shifted nor scaled."""
+    mean: Tensor = _posterior(vae, pixels).mean
+    return mean.float()
+
+
+def _posterior(vae: Any, pixels: Tensor) -> Any:
+    parameter = next(vae.parameters())
+    with torch.autocast(parameter.device.type, enabled=False):  # the VAE's own dtype decides: see --no_half_vae
+        return vae.encode(pixels.to(parameter.device, parameter.dtype), return_dict=False)[0]
 
 
 @torch.no_grad()

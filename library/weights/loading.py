@@ -83,10 +83,10 @@ class Part:
             )
         module.load_state_dict(tensors, strict=False, assign=True)  # not strict: one parameter may have two names
         assert not any(parameter.is_meta for parameter in module.parameters()), f"a rule of the {self.what} is missing"
-        if storage == "half" and dtype == torch.float32:
-            cast_when_used(module)
         if self.finish is not None:
             self.finish(module)
+        if storage == "half" and dtype == torch.float32:
+            cast_when_used(module)
         if storage not in ("plain", "half"):
             free_memory()  # of the weights before quantisation
         return module.to(device).eval().requires_grad_(False)  # `to` moves the buffers that no file holds
@@ -107,13 +107,13 @@ class Part:
 
         tensors = {name: blank(name, tensor) for name, tensor in module.state_dict().items()}
         module.load_state_dict(tensors, strict=False, assign=True)
+        if self.finish is not None:
+            self.finish(module)
         if storage == "half":
             if dtype == torch.float32:
                 cast_when_used(module)
         elif storage != "plain":
             quantise(module, storage)
-        if self.finish is not None:
-            self.finish(module)
         return module.eval().requires_grad_(False)
 
     def _read(

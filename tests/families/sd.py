@@ -48,9 +48,18 @@ def loss(options: dict[str, Any], batch: Batch, adapters: Adapters, generator: t
     noise = torch.randn(latents.shape, generator=generator)
     noisy = scheduler.add_noise(latents, noise, t)
     weights = with_lora(unet, adapters, lambda path: f"lora_unet_{path}".replace(".", "_"))
+    if batch.reference_pixels:  # InstructPix2Pix
+        with torch.no_grad():
+            noisy = torch.cat([noisy, vae.encode(batch.reference_pixels[0]).latent_dist.mode()], 1)
+        weights["conv_in.weight"] = wider(weights["conv_in.weight"]) + adapters["lora_unet_conv_in.diff"]
     pred = functional_call(unet, weights, (noisy, t, states)).sample
     is_v = scheduler.config.prediction_type == "v_prediction"
     return F.mse_loss(pred, scheduler.get_velocity(latents, noise, t) if is_v else noise)
+
+
+def wider(weight: Tensor) -> Tensor:
+    """A convolution's weight with eight input channels, the new ones zero."""
+    return F.pad(weight, (0, 0, 0, 0, 0, 8 - weight.shape[1]))
 
 
 CONV = {"network_args": ["conv_dim=16", "conv_alpha=16"]}

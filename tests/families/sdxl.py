@@ -15,6 +15,7 @@ from torch.func import functional_call
 
 from library.types import Batch
 from tests.families.base import Case
+from tests.families.sd import wider
 from tests.tiny import vocabulary, write_tokenizer
 from tests.trainers.helpers import Adapters, with_lora
 
@@ -179,6 +180,10 @@ def loss(options: dict[str, Any], batch: Batch, adapters: Adapters, generator: t
     added = {"text_embeds": outputs[1].text_embeds, "time_ids": times}
     published = published_layers(unet)
     weights = with_lora(unet, adapters, lambda path: f"lora_unet_{published.get(path, path)}".replace(".", "_"))
+    if batch.reference_pixels:  # InstructPix2Pix
+        with torch.no_grad():
+            noisy = torch.cat([noisy, vae.encode(batch.reference_pixels[0]).latent_dist.mode()], 1)
+        weights["conv_in.weight"] = wider(weights["conv_in.weight"]) + adapters["lora_unet_input_blocks_0_0.diff"]
     pred = functional_call(unet, weights, (noisy, t, states), {"added_cond_kwargs": added}).sample
     is_v = scheduler.config.prediction_type == "v_prediction"
     return F.mse_loss(pred, scheduler.get_velocity(latents, noise, t) if is_v else noise)

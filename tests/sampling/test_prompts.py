@@ -18,6 +18,9 @@ FULL_LINE = (
 FULL = Prompt("a cat, 2girls", 640, 448, 7, 12, 6.5, 3.5, "bad, worse", "euler_a", None, 0.25, 1.0, 3.0)
 
 
+KNOWN = "--w --h --d --s --l --g --n --ss --cn --ctr --rcfg --fs --ref --il"
+
+
 def write(path: Path, text: str) -> Path:
     path.write_text(text, encoding="utf-8")
     return path
@@ -75,7 +78,7 @@ def test_all_mistakes_of_a_txt_file_come_at_once(tmp_path: Path) -> None:
     path = write(tmp_path / "p.txt", "\n".join(lines))
     assert problems_of(path) == [
         f"{path}, line 2: width expects a whole number, got 'many'",
-        f"{path}, line 3: unknown option --x. Known: --w --h --d --s --l --g --n --ss --cn --ctr --rcfg --fs --ref",
+        f"{path}, line 3: unknown option --x. Known: {KNOWN}",
         f"{path}, line 4: sample_steps must be between 1 and 1000, got 0",
         f"{path}, line 5: sample_steps must be between 1 and 1000, got 1001",
         f"{path}, line 5: sample_sampler 'eulr_a' is not a sampler. Did you mean 'euler_a'?",
@@ -104,7 +107,7 @@ def test_mistakes_in_tables(tmp_path: Path) -> None:
         f"{path}, prompt 1: the key prompt is missing",
         f"{path}, prompt 2: expects a text or a table, got 5",
         f"{path}, prompt 3: prompt expects a text, got ['x']",
-        f"{path}, prompt 4: unknown option --q. Known: --w --h --d --s --l --g --n --ss --cn --ctr --rcfg --fs --ref",
+        f"{path}, prompt 4: unknown option --q. Known: {KNOWN}",
     ]
 
 

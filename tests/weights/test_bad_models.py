@@ -159,7 +159,7 @@ def test_inpainting_models(single, folder, tmp_path):
     def widen(tensors):
         tensors["model.diffusion_model.input_blocks.0.0.weight"] = torch.zeros(32, 9, 3, 3)
 
-    assert "inpainting or edit model (9 input channels" in line(family(changed(single, tmp_path, widen)).check)
+    assert "inpainting model (9 input channels" in line(family(changed(single, tmp_path, widen)).check)
 
 
 def test_truncated_checkpoint(single, tmp_path):

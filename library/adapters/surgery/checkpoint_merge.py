@@ -23,6 +23,7 @@ from library.adapters.surgery.checkpoint_layers import CheckpointLayers, WeightL
 from library.adapters.target_spec import TargetModule, TargetSpec
 from library.errors import UserError, first_names, raise_problems
 from library.key_tables import part_rows
+from library.weights.grown_input import EDIT_CHANNELS, is_grown, padded
 from library.weights.weight_files import WeightFile
 
 BIASED = {"b_norm", BIAS_ADDED}  # an adapter with one of these tensors changes the bias too
@@ -48,8 +49,15 @@ class MergeStep:
     reader: LayerReader
     strength: float
 
+    def grown(self, weight: Tensor) -> Tensor:
+        """The weight, with new input channels if the adapter has them: of a model that learned to edit pictures."""
+        change = self.own.get("diff")
+        is_new = change is not None and is_grown(weight.shape, change.shape)
+        return padded(weight, EDIT_CHANNELS) if is_new else weight
+
     def on(self, weight: Tensor, bias: Tensor | None) -> AdapterLayer:
         """The adapter on a module that has this weight and bias, with the values of the file."""
+        weight = self.grown(weight)
         target = target_of(self.layer, weight, bias, sum(name.startswith(NUMBERED) for name in self.own))
         own = kohya_dora(self.own, target)
         layer = self.reader.from_tensors(target, own, None)
@@ -85,6 +93,16 @@ class MergedWeights:
         raise_problems(problem for adapter in adapters for problem in self._plan(adapter))
 
     @property
+    def grown(self) -> dict[str, tuple[int, ...]]:
+        """Names of the tensors that get new input channels -> their shapes."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, steps in self._steps.items():
+            old = torch.empty(self.layers.shapes[name], device="meta")
+            new = next((new for step in steps if (new := step.grown(old)) is not old), old)
+            shapes |= {} if new is old else {name: tuple(new.shape)}
+        return shapes
+
+    @property
     def changed(self) -> set[str]:
         """Names of the tensors that differ from the file's."""
         return set(self._steps)
@@ -96,7 +114,7 @@ class MergedWeights:
         whole = self.file.tensor(name, torch.float32)  # may be mapped: nothing is written into it
         for step in self._steps[name]:
             before, whole = whole, self._after(step, name, whole)
-            if not torch.equal(before, whole):
+            if before.shape != whole.shape or not torch.equal(before, whole):
                 self.moved.add(step.layer)
         return whole
 

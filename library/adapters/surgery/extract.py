@@ -25,6 +25,7 @@ from library.adapters.surgery.tool_files import (
 from library.adapters.surgery.tool_options import PairOptions, SaveOptions
 from library.errors import UserError
 from library.log import get_logger, progress
+from library.weights.grown_input import is_grown, padded
 
 TEXT = re.compile(r"lora_te[12]?_.*_(self_attn_[kvq]_proj|self_attn_o(ut)?_proj|mlp_(fc\d|\w+_proj))")  # no T5
 
@@ -69,7 +70,9 @@ def extract(asked: Extraction, known: KnownArchitectures) -> None:
         for name in names:
             found[name] = _nearest(files.difference(name), asked)
             bar.advance()
-    save_lora(asked.save, found, _metadata(asked, layers))
+    found |= files.new_inputs()
+    task = {"ss_task": "edit"} if any("diff" in own for own in found.values()) else {}
+    save_lora(asked.save, found, {**_metadata(asked, layers), **task})
 
 
 def chosen_layers(layers: CheckpointLayers, *, conv: bool) -> list[str]:
@@ -113,6 +116,16 @@ class CheckpointPair:
         if not torch.isfinite(change).all():
             raise UserError(f"{name}: the weights of one of the models are not finite")
         return change
+
+    def new_inputs(self) -> dict[str, dict[str, Tensor]]:
+        """The whole change of a first convolution that reads reference pictures in the tuned model alone."""
+        found = {}
+        for name in self.layers.places.keys() & self.tuned_layers.places.keys():
+            shape = self.tuned_layers.shape(name)
+            if is_grown(self.layers.shape(name), shape):
+                old = padded(self.layers.weight(self.original, name, self.dtype).float(), shape[1])
+                found[name] = {"diff": self.tuned_layers.weight(self.tuned, name, self.dtype).float() - old}
+        return found
 
     def without_same_encoders(self, names: Sequence[str], min_diff: float) -> list[str]:
         """The layers without those of text encoders that one file lacks, or that differ by no more than `min_diff`."""

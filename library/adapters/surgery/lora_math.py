@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from library.adapters.formats.damage import damaged_if_broken
-from library.adapters.formats.layer_tensors import ALPHA, COMFY_DORA, DORA, DOWN, MID, UP, Tensors, scale_of
+from library.adapters.formats.layer_tensors import ALPHA, BIAS_ADDED, COMFY_DORA, DORA, DOWN, MID, UP, Tensors, scale_of
 from library.errors import UserError
 
 SMALLEST = 1e-6  # a matrix whose largest singular value is not above this counts as zero
 FACTORS = {DOWN, UP, MID, ALPHA}
-ADDED = {"w_norm", "b_norm"}  # what is added to scale and shift of a norm
+ADDED = {"w_norm", "b_norm", "diff", BIAS_ADDED}  # what is added to scale and shift of a norm, to a weight, to a bias
 
 
 # ---- ΔW -----------------------------------------------------------------------------------------------------------

@@ -97,7 +97,7 @@ def merge_into_parts(asked: MergeOptions, parts: Sequence[ModelPart], known: Kno
     dtype = dtype_named(asked.save.save_precision)
     for part, file, weights in merged:
         metadata = _part_metadata(part, file, weights.layers, loras, asked.save.no_metadata)
-        write_checkpoint(part.save_to, file, weights.tensor, weights.changed, metadata, dtype)
+        write_checkpoint(part.save_to, file, weights.tensor, weights.changed, metadata, dtype, grown=weights.grown)
         report_merged(part.save_to, weights)
 
 
@@ -161,7 +161,7 @@ def merge_into_one(asked: MergeOptions, loras: Sequence[WeightedLora], tables: T
     for name, layers in same_layers(loras, tables).items():
         try:
             if all(set(own) <= ADDED for own, _ in layers):
-                found[name] = added(layers)
+                found[name] = added(name, layers)
             elif asked.merge.concat:
                 found[name] = concatenated(name, layers, asked.merge.shuffle)
             else:
@@ -216,8 +216,10 @@ def _summed(name: str, layers: Sequence[tuple[Tensors, float]]) -> dict[str, Ten
         raise UserError(f"{name} cannot be summed ({error}): use --concat or svd_merge_lora.py") from None
 
 
-def added(layers: Sequence[tuple[Mapping[str, Tensor], float]]) -> dict[str, Tensor]:
-    """The sum of changes of norms, which is exact."""
+def added(layer: str, layers: Sequence[tuple[Mapping[str, Tensor], float]]) -> dict[str, Tensor]:
+    """The sum of changes of norms or whole weights, which is exact. Raises UserError for different shapes."""
     names = [*dict.fromkeys(name for own, _ in layers for name in own)]
     parts = {name: [own[name].float() * factor for own, factor in layers if name in own] for name in names}
+    if any(len({value.shape for value in values}) > 1 for values in parts.values()):
+        raise UserError(f"{layer} is not the same layer in all files (its shapes differ)")
     return {name: torch.stack(values).sum(0) for name, values in parts.items()}

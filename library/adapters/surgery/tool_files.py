@@ -29,7 +29,7 @@ from library.io.tensor_file import check_safetensors, data_bytes, data_chunks, h
 from library.key_tables import Shapes
 from library.weights.weight_files import SafetensorsFile, ScaledFile, WeightFile, open_weights
 
-LORA_KEYS = ("ss_v2", "ss_base_model_version")  # that a merged LoRA takes over from the files it is made of
+LORA_KEYS = ("ss_v2", "ss_base_model_version", "ss_task")  # that a merged LoRA takes over from the files it is made of
 ADVICE = "convert it with convert_lora.py --base_model first"  # where names of layers do not tell the architecture
 
 
@@ -147,14 +147,18 @@ def write_checkpoint(
     changed: Iterable[str],
     metadata: Mapping[str, str],
     dtype: torch.dtype | None,
+    *,
+    grown: Mapping[str, tuple[int, ...]] | None = None,
 ) -> None:
     """Write all tensors of `file`, as `tensor` returns them, one at a time, in `dtype` or in that of the file.
 
+    grown: names of tensors that have other shapes than in the file -> these shapes.
     Without a dtype, fp8 weights with scales beside them become bfloat16.
     Raises UserError when a weight is not finite.
     """
     changed = set(changed)
     layout = {name: _empty_like(file, name, dtype) for name in file.shapes}
+    layout |= {name: layout[name].new_empty(shape) for name, shape in (grown or {}).items()}
 
     def ready(name: str) -> Tensor:
         value = tensor(name).to(layout[name].dtype).contiguous()

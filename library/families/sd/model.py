@@ -21,7 +21,7 @@ from library.families.sd.names import CLIP_PREFIX, OPEN_CLIP_PREFIX, UNET_PREFIX
 from library.families.sd.options import SDFineTuneOptions, SDOptions
 from library.families.sd.parts import ENCODER, open_parts
 from library.families.sd.save import NOTHING
-from library.families.sd.unet_family import UnetFamily, UnetParts
+from library.families.sd.unet_family import Pipelines, UnetFamily, UnetParts
 from library.families.sheet import Variant
 from library.key_tables import publish
 from library.log import get_logger
@@ -46,8 +46,8 @@ MODEL_FILES = (*PIPELINE_FILES, "unet/*.safetensors", "vae/*.safetensors", "text
 class StableDiffusion(UnetFamily):
     sheet = SHEET
     folders: ClassVar[Mapping[str, str]] = {ENCODER: "text_encoder"}
-    pipeline = "StableDiffusionPipeline"
-    further_components = FURTHER_COMPONENTS
+    pipeline = Pipelines("StableDiffusionPipeline", FURTHER_COMPONENTS)
+    edit_pipeline = Pipelines("StableDiffusionInstructPix2PixPipeline", FURTHER_COMPONENTS)
     latent = LatentSpec("sd", channels=4, factor=8, npz_suffix="_sd.npz")
 
     def __init__(self, options: SDOptions) -> None:
@@ -67,7 +67,7 @@ class StableDiffusion(UnetFamily):
         """Headers of the files. The first use downloads what is given as a hub id."""
         path = locate(self.options.pretrained_model_name_or_path, "--pretrained_model_name_or_path", MODEL_FILES)
         vae = locate(self.options.vae, "--vae", kl_vae.VAE_FILES) if self.options.vae else None
-        return open_parts(path, version=self.version, vae=vae)
+        return open_parts(path, version=self.version, vae=vae, edits=self.edits)
 
     @cached_property
     def tokenizers(self) -> dict[str, ClipTokenizer]:
@@ -126,7 +126,7 @@ class StableDiffusion(UnetFamily):
             # The encoder is causal: its states of captions without padding are the first ones of those with it.
             # Previews keep the padding, as every program has it that will use the model.
             context = context[:, : cond[MASK].shape[1]]
-        return denoiser(x_t, t, encoder_hidden_states=context, return_dict=False)[0]
+        return denoiser(self.input_of(x_t, batch), t, encoder_hidden_states=context, return_dict=False)[0]
 
     # ---- full training
 

@@ -8,12 +8,37 @@ from dataclasses import dataclass
 
 from library.families.finetune_options import FineTuneOptions
 from library.families.options import ModelOptions, token_length
-from library.options import at_least, option
+from library.options import Idle, at_least, between, option
 from library.values import rate
 
 
 @dataclass(frozen=True)
-class SDOptions(ModelOptions):
+class UnetOptions(ModelOptions):
+    """What Stable Diffusion 1.x, 2.x and XL have in common: how edits are trained (--task edit)."""
+
+    reference_dropout_rate: float = option(
+        0.0,
+        help="With --task edit: share of the captioned samples that learn without their reference picture. The paper's "
+        "5 % each of no caption, no picture and neither: 0.056, with --joint_dropout_rate 0.5 and "
+        "--caption_dropout_rate 0.1.",
+        check=between(0, 1),
+    )
+    joint_dropout_rate: float = option(
+        0.0,
+        help="With --task edit: share of the samples with an empty caption (--caption_dropout_rate) that learn without "
+        "their reference picture too.",
+        check=between(0, 1),
+    )
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        for name in ("reference_dropout_rate", "joint_dropout_rate"):
+            if vars(self)[name] and self.task != "edit":
+                yield Idle(f"--{name} has no effect without --task edit")
+
+
+@dataclass(frozen=True)
+class SDOptions(UnetOptions):
     """Stable Diffusion 1.x and 2.x."""
 
     v2: bool = option(False, help="The model is Stable Diffusion 2.x.")

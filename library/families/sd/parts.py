@@ -8,7 +8,7 @@ count is read from the shapes, so that models of other sizes load too.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,13 @@ from torch import nn
 from library.errors import UserError
 from library.families.detect import context_dim
 from library.families.own_files import require_own_file, require_own_folder
+from library.families.sd.editing import grow_input
 from library.families.sd.names import CLIP_PREFIX, OPEN_CLIP_PREFIX, UNET_PREFIX, unet_rules
 from library.families.sd.unet_family import UnetParts
-from library.key_tables import Shapes
+from library.key_tables import Rule, Shapes
 from library.weights import kl_vae
 from library.weights.clip_names import clip_rules, open_clip_rules
+from library.weights.grown_input import EDIT_CHANNELS, LATENT_CHANNELS
 from library.weights.loading import Part, own_names, part_file, read_json, shipped_config
 from library.weights.sizes import SizeError, below, depth, has, reading_sizes, shape_of
 from library.weights.text_encoders import EncoderPart
@@ -35,28 +37,31 @@ CUT_OPEN_CLIP_BLOCKS = 23  # files that left out the last block already; whole o
 HEAD_DIM = 64  # of the attention heads of SD 2.x's U-Net and of both text encoders
 
 
-def open_parts(path: Path, *, version: int, vae: Path | None) -> UnetParts:
-    """Reads headers and configurations only. Raises UserError for files of another architecture or version."""
+def open_parts(path: Path, *, version: int, vae: Path | None, edits: bool = False) -> UnetParts:
+    """Reads headers and configurations only. Raises UserError for files of another architecture or version.
+
+    edits: the U-Net reads a reference picture; one of a file that does not is made to.
+    """
     with reading_sizes(path):
-        return _open_folder(path, version, vae) if path.is_dir() else _open_file(path, version, vae)
+        return _open_folder(path, version, vae, edits) if path.is_dir() else _open_file(path, version, vae, edits)
 
 
 # ---- diffusers folder -----------------------------------------------------------------------------------------------
 
 
-def _open_folder(path: Path, version: int, vae: Path | None) -> UnetParts:
+def _open_folder(path: Path, version: int, vae: Path | None, edits: bool) -> UnetParts:
     check_folder(path, "sd", "Stable Diffusion", ("unet", "text_encoder"))
     defaults = shipped_config(f"sd{version}")
     unet_config = read_json(path / "unet" / "config.json")
     _check_version(str(path), CONTEXT_DIMS.get(unet_config.get("cross_attention_dim", 0)), version)
-    check_channels(path, unet_config.get("in_channels", 4))
+    check_channels(path, unet_config, edits)
     text_file = part_file(path / "text_encoder")
     text_config = read_json(path / "text_encoder" / "config.json")
     prefix = "text_model." if any(name.startswith("text_model.") for name in text_file.shapes) else ""
     text_encoder = Part("text encoder", text_file, prefix, partial(build_text_encoder, text_config), clip_rules)
     return UnetParts(
         path=path,
-        denoiser=Part("U-Net", part_file(path / "unet"), "", partial(build_unet, unet_config), own_names),
+        denoiser=unet_part(part_file(path / "unet"), "", unet_config, own_names, edits),
         config=unet_config,
         vae=kl_vae.vae_part(vae or path, defaults["vae"], needed=kl_vae.SD),
         encoders={ENCODER: EncoderPart.of_clip(text_encoder, text_config)},
@@ -81,16 +86,16 @@ def folder_scheduler(path: Path, default: dict[str, Any]) -> dict[str, Any]:
 # ---- single file ----------------------------------------------------------------------------------------------------
 
 
-def _open_file(path: Path, version: int, vae: Path | None) -> UnetParts:
+def _open_file(path: Path, version: int, vae: Path | None, edits: bool) -> UnetParts:
     file, unet_shapes = open_checkpoint(path, "sd", "Stable Diffusion")
     _check_version(str(path), _file_version(file.shapes), version)
     defaults = shipped_config(f"sd{version}")
     with reading_sizes(path, UNET_PREFIX):
-        check_channels(path, shape_of(unet_shapes, "input_blocks.0.0.weight", 4)[1])
+        check_channels(path, input_channels(unet_shapes), edits)
         unet_config = {**defaults["unet"], **unet_layout(unet_shapes, version)}
     return UnetParts(
         path=path,
-        denoiser=Part("U-Net", file, UNET_PREFIX, partial(build_unet, unet_config), unet_rules),
+        denoiser=unet_part(file, UNET_PREFIX, unet_config, unet_rules, edits),
         config=unet_config,
         vae=kl_vae.vae_part(vae, defaults["vae"], needed=kl_vae.SD)
         if vae
@@ -164,15 +169,21 @@ def _check_version(path: str, found: int | None, asked: int) -> None:
         raise UserError(f"{path} is a Stable Diffusion 1.x model: leave out --v2")
 
 
-def check_channels(path: Path, channels: int) -> None:
-    """Raises UserError for a U-Net that reads more than noised latents."""
-    if channels != 4:
-        raise UserError(
-            f"{path} is an inpainting or edit model ({channels} input channels, not 4): it cannot be trained here"
-        )
+def check_channels(path: Path, config: Mapping[str, Any], edits: bool) -> None:
+    """Raises UserError for a U-Net that reads more than noised latents, and with `edits` a reference picture."""
+    channels = config.get("in_channels", LATENT_CHANNELS)
+    if channels == EDIT_CHANNELS and not edits:
+        raise UserError(f"{path} is an edit model ({channels} input channels): add --task edit")
+    if channels not in (LATENT_CHANNELS, EDIT_CHANNELS):
+        raise UserError(f"{path} is an inpainting model ({channels} input channels, not 4): it cannot be trained here")
 
 
 # ---- configurations from shapes -------------------------------------------------------------------------------------
+
+
+def input_channels(shapes: Shapes) -> dict[str, int]:
+    """The part of the U-Net's config about its input. Published names, without prefix."""
+    return {"in_channels": shape_of(shapes, "input_blocks.0.0.weight", 4)[1]}
 
 
 def unet_layout(shapes: Shapes, version: int) -> dict[str, Any]:
@@ -182,6 +193,7 @@ def unet_layout(shapes: Shapes, version: int) -> dict[str, Any]:
     layers = [len(own) for own in levels]
     attends = [any(has(shapes, f"input_blocks.{index}.1.") for index in own) for own in levels]
     result: dict[str, Any] = {
+        **input_channels(shapes),
         "block_out_channels": widths,
         "layers_per_block": max(layers, default=0),
         "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends],
@@ -248,6 +260,18 @@ def _text_layout(vocabulary: int, width: int, inner: int) -> dict[str, Any]:
 
 
 # ---- modules --------------------------------------------------------------------------------------------------------
+
+
+def unet_part(
+    file: WeightFile,
+    prefix: str,
+    config: Mapping[str, Any],
+    rules: Callable[[nn.Module], tuple[Rule, ...]],
+    edits: bool,
+) -> Part:
+    """The U-Net in a file. edits: made to read a reference picture, if it does not."""
+    grows = edits and config.get("in_channels", LATENT_CHANNELS) == LATENT_CHANNELS
+    return Part("U-Net", file, prefix, partial(build_unet, config), rules, finish=grow_input if grows else None)
 
 
 def build_unet(config: Mapping[str, Any]) -> nn.Module:

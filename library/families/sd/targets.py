@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -36,6 +36,7 @@ from library.adapters.targets import (
 )
 from library.errors import UserError
 from library.options import option
+from library.weights.grown_input import GrownConv2d
 
 CLASSES = ("UNet2DConditionModel",)
 SD_BLOCKS = BlockLayout(down=12, mid=1, up=12)
@@ -107,6 +108,13 @@ class UnetTargets(FamilyTargets):
 
     def block_weights(self, options: Mapping[str, Any], models: AdaptedModels) -> tuple[float, ...] | None:
         return block_lr_weights(options["blocks"], self.layout)
+
+    def new_inputs(self, models: AdaptedModels) -> list[TargetSpec]:
+        """The first convolution, where it has new channels for a reference picture. It is in no block."""
+        if models.denoiser is None or not isinstance(models.denoiser.get_submodule("conv_in"), GrownConv2d):
+            return []
+        found = self.denoiser_targets(models.denoiser, None, LAYERS)
+        return [replace(t, block=None) for t in found if isinstance(t.modules[0].module, GrownConv2d)]
 
     def default(self, models: AdaptedModels, *, conv: bool = False, norm: bool = False) -> list[TargetSpec]:
         """The targets of a new network: in attention, with `conv` also in the residual blocks; text encoders first.
@@ -211,6 +219,9 @@ class UnetOftTargets(Targets):
         alone, family = self._of(models)
         found = family.every(alone, outside=True)
         return renamed_for_oft(target for target in found if isinstance(target.modules[0].module, LAYERS))
+
+    def new_inputs(self, models: AdaptedModels) -> list[TargetSpec]:
+        return self.unets.new_inputs(models)
 
     def _of(self, models: AdaptedModels) -> tuple[AdaptedModels, UnetTargets]:
         """The denoiser without the text encoders, and the targets that it has for other kinds of adapters."""

@@ -15,14 +15,20 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 from library.families.family import ModelFamily, ModelParts
+from library.families.sd.editing import REFERENCES, with_reference, without_some
 from library.families.sd.save import Pipeline, names_read, save_pipeline, save_single, scheduler_config
 from library.families.sd.unet_blocks import unet_blocks
 from library.io.checkpoint import CheckpointForm
 from library.objectives.ddpm import DDPMObjective, scaled_linear_betas
 from library.objectives.options import DDPMOptions, LossOptions
-from library.types import Tokens
+from library.types import Batch, ReferenceSpec, Tokens
+from library.weights import kl_vae
+from library.weights.grown_input import EDIT_CHANNELS, LATENT_CHANNELS
 from library.weights.new_tokens import NewWord, add_word
 from library.weights.text import CHUNK, ClipTokenizer
+
+# The change of the first convolution in adapter files of 1.x and 2.x, and of XL
+EDIT_CHANGES = ("lora_unet_conv_in.diff", "lora_unet_input_blocks_0_0.diff")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +38,20 @@ class UnetParts(ModelParts):
     scheduler: Mapping[str, Any]  # configuration of the noise schedule
 
 
+@dataclass(frozen=True)
+class Pipelines:
+    """How diffusers calls a model in a folder."""
+
+    name: str  # its class: "StableDiffusionPipeline"
+    further_components: Mapping[str, Any]  # further entries of model_index.json
+
+
 class UnetFamily(ModelFamily):
     """A family whose denoiser is the U-Net of Stable Diffusion, and whose text encoders are CLIPs."""
 
     folders: ClassVar[Mapping[str, str]]  # text encoder -> its folder in a pipeline
-    pipeline: ClassVar[str]  # diffusers' class: "StableDiffusionPipeline"
-    further_components: ClassVar[Mapping[str, Any]]  # further entries of a folder's model_index.json
+    pipeline: ClassVar[Pipelines]
+    edit_pipeline: ClassVar[Pipelines]  # of models that edit pictures
 
     def __init__(self, options: Any) -> None:
         super().__init__(options)
@@ -50,6 +64,30 @@ class UnetFamily(ModelFamily):
     @cached_property
     @abstractmethod
     def tokenizers(self) -> dict[str, ClipTokenizer]: ...
+
+    # ---- pictures to edit
+
+    @property
+    def references(self) -> ReferenceSpec | None:
+        return REFERENCES if self.edits else None
+
+    @property
+    def grows_input(self) -> bool:
+        try:
+            return self.edits and self.parts.config.get("in_channels", LATENT_CHANNELS) == LATENT_CHANNELS
+        except UserError:
+            return False
+
+    def encode_reference(self, vae: nn.Module, pixels: Tensor) -> Tensor:
+        return kl_vae.encode_unscaled(vae, pixels) if self.edits else super().encode_reference(vae, pixels)
+
+    def drop_references(self, batch: Batch) -> Batch:
+        options = self.options
+        return without_some(batch, captioned=options.reference_dropout_rate, uncaptioned=options.joint_dropout_rate)
+
+    def input_of(self, x_t: Tensor, batch: Batch | None) -> Tensor:
+        """The U-Net's input: noised latents (B 4 h w), and behind them those of the reference picture (B 8 h w)."""
+        return with_reference(x_t, batch) if self.edits else x_t
 
     # ---- text
 
@@ -105,6 +143,12 @@ class UnetFamily(ModelFamily):
 
     # ---- files
 
+    def adapter_problem(self, tensors: Mapping[str, Tensor]) -> str | None:
+        shapes = [value.shape for name, value in tensors.items() if name in EDIT_CHANGES]
+        if not self.edits and any(len(shape) == 4 and shape[1] == EDIT_CHANNELS for shape in shapes):
+            return "is for editing pictures: add --task edit"
+        return None
+
     def save(self, denoiser: nn.Module, encoders: Mapping[str, nn.Module], path: Path, form: CheckpointForm) -> None:
         """The whole model. Of a single file survives what nobody here reads, such as the marks of v-prediction."""
         vae = self.parts.vae.load(None, "cpu")
@@ -112,7 +156,8 @@ class UnetFamily(ModelFamily):
         if form.is_folder:
             modules = {"unet": denoiser, "vae": vae, **{self.folders[name]: clip for name, clip in clips.items()}}
             tokenizers = {self.folders[n].replace("text_encoder", "tokenizer"): t for n, t in self.tokenizers.items()}
-            pipeline = Pipeline(self.pipeline, modules, tokenizers, self.scheduler(), self.further_components)
+            kind = self.edit_pipeline if self.edits else self.pipeline
+            pipeline = Pipeline(kind.name, modules, tokenizers, self.scheduler(), kind.further_components)
             save_pipeline(path, pipeline, form)
             return
         source = None if self.parts.path.is_dir() else self.parts.denoiser.file

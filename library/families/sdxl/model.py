@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from library.device import on_device
-from library.errors import raise_problems
+from library.errors import UserError, raise_problems
 from library.families.sd.names import UNET_PREFIX, unet_rules
 from library.families.sd.save import NOTHING
-from library.families.sd.unet_family import UnetFamily
+from library.families.sd.unet_family import Pipelines, UnetFamily
 from library.families.sdxl import SHEET
 from library.families.sdxl.names import BLOCK_COUNT, CLIP_G_PREFIX, CLIP_L_PREFIX, sdxl_block
 from library.families.sdxl.options import SDXLFineTuneOptions
@@ -42,15 +42,16 @@ log = get_logger()
 
 POOLED = f"{CLIP_G}_pooled"  # (B, width), beside the states (B, 77, width) under the encoders' own names
 # further entries of a folder's model_index.json
-FURTHER_COMPONENTS = {"feature_extractor": NOTHING, "force_zeros_for_empty_prompt": True, "image_encoder": NOTHING}
+EMPTY_PROMPT = {"force_zeros_for_empty_prompt": True}
+FURTHER_COMPONENTS = {"feature_extractor": NOTHING, **EMPTY_PROMPT, "image_encoder": NOTHING}
 ADVICE = "give --no_half_vae, or a VAE made for fp16 with --vae"
 
 
 class StableDiffusionXL(UnetFamily):
     sheet = SHEET
     folders = ENCODERS
-    pipeline = "StableDiffusionXLPipeline"
-    further_components = FURTHER_COMPONENTS
+    pipeline = Pipelines("StableDiffusionXLPipeline", FURTHER_COMPONENTS)
+    edit_pipeline = Pipelines("StableDiffusionXLInstructPix2PixPipeline", EMPTY_PROMPT)
     latent = LatentSpec("sdxl", channels=4, factor=8, npz_suffix="_sdxl.npz")
 
     @property
@@ -131,14 +132,15 @@ class StableDiffusionXL(UnetFamily):
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Cond, batch: Batch | None) -> Tensor:
         context = torch.cat([cond[CLIP_L], cond[CLIP_G]], -1)
         added = {"text_embeds": cond[POOLED], "time_ids": self.time_ids(x_t, batch)}
-        return denoiser(x_t, t, encoder_hidden_states=context, added_cond_kwargs=added, return_dict=False)[0]
+        shown = self.input_of(x_t, batch)
+        return denoiser(shown, t, encoder_hidden_states=context, added_cond_kwargs=added, return_dict=False)[0]
 
     def time_ids(self, x_t: Tensor, batch: Batch | None) -> Tensor:
         """(B, 6) float32: height and width of the picture file, top and left of the crop, height and width given.
 
-        float32 as the U-Net makes sinusoids of them. Without a batch, in previews, nothing was resized or cropped.
+        float32 as the U-Net makes sinusoids of them. In previews nothing was resized or cropped.
         """
-        if batch is None:
+        if batch is None or batch.original_sizes is None:
             height, width = (side * self.latent.factor for side in x_t.shape[-2:])
             sizes = on_device(torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32), x_t.device)
             return sizes.expand(len(x_t), 6)
@@ -148,6 +150,8 @@ class StableDiffusionXL(UnetFamily):
     # ---- full training
 
     def learning_parts(self, options: SDXLFineTuneOptions) -> dict[str, float | None]:
+        if self.grows_input and options.block_lr and not options.block_lr[sdxl_block("input_blocks.0")]:
+            raise UserError("--block_lr: with --task edit the first input block must learn, to read reference pictures")
         unet = {"denoiser": max(options.block_lr) if options.block_lr else None}
         if not options.train_text_encoder:
             return unet

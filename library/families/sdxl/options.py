@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from library.families.finetune_options import FineTuneOptions
-from library.families.options import ModelOptions, token_length
+from library.families.options import token_length
+from library.families.sd.options import UnetOptions
 from library.families.sdxl.names import BLOCK_COUNT
 from library.options import Idle, at_least, option, refused
 from library.values import number, rate, shown
@@ -28,7 +29,7 @@ def block_rates(value: object) -> tuple[float, ...]:
 
 
 @dataclass(frozen=True)
-class SDXLOptions(ModelOptions):
+class SDXLOptions(UnetOptions):
     """Stable Diffusion XL."""
 
     v_parameterization: bool = option(False, help="The model predicts v instead of the noise, as some anime models do.")

@@ -60,23 +60,24 @@ def open_parts(options: SDXLOptions) -> SDXLParts:
     path = locate(options.pretrained_model_name_or_path or "", OPTION, MODEL_FILES)
     vae = locate(options.vae, "--vae", kl_vae.VAE_FILES) if options.vae else None
     with reading_sizes(path):
-        return _open_folder(path, vae) if path.is_dir() else _open_file(path, vae)
+        edits = options.task == "edit"
+        return _open_folder(path, vae, edits) if path.is_dir() else _open_file(path, vae, edits)
 
 
 # ---- diffusers folder -----------------------------------------------------------------------------------------------
 
 
-def _open_folder(path: Path, vae: Path | None) -> SDXLParts:
+def _open_folder(path: Path, vae: Path | None, edits: bool) -> SDXLParts:
     sd_parts.check_folder(path, "sdxl", "SDXL", FOLDERS)
     defaults = shipped_config("sdxl")
     config = read_json(path / "unet" / "config.json")
     if config.get("addition_embed_type") != "text_time":
         raise UserError(f"{path} is no SDXL folder: its U-Net is not told the size of pictures (addition_embed_type)")
-    sd_parts.check_channels(path, config.get("in_channels", 4))
+    sd_parts.check_channels(path, config, edits)
     scheduler = sd_parts.folder_scheduler(path, defaults["scheduler"])
     return SDXLParts(
         path=path,
-        denoiser=Part("U-Net", part_file(path / "unet"), "", partial(sd_parts.build_unet, config), own_names),
+        denoiser=sd_parts.unet_part(part_file(path / "unet"), "", config, own_names, edits),
         config=config,
         vae=kl_vae.vae_part(vae or path, defaults["vae"], needed=kl_vae.SDXL),
         encoders={
@@ -92,10 +93,10 @@ def _open_folder(path: Path, vae: Path | None) -> SDXLParts:
 # ---- single file ----------------------------------------------------------------------------------------------------
 
 
-def _open_file(path: Path, vae: Path | None) -> SDXLParts:
+def _open_file(path: Path, vae: Path | None, edits: bool) -> SDXLParts:
     file, shapes = sd_parts.open_checkpoint(path, "sdxl", "SDXL")
     with reading_sizes(path, UNET_PREFIX):
-        sd_parts.check_channels(path, shape_of(shapes, "input_blocks.0.0.weight", 4)[1])
+        sd_parts.check_channels(path, sd_parts.input_channels(shapes), edits)
     if not any(name.startswith(CLIP_L_FILE_PREFIX) for name in file.shapes):
         raise UserError(f"{path} has no first text encoder inside (no weights below {CLIP_L_FILE_PREFIX})")
     defaults = shipped_config("sdxl")
@@ -104,7 +105,7 @@ def _open_file(path: Path, vae: Path | None) -> SDXLParts:
         config = {**defaults["unet"], **sdxl_layout(shapes, clip_g.projected)}
     return SDXLParts(
         path=path,
-        denoiser=Part("U-Net", file, UNET_PREFIX, partial(sd_parts.build_unet, config), unet_rules),
+        denoiser=sd_parts.unet_part(file, UNET_PREFIX, config, unet_rules, edits),
         config=config,
         vae=kl_vae.vae_part(vae, defaults["vae"], needed=kl_vae.SDXL)
         if vae

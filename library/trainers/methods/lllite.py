@@ -27,6 +27,7 @@ class LLLiteMethod(Method[LLLiteTrainerOptions]):
     """ControlNet-LLLite. Files are the same as with --network_module networks.control_net_lllite."""
 
     project = "lllite_control_net_train"
+    learns_edits = False
 
     def checks(self) -> list[Callable[[], None]]:
         return [self.check_weights]

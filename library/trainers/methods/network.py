@@ -42,7 +42,10 @@ class NetworkMethod(Method[NetworkTrainerOptions]):
         return foreign_error(self.network_module, error)
 
     def checks(self) -> list[Callable[[], None]]:
-        return [self.check_module, self.check_encoders, self.check_control, self.check_files, self.check_caches]
+        return [
+            self.check_module, self.check_encoders, self.check_control, self.check_edits, self.check_files,
+            self.check_caches,
+        ]  # fmt: skip
 
     def check_module(self) -> None:
         """Raises UserError if the network module is for other models, cannot be imported or rejects --network_args."""
@@ -89,6 +92,22 @@ class NetworkMethod(Method[NetworkTrainerOptions]):
         given += ["--lora_format"] if options.lora_format not in (None, "kohya") else []
         if self.conditioned and given:
             raise UserError(f"{name} has no meaning with --network_module {self.network_module}" for name in given)
+
+    def check_edits(self) -> None:
+        """Raises UserError if the channels of reference pictures would not learn."""
+        if self.family.edits and self.conditioned:
+            raise UserError(
+                f"--task edit has no meaning with --network_module {self.network_module}, which reads control images"
+            )
+        if not self.family.grows_input:
+            return
+        if DENOISER not in self.learning().parts:
+            raise UserError("--task edit: this model has to learn to read reference pictures, so the U-Net must learn")
+        if not self.network_module.startswith("networks."):
+            raise UserError(
+                f"--network_module {self.network_module} does not train this model's new channels for reference "
+                f"pictures: give {self.family.sheet.default_network}, or start from a model that edits pictures"
+            )
 
     def check_files(self) -> None:
         """Raises UserError if a file of --network_weights or --base_weights is missing or holds no network."""

@@ -80,6 +80,7 @@ class TextualInversionMethod(Method[TextualInversionOptions]):
     """Trains the token embeddings of one word, in every text encoder of the model."""
 
     project = "textual_inversion"
+    learns_edits = False
 
     def __init__(self, family: ModelFamily, options: TextualInversionOptions) -> None:
         super().__init__(family, options)
