@@ -125,7 +125,7 @@ def scan_datasets(
     """Read configuration, folders, captions and picture headers. Raises UserError with all problems."""
     configs = load_dataset_config(
         options.data, bucket_step=family.sheet.bucket_step, cache=options.cache, control=control,
-        references=family.references is not None,
+        references=family.references is not None, edits=family.edits,
     )  # fmt: skip
     found = scan(
         configs,
