@@ -263,6 +263,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"fused_backward_pass": True, "optimizer_type": "Adafactor", "ema_decay": None},
         "--shard_base does not work with --fused_backward_pass",
     ),
+    "masks": (
+        {"masked_prior_weight": 1},
+        "--shard_base: all processes must make the same passes, and --masked_prior_weight",
+    ),
     "third party": ({"network_module": "lycoris.kohya"}, "--shard_base is for the networks of this program"),
 }
 
