@@ -170,6 +170,11 @@ def idle_options(options: TrainerOptions, found: Scan, data: TrainingData) -> It
     yield from idle_bucket_options([dataset.config for dataset in found.datasets])
     if options.cache.caption_variants != CacheOptions().caption_variants and not options.cache.texts:
         yield "--caption_variants: no effect without --cache_text_encoder_outputs"
+    if options.optimizer.kahan and not options.precision.full_bf16:
+        yield (
+            f"--optimizer_type {options.optimizer.name}: the same as without Kahan's sum, because weights are kept in "
+            "float32 without --full_bf16"
+        )
     if options.sample.every_n_steps and options.sample.every_n_epochs:
         yield "--sample_every_n_steps: no effect, --sample_every_n_epochs wins"
     if options.sample.sample_prompts and not options.sample.wanted:

@@ -93,6 +93,9 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "DAdaptAdam": {"learning_rate": 1.0},
     "Adafactor": {},
     "SGDNesterov": {},
+    "Muon": {},
+    "SOAP": {},
+    "ProdigyPlusScheduleFree": {"learning_rate": 1.0},
 }
 
 
