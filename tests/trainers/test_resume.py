@@ -94,7 +94,6 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "Adafactor": {},
     "SGDNesterov": {},
     "Muon": {},
-    "SOAP": {},
     "ProdigyPlusScheduleFree": {"learning_rate": 1.0},
 }
 
