@@ -122,7 +122,7 @@ class StepModule(nn.Module):
             assert tokens is not None
             with torch.set_grad_enabled(name in self.learning and torch.is_grad_enabled()):
                 cond |= self.family.encode_part(name, encoder, tokens)
-        if self.trained.training:
-            cond, batch = self.family.drop_text(cond), self.family.drop_references(batch)
+        if batch.seed is not None:
+            cond, batch = self.family.drop_text(cond, batch.seed), self.family.drop_references(batch, batch.seed)
         self.set_condition(batch.control)  # it stays until the next pass: blocks are recomputed in the backward pass
         return self.family.predict(self.denoiser, x_t, t, cond, batch)

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from library.objectives.options import LossOptions
 
+DARK = 8  # of 255: masks without a brighter pixel count as black, such as files that hold 0 and 1
+
 
 def _pseudo_huber(pred: Tensor, target: Tensor, c: Tensor) -> Tensor:
     """sqrt((p - t)^2 + c^2) - c (Charbonnier et al. 1997)."""
@@ -48,9 +50,14 @@ def huber_thresholds(options: LossOptions, alphas_cumprod: Tensor) -> Tensor:
     return (1 - options.huber_c) / (1 + sigmas) ** 2 + options.huber_c
 
 
+def in_latents(masks: Tensor, latents: Tensor) -> Tensor:
+    """Masks (B 1 H W) averaged over the area of each pixel of latents (B C h w): B 1 h w, in the latents' dtype."""
+    return F.interpolate(masks.to(latents.dtype), size=latents.shape[-2:], mode="area")
+
+
 def apply_mask(loss: Tensor, masks: Tensor) -> Tensor:
-    """Multiply an element-wise loss (B C h w) by masks (B 1 H W in [0, 1]), averaged over the area of latent pixels."""
-    return loss * F.interpolate(masks.to(loss.dtype), size=loss.shape[-2:], mode="area")
+    """Multiply an element-wise loss (B C h w) by masks (B 1 H W in [0, 1])."""
+    return loss * in_latents(masks, loss)
 
 
 def per_sample(loss: Tensor, masks: Tensor | None) -> Tensor:

@@ -22,7 +22,7 @@ from library.data.lint import (
     split_warnings,
 )
 from library.data.lint import check as lint
-from library.data.masks import check_masks
+from library.data.masks import MaskReport, check_masks
 from library.data.options import CacheOptions
 from library.data.scan import Scan, scan
 from library.device import check_launch, indexed, make_accelerator, return_large_blocks, unscale_half_gradients
@@ -32,6 +32,7 @@ from library.io.checkpoint import check_output, last_name, state_name
 from library.io.state import read_facts
 from library.log import get_logger, is_main_process
 from library.memory.choice import MemoryChoice
+from library.objectives.options import LossOptions
 from library.optim.optimizers import OptimizerChoice, choose_optimizer
 from library.optim.options import OptimizerOptions
 from library.optim.schedulers import check_scheduler
@@ -169,6 +170,11 @@ def idle_options(options: TrainerOptions, found: Scan, data: TrainingData) -> It
     yield from idle_bucket_options([dataset.config for dataset in found.datasets])
     if options.cache.caption_variants != CacheOptions().caption_variants and not options.cache.texts:
         yield "--caption_variants: no effect without --cache_text_encoder_outputs"
+    if options.optimizer.kahan and not options.precision.full_bf16:
+        yield (
+            f"--optimizer_type {options.optimizer.name}: the same as without Kahan's sum, because weights are kept in "
+            "float32 without --full_bf16"
+        )
     if options.sample.every_n_steps and options.sample.every_n_epochs:
         yield "--sample_every_n_steps: no effect, --sample_every_n_epochs wins"
     if options.sample.sample_prompts and not options.sample.wanted:
@@ -191,6 +197,17 @@ def training_data(found: Scan, options: TrainerOptions, seed: int, references: R
     )
     raise_problems(data.cache_problems(latents=options.cache.latents, texts=options.cache.texts))
     return data
+
+
+def read_masks(data: TrainingData, options: LossOptions) -> MaskReport | None:
+    """What masks leave of the pictures; None without masks. Raises UserError for options that then have no effect."""
+    if data.wants_masks:
+        return check_masks(data.trained(), masked_loss=data.masked_loss)
+    raise_problems(
+        f"{flag} has no effect: no picture has a mask (give --masked_loss and conditioning_data_dir, or alpha_mask)"
+        for flag in options.mask_flags()
+    )
+    return None
 
 
 # ---- all of them ----------------------------------------------------------------------------------------------------
@@ -224,8 +241,7 @@ def check(method: Method[TrainerOptions], stop: StopRequest) -> Checked:
         processes = start_processes(options, found)
         seed = agreed_seed(seed)  # before the pictures are shuffled and held out by it
     data = checks.run(lambda: training_data(found, options, seed, family.references)) if found else None
-    masked = data is not None and data.wants_masks
-    dark = checks.run(lambda: check_masks(data.trained(), masked_loss=data.masked_loss)) if data and masked else None
+    masks = checks.run(lambda: read_masks(data, options.loss)) if data else None
     checks.finish()
     assert found is not None and data is not None and optimizer is not None and prompts is not None
     assert learning is not None and processes is not None
@@ -234,8 +250,10 @@ def check(method: Method[TrainerOptions], stop: StopRequest) -> Checked:
     idle = [*idle_options(options, found, data)]
     if options.distributed.shard_base and processes.world == 1:
         idle.append("--shard_base: no effect with one process, which has all weights")
-    for line in (*warnings, *filter(None, [dark]), *idle):
+    for line in (*warnings, *filter(None, [masks and masks.warning]), *idle):
         log.warning(line)
+    if masks is not None and masks.summary is not None and processes.is_main:
+        log.info(masks.summary)
     resumption, validation_plans = Resumption(folder), data.validation_plans()
     return Checked(
         method, learning, found, data, validation_plans, prompts, optimizer, seed, resumption, processes, stop

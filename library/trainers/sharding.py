@@ -47,6 +47,11 @@ def _problems(options: TrainerOptions, learning: Learning, optimizer: OptimizerC
             f"--optimizer_type {optimizer.name} computes something over a whole weight, of which each process has a "
             "part with --shard_base: take AdamW, Lion, SGDNesterov, one of their 8-bit forms or a ScheduleFree one"
         )
+    if options.loss.masked_prior_weight:
+        yield (
+            "--shard_base: all processes must make the same passes, and --masked_prior_weight asks for one more where "
+            "a batch has masks: leave one of them out"
+        )
     subsets = {id(subset.config): subset.config for subset in found.subsets}.values()
     if any(subset.custom_attributes.get("diff_output_preservation") for subset in subsets):
         yield (

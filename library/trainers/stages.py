@@ -37,7 +37,7 @@ from library.memory.compiling import warm
 from library.memory.estimate import CUDA_CONTEXT
 from library.memory.sharding import LocalShards, shard, shard_learning
 from library.objectives.base import Objective
-from library.objectives.prior_preservation import PriorPreservation
+from library.objectives.selective import SelectiveObjective
 from library.optim.in_backward import units
 from library.optim.optimizers import OptimizerChoice
 from library.optim.schedulers import check_scheduler
@@ -265,7 +265,7 @@ def load(scheduled: Scheduled) -> Loaded:
     checked, planned, plan = scheduled.checked, scheduled.planned, scheduled.plan
     family, options, processes, stop = checked.family, checked.options, checked.processes, checked.stop
     prompts, learning = checked.prompts, checked.learning
-    objective = PriorPreservation(family.objective(options.objective, options.loss))
+    objective = SelectiveObjective(family.objective(options.objective, options.loss), options.loss)
     size = checked.found.datasets[0].config.buckets.resolution
     caches = Caches(
         family, options, checked.data, planned.dtype, learning=learning.parts,

@@ -144,7 +144,7 @@ class Step:
         forward, total = self.forward, torch.zeros((), device=self.forward.device)
         generator = torch_generator(self.seed, "noise", batch.position, 0, device=forward.device)
         seed_everything(derive_seed(self.seed, "dropout", batch.position, 0))
-        there = batch.to(forward.device)
+        there = replace(batch, seed=derive_seed(self.seed, "family", batch.position)).to(forward.device)
         noised = forward.noised(there, generator)
         parts = list(self.parts(there, noised, batch.cond))
         for index, (part, noised) in enumerate(parts):
@@ -168,4 +168,5 @@ class Step:
         for start in range(0, batch.size, most):
             rows = slice(start, start + most)
             joined = family.join_conds(conds[rows]) if conds is not None else None  # padded to its own longest
-            yield replace(batch.part(rows), cond=joined).to(self.forward.device), noised.part(rows)
+            part = replace(batch.part(rows), cond=joined, seed=derive_seed(batch.seed or 0, start))
+            yield part.to(self.forward.device), noised.part(rows)

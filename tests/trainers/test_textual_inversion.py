@@ -518,6 +518,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no vectors": ({"num_vectors_per_token": 0}, "--num_vectors_per_token must be at least 1, got 0"),
     "text cache": ({"cache_text_encoder_outputs": True}, "--cache_text_encoder_outputs has no meaning here: the text"),
     "dropout": ({"caption_dropout_rate": 0.1}, "--caption_dropout_rate has no meaning here: a caption without"),
+    "prior": ({"masked_prior_weight": 1}, "--masked_prior_weight has no meaning in textual inversion"),
     "name": ({"token_string": "<cat>", "output_name": None}, "'<cat>', which it would be, is not a plain file name"),
     "file type": ({"save_model_as": "bin"}, "'bin' is not one of ckpt, pt, safetensors"),
 }

@@ -28,6 +28,7 @@ from tests.trainers.helpers import (
     Run,
     assert_same_run,
     differing,
+    half_masks,
     make_pictures,
     micro_generator,
     randomized,
@@ -106,17 +107,6 @@ def test_regularisation_pictures_count_with_the_prior_weight(sd1: Path, tmp_path
     loss = {w: train(sd1, data, tmp_path / str(w), prior_loss_weight=w, **ONE).losses[0] for w in (0, 0.25, 1)}
     assert loss[0.25] == pytest.approx(0.75 * loss[0] + 0.25 * loss[1], rel=1e-5)
     assert 0.3 * loss[1] < loss[0] < 0.7 * loss[1]
-
-
-def half_masks(folder: Path, names: list[str], *, white: str) -> Path:
-    """Masks of 64 x 64: white on the left or right half, or all white."""
-    folder.mkdir(parents=True)
-    for name in names:
-        mask = Image.new("RGB", (64, 64), "white" if white == "all" else "black")
-        if white != "all":
-            mask.paste("white", (0, 0, 32, 64) if white == "left" else (32, 0, 64, 64))
-        mask.save(folder / name)
-    return folder
 
 
 def test_masked_loss_counts_where_the_mask_is_white(sd1: Path, tmp_path: Path) -> None:
