@@ -32,11 +32,12 @@ class SelectiveObjective:
     options: LossOptions
 
     def loss(self, predict: Predict, noised: Noised, batch: Batch) -> Tensor:
-        """Weighted loss per sample, (B,) float32. The trained model predicts first, then the untrained one."""
+        """Weighted loss per sample, (B,) float32. The untrained model predicts first: no activations wait for it."""
         outside = self.options.masked_prior_weight or 0.0 if batch.masks is not None else 0.0
         if not any(batch.keep_prior) and not outside:
             return self._inside(predict, noised, batch)
-        pred, prior = predict(noised), predict.untrained(noised)
+        prior = predict.untrained(noised)
+        pred = predict(noised)
         predict = replace(predict, trained=lambda _: pred)
         kept = replace(noised, target=prior)
         if any(batch.keep_prior):

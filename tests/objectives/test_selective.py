@@ -36,7 +36,7 @@ def test_samples_that_are_kept_have_the_untrained_prediction_as_their_target() -
 
     predict = Predict(lambda n: say("trained", pred), lambda n: say("untrained", prior))
     found = SelectiveObjective(INNER, LossOptions()).loss(predict, noised, batch)
-    assert asked == ["trained", "untrained"]
+    assert asked == ["untrained", "trained"]
     target = torch.stack([prior[0], noised.target[1], prior[2]])
     assert torch.equal(found, INNER.loss(Predict.of(pred), replace(noised, target=target), batch))
     assert found[0] == found[2] > 0
