@@ -3,19 +3,20 @@
 
     python tools/edit_demo.py
 
-Draws pairs of pictures, trains a LoRA of the domain (configs/domain_stage1.toml), and on top of it one that makes things
-red (configs/domain_stage2_edit.toml). Then it edits pictures of things that were in no pair, and scores them without a
-learned model (tools/base_model/score.py). On two cores of a CPU it takes minutes.
+Draws pairs of pictures, trains a LoRA of the domain (configs/domain_stage1.toml), and on top of it one that makes
+things red (configs/domain_stage2_edit.toml). Then it edits pictures of things that were in no pair, and scores them
+without a learned model (tools/base_model/score.py). On two cores of a CPU it takes ten minutes.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,12 @@ from PIL import Image  # noqa: E402
 
 from library.families.registry import FAMILIES, open_family  # noqa: E402
 from networks.lora import create_network_from_weights  # noqa: E402
-from tools.base_model.draw import COLOURS, THINGS, Scene, draw_scene  # noqa: E402
+from tools.base_model.draw import COLOURS, PICTURE_SIZE, RGB, THINGS, Canvas, Scene, draw_scene  # noqa: E402
 from tools.base_model.score import BACKGROUND_TOLERANCE, ScoredPrompt, known_prompts, known_report, score  # noqa: E402
 
 MODEL = ROOT / "examples" / "base_model"
 INSTRUCTION, COLOUR = "make it red", "red"
-HELD_OUT = ("star", "tree")  # in no pair
+HELD_OUT = ("star", "heart")  # in no pair
 PAIR_SEED = 21
 TEXT_SCALE, IMAGE_SCALE, STEPS, BATCH = 4.0, 1.5, 20, 16
 
@@ -56,22 +57,39 @@ def scenes(things: Sequence[str], count: int, rng: random.Random) -> list[Scene]
     names = [name for name in COLOURS if name != COLOUR]
     found = []
     for index in range(count):
-        thing, colour = things[index % len(things)], names[index // len(things) % len(names)]
+        thing, colour = things[index % len(things)], names[index // len(things) // 2 % len(names)]
         background = rng.choice([name for name in names if name != colour])
         centre = (0.5 + rng.uniform(-0.06, 0.06), 0.5 + rng.uniform(-0.06, 0.06))
         found.append(Scene(thing, colour, background, centre, rng.uniform(0.27, 0.34), INSTRUCTION))
     return found
 
 
+def random_shape(scene: Scene, colour: RGB, rng: random.Random) -> Image.Image:
+    """A shape with three to nine corners at random in place of the scene's thing: any shape can be recoloured."""
+    corners = rng.randint(3, 9)
+    radii = [rng.uniform(0.4, 1.1) for _ in range(corners)]
+    angles = [2 * math.pi * (corner + rng.random() / 2) / corners for corner in range(corners)]
+    canvas = Canvas(PICTURE_SIZE, COLOURS[scene.background], scene.centre, scene.radius)
+    canvas.polygon([(r * math.sin(a), -r * math.cos(a)) for r, a in zip(radii, angles, strict=True)], colour)
+    return canvas.finish()
+
+
 def write_pairs(folder: Path, count: int) -> None:
-    """Draw `before/NNN.png`, `after/NNN.png` (the same picture, the thing red) and `after/NNN.txt`."""
+    """Draw `before/NNN.png`, `after/NNN.png` (the same picture, the thing red) and `after/NNN.txt`.
+
+    Every second picture shows a random shape.
+    """
     for name in ("before", "after"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     things = [thing for thing in THINGS if thing not in HELD_OUT]
     for index, scene in enumerate(scenes(things, count, random.Random(PAIR_SEED))):
-        draw_scene(scene, random.Random(index)).save(folder / "before" / f"{index:03d}.png")
-        red = Scene(scene.thing, COLOUR, scene.background, scene.centre, scene.radius, scene.caption)
-        draw_scene(red, random.Random(index)).save(folder / "after" / f"{index:03d}.png")
+        for name, colour in (("before", scene.colour), ("after", COLOUR)):
+            rng = random.Random(index)
+            if index // len(things) % 2:
+                picture = random_shape(scene, COLOURS[colour], rng)
+            else:
+                picture = draw_scene(replace(scene, colour=colour), rng)
+            picture.save(folder / name / f"{index:03d}.png")
         (folder / "after" / f"{index:03d}.txt").write_text(f"{INSTRUCTION}\n", encoding="utf-8")
 
 
@@ -112,7 +130,9 @@ def load_editor(adapters: Sequence[Path]) -> Any:
     return pipeline
 
 
-def edited(pipeline: Any, texts: Sequence[str], pictures: Sequence[Image.Image] | None, *, seed: int) -> list[Any]:
+def edited(
+    pipeline: Any, texts: Sequence[str], pictures: Sequence[Image.Image] | None, *, seed: int, steps: int = STEPS
+) -> list[Image.Image]:
     """The pictures that the pipeline makes of `pictures`, or without any (None) of the texts alone."""
     found: list[Image.Image] = []
     for start in range(0, len(texts), BATCH):
@@ -121,7 +141,7 @@ def edited(pipeline: Any, texts: Sequence[str], pictures: Sequence[Image.Image] 
         generators = [torch.Generator().manual_seed(seed + start + index) for index in range(count)]
         image = torch.zeros(count, 4, 16, 16) if pictures is None else list(pictures[rows])
         drawn = pipeline(
-            list(texts[rows]), image=image, num_inference_steps=STEPS, guidance_scale=TEXT_SCALE,
+            list(texts[rows]), image=image, num_inference_steps=steps, guidance_scale=TEXT_SCALE,
             image_guidance_scale=1.0 if pictures is None else IMAGE_SCALE, generator=generators,
         )  # fmt: skip
         found += drawn.images
@@ -177,7 +197,7 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("pairs", "train", "score"), help="one of the three parts")
     parser.add_argument("--output", type=Path, default=ROOT / "output" / "domain", help="that of the recipes")
-    parser.add_argument("--pairs", type=int, default=252, help="pictures to learn from")
+    parser.add_argument("--pairs", type=int, default=504, help="pictures to learn from")
     parser.add_argument("--edits", type=int, default=64, help="held-out pictures to edit")
     parser.add_argument("--known_per_thing", type=int, default=4, help="pictures of each known thing")
     parser.add_argument("--columns", type=int, default=8, help="edits in the picture")
