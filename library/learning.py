@@ -46,6 +46,7 @@ class Learning:
     conditioned: bool = False  # what learns looks at control images: each picture must have one
     merges: bool = False  # adapters become part of the models first; fewer bits before that would round twice
     reads_weights: bool = False  # third-party code may compute with the weights themselves
+    keeps_untrained: bool = False  # the untrained model can still predict: `Trainables.base_model`
     in_backward: FullOptimizerOptions | None = None  # how weights are stepped during the backward pass, if they are
     swap_options: FineTuneOptions | None = None  # options that the family may have besides --blocks_to_swap
 

@@ -28,7 +28,7 @@ def read_entries(path: Path) -> Entries:
         rows, problems = read_metadata(str(path))
     except OSError as error:
         raise UserError(f"--in_json: {path}: {error.strerror}") from None
-    twice = [key for key, count in Counter(key for key, _, _ in rows).items() if count > 1]
+    twice = [key for key, count in Counter(row.key for row in rows).items() if count > 1]
     if twice:
         problems.append(f"{path}: pictures with several lines: {first_names(twice)}")
     if problems:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from library.data.options import MOST_REPEATS, NO_DATA, CacheOptions, DataOptions
 from library.data.records import BucketRules, CaptionRules, DatasetConfig, ImageRules, SubsetConfig
@@ -37,6 +37,10 @@ def _attributes(value: Any) -> dict[str, Any]:
     return value
 
 
+# What conditioning_data_dir holds, which depends on the method and the task; None: it has no effect
+Role = Literal["masks", "control", "references"] | None
+
+
 @dataclass(frozen=True)
 class FileKeys:
     """The keys that exist only in a dataset file; the others are options of `DataOptions` (two under another name)."""
@@ -48,8 +52,16 @@ class FileKeys:
     conditioning_data_dir: str | None = option(
         None, help="Folder of masks (or control images) with the pictures' names.", path=True
     )
+    conditioning_data_dirs: tuple[str, ...] | None = option(
+        None,
+        help="Folders of reference pictures with the pictures' names: each picture has one in each folder.",
+        path=True,
+    )
     reference_data_dir: str | None = option(
-        None, help="Folder of reference pictures: name.png, or name_0.png, name_1.png, ... for name.png.", path=True
+        None,
+        help="Folder of reference pictures: name.png, or name_0.png, name_1.png, ... for name.png. With --task edit "
+        "conditioning_data_dir is another name of it.",
+        path=True,
     )
     shards: str | None = option(
         None,
@@ -85,7 +97,8 @@ _RENAMED = {"batch_size": "train_batch_size"}  # key of the file -> option of th
 
 SOURCES = ("image_dir", "metadata_file", "shards", "parquet")  # image_dir may also go with metadata_file
 _COLUMNS = ("image_column", "caption_column", "mask_column", "reference_column")
-_SUBSET_ONLY = frozenset({*SOURCES, *_COLUMNS, "conditioning_data_dir", "reference_data_dir", "is_reg"})
+REFERENCE_KEYS = ("reference_data_dir", "conditioning_data_dirs")
+_SUBSET_ONLY = frozenset({*SOURCES, *_COLUMNS, *REFERENCE_KEYS, "conditioning_data_dir", "is_reg"})
 _DATASET_KEYS = frozenset(
     {f.name for f in fields(BucketRules)} | {"batch_size", "network_multiplier", "validation_seed", "validation_split"}
 )
@@ -129,7 +142,7 @@ class _Reader:
 
     file: str
     problems: list[str] = field(default_factory=list)
-    conditioned: bool = False  # conditioning_data_dir is read: for masks, or for control images
+    role: Role = None  # what conditioning_data_dir holds
     bad_resolution: set[str] = field(default_factory=set)  # places where a wrong one was reported
     known: dict[str, Spec] = field(default_factory=key_specs)
 
@@ -192,10 +205,10 @@ class _Reader:
 # ---- the file -----------------------------------------------------------------------------------------------------
 
 
-def _fallback(options: DataOptions, control: bool) -> _Table:
+def _fallback(options: DataOptions, role: Role) -> _Table:
     """The command line's values under the file's names."""
     extension = options.caption_extention or options.caption_extension or ".caption"
-    conditioning = options.conditioning_data_dir if options.masked_loss or control else None
+    conditioning = options.conditioning_data_dir if role is not None else None
     return {
         **vars(options),
         "batch_size": options.train_batch_size,
@@ -220,15 +233,19 @@ class _Levels:
         return record(**{k: v for k, v in values.items() if v is not None}, **given)
 
 
-def _subset(levels: _Levels) -> SubsetConfig:
+def _subset(levels: _Levels, role: Role) -> SubsetConfig:
     captions = levels.build(CaptionRules)
     images = levels.build(ImageRules)
-    masks = levels.pick("conditioning_data_dir")
-    if levels.pick("is_reg"):  # the masks of the command line are those of the training pictures
-        masks = levels.tables[0].get("conditioning_data_dir")
+    conditioning = levels.pick("conditioning_data_dir")
+    if levels.pick("is_reg"):  # those of the command line are those of the training pictures
+        conditioning = levels.tables[0].get("conditioning_data_dir")
+    references = [levels.pick("reference_data_dir"), *(levels.pick("conditioning_data_dirs") or ())]
+    if role == "references":
+        references, conditioning = [conditioning, *references], None
     return levels.build(
-        SubsetConfig, image_dir=levels.pick("image_dir"), conditioning_data_dir=masks, captions=captions, images=images
-    )
+        SubsetConfig, image_dir=levels.pick("image_dir"), conditioning_data_dir=conditioning, captions=captions,
+        images=images, reference_data_dirs=tuple(folder for folder in references if folder),
+    )  # fmt: skip
 
 
 def _dataset(
@@ -276,10 +293,10 @@ def bucket_problems(rules: BucketRules, bucket_step: int) -> Iterator[str]:
 
 
 def _read_file(
-    options: DataOptions, path: Path, bucket_step: int, problems: list[str], control: bool
+    options: DataOptions, path: Path, bucket_step: int, problems: list[str], role: Role
 ) -> list[DatasetConfig]:
     document = read_document(path)
-    reader = _Reader(str(path), problems, options.masked_loss or control)
+    reader = _Reader(str(path), problems, role)
     for key in document:
         if key == "subsets":
             reader.problems.append(f"{path}: subsets belong to a dataset: write [[datasets]] and [[datasets.subsets]]")
@@ -297,7 +314,7 @@ def _read_file(
     for index, raw in enumerate(tables):
         place = f"datasets[{index}]"
         own = reader.table(raw, place, "datasets", also=("subsets",))
-        levels = (own, general, _fallback(options, control))
+        levels = (own, general, _fallback(options, role))
         raws = reader.array(raw.get("subsets") or [], f"{place}.subsets") if isinstance(raw, dict) else []
         if not raws:
             reader.report(place, "no [[datasets.subsets]] is given: add one with image_dir or metadata_file")
@@ -316,7 +333,7 @@ def _all_keys(value: Any) -> Iterator[str]:
 
 def _read_subset(reader: _Reader, raw: Any, place: str, dataset: _Table, levels: tuple[_Table, ...]) -> SubsetConfig:
     own = reader.table(raw, place, "subsets")
-    subset = _subset(_Levels(own, *levels))
+    subset = _subset(_Levels(own, *levels), reader.role)
     if not (isinstance(raw, dict) and {*SOURCES} & set(raw)):
         reader.report(place, f"{SOURCES[0]} is missing (or {', '.join(SOURCES[1:-1])} or {SOURCES[-1]})")
     reader.problems += [f"{reader.where(place)}: {text}" for text in shard_problems(subset, own, dataset)]
@@ -324,8 +341,8 @@ def _read_subset(reader: _Reader, raw: Any, place: str, dataset: _Table, levels:
         for key in ("class_tokens", "caption_extension", "cache_info"):
             if own.get(key, dataset.get(key)):
                 reader.report(place, f"{key} has no effect with metadata_file: its captions stand in that file")
-    if own.get("conditioning_data_dir") and not reader.conditioned:
-        reader.report(place, "conditioning_data_dir has no effect without --masked_loss")
+    if own.get("conditioning_data_dir") and reader.role is None:
+        reader.report(place, "conditioning_data_dir has no effect without --task edit or --masked_loss")
     if subset.num_repeats == 0:
         get_logger().warning("%s: num_repeats is 0: left out", reader.where(place))
     reader.problems += [f"{reader.where(place)}: {text}" for text in missing_paths(subset)]
@@ -341,7 +358,11 @@ def shard_problems(subset: SubsetConfig, own: Mapping[str, Any], dataset: Mappin
     source, pattern = subset.shard_pattern
     for key in (key for key in SOURCES if key != source and own.get(key)):
         yield f"{key} cannot stand beside {source}: give one of them, and another subset for the other"
-    inside = {"caption_extension": "captions", "conditioning_data_dir": "masks", "reference_data_dir": "references"}
+    inside = {
+        "caption_extension": "captions",
+        "conditioning_data_dir": "masks",
+        **dict.fromkeys(REFERENCE_KEYS, "references"),
+    }
     for key, what in inside.items():
         if own.get(key, dataset.get(key)):
             yield f"{key} has no effect with {source}: {what} are inside"
@@ -353,8 +374,9 @@ def shard_problems(subset: SubsetConfig, own: Mapping[str, Any], dataset: Mappin
 
 def missing_paths(subset: SubsetConfig) -> Iterator[str]:
     """One line for each folder or file of a subset that does not exist, with the nearest one that does."""
-    for key in ("image_dir", "conditioning_data_dir", "reference_data_dir"):
-        folder = vars(subset)[key]
+    folders = [("image_dir", subset.image_dir), ("conditioning_data_dir", subset.conditioning_data_dir)]
+    folders += [("reference_data_dir", folder) for folder in subset.reference_data_dirs]
+    for key, folder in folders:
         if folder and not Path(folder).is_dir():
             yield f"{key} {_missing(folder)}"
     if subset.metadata_file and not Path(subset.metadata_file).is_file():
@@ -393,7 +415,9 @@ def _missing(text: str) -> str:
 # ---- the command line alone ---------------------------------------------------------------------------------------
 
 
-def _folder_subsets(parent: str, flag: str, is_reg: bool, levels: _Table, problems: list[str]) -> list[SubsetConfig]:
+def _folder_subsets(
+    parent: str, flag: str, is_reg: bool, levels: _Table, problems: list[str], role: Role
+) -> list[SubsetConfig]:
     """One subset per subfolder `<repeats>_<class words>`; others, and those with 0 repeats, are left out."""
     root = Path(parent)
     if not root.is_dir():
@@ -410,7 +434,7 @@ def _folder_subsets(parent: str, flag: str, is_reg: bool, levels: _Table, proble
             problems.append(f"{flag}: {folder}: at most {MOST_REPEATS} repeats are possible")
             continue
         own = {"image_dir": str(folder), "num_repeats": int(repeats), "class_tokens": words, "is_reg": is_reg}
-        subsets.append(_subset(_Levels(own, levels)))
+        subsets.append(_subset(_Levels(own, levels), role))
     if not subsets:
         seen = f"it has only {first_names(ignored)}" if ignored else "it has no subfolder"
         problems.append(f"{flag}: {parent} needs subfolders named <repeats>_<class words>, such as 10_my dog; {seen}")
@@ -426,21 +450,19 @@ def _holds_pictures(root: Path) -> bool:
     )
 
 
-def _read_command_line(
-    options: DataOptions, bucket_step: int, problems: list[str], control: bool
-) -> list[DatasetConfig]:
-    levels = _fallback(options, control)
+def _read_command_line(options: DataOptions, bucket_step: int, problems: list[str], role: Role) -> list[DatasetConfig]:
+    levels = _fallback(options, role)
     if options.in_json:
         own = {"image_dir": options.train_data_dir or None, "metadata_file": options.in_json}
-        subsets = [_subset(_Levels(own, levels))]
+        subsets = [_subset(_Levels(own, levels), role)]
         problems.extend(f"--in_json: {text}" for text in missing_paths(subsets[0]))
-    elif control and _holds_pictures(Path(options.train_data_dir or "")):
-        subsets = [_subset(_Levels({"image_dir": options.train_data_dir, "num_repeats": 1}, levels))]
+    elif role in ("control", "references") and _holds_pictures(Path(options.train_data_dir or "")):
+        subsets = [_subset(_Levels({"image_dir": options.train_data_dir, "num_repeats": 1}, levels), role)]
         problems.extend(f"--train_data_dir: {text}" for text in missing_paths(subsets[0]))
     else:
-        subsets = _folder_subsets(options.train_data_dir or "", "--train_data_dir", False, levels, problems)
+        subsets = _folder_subsets(options.train_data_dir or "", "--train_data_dir", False, levels, problems, role)
         if options.reg_data_dir:
-            subsets += _folder_subsets(options.reg_data_dir, "--reg_data_dir", True, levels, problems)
+            subsets += _folder_subsets(options.reg_data_dir, "--reg_data_dir", True, levels, problems, role)
     if options.resolution is None:
         problems.append("--resolution is missing: give the training size, such as --resolution 512")
         return []
@@ -453,19 +475,29 @@ def _read_command_line(
 
 
 def dataset_problems(
-    datasets: Iterable[DatasetConfig], options: DataOptions, cache: CacheOptions | None = None, control: bool = False
+    datasets: Iterable[DatasetConfig], options: DataOptions, cache: CacheOptions | None = None, role: Role = None
 ) -> Iterator[str]:
     """Problems of the datasets as a whole: unused masks, augmentation that a cache would prevent."""
     subsets = [subset for dataset in datasets for subset in dataset.subsets]
-    masked = any((s.conditioning_data_dir and not control) or s.images.alpha_mask or s.shard_pattern for s in subsets)
+    has_masks = role == "masks"
+    masked = any((s.conditioning_data_dir and has_masks) or s.images.alpha_mask or s.shard_pattern for s in subsets)
     if options.masked_loss and subsets and not masked:
-        where = "alpha_mask = true" if control else "conditioning_data_dir or alpha_mask = true"
+        where = "conditioning_data_dir or alpha_mask = true" if has_masks else "alpha_mask = true"
         yield f"--masked_loss has no effect: no subset has {where}"
-    without = [s.name for s in subsets if not (s.conditioning_data_dir or s.shard_pattern)] if control else []
-    if without:
-        yield f"conditioning_data_dir, the folder of the control images, is missing for {first_names(without)}"
-    if options.conditioning_data_dir and not options.masked_loss and not control:
-        yield "--conditioning_data_dir has no effect without --masked_loss"
+    missing = {
+        "control": ("the folder of the control images", lambda s: s.conditioning_data_dir),
+        "references": (
+            "the folder of the pictures to edit",
+            lambda s: s.reference_data_dirs or s.metadata_file or s.is_reg,
+        ),
+    }
+    if role in missing:
+        what, there = missing[role]
+        without = [s.name for s in subsets if not (there(s) or s.shard_pattern)]
+        if without:
+            yield f"conditioning_data_dir, {what}, is missing for {first_names(without)}"
+    if options.conditioning_data_dir and role is None:
+        yield "--conditioning_data_dir has no effect without --task edit or --masked_loss"
     if cache is None or not cache.latents:
         return
     for key in ("color_aug", "random_crop", "face_crop_aug_range"):
@@ -476,24 +508,25 @@ def dataset_problems(
 
 def load_dataset_config(
     options: DataOptions, *, bucket_step: int, cache: CacheOptions | None = None, control: bool = False,
-    references: bool = False,
+    references: bool = False, edits: bool = False,
 ) -> tuple[DatasetConfig, ...]:  # fmt: skip
     """The datasets that the options describe. Raises UserError listing every mistake.
 
     bucket_step: sides must be multiples of this many pixels. cache: options checked along with the datasets, if given.
     control: each subset must have a conditioning_data_dir with control images instead of masks. references: whether the
-    model takes reference pictures.
+    model takes reference pictures. edits: conditioning_data_dir is their folder (--task edit).
     """
+    role: Role = "references" if edits else "control" if control else "masks" if options.masked_loss else None
     problems: list[str] = []
     if options.dataset_config:
-        datasets = _read_file(options, Path(options.dataset_config), bucket_step, problems, control)
+        datasets = _read_file(options, Path(options.dataset_config), bucket_step, problems, role)
     elif options.train_data_dir or options.in_json:
-        datasets = _read_command_line(options, bucket_step, problems, control)
+        datasets = _read_command_line(options, bucket_step, problems, role)
     else:
         raise UserError(NO_DATA)
     kept = tuple(dataset for dataset in datasets if dataset.subsets)
     if not problems:
-        problems.extend(dataset_problems(kept, options, cache, control))
+        problems.extend(dataset_problems(kept, options, cache, role))
         problems.extend(reference_problems((s for dataset in kept for s in dataset.subsets), taken=references))
     if not problems and not kept:
         problems.append(f"{options.dataset_config}: every subset has num_repeats = 0, so there is nothing to train on")

@@ -157,8 +157,7 @@ class TrainingData:
             return Joined([_jobs(part) for part in self._parts])
         found: dict[tuple, LatentJob] = {}
         for part, sample, validation in self._used_samples():
-            flips = (False, True) if sample.subset.images.flip_aug and not validation else (False,)
-            for flipped in flips:
+            for flipped in _flips(sample, validation):
                 job = LatentJob(sample, part.bucket(sample), flipped)
                 rules = sample.subset.images
                 how = (sample.mask_path, rules.resize_interpolation, rules.alpha_mask)
@@ -178,8 +177,10 @@ class TrainingData:
     def reference_jobs(self) -> list[LatentJob]:
         """Every reference picture at every size that training and validation use, each once."""
         found: dict[LatentJob, None] = {}
-        for part, sample, _ in self._used_samples() if any(part.has_references for part in self._parts) else ():
-            found |= dict.fromkeys(part.references(sample))
+        used = self._used_samples() if any(part.has_references for part in self._parts) else ()
+        for part, sample, validation in used:
+            for flipped in _flips(sample, validation):
+                found |= dict.fromkeys(part.references(sample, flipped=flipped))
         return list(found)
 
     def texts_of(self, share: Share = ALL) -> Iterator[Text]:
@@ -189,8 +190,9 @@ class TrainingData:
         """
         for part, sample, validation in self._used_samples():
             if share.has(sample.caption):
-                shown = self._shown(part, sample)
-                yield from (Text(caption, shown) for caption in self._captions_of(sample, validation))
+                for flipped in _flips(sample, validation) if self.seen else (False,):
+                    shown = self._shown(part, sample, flipped)
+                    yield from (Text(caption, shown) for caption in self._captions_of(sample, validation))
 
     def _captions_of(self, sample: Sample, validation: bool) -> list[str]:
         """The final captions of a sample."""
@@ -201,9 +203,9 @@ class TrainingData:
         drops = rules.caption_dropout_rate > 0 or rules.caption_dropout_every_n_epochs > 0
         return [*texts, ""] if drops else [*texts]
 
-    def _shown(self, part: Part, sample: Sample) -> tuple[LatentJob, ...]:
+    def _shown(self, part: Part, sample: Sample, flipped: bool) -> tuple[LatentJob, ...]:
         """The reference pictures of a sample that text encoders see."""
-        return part.references(sample) if self.seen else ()
+        return part.references(sample, flipped=flipped) if self.seen else ()
 
     def _used_samples(self) -> Iterator[tuple[Part, Sample, bool]]:
         """(dataset, sample, is for validation) of every sample that an epoch or validation uses."""
@@ -229,7 +231,7 @@ class TrainingData:
         texts = [item.caption for item in items]
         cond = None
         if self.texts is not None and self.join is not None:
-            shown = [self._shown(part, sample) for sample in samples]
+            shown = [self._shown(part, item.sample, item.flipped) for item in items]
             cond = self.join([self.texts.get(Text(text, pictures)) for text, pictures in zip(texts, shown)])
         weights = [self.prior_loss_weight if sample.subset.is_reg else 1.0 for sample in samples]
         return Batch(
@@ -265,17 +267,19 @@ class TrainingData:
                 mask = None
             told = images.fixed_conditioning(bucket, sample.size, flipped=flipped)
             control = _control(images.prepare_control(sample, bucket, flipped=flipped))
-            return _Item(sample, caption, flipped, None, latents, mask, told, control, *self._references(part, sample))
+            shown = self._references(part, sample, flipped)
+            return _Item(sample, caption, flipped, None, latents, mask, told, control, *shown)
         prepared = images.prepare(
             sample, bucket, rng, flipped=flipped, masked_loss=self.masked_loss, rules=rules, with_control=True
         )
         pixels, mask, control = pixels_of(prepared.rgb), mask_of(prepared.mask), _control(prepared.control)
         told = prepared.crop_top_left
-        return _Item(sample, caption, flipped, pixels, None, mask, told, control, *self._references(part, sample))
+        shown = self._references(part, sample, flipped)
+        return _Item(sample, caption, flipped, pixels, None, mask, told, control, *shown)
 
-    def _references(self, part: Part, sample: Sample) -> tuple[list[Tensor], list[Tensor]]:
+    def _references(self, part: Part, sample: Sample, flipped: bool) -> tuple[list[Tensor], list[Tensor]]:
         """(latents, pixels) of a sample's reference pictures, empty where the steps do not need them."""
-        jobs, cache = part.references(sample), self.latents
+        jobs, cache = part.references(sample, flipped=flipped), self.latents
         latents = [cache.get(job)[0] for job in jobs] if cache is not None else []
         return latents, [reference_pixels(job) for job in jobs] if cache is None or self.shown else []
 
@@ -288,6 +292,11 @@ class TrainingData:
             )
         seed_parts = _variant_seed(sample)
         return captions.cached_caption(sample.caption, rules, self.text_variants, seed_parts, rng, epoch=plan.epoch)
+
+
+def _flips(sample: Sample, validation: bool) -> tuple[bool, ...]:
+    """Whether a sample is trained mirrored: not, and also, with flip_aug."""
+    return (False, True) if sample.subset.images.flip_aug and not validation else (False,)
 
 
 class _Item(NamedTuple):

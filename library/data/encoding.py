@@ -37,7 +37,7 @@ class Text(NamedTuple):
     @property
     def order(self) -> tuple[str, list[str]]:
         """Sort key: equal in every process."""
-        return self.caption, [job.sample.path for job in self.references]
+        return self.caption, [f"{job.sample.path} {job.flipped}" for job in self.references]
 
 
 class LatentSource(Protocol):
@@ -86,12 +86,17 @@ def without_draws(rules: ImageRules) -> ImageRules:
 # ---- reference pictures -------------------------------------------------------------------------------------------
 
 
-def reference_jobs(samples: Sequence[Sample], target: Size, spec: ReferenceSpec | None) -> tuple[LatentJob, ...]:
-    """The reference pictures of a training picture of size `target`, each at the size that the family gives it."""
+def reference_jobs(
+    samples: Sequence[Sample], target: Size, spec: ReferenceSpec | None, *, flipped: bool = False
+) -> tuple[LatentJob, ...]:
+    """The reference pictures of a training picture of size `target`, each at the size that the family gives it.
+
+    flipped: mirrored, as the training picture is.
+    """
     if spec is None:
         return ()
     sizes = [(sample, spec.size(sample.size, target)) for sample in samples]
-    return tuple(LatentJob(sample, covering(sample.size, size), reference=True) for sample, size in sizes)
+    return tuple(LatentJob(sample, covering(sample.size, size), flipped, reference=True) for sample, size in sizes)
 
 
 def reference_pixels(job: LatentJob) -> Tensor:

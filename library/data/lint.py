@@ -11,6 +11,7 @@ from library.data.captions import lost_choices, possible_texts
 from library.data.inventory import counted, find_duplicates
 from library.data.parts import MUCH_CAPPED, MUCH_CROPPED, DatasetStats
 from library.data.records import BucketRules, DatasetConfig, Sample, SubsetConfig
+from library.data.references import equal_pairs
 from library.data.scan import Scan, SubsetScan
 from library.data.shards.samples import ShardSamples
 from library.errors import first_names
@@ -70,6 +71,10 @@ def subset_warnings(subset: SubsetScan) -> Iterator[str]:
         masks = subset.config.conditioning_data_dir or ""
         kind = "control image" if any(sample.control_path for sample in subset.samples) else "mask"
         yield _line(masks, subset.unused_masks, f"{kind}s have", f"{kind} has", "no picture of the same name")
+    in_files = () if isinstance(subset.samples, ShardSamples) else subset.samples
+    if equal := equal_pairs(in_files):
+        kind = "the same file as the reference picture: nothing is to be changed"
+        yield _line(name, equal, "pictures are", "picture is", kind)
     if subset.inventory is not None:
         yield from subset.inventory.warnings(subset.config)
 

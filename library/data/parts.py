@@ -63,9 +63,9 @@ class Part(NamedTuple):
         """The bucket of one of the samples."""
         return self.manager.select(sample.size, sample.path)
 
-    def references(self, sample: Sample) -> tuple[LatentJob, ...]:
-        """The reference pictures of one of the samples, as they are encoded."""
-        return reference_jobs(sample.references, self.bucket(sample).reso, self.spec)
+    def references(self, sample: Sample, *, flipped: bool = False) -> tuple[LatentJob, ...]:
+        """The reference pictures of one of the samples, as they are encoded. flipped: mirrored with it."""
+        return reference_jobs(sample.references, self.bucket(sample).reso, self.spec, flipped=flipped)
 
 
 class Split(NamedTuple):

@@ -51,7 +51,7 @@ class SubsetConfig:
     image_dir: str | None
     metadata_file: str | None = None
     conditioning_data_dir: str | None = None
-    reference_data_dir: str | None = None
+    reference_data_dirs: tuple[str, ...] = ()  # each picture has reference pictures in each of them
     shards: str | None = None  # pattern of tar files
     parquet: str | None = None  # pattern of parquet files
     image_column: str | None = None

@@ -14,7 +14,7 @@ import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from library.data.captions import caption_of
 from library.data.folder import Folder
@@ -23,7 +23,14 @@ from library.data.inventory import Captions, Inventory, LeftOut, left_out
 from library.data.joined import Joined
 from library.data.manifest import ImageRow
 from library.data.records import NO_MEMBERS, DatasetConfig, Sample, SubsetConfig
-from library.data.references import NO_REFERENCES, References, find_references, no_flip
+from library.data.references import (
+    NO_REFERENCES,
+    References,
+    config_of_references,
+    find_references,
+    moved_alone,
+    reference_sample,
+)
 from library.data.shards.indexing import open_shards, shards_of
 from library.data.shards.samples import MOST_STRETCH, ShardSamples
 from library.errors import UserError, first_names
@@ -191,9 +198,9 @@ class _Scanner:
 
     def _references(self, config: SubsetConfig, pictures: Mapping[str, str]) -> References:
         """The reference pictures of a subset. pictures: name -> stem."""
-        if not config.reference_data_dir:
+        if not config.reference_data_dirs:
             return NO_REFERENCES
-        return find_references(self.folder(config.reference_data_dir), pictures, config)
+        return find_references([self.folder(path) for path in config.reference_data_dirs], pictures, config)
 
     def _samples(
         self, folder: Folder, config: SubsetConfig, captions: Iterable[tuple[str, str]], masks: dict[str, str],
@@ -274,8 +281,8 @@ class _Scanner:
             stretched = "control images have another shape than their pictures"
             problems += _told(config.name, samples.stretched_controls, stretched)
         problems += _told(config.name, samples.without_reference, "pictures have no reference picture, but others have")
-        if config.images.flip_aug and samples.has_references:
-            problems.append(no_flip([config.name]))
+        if samples.has_references:
+            problems += moved_alone([config])
         fallback = len(missing) + len(empty) if config.class_tokens else 0
         captions = Captions(
             "the shards", len(samples) - len(missing) - len(empty), fallback, len(missing) + len(empty) - fallback
@@ -295,10 +302,11 @@ class _Scanner:
     def _metadata_subset(self, config: SubsetConfig, path: str) -> SubsetScan:
         entries, problems = read_metadata(path)
         found: dict[Folder, dict[str, str]] = {}  # folder -> picture name -> caption
+        shown: dict[Folder, dict[str, list[str]]] = {}  # folder -> picture name -> its references, as they are named
         missing: list[str] = []
         empty: list[str] = []
         rules = config.captions
-        for key, caption, tags in entries:
+        for key, caption, tags, pictures in entries:
             place = self._find(key, config.image_dir)
             if place is None:
                 missing.append(key)
@@ -307,6 +315,8 @@ class _Scanner:
                 caption, tags, separator=rules.caption_separator, enable_wildcard=rules.enable_wildcard
             ).strip()
             found.setdefault(place[0], {})[place[1]] = text
+            if pictures:
+                shown.setdefault(place[0], {})[place[1]] = pictures
             if not text:
                 empty.append(key)
         if missing:
@@ -321,8 +331,12 @@ class _Scanner:
             stems = {name: name.rpartition(".")[0] for name in captions}
             masks, mask_problems, _ = self._masks(config, stems, folder.images)
             references = self._references(config, stems)
-            problems += [*mask_problems, *references.problems]
-            samples += self._samples(folder, config, captions.items(), masks, references.of)
+            named = self._named_references(config, path, shown.get(folder, {}))
+            problems += [*mask_problems, *references.problems, *named.problems]
+            both = {name: (*references.of.get(name, ()), *named.of.get(name, ())) for name in captions}
+            samples += self._samples(folder, config, captions.items(), masks, both)
+        if shown:
+            problems += moved_alone([config])
         samples.sort(key=lambda sample: sample.path)
         return SubsetScan(
             config=config,
@@ -332,6 +346,30 @@ class _Scanner:
             contents="" if entries else "no entry",
             inventory=self._named(config, path, found, len(empty)),
         )
+
+    def _named_references(self, config: SubsetConfig, path: str, named: Mapping[str, list[str]]) -> References:
+        """The references that entries of a metadata file name, from its folder on. named: picture name -> paths."""
+        of: dict[str, tuple[Sample, ...]] = {}
+        problems: list[str] = []
+        own, missing = config_of_references(config), []
+        for name, paths in named.items():
+            samples: list[Sample] = []
+            for key in paths:
+                place = self._find(key, os.path.dirname(path))
+                if place is None:
+                    missing.append(key)
+                    continue
+                folder, file = place
+                folder.look_at_images([file])
+                if file in folder.problems:
+                    problems.append(f"{folder.prefix}{file}: {folder.problems[file]}")
+                else:
+                    samples.append(reference_sample(folder, file, own))
+            of[name] = tuple(samples)
+        if missing:
+            line = f"{len(missing)} reference pictures are not there: {first_names(missing, 10)}"
+            problems.append(f"{path}: {line}")
+        return References(of, problems)
 
     def _named(self, config: SubsetConfig, path: str, found: dict[Folder, dict[str, str]], without: int) -> Inventory:
         """Inventory of a metadata file, including the pictures of image_dir that it does not name."""
@@ -411,8 +449,17 @@ def _shared_stems(pictures: dict[str, str]) -> tuple[tuple[str, ...], ...]:
 # ---- metadata files -----------------------------------------------------------------------------------------------
 
 
-def read_metadata(path: str) -> tuple[list[tuple[str, str, str]], list[str]]:
-    """(image key, caption, tags) of each entry of a JSON or JSON Lines file, and the problems of the file."""
+class MetadataEntry(NamedTuple):
+    """What a metadata file says of a picture."""
+
+    key: str  # its name
+    caption: str
+    tags: str
+    references: list[str]
+
+
+def read_metadata(path: str) -> tuple[list[MetadataEntry], list[str]]:
+    """The entries of a JSON or JSON Lines file, and the problems of the file."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             text = file.read()
@@ -428,7 +475,8 @@ def read_metadata(path: str) -> tuple[list[tuple[str, str, str]], list[str]]:
         if wrong:
             problems.append(f"{path}: {where} {wrong}")
             continue
-        entries.append((key, values.get("caption") or "", values.get("tags") or ""))
+        texts = (values.get("caption") or "", values.get("tags") or "")
+        entries.append(MetadataEntry(key, *texts, values.get("references") or []))
     return entries, problems
 
 
@@ -472,4 +520,8 @@ def _wrong_entry(key: Any, values: Any) -> str | None:
         wrong = text_problem(values.get(name) or "")
         if wrong:
             return f"{name} {wrong}"
-    return None
+    references = values.get("references") or []
+    if not isinstance(references, list) or not all(isinstance(item, str) for item in references):
+        return f"expects a list of file names as references, got {shown(references)}"
+    wrong = next(filter(None, (text_problem(item, path=True) for item in references)), None)
+    return f"the name of a reference picture {wrong}" if wrong else None

@@ -102,6 +102,13 @@ class LossOptions:
     huber_scale: float = option(
         1.0, help="Factor on the threshold of the constant and exponential schedules.", check=positive
     )
+    masked_loss_normalize: bool = option(
+        False, help="Divide the loss of a picture by the area that its mask shows: small masks learn as much as large."
+    )
+    masked_prior_weight: float = option(
+        0.0, help="Where masks are black, keep the untrained model's prediction, with this weight (adapters only).",
+        check=at_least(0),
+    )  # fmt: skip
 
     def problems(self) -> Iterator[str]:
         """Combinations that make no sense."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An objective around another one that trains some samples to keep the untrained model's prediction."""
+"""An objective around another one that keeps the untrained model's prediction: of some samples, or outside of masks."""
 
 from __future__ import annotations
 
@@ -17,19 +17,28 @@ from library.types import Batch, Noised, like
 class PriorPreservation:
     """`inner` with the untrained model's prediction as the target of the samples in `Batch.keep_prior`.
 
-    For custom_attributes.diff_output_preservation. Batches without such samples have no extra cost.
+    For custom_attributes.diff_output_preservation. masked_weight (--masked_prior_weight): where masks are black, the
+    same target counts with this weight: inner.loss(masks, target) + masked_weight * inner.loss(1 - masks, prior).
+    Batches without such samples and masks have no extra cost.
     """
 
     inner: Objective
+    masked_weight: float = 0.0
 
     def loss(self, predict: Predict, noised: Noised, batch: Batch) -> Tensor:
-        """Weighted loss per sample, (B,) float32. The trained model predicts first, then the untrained one."""
-        if not any(batch.keep_prior):
+        """Weighted loss per sample, (B,) float32. The untrained model predicts first, then the trained one."""
+        hidden = 1 - batch.masks if self.masked_weight and batch.masks is not None else None
+        if hidden is None and not any(batch.keep_prior):
             return self.inner.loss(predict, noised, batch)
-        pred, prior = predict(noised), predict.untrained(noised)
+        prior = predict.untrained(noised)
+        pred = predict(noised)
+        predicted = replace(predict, trained=lambda _: pred)
         keep = like(on_device(torch.tensor(batch.keep_prior), prior.device), prior)
-        kept = replace(noised, target=torch.where(keep, prior, noised.target))
-        return self.inner.loss(replace(predict, trained=lambda _: pred), kept, batch)
+        loss = self.inner.loss(predicted, replace(noised, target=torch.where(keep, prior, noised.target)), batch)
+        if hidden is None:
+            return loss
+        outside = self.inner.loss(predicted, replace(noised, target=prior), replace(batch, masks=hidden))
+        return loss + self.masked_weight * outside
 
     # ---- delegated to `inner` ----------------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from library.data.lint import (
     split_warnings,
 )
 from library.data.lint import check as lint
-from library.data.masks import check_masks
+from library.data.masks import look_at_masks
 from library.data.options import CacheOptions
 from library.data.scan import Scan, scan
 from library.device import check_launch, indexed, make_accelerator, return_large_blocks, unscale_half_gradients
@@ -46,6 +46,7 @@ from library.trainers.settings import distributed_settings, trained_dtype
 from library.trainers.sharding import check_sharding
 from library.trainers.stages import Checked, Processes
 from library.trainers.tracking import check_trackers
+from library.trainers.untrained import check_untrained
 from library.types import ReferenceSpec
 
 T = TypeVar("T")
@@ -124,7 +125,7 @@ def scan_datasets(
     """Read configuration, folders, captions and picture headers. Raises UserError with all problems."""
     configs = load_dataset_config(
         options.data, bucket_step=family.sheet.bucket_step, cache=options.cache, control=control,
-        references=family.references is not None,
+        references=family.references is not None, edits=family.edits,
     )  # fmt: skip
     found = scan(
         configs,
@@ -166,6 +167,9 @@ def idle_options(options: TrainerOptions, found: Scan, data: TrainingData) -> It
     given = [f"--{name}" for name in names if values[name] is not None]
     if given and not any(stats.validation_images for stats in data.stats()):
         yield f"{', '.join(given)}: no effect, no picture is held out (see --validation_split)"
+    if not data.wants_masks:
+        given = [f"--{name}" for name in ("masked_loss_normalize", "masked_prior_weight") if vars(options.loss)[name]]
+        yield from (f"{flag}: no effect, no picture that is trained has a mask" for flag in given)
     yield from idle_bucket_options([dataset.config for dataset in found.datasets])
     if options.cache.caption_variants != CacheOptions().caption_variants and not options.cache.texts:
         yield "--caption_variants: no effect without --cache_text_encoder_outputs"
@@ -216,7 +220,13 @@ def check(method: Method[TrainerOptions], stop: StopRequest) -> Checked:
     checks.run(lambda: check_schedule(options, optimizer))
     learning = checks.run(method.learning)
     control = learning is not None and learning.conditioned
-    found = checks.run(lambda: scan_datasets(family, options, method.with_captions, control=control))
+
+    def captioned(found: Scan) -> Scan:
+        if learning is not None:
+            checks.run(lambda: check_untrained(options, learning, found))
+        return method.with_captions(found)
+
+    found = checks.run(lambda: scan_datasets(family, options, captioned, control=control))
     if learning is not None and optimizer is not None and found is not None:
         checks.run(lambda: check_sharding(options, learning, optimizer, found))
     seed, processes = run_seed(options, facts), None
@@ -225,7 +235,7 @@ def check(method: Method[TrainerOptions], stop: StopRequest) -> Checked:
         seed = agreed_seed(seed)  # before the pictures are shuffled and held out by it
     data = checks.run(lambda: training_data(found, options, seed, family.references)) if found else None
     masked = data is not None and data.wants_masks
-    dark = checks.run(lambda: check_masks(data.trained(), masked_loss=data.masked_loss)) if data and masked else None
+    masks = checks.run(lambda: look_at_masks(data.trained(), masked_loss=data.masked_loss)) if data and masked else None
     checks.finish()
     assert found is not None and data is not None and optimizer is not None and prompts is not None
     assert learning is not None and processes is not None
@@ -234,8 +244,10 @@ def check(method: Method[TrainerOptions], stop: StopRequest) -> Checked:
     idle = [*idle_options(options, found, data)]
     if options.distributed.shard_base and processes.world == 1:
         idle.append("--shard_base: no effect with one process, which has all weights")
-    for line in (*warnings, *filter(None, [dark]), *idle):
+    for line in (*warnings, *(masks.warnings if masks else ()), *idle):
         log.warning(line)
+    if masks is not None and masks.line is not None:
+        log.info(masks.line)
     resumption, validation_plans = Resumption(folder), data.validation_plans()
     return Checked(
         method, learning, found, data, validation_plans, prompts, optimizer, seed, resumption, processes, stop

@@ -218,7 +218,8 @@ def as_planned(
     choice, dtype = MemoryChoice.of(options.memory), compute_dtype(options.precision)
 
     def loss_of(models: Models, trainables: Trainables, model: nn.Module) -> Loss:
-        objective = family.objective(options.objective, options.loss)
+        inner = family.objective(options.objective, options.loss)
+        objective = PriorPreservation(inner, options.loss.masked_prior_weight)
         forward = Pass(family, objective, models, trainables, model, device, dtype)
         return partial(forward.mean_loss, generator=torch.Generator(device=device))
 
@@ -265,7 +266,8 @@ def load(scheduled: Scheduled) -> Loaded:
     checked, planned, plan = scheduled.checked, scheduled.planned, scheduled.plan
     family, options, processes, stop = checked.family, checked.options, checked.processes, checked.stop
     prompts, learning = checked.prompts, checked.learning
-    objective = PriorPreservation(family.objective(options.objective, options.loss))
+    inner = family.objective(options.objective, options.loss)
+    objective = PriorPreservation(inner, options.loss.masked_prior_weight)
     size = checked.found.datasets[0].config.buckets.resolution
     caches = Caches(
         family, options, checked.data, planned.dtype, learning=learning.parts,

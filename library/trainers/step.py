@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from library.device import seed_everything
+from library.device import kept_random_state, seed_everything
 from library.families.family import ModelFamily
 from library.learning import Models, Trainables
 from library.objectives.base import Objective, Predict
@@ -79,7 +79,8 @@ class Pass:
                 return self.model(noised.x_t.to(self.dtype), noised.t, complete, tokens).float()
 
         def untrained(noised: Noised) -> Tensor:
-            with torch.no_grad(), self.trainables.base_model():
+            # what is dropped of the text is drawn again in the trained model's prediction, and must be the same
+            with kept_random_state(self.device), torch.no_grad(), self.trainables.base_model():
                 return trained(noised)
 
         return Predict(trained, untrained)

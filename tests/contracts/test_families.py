@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import pickle
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from library.cli import load_attribute
 from library.families.adapters import tables_of
 from library.families.registry import FAMILIES, family_class
+from library.objectives.base import Predict
 from library.options import specs
 from tests.adapters.known_formats import format_of, read_adapter
 from tests.families import CASES
@@ -137,6 +138,31 @@ def test_one_step_equals_the_literal_reference(subject: Subject, trained: Path, 
     # an adapter of a layer that is not read has no gradient
     grads = {k: torch.zeros_like(v) if v.grad is None else v.grad for k, v in adapters.items() if k[-5:] != "alpha"}
     assert_close(run.trainer.gradients[0], grads, 1e-5)
+
+
+@pytest.mark.parametrize("normalize", [False, True], ids=["mean", "normalized"])
+def test_nothing_is_learned_where_a_mask_is_black(subject: Subject, continued: Continued, normalize: bool) -> None:
+    """The gradient there is 0, grey counts by its value, and the normalised loss is the mean over what is shown."""
+    trainer = continued.run.trainer
+    family, options = trainer.method.family, trainer.method.options
+    objective = family.objective(options.objective, replace(options.loss, masked_loss_normalize=normalize))
+    batch = trainer.data.load(trainer.data.plan_epoch(1)[0], step=0)
+    latents = torch.randn(trainer.forward.latents(batch).shape)
+    count, _, height, width = latents.shape
+    assert count == 2 and width > 1
+    shown = torch.zeros(2, 1, height, width)
+    shown[0, ..., : width // 2], shown[1] = 1, 0.25
+    t = objective.sample_t(2, (height, width), torch.Generator().manual_seed(1), "cpu")
+    noised = objective.noise(latents, t, torch.Generator().manual_seed(2))
+    pred = torch.randn(latents.shape).requires_grad_(True)
+    each = objective.loss(Predict.of(pred), noised, replace(batch, masks=shown))
+    whole = objective.loss(Predict.of(pred), noised, replace(batch, masks=None))
+    (gradient,) = torch.autograd.grad(each.sum(), pred, retain_graph=True)
+    (plain,) = torch.autograd.grad(whole.sum(), pred)
+    assert not gradient[0, ..., width // 2 :].any() and gradient[0, ..., : width // 2].any()
+    area = shown.mean(dim=(1, 2, 3), keepdim=True) if normalize else 1
+    torch.testing.assert_close(gradient, plain * shown / area)
+    torch.testing.assert_close(each[1], whole[1] * (1 if normalize else 0.25))
 
 
 def test_one_step_of_split_layers_equals_the_literal_reference(subject: Subject, tmp_path: Path) -> None:

@@ -199,7 +199,7 @@ def test_control_images_are_no_masks(twins: Path) -> None:
 
 def test_without_a_network_that_looks_at_them_they_are_refused(twins: Path) -> None:
     (line,) = refusal(twins, f"conditioning_data_dir = '{twins}/controls'", control=False)
-    assert line.endswith("conditioning_data_dir has no effect without --masked_loss")
+    assert line.endswith("conditioning_data_dir has no effect without --task edit or --masked_loss")
 
 
 def test_folder_form_takes_the_folder_itself(twins: Path) -> None:

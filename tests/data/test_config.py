@@ -281,7 +281,7 @@ BAD_LINES = {  # line in the subset -> what is said
         "datasets[0].subsets[0]: prior_loss_weight is an option of the script: give --prior_loss_weight"
     ),
     "conditioning_data_dir = 'DIR/masks'": (
-        "datasets[0].subsets[0]: conditioning_data_dir has no effect without --masked_loss"
+        "datasets[0].subsets[0]: conditioning_data_dir has no effect without --task edit or --masked_loss"
     ),
 }  # fmt: skip
 
@@ -384,7 +384,7 @@ def test_masked_loss_needs_masks(folder: Path) -> None:
     ]
     load(folder, MINIMAL + "alpha_mask = true\n", masked_loss=True)
     assert problems(folder, MINIMAL, conditioning_data_dir="x") == [
-        "--conditioning_data_dir has no effect without --masked_loss"
+        "--conditioning_data_dir has no effect without --task edit or --masked_loss"
     ]
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from library.data import masks
 from library.data.dataset import TrainingData
-from library.data.masks import check_masks
+from library.data.masks import look_at_masks
 from library.data.records import BucketRules, DatasetConfig, ImageRules, SubsetConfig
 from library.data.scan import scan
 from library.errors import UserError
@@ -42,7 +42,7 @@ def said(folder: Path, values: list[Any], *, alpha: bool = False, mode: str = "L
 
 def judged(configs: tuple[DatasetConfig, ...], *, masked_loss: bool) -> str | None:
     found = [(dataset.config, dataset.samples) for dataset in scan(configs).datasets]
-    return check_masks(TrainingData(found, seed=1).trained(), masked_loss=masked_loss)
+    return look_at_masks(TrainingData(found, seed=1).trained(), masked_loss=masked_loss).warning
 
 
 def outside(mask: Image.Image) -> None:

@@ -3,15 +3,21 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from library.data.config import load_dataset_config
 from library.data.dataset import TrainingData
+from library.data.lint import subset_warnings
 from library.data.options import DataOptions
-from library.data.records import BucketRules, DatasetConfig, Sample, SubsetConfig
+from library.data.records import BucketRules, DatasetConfig, ImageRules, Sample, SubsetConfig
 from library.data.scan import SubsetScan, scan
 from library.errors import UserError
 from library.types import ReferenceSpec, Size
@@ -35,7 +41,7 @@ def scanned(folder: Path, targets: list[str], references: dict[str, Size]) -> Su
         picture(folder / "targets" / f"{name}.png")
     for name, size in references.items():
         picture(folder / "references" / f"{name}.png", size)
-    config = SubsetConfig(str(folder / "targets"), reference_data_dir=str(folder / "references"))
+    config = SubsetConfig(str(folder / "targets"), reference_data_dirs=(str(folder / "references"),))
     return scan([DatasetConfig((config,), BucketRules((64, 64)))]).subsets[0]
 
 
@@ -90,7 +96,90 @@ def test_configuration(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^reference_data_dir: this model takes no reference pictures"):
         load_dataset_config(DataOptions(dataset_config=str(file)), bucket_step=8)
     (config,) = load_dataset_config(DataOptions(dataset_config=str(file)), bucket_step=8, references=True)
-    assert config.subsets[0].reference_data_dir == str(references)
-    file = write_dataset(tmp_path / "d.toml", subset(pictures, reference_data_dir=str(references), flip_aug=True))
-    with pytest.raises(UserError, match="flip_aug cannot mirror pictures together with their references"):
+    assert config.subsets[0].reference_data_dirs == (str(references),)
+    moved = {"color_aug": True, "random_crop": True}
+    file = write_dataset(tmp_path / "d.toml", subset(pictures, reference_data_dir=str(references), **moved))
+    with pytest.raises(UserError) as told:
         load_dataset_config(DataOptions(dataset_config=str(file)), bucket_step=8, references=True)
+    assert [line.split(" (")[0] for line in told.value.problems] == [
+        f"{key} would change pictures and not their references: leave it out" for key in moved
+    ]
+
+
+def edit_config(tmp_path: Path, **values: Any) -> tuple[DatasetConfig, ...]:
+    """The datasets of --task edit."""
+    folder = tmp_path / "pictures"
+    file = write_dataset(tmp_path / "e.toml", subset(folder if folder.exists() else make_pictures(folder, 2), **values))
+    return load_dataset_config(DataOptions(dataset_config=str(file)), bucket_step=8, references=True, edits=True)
+
+
+def test_folders_of_the_task_edit(tmp_path: Path) -> None:
+    """conditioning_data_dir, or several: each picture has one reference in each, in the order of the folders."""
+    with pytest.raises(UserError, match=r"^conditioning_data_dir, the folder of the pictures to edit, is missing for "):
+        edit_config(tmp_path)
+    folders = [str(make_pictures(tmp_path / name, 2, first=place)) for place, name in enumerate(("x", "y", "z"))]
+    for place, folder in enumerate(folders):  # named as the pictures
+        found = sorted(Path(folder).glob("*.png"))
+        for number, path in [*enumerate(found)]:
+            path.rename(path.with_name(f"p{number:02d}.png"))
+    (one,) = scan(edit_config(tmp_path, conditioning_data_dir=folders[1])).subsets
+    assert one.problems == () and [[r.path for r in s.references] for s in one.samples] == [
+        [f"{folders[1]}/p{number:02d}.png"] for number in range(2)
+    ]
+    (several,) = scan(edit_config(tmp_path, conditioning_data_dirs=folders)).subsets
+    assert [[r.path for r in s.references] for s in several.samples] == [
+        [f"{folder}/p{number:02d}.png" for folder in folders] for number in range(2)
+    ]
+    assert all(sample.mask_path is None for sample in several.samples)
+    (Path(folders[2]) / "p01.png").unlink()
+    (wrong,) = scan(edit_config(tmp_path, conditioning_data_dirs=folders)).subsets
+    assert wrong.problems == (f"{folders[2]}: no reference picture of the same name for 1 pictures: p01.png",)
+
+
+def test_references_named_in_a_metadata_file(tmp_path: Path) -> None:
+    """Beside the file, or where a whole path says; what is missing is listed, and equal pairs are named."""
+    pictures = make_pictures(tmp_path / "pictures", 2)
+    (tmp_path / "old").mkdir()
+    shutil.copy(pictures / "p00.png", tmp_path / "old" / "same.png")
+    picture(tmp_path / "old" / "b.png", (32, 32))
+    entries = {
+        "p00": {"caption": "red", "references": ["old/same.png"]},
+        "p01": {"caption": "blue", "references": ["old/b", str(tmp_path / "old" / "same.png")]},
+    }
+    file = tmp_path / "meta.json"
+    config = SubsetConfig(str(pictures), metadata_file=str(file))
+
+    def found() -> SubsetScan:
+        file.write_text(json.dumps(entries), encoding="utf-8")
+        return scan([DatasetConfig((config,), BucketRules((64, 64)))]).subsets[0]
+
+    assert [names(sample) for sample in found().samples] == [["same"], ["b", "same"]]
+    (line,) = [line for line in subset_warnings(found()) if "reference" in line]
+    assert line.endswith(
+        "1 picture is the same file as the reference picture: nothing is to be changed: " + str(pictures / "p00.png")
+    )
+    entries["p01"]["references"] = ["old/c.png"]
+    assert found().problems == (f"{file}: 1 reference pictures are not there: old/c.png",)
+    entries["p01"]["references"] = "old/b.png"
+    assert found().problems[0].endswith("entry 'p01' expects a list of file names as references, got 'old/b.png'")
+
+
+def test_pairs_are_mirrored_together(tmp_path: Path) -> None:
+    files = {name: (64, 64) for name in "abcd"}
+    found = scanned(tmp_path, [*files], files)
+    for number, name in enumerate(files):
+        for folder in ("targets", "references"):
+            Image.linear_gradient("L").rotate(90).point(lambda v, n=number: v // 2 + n).convert("RGB").resize(
+                (64, 64)
+            ).save(tmp_path / folder / f"{name}.png")
+    config = replace(found.config, images=ImageRules(flip_aug=True))
+    (again,) = scan([DatasetConfig((config,), BucketRules((64, 64)))]).subsets
+    dataset = DatasetConfig((config,), BucketRules((64, 64)), batch_size=4)
+    data = TrainingData([(dataset, again.samples)], seed=1, references=SPEC)
+    assert len(data.reference_jobs()) == 8
+    seen = set()
+    for epoch in range(1, 4):
+        batch = data.load(data.plan_epoch(epoch)[0], step=0)
+        assert batch.pixels is not None and torch.equal(batch.pixels, batch.reference_pixels[0])
+        seen |= set((batch.pixels[:, 0, 0, 0] > batch.pixels[:, 0, 0, -1]).tolist())
+    assert seen == {False, True}

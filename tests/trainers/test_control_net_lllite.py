@@ -301,7 +301,7 @@ def test_data_without_control_images(sd1: Path, dataset: Path, controlled: Path,
     assert len(lines) == 2 and lines[0].endswith("no.safetensors: no such adapter file")
     assert lines[1].startswith("conditioning_data_dir, the folder of the control images, is missing for")
     (line,) = problems(lambda: train(sd1, controlled, tmp_path / "run"))  # a LoRA does not look at them
-    assert line.endswith("conditioning_data_dir has no effect without --masked_loss")
+    assert line.endswith("conditioning_data_dir has no effect without --task edit or --masked_loss")
     assert not list((tmp_path / "run").glob("*"))
 
 

@@ -543,7 +543,7 @@ def test_mistakes_are_said_together_and_before_a_model_is_loaded(
     text = "\n".join(told.value.problems)
     assert "--token_string Cat: the model's vocabulary has this word already" in text and "such as myCat" in text
     assert "nothing learns: --learning_rate is 0" in text
-    assert "caption_dropout_rate leaves out the new word" in text and "diff_output_preservation" in text
+    assert "caption_dropout_rate leaves out the new word" in text and "needs the untrained model" in text
     assert "AdamX" in text
     assert (tmp_path / "x.safetensors").read_bytes() == b"precious"
 
