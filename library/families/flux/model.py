@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FLUX.1 dev and schnell.
+"""FLUX.1 dev, Kontext and schnell.
 
 Black Forest Labs 2024, https://github.com/black-forest-labs/flux. A rectified-flow transformer over latents and T5
 states, which is also told CLIP-L's pooled output, and in dev a guidance.
@@ -22,13 +22,14 @@ from library.families.family import STAYING_BLOCKS, require_blocks
 from library.families.flux import SHEET, VARIANTS, FluxVariant
 from library.families.flux.options import FluxFineTuneOptions, FluxFlowOptions, FluxOptions
 from library.families.flux.parts import CLIP, FLUX, T5, Design, FluxParts, denoiser_rules, open_parts
+from library.families.flux.references import KONTEXT
 from library.families.t5 import MASK, cut_padding, encode_t5
 from library.families.two_streams import TwoStreamFamily, block_lists
 from library.io.checkpoint import CheckpointForm, save_tensors
 from library.key_tables import Published
 from library.objectives.flow import FlowObjective, constant_shift, resolution_shift
 from library.objectives.options import LossOptions
-from library.types import Batch, Cond, LatentSpec, Tokens
+from library.types import Batch, Cond, LatentSpec, ReferenceSpec, Tokens
 from library.weights.text import CHUNK
 from library.weights.tokenizers import clip_tokenizer, t5_tokenizer, tokenizer_folders
 
@@ -66,9 +67,22 @@ class Flux(TwoStreamFamily):
 
     @property
     def variant(self) -> FluxVariant:
+        if self.is_kontext:
+            return VARIANTS["kontext"]
         return VARIANTS["dev" if self.parts.config["guidance_embeds"] else "schnell"]
 
+    @property
+    def is_kontext(self) -> bool:
+        """Whether the model is FLUX.1 Kontext, whose file cannot be told from dev's."""
+        return self.options.model_type == "kontext"
+
+    @property
+    def references(self) -> ReferenceSpec | None:
+        return KONTEXT if self.is_kontext and self.edits else None
+
     def check(self) -> None:
+        if self.is_kontext and not self.parts.config["guidance_embeds"]:
+            raise UserError(f"--model_type kontext: {self.parts.path} has no guidance: it is another model")
         for name, encoder in self.parts.encoders.items():
             tokens = len(self.tokenizers[name].tokenizer)
             if tokens > encoder.vocabulary:
@@ -134,17 +148,19 @@ class Flux(TwoStreamFamily):
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Cond, batch: Batch | None) -> Tensor:
         """Noise - latents, B 16 h w. A token is 2 x 2 latent pixels, placed by row and column; text has no place."""
         text, (height, width) = cond[T5], x_t.shape[-2:]
+        pictures = [x_t, *(latents.to(x_t) for latents in batch.references)] if batch is not None else [x_t]
+        tokens = [pack(picture) for picture in pictures]
         inputs: dict[str, Any] = {
-            "hidden_states": pack(x_t),
+            "hidden_states": tokens[0] if len(tokens) == 1 else torch.cat(tokens, 1),
             "timestep": t,  # 0..1: the model multiplies by 1000
             "encoder_hidden_states": text,
             "txt_ids": text.new_zeros(text.shape[1], 3, dtype=torch.float32),
-            "img_ids": picture_ids(height // 2, width // 2, x_t.device),
+            "img_ids": places_of(pictures, side=2, step=1),
         }
         # of one caption alone nothing is padding, and attention without a mask is faster
         mask = _over_pictures(cond[MASK], inputs["hidden_states"]) if MASK in cond and len(text) > 1 else None
         inputs |= self.further_inputs(cond, t, mask)
-        return unpack(denoiser(**inputs, return_dict=False)[0], height, width)
+        return unpack(denoiser(**inputs, return_dict=False)[0][:, : tokens[0].shape[1]], height, width)
 
     def further_inputs(self, cond: Cond, t: Tensor, mask: Tensor | None) -> dict[str, Any]:
         """What else the transformer is called with. mask: (B, text + picture) bool, None where nothing is padding."""
@@ -206,6 +222,20 @@ def picture_ids(rows: int, columns: int, device: torch.device) -> Tensor:
     places = (torch.arange(count, dtype=torch.float32, device=device) for count in (rows, columns))
     row, column = torch.meshgrid(*places, indexing="ij")
     return torch.stack([torch.zeros_like(row), row, column], -1).flatten(0, 1)
+
+
+def places_of(pictures: Sequence[Tensor], *, side: int, step: float) -> Tensor:
+    """(N, 3) float32: number times `step`, row and column of the tokens of several pictures, one after the other.
+
+    side: latent pixels along a side of a token.
+    """
+    places = []
+    for number, picture in enumerate(pictures):
+        own = picture_ids(picture.shape[-2] // side, picture.shape[-1] // side, picture.device)
+        if number:
+            own[:, 0] = number * step
+        places.append(own)
+    return places[0] if len(places) == 1 else torch.cat(places)
 
 
 def _over_pictures(mask: Tensor, tokens: Tensor) -> Tensor:
