@@ -80,7 +80,7 @@ def ground_of(family: str, room: Path) -> Ground:
     folder = MAKE[family](room / "model")["pretrained_model_name_or_path"]
     file = MAKE[family](room / "single", layout="single")["pretrained_model_name_or_path"]
     pictures, references = make_pictures(room / "pictures", 2), make_pictures(room / "references", 4)
-    data = write_dataset(room / "pairs.toml", subset(pictures, reference_data_dir=str(references)))
+    data = write_dataset(room / "pairs.toml", subset(pictures, conditioning_data_dir=str(references)))
     return Ground(family, folder, file, data, references, room)
 
 
