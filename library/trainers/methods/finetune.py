@@ -132,7 +132,7 @@ class FineTuneMethod(Method[FineTuneTrainerOptions]):
         options = self.options
         configs = load_dataset_config(
             options.data, bucket_step=self.family.sheet.bucket_step, cache=options.cache,
-            references=self.family.references is not None,
+            references=self.family.references is not None, edits=self.family.edits,
         )  # fmt: skip
         subsets = [subset for config in configs for subset in config.subsets]
         wanted = [s.name for s in subsets if s.custom_attributes.get("diff_output_preservation")]
