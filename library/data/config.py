@@ -26,6 +26,8 @@ from library.data.config_problems import (
 from library.data.options import MOST_REPEATS, NO_DATA, CacheOptions, DataOptions
 from library.data.records import BucketRules, CaptionRules, DatasetConfig, ImageRules, SubsetConfig
 from library.data.references import reference_problems
+from library.data.sizes import SCHEDULE, rules_of_sizes, size_problem, timetable_of
+from library.data.timetable import Timetable, largest_entry
 from library.errors import UserError, first_names, how_many_shown, nearest, raise_problems, unknown
 from library.log import get_logger
 from library.options import Spec, at_least, option, specs
@@ -103,7 +105,8 @@ _RENAMED = {"batch_size": "train_batch_size"}  # key of the file -> option of th
 
 _SUBSET_ONLY = frozenset({*SOURCES, *COLUMNS, *REFERENCE_KEYS, "conditioning_data_dir", "is_reg"})
 _DATASET_KEYS = frozenset(
-    {f.name for f in fields(BucketRules)} | {"batch_size", "network_multiplier", "validation_seed", "validation_split"}
+    {f.name for f in fields(BucketRules)}
+    | {SCHEDULE, "batch_size", "network_multiplier", "validation_seed", "validation_split"}
 )
 _INHERITED = frozenset(
     {f.name for f in fields(CaptionRules)}
@@ -177,7 +180,7 @@ class _Reader:
                 values[key] = spec.read(value)
             except ValueError as error:
                 self.report(place, f"{key} {error}")
-                self.bad_resolution |= {place} if key == "resolution" else set()
+                self.bad_resolution |= {place} if key in ("resolution", SCHEDULE) else set()
         if len(strange) > len(told):
             self.report(place, f"and {len(strange) - len(told)} more unknown keys")
         return values
@@ -254,20 +257,48 @@ def _subset(levels: _Levels, role: Role) -> SubsetConfig:
 def _dataset(
     reader: _Reader, place: str, levels: _Levels, subsets: Iterable[SubsetConfig], bucket_step: int
 ) -> DatasetConfig | None:
-    if levels.pick("resolution") is None:
+    try:
+        timetable = timetable_of(levels.tables)
+    except ValueError as error:
+        reader.report(place, str(error))
+        return None
+    if levels.pick("resolution") is None and not timetable:
         if not reader.bad_resolution & {place, "general"}:
             reader.report(place, "no resolution is given: add resolution = 512 or give --resolution 512")
         return None
-    rules = _bucket_rules(levels, bucket_step)
-    for text in bucket_problems(rules, bucket_step):
+    rules = _bucket_rules(levels, bucket_step, timetable)
+    for text in size_problems(rules, bucket_step, timetable):
         reader.report(place, text)
     kept = tuple(s for s in subsets if s.num_repeats > 0)
-    return levels.build(DatasetConfig, subsets=kept, buckets=rules)
+    return _with_sizes(levels, kept, rules, timetable)
 
 
-def _bucket_rules(levels: _Levels, bucket_step: int) -> BucketRules:
-    """The rules of a dataset. Smaller steps that divide the model's, which some programs write, become the model's."""
-    rules: BucketRules = levels.build(BucketRules)
+def _with_sizes(
+    levels: _Levels, subsets: tuple[SubsetConfig, ...], rules: BucketRules, timetable: Timetable
+) -> DatasetConfig:
+    """The dataset; with a timetable its batch size is that of the largest resolution."""
+    config: DatasetConfig = levels.build(DatasetConfig, subsets=subsets, buckets=rules, timetable=())
+    if not timetable:
+        return config
+    largest = timetable[largest_entry(timetable)]
+    entries = tuple(entry._replace(batch_size=entry.batch_size or config.batch_size) for entry in timetable)
+    return replace(config, timetable=entries, batch_size=largest.batch_size or config.batch_size)
+
+
+def size_problems(rules: BucketRules, bucket_step: int, timetable: Timetable) -> Iterator[str]:
+    """Problems of the bucket sizes, at each resolution of a timetable if there is one, each line once."""
+    several = rules_of_sizes(rules, timetable)
+    yield from dict.fromkeys(text for own in several or [rules] for text in bucket_problems(own, bucket_step))
+    yield from (text for own in several if (text := size_problem(own, bucket_step)))
+
+
+def _bucket_rules(levels: _Levels, bucket_step: int, timetable: Timetable = ()) -> BucketRules:
+    """The rules of a dataset, at the largest resolution of its timetable.
+
+    Smaller steps that divide the model's, which some programs write, become the model's.
+    """
+    given = {"resolution": timetable[largest_entry(timetable)].resolution} if timetable else {}
+    rules: BucketRules = levels.build(BucketRules, **given)
     steps = rules.bucket_reso_steps
     if not rules.enable_bucket or steps >= bucket_step or bucket_step % steps:
         return rules
@@ -383,12 +414,17 @@ def _read_command_line(options: DataOptions, bucket_step: int, problems: list[st
         subsets = _folder_subsets(options.train_data_dir or "", "--train_data_dir", False, levels, problems, role)
         if options.reg_data_dir:
             subsets += _folder_subsets(options.reg_data_dir, "--reg_data_dir", True, levels, problems, role)
-    if options.resolution is None:
+    try:
+        timetable = timetable_of([levels])
+    except ValueError as error:
+        problems.append(f"--{error}")
+        return []
+    if options.resolution is None and not timetable:
         problems.append("--resolution is missing: give the training size, such as --resolution 512")
         return []
-    rules = _bucket_rules(_Levels(levels), bucket_step)
-    problems.extend(f"--{text}" for text in bucket_problems(rules, bucket_step))
-    return [_Levels(levels).build(DatasetConfig, subsets=tuple(subsets), buckets=rules)]
+    rules = _bucket_rules(_Levels(levels), bucket_step, timetable)
+    problems.extend(f"--{text}" for text in size_problems(rules, bucket_step, timetable))
+    return [_with_sizes(_Levels(levels), tuple(subsets), rules, timetable)]
 
 
 # ---- all of it ----------------------------------------------------------------------------------------------------

@@ -33,9 +33,10 @@ from library.data.encoding import (
 from library.data.joined import Joined, Made
 from library.data.loader import BatchLoader
 from library.data.parts import DatasetStats, Part, make_parts
-from library.data.plan import BatchPlan, EpochPlan, plan_epoch, plan_in_order
+from library.data.plan import BatchPlan, EpochPlan, each_shape, plan_epoch, plan_in_order
 from library.data.records import DatasetConfig, Sample
 from library.data.shards.samples import ShardSamples
+from library.data.timetable import Stage, entry_at
 from library.errors import raise_problems
 from library.rng import python_rng
 from library.types import Batch, Cond, ReferenceSpec
@@ -73,12 +74,22 @@ class TrainingData:
         self.join: Callable[[list[Cond]], Cond] | None = None
         self.seen = references is not None and bool(references.seen_by)  # text encoders look at the references
         self.shown = self.seen  # and do so in the steps, so that each batch needs the pictures
-        self._parts = make_parts(datasets, seed, references)
+        found = make_parts(datasets, seed, references)
+        configs = [config for config, _ in datasets]
+        self.shares = tuple(sorted({0.0, *(entry.share for config in configs for entry in config.timetable)}))
+        self.stages: tuple[Stage, ...] = ()  # of the run, known when its length is
+        self._parts = [part for sizes in found for part in sizes]
+        self._main = [sizes[config.main_size] for config, sizes in zip(configs, found)]  # at their largest size
+        self._stages = [
+            [sizes[entry_at(c.timetable, share) if c.timetable else 0] for c, sizes in zip(configs, found)]
+            for share in self.shares
+        ]
 
     def prepared(
         self,
         *,
         total_steps: int | None = None,
+        stages: tuple[Stage, ...] | None = None,
         latents: LatentSource | None = None,
         texts: TextSource | None = None,
         join: Callable[[list[Cond]], Cond] | None = None,
@@ -86,15 +97,16 @@ class TrainingData:
     ) -> TrainingData:
         """A copy with the length of the run (optimizer steps, for token warm-up given as a fraction) and filled caches.
 
-        join: pads the outputs of several captions into a batch; required with `texts`. shown: whether batches contain
-        the pixels of reference pictures even if their latents are cached, for text encoders to look at. Raises
-        UserError if a cache does not work with the datasets' options.
+        stages: those of the run, one for each of `shares`. join: pads the outputs of several captions into a batch;
+        required with `texts`. shown: whether batches contain the pixels of reference pictures even if their latents are
+        cached, for text encoders to look at. Raises UserError if a cache does not work with the datasets' options.
         """
         raise_problems(self.cache_problems(latents=latents is not None, texts=texts is not None))
         if texts is not None and join is None:
             raise ValueError("texts needs join")
         new = copy.copy(self)
         new.total_steps = self.total_steps if total_steps is None else total_steps
+        new.stages = self.stages if stages is None else stages
         new.latents = self.latents if latents is None else latents
         new.texts = self.texts if texts is None else texts
         new.join = self.join if join is None else join
@@ -104,7 +116,7 @@ class TrainingData:
     def cache_problems(self, *, latents: bool, texts: bool) -> list[str]:
         """Options of subsets that do not work with a cache of latents or of text outputs, one line each."""
         lines: list[str] = []
-        for part in self._parts:
+        for part in self._main:
             for subset in part.config.subsets:
                 reasons = [images.uncacheable_latents(subset.images) if latents else None]
                 reasons += [captions.uncacheable(subset.captions) if texts else None]
@@ -113,33 +125,56 @@ class TrainingData:
 
     # ---- plans
 
-    def plan_epoch(self, epoch: int) -> EpochPlan:
-        """The batches of an epoch (counted from 1) in order: a pure function of (seed, epoch)."""
+    def plan_epoch(self, epoch: int, *, stage: int | None = None) -> EpochPlan:
+        """The batches of an epoch (counted from 1) in order: a pure function of (seed, epoch).
+
+        stage: whose sizes they have; by default that which the run is in.
+        """
         if epoch < 1:
             raise ValueError("epochs count from 1")
-        return plan_epoch([part.train for part in self._parts], seed=self.seed, epoch=epoch)
+        number = self._stage_of(epoch) if stage is None else stage
+        return plan_epoch([part.train for part in self._stages[number]], seed=self.seed, epoch=epoch, stage=number)
+
+    def _stage_of(self, epoch: int) -> int:
+        """Number of the stage that an epoch (counted from 1) belongs to."""
+        return max((stage.number for stage in self.stages if stage.first_epoch < epoch), default=0)
+
+    def each_shape(self) -> list[BatchPlan]:
+        """One batch of each (shape, number of samples) of each stage."""
+        epochs = [each_shape(self.plan_epoch(1, stage=number)) for number in range(len(self._stages))]
+        return [plan for plans in epochs for plan in plans]
+
+    def stage_sizes(self, stage: int) -> list[DatasetConfig]:
+        """Each dataset with its resolution and batch size in a stage."""
+        return [part.config for part in self._stages[stage]]
+
+    def _batches_before(self, epoch: int) -> int:
+        """Number that the micro-batches of an epoch (counted from 1) begin with, over the whole run."""
+        if self.stages:
+            return self.stages[self._stage_of(epoch)].batches_before(epoch - 1)
+        return self.batches_per_epoch[0] * (epoch - 1)
 
     @property
-    def batches_per_epoch(self) -> int:
-        """Micro-batches of an epoch, over all processes."""
-        return sum(part.stats.batches for part in self._parts)
+    def batches_per_epoch(self) -> tuple[int, ...]:
+        """Micro-batches of an epoch of each stage, over all processes."""
+        return tuple(sum(part.stats.batches for part in parts) for parts in self._stages)
 
     def validation_plans(self) -> EpochPlan:
         """The batches of one validation: always the same, without augmentation, shuffle or dropout."""
-        return plan_in_order([part.validation for part in self._parts])
+        return plan_in_order([part.validation for part in self._main])
 
     def stats(self) -> tuple[DatasetStats, ...]:
-        """Statistics of each dataset."""
-        return tuple(part.stats for part in self._parts)
+        """Statistics of each dataset, at its largest size."""
+        return tuple(part.stats for part in self._main)
 
     def trained(self) -> list[Sequence[tuple[Sample, Bucket]]]:
         """The pictures that any epoch trains on, each once, per dataset."""
-        return [_trained(part) for part in self._parts]
+        return [_trained(part) for part in self._main]
 
     @property
     def wants_masks(self) -> bool:
         """Whether the loss may be masked."""
-        return self.masked_loss or any(s.images.alpha_mask for part in self._parts for s in part.config.subsets)
+        return self.masked_loss or any(s.images.alpha_mask for part in self._main for s in part.config.subsets)
 
     def trained_texts(self, sample: Sample) -> list[str]:
         """The captions that a picture may have in training; variants that only reorder parts are left out."""
@@ -188,7 +223,7 @@ class TrainingData:
 
         share: only captions that are this process's work. A text may occur several times.
         """
-        for part, sample, validation in self._used_samples():
+        for part, sample, validation in self._used_samples(self._parts if self.seen else self._main):
             if share.has(sample.caption):
                 for flipped in _flips(sample, validation) if self.seen else (False,):
                     shown = self._shown(part, sample, flipped)
@@ -207,9 +242,10 @@ class TrainingData:
         """The reference pictures of a sample that text encoders see."""
         return part.references(sample, flipped=flipped) if self.seen else ()
 
-    def _used_samples(self) -> Iterator[tuple[Part, Sample, bool]]:
-        """(dataset, sample, is for validation) of every sample that an epoch or validation uses."""
-        for part in self._parts:
+    def _used_samples(self, parts: Sequence[Part] | None = None) -> Iterator[tuple[Part, Sample, bool]]:
+        """(dataset, sample, is for validation) of every sample that an epoch or validation uses, by default at all
+        sizes of the datasets."""
+        for part in self._parts if parts is None else parts:
             for pool, validation in ((part.train, False), (part.validation, True)):
                 for index in np.unique(pool.samples).tolist():
                     yield part, part.samples[index], validation
@@ -225,7 +261,7 @@ class TrainingData:
 
         Raises UserError naming the file that cannot be read.
         """
-        part = self._parts[plan.dataset]
+        part = (self._main if plan.validation else self._stages[plan.stage])[plan.dataset]
         items = [self._item(part, part.samples[index], plan, place, step) for place, index in enumerate(plan.samples)]
         samples = [item.sample for item in items]
         texts = [item.caption for item in items]
@@ -251,7 +287,7 @@ class TrainingData:
             control=_stack([item.control for item in items]),
             network_multiplier=part.config.network_multiplier,
             keep_prior=[bool(s.subset.custom_attributes.get("diff_output_preservation", False)) for s in samples],
-            position=plan.position if plan.validation else self.batches_per_epoch * (plan.epoch - 1) + plan.position,
+            position=plan.position if plan.validation else self._batches_before(plan.epoch) + plan.position,
         )
 
     def _item(self, part: Part, sample: Sample, plan: BatchPlan, place: int, step: int) -> _Item:

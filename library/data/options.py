@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from library.data.timetable import EXAMPLE, as_text, read_timetable
 from library.options import Idle, at_least, between, option
 from library.values import SEEDS, cut, number
 
@@ -41,6 +42,13 @@ def parse_resolution(value: Any) -> tuple[int, int] | None:
     if min(width, height) < LEAST_PIXELS or max(width, height) > MOST_PIXELS:
         raise ValueError(f"must be between {LEAST_PIXELS} and {MOST_PIXELS}, got {cut(repr(value))}")
     return width, height
+
+
+def parse_schedule(value: Any) -> str | None:
+    """The entries of a timetable of resolutions as one text, which `read_timetable` reads."""
+    if value is None or (isinstance(value, str) and value.strip().lower() in ("", "none")):
+        return None
+    return as_text(read_timetable(value, parse_resolution))
 
 
 def parse_zoom_range(value: Any) -> tuple[float, float] | None:
@@ -124,6 +132,12 @@ class DataOptions:
     debug_dataset: bool = option(False, help="Show what the first batches contain, and stop.")
     resolution: tuple[int, int] | None = option(
         None, help="Training size in pixels: one number, or width,height.", parse=parse_resolution
+    )
+    resolution_schedule: str | None = option(
+        None,
+        help="Sizes one after the other, instead of resolution: share of the run at which each begins, resolution, "
+        f"and batch size if it is another one, such as {EXAMPLE}.",
+        parse=parse_schedule,
     )
     enable_bucket: bool = option(False, help="Keep the shape of pictures: group them in buckets of similar shape.")
     min_bucket_reso: int = option(256, help="Smallest side of a bucket.", check=between(1, MOST_PIXELS))

@@ -84,19 +84,28 @@ class Split(NamedTuple):
 
 def make_parts(
     datasets: Sequence[tuple[DatasetConfig, Sequence[Sample]]], seed: int, spec: ReferenceSpec | None
-) -> list[Part]:
-    """Buckets, split, repeats and regularisation of every dataset. Raises UserError with all problems at once."""
-    parts, problems = [], []
+) -> list[tuple[Part, ...]]:
+    """Each dataset at each of its sizes, with buckets, split, repeats and regularisation.
+
+    Only the largest size has the pictures of the validation. Raises UserError with all problems at once.
+    """
+    parts: list[tuple[Part, ...]] = []
+    problems: list[str] = []
     columns = [columns_of(samples) for _, samples in datasets]
     splits = make_splits([(config, found) for (config, _), found in zip(datasets, columns)], seed)
     for (config, samples), found, (whole, split) in zip(datasets, columns, splits):
-        manager = BucketManager(config.buckets)
-        buckets, wrong = _buckets(manager, found)
-        wrong += [*too_many_uses(found), *too_many_references(found, spec)]
-        problems += wrong
-        if not wrong:
-            parts.append(_make_part(config, samples, found, manager, buckets, whole, split, spec))
-    if not problems and not any(part.stats.uses for part in parts):
+        wrong = [*too_many_uses(found), *too_many_references(found, spec)]
+        sizes: list[Part] = []
+        for number, size in enumerate(config.sizes):
+            manager = BucketManager(size.buckets)
+            buckets, unfit = _buckets(manager, found)
+            wrong += unfit
+            own = split if number == config.main_size else split._replace(validation=split.validation[:0])
+            if not wrong:
+                sizes.append(_make_part(size, samples, found, manager, buckets, whole, own, spec))
+        problems += dict.fromkeys(wrong)
+        parts.append(tuple(sizes))
+    if not problems and not any(part.stats.uses for sizes in parts for part in sizes):
         problems.append(
             "no training picture is left: every picture is for regularisation or validation, or has num_repeats = 0"
         )

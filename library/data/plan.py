@@ -40,6 +40,7 @@ class BatchPlan(NamedTuple):
     position: int  # of the batch in the whole epoch, over all processes
     validation: bool = False
     references: tuple[Size, ...] = ()  # sizes of each sample's reference pictures, as they are encoded
+    stage: int = 0  # of the run, which decides the dataset's resolution
 
 
 @dataclass(frozen=True)
@@ -149,14 +150,14 @@ def _first_of_each(plans: Sequence[BatchPlan]) -> list[BatchPlan]:
     return list(found.values())
 
 
-def plan_epoch(pools: Sequence[Pool], *, seed: int, epoch: int) -> EpochPlan:
+def plan_epoch(pools: Sequence[Pool], *, seed: int, epoch: int, stage: int = 0) -> EpochPlan:
     """The batches of an epoch: samples are shuffled within each shape, then all batches are shuffled."""
     if sum(pool.uses for pool in pools) > LISTED:
-        return EpochPlan(_Computed(pools, seed, epoch))
+        return EpochPlan(_Computed(pools, seed, epoch, stage))
     orders = [_shuffled_in_buckets(pool, derive_seed(seed, "order", epoch, d)) for d, pool in enumerate(pools)]
     table = _batch_table(pools)
     table = table[np.argsort(_keys(len(table), derive_seed(seed, "batches", epoch)), kind="stable")]
-    return EpochPlan(_Listed(orders, [pool.shapes for pool in pools], table, epoch, validation=False))
+    return EpochPlan(_Listed(orders, [pool.shapes for pool in pools], table, epoch, validation=False, stage=stage))
 
 
 def plan_in_order(pools: Sequence[Pool]) -> EpochPlan:
@@ -180,6 +181,7 @@ class _Listed:
     table: np.ndarray
     epoch: int
     validation: bool
+    stage: int = 0
 
     def __len__(self) -> int:
         return len(self.table)
@@ -188,7 +190,7 @@ class _Listed:
         dataset, number, start, stop = self.table[position].tolist()
         samples = tuple(self.orders[dataset][start:stop].tolist())
         bucket, references = self.shapes[dataset][number]
-        return BatchPlan(dataset, bucket, samples, self.epoch, position, self.validation, references)
+        return BatchPlan(dataset, bucket, samples, self.epoch, position, self.validation, references, self.stage)
 
     def each_shape(self) -> list[BatchPlan]:
         """The first batch of each (shape, number of samples)."""
@@ -268,8 +270,8 @@ class _Bucket(NamedTuple):
 class _Computed:
     """An order in which every batch is computed from its position."""
 
-    def __init__(self, pools: Sequence[Pool], seed: int, epoch: int) -> None:
-        self.pools, self.epoch = pools, epoch
+    def __init__(self, pools: Sequence[Pool], seed: int, epoch: int, stage: int) -> None:
+        self.pools, self.epoch, self.stage = pools, epoch, stage
         self.buckets: list[_Bucket] = []
         self.ends: list[int] = []  # end (exclusive) of the batches of each bucket, before batches are shuffled
         total = 0
@@ -300,4 +302,6 @@ class _Computed:
         start = (number - (self.ends[k - 1] if k else 0)) * pool.batch_size
         places = range(start, min(start + pool.batch_size, order.count))
         samples = tuple(pool.sample_of(first + order[place]) for place in places)
-        return BatchPlan(dataset, shape.bucket, samples, self.epoch, position, references=shape.references)
+        return BatchPlan(
+            dataset, shape.bucket, samples, self.epoch, position, references=shape.references, stage=self.stage
+        )

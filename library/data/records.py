@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from library.data.shards.shard import Member
+from library.data.timetable import Timetable, largest_entry
 
 NO_MEMBERS: Mapping[str, Member] = {}
 
@@ -92,7 +93,10 @@ class BucketRules:
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    """Subsets with the same batch size and bucket rules."""
+    """Subsets with the same batch size and bucket rules.
+
+    With a timetable of resolutions, `buckets` and `batch_size` are those of its largest resolution.
+    """
 
     subsets: tuple[SubsetConfig, ...]
     buckets: BucketRules
@@ -100,6 +104,27 @@ class DatasetConfig:
     network_multiplier: float = 1.0
     validation_seed: int | None = None
     validation_split: float = 0.0
+    timetable: Timetable = ()
+
+    @property
+    def sizes(self) -> tuple[DatasetConfig, ...]:
+        """The dataset at each resolution of its timetable; itself where there is none."""
+        if not self.timetable:
+            return (self,)
+        return tuple(
+            replace(
+                self,
+                buckets=replace(self.buckets, resolution=entry.resolution),
+                batch_size=entry.batch_size or self.batch_size,
+                timetable=(),
+            )
+            for entry in self.timetable
+        )
+
+    @property
+    def main_size(self) -> int:
+        """Number in `sizes` of the largest resolution, at which validation and previews are made."""
+        return largest_entry(self.timetable) if self.timetable else 0
 
 
 @dataclass(frozen=True)

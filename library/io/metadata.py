@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -104,6 +104,7 @@ class DatasetFacts:
     tag_frequency: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # folder -> tag -> count
     buckets: tuple[tuple[tuple[int, int], int], ...] = ()  # (size, images with repeats)
     mean_img_ar_error: float | None = None
+    resolution_schedule: Sequence[Sequence[Any]] = ()  # (share of the run, (width, height), batch size if another one)
     resize_interpolation: str | None = None
 
     def bucket_info(self) -> dict[str, Any] | None:
@@ -128,6 +129,7 @@ class DatasetFacts:
             "bucket_info": self.bucket_info(),
             "resize_interpolation": self.resize_interpolation,
             "subsets": [subset.row(self.is_dreambooth) for subset in self.subsets],
+            **({"resolution_schedule": self.resolution_schedule} if self.resolution_schedule else {}),
         }
 
 
@@ -261,6 +263,7 @@ def _single_dataset_keys(run: RunFacts) -> dict[str, Any]:
         "ss_batch_size_per_device": dataset.batch_size,
         "ss_total_batch_size": dataset.batch_size * run.num_processes * accumulation,
         "ss_resolution": str(tuple(dataset.resolution)),
+        **({"ss_resolution_schedule": json.dumps(schedule)} if (schedule := dataset.resolution_schedule) else {}),
         "ss_color_aug": subset.color_aug,
         "ss_flip_aug": subset.flip_aug,
         "ss_random_crop": subset.random_crop,

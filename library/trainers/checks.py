@@ -286,7 +286,7 @@ def start_processes(options: TrainerOptions, found: Scan) -> Processes:
         distributed_settings(
             options.distributed,
             max_grad_norm=options.optimizer.max_grad_norm,
-            batch_size=max(dataset.config.batch_size for dataset in found.datasets),
+            batch_size=max(size.batch_size for dataset in found.datasets for size in dataset.config.sizes),
         ),
     )
     if options.precision.full_fp16 and accelerator.scaler is not None:

@@ -22,9 +22,11 @@ log = get_logger()
 
 
 def write_dataset_sheets(data: TrainingData, folder: Path) -> list[Path]:
-    """The first batches of epoch 1: `debug_dataset_000.png` ... and `debug_dataset.txt`, one line per sample."""
+    """The first batches of each stage: `debug_dataset_000.png` ... and `debug_dataset.txt`, one line per sample."""
     folder.mkdir(parents=True, exist_ok=True)
-    plans = data.plan_epoch(1)[: BATCHES_PER_SHEET * SHEETS]
+    stages = len(data.shares)
+    each = -(-BATCHES_PER_SHEET * SHEETS // stages)  # the same number of batches of every resolution
+    plans = [plan for stage in range(stages) for plan in data.plan_epoch(1, stage=stage)[:each]]
     lines: list[str] = []
     written: list[Path] = []
     for start in range(0, len(plans), BATCHES_PER_SHEET):

@@ -14,6 +14,7 @@ from library.data.columns import columns_of
 from library.data.dataset import TrainingData
 from library.data.parts import DatasetStats
 from library.data.records import DatasetConfig, Sample
+from library.data.timetable import rows
 from library.families.sheet import ModelFacts
 from library.io.metadata import (
     VERSION,
@@ -94,6 +95,7 @@ def dataset_facts(
         num_train_images=stats.uses,
         num_reg_images=stats.reg_uses,
         resolution=rules.resolution,
+        resolution_schedule=rows(config.timetable),
         enable_bucket=rules.enable_bucket,
         min_bucket_reso=rules.min_bucket_reso if rules.enable_bucket else None,
         max_bucket_reso=rules.max_bucket_reso if rules.enable_bucket else None,

@@ -59,9 +59,9 @@ def steps_of(
     step, epoch, first = start.step, start.epoch, start.batch
     with loader:
         while step < plan.total_steps:
-            own = share_of(data.plan_epoch(epoch + 1)[first:], rank, world)
+            own = share_of(data.plan_epoch(epoch + 1)[first : plan.batches_of(epoch)], rank, world)
             batches = loader.run(own, step_of_first=step, accumulation=plan.accumulation)
-            for group in plan.groups(first):
+            for group in plan.groups(epoch, first):
                 # a batch of another process that fills up the last step of an epoch must not count twice
                 shares = [
                     world / len(group) if place < len(group) else 0.0 for place in range(rank, rank + len(group), world)

@@ -13,6 +13,7 @@ from typing import Any
 from library.data.records import Sample
 from library.data.scan import Scan
 from library.data.shards.samples import ShardSamples
+from library.data.timetable import as_text
 from library.errors import UserError
 from library.io.checkpoint import last_name
 from library.io.hub import download_state
@@ -37,6 +38,7 @@ RESUMED_OPTIONS = (
 )  # fmt: skip
 
 # The numbers of micro-batches over all processes, which must not change either
+STAGES = "stages of resolution_schedule (first step, first epoch, batches per epoch)"
 BATCHES_PER_STEP, BATCHES_PER_EPOCH = "--gradient_accumulation_steps x processes", "batches per epoch"
 
 # Options that only affect the rest of the learning-rate schedule: a separate part of the fingerprint
@@ -118,7 +120,13 @@ class RunIdentity:
         """Properties that must not change on resume."""
         values = {f"--{n}": v for n, v in changed_values(self.options, all_values=True).items() if n in RESUMED_OPTIONS}
         values["--optimizer_type"] = self.options.optimizer.name  # there are several ways to ask for one
-        plan = {BATCHES_PER_STEP: self.plan.batches_per_step, BATCHES_PER_EPOCH: self.plan.batches_per_epoch}
+        plan: dict[str, object] = {
+            BATCHES_PER_STEP: self.plan.batches_per_step,
+            BATCHES_PER_EPOCH: self.plan.batches_per_epoch,
+        }
+        stages = self.plan.stages
+        if len(stages) > 1:  # they decide what a position means
+            plan[STAGES] = ", ".join(f"{s.first_step}/{s.first_epoch}/{s.batches_per_epoch}" for s in stages)
         return {**values, "seed": self.seed, **plan, "dataset": self.dataset_digests()}
 
     def dataset_digests(self) -> dict[str, dict[str, str]]:
@@ -138,6 +146,8 @@ class RunIdentity:
             if dataset.validation_split:  # a separate entry, so that states of runs without it stay valid
                 chosen = "the run's seed" if dataset.validation_seed is None else f"seed {dataset.validation_seed}"
                 result[f"subset {index}"]["held out"] = f"{dataset.validation_split} by {chosen}"
+            if dataset.timetable:
+                result[f"subset {index}"]["resolution_schedule"] = as_text(dataset.timetable)
             if isinstance(subset.samples, ShardSamples):
                 continue  # the references are among the pictures
             references = [(Path(r.path).name, r.file_size) for sample in subset.samples for r in sample.references]

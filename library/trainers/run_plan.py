@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeVar, overload
 
 from library.data.dataset import TrainingData
 from library.data.lint import folder_lines
 from library.data.scan import Scan
+from library.data.timetable import Stage, make_stages
 from library.errors import UserError, first_names
 from library.types import Position
 
@@ -22,9 +23,8 @@ class RunPlan:
     The steps do not depend on how many processes share the micro-batches of each: only `batches_per_step` counts.
     """
 
-    batches_per_epoch: int  # micro-batches, of all processes
+    stages: tuple[Stage, ...]  # one, unless resolutions change
     accumulation: int
-    total_steps: int
     num_processes: int
     seed: int
 
@@ -34,13 +34,31 @@ class RunPlan:
         return self.accumulation * self.num_processes
 
     @property
+    def total_steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Micro-batches of one epoch of the first stage, of all processes."""
+        return self.stages[0].batches_per_epoch
+
+    @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps of one epoch; the last one may have fewer micro-batches."""
-        return math.ceil(self.batches_per_epoch / self.batches_per_step)
+        """Optimizer steps of one epoch of the first stage; the last one may have fewer micro-batches."""
+        return self.stages[0].steps_per_epoch
 
     @property
     def total_epochs(self) -> int:
-        return math.ceil(self.total_steps / self.steps_per_epoch)
+        return sum(stage.epochs for stage in self.stages)
+
+    def stage_of(self, epoch: int) -> Stage:
+        """The stage that an epoch (0-based) belongs to."""
+        return next(stage for stage in reversed(self.stages) if stage.first_epoch <= epoch)
+
+    def step_of_epoch(self, epoch: int) -> int:
+        """The first optimizer step of an epoch (both 0-based)."""
+        stage = self.stage_of(epoch)
+        return stage.first_step + (epoch - stage.first_epoch) * stage.steps_per_epoch
 
     def require_steps_after(self, step: int) -> None:
         """Raises UserError if a run that continues after `step` steps has nothing left to do."""
@@ -52,30 +70,52 @@ class RunPlan:
 
     def position_of(self, step: int) -> Position:
         """The position before optimizer step `step` (0-based)."""
-        epoch, rest = divmod(step, self.steps_per_epoch)
-        return Position(step, epoch, rest * self.batches_per_step)
+        stage = next(stage for stage in reversed(self.stages) if stage.first_step <= step)
+        epoch, rest = divmod(step - stage.first_step, stage.steps_per_epoch)
+        return Position(step, stage.first_epoch + epoch, rest * self.batches_per_step)
 
-    def groups(self, first_batch: int) -> Iterator[range]:
-        """Micro-batches of an epoch from `first_batch` on, grouped by optimizer step."""
-        for start in range(first_batch, self.batches_per_epoch, self.batches_per_step):
-            yield range(start, min(start + self.batches_per_step, self.batches_per_epoch))
+    def batches_of(self, epoch: int) -> int:
+        """Micro-batches of an epoch (0-based) that are trained: fewer in the last one of a stage."""
+        stage = self.stage_of(epoch)
+        begun = (epoch - stage.first_epoch) * stage.steps_per_epoch
+        return min(stage.batches_per_epoch, (stage.steps - begun) * self.batches_per_step)
 
-    def end_of_step(self, batch: int) -> int:
-        """End (exclusive) of the micro-batches of the step that begins with micro-batch `batch` of an epoch."""
-        return min(batch + self.batches_per_step, self.batches_per_epoch)
+    def groups(self, epoch: int, first_batch: int) -> Iterator[range]:
+        """Micro-batches of an epoch (0-based) from `first_batch` on, grouped by optimizer step."""
+        batches = self.batches_of(epoch)
+        for start in range(first_batch, batches, self.batches_per_step):
+            yield range(start, min(start + self.batches_per_step, batches))
+
+    def after(self, position: Position) -> Position:
+        """The position after the next optimizer step."""
+        stage = self.stage_of(position.epoch)
+        step, batch = position.step + 1, position.batch + self.batches_per_step
+        changes = step == stage.first_step + stage.steps and step < self.total_steps
+        if changes or batch >= stage.batches_per_epoch:
+            return Position(step, position.epoch + 1, 0)
+        return Position(step, position.epoch, batch)
 
 
 def make_plan(
-    *, total_batches: int, num_processes: int, accumulation: int, max_steps: int, max_epochs: int | None, seed: int
+    *,
+    total_batches: Sequence[int],
+    shares: Sequence[float] = (0.0,),
+    num_processes: int,
+    accumulation: int,
+    max_steps: int,
+    max_epochs: int | None,
+    seed: int,
 ) -> RunPlan:
     """The plan of a run; `max_epochs` overrides `max_steps`. Raises UserError if there is no batch.
 
-    total_batches: micro-batches of an epoch, of all processes.
+    total_batches: micro-batches of an epoch of each stage, of all processes. shares: where in the run stages begin.
     """
-    if total_batches == 0:
+    if 0 in total_batches:
         raise UserError("no batch to train on: the dataset is empty (all of it may have gone to the validation split)")
-    plan = RunPlan(total_batches, accumulation, max_steps, num_processes, seed)
-    return replace(plan, total_steps=max_epochs * plan.steps_per_epoch) if max_epochs else plan
+    stages = make_stages(
+        shares, total_batches, per_step=accumulation * num_processes, max_steps=max_steps, max_epochs=max_epochs
+    )
+    return RunPlan(stages, accumulation, num_processes, seed)
 
 
 def describe(found: Scan, data: TrainingData, plan: RunPlan) -> Iterator[str]:
@@ -90,13 +130,31 @@ def describe(found: Scan, data: TrainingData, plan: RunPlan) -> Iterator[str]:
         if stats.reg_unused:
             unused = f"{len(stats.reg_unused)} regularisation pictures are not used"
             yield f"dataset {index + 1}: {unused}: {first_names(stats.reg_unused)}"
-    sizes = {stats.batch_size for stats in data.stats()}
+    yield from stage_lines(data, plan)
+    sizes = {config.batch_size for stage in plan.stages for config in data.stage_sizes(stage.number)}
     effective = "/".join(str(size * plan.accumulation * plan.num_processes) for size in sorted(sizes))
+    of_steps = "/".join(dict.fromkeys(str(stage.steps_per_epoch) for stage in plan.stages))
     yield (
-        f"plan: {plan.total_steps} steps = {plan.total_epochs} epochs of {plan.steps_per_epoch} steps; a step is "
+        f"plan: {plan.total_steps} steps = {plan.total_epochs} epochs of {of_steps} steps; a step is "
         f"{plan.accumulation} batch(es) on {plan.num_processes} process(es), effective batch size {effective}; "
         f"seed {plan.seed}"
     )
+
+
+def stage_lines(data: TrainingData, plan: RunPlan) -> Iterator[str]:
+    """One line for each stage of a run whose resolutions change."""
+    if len(plan.stages) == 1:
+        return
+    for stage in plan.stages:
+        configs = data.stage_sizes(stage.number)
+        sizes = [("{}x{}".format(*c.buckets.resolution), c.batch_size) for c in configs]
+        texts = dict.fromkeys(f"{size} in batches of {count}" for size, count in sizes)
+        yield (
+            f"stage {stage.number + 1}: {' and '.join(texts)}, from step {stage.first_step + 1}, {stage.steps} steps = "
+            f"{stage.steps / stage.steps_per_epoch:.3g} epochs of {stage.steps_per_epoch} steps"
+        )
+    if any(stats.validation_images for stats in data.stats()):
+        yield "validation: always at the largest resolution of each dataset"
 
 
 T = TypeVar("T")

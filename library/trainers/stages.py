@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from library.data.dataset import TrainingData
-from library.data.plan import BatchPlan, EpochPlan, each_shape
+from library.data.plan import BatchPlan, EpochPlan
 from library.data.scan import Scan
 from library.device import (
     free_memory,
@@ -191,9 +191,10 @@ class Start:
 
 def schedule(checked: Checked) -> Scheduled:
     """The length of the run, checked against its schedule and its state, and logged. Raises UserError."""
-    options, processes, epoch = checked.options, checked.processes, checked.data.plan_epoch(1)
+    options, processes, data = checked.options, checked.processes, checked.data
     plan = make_plan(
-        total_batches=len(epoch),
+        total_batches=data.batches_per_epoch,
+        shares=data.shares,
         num_processes=processes.world,
         accumulation=options.train.gradient_accumulation_steps,
         max_steps=options.train.max_train_steps,
@@ -203,9 +204,10 @@ def schedule(checked: Checked) -> Scheduled:
     check_scheduler(options.scheduler, checked.optimizer, total_steps=plan.total_steps)
     identity = RunIdentity(options, checked.optimizer, checked.found, checked.seed, plan)
     identity.check(checked.resumption)
-    for line in describe(checked.found, checked.data, plan) if processes.is_main else ():
+    for line in describe(checked.found, data, plan) if processes.is_main else ():
         log.info(line)
-    planned = as_planned(checked.method, checked.learning, checked.optimizer, largest(epoch), device=processes.device)
+    batch = largest(data.each_shape())
+    planned = as_planned(checked.method, checked.learning, checked.optimizer, batch, device=processes.device)
     return Scheduled(checked, plan, identity, planned)
 
 
@@ -213,7 +215,7 @@ def as_planned(
     method: Method[TrainerOptions], learning: Learning, optimizer: OptimizerChoice, batch: BatchPlan, *,
     device: torch.device,
 ) -> Planned:  # fmt: skip
-    """The run as the planner sees it. batch: the largest of an epoch."""
+    """The run as the planner sees it. batch: the largest of the run."""
     family, options = method.family, method.options
     choice, dtype = MemoryChoice.of(options.memory), compute_dtype(options.precision)
 
@@ -286,7 +288,8 @@ def load(scheduled: Scheduled) -> Loaded:
         vae = vae_that_stays(caches, lambda: family.load_vae(planned.dtype, planned.device), previews=bool(prompts))
     free_memory()
     data = checked.data.prepared(
-        total_steps=plan.total_steps, latents=caches.latents, texts=caches.texts, join=family.join_conds,
+        total_steps=plan.total_steps, stages=plan.stages, latents=caches.latents, texts=caches.texts,
+        join=family.join_conds,
         shown=family.references is not None and not family.references.seen_by.isdisjoint(encoders),
     )  # fmt: skip
     # weights that are swapped or split are loaded into main memory: the whole model may not fit on the card
@@ -332,8 +335,7 @@ def build(loaded: Loaded) -> Running:
     memory = Memory(
         family, models.denoiser, planned.choice, options.memory, checked.learning.swap_options, planned.device
     )
-    shapes = each_shape(loaded.data.plan_epoch(1))
-    shapes_of = {(batch.bucket, len(batch.samples)): batch for batch in shapes}
+    shapes_of = {(batch.bucket, len(batch.samples)): batch for batch in loaded.data.each_shape()}
     memory.prepare(shapes=len(shapes_of))
     accelerator = checked.processes.accelerator
     module = StepModule(family, models, trainables)
@@ -418,7 +420,7 @@ def restore(running: Running) -> Start:
         start = Start(Position(parts.step, parts.epoch, parts.batch), parts.losses)
         log.info(f"resumed at step {parts.step} of {plan.total_steps}, epoch {parts.epoch + 1}, batch {parts.batch}")
     elif options.initial_step or options.initial_epoch:
-        step = options.initial_step or ((options.initial_epoch or 1) - 1) * plan.steps_per_epoch
+        step = options.initial_step or plan.step_of_epoch((options.initial_epoch or 1) - 1)
         start = Start(plan.position_of(step))
         running.updates.skip_schedule(step)
     plan.require_steps_after(start.position.step)

@@ -22,7 +22,7 @@ from library.trainers.settings import loading_processes
 from library.trainers.signals import OtherProcessDied, Vote, exchanging
 from library.trainers.stages import Running, Start
 from library.trainers.tracking import Trackers, open_trackers
-from library.types import Batch, Position
+from library.types import Batch
 
 log = get_logger()
 
@@ -177,10 +177,8 @@ class Trainer:
 
     def advance(self) -> bool:
         """Count the step. Returns whether it was the last of its epoch."""
-        epoch, batch = self.position.epoch, self.plan.end_of_step(self.position.batch)
-        ended = batch >= self.plan.batches_per_epoch
-        self.position = Position(self.position.step + 1, epoch + ended, 0 if ended else batch)
-        return ended
+        epoch, self.position = self.position.epoch, self.plan.after(self.position)
+        return self.position.epoch > epoch
 
     def save(self, trackers: Trackers, write: Callable[[], None]) -> None:
         """Read all outstanding numbers (StopTraining if one is not finite), then write."""

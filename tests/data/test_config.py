@@ -451,7 +451,7 @@ def test_ranges_of_options() -> None:
 def test_defaults_of_options_equal_todays() -> None:
     golden = json.loads((Path(__file__).parents[1] / "data_files" / "data" / "cli_defaults.json").read_text())
     found = specs({"data": DataOptions, "cache": CacheOptions})
-    ours = {"caption_variants", "cache_dir"}
+    ours = {"caption_variants", "cache_dir", "resolution_schedule"}
     assert set(found) - ours == set(golden)
     assert {name: found[name].default for name in golden} == golden
 

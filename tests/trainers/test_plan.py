@@ -18,8 +18,15 @@ from library.trainers.settings import distributed_settings, loading_processes
 from library.types import Position
 
 
-def plan(**values: int | None) -> RunPlan:
-    given = {"total_batches": 10, "num_processes": 1, "accumulation": 1, "max_steps": 25, "max_epochs": None, "seed": 1}
+def plan(**values: object) -> RunPlan:
+    given = {
+        "total_batches": [10],
+        "num_processes": 1,
+        "accumulation": 1,
+        "max_steps": 25,
+        "max_epochs": None,
+        "seed": 1,
+    }
     return make_plan(**{**given, **values})  # type: ignore[arg-type]
 
 
@@ -30,10 +37,10 @@ def plan(**values: int | None) -> RunPlan:
     ],
 )  # fmt: skip
 def test_steps_of_an_epoch(batches: int, processes: int, accumulation: int, steps_per_epoch: int) -> None:
-    made = plan(total_batches=batches, num_processes=processes, accumulation=accumulation)
+    made = plan(total_batches=[batches], num_processes=processes, accumulation=accumulation)
     assert (made.batches_per_epoch, made.steps_per_epoch) == (batches, steps_per_epoch)
-    alone = plan(total_batches=batches, accumulation=accumulation * processes)
-    assert [*made.groups(0)] == [*alone.groups(0)]  # a step has the same batches, whoever takes them
+    alone = plan(total_batches=[batches], accumulation=accumulation * processes)
+    assert [*made.groups(0, 0)] == [*alone.groups(0, 0)]  # a step has the same batches, whoever takes them
 
 
 def test_epochs_win_over_steps() -> None:
@@ -45,7 +52,7 @@ def test_epochs_win_over_steps() -> None:
 
 def test_empty_dataset_is_a_user_error() -> None:
     with pytest.raises(UserError, match="no batch to train on"):
-        plan(total_batches=0)
+        plan(total_batches=[0])
 
 
 @pytest.mark.parametrize("accumulation", [1, 3, 4, 20])
@@ -54,10 +61,9 @@ def test_groups_and_positions_agree(accumulation: int) -> None:
     made = plan(accumulation=accumulation, max_steps=3 * math.ceil(10 / accumulation))
     step = 0
     for epoch in range(3):
-        for group in made.groups(0):
+        for group in made.groups(epoch, 0):
             assert made.position_of(step) == Position(step, epoch, group.start)
-            assert made.end_of_step(group.start) == group.stop
-            assert next(iter(made.groups(group.start))) == group  # a resumed epoch goes on with the same group
+            assert next(iter(made.groups(epoch, group.start))) == group  # a resumed epoch goes on with the same group
             step += 1
     assert step == made.total_steps
 
