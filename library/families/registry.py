@@ -47,7 +47,7 @@ def command(sheet: Sheet) -> str:
 
 def chosen(sheet: Sheet, options: Any) -> Sheet:
     """The family that the scripts of a family train with these options of the model."""
-    return sheet if sheet.family_option is None else FAMILIES[getattr(options, sheet.family_option)]
+    return sheet if sheet.family_option is None else FAMILIES.get(getattr(options, sheet.family_option), sheet)
 
 
 def family_class(sheet: Sheet) -> type[ModelFamily]:

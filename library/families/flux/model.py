@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FLUX.1 dev and schnell.
+"""FLUX.1 dev, Fill and schnell.
 
 Black Forest Labs 2024, https://github.com/black-forest-labs/flux. A rectified-flow transformer over latents and T5
 states, which is also told CLIP-L's pooled output, and in dev a guidance.
@@ -7,7 +7,7 @@ states, which is also told CLIP-L's pooled output, and in dev a guidance.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,6 +20,7 @@ from library.device import on_device
 from library.errors import UserError
 from library.families.family import STAYING_BLOCKS, require_blocks
 from library.families.flux import SHEET, VARIANTS, FluxVariant
+from library.families.flux.fill import FILL, FILL_PREVIEW, encode_masked, picture_and_mask, problem_of_input
 from library.families.flux.options import FluxFineTuneOptions, FluxFlowOptions, FluxOptions
 from library.families.flux.parts import CLIP, FLUX, T5, Design, FluxParts, denoiser_rules, open_parts
 from library.families.t5 import MASK, cut_padding, encode_t5
@@ -28,7 +29,7 @@ from library.io.checkpoint import CheckpointForm, save_tensors
 from library.key_tables import Published
 from library.objectives.flow import FlowObjective, constant_shift, resolution_shift
 from library.objectives.options import LossOptions
-from library.types import Batch, Cond, LatentSpec, Tokens
+from library.types import Batch, Cond, LatentSpec, ReferenceSpec, Tokens
 from library.weights.text import CHUNK
 from library.weights.tokenizers import clip_tokenizer, t5_tokenizer, tokenizer_folders
 
@@ -51,7 +52,7 @@ class Flux(TwoStreamFamily):
     @cached_property
     def parts(self) -> FluxParts:
         """Headers of the files. The first use downloads what is given as a hub id."""
-        return open_parts(self.options, self.design)
+        return open_parts(self.options, FILL if self.fills else self.design)
 
     @cached_property
     def tokenizers(self) -> dict[str, Any]:
@@ -66,7 +67,22 @@ class Flux(TwoStreamFamily):
 
     @property
     def variant(self) -> FluxVariant:
+        if self.fills:
+            return VARIANTS["fill"]
         return VARIANTS["dev" if self.parts.config["guidance_embeds"] else "schnell"]
+
+    @property
+    def fills(self) -> bool:
+        """Whether the model is FLUX.1 Fill, which is shown masks and what they leave of the pictures."""
+        return self.options.model_type == "fill"
+
+    @property
+    def reads_masks(self) -> bool:
+        return self.fills
+
+    @property
+    def preview_references(self) -> ReferenceSpec | None:
+        return FILL_PREVIEW if self.fills else self.references
 
     def check(self) -> None:
         for name, encoder in self.parts.encoders.items():
@@ -125,6 +141,12 @@ class Flux(TwoStreamFamily):
     def scale_legacy(cls, latents: Tensor) -> Tensor:
         return latents  # sd-scripts writes FLUX latents shifted and scaled already
 
+    def shown(self, batch: Batch) -> Sequence[Tensor]:
+        return picture_and_mask(batch) if self.fills else super().shown(batch)
+
+    def encode_references(self, encode: Callable[[Tensor], Tensor], pictures: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return encode_masked(encode, pictures) if self.fills else super().encode_references(encode, pictures)
+
     # ---- training
 
     def objective(self, options: FluxFlowOptions, loss: LossOptions) -> FlowObjective:
@@ -135,7 +157,7 @@ class Flux(TwoStreamFamily):
         """Noise - latents, B 16 h w. A token is 2 x 2 latent pixels, placed by row and column; text has no place."""
         text, (height, width) = cond[T5], x_t.shape[-2:]
         inputs: dict[str, Any] = {
-            "hidden_states": pack(x_t),
+            "hidden_states": self.tokens_of(x_t, batch),
             "timestep": t,  # 0..1: the model multiplies by 1000
             "encoder_hidden_states": text,
             "txt_ids": text.new_zeros(text.shape[1], 3, dtype=torch.float32),
@@ -145,6 +167,13 @@ class Flux(TwoStreamFamily):
         mask = _over_pictures(cond[MASK], inputs["hidden_states"]) if MASK in cond and len(text) > 1 else None
         inputs |= self.further_inputs(cond, t, mask)
         return unpack(denoiser(**inputs, return_dict=False)[0], height, width)
+
+    def tokens_of(self, x_t: Tensor, batch: Batch | None) -> Tensor:
+        """The tokens of the noisy latents: (B, N, 64), of Fill (B, N, 384) with masked picture and mask."""
+        if not self.fills:
+            return pack(x_t)
+        assert batch is not None
+        return torch.cat([pack(x_t), *(pack(further.to(x_t)) for further in batch.references)], -1)
 
     def further_inputs(self, cond: Cond, t: Tensor, mask: Tensor | None) -> dict[str, Any]:
         """What else the transformer is called with. mask: (B, text + picture) bool, None where nothing is padding."""
@@ -182,6 +211,9 @@ class Flux(TwoStreamFamily):
     def save(self, denoiser: nn.Module, encoders: Mapping[str, nn.Module], path: Path, form: CheckpointForm) -> None:
         tensors = Published(denoiser.state_dict(), denoiser_rules(denoiser))
         save_tensors(path, tensors, form.metadata, dtype=form.dtype, hashes=False)
+
+    def adapter_problem(self, tensors: Mapping[str, Tensor]) -> str | None:
+        return problem_of_input(tensors, self.parts.config["in_channels"])
 
     def text_settings(self, name: str) -> tuple[Any, ...]:
         return (self.text_length, self.masks_text, self.extra_tokens) if name == T5 else ()

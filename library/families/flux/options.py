@@ -18,7 +18,11 @@ GUIDANCE_SCALE = 3.5  # as sd-scripts has it
 class FluxOptions(SeparateAutoencoder):
     """FLUX.1 dev and schnell, and Chroma."""
 
-    model_type: str = option("flux", help="Chroma is told apart from FLUX.1 here.", choices=("flux", "chroma"))
+    model_type: str = option(
+        "flux",
+        help="Chroma and FLUX.1 Fill are told apart from FLUX.1 dev here.",
+        choices=("flux", "chroma", "fill"),
+    )
     clip_l: str | None = option(
         None,
         help="CLIP-L: .safetensors file, transformers folder or hub id. Without it, that of the model; not for Chroma.",
@@ -56,6 +60,8 @@ class FluxOptions(SeparateAutoencoder):
         yield from super().problems()
         if self.model_type == "chroma" and self.clip_l:
             yield "--clip_l: Chroma has no CLIP text encoder; leave it out"
+        if self.model_type == "fill" and self.task == "edit":
+            yield "--task edit: FLUX.1 Fill fills what masks cover and takes no pictures to edit: leave it out"
 
 
 @dataclass(frozen=True)
