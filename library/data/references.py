@@ -30,7 +30,8 @@ def reference_problems(subsets: Iterable[SubsetConfig], *, taken: bool) -> Itera
     with_references = [subset for subset in subsets if subset.reference_data_dirs]
     if with_references and not taken:
         names = first_names([subset.name for subset in with_references])
-        yield f"reference_data_dir: this model takes no reference pictures; leave it out ({names})"
+        told = "this model takes no reference pictures here: leave it out, or give --task edit to a model that can"
+        yield f"reference_data_dir: {told} ({names})"
         return
     yield from moved_alone(with_references)
 

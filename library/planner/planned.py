@@ -22,8 +22,12 @@ Loss = Callable[[Batch], Tensor]  # a batch -> its mean loss, 0-dim
 
 
 def largest(epoch: Sequence[BatchPlan]) -> BatchPlan:
-    """The batch with the most pixels. epoch: not empty."""
-    return max(each_shape(epoch), key=lambda plan: plan.bucket[0] * plan.bucket[1] * len(plan.samples))
+    """The batch with the most pixels, references included. epoch: not empty."""
+
+    def pixels(plan: BatchPlan) -> int:
+        return sum(width * height for width, height in (plan.bucket, *plan.references)) * len(plan.samples)
+
+    return max(each_shape(epoch), key=pixels)
 
 
 @dataclass(frozen=True)

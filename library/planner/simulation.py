@@ -153,6 +153,8 @@ def _batch(planned: Planned) -> Batch:
     (width, height), count = planned.batch.bucket, len(planned.batch.samples)
     latent, cached, family = planned.family.latent, planned.caches_latents, planned.family
     small = (height // latent.factor, width // latent.factor)
+    shown = [(height, width) for width, height in planned.batch.references]
+    encoded = [torch.zeros(count, latent.channels, h // latent.factor, w // latent.factor) for h, w in shown]
     return Batch(
         names=[""] * count,
         captions=[""] * count,
@@ -160,6 +162,8 @@ def _batch(planned: Planned) -> Batch:
         pixels=None if cached else torch.zeros(count, 3, height, width),
         latents=torch.zeros(count, latent.channels, *small, dtype=planned.dtype) if cached else None,
         latent_seeds=[0] * count,
+        references=tuple(encoded) if cached else (),
+        reference_pixels=() if cached else tuple(torch.zeros(count, 3, h, w) for h, w in shown),
         cond=family.blank_cond(count, planned.dtype),
         masks=torch.ones(count, 1, *(small if cached else (height, width))) if planned.masked_loss else None,
         original_sizes=torch.zeros(count, 2),

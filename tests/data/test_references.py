@@ -118,7 +118,7 @@ def test_folders_of_the_task_edit(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^conditioning_data_dir, the folder of the pictures to edit, is missing for "):
         edit_config(tmp_path)
     folders = [str(make_pictures(tmp_path / name, 2, first=place)) for place, name in enumerate(("x", "y", "z"))]
-    for place, folder in enumerate(folders):  # named as the pictures
+    for folder in folders:  # named as the pictures
         found = sorted(Path(folder).glob("*.png"))
         for number, path in [*enumerate(found)]:
             path.rename(path.with_name(f"p{number:02d}.png"))
@@ -165,7 +165,7 @@ def test_references_named_in_a_metadata_file(tmp_path: Path) -> None:
 
 
 def test_pairs_are_mirrored_together(tmp_path: Path) -> None:
-    files = {name: (64, 64) for name in "abcd"}
+    files = dict.fromkeys("abcd", (64, 64))
     found = scanned(tmp_path, [*files], files)
     for number, name in enumerate(files):
         for folder in ("targets", "references"):

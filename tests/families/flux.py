@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -191,8 +192,10 @@ def loss(options: dict[str, Any], batch: Batch, adapters: Adapters, generator: t
     level = s.view(-1, 1, 1, 1)
     noisy = (1 - level) * latents + level * noise
     weights = with_fused_lora(denoiser, adapters)
+    with torch.no_grad():
+        shown = [(vae.encode(pixels).latent_dist.mode() - 0.1159) * 0.3611 for pixels in batch.reference_pixels]
     more = fill_tokens(vae, batch) if options.get("model_type") == "fill" else None
-    answer = forward(denoiser, weights, noisy, s, texts, options, more)
+    answer = forward(denoiser, weights, noisy, s, texts, options, shown, more)
     if batch.masks is None:
         return F.mse_loss(answer, noise - latents)
     counted = F.interpolate(batch.masks, size=latents.shape[2:], mode="area")
@@ -217,9 +220,12 @@ def fill_tokens(vae: Any, batch: Batch) -> Tensor:
 
 def forward(
     denoiser: Any, weights: dict[str, Tensor], noisy: Tensor, s: Tensor, texts: dict[str, Any], options: dict[str, Any],
-    further: Tensor | None = None,
+    shown: Sequence[Tensor] = (), further: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """The model's output for noisy latents, by diffusers alone. further: channels of Fill's tokens, (B, N, 320)."""
+    """The model's output for noisy latents, by diffusers alone.
+
+    shown: latents of Kontext's reference pictures. further: channels of Fill's tokens, (B, N, 320).
+    """
     rows, columns = noisy.shape[2] // 2, noisy.shape[3] // 2
     tokens = F.unfold(noisy, 2, stride=2).transpose(1, 2)  # channel by channel, as the model has it
     tokens = tokens if further is None else torch.cat([tokens, further], -1)
@@ -230,13 +236,17 @@ def forward(
         "img_ids": places,
         "txt_ids": torch.zeros(texts["encoder_hidden_states"].shape[1], 3),
     }
+    for latents in shown:
+        own = torch.cartesian_prod(torch.ones(1), *(torch.arange(n // 2).float() for n in latents.shape[2:]))
+        tokens = torch.cat([tokens, F.unfold(latents, 2, stride=2).transpose(1, 2)], 1)
+        more["img_ids"] = torch.cat([more["img_ids"], own])
     if "attention_mask" in more:  # pictures are behind the text
-        more["attention_mask"] = F.pad(more["attention_mask"], (0, rows * columns), value=True)
+        more["attention_mask"] = F.pad(more["attention_mask"], (0, tokens.shape[1]), value=True)
         if "pooled_projections" in more:  # FLUX.1 has no such argument
             more["joint_attention_kwargs"] = {"attention_mask": more.pop("attention_mask")[:, None, None]}
     if denoiser.config.get("guidance_embeds"):
         more["guidance"] = torch.full_like(s, options["guidance_scale"])
-    answer = functional_call(denoiser, weights, (tokens,), more).sample
+    answer = functional_call(denoiser, weights, (tokens,), more).sample[:, : rows * columns]
     return F.fold(answer.transpose(1, 2), (2 * rows, 2 * columns), 2, stride=2)
 
 

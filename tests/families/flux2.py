@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,11 @@ def loss(options: dict[str, Any], batch: Batch, adapters: Adapters, generator: t
         mean, variance = vae.bn.running_mean.view(1, -1, 1, 1), vae.bn.running_var.view(1, -1, 1, 1)
         latents = (latents - mean) / torch.sqrt(variance + vae.config.batch_norm_eps)
         text = texts(folder, options, batch.captions)
+        shown = [
+            (Flux2KleinPipeline._patchify_latents(vae.encode(pixels).latent_dist.mode()) - mean)
+            / torch.sqrt(variance + vae.config.batch_norm_eps)
+            for pixels in batch.reference_pixels
+        ]
 
     tokens = latents.shape[2] * latents.shape[3]
     shift = torch.tensor(0.5 + (1.15 - 0.5) / (4096 - 256) * (tokens - 256)).exp()
@@ -196,7 +202,8 @@ def loss(options: dict[str, Any], batch: Batch, adapters: Adapters, generator: t
     noise = torch.randn(latents.shape, generator=generator)
     level = s.view(-1, 1, 1, 1)
     noisy = (1 - level) * latents + level * noise
-    answer = forward(denoiser, with_lora(denoiser, adapters), noisy, s, text, options.get("guidance_scale", 1.0))
+    guidance = options.get("guidance_scale", 1.0)
+    answer = forward(denoiser, with_lora(denoiser, adapters), noisy, s, text, guidance, shown)
     return F.mse_loss(answer, noise - latents)
 
 
@@ -215,17 +222,24 @@ def texts(folder: Path, options: dict[str, Any], captions: list[str]) -> Tensor:
 
 
 def forward(
-    denoiser: Any, weights: dict[str, Tensor], noisy: Tensor, s: Tensor, text: Tensor, guidance: float
-) -> Tensor:
-    """The model's output for noisy latents, by diffusers alone."""
+    denoiser: Any, weights: dict[str, Tensor], noisy: Tensor, s: Tensor, text: Tensor, guidance: float,
+    shown: Sequence[Tensor] = (),
+) -> Tensor:  # fmt: skip
+    """The model's output for noisy latents, by diffusers alone. shown: latents of reference pictures."""
     from diffusers import Flux2KleinPipeline as Pipeline
 
+    tokens, places = Pipeline._pack_latents(noisy), Pipeline._prepare_latent_ids(noisy)
+    if shown:
+        more = torch.cat([Pipeline._pack_latents(latents) for latents in shown], 1)
+        of_one = Pipeline._prepare_image_ids([latents[:1] for latents in shown])
+        places = torch.cat([places, of_one.expand(len(noisy), -1, -1)], 1)
+        tokens = torch.cat([tokens, more], 1)
     answer = functional_call(denoiser, weights, (), {
-        "hidden_states": Pipeline._pack_latents(noisy), "encoder_hidden_states": text, "timestep": s,
-        "img_ids": Pipeline._prepare_latent_ids(noisy), "txt_ids": Pipeline._prepare_text_ids(text),
+        "hidden_states": tokens, "encoder_hidden_states": text, "timestep": s,
+        "img_ids": places, "txt_ids": Pipeline._prepare_text_ids(text),
         "guidance": torch.full_like(s, guidance) if denoiser.config.guidance_embeds else None,
     }).sample  # fmt: skip
-    return answer.transpose(1, 2).reshape(noisy.shape)
+    return answer[:, : noisy.shape[2] * noisy.shape[3]].transpose(1, 2).reshape(noisy.shape)
 
 
 PARTS = {

@@ -143,5 +143,7 @@ def test_families_without_references_refuse_them(
 ) -> None:
     monkeypatch.setattr(Editing, "references", None)
     monkeypatch.setattr(Editing, "load_denoiser", None)
-    with pytest.raises(UserError, match=r"^reference_data_dir: this model takes no reference pictures; leave it out"):
+    with pytest.raises(
+        UserError, match=r"^reference_data_dir: this model takes no reference pictures here: leave it out"
+    ):
         run(sd1, pairs, tmp_path / "refused")

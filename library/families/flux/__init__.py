@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FLUX.1 dev, Fill and schnell."""
+"""FLUX.1 dev, Kontext, Fill and schnell."""
 
 from __future__ import annotations
 
@@ -24,6 +24,10 @@ VARIANTS = {
     "dev": FluxVariant(
         ModelFacts("flux1", "flux-1-dev", CODE, None),
         PreviewDefaults(20, scale=1.0, guidance=3.5, size=1024, honoured=("guidance_scale", "flow_shift")),
+    ),
+    "kontext": FluxVariant(
+        ModelFacts("flux1", "flux-1-kontext-dev", CODE, None),
+        PreviewDefaults(20, scale=1.0, guidance=2.5, size=1024, honoured=("guidance_scale", "flow_shift")),
     ),
     "fill": FluxVariant(
         ModelFacts("flux1", "flux-1-fill-dev", CODE, None),
@@ -55,7 +59,7 @@ SHEET = Sheet(
     family_option="model_type",
     token_option="--t5xxl_max_token_length",
     asked_encoders={"t5xxl": "train_t5xxl"},
-    models="FLUX.1 dev, Fill, schnell, Chroma",
+    models="FLUX.1 dev, Kontext, Fill, schnell, Chroma",
     page="docs/flux.md",
     recipes={"network": "configs/flux_lora.toml", "finetune": "configs/flux_full.toml"},
     memory_recipes={

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FLUX.1 dev, Fill and schnell.
+"""FLUX.1 dev, Kontext, Fill and schnell.
 
 Black Forest Labs 2024, https://github.com/black-forest-labs/flux. A rectified-flow transformer over latents and T5
 states, which is also told CLIP-L's pooled output, and in dev a guidance.
@@ -23,6 +23,7 @@ from library.families.flux import SHEET, VARIANTS, FluxVariant
 from library.families.flux.fill import FILL, FILL_PREVIEW, encode_masked, picture_and_mask, problem_of_input
 from library.families.flux.options import FluxFineTuneOptions, FluxFlowOptions, FluxOptions
 from library.families.flux.parts import CLIP, FLUX, T5, Design, FluxParts, denoiser_rules, open_parts
+from library.families.flux.references import KONTEXT
 from library.families.t5 import MASK, cut_padding, encode_t5
 from library.families.two_streams import TwoStreamFamily, block_lists
 from library.io.checkpoint import CheckpointForm, save_tensors
@@ -67,9 +68,20 @@ class Flux(TwoStreamFamily):
 
     @property
     def variant(self) -> FluxVariant:
+        if self.is_kontext:
+            return VARIANTS["kontext"]
         if self.fills:
             return VARIANTS["fill"]
         return VARIANTS["dev" if self.parts.config["guidance_embeds"] else "schnell"]
+
+    @property
+    def is_kontext(self) -> bool:
+        """Whether the model is FLUX.1 Kontext, whose file cannot be told from dev's."""
+        return self.options.model_type == "kontext"
+
+    @property
+    def references(self) -> ReferenceSpec | None:
+        return KONTEXT if self.is_kontext and self.edits else None
 
     @property
     def fills(self) -> bool:
@@ -85,6 +97,8 @@ class Flux(TwoStreamFamily):
         return FILL_PREVIEW if self.fills else self.references
 
     def check(self) -> None:
+        if self.is_kontext and not self.parts.config["guidance_embeds"]:
+            raise UserError(f"--model_type kontext: {self.parts.path} has no guidance: it is another model")
         for name, encoder in self.parts.encoders.items():
             tokens = len(self.tokenizers[name].tokenizer)
             if tokens > encoder.vocabulary:
@@ -156,24 +170,22 @@ class Flux(TwoStreamFamily):
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Cond, batch: Batch | None) -> Tensor:
         """Noise - latents, B 16 h w. A token is 2 x 2 latent pixels, placed by row and column; text has no place."""
         text, (height, width) = cond[T5], x_t.shape[-2:]
+        references = [latents.to(x_t) for latents in batch.references] if batch is not None else []
+        pictures = [x_t] if self.fills else [x_t, *references]
+        tokens = [pack(picture) for picture in pictures]
+        if self.fills:  # channels of the same tokens
+            tokens = [torch.cat([*tokens, *map(pack, references)], -1)]
         inputs: dict[str, Any] = {
-            "hidden_states": self.tokens_of(x_t, batch),
+            "hidden_states": tokens[0] if len(tokens) == 1 else torch.cat(tokens, 1),
             "timestep": t,  # 0..1: the model multiplies by 1000
             "encoder_hidden_states": text,
             "txt_ids": text.new_zeros(text.shape[1], 3, dtype=torch.float32),
-            "img_ids": picture_ids(height // 2, width // 2, x_t.device),
+            "img_ids": places_of(pictures, side=2, step=1),
         }
         # of one caption alone nothing is padding, and attention without a mask is faster
         mask = _over_pictures(cond[MASK], inputs["hidden_states"]) if MASK in cond and len(text) > 1 else None
         inputs |= self.further_inputs(cond, t, mask)
-        return unpack(denoiser(**inputs, return_dict=False)[0], height, width)
-
-    def tokens_of(self, x_t: Tensor, batch: Batch | None) -> Tensor:
-        """The tokens of the noisy latents: (B, N, 64), of Fill (B, N, 384) with masked picture and mask."""
-        if not self.fills:
-            return pack(x_t)
-        assert batch is not None
-        return torch.cat([pack(x_t), *(pack(further.to(x_t)) for further in batch.references)], -1)
+        return unpack(denoiser(**inputs, return_dict=False)[0][:, : tokens[0].shape[1]], height, width)
 
     def further_inputs(self, cond: Cond, t: Tensor, mask: Tensor | None) -> dict[str, Any]:
         """What else the transformer is called with. mask: (B, text + picture) bool, None where nothing is padding."""
@@ -238,6 +250,20 @@ def picture_ids(rows: int, columns: int, device: torch.device) -> Tensor:
     places = (torch.arange(count, dtype=torch.float32, device=device) for count in (rows, columns))
     row, column = torch.meshgrid(*places, indexing="ij")
     return torch.stack([torch.zeros_like(row), row, column], -1).flatten(0, 1)
+
+
+def places_of(pictures: Sequence[Tensor], *, side: int, step: float) -> Tensor:
+    """(N, 3) float32: number times `step`, row and column of the tokens of several pictures, one after the other.
+
+    side: latent pixels along a side of a token.
+    """
+    places = []
+    for number, picture in enumerate(pictures):
+        own = picture_ids(picture.shape[-2] // side, picture.shape[-1] // side, picture.device)
+        if number:
+            own[:, 0] = number * step
+        places.append(own)
+    return places[0] if len(places) == 1 else torch.cat(places)
 
 
 def _over_pictures(mask: Tensor, tokens: Tensor) -> Tensor:

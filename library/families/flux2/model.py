@@ -22,7 +22,7 @@ from library.adapters.formats.layer_tensors import inputs_of
 from library.device import on_device
 from library.errors import UserError
 from library.families.family import ModelFamily
-from library.families.flux.model import picture_ids
+from library.families.flux.model import places_of
 from library.families.flux2 import SHEET, VARIANTS, Flux2Variant
 from library.families.flux2.options import Flux2FlowOptions
 from library.families.flux2.parts import ENCODER, LATENT_CHANNELS, Flux2Parts, denoiser_rules, open_parts, variant_of
@@ -31,10 +31,23 @@ from library.key_tables import Published
 from library.objectives.base import Sampler
 from library.objectives.flow import FlowObjective, LatentSize, constant_shift
 from library.objectives.options import LossOptions
-from library.types import Batch, Cond, LatentSpec, Tokens
+from library.types import Batch, Cond, LatentSpec, ReferenceSpec, Size, Tokens
 from library.weights import flux2_vae
 from library.weights.language_models import language_states
 from library.weights.tokenizers import ChatTokenizer, mistral_tokenizer, qwen_tokenizer, tokenizer_folders
+
+REFERENCE_STEP = 10  # between the first coordinates of the pictures' places
+TOKEN = 16  # pixels of a token along each side
+
+
+def reference_size(own: Size, target: Size) -> Size:
+    """The size of a reference: its own, or smaller with the area of the training picture, in whole tokens."""
+    share = min(1.0, math.sqrt(target[0] * target[1] / (own[0] * own[1])))
+    width, height = (max(TOKEN, int(side * share) // TOKEN * TOKEN) for side in own)
+    return width, height
+
+
+REFERENCES = ReferenceSpec(most=10, size=reference_size)
 
 
 class Flux2(ModelFamily):
@@ -96,6 +109,10 @@ class Flux2(ModelFamily):
         other = next((name for name, size in sizes.items() if of(*size)), "a model of another size")
         return f"is for {other}, and this model is FLUX.2 {self.variant.title}"
 
+    @property
+    def references(self) -> ReferenceSpec | None:
+        return REFERENCES if self.edits else None
+
     # ---- text
 
     def tokenize(self, captions: list[str]) -> Tokens:
@@ -142,19 +159,24 @@ class Flux2(ModelFamily):
         return Flux2Objective(options, loss, preview_shift=constant_shift(1.0))
 
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Cond, batch: Batch | None) -> Tensor:
-        """Noise - latents, B 128 h w. Latent pixels are tokens at (0, row, column, 0), text tokens at (0, 0, 0, i)."""
+        """Noise - latents, B 128 h w. Latent pixels are tokens at (0, row, column, 0), text tokens at (0, 0, 0, i).
+
+        Those of reference pictures follow at (10, row, column, 0), (20, ...) and so on.
+        """
         text, (height, width) = cond[ENCODER], x_t.shape[-2:]
+        pictures = [x_t, *(latents.to(x_t) for latents in batch.references)] if batch is not None else [x_t]
+        tokens = [picture.flatten(2).transpose(1, 2) for picture in pictures]
         place = torch.arange(text.shape[1], dtype=torch.float32, device=text.device)
-        tokens = denoiser(
-            hidden_states=x_t.flatten(2).transpose(1, 2),
+        answer = denoiser(
+            hidden_states=tokens[0] if len(tokens) == 1 else torch.cat(tokens, 1),
             encoder_hidden_states=text,
             timestep=t,  # 0..1: the model multiplies by 1000
-            img_ids=F.pad(picture_ids(height, width, x_t.device), (0, 1)),
+            img_ids=F.pad(places_of(pictures, side=1, step=REFERENCE_STEP), (0, 1)),
             txt_ids=F.pad(place.unsqueeze(1), (3, 0)),
             guidance=self._guidance(cond, t) if self.parts.config["guidance_embeds"] else None,
             return_dict=False,
         )[0]
-        return tokens.transpose(1, 2).unflatten(2, (height, width))
+        return answer[:, : height * width].transpose(1, 2).unflatten(2, (height, width))
 
     def _guidance(self, cond: Cond, t: Tensor) -> Tensor:
         """(B) float32: that of a preview's prompt, else that of --guidance_scale."""
