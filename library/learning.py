@@ -46,7 +46,6 @@ class Learning:
     conditioned: bool = False  # what learns looks at control images: each picture must have one
     merges: bool = False  # adapters become part of the models first; fewer bits before that would round twice
     reads_weights: bool = False  # third-party code may compute with the weights themselves
-    keeps_untrained: bool = False  # the untrained model can still predict: `Trainables.base_model`
     in_backward: FullOptimizerOptions | None = None  # how weights are stepped during the backward pass, if they are
     swap_options: FineTuneOptions | None = None  # options that the family may have besides --blocks_to_swap
 
@@ -123,7 +122,7 @@ class StepModule(nn.Module):
             assert tokens is not None
             with torch.set_grad_enabled(name in self.learning and torch.is_grad_enabled()):
                 cond |= self.family.encode_part(name, encoder, tokens)
-        if self.trained.training:
-            cond, batch = self.family.drop_text(cond), self.family.drop_references(batch)
+        if batch.seed is not None:
+            cond, batch = self.family.drop_text(cond, batch.seed), self.family.drop_references(batch, batch.seed)
         self.set_condition(batch.control)  # it stays until the next pass: blocks are recomputed in the backward pass
         return self.family.predict(self.denoiser, x_t, t, cond, batch)

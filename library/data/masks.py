@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What masks leave of the pictures: how much of them is trained, and masks that are black, which teach nothing."""
+"""What masks leave of the pictures, and which are black where their picture is trained: those teach nothing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,55 +15,48 @@ from library.data.buckets import Bucket, center_crop
 from library.data.images import load_image, moves_crop, wants_mask
 from library.data.records import Sample
 from library.errors import UserError, first_names
+from library.objectives.loss import DARK
 
-DARK = 8  # of 255: masks without a brighter pixel count as black, such as files that hold 0 and 1
 MOST_NAMES = 10
 MOST_PIXELS = 2_000_000_000  # that are read, of pictures evenly spread over the data: some seconds on a few cores
 
 
-@dataclass(frozen=True)
-class MaskReport:
-    """What is logged of the masks."""
+class MaskReport(NamedTuple):
+    """What is said about the masks of a run before it starts."""
 
-    line: str | None = None  # how many pictures have one, and how much of them is trained
-    warning: str | None = None
-
-    @property
-    def warnings(self) -> list[str]:
-        return [] if self.warning is None else [self.warning]
+    summary: str | None  # how many pictures have one, and what share of their area trains; None: no picture has one
+    warning: str | None
 
 
-@dataclass(frozen=True)
-class Shown:
-    """What a mask shows of the trained part of its picture."""
+class Light(NamedTuple):
+    """A mask in what is trained of its picture."""
 
-    brightest: int  # 0 to 255
-    share: float  # mean of the mask, 0 to 1
+    brightest: int  # of 255
+    mean: float  # in [0, 1]
 
 
-def look_at_masks(trained: Sequence[Sequence[tuple[Sample, Bucket]]], *, masked_loss: bool) -> MaskReport:
-    """How much the masks show, with a warning that names those that are black. trained: the pictures of each dataset.
+def check_masks(trained: Sequence[Sequence[tuple[Sample, Bucket]]], *, masked_loss: bool) -> MaskReport:
+    """Read the masks and report what they leave of the pictures. trained: the pictures of each dataset.
 
-    Raises UserError when no other picture is left to learn from, or a mask cannot be read.
+    Raises UserError when all masks are black and no other picture is left to learn from, or a mask cannot be read.
     """
     pairs = [pair for dataset in trained for pair in dataset if not pair[0].subset.is_reg]
     masked = [pair for pair in pairs if _mask_file(pair[0], masked_loss=masked_loss)]
-    if not masked:
-        line = "--masked_loss: no effect, no picture that is trained has a mask" if masked_loss else None
-        return MaskReport(warning=line)
+    if masked_loss and not masked:
+        return MaskReport(None, "--masked_loss: no effect, no picture that is trained has a mask")
     stride = math.ceil(sum(sample.size[0] * sample.size[1] for sample, _ in masked) / MOST_PIXELS) or 1
     looked_at = masked[::stride]
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        found = list(pool.map(lambda pair: _shown(*pair, masked_loss=masked_loss), looked_at))
+        found = list(pool.map(lambda pair: _light(*pair, masked_loss=masked_loss), looked_at))
     wrong = [value for value in found if isinstance(value, str)]
     if wrong:
         more = [f"and {len(wrong) - MOST_NAMES} more masks cannot be read"] if len(wrong) > MOST_NAMES else []
         raise UserError([*wrong[:MOST_NAMES], *more])
-    shown = [value for value in found if isinstance(value, Shown)]
-    report = MaskReport(_line(len(pairs), len(masked), shown))
-    dark = [(sample, value.brightest) for (sample, _), value in zip(looked_at, shown) if value.brightest < DARK]
+    lights = [value for value in found if isinstance(value, Light)]
+    summary = _summary(lights, len(masked), len(pairs)) if masked else None
+    dark = [(sample, light.brightest) for (sample, _), light in zip(looked_at, lights) if light.brightest < DARK]
     if not dark:
-        return report
+        return MaskReport(summary, None)
     brightest = max(value for _, value in dark)
     kind = f"black or nearly so (no pixel above {brightest} of 255)" if brightest else "black"
     files = dict.fromkeys(_mask_file(sample, masked_loss=masked_loss) or "" for sample, _ in dark)
@@ -74,14 +67,14 @@ def look_at_masks(trained: Sequence[Sequence[tuple[Sample, Bucket]]], *, masked_
     count = "1 mask is" if len(files) == 1 else f"{len(files)} masks are"
     if stride > 1:
         count = f"of {len(looked_at)} masks that were looked at, {count}"
-    return replace(report, warning=f"{count} {kind} where the picture is trained, which then teaches nothing: {rest}")
+    return MaskReport(summary, f"{count} {kind} where the picture is trained, which then teaches nothing: {rest}")
 
 
-def _line(pictures: int, masked: int, shown: Sequence[Shown]) -> str:
-    share = sum(value.share for value in shown) / len(shown)
-    looked_at = "" if len(shown) == masked else f" (of {len(shown)} that were looked at)"
-    have = "has a mask, which shows" if masked == 1 else "have masks, which show"
-    return f"masks: {masked} of {pictures} pictures {have} {share:.1%} of their area on average{looked_at}"
+def _summary(lights: Sequence[Light], masked: int, pictures: int) -> str:
+    """The line about all masks. lights: of those that were looked at."""
+    share = sum(light.mean for light in lights) / len(lights)
+    of = f" (of {len(lights)} that were looked at)" if len(lights) < masked else ""
+    return f"masks: {masked} of {pictures} pictures have one, and {share:.1%} of their area trains{of}"
 
 
 def _mask_file(sample: Sample, *, masked_loss: bool) -> str | None:
@@ -93,8 +86,8 @@ def _mask_file(sample: Sample, *, masked_loss: bool) -> str | None:
     return sample.path if sample.has_alpha else None
 
 
-def _shown(sample: Sample, bucket: Bucket, *, masked_loss: bool) -> Shown | str:
-    """What a mask shows of the trained part of its picture, or why it cannot be read."""
+def _light(sample: Sample, bucket: Bucket, *, masked_loss: bool) -> Light | str:
+    """A mask in what is trained of its picture, or why it cannot be read."""
     path = _mask_file(sample, masked_loss=masked_loss)
     assert path is not None
     try:
@@ -103,14 +96,14 @@ def _shown(sample: Sample, bucket: Bucket, *, masked_loss: bool) -> Shown | str:
         return error.problems[0]
     mask = picture.rgb[..., 0] if path == sample.mask_path else picture.alpha
     if mask is None:
-        return Shown(255, 1.0)
+        return Light(255, 1.0)
     part = _trained_part(mask, sample, bucket)
-    return Shown(int(part.max()), float(part.mean()) / 255)
+    return Light(int(part.max()), float(part.mean()) / 255)
 
 
 def _is_dark(sample: Sample, bucket: Bucket, masked_loss: bool) -> bool:
-    value = _shown(sample, bucket, masked_loss=masked_loss)
-    return isinstance(value, Shown) and value.brightest < DARK
+    light = _light(sample, bucket, masked_loss=masked_loss)
+    return isinstance(light, Light) and light.brightest < DARK
 
 
 def _trained_part(mask: np.ndarray, sample: Sample, bucket: Bucket) -> np.ndarray:

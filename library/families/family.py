@@ -203,12 +203,12 @@ class ModelFamily(ABC):
     def blank_cond(self, count: int, dtype: torch.dtype = torch.float32) -> Cond:
         """Zeros in the shapes of the text encoders' outputs for `count` captions without padding."""
 
-    def drop_text(self, cond: Cond) -> Cond:
-        """Drop outputs of single encoders at random (torch's global generator). Used in training only."""
+    def drop_text(self, cond: Cond, seed: int) -> Cond:
+        """Drop outputs of single encoders at random, the same for every `seed`. Used in training only."""
         return cond
 
-    def drop_references(self, batch: Batch) -> Batch:
-        """Drop reference pictures at random (torch's global generator). Used in training only."""
+    def drop_references(self, batch: Batch, seed: int) -> Batch:
+        """Drop reference pictures at random, the same for every `seed`. Used in training only."""
         return batch
 
     def split_cond(self, cond: Cond) -> list[Cond]:

@@ -30,10 +30,7 @@ class Sampler(Protocol):
 
 @dataclass(frozen=True)
 class Predict:
-    """Predictions of the model for one batch, B C h w float32. `predict(noised)` is that of the model in training.
-
-    Of two predictions the untrained model's comes first: then both leave out the same parts of the text.
-    """
+    """Predictions of the model for one batch, B C h w float32. `predict(noised)` is that of the model in training."""
 
     trained: Callable[[Noised], Tensor]
     untrained: Callable[[Noised], Tensor]  # the model as it was before the training, without gradient

@@ -156,8 +156,7 @@ class DDPMObjective:
         pred = predict(noised).float()
         c = like(self.tables(noised.t.device).huber_c[noised.t], pred)
         elements = MEASURES[self.loss_options.loss_type](pred, noised.target, c)
-        mean = per_sample(elements, batch.masks, normalize=self.loss_options.masked_loss_normalize)
-        return mean * batch.loss_weights.to(elements.device) * noised.weight
+        return per_sample(elements, batch.masks) * batch.loss_weights.to(elements.device) * noised.weight
 
     def validation_t(self) -> list[int | float]:
         """Timesteps that divide the timestep range into equal parts: 200, 400, 600, 800 by default."""

@@ -176,8 +176,7 @@ class FlowObjective:
             form(noised.target, noised.x_t, s),
             scheduled_threshold(self.loss_options, s),
         )
-        mean = per_sample(elements, batch.masks, normalize=self.loss_options.masked_loss_normalize)
-        return mean * batch.loss_weights.to(elements.device) * noised.weight
+        return per_sample(elements, batch.masks) * batch.loss_weights.to(elements.device) * noised.weight
 
     def validation_t(self) -> list[int | float]:
         """Noise levels that divide the range of timesteps into equal parts: 0.2, 0.4, 0.6, 0.8 by default."""

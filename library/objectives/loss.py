@@ -11,6 +11,8 @@ from torch import Tensor
 
 from library.objectives.options import LossOptions
 
+DARK = 8  # of 255: masks without a brighter pixel count as black, such as files that hold 0 and 1
+
 
 def _pseudo_huber(pred: Tensor, target: Tensor, c: Tensor) -> Tensor:
     """sqrt((p - t)^2 + c^2) - c (Charbonnier et al. 1997)."""
@@ -48,21 +50,18 @@ def huber_thresholds(options: LossOptions, alphas_cumprod: Tensor) -> Tensor:
     return (1 - options.huber_c) / (1 + sigmas) ** 2 + options.huber_c
 
 
-def mask_of_latents(masks: Tensor, latents: Tensor) -> Tensor:
-    """Masks (B 1 H W in [0, 1]) averaged over the area of each latent pixel, in the size and dtype of `latents`."""
+def in_latents(masks: Tensor, latents: Tensor) -> Tensor:
+    """Masks (B 1 H W) averaged over the area of each pixel of latents (B C h w): B 1 h w, in the latents' dtype."""
     return F.interpolate(masks.to(latents.dtype), size=latents.shape[-2:], mode="area")
 
 
-def per_sample(loss: Tensor, masks: Tensor | None, *, normalize: bool = False) -> Tensor:
-    """Mean over C h w of the masked element-wise loss, (B,). Masked pixels count as 0 in the mean.
+def apply_mask(loss: Tensor, masks: Tensor) -> Tensor:
+    """Multiply an element-wise loss (B C h w) by masks (B 1 H W in [0, 1])."""
+    return loss * in_latents(masks, loss)
 
-    normalize: divided by the mean of the mask m over h w, so that the result is the mean over what the mask shows,
-    sum(m * loss) / (C sum(m)). A mask that is black everywhere gives 0.
-    """
-    if masks is None:
-        return loss.flatten(1).mean(dim=1)
-    shown = mask_of_latents(masks, loss)
-    mean = (loss * shown).flatten(1).mean(dim=1)
-    if not normalize:
-        return mean
-    return mean / shown.flatten(1).mean(dim=1).clamp_min(torch.finfo(loss.dtype).tiny)
+
+def per_sample(loss: Tensor, masks: Tensor | None) -> Tensor:
+    """Mean over C h w of the masked element-wise loss, (B,). Masked pixels count as 0 in the mean."""
+    if masks is not None:
+        loss = apply_mask(loss, masks)
+    return loss.flatten(1).mean(dim=1)

@@ -103,12 +103,18 @@ class LossOptions:
         1.0, help="Factor on the threshold of the constant and exponential schedules.", check=positive
     )
     masked_loss_normalize: bool = option(
-        False, help="Divide the loss of a picture by the area that its mask shows: small masks learn as much as large."
+        False, help="Divide the loss of a masked picture by the mean of its mask, so that small masks teach as much."
     )
-    masked_prior_weight: float = option(
-        0.0, help="Where masks are black, keep the untrained model's prediction, with this weight (adapters only).",
+    masked_prior_weight: float | None = option(
+        None,
+        help="Where a mask is black, keep what the untrained model predicts: weight of that loss (1 is usual).",
         check=at_least(0),
-    )  # fmt: skip
+        zero_is_unset=True,
+    )
+
+    def mask_flags(self) -> list[str]:
+        """The given options that need masks."""
+        return [f"--{name}" for name in ("masked_loss_normalize", "masked_prior_weight") if vars(self)[name]]
 
     def problems(self) -> Iterator[str]:
         """Combinations that make no sense."""

@@ -260,6 +260,7 @@ def build_bf16(
     """
     if rounding == "plain":
         return choice.build(groups)
+    groups = choice.divided(groups)
     built: list[BuiltOptimizer] = []
 
     def build(shadows: list[dict[str, Any]]) -> torch.optim.Optimizer:

@@ -9,9 +9,12 @@ To add an optimizer, add a row to OPTIMIZERS.
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field, replace
+from types import MethodType
 from typing import Any
 
 import torch
@@ -23,6 +26,7 @@ from library.optim.options import OptimizerOptions
 from library.optim.settings import check_settings, class_names, first_line, import_class, read_settings
 from library.optim.without_waits import rate_on_device, without_synchronizing
 
+ParamGroup = dict[str, Any]  # {"params": [...], "lr": float, ...}
 FLAG, ARGS_FLAG = "--optimizer_type", "--optimizer_args"
 TRAINING_WEIGHTS = "training_weights"  # key of a state that was taken in eval mode
 
@@ -40,17 +44,23 @@ class OptimizerRow:
     finds_rate: bool = False  # estimates its step size; the learning rate is a factor near 1, the same for all groups
     schedule_free: bool = False  # has train() and eval() modes and a schedule of its own
     adjust: Callable[[torch.optim.Optimizer], None] | None = None  # called with each new optimizer
+    together: bool = False  # counts its steps once for all weights of a group, which are therefore stepped together
+    twofold: bool = False  # has two states in one tensor, which is not of the weight's shape
+    bases: bool = False  # keeps two square matrices for each axis of a weight up to max_precondition_dim
+    groups: Callable[[list[ParamGroup]], list[ParamGroup]] | None = None  # how the groups are divided; twice is once
     foreign: bool = False  # neither in this table nor in torch: nothing is known about it
 
     @property
     def by_weight(self) -> bool:
         """Whether each weight is updated on its own, and nothing is counted per group."""
-        return not (self.finds_rate or self.schedule_free or self.foreign)
+        return not (self.finds_rate or self.schedule_free or self.together or self.foreign)
 
     @property
     def block(self) -> int | None:
         """How many neighbouring elements of a weight are updated together; None: all, or those of a row or column."""
-        return 1 if self.elementwise else 256 if self.path.startswith("bitsandbytes.") else None
+        if self.elementwise:
+            return 1
+        return 256 if self.path.startswith("bitsandbytes.") and not self.twofold else None
 
     @property
     def paged(self) -> bool:
@@ -58,9 +68,36 @@ class OptimizerRow:
         return ".Paged" in self.path
 
 
+def matrices_apart(groups: list[ParamGroup]) -> list[ParamGroup]:
+    """Divide each group into its matrices (convolutions included), for Muon, and the rest, for AdamW."""
+    found = []
+    for group in groups:
+        parts: dict[bool, list[Tensor]] = {True: [], False: []}
+        for weight in group["params"]:
+            parts[group.get("use_muon", weight.ndim > 1)].append(weight)
+        found += [{**group, "params": part, "use_muon": muon} for muon, part in parts.items() if part]
+    return found
+
+
+def uncounted(optimizer: Any) -> None:
+    """Make an optimizer forget how often it stepped each group, which it counts and never reads.
+
+    Its state is then the same whether weights are stepped together or one after the other.
+    """
+    step: Callable[..., Any] = optimizer.step
+
+    def step_and_forget(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = step(*args, **kwargs)
+        for group in self.param_groups:
+            group.pop("step", None)
+        return result
+
+    optimizer.step = MethodType(step_and_forget, optimizer)  # torch's schedules expect a method
+
+
 MOMENTUM: Mapping[str, Any] = {"momentum": 0.9}
 NESTEROV: Mapping[str, Any] = {"nesterov": True}
-BNB, DADAPT = "bitsandbytes", "dadaptation"
+BNB, DADAPT, PYTORCH_OPTIMIZER = "bitsandbytes", "dadaptation", "pytorch-optimizer"
 PREPRINT = OptimizerRow("dadaptation.experimental.DAdaptAdamPreprint", DADAPT, finds_rate=True)
 
 OPTIMIZERS: dict[str, OptimizerRow] = {
@@ -69,6 +106,8 @@ OPTIMIZERS: dict[str, OptimizerRow] = {
     "SGDNesterov": OptimizerRow("torch.optim.SGD", defaults=MOMENTUM, fixed=NESTEROV, elementwise=True),
     # not elementwise: 8-bit states share a scale per 256
     "AdamW8bit": OptimizerRow("bitsandbytes.optim.AdamW8bit", BNB, adjust=without_synchronizing),
+    # its second name says how weights in bf16 are updated: `OptimizerOptions.kahan`
+    "AdamW8bitKahan": OptimizerRow("bitsandbytes.optim.AdamW8bit", BNB, adjust=without_synchronizing),
     "PagedAdamW8bit": OptimizerRow("bitsandbytes.optim.PagedAdamW8bit", BNB),
     "PagedAdamW": OptimizerRow("bitsandbytes.optim.PagedAdamW", BNB, elementwise=True),
     "PagedAdamW32bit": OptimizerRow("bitsandbytes.optim.PagedAdamW32bit", BNB, elementwise=True),
@@ -77,6 +116,16 @@ OPTIMIZERS: dict[str, OptimizerRow] = {
     "SGDNesterov8bit": OptimizerRow(
         "bitsandbytes.optim.SGD8bit", BNB, defaults=MOMENTUM, fixed=NESTEROV, adjust=without_synchronizing
     ),
+    **{
+        f"AdEMAMix{bits}": OptimizerRow(
+            f"bitsandbytes.optim.AdEMAMix{bits}", BNB, twofold=True, adjust=without_synchronizing
+        )
+        for bits in ("", "8bit")
+    },
+    **{
+        f"PagedAdEMAMix{bits}": OptimizerRow(f"bitsandbytes.optim.PagedAdEMAMix{bits}", BNB, twofold=True)
+        for bits in ("", "8bit")
+    },
     "Lion": OptimizerRow("lion_pytorch.Lion", "lion-pytorch", elementwise=True),
     "DAdaptation": PREPRINT,
     "DAdaptAdamPreprint": PREPRINT,
@@ -87,6 +136,26 @@ OPTIMIZERS: dict[str, OptimizerRow] = {
     "DAdaptLion": OptimizerRow("dadaptation.DAdaptLion", DADAPT, finds_rate=True),
     "DAdaptSGD": OptimizerRow("dadaptation.DAdaptSGD", DADAPT, finds_rate=True),
     "Prodigy": OptimizerRow("prodigyopt.Prodigy", "prodigyopt", finds_rate=True),
+    "ProdigyPlusScheduleFree": OptimizerRow(
+        "prodigyplus.ProdigyPlusScheduleFree",
+        "prodigy-plus-schedule-free",
+        finds_rate=True,
+        schedule_free=True,
+        # rounding would differ between processes: weights in bf16 are updated by bf16.py
+        fixed={"fused_back_pass": False, "stochastic_rounding": False},
+    ),
+    "CAME": OptimizerRow("pytorch_optimizer.CAME", PYTORCH_OPTIMIZER, adjust=uncounted),
+    "SOAP": OptimizerRow(
+        "pytorch_optimizer.SOAP", PYTORCH_OPTIMIZER, defaults={"max_precondition_dim": 10000}, together=True, bases=True
+    ),
+    "Muon": OptimizerRow(
+        "pytorch_optimizer.Muon",
+        PYTORCH_OPTIMIZER,
+        together=True,
+        groups=matrices_apart,
+        defaults={"use_adjusted_lr": True},  # a matrix moves as far as with AdamW: one learning rate fits both
+        fixed={"adamw_lr": 1.0},  # each group has its own
+    ),
     "Adafactor": OptimizerRow("transformers.optimization.Adafactor", adjust=rate_on_device),
     **{
         f"{name}ScheduleFree": OptimizerRow(
@@ -105,6 +174,7 @@ NOT_HERE = {
 IMPLEMENTATIONS = {"fused", "foreach", "capturable", "differentiable"}  # of torch's optimizers; at most one is set
 NOT_FOR_TRAINING = {
     "LBFGS": "it evaluates the loss several times per step",
+    "Muon": "it takes matrices only; Muon, without torch.optim, steps the other weights with AdamW",
     "SparseAdam": "it takes sparse gradients only",
 }
 
@@ -187,21 +257,30 @@ class OptimizerChoice:
         text = ",".join(f"{k}={v}" for k, v in self.settings.items())
         return f"{self.cls.__module__}.{self.cls.__name__}" + (f"({text})" if text else "")
 
+    def divided(self, param_groups: list[ParamGroup]) -> list[ParamGroup]:
+        """Copies of the groups, as the optimizer wants them divided."""
+        divide = self.row.groups
+        return [dict(group) for group in (param_groups if divide is None else divide(param_groups))]
+
     def build(self, param_groups: list[dict[str, Any]], *, quick: bool = True) -> BuiltOptimizer:
         """Build the optimizer over groups of {"params", "lr", ...}. Raises UserError when it refuses its settings.
 
         quick: use the fast implementation, unless the settings choose one.
         """
-        groups = [dict(group) for group in param_groups]
+        groups = self.divided(param_groups)
         if self.learning_rate is None:
             groups = [{k: v for k, v in group.items() if k != "lr"} for group in groups]
         elif self.row.finds_rate:
             self._one_rate(groups)
         way = {} if IMPLEMENTATIONS & self.settings.keys() or not quick else self.row.quick
         try:
-            optimizer = self.cls(groups, lr=self.learning_rate, **way, **self.row.fixed, **self.settings)  # type: ignore[call-arg]
+            with redirect_stdout(io.StringIO()) as said:  # some print what they think of their settings
+                optimizer = self.cls(groups, lr=self.learning_rate, **way, **self.row.fixed, **self.settings)  # type: ignore[call-arg]
         except Exception as error:  # the class is another project's: it may end with anything
             raise UserError(f"{FLAG} {self.name}: refused with {self.described()}: {first_line(error)}") from None
+        for line in said.getvalue().splitlines():
+            get_logger().debug(line)
+        optimizer.defaults.setdefault("lr", self.learning_rate)  # schedules read it; Muon sets that of groups only
         row = self.row
         if row.adjust is not None:
             row.adjust(optimizer)
@@ -257,7 +336,7 @@ def choose_optimizer(options: OptimizerOptions) -> OptimizerChoice:
     name = options.name
     row, cls = find_optimizer(name)
     given = read_settings(options.optimizer_args or (), ARGS_FLAG)
-    check_settings(given, cls, ARGS_FLAG, {"self", "params", "lr", *row.fixed})
+    check_settings(given, cls, ARGS_FLAG, {"self", "params", "lr", *row.fixed}, named=not row.foreign)
     idle = [f"{ARGS_FLAG}: {key}={given[key]}: {why}" for key, why in NOT_HERE.items() if given.get(key)]
     if idle:
         raise UserError(f"{line}; leave it out" for line in idle)

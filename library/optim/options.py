@@ -41,6 +41,11 @@ class OptimizerOptions:
             return "Lion"
         return self.optimizer_type or "AdamW"
 
+    @property
+    def kahan(self) -> bool:
+        """Whether the optimizer's name says that weights in bf16 keep what rounding cuts off."""
+        return self.name.lower().endswith("kahan")
+
     def problems(self) -> Iterator[str]:
         """Combinations that make no sense."""
         flags = {"--use_8bit_adam": self.use_8bit_adam, "--use_lion_optimizer": self.use_lion_optimizer}

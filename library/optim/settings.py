@@ -78,13 +78,18 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def check_settings(settings: Mapping[str, Any], target: Callable[..., Any], flag: str, taken: Collection[str]) -> None:
-    """Check settings against the parameters of `target`; those in `taken` are set elsewhere. Raises UserError."""
+def check_settings(
+    settings: Mapping[str, Any], target: Callable[..., Any], flag: str, taken: Collection[str], *, named: bool = False
+) -> None:
+    """Check settings against the parameters of `target`; those in `taken` are set elsewhere. Raises UserError.
+
+    named: refuse names that only its **kwargs would take.
+    """
     parameters = inspect.signature(target).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) and not named:
         allowed = None
     else:
-        allowed = {p.name for p in parameters.values() if p.kind is not p.VAR_POSITIONAL} - set(taken)
+        allowed = {p.name for p in parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)} - set(taken)
     problems = []
     for name, value in settings.items():
         if name == "lr":

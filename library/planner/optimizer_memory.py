@@ -32,6 +32,7 @@ class Appetite:
     factored: bool  # a matrix has states for its rows and columns only
     taken: float  # on top of the states, at the peak of a step
     guessed: bool = False  # the optimizer cannot be stepped on this machine
+    longest_base: int = 0  # axes of a matrix up to this length have two square matrices among the states
 
     def states(self, shapes: Sequence[Sequence[int]]) -> int:
         """Bytes of the optimizer states of weights of these shapes."""
@@ -41,6 +42,8 @@ class Appetite:
         count = math.prod(shape)
         if len(shape) > 1 and self.factored:  # the last two axes
             return 4 * math.prod(shape[:-2]) * (shape[-2] + shape[-1])
+        if len(shape) > 1 and self.longest_base:  # the two moments, and the bases
+            return 8 * count + 8 * sum(length**2 for length in shape if length <= self.longest_base)
         if count < SMALL:
             return count * self.small
         return count * (self.matrix if len(shape) > 1 else self.vector)
@@ -65,7 +68,8 @@ def appetite(choice: OptimizerChoice, dtype: torch.dtype) -> Appetite:
         return Appetite(ADAM, ADAM, ADAM, factored=False, taken=0.0, guessed=True)
     factored = matrix[0] < math.prod(MATRIX) // 2
     sizes = [kept / math.prod(shape) for (kept, _), shape in zip((tiny, vector, matrix), (TINY, VECTOR, MATRIX))]
-    return Appetite(sizes[0], sizes[1], sizes[2], factored, taken=matrix[1] / math.prod(MATRIX))
+    longest = choice.settings["max_precondition_dim"] if choice.row.bases else 0
+    return Appetite(sizes[0], sizes[1], sizes[2], factored, matrix[1] / math.prod(MATRIX), longest_base=longest)
 
 
 def _stepped(choice: OptimizerChoice, shape: Sequence[int], dtype: torch.dtype) -> tuple[int, int]:

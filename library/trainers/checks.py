@@ -22,7 +22,7 @@ from library.data.lint import (
     split_warnings,
 )
 from library.data.lint import check as lint
-from library.data.masks import look_at_masks
+from library.data.masks import MaskReport, check_masks
 from library.data.options import CacheOptions
 from library.data.scan import Scan, scan
 from library.device import check_launch, indexed, make_accelerator, return_large_blocks, unscale_half_gradients
@@ -32,6 +32,7 @@ from library.io.checkpoint import check_output, last_name, state_name
 from library.io.state import read_facts
 from library.log import get_logger, is_main_process
 from library.memory.choice import MemoryChoice
+from library.objectives.options import LossOptions
 from library.optim.optimizers import OptimizerChoice, choose_optimizer
 from library.optim.options import OptimizerOptions
 from library.optim.schedulers import check_scheduler
@@ -46,7 +47,6 @@ from library.trainers.settings import distributed_settings, trained_dtype
 from library.trainers.sharding import check_sharding
 from library.trainers.stages import Checked, Processes
 from library.trainers.tracking import check_trackers
-from library.trainers.untrained import check_untrained
 from library.types import ReferenceSpec
 
 T = TypeVar("T")
@@ -167,12 +167,14 @@ def idle_options(options: TrainerOptions, found: Scan, data: TrainingData) -> It
     given = [f"--{name}" for name in names if values[name] is not None]
     if given and not any(stats.validation_images for stats in data.stats()):
         yield f"{', '.join(given)}: no effect, no picture is held out (see --validation_split)"
-    if not data.wants_masks:
-        given = [f"--{name}" for name in ("masked_loss_normalize", "masked_prior_weight") if vars(options.loss)[name]]
-        yield from (f"{flag}: no effect, no picture that is trained has a mask" for flag in given)
     yield from idle_bucket_options([dataset.config for dataset in found.datasets])
     if options.cache.caption_variants != CacheOptions().caption_variants and not options.cache.texts:
         yield "--caption_variants: no effect without --cache_text_encoder_outputs"
+    if options.optimizer.kahan and not options.precision.full_bf16:
+        yield (
+            f"--optimizer_type {options.optimizer.name}: the same as without Kahan's sum, because weights are kept in "
+            "float32 without --full_bf16"
+        )
     if options.sample.every_n_steps and options.sample.every_n_epochs:
         yield "--sample_every_n_steps: no effect, --sample_every_n_epochs wins"
     if options.sample.sample_prompts and not options.sample.wanted:
@@ -201,6 +203,17 @@ def training_data(
     return data
 
 
+def read_masks(data: TrainingData, options: LossOptions) -> MaskReport | None:
+    """What masks leave of the pictures; None without masks. Raises UserError for options that then have no effect."""
+    if data.wants_masks:
+        return check_masks(data.trained(), masked_loss=data.masked_loss)
+    raise_problems(
+        f"{flag} has no effect: no picture has a mask (give --masked_loss and conditioning_data_dir, or alpha_mask)"
+        for flag in options.mask_flags()
+    )
+    return None
+
+
 # ---- all of them ----------------------------------------------------------------------------------------------------
 
 
@@ -224,13 +237,7 @@ def check(method: Method[TrainerOptions], stop: StopRequest) -> Checked:
     checks.run(lambda: check_schedule(options, optimizer))
     learning = checks.run(method.learning)
     control = learning is not None and learning.conditioned
-
-    def captioned(found: Scan) -> Scan:
-        if learning is not None:
-            checks.run(lambda: check_untrained(options, learning, found))
-        return method.with_captions(found)
-
-    found = checks.run(lambda: scan_datasets(family, options, captioned, control=control))
+    found = checks.run(lambda: scan_datasets(family, options, method.with_captions, control=control))
     if learning is not None and optimizer is not None and found is not None:
         checks.run(lambda: check_sharding(options, learning, optimizer, found))
     seed, processes = run_seed(options, facts), None
@@ -239,8 +246,7 @@ def check(method: Method[TrainerOptions], stop: StopRequest) -> Checked:
         seed = agreed_seed(seed)  # before the pictures are shuffled and held out by it
     read = lambda found: training_data(found, options, seed, family.references, reads_masks=family.reads_masks)
     data = checks.run(lambda: read(found)) if found else None
-    masked = data is not None and data.wants_masks
-    masks = checks.run(lambda: look_at_masks(data.trained(), masked_loss=data.masked_loss)) if data and masked else None
+    masks = checks.run(lambda: read_masks(data, options.loss)) if data else None
     checks.finish()
     assert found is not None and data is not None and optimizer is not None and prompts is not None
     assert learning is not None and processes is not None
@@ -249,10 +255,10 @@ def check(method: Method[TrainerOptions], stop: StopRequest) -> Checked:
     idle = [*idle_options(options, found, data)]
     if options.distributed.shard_base and processes.world == 1:
         idle.append("--shard_base: no effect with one process, which has all weights")
-    for line in (*warnings, *(masks.warnings if masks else ()), *idle):
+    for line in (*warnings, *filter(None, [masks and masks.warning]), *idle):
         log.warning(line)
-    if masks is not None and masks.line is not None:
-        log.info(masks.line)
+    if masks is not None and masks.summary is not None and processes.is_main:
+        log.info(masks.summary)
     resumption, validation_plans = Resumption(folder), data.validation_plans()
     return Checked(
         method, learning, found, data, validation_plans, prompts, optimizer, seed, resumption, processes, stop

@@ -256,7 +256,7 @@ class TrainerOptions:
         """How weights in bf16 are updated: "stochastic", "kahan" or "plain"."""
         if not self.precision.full_bf16 or self.distributed.deepspeed:  # DeepSpeed keeps float32 weights by itself
             return "plain"
-        return self.precision.bf16_update or "stochastic"
+        return self.precision.bf16_update or ("kahan" if self.optimizer.kahan else "stochastic")
 
     def choices(self) -> Iterator[Choice]:
         """Values for options that were not given."""
@@ -265,6 +265,11 @@ class TrainerOptions:
     def problems(self) -> Iterator[str]:
         """Combinations of options of several groups that make no sense."""
         yield from cross_problems(self.save, self.state, self.hub)
+        if self.optimizer.kahan and self.precision.bf16_update not in (None, "kahan"):
+            yield (
+                f"--optimizer_type {self.optimizer.name} keeps what rounding cuts off: leave --bf16_update "
+                f"{self.precision.bf16_update} out"
+            )
         if self.memory.plan and self.state.resume:
             yield "--plan looks at a run from its start: leave out --resume, what a step takes is the same"
         if self.distributed.deepspeed and (

@@ -13,7 +13,6 @@ from library.learning import Learning
 from library.memory.choice import MemoryChoice
 from library.optim.optimizers import OptimizerChoice
 from library.trainers.options import TrainerOptions
-from library.trainers.untrained import asking_for_untrained
 
 
 def check_sharding(options: TrainerOptions, learning: Learning, optimizer: OptimizerChoice, found: Scan) -> None:
@@ -48,5 +47,14 @@ def _problems(options: TrainerOptions, learning: Learning, optimizer: OptimizerC
             f"--optimizer_type {optimizer.name} computes something over a whole weight, of which each process has a "
             "part with --shard_base: take AdamW, Lion, SGDNesterov, one of their 8-bit forms or a ScheduleFree one"
         )
-    for asking in asking_for_untrained(options, found):
-        yield f"--shard_base: all processes must make the same passes, and {asking} asks for one more with some batches"
+    if options.loss.masked_prior_weight:
+        yield (
+            "--shard_base: all processes must make the same passes, and --masked_prior_weight asks for one more where "
+            "a batch has masks: leave one of them out"
+        )
+    subsets = {id(subset.config): subset.config for subset in found.subsets}.values()
+    if any(subset.custom_attributes.get("diff_output_preservation") for subset in subsets):
+        yield (
+            "--shard_base: all processes must make the same passes, and custom_attributes.diff_output_preservation "
+            "asks for one more with some batches: remove it"
+        )

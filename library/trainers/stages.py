@@ -37,7 +37,7 @@ from library.memory.compiling import warm
 from library.memory.estimate import CUDA_CONTEXT
 from library.memory.sharding import LocalShards, shard, shard_learning
 from library.objectives.base import Objective
-from library.objectives.prior_preservation import PriorPreservation
+from library.objectives.selective import SelectiveObjective
 from library.optim.in_backward import units
 from library.optim.optimizers import OptimizerChoice
 from library.optim.schedulers import check_scheduler
@@ -218,8 +218,7 @@ def as_planned(
     choice, dtype = MemoryChoice.of(options.memory), compute_dtype(options.precision)
 
     def loss_of(models: Models, trainables: Trainables, model: nn.Module) -> Loss:
-        inner = family.objective(options.objective, options.loss)
-        objective = PriorPreservation(inner, options.loss.masked_prior_weight)
+        objective = family.objective(options.objective, options.loss)
         forward = Pass(family, objective, models, trainables, model, device, dtype)
         return partial(forward.mean_loss, generator=torch.Generator(device=device))
 
@@ -266,8 +265,7 @@ def load(scheduled: Scheduled) -> Loaded:
     checked, planned, plan = scheduled.checked, scheduled.planned, scheduled.plan
     family, options, processes, stop = checked.family, checked.options, checked.processes, checked.stop
     prompts, learning = checked.prompts, checked.learning
-    inner = family.objective(options.objective, options.loss)
-    objective = PriorPreservation(inner, options.loss.masked_prior_weight)
+    objective = SelectiveObjective(family.objective(options.objective, options.loss), options.loss)
     size = checked.found.datasets[0].config.buckets.resolution
     caches = Caches(
         family, options, checked.data, planned.dtype, learning=learning.parts,

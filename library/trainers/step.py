@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from library.device import kept_random_state, seed_everything
+from library.device import seed_everything
 from library.families.family import ModelFamily
 from library.learning import Models, Trainables
 from library.objectives.base import Objective, Predict
@@ -80,8 +80,7 @@ class Pass:
                 return self.model(noised.x_t.to(self.dtype), noised.t, complete, tokens).float()
 
         def untrained(noised: Noised) -> Tensor:
-            # what is dropped of the text is drawn again in the trained model's prediction, and must be the same
-            with kept_random_state(self.device), torch.no_grad(), self.trainables.base_model():
+            with torch.no_grad(), self.trainables.base_model():
                 return trained(noised)
 
         return Predict(trained, untrained)
@@ -146,7 +145,7 @@ class Step:
         forward, total = self.forward, torch.zeros((), device=self.forward.device)
         generator = torch_generator(self.seed, "noise", batch.position, 0, device=forward.device)
         seed_everything(derive_seed(self.seed, "dropout", batch.position, 0))
-        there = batch.to(forward.device)
+        there = replace(batch, seed=derive_seed(self.seed, "family", batch.position)).to(forward.device)
         noised = forward.noised(there, generator)
         parts = list(self.parts(there, noised, batch.cond))
         for index, (part, noised) in enumerate(parts):
@@ -170,4 +169,5 @@ class Step:
         for start in range(0, batch.size, most):
             rows = slice(start, start + most)
             joined = family.join_conds(conds[rows]) if conds is not None else None  # padded to its own longest
-            yield replace(batch.part(rows), cond=joined).to(self.forward.device), noised.part(rows)
+            part = replace(batch.part(rows), cond=joined, seed=derive_seed(batch.seed or 0, start))
+            yield part.to(self.forward.device), noised.part(rows)

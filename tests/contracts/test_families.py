@@ -23,6 +23,8 @@ from library.cli import load_attribute
 from library.families.adapters import tables_of
 from library.families.registry import FAMILIES, family_class
 from library.objectives.base import Predict
+from library.objectives.options import LossOptions
+from library.objectives.selective import SelectiveObjective
 from library.options import specs
 from tests.adapters.known_formats import format_of, read_adapter
 from tests.families import CASES
@@ -30,6 +32,7 @@ from tests.families.base import Case
 from tests.trainers.helpers import (
     Run,
     assert_same_run,
+    half_masks,
     make_pictures,
     micro_generator,
     randomized,
@@ -140,31 +143,6 @@ def test_one_step_equals_the_literal_reference(subject: Subject, trained: Path, 
     assert_close(run.trainer.gradients[0], grads, 1e-5)
 
 
-@pytest.mark.parametrize("normalize", [False, True], ids=["mean", "normalized"])
-def test_nothing_is_learned_where_a_mask_is_black(subject: Subject, continued: Continued, normalize: bool) -> None:
-    """The gradient there is 0, grey counts by its value, and the normalised loss is the mean over what is shown."""
-    trainer = continued.run.trainer
-    family, options = trainer.method.family, trainer.method.options
-    objective = family.objective(options.objective, replace(options.loss, masked_loss_normalize=normalize))
-    batch = trainer.data.load(trainer.data.plan_epoch(1)[0], step=0)
-    latents = torch.randn(trainer.forward.latents(batch).shape)
-    count, _, height, width = latents.shape
-    assert count == 2 and width > 1
-    shown = torch.zeros(2, 1, height, width)
-    shown[0, ..., : width // 2], shown[1] = 1, 0.25
-    t = objective.sample_t(2, (height, width), torch.Generator().manual_seed(1), "cpu")
-    noised = objective.noise(latents, t, torch.Generator().manual_seed(2))
-    pred = torch.randn(latents.shape).requires_grad_(True)
-    each = objective.loss(Predict.of(pred), noised, replace(batch, masks=shown))
-    whole = objective.loss(Predict.of(pred), noised, replace(batch, masks=None))
-    (gradient,) = torch.autograd.grad(each.sum(), pred, retain_graph=True)
-    (plain,) = torch.autograd.grad(whole.sum(), pred)
-    assert not gradient[0, ..., width // 2 :].any() and gradient[0, ..., : width // 2].any()
-    area = shown.mean(dim=(1, 2, 3), keepdim=True) if normalize else 1
-    torch.testing.assert_close(gradient, plain * shown / area)
-    torch.testing.assert_close(each[1], whole[1] * (1 if normalize else 0.25))
-
-
 def test_one_step_of_split_layers_equals_the_literal_reference(subject: Subject, tmp_path: Path) -> None:
     """split_qkv: the file's up matrices are block-diagonal, and outside of the blocks nothing learns."""
     module = FAMILIES[subject.case.family].networks["lora"]
@@ -202,6 +180,39 @@ def fused(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
 def fused_pattern(key: str, gradients: dict[str, Tensor]) -> Tensor:
     """1 where a matrix of the file has a part, 0 in the rest of a block-diagonal one."""
     return fused({name: torch.ones_like(value) for name, value in gradients.items()})[key]
+
+
+def test_masks_divide_a_picture_between_what_is_trained_and_what_is_kept(
+    subject: Subject, trained: Path, tmp_path: Path
+) -> None:
+    """--masked_loss_normalize and --masked_prior_weight as formulas over a black and a white half."""
+    names = [f"p{number:02d}.png" for number in range(2)]
+    masks = half_masks(tmp_path / "masks", names, white="left")
+    data = write_dataset(tmp_path / "d.toml", subset(subject.ground / "two", conditioning_data_dir=str(masks)))
+    run = train(
+        None, data, tmp_path / "run", max_train_steps=1, learning_rate=1e-30, network_weights=trained, masked_loss=True,
+        masked_loss_normalize=True, masked_prior_weight=30, **subject.options,
+    )  # fmt: skip
+    trainer, generator = run.trainer, micro_generator(run, 0)
+    inner, batch = trainer.objective, trainer.data.load(trainer.data.plan_epoch(1)[0], step=0)
+    with torch.no_grad():
+        noised = trainer.forward.noised(batch, generator)
+        pred = trainer.forward.predict(batch)(noised)
+        trainer.network.detach()
+        prior = trainer.forward.predict(batch)(noised)
+    white = torch.arange(pred.shape[-1]) < pred.shape[-1] // 2
+    plain = lambda pred, target: inner.loss(
+        Predict.of(pred), replace(noised, target=target), replace(batch, masks=None)
+    )
+    trains = plain(torch.where(white, pred, noised.target), noised.target)  # the loss of what equals its target is 0
+    keeps = plain(torch.where(white, prior, pred), prior)
+    assert run.losses[0] == pytest.approx(float((trains / 0.5 + 30 * keeps).mean()), rel=1e-5)
+    assert float((30 * keeps / trains).min()) > 1e-3  # both count
+
+    pred.requires_grad_()
+    masked = SelectiveObjective(inner, LossOptions(masked_loss_normalize=True))
+    (gradient,) = torch.autograd.grad(masked.loss(Predict.of(pred), noised, batch).sum(), pred)
+    assert not gradient[..., ~white].any() and gradient[..., white].all()
 
 
 def test_overfits_one_batch(subject: Subject, tmp_path: Path) -> None:

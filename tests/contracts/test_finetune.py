@@ -299,5 +299,7 @@ def test_untrained_model_is_gone(subject: Subject, tmp_path: Path) -> None:
     data = write_dataset(tmp_path / "kept.toml", wanted)
     with pytest.raises(UserError, match=r"diff_output_preservation .*pictures.* full training"):
         finetune(data, tmp_path / "run", **subject.options)
+    with pytest.raises(UserError, match=r"--masked_prior_weight needs the untrained model, which full training"):
+        subject.finetune(tmp_path / "run", masked_prior_weight=1)
     with pytest.raises(UserError, match="all learning rates are 0"):
         subject.finetune(tmp_path / "run", learning_rate=0)

@@ -16,7 +16,7 @@ INSTALLED = [name for name, row in OPTIMIZERS.items() if importlib.util.find_spe
 GENERATOR_SEED = 7
 RATES = {"SGDNesterov": 0.02, "SGDNesterov8bit": 0.02, "SGDScheduleFree": 0.3, "RAdamScheduleFree": 0.1}
 
-STEPS = {"DAdaptAdaGrad": 360, "Adafactor": 260}  # the slow starters
+STEPS = {"DAdaptAdaGrad": 360, "Adafactor": 260, "Muon": 320}  # the slow starters
 
 
 def rate(name):

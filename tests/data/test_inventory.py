@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from library.data import inventory, lint
-from library.data.config import missing_paths
+from library.data.config_problems import missing_paths
 from library.data.records import BucketRules, DatasetConfig, SubsetConfig
 from library.data.scan import Scan, scan
 from library.rng import python_rng

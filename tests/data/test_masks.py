@@ -12,7 +12,7 @@ from PIL import Image
 
 from library.data import masks
 from library.data.dataset import TrainingData
-from library.data.masks import look_at_masks
+from library.data.masks import MaskReport, check_masks
 from library.data.records import BucketRules, DatasetConfig, ImageRules, SubsetConfig
 from library.data.scan import scan
 from library.errors import UserError
@@ -37,12 +37,12 @@ def said(folder: Path, values: list[Any], *, alpha: bool = False, mode: str = "L
     other = None if alpha else str(folder / "masks")
     rules = ImageRules(alpha_mask=alpha, **how)
     subset = SubsetConfig(str(folder), conditioning_data_dir=other, class_tokens="x", images=rules)
-    return judged((DatasetConfig((subset,), SQUARE),), masked_loss=not alpha)
+    return judged((DatasetConfig((subset,), SQUARE),), masked_loss=not alpha).warning
 
 
-def judged(configs: tuple[DatasetConfig, ...], *, masked_loss: bool) -> str | None:
+def judged(configs: tuple[DatasetConfig, ...], *, masked_loss: bool) -> MaskReport:
     found = [(dataset.config, dataset.samples) for dataset in scan(configs).datasets]
-    return look_at_masks(TrainingData(found, seed=1).trained(), masked_loss=masked_loss).warning
+    return check_masks(TrainingData(found, seed=1).trained(), masked_loss=masked_loss)
 
 
 def outside(mask: Image.Image) -> None:
@@ -96,7 +96,7 @@ def test_whoever_has_no_mask_learns(tmp_path: Path) -> None:
             )
     black = SubsetConfig(str(tmp_path / "black"), class_tokens="x", images=ImageRules(alpha_mask=True))
     plain = SubsetConfig(str(tmp_path / "plain"), class_tokens="x", images=ImageRules(alpha_mask=True))
-    line = judged((DatasetConfig((black, plain), SQUARE),), masked_loss=False) or ""
+    line = judged((DatasetConfig((black, plain), SQUARE),), masked_loss=False).warning or ""
     assert line.startswith("2 masks are black")
     both = (DatasetConfig((black,), SQUARE), DatasetConfig((black,), BucketRules((32, 32))))
     with pytest.raises(UserError, match="all masks are black"):
@@ -104,6 +104,27 @@ def test_whoever_has_no_mask_learns(tmp_path: Path) -> None:
     reg = SubsetConfig(str(tmp_path / "plain"), class_tokens="x", is_reg=True)
     with pytest.raises(UserError, match="all masks are black"):
         judged((DatasetConfig((black, reg), SQUARE),), masked_loss=False)
+
+
+def test_the_summary_counts_what_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a crop, and of all masks or those that were looked at."""
+    folder = tmp_path / "p"
+    (folder / "masks").mkdir(parents=True)
+    for number in range(6):
+        Image.new("RGB", (64, 96)).save(folder / f"{number}.png")
+        mask = Image.new("L", (64, 96), 255)
+        mask.paste(0, (0, 0, 64, 32))  # a quarter of what the crop keeps
+        mask.save(folder / "masks" / f"{number}.png")
+    Image.new("RGB", (64, 96)).save(tmp_path / "q.png")
+    both = [
+        SubsetConfig(str(folder), conditioning_data_dir=str(folder / "masks"), class_tokens="x"),
+        SubsetConfig(str(tmp_path), class_tokens="x"),
+    ]
+    configs = (DatasetConfig(tuple(both), SQUARE),)
+    whole = judged(configs, masked_loss=True)
+    assert whole == ("masks: 6 of 7 pictures have one, and 75.0% of their area trains", None)
+    monkeypatch.setattr(masks, "MOST_PIXELS", 64 * 96 * 3)
+    assert (judged(configs, masked_loss=True).summary or "").endswith("trains (of 3 that were looked at)")
 
 
 def test_very_many_pixels_are_not_all_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,6 +122,17 @@ def test_low_rate_for_a_rate_finder_is_a_warning(caplog):
         ("torch.optim.Optimizer", (), "has no Optimizer named 'Optimizer'"),
         ("SGDNesterov", ("nesterov=False",), "nesterov is set by the name"),
         ("SGDNesterov", ("momentum=0",), "refused with"),
+        ("CAME", ("beta=(0.9, 0.99)",), "--optimizer_args: unknown key 'beta'. Did you mean 'betas'"),
+        ("CAME", ("betas=(0.9, 0.99)",), "betas expects 3 numbers such as (0.9, 0.999, 0.9999)"),
+        ("SOAP", ("precondition_frequency=0",), "--optimizer_type SOAP: refused with"),
+        ("Muon", ("adamw_lr=1e-4",), "adamw_lr is set by the name that was chosen and cannot be given"),
+        (
+            "torch.optim.Muon",
+            (),
+            "cannot be used here: it takes matrices only; Muon, without torch.optim",
+        ),
+        ("ProdigyPlusScheduleFree", ("fused_back_pass=True",), "fused_back_pass is set by the name"),
+        ("AdEMAMix8bit", ("alfa=5",), "unknown key 'alfa'. Did you mean 'alpha'"),
         ("LBFGS", (), "cannot be used here: it evaluates the loss several times"),
         ("no_such_package.optim.Thing", (), "package no_such_package is not installed: pip install no_such_package"),
         ("lion_pytorch.Lyon", (), "has no Optimizer named 'Lyon'. Did you mean 'Lion'"),
@@ -141,7 +152,46 @@ def test_all_wrong_settings_at_once():
     assert len(caught.value.problems) == 2
 
 
+def test_muon_steps_matrices_and_adamw_the_rest():
+    """With one learning rate: Muon's step of a matrix is as long as one of AdamW's."""
+    matrix, kernel, bias = (torch.nn.Parameter(torch.zeros(shape)) for shape in ((24, 16), (8, 4, 3, 3), (16,)))
+    group = {"params": [matrix, bias, kernel], "lr": 1e-2, "name": "all"}
+    optimizer = choose("Muon", learning_rate=1e-2).build([group, {"params": [], "lr": 1.0}]).optimizer
+    first, second = optimizer.param_groups
+    assert ([*first["params"]], [*second["params"]]) == ([matrix, kernel], [bias])
+    assert (first["lr"], second["lr"], first["name"], second["name"]) == (1e-2, 1e-2, "all", "all")
+    draw = torch.Generator().manual_seed(0)
+    for weight in (matrix, kernel, bias):
+        weight.grad = torch.randn(weight.shape, generator=draw)
+    plain = [p.detach().clone().requires_grad_() for p in (bias,)]
+    plain[0].grad = bias.grad.clone()
+    optimizer.step()
+    torch.optim.AdamW(plain, lr=1e-2, betas=(0.9, 0.95), eps=1e-10, weight_decay=0).step()
+    assert torch.allclose(bias, plain[0], atol=1e-6)
+    values = torch.linalg.svdvals(matrix.detach())
+    assert values.max() / values.min() < 2  # near to an orthogonal matrix
+    assert 0.1e-2 < matrix.square().mean().sqrt() < 0.4e-2
+
+
+def test_kahan_is_how_weights_in_bf16_are_updated():
+    options = OptimizerOptions(optimizer_type="adamw8bitKahan")
+    assert options.kahan and not OptimizerOptions(optimizer_type="AdamW8bit").kahan
+    assert OPTIMIZERS["AdamW8bitKahan"] == OPTIMIZERS["AdamW8bit"]
+
+
+def test_prints_of_other_packages_are_not_shown(capsys):
+    pytest.importorskip("prodigyplus")
+    choose("ProdigyPlusScheduleFree", learning_rate=1.0).build(groups(1.0))
+    assert capsys.readouterr().out == ""
+
+
 def test_missing_package_of_the_table_names_what_pip_installs():
+    for name in ("CAME", "SOAP", "Muon", "ProdigyPlusScheduleFree"):
+        row = OPTIMIZERS[name]
+        module, _, cls = row.path.partition(".")
+        package = f"package {row.package} is not installed: pip install {row.package}"
+        with pytest.raises(UserError, match=package):
+            import_class(f"{module}_gone.{cls}", default_module="", base=object, flag="--x", package=row.package)
     with pytest.raises(UserError, match="package lion-pytorch is not installed: pip install lion-pytorch"):
         import_class("lion_pytorch_gone.Lion", default_module="", base=object, flag="--x", package="lion-pytorch")
 

@@ -92,6 +92,17 @@ def make_pictures(
     return folder
 
 
+def half_masks(folder: Path, names: Sequence[str], *, white: str) -> Path:
+    """Masks of 64 x 64: white on the left or right half, or all white."""
+    folder.mkdir(parents=True)
+    for name in names:
+        mask = Image.new("RGB", (64, 64), "white" if white == "all" else "black")
+        if white != "all":
+            mask.paste("white", (0, 0, 32, 64) if white == "left" else (32, 0, 64, 64))
+        mask.save(folder / name)
+    return folder
+
+
 def subset(folder: Path, **values: Any) -> dict[str, Any]:
     """One subset of a dataset configuration."""
     return {"image_dir": str(folder), "caption_extension": ".txt", **values}

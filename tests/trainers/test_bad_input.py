@@ -211,6 +211,12 @@ def test_caches_that_would_hide_what_was_asked_for(base: dict[str, Any]) -> None
     assert line.startswith("random_crop cannot vary pictures that --cache_latents encodes once")
     (line,) = refused(base, masked_loss=True)
     assert line == "--masked_loss has no effect: no subset has conditioning_data_dir or alpha_mask = true"
+    ways = "has no effect: no picture has a mask (give --masked_loss and conditioning_data_dir, or alpha_mask)"
+    assert refused(base, masked_loss_normalize=True, masked_prior_weight=1) == [
+        f"--masked_loss_normalize {ways}", f"--masked_prior_weight {ways}"
+    ]  # fmt: skip
+    (line,) = refused(base, masked_prior_weight=-1)
+    assert line == "--masked_prior_weight must be at least 0, got -1.0"
 
 
 # ---- everything that is read before a model is loaded: all of it in one list ----------------------------------------

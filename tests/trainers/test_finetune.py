@@ -197,6 +197,9 @@ def read(family: str = "flux", **values: Any) -> Resolved:
 def test_bf16_update_goes_with_full_bf16() -> None:
     assert read().options.bf16_update == "plain"
     assert read(**HALF).options.bf16_update == "stochastic"
+    assert read(**HALF, optimizer_type="adamw8bitkahan").options.bf16_update == "kahan"
+    with pytest.raises(UserError, match="keeps what rounding cuts off: leave --bf16_update stochastic out"):
+        read(**HALF, optimizer_type="AdamW8bitKahan", bf16_update="stochastic")
     for kind in ("kahan", "plain"):
         assert read(**HALF, bf16_update=kind).options.bf16_update == kind
     with pytest.raises(UserError, match="--bf16_update has no effect without --full_bf16"):
@@ -251,6 +254,7 @@ def test_options_without_effect_are_answered() -> None:
     [
         ({"optimizer_type": "DAdaptAdam"}, "DAdaptAdam needs all of them at once"),
         ({"optimizer_type": "AdamWScheduleFree"}, "AdamWScheduleFree needs all of them at once"),
+        ({"optimizer_type": "Muon"}, "Muon needs all of them at once"),
         ({"mixed_precision": "fp16"}, "does not work with --mixed_precision fp16"),
         ({"deepspeed": True}, "does not work with --deepspeed"),
     ],

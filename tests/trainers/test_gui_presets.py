@@ -13,7 +13,8 @@ import pytest
 import tomli_w
 
 from library.cli import METHODS
-from library.data.config import bucket_problems, load_dataset_config
+from library.data.config import load_dataset_config
+from library.data.config_problems import bucket_problems
 from library.errors import UserError
 from library.families.registry import FAMILIES, family_class
 from library.optim.optimizers import choose_optimizer

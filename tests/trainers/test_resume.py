@@ -93,6 +93,8 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "DAdaptAdam": {"learning_rate": 1.0},
     "Adafactor": {},
     "SGDNesterov": {},
+    "Muon": {},
+    "ProdigyPlusScheduleFree": {"learning_rate": 1.0},
 }
 
 

@@ -258,10 +258,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "hoist": ({"hoist_modulation": True}, "--shard_base does not work with --hoist_modulation"),
     "compile": ({"compile": True}, "--shard_base does not work with --compile"),
     "planner": ({"vram_budget": "8GB"}, "--shard_base: --vram_budget computes with a whole model"),
+    "AdEMAMix": ({"optimizer_type": "AdEMAMix8bit"}, "--optimizer_type AdEMAMix8bit computes something over a whole"),
     "Adafactor": ({"optimizer_type": "Adafactor"}, "--optimizer_type Adafactor computes something over a whole weight"),
     "in backward": (
         {"fused_backward_pass": True, "optimizer_type": "Adafactor", "ema_decay": None},
         "--shard_base does not work with --fused_backward_pass",
+    ),
+    "masks": (
+        {"masked_prior_weight": 1},
+        "--shard_base: all processes must make the same passes, and --masked_prior_weight",
     ),
     "third party": ({"network_module": "lycoris.kohya"}, "--shard_base is for the networks of this program"),
 }
@@ -270,7 +275,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_moves_or_reads_weights_is_refused(name: str, place: Place, tmp_path: Path) -> None:
     values, line = REFUSED[name]
-    method = "full flux" if name in ("Adafactor", "in backward") else "flux"
+    method = "full flux" if name in ("AdEMAMix", "Adafactor", "in backward") else "flux"
     with pytest.raises(UserError) as caught:
         place.alone(method, tmp_path, shard_base=True, **values)
     assert any(problem.startswith(line) for problem in caught.value.problems), caught.value.problems

@@ -518,6 +518,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no vectors": ({"num_vectors_per_token": 0}, "--num_vectors_per_token must be at least 1, got 0"),
     "text cache": ({"cache_text_encoder_outputs": True}, "--cache_text_encoder_outputs has no meaning here: the text"),
     "dropout": ({"caption_dropout_rate": 0.1}, "--caption_dropout_rate has no meaning here: a caption without"),
+    "prior": ({"masked_prior_weight": 1}, "--masked_prior_weight has no meaning in textual inversion"),
     "name": ({"token_string": "<cat>", "output_name": None}, "'<cat>', which it would be, is not a plain file name"),
     "file type": ({"save_model_as": "bin"}, "'bin' is not one of ckpt, pt, safetensors"),
 }
@@ -543,7 +544,7 @@ def test_mistakes_are_said_together_and_before_a_model_is_loaded(
     text = "\n".join(told.value.problems)
     assert "--token_string Cat: the model's vocabulary has this word already" in text and "such as myCat" in text
     assert "nothing learns: --learning_rate is 0" in text
-    assert "caption_dropout_rate leaves out the new word" in text and "needs the untrained model" in text
+    assert "caption_dropout_rate leaves out the new word" in text and "diff_output_preservation" in text
     assert "AdamX" in text
     assert (tmp_path / "x.safetensors").read_bytes() == b"precious"
 

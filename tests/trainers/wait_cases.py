@@ -65,6 +65,7 @@ RUNS: dict[str, WaitCase] = {
             "loss_type": "huber", "min_snr_gamma": 5.0, "debiased_estimation_loss": True, "v_pred_like_loss": 0.1,
             "noise_offset": 0.1, "noise_offset_random_strength": True, "adaptive_noise_scale": 0.1,
             "ip_noise_gamma": 0.1, "ip_noise_gamma_random_strength": True, "masked_loss": True,
+            "masked_loss_normalize": True, "masked_prior_weight": 1.0,
         },
         data="controlled",
     ),

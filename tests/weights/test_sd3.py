@@ -16,6 +16,7 @@ from library.errors import UserError
 from library.families.sd3.model import StableDiffusion3
 from library.families.sd3.options import SD3FineTuneOptions, SD3FlowOptions, SD3Options
 from library.families.sd3.parts import PUBLISHED, build_mmdit, kind, layout, mmdit_rules
+from library.families.sd3.positions import choose_crop
 from library.io.checkpoint import CheckpointForm
 from library.key_tables import publish
 from library.objectives.base import Predict
@@ -25,6 +26,7 @@ from library.trainers.options import NetworkTrainerOptions
 from library.types import Batch
 from library.weights.vae_names import vae_rules
 from tests.families.sd3 import CLIP_WIDTHS, CONTEXT, FOLDERS, T5_LENGTH, loss, make, pipeline_of, tiny_modules
+from tests.trainers.helpers import make_pictures, subset, train, write_dataset
 
 DATA = Path(__file__).parents[1] / "data_files" / "weights" / "sd3_outputs.json.gz"
 KINDS, LAYOUTS = ("medium", "5-medium"), ("diffusers", "single", "files", "transformer")
@@ -332,18 +334,18 @@ def test_cached_outputs_are_unpadded_and_say_the_same(models):
 def test_dropout_takes_whole_encoders_from_samples(models):
     cond = {name: torch.ones(400, 3, 4) for name in ENCODERS} | {"clip_l_pooled": torch.ones(400, 4)}
     options = models["medium", "files"]
-    assert all(torch.equal(a, b) for a, b in zip(family(options).drop_text(cond).values(), cond.values(), strict=True))
+    untouched = family(options).drop_text(cond, 3)
+    assert all(torch.equal(a, b) for a, b in zip(untouched.values(), cond.values(), strict=True))
     sd3 = family(options, clip_l_dropout_rate=0.25, t5_dropout_rate=1.0)
-    torch.manual_seed(3)
-    dropped = sd3.drop_text(cond)
+    dropped = sd3.drop_text(cond, 3)
     assert not dropped["t5xxl"].any() and dropped["clip_g"].all()
     kept = dropped["clip_l"].flatten(1).all(1)
     assert torch.equal(kept, dropped["clip_l"].flatten(1).any(1))  # all of a sample or nothing
     assert torch.equal(kept, dropped["clip_l_pooled"].all(1))
     assert 0.15 < 1 - kept.float().mean() < 0.35
     assert cond["t5xxl"].all()
-    torch.manual_seed(3)
-    assert torch.equal(sd3.drop_text(cond)["clip_l"], dropped["clip_l"])
+    assert torch.equal(sd3.drop_text(cond, 3)["clip_l"], dropped["clip_l"])  # whatever was drawn in between
+    assert not torch.equal(sd3.drop_text(cond, 4)["clip_l"], dropped["clip_l"])
 
 
 def test_gradients_reach_the_encoders(models):
@@ -351,7 +353,7 @@ def test_gradients_reach_the_encoders(models):
     encoders = load_encoders(sd3)
     for encoder in encoders.values():
         encoder.requires_grad_(True)
-    cond = sd3.drop_text(sd3.encode_text(sd3.tokenize(CAPTIONS), encoders))
+    cond = sd3.drop_text(sd3.encode_text(sd3.tokenize(CAPTIONS), encoders), 0)
     x_t, t = inputs()
     sd3.predict(sd3.load_denoiser(None, "cpu"), x_t, t, cond, None).square().sum().backward()
     for encoder in encoders.values():
@@ -384,20 +386,22 @@ def test_random_crops_only_while_training(models):
     plain = family(options).load_denoiser(None, "cpu")
     cropped = family(options, pos_emb_random_crop_rate=0.5).load_denoiser(None, "cpu")
     middle = positions(plain, 8, 16)
-    with torch.no_grad():
-        assert all(torch.equal(positions(cropped, 8, 16), middle) for _ in range(20))
-    torch.manual_seed(0)
+    assert torch.equal(positions(cropped, 8, 16), middle)
     table = plain.pos_embed.pos_embed.view(24, 24, -1)
     places = {(y, x): table[y : y + 4, x : x + 8].reshape(1, 32, -1) for y in range(21) for x in range(17)}
     found = []
-    for _ in range(200):
+    for seed in range(200):
+        choose_crop(cropped, seed)
         seen = positions(cropped, 8, 16)
         found.append(next(place for place, part in places.items() if torch.equal(part, seen)))
     assert 70 < found.count((10, 8)) < 130  # the middle, in half of the batches
     assert {min(y for y, _ in found), max(y for y, _ in found)} == {0, 20}
     assert {min(x for _, x in found), max(x for _, x in found)} == {0, 16}
-    torch.manual_seed(0)
-    assert torch.equal(positions(cropped, 8, 16), places[found[0]])
+    choose_crop(cropped, 0)
+    with torch.no_grad():  # the untrained model sees what the trained one does
+        assert torch.equal(positions(cropped, 8, 16), places[found[0]])
+    choose_crop(cropped, None)
+    assert torch.equal(positions(cropped, 8, 16), middle)
 
 
 def test_scaled_positions_are_the_same_at_the_same_place(models):
@@ -424,7 +428,8 @@ def test_position_options_change_the_prediction_and_nothing_in_the_file(models, 
     plain, other = family(options), family(options, **more)
     torch.manual_seed(0)
     x_t, t = inputs(size=12)
-    one, two = (f.predict(f.load_denoiser(None, "cpu"), x_t, t, {}, None) for f in (plain, other))
+    batch = Batch(["a"], ["b"], torch.ones(1), seed=0)
+    one, two = (f.predict(f.load_denoiser(None, "cpu"), x_t, t, {}, batch) for f in (plain, other))
     assert one.shape == two.shape and not torch.allclose(one, two, atol=1e-4)
     for f, name in ((plain, "a"), (other, "b")):
         f.save(f.load_denoiser(None, "cpu"), {}, tmp_path / f"{name}.safetensors", CheckpointForm())
@@ -600,3 +605,15 @@ def test_options_are_honoured_answered_or_refused():
     ):
         with pytest.raises(UserError, match=message):
             options_of(*argv)
+
+
+def test_the_untrained_model_sees_what_the_trained_one_does(tmp_path):
+    """Text dropout and position crops are drawn once for both predictions: a network without effect has loss 0."""
+    keep = {"custom_attributes": {"diff_output_preservation": True}}
+    data = write_dataset(tmp_path / "d.toml", subset(make_pictures(tmp_path / "p", 4), **keep))
+    drops = {f"{name}_dropout_rate": 0.5 for name in ("clip_l", "clip_g", "t5")}
+    run = train(
+        None, data, tmp_path / "run", family="sd3", network_module=None, network_dropout=0.3, max_train_steps=6,
+        pos_emb_random_crop_rate=1.0, **drops, **make(tmp_path / "model"),
+    )  # fmt: skip
+    assert run.losses == [0.0] * 6

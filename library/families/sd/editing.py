@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from library.device import on_device
+from library.rng import torch_generator
 from library.types import Batch, ReferenceSpec, like
 from library.weights.grown_input import EDIT_CHANNELS, GrownConv2d
 
@@ -36,8 +37,8 @@ def with_reference(x_t: Tensor, batch: Batch | None) -> Tensor:
     return torch.cat([x_t, reference.to(x_t)], 1)
 
 
-def without_some(batch: Batch, *, captioned: float, uncaptioned: float) -> Batch:
-    """The batch with zeros in place of some reference pictures, drawn with torch's global generator.
+def without_some(batch: Batch, seed: int, *, captioned: float, uncaptioned: float) -> Batch:
+    """The batch with zeros in place of some reference pictures, the same for every `seed`.
 
     captioned, uncaptioned: the share of samples with a caption, and with an empty one, that lose theirs.
     """
@@ -45,5 +46,6 @@ def without_some(batch: Batch, *, captioned: float, uncaptioned: float) -> Batch
         return batch
     rates = torch.tensor([captioned if caption else uncaptioned for caption in batch.captions])
     device = batch.references[0].device
-    kept = torch.rand(batch.size, device=device) >= on_device(rates, device)
+    generator = torch_generator(seed, "references", device=device)
+    kept = torch.rand(batch.size, device=device, generator=generator) >= on_device(rates, device)
     return replace(batch, references=tuple(latents * like(kept, latents) for latents in batch.references))

@@ -81,9 +81,10 @@ class UnetFamily(ModelFamily):
     def encode_reference(self, vae: nn.Module, pixels: Tensor) -> Tensor:
         return kl_vae.encode_unscaled(vae, pixels) if self.edits else super().encode_reference(vae, pixels)
 
-    def drop_references(self, batch: Batch) -> Batch:
+    def drop_references(self, batch: Batch, seed: int) -> Batch:
         options = self.options
-        return without_some(batch, captioned=options.reference_dropout_rate, uncaptioned=options.joint_dropout_rate)
+        rates = {"captioned": options.reference_dropout_rate, "uncaptioned": options.joint_dropout_rate}
+        return without_some(batch, seed, **rates)
 
     def input_of(self, x_t: Tensor, batch: Batch | None) -> Tensor:
         """The U-Net's input: noised latents (B 4 h w), and behind them those of the reference picture (B 8 h w)."""

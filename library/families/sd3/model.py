@@ -35,7 +35,7 @@ from library.families.sd3.parts import (
     mmdit_rules,
     open_parts,
 )
-from library.families.sd3.positions import use_random_crop, use_scaled_positions
+from library.families.sd3.positions import choose_crop, use_random_crop, use_scaled_positions
 from library.families.sheet import Variant
 from library.families.t5 import MASK, cut_padding, encode_t5
 from library.io.checkpoint import CheckpointForm, save_tensors
@@ -44,6 +44,7 @@ from library.log import get_logger
 from library.memory.quantise import Storage
 from library.objectives.flow import FlowObjective, constant_shift
 from library.objectives.options import LossOptions
+from library.rng import torch_generator
 from library.types import Batch, Cond, LatentSpec, Tokens
 from library.weights.text import CHUNK, CLIP_ID, ClipTokenizer
 from library.weights.tokenizers import (
@@ -192,7 +193,7 @@ class StableDiffusion3(ModelFamily):
             states = states.masked_fill(is_padding.unsqueeze(-1), 0)
         return {name: states, POOLED.format(name): output.text_embeds}
 
-    def drop_text(self, cond: Cond) -> Cond:
+    def drop_text(self, cond: Cond, seed: int) -> Cond:
         """Zeros in place of an encoder's states, drawn for every sample and encoder."""
         rates = {
             CLIP_L: self.options.clip_l_dropout_rate,
@@ -201,7 +202,9 @@ class StableDiffusion3(ModelFamily):
         }
         cond = dict(cond)
         for name in [name for name, rate in rates.items() if rate and name in cond]:
-            kept = torch.rand(len(cond[name]), device=cond[name].device) >= rates[name]
+            generator = torch_generator(seed, name, device=cond[name].device)
+            draws = torch.rand(len(cond[name]), device=cond[name].device, generator=generator)
+            kept = draws >= rates[name]
             for key in [key for key in (name, POOLED.format(name)) if key in cond]:
                 shape = (-1, *[1] * (cond[key].ndim - 1))
                 cond[key] = torch.where(kept.view(shape), cond[key], 0)
@@ -223,6 +226,8 @@ class StableDiffusion3(ModelFamily):
 
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Cond, batch: Batch | None) -> Tensor:
         context, pooled = self._conditions(cond, x_t)
+        if self.options.pos_emb_random_crop_rate:
+            choose_crop(denoiser, None if batch is None else batch.seed)
         # float32: the model makes its sinusoids of it before it goes on in its own precision
         steps = t.float() * 1000
         return denoiser(x_t, context, pooled, steps, return_dict=False)[0]

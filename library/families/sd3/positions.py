@@ -14,14 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.rng import python_rng
+
 
 def use_random_crop(denoiser: nn.Module, rate: float) -> None:
     """Crop the table of positions at a random place, with probability `rate` for each batch, and not at its middle.
 
-    Only where gradients are recorded: validation and previews always see the middle. torch's global generator of the
-    CPU decides, so that no device has to be asked.
+    `choose_crop` says for each pass what is seen.
     """
     _embedding(denoiser).cropped_pos_embed = _RandomCrop(_embedding(denoiser), rate)
+
+
+def choose_crop(denoiser: nn.Module, seed: int | None) -> None:
+    """Choose the place for the next pass, after `use_random_crop`. None: the middle, for validation and previews."""
+    _embedding(denoiser).cropped_pos_embed.seed = seed
 
 
 def use_scaled_positions(denoiser: nn.Module, base: int) -> None:
@@ -62,14 +68,17 @@ class _RandomCrop(_Positions):
     def __init__(self, embedding: Any, rate: float) -> None:
         super().__init__(embedding)
         self.rate = rate
+        self.seed: int | None = None
 
     def __call__(self, height: int, width: int) -> Tensor:
         rows, columns = self.patches(height, width)
         table = self.table
         free = (len(table) - rows, len(table) - columns)
         top, left = (n // 2 for n in free)
-        if torch.is_grad_enabled() and float(torch.rand(())) < self.rate:
-            top, left = (int(torch.randint(n + 1, ())) for n in free)
+        if self.seed is not None:
+            rng = python_rng(self.seed, "positions")  # on the host: no device has to be asked
+            if rng.random() < self.rate:
+                top, left = (rng.randint(0, n) for n in free)
         return table[top : top + rows, left : left + columns].reshape(1, rows * columns, -1)
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from library.errors import UserError, raise_problems
+from library.data.config import load_dataset_config
+from library.errors import UserError, first_names, raise_problems
 from library.io.checkpoint import EXTENSIONS, CheckpointForm, is_save_of
 from library.learning import DENOISER, Learning, Models, Trainables
 from library.log import get_logger, process_count
@@ -87,8 +88,8 @@ class FineTuneMethod(Method[FineTuneTrainerOptions]):
 
     def checks(self) -> list[Callable[[], None]]:
         return [
-            self.check_rates, self.check_in_backward, self.check_static_graph, self.check_caches, self.check_format,
-            self.check_source,
+            self.check_rates, self.check_in_backward, self.check_static_graph, self.check_caches, self.check_data,
+            self.check_format, self.check_source,
         ]  # fmt: skip
 
     def check_rates(self) -> None:
@@ -124,6 +125,21 @@ class FineTuneMethod(Method[FineTuneTrainerOptions]):
             raise UserError(
                 "--cache_text_encoder_outputs fixes the outputs of the text encoders, which are being trained: "
                 "leave it out, or train the denoiser only"
+            )
+
+    def check_data(self) -> None:
+        """Raises UserError for diff_output_preservation: the untrained model is not available."""
+        options = self.options
+        configs = load_dataset_config(
+            options.data, bucket_step=self.family.sheet.bucket_step, cache=options.cache,
+            references=self.family.references is not None,
+        )  # fmt: skip
+        subsets = [subset for config in configs for subset in config.subsets]
+        wanted = [s.name for s in subsets if s.custom_attributes.get("diff_output_preservation")]
+        if wanted:
+            raise UserError(
+                f"custom_attributes.diff_output_preservation ({first_names(wanted)}) needs the untrained model, "
+                "which full training changes: leave it out, or train a network"
             )
 
     def check_format(self) -> None:

@@ -44,6 +44,14 @@ class FineTuneTrainerOptions(TrainerOptions):
     save: CheckpointOptions
     finetune: FineTuneOptions
 
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if self.loss.masked_prior_weight:
+            yield (
+                "--masked_prior_weight needs the untrained model, which full training changes: leave it out, or train "
+                "a network"
+            )
+
     def choices(self) -> Iterator[Choice]:
         """Weights that learn can only wait in main memory when each is stepped while it is on the card."""
         yield from super().choices()

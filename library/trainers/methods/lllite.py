@@ -49,7 +49,7 @@ class LLLiteMethod(Method[LLLiteTrainerOptions]):
         )
 
     def learning(self) -> Learning:
-        return Learning(frozenset({DENOISER}), conditioned=True, keeps_untrained=True)
+        return Learning(frozenset({DENOISER}), conditioned=True)
 
     def build(self, models: Models, choice: MemoryChoice, *, files: bool = True) -> Trainables:
         network = self.create_network(models.denoiser, self.given_weights() if files else None)

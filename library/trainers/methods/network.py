@@ -163,7 +163,6 @@ class NetworkMethod(Method[NetworkTrainerOptions]):
             conditioned=conditioned,
             merges=bool(options.base_weights),
             reads_weights=not self.network_module.startswith("networks."),
-            keeps_untrained=True,
         )
 
     @property

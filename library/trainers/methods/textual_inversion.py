@@ -176,6 +176,11 @@ def check_subsets(found: Scan) -> None:
         for name in ("caption_dropout_rate", "caption_dropout_every_n_epochs", "caption_tag_dropout_rate"):
             if vars(rules)[name]:
                 problems.append(f"{subset.name}: {name} leaves out the new word, which then learns nothing: remove it")
+        if subset.custom_attributes.get("diff_output_preservation"):
+            problems.append(
+                f"{subset.name}: custom_attributes.diff_output_preservation has no meaning in textual inversion, which "
+                "changes no output but that for the new word"
+            )
     if problems:
         raise UserError(dict.fromkeys(problems))
     idle = [subset.config.name for subset in found.subsets if subset.config.is_reg]

@@ -88,5 +88,7 @@ class TextualInversionOptions(TrainerOptions):
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
+        if self.loss.masked_prior_weight:
+            yield "--masked_prior_weight has no meaning in textual inversion, which changes no model: leave it out"
         if self.save.output_name is None and self.word.token_string:
             yield f"--output_name is missing: '{self.word.token_string}', which it would be, is not a plain file name"
