@@ -36,6 +36,7 @@ class ReferenceSpec:
     # ((width, height) of the file, that of the training picture) -> (width, height) at which it is encoded
     size: Callable[[Size, Size], Size]
     seen_by: frozenset[str] = frozenset()  # text encoders that look at the pictures, too
+    roles: tuple[str, ...] = ()  # of each picture, in their order, where all of them are needed: ("picture", "mask")
     scale: float | None = None  # default scale of guidance by the picture, apart from the text; None: there is none
 
 

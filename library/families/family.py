@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -79,6 +79,16 @@ class ModelFamily(ABC):
     def references(self) -> ReferenceSpec | None:
         """How reference pictures are used; None: they are not."""
         return None
+
+    @property
+    def preview_references(self) -> ReferenceSpec | None:
+        """How the pictures are used that a preview's prompt names."""
+        return self.references
+
+    @property
+    def reads_masks(self) -> bool:
+        """Whether the denoiser is shown each picture's mask and what it leaves of the picture."""
+        return False
 
     @property
     def preview(self) -> PreviewDefaults:
@@ -239,6 +249,14 @@ class ModelFamily(ABC):
     def encode_reference(self, vae: nn.Module, pixels: Tensor) -> Tensor:
         """Reference pictures B 3 H W in [-1, 1] -> scaled latents B C h w float32. Nothing is drawn."""
         return kl_vae.encode(vae, pixels, None)
+
+    def shown(self, batch: Batch) -> Sequence[Tensor]:
+        """Pixels that `encode_references` is given in training, B 3 H W each: those of the reference pictures."""
+        return batch.reference_pixels
+
+    def encode_references(self, encode: Callable[[Tensor], Tensor], pictures: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """`Batch.references` of pictures B 3 H W in [-1, 1]. encode: `encode_reference` with a VAE."""
+        return tuple(map(encode, pictures))
 
     def decode_latent(self, vae: nn.Module, latents: Tensor) -> Tensor:
         """Scaled latents B C h w -> pixels B 3 H W float32 in [-1, 1]."""

@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -108,11 +109,12 @@ class Previewer:
         self.sampler, self.seed, self.default_size = sampler, seed, default_size
         self.texts, self.stopped, self.writes = texts, stopped, writes
         honoured = [*family.preview.honoured, *(["controlnet_image"] if conditioned else [])]
-        if family.references is not None:
-            honoured += ["references", *(["image_scale"] if family.references.scale is not None else [])]
+        spec = family.preview_references
+        if spec is not None:
+            honoured += ["references", *(["image_scale"] if spec.scale is not None else [])]
         ignored = given_fields(prompts, [name for name in SPECIAL_FIELDS if name not in honoured])
         self.controls = [self._control(prompt) if conditioned else None for prompt in self.prompts]
-        self.references = [references_of(prompt, family.references, self.size_of(prompt)) for prompt in self.prompts]
+        self.references = [references_of(prompt, spec, self.size_of(prompt)) for prompt in self.prompts]
         if conditioned and None in self.controls:
             log.warning(f"--sample_prompts: {self.controls.count(None)} prompts have no control image (--cn)")
         if ignored:
@@ -182,7 +184,8 @@ class Previewer:
         control = self.controls[index]
         models.set_condition(None if control is None else on_device(control, device))
         pictures = [on_device(reference_pixels(job)[None], device) for job in self.references[index]]
-        references = [self.family.encode_reference(models.vae, picture) for picture in pictures]
+        encode = partial(self.family.encode_reference, models.vae)
+        references = self.family.encode_references(encode, pictures) if pictures else ()
         with autocast:
             latents = self._denoise(models, prompt, index, device, references)
         models.set_condition(None)

@@ -25,13 +25,16 @@ def size_of(prompt: Prompt, default: Size, multiple: int) -> Size:
 def references_of(prompt: Prompt, spec: ReferenceSpec | None, size: Size) -> tuple[LatentJob, ...]:
     """The reference pictures of a prompt, at the sizes that the family gives them. size: of the preview.
 
-    Raises UserError for a picture that cannot be read, and where there are more than the model takes.
+    Raises UserError for a picture that cannot be read, and where there are more or fewer than the model takes.
     """
     paths = prompt.references or ()
-    if spec is None or not paths:
+    if spec is None or (not paths and not spec.roles):
         return ()
     if len(paths) > spec.most:
         raise UserError(f"--sample_prompts: this model takes at most {spec.most} reference pictures: {prompt.prompt}")
+    if spec.roles and len(paths) != len(spec.roles):
+        wanted = " ".join(f"--ref {role.upper()}" for role in spec.roles)
+        raise UserError(f"--sample_prompts: this model needs {wanted}: {prompt.prompt}")
     return reference_jobs([_sample(path) for path in paths], size, spec)
 
 

@@ -182,10 +182,12 @@ def idle_options(options: TrainerOptions, found: Scan, data: TrainingData) -> It
         yield f"--sample_prompts: no previews are made without {ways}"
 
 
-def training_data(found: Scan, options: TrainerOptions, seed: int, references: ReferenceSpec | None) -> TrainingData:
-    """The epochs of the run. references: how the model takes reference pictures.
+def training_data(
+    found: Scan, options: TrainerOptions, seed: int, references: ReferenceSpec | None, *, reads_masks: bool = False,
+) -> TrainingData:  # fmt: skip
+    """The epochs of the run. references: how the model takes reference pictures. reads_masks: it is shown masks.
 
-    Raises UserError if a cache does not work with the datasets' options.
+    Raises UserError if a cache does not work with the datasets' options, and without the masks that the model reads.
     """
     data = TrainingData(
         [(dataset.config, dataset.samples) for dataset in found.datasets],
@@ -195,6 +197,8 @@ def training_data(found: Scan, options: TrainerOptions, seed: int, references: R
         text_variants=options.cache.caption_variants,
         references=references,
     )
+    if reads_masks and not data.wants_masks:
+        raise UserError("this model fills what masks cover: give --masked_loss with masks, or alpha_mask = true")
     raise_problems(data.cache_problems(latents=options.cache.latents, texts=options.cache.texts))
     return data
 
@@ -240,7 +244,8 @@ def check(method: Method[TrainerOptions], stop: StopRequest) -> Checked:
     if found is not None and not checks.problems:
         processes = start_processes(options, found)
         seed = agreed_seed(seed)  # before the pictures are shuffled and held out by it
-    data = checks.run(lambda: training_data(found, options, seed, family.references)) if found else None
+    read = lambda found: training_data(found, options, seed, family.references, reads_masks=family.reads_masks)
+    data = checks.run(lambda: read(found)) if found else None
     masks = checks.run(lambda: read_masks(data, options.loss)) if data else None
     checks.finish()
     assert found is not None and data is not None and optimizer is not None and prompts is not None
@@ -265,6 +270,9 @@ def check_task(method: Method[TrainerOptions]) -> None:
     family = method.family
     if family.edits and family.references is None:
         raise UserError(f"--task edit: {family.sheet.title} is not trained to edit pictures here")
+    if family.reads_masks and method.options.cache.latents:
+        told = "are kept at the size of latents in a cache, and this model reads them whole: leave it out"
+        raise UserError(f"--cache_latents: masks {told}")
     if family.edits and not method.learns_edits:
         raise UserError("--task edit: this script does not teach a model to edit pictures; train a LoRA or all weights")
 

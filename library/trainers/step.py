@@ -57,11 +57,12 @@ class Pass:
     def with_references(self, batch: Batch) -> Batch:
         """The batch with the latents of its reference pictures, from the cache or from the VAE."""
         found, vae = batch.references, self.models.vae
-        if batch.reference_pixels and not found:
+        shown = () if found else self.family.shown(batch)
+        if shown:
             assert vae is not None
+            encode = partial(encoded, lambda pixels, seeds: self.family.encode_reference(vae, pixels))
             with torch.no_grad():
-                encode = partial(encoded, lambda pixels, seeds: self.family.encode_reference(vae, pixels))
-                found = tuple(encode(pixels, batch.latent_seeds) for pixels in batch.reference_pixels)
+                found = self.family.encode_references(lambda pixels: encode(pixels, batch.latent_seeds), shown)
         return replace(batch, references=tuple(latents.float() for latents in found))
 
     def tokens(self, batch: Batch) -> Tokens:

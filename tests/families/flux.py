@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from tests.trainers.helpers import Adapters
 WIDTH, HEAD, TEXT_WIDTH, POOLED_WIDTH = 256, 16, 64, 32  # narrower, 64 numbers of a token do not pass
 DOUBLE, SINGLE = 2, 2  # blocks
 DEEP = 3, 4  # the fewest of which some can be swapped
-CLASSES = {"dev": "FluxPipeline", "schnell": "FluxPipeline", "chroma": "ChromaPipeline"}
+CLASSES = {"dev": "FluxPipeline", "schnell": "FluxPipeline", "fill": "FluxFillPipeline", "chroma": "ChromaPipeline"}
 # parts of a pipeline -> options that name them alone
 FLUX_FOLDERS = {"text_encoder": "clip_l", "text_encoder_2": "t5xxl", "vae": "ae"}
 CHROMA_FOLDERS = {"text_encoder": "t5xxl", "vae": "ae"}
@@ -34,7 +35,7 @@ def make(
     folder: Path, *, variant: str = "dev", layout: str = "files", seed: int = 0,
     blocks: tuple[int, int] = (DOUBLE, SINGLE), **settings: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """The options that name a tiny "dev", "schnell" or "chroma" below `folder`. Equal seeds give equal weights.
+    """The options that name a tiny "dev", "schnell", "fill" or "chroma" below `folder`. Equal seeds give equal weights.
 
     layout "files": denoiser, clip_l, t5xxl and ae in files of their own under published names; "comfy": the same with
     `model.diffusion_model.`; "whole": denoiser and text encoders in one such file; "diffusers": a pipeline's folder;
@@ -44,7 +45,7 @@ def make(
     """
     folder = Path(folder)
     modules = write_pipeline(folder / "pipeline", variant, seed, blocks)
-    options: dict[str, Any] = settings | ({"model_type": "chroma"} if variant == "chroma" else {})
+    options: dict[str, Any] = settings | ({"model_type": variant} if variant in ("chroma", "fill") else {})
     if layout == "diffusers":
         return options | {"pretrained_model_name_or_path": folder / "pipeline"}
     names = CHROMA_FOLDERS if variant == "chroma" else FLUX_FOLDERS
@@ -130,8 +131,9 @@ def tiny_denoiser(variant: str, seed: int = 0, *, double: int = DOUBLE, single: 
             guidance = {"approximator_num_channels": 16, "approximator_hidden_dim": 24, "approximator_layers": 2}
             denoiser: Any = ChromaTransformer2DModel(**sizes, **guidance)
         else:
+            inputs = {"in_channels": 384, "out_channels": 64} if variant == "fill" else {}
             denoiser = FluxTransformer2DModel(
-                **sizes, pooled_projection_dim=POOLED_WIDTH, guidance_embeds=variant == "dev"
+                **sizes, **inputs, pooled_projection_dim=POOLED_WIDTH, guidance_embeds=variant != "schnell"
             )
         for name, parameter in denoiser.named_parameters():
             if "norm" in name and parameter.ndim == 1:  # a table that mixes up two norms must show
@@ -192,16 +194,41 @@ def loss(options: dict[str, Any], batch: Batch, adapters: Adapters, generator: t
     weights = with_fused_lora(denoiser, adapters)
     with torch.no_grad():
         shown = [(vae.encode(pixels).latent_dist.mode() - 0.1159) * 0.3611 for pixels in batch.reference_pixels]
-    return F.mse_loss(forward(denoiser, weights, noisy, s, texts, options, shown), noise - latents)
+    more = fill_tokens(vae, batch) if options.get("model_type") == "fill" else None
+    answer = forward(denoiser, weights, noisy, s, texts, options, shown, more)
+    if batch.masks is None:
+        return F.mse_loss(answer, noise - latents)
+    counted = F.interpolate(batch.masks, size=latents.shape[2:], mode="area")
+    return (counted * (answer - noise + latents) ** 2).mean()
+
+
+def fill_tokens(vae: Any, batch: Batch) -> Tensor:
+    """What FLUX.1 Fill is shown beside the noisy latents, by the pipeline's own functions."""
+    from diffusers import FluxFillPipeline as Pipeline
+
+    height, width = batch.pixels.shape[2:]
+    mask = (batch.masks > 0.5).float()
+    with torch.no_grad():
+        latents = (vae.encode(batch.pixels * (1 - mask)).latent_dist.mode() - 0.1159) * 0.3611
+        pipeline = SimpleNamespace(vae=SimpleNamespace(config=SimpleNamespace(shift_factor=0.0, scaling_factor=1.0)),
+                                   vae_scale_factor=8, _pack_latents=Pipeline._pack_latents)  # fmt: skip
+        packed, shown = Pipeline.prepare_mask_latents(
+            pipeline, mask, latents, len(mask), 16, 1, height, width, latents.dtype, latents.device, None
+        )
+    return torch.cat([shown, packed], -1)
 
 
 def forward(
     denoiser: Any, weights: dict[str, Tensor], noisy: Tensor, s: Tensor, texts: dict[str, Any], options: dict[str, Any],
-    shown: Sequence[Tensor] = (),
+    shown: Sequence[Tensor] = (), further: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """The model's output for noisy latents, by diffusers alone. shown: latents of Kontext's reference pictures."""
+    """The model's output for noisy latents, by diffusers alone.
+
+    shown: latents of Kontext's reference pictures. further: channels of Fill's tokens, (B, N, 320).
+    """
     rows, columns = noisy.shape[2] // 2, noisy.shape[3] // 2
     tokens = F.unfold(noisy, 2, stride=2).transpose(1, 2)  # channel by channel, as the model has it
+    tokens = tokens if further is None else torch.cat([tokens, further], -1)
     places = torch.cartesian_prod(torch.zeros(1), torch.arange(rows).float(), torch.arange(columns).float())
     more = {
         **texts,
@@ -262,6 +289,7 @@ def chroma_texts(folder: Path, options: dict[str, Any], captions: list[str], ada
 
 
 PARTS = {
+    "x_embedder": ("img_in", None),
     "single_transformer_blocks.{i}.attn.to_q": ("single_blocks.{i}.linear1", 0),
     "single_transformer_blocks.{i}.attn.to_k": ("single_blocks.{i}.linear1", 1),
     "single_transformer_blocks.{i}.attn.to_v": ("single_blocks.{i}.linear1", 2),

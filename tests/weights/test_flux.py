@@ -476,7 +476,7 @@ def test_incomplete_and_unusual_files(models, tmp_path):
     changed = change(options, path, lambda tensors: tensors.pop("txt_in.weight"))
     assert "is incomplete: it lacks txt_in.weight" in refusal(changed)
     fill = change(options, path, lambda tensors: tensors.update({"img_in.weight": torch.zeros(tiny.WIDTH, 384)}))
-    assert "a fill, control or edit model (384 numbers per token, not 64)" in refusal(fill)
+    assert "is a FLUX.1 Fill model (384 numbers per token, not 64): add --model_type fill" in refusal(fill)
     parts = Path(models("dev", "parts")["pretrained_model_name_or_path"])
     (tmp_path / parts.name).symlink_to(parts)
     lone = refusal(options, pretrained_model_name_or_path=tmp_path / parts.name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FLUX.1 dev, Kontext and schnell."""
+"""FLUX.1 dev, Kontext, Fill and schnell."""
 
 from __future__ import annotations
 
@@ -29,6 +29,10 @@ VARIANTS = {
         ModelFacts("flux1", "flux-1-kontext-dev", CODE, None),
         PreviewDefaults(20, scale=1.0, guidance=2.5, size=1024, honoured=("guidance_scale", "flow_shift")),
     ),
+    "fill": FluxVariant(
+        ModelFacts("flux1", "flux-1-fill-dev", CODE, None),
+        PreviewDefaults(20, scale=1.0, guidance=30.0, size=1024, honoured=("guidance_scale", "flow_shift")),
+    ),
     "schnell": FluxVariant(
         ModelFacts("flux1", "flux-1-schnell", CODE, None),
         PreviewDefaults(4, scale=1.0, size=1024, honoured=("flow_shift",)),
@@ -55,7 +59,7 @@ SHEET = Sheet(
     family_option="model_type",
     token_option="--t5xxl_max_token_length",
     asked_encoders={"t5xxl": "train_t5xxl"},
-    models="FLUX.1 dev, Kontext, schnell, Chroma",
+    models="FLUX.1 dev, Kontext, Fill, schnell, Chroma",
     page="docs/flux.md",
     recipes={"network": "configs/flux_lora.toml", "finetune": "configs/flux_full.toml"},
     memory_recipes={

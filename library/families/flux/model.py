@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FLUX.1 dev, Kontext and schnell.
+"""FLUX.1 dev, Kontext, Fill and schnell.
 
 Black Forest Labs 2024, https://github.com/black-forest-labs/flux. A rectified-flow transformer over latents and T5
 states, which is also told CLIP-L's pooled output, and in dev a guidance.
@@ -7,7 +7,7 @@ states, which is also told CLIP-L's pooled output, and in dev a guidance.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,6 +20,7 @@ from library.device import on_device
 from library.errors import UserError
 from library.families.family import STAYING_BLOCKS, require_blocks
 from library.families.flux import SHEET, VARIANTS, FluxVariant
+from library.families.flux.fill import FILL, FILL_PREVIEW, encode_masked, picture_and_mask, problem_of_input
 from library.families.flux.options import FluxFineTuneOptions, FluxFlowOptions, FluxOptions
 from library.families.flux.parts import CLIP, FLUX, T5, Design, FluxParts, denoiser_rules, open_parts
 from library.families.flux.references import KONTEXT
@@ -52,7 +53,7 @@ class Flux(TwoStreamFamily):
     @cached_property
     def parts(self) -> FluxParts:
         """Headers of the files. The first use downloads what is given as a hub id."""
-        return open_parts(self.options, self.design)
+        return open_parts(self.options, FILL if self.fills else self.design)
 
     @cached_property
     def tokenizers(self) -> dict[str, Any]:
@@ -69,6 +70,8 @@ class Flux(TwoStreamFamily):
     def variant(self) -> FluxVariant:
         if self.is_kontext:
             return VARIANTS["kontext"]
+        if self.fills:
+            return VARIANTS["fill"]
         return VARIANTS["dev" if self.parts.config["guidance_embeds"] else "schnell"]
 
     @property
@@ -79,6 +82,19 @@ class Flux(TwoStreamFamily):
     @property
     def references(self) -> ReferenceSpec | None:
         return KONTEXT if self.is_kontext and self.edits else None
+
+    @property
+    def fills(self) -> bool:
+        """Whether the model is FLUX.1 Fill, which is shown masks and what they leave of the pictures."""
+        return self.options.model_type == "fill"
+
+    @property
+    def reads_masks(self) -> bool:
+        return self.fills
+
+    @property
+    def preview_references(self) -> ReferenceSpec | None:
+        return FILL_PREVIEW if self.fills else self.references
 
     def check(self) -> None:
         if self.is_kontext and not self.parts.config["guidance_embeds"]:
@@ -139,6 +155,12 @@ class Flux(TwoStreamFamily):
     def scale_legacy(cls, latents: Tensor) -> Tensor:
         return latents  # sd-scripts writes FLUX latents shifted and scaled already
 
+    def shown(self, batch: Batch) -> Sequence[Tensor]:
+        return picture_and_mask(batch) if self.fills else super().shown(batch)
+
+    def encode_references(self, encode: Callable[[Tensor], Tensor], pictures: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return encode_masked(encode, pictures) if self.fills else super().encode_references(encode, pictures)
+
     # ---- training
 
     def objective(self, options: FluxFlowOptions, loss: LossOptions) -> FlowObjective:
@@ -148,8 +170,11 @@ class Flux(TwoStreamFamily):
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Cond, batch: Batch | None) -> Tensor:
         """Noise - latents, B 16 h w. A token is 2 x 2 latent pixels, placed by row and column; text has no place."""
         text, (height, width) = cond[T5], x_t.shape[-2:]
-        pictures = [x_t, *(latents.to(x_t) for latents in batch.references)] if batch is not None else [x_t]
+        references = [latents.to(x_t) for latents in batch.references] if batch is not None else []
+        pictures = [x_t] if self.fills else [x_t, *references]
         tokens = [pack(picture) for picture in pictures]
+        if self.fills:  # channels of the same tokens
+            tokens = [torch.cat([*tokens, *map(pack, references)], -1)]
         inputs: dict[str, Any] = {
             "hidden_states": tokens[0] if len(tokens) == 1 else torch.cat(tokens, 1),
             "timestep": t,  # 0..1: the model multiplies by 1000
@@ -198,6 +223,9 @@ class Flux(TwoStreamFamily):
     def save(self, denoiser: nn.Module, encoders: Mapping[str, nn.Module], path: Path, form: CheckpointForm) -> None:
         tensors = Published(denoiser.state_dict(), denoiser_rules(denoiser))
         save_tensors(path, tensors, form.metadata, dtype=form.dtype, hashes=False)
+
+    def adapter_problem(self, tensors: Mapping[str, Tensor]) -> str | None:
+        return problem_of_input(tensors, self.parts.config["in_channels"])
 
     def text_settings(self, name: str) -> tuple[Any, ...]:
         return (self.text_length, self.masks_text, self.extra_tokens) if name == T5 else ()

@@ -20,8 +20,8 @@ class FluxOptions(SeparateAutoencoder):
 
     model_type: str = option(
         "flux",
-        help="Chroma and FLUX.1 Kontext are told apart from FLUX.1 dev here.",
-        choices=("flux", "chroma", "kontext"),
+        help="Chroma, FLUX.1 Kontext and FLUX.1 Fill are told apart from FLUX.1 dev here.",
+        choices=("flux", "chroma", "kontext", "fill"),
     )
     clip_l: str | None = option(
         None,
@@ -60,6 +60,8 @@ class FluxOptions(SeparateAutoencoder):
         yield from super().problems()
         if self.model_type == "chroma" and self.clip_l:
             yield "--clip_l: Chroma has no CLIP text encoder; leave it out"
+        if self.model_type == "fill" and self.task == "edit":
+            yield "--task edit: FLUX.1 Fill fills what masks cover and takes no pictures to edit: leave it out"
         if self.task == "edit" and self.model_type == "flux":
             yield "--task edit: FLUX.1 dev and schnell edit no pictures: take FLUX.1 Kontext, with --model_type kontext"
 

@@ -31,6 +31,7 @@ from library.weights.weight_files import WeightFile, open_weights
 
 CLIP, T5 = "clip_l", "t5xxl"  # names of the text encoders
 LATENT_TOKEN = 64  # numbers of a token: 2 x 2 latent pixels of 16 channels
+FILL_TOKEN = 384  # of FLUX.1 Fill: with the masked picture's latents and the mask
 PUBLISHED_DEPTHS = {3072: {"num_layers": 19, "num_single_layers": 38}}  # of FLUX.1 and of Chroma
 VAE_ANSWER = {"vae": "a VAE, not a checkpoint: it belongs to --ae"}
 WEIGHTS = "diffusion_pytorch_model*.safetensors"  # of a repository that is a transformer only
@@ -161,16 +162,23 @@ def open_denoiser(path: Path, design: Design) -> tuple[Part, dict[str, Any]]:
         found = below(file.shapes, prefix)
         config = {**shipped_config(design.family), **sizes(found, names), **design.sizes(found, names), **own}
     if config["in_channels"] != design.token:
-        raise UserError(
-            f"{file.path} is a fill, control or edit model ({config['in_channels']} numbers per token, not "
-            f"{design.token}): it cannot be trained here"
-        )
+        raise UserError(f"{file.path} {_other_input(config['in_channels'], design.token)}")
     rules = own_names if names is DIFFUSERS else design.rules
     part = Part(
         design.what, file, prefix, partial(design.build, config), rules,
         finish=design.patch, extras=design.extras, published_depths=design.depths,
     )  # fmt: skip
     return part, config
+
+
+def _other_input(found: int, wanted: int) -> str:
+    """What to say of a model whose tokens have another number of inputs."""
+    numbers = f"({found} numbers per token, not {wanted})"
+    if (found, wanted) == (FILL_TOKEN, LATENT_TOKEN):
+        return f"is a FLUX.1 Fill model {numbers}: add --model_type fill"
+    if (found, wanted) == (LATENT_TOKEN, FILL_TOKEN):
+        return f"is not a FLUX.1 Fill model {numbers}: leave --model_type fill out"
+    return f"is a control or edit model {numbers}: it cannot be trained here"
 
 
 def _layout_of(file: WeightFile) -> tuple[str, Layout]:
