@@ -56,4 +56,9 @@ def _run(method: Method[TrainerOptions], stop: StopRequest, loop: Loop) -> int:
     loaded = load(choose_memory(scheduled))
     stop.check()
     running = build(loaded)
-    return loop(running, restore(running)).train()
+    try:
+        code = loop(running, restore(running)).train()
+        running.memory.keep_code()
+        return code
+    finally:
+        running.memory.close()

@@ -33,7 +33,6 @@ from library.learning import DENOISER, Learning, Models, StepModule, Trainables
 from library.log import get_logger
 from library.memory.checkpointing import recompute_encoders
 from library.memory.choice import MemoryChoice
-from library.memory.compiling import warm
 from library.memory.estimate import CUDA_CONTEXT
 from library.memory.sharding import LocalShards, shard, shard_learning
 from library.objectives.base import Objective
@@ -64,7 +63,7 @@ from library.trainers.validation import Validation
 from library.types import Position
 
 log = get_logger()
-WARMED_SHAPES = 2  # compiled before the first step; later ones when they come
+WARMED_SHAPES = 3  # compiled before the first step: all that are static; of dynamic ones, each differs a little
 
 
 @dataclass(frozen=True)
@@ -355,7 +354,7 @@ def build(loaded: Loaded) -> Running:
         checked.stopped(),
     )  # fmt: skip
     if memory.compiled is not None:
-        compile_all(loaded, trainables, forward, [*shapes_of.values()][:WARMED_SHAPES])
+        compile_all(loaded, trainables, forward, memory, [*shapes_of.values()][:WARMED_SHAPES])
     free_memory()  # of the weights as they were before they were joined
     record = record_of(loaded, trainables)
     return Running(
@@ -377,7 +376,9 @@ def port_of(trainables: Trainables, sharded: bool, shards_learn: bool) -> Weight
     return ShardedBase() if sharded else ReplicatedWeights()
 
 
-def compile_all(loaded: Loaded, trainables: Trainables, forward: Pass, plans: Sequence[BatchPlan]) -> None:
+def compile_all(
+    loaded: Loaded, trainables: Trainables, forward: Pass, memory: Memory, plans: Sequence[BatchPlan]
+) -> None:
     """Compile the blocks for batches of these sizes before the first step."""
 
     def one_pass(plan: BatchPlan) -> Tensor:
@@ -386,7 +387,7 @@ def compile_all(loaded: Loaded, trainables: Trainables, forward: Pass, plans: Se
 
     parameters = trainables.parameters()
     # all weights that learn, or the first ones, before every block: the backward pass then goes through all blocks
-    warm([partial(one_pass, plan) for plan in plans], parameters if trainables.flat else parameters[:1], forward.device)
+    memory.compile_ahead([partial(one_pass, plan) for plan in plans], parameters if trainables.flat else parameters[:1])
 
 
 def record_of(loaded: Loaded, trainables: Trainables) -> RunRecord:
