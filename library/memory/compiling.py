@@ -87,16 +87,16 @@ class CompiledBlocks:
         again = set(recomputed_blocks([1.0] * len(self.forwards.blocks), budget))
         kinds: dict[Hashable, BlockKind] = {}
         for index, block in enumerate(self.forwards.blocks):
-            signature = _signature(block)
-            if signature not in kinds:
-                kinds[signature] = BlockKind(type(block).__name__, self.backend, budget, self.dynamic)
+            kind = signature(block)
+            if kind not in kinds:
+                kinds[kind] = BlockKind(type(block).__name__, self.backend, budget, self.dynamic)
             plain = self.forwards.before[index]
-            self.forwards.replace(index, kinds[signature].forward(plain, again=index in again))
+            self.forwards.replace(index, kinds[kind].forward(plain, again=index in again))
         self.kinds = list(kinds.values())
 
     def key(self, device: torch.device) -> Hashable:
         """A key that is equal for runs that may use each other's compiled code; torch tells apart what it misses."""
-        blocks = tuple(dict.fromkeys(map(_signature, self.forwards.blocks)))
+        blocks = tuple(dict.fromkeys(map(signature, self.forwards.blocks)))
         return torch.__version__, platform.machine(), str(device), self.backend, self.dynamic, self.budget, blocks
 
     def uncompilable(self) -> set[str]:
@@ -227,7 +227,7 @@ def _reason(error: BaseException) -> str:
     return " ".join(lines[:2]) or type(error).__name__
 
 
-def _signature(block: nn.Module) -> Hashable:
+def signature(block: nn.Module) -> Hashable:
     """A key that is equal for blocks that are likely to share a graph; torch's guards catch what it misses."""
     weights = tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in block.named_parameters())
     hooks = tuple(len(module._forward_hooks) for module in block.modules())

@@ -63,7 +63,7 @@ class Memory:
             self.hoisting = Hoisting(*modulations, self.device, blocks=self.blocks, pinning=self.pinning)
             self.hoisting.install()
         if choice.compiled and self.can_compile():
-            dynamic = self.family.text_length_varies or shapes > MOST_STATIC_SHAPES
+            dynamic = static_shapes(self.family, shapes) == 0
             self.compiled = CompiledBlocks(
                 self.blocks, self.options.dynamo_backend, budget=choice.activation_budget, dynamic=dynamic
             )
@@ -215,6 +215,11 @@ class Memory:
         """Reset the state left behind by an interrupted pass."""
         if self.swap is not None:
             self.swap.reset()
+
+
+def static_shapes(family: ModelFamily, shapes: int) -> int:
+    """How many of the sizes of pictures and batches are compiled one by one; 0: one dynamic graph serves all."""
+    return 0 if family.text_length_varies or shapes > MOST_STATIC_SHAPES else shapes
 
 
 def check_choice(

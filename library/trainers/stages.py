@@ -40,6 +40,7 @@ from library.objectives.prior_preservation import PriorPreservation
 from library.optim.in_backward import units
 from library.optim.optimizers import OptimizerChoice
 from library.optim.schedulers import check_scheduler
+from library.planner.compiling import with_compilation
 from library.planner.memory_plan import PeakCheck, plan_memory
 from library.planner.planned import Loss, Planned, largest
 from library.rng import derive_seed, torch_generator
@@ -48,7 +49,7 @@ from library.sampling.references import texts_of
 from library.stopping import StopRequest
 from library.trainers.caching import Caches, encoders_that_stay, filled_by_all, vae_that_stays
 from library.trainers.facts import RunRecord
-from library.trainers.memory import Memory, moves_weights
+from library.trainers.memory import Memory, moves_weights, static_shapes
 from library.trainers.method import Method
 from library.trainers.options import TrainerOptions
 from library.trainers.out_of_memory import Retry
@@ -243,8 +244,29 @@ def as_planned(
     )
 
 
+def choose_compiling(scheduled: Scheduled) -> Scheduled:
+    """Ask the planner whether compiling pays, if requested."""
+    planned, checked, plan = scheduled.planned, scheduled.checked, scheduled.plan
+    if not planned.memory.compiles_where_it_pays:
+        return scheduled
+    given = {"--shard_base": checked.options.distributed.shard_base, "--deepspeed": planned.deepspeed}
+    forbidden = next((f"{flag} does not work with it" for flag, is_given in given.items() if is_given), None)
+    graphs = max(1, static_shapes(planned.family, len(shapes_of(checked.data))))
+    batches = plan.total_steps * plan.accumulation
+    return replace(
+        scheduled, planned=with_compilation(planned, batches=batches, graphs=graphs, forbidden=forbidden)
+    )  # fmt: skip
+
+
+def shapes_of(data: TrainingData) -> list[BatchPlan]:
+    """One batch of each size of pictures and batches."""
+    found = {(batch.bucket, len(batch.samples)): batch for batch in each_shape(data.plan_epoch(1))}
+    return [*found.values()]
+
+
 def choose_memory(scheduled: Scheduled) -> Scheduled:
     """Ask the planner for a choice, if requested, and limit device memory to --vram_budget."""
+    scheduled = choose_compiling(scheduled)
     planned, budget = scheduled.planned, scheduled.planned.memory.vram_budget
     if not planned.memory.asks_planner:
         return scheduled
@@ -331,9 +353,8 @@ def build(loaded: Loaded) -> Running:
     memory = Memory(
         family, models.denoiser, planned.choice, options.memory, checked.learning.swap_options, planned.device
     )
-    shapes = each_shape(loaded.data.plan_epoch(1))
-    shapes_of = {(batch.bucket, len(batch.samples)): batch for batch in shapes}
-    memory.prepare(shapes=len(shapes_of))
+    shapes = shapes_of(loaded.data)
+    memory.prepare(shapes=len(shapes))
     accelerator = checked.processes.accelerator
     module = StepModule(family, models, trainables)
     updates = Updates(
@@ -354,7 +375,7 @@ def build(loaded: Loaded) -> Running:
         checked.stopped(),
     )  # fmt: skip
     if memory.compiled is not None:
-        compile_all(loaded, trainables, forward, memory, [*shapes_of.values()][:WARMED_SHAPES])
+        compile_all(loaded, trainables, forward, memory, shapes[:WARMED_SHAPES])
     free_memory()  # of the weights as they were before they were joined
     record = record_of(loaded, trainables)
     return Running(

@@ -135,7 +135,9 @@ def test_adapters_learn_on_text_encoders_in_8_bits(dataset: Path, sd1: Path, tmp
 
 
 @pytest.mark.parametrize(
-    "values", [{"blocks_to_swap": "auto", "activation_budget": "auto"}, {"vram_budget": "4GB"}], ids=["auto", "budget"]
+    "values",
+    [{"blocks_to_swap": "auto", "activation_budget": "auto", "compile": "auto"}, {"vram_budget": "4GB"}],
+    ids=["auto", "budget"],
 )
 def test_chosen_for_this_machine(values: dict[str, Any], deep: dict[str, Any], dataset: Path, tmp_path: Path,
                                  caplog: pytest.LogCaptureFixture) -> None:  # fmt: skip
@@ -144,6 +146,7 @@ def test_chosen_for_this_machine(values: dict[str, Any], deep: dict[str, Any], d
     with caplog.at_level(logging.INFO):
         chosen = train(None, dataset, tmp_path / "chosen", max_train_steps=2, **deep, **LORA, **values)
     assert "memory: (nothing): " in caplog.text and " predicted of " in caplog.text
+    assert ("--compile auto: nothing is compiled: this run has no GPU" in caplog.text) == ("compile" in values)
     assert differing(chosen.weights, plain.weights) == []
 
 
