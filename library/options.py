@@ -94,6 +94,11 @@ class Spec:
         return "--" + self.name
 
     @property
+    def is_switch(self) -> bool:
+        """Whether the flag alone means true."""
+        return bool in (self.hint, *typing.get_args(self.hint))
+
+    @property
     def takes_many(self) -> bool:
         hints = (self.hint, *typing.get_args(self.hint))
         return self.info.parse is None and any(typing.get_origin(h) is tuple for h in hints)
@@ -194,8 +199,9 @@ def build_parser(all_specs: Mapping[str, Spec], prog: str, description: str) -> 
             "default": argparse.SUPPRESS,
             "help": describe(spec).replace("%", "%%"),
         }
-        if spec.hint is bool:
-            kwargs |= {"nargs": "?", "const": True, "metavar": "true|false"}
+        if spec.is_switch:
+            values = "true|false" if spec.hint is bool else "true|false|VALUE"
+            kwargs |= {"nargs": "?", "const": True, "metavar": values}
         elif spec.takes_many:
             kwargs |= {"nargs": "*", "metavar": "VALUE"}
         else:

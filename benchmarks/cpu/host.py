@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from benchmarks.common import cpu_seconds, host_line, interleaved, markdown, quartiles
 from library.memory.checkpointing import Recomputation
-from library.memory.compiling import CompiledBlocks, keep_compiled
+from library.memory.compiling import CompiledBlocks
 from library.optim.flat import FlatParameters
 
 DOUBLE, SINGLE, HEADS, HEAD = 19, 38, 4, 16
@@ -136,11 +136,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--backend", default="inductor")
-    parser.add_argument("--no_cache_dir", action="store_true", help="leave torch's own cache folder as it is")
     settings = parser.parse_args()
     torch.set_num_threads(1)
-    if not settings.no_cache_dir:
-        keep_compiled(None)
     ways: dict[str, Step] = {}
     for recompute in (True, False):
         what = "recomputed" if recompute else "all kept"

@@ -252,9 +252,20 @@ class TrainingData:
 
     # ---- batches
 
-    def loader(self, *, workers: int = 0, persistent: bool = False, pin_memory: bool = False) -> BatchLoader:
-        """A loader of plans: `with data.loader(...) as loader: for batch in loader.run(plans, step_of_first=...)`."""
-        return BatchLoader(self, workers=workers, persistent=persistent, pin_memory=pin_memory)
+    def loader(self, *, workers: int = 0, pin_memory: bool = False) -> BatchLoader:
+        """A loader of plans: `with data.loader(...) as loader: for batch in loader.run(jobs_of(plans))`.
+
+        workers: most processes that load. Where no picture is opened, a thread takes less time than a process needs to
+        hand a batch over.
+        """
+        return BatchLoader(self, workers=workers, in_thread=workers > 0 and self.is_cached, pin_memory=pin_memory)
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether batches are read from caches alone. Control images are not cached; shards may contain some."""
+        subsets = [subset for part in self._parts for subset in part.config.subsets]
+        opened = any(subset.conditioning_data_dir or subset.shard_pattern for subset in subsets)
+        return self.latents is not None and not self.shown and not opened
 
     def load(self, plan: BatchPlan, *, step: int) -> Batch:
         """Load the batch of a plan. step: the optimizer step it is for, on which token warm-up depends.

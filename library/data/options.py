@@ -169,7 +169,9 @@ class DataOptions:
     max_data_loader_n_workers: int = option(
         8, help="Most processes that load pictures (never more than cores).", check=at_least(0)
     )
-    persistent_data_loader_workers: bool = option(False, help="Keep the loading processes from epoch to epoch.")
+    persistent_data_loader_workers: bool = option(
+        False, help="Keep the loading processes from epoch to epoch.", answer="always so"
+    )
     prior_loss_weight: float = option(1.0, help="Weight of the loss of regularisation pictures.", check=at_least(0))
     conditioning_data_dir: str | None = option(
         None, help="Folder of masks (or control pictures) with the pictures' names.", path=True
@@ -201,8 +203,6 @@ class DataOptions:
             )
         if self.min_bucket_reso > self.max_bucket_reso:
             yield f"--min_bucket_reso {self.min_bucket_reso} is larger than --max_bucket_reso {self.max_bucket_reso}"
-        if self.persistent_data_loader_workers and self.max_data_loader_n_workers == 0:
-            yield Idle("--persistent_data_loader_workers has no effect with --max_data_loader_n_workers 0")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 """Compiled blocks with recomputation inside: torch.compile compiles each kind of block once.
 
     compiled = CompiledBlocks(family.blocks(denoiser), backend="inductor", budget=0.0, dynamic=False)
-    warm(passes, trained)  # before the first step, so that no step waits for a compiler
+    code = CompiledCode(kept_folder(None), compiled.key(device))
+    compiled.warm(passes, trained, device, code)  # before the first step, so that no step waits for a compiler
     compiled.set_budget(0.0); compiled.forwards.undo()
 
 The result of a block must not depend on what was compiled before, or a resumed run would differ in the last digits.
@@ -14,9 +15,8 @@ A block that draws random numbers (dropout) is recomputed from outside: partitio
 
 from __future__ import annotations
 
-import os
+import platform
 from collections.abc import Callable, Hashable, Sequence
-from pathlib import Path
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -28,14 +28,14 @@ from torch import Tensor, fx, nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import TorchDynamoException
 
-from library.device import kept_random_state
+from library.device import is_out_of_memory, kept_random_state
+from library.errors import UserError
 from library.log import get_logger, progress
 from library.memory.checkpointing import ForwardFunction, ReplacedForwards, recomputed, recomputed_blocks
+from library.memory.compiled_code import CompiledCode
 
 log = get_logger()
 
-CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
-DEFAULT_CACHE = Path("~/.cache/trainyard/compiled")
 PARTITIONING = ("inductor", "aot_eager")  # backends that split forward and backward by activation_memory_budget
 MOST_VARIANTS = 4096  # variants of one kind of block: one per shape, adapter rank and adapter strength
 DRAWS = {"rand", "randn", "randint", "rand_like", "randn_like", "randint_like", "bernoulli", "normal", "uniform"}
@@ -61,18 +61,6 @@ def missing_compiler(backend: str, device: torch.device) -> str | None:
     return None
 
 
-def keep_compiled(folder: str | Path | None) -> Path:
-    """Make inductor cache compiled code in `folder`, for later runs. None: torch's variable, or our default folder.
-
-    Call it before the first compilation. Returns the folder.
-    """
-    given = folder or os.environ.get(CACHE_VARIABLE) or DEFAULT_CACHE
-    path = Path(given).expanduser().resolve()
-    path.mkdir(parents=True, exist_ok=True)
-    os.environ[CACHE_VARIABLE] = str(path)
-    return path
-
-
 # ---- blocks ---------------------------------------------------------------------------------------------------------
 
 
@@ -87,7 +75,7 @@ class CompiledBlocks:
         self, blocks: Sequence[nn.Module], backend: str = "inductor", *, budget: float = 1.0, dynamic: bool = False
     ) -> None:
         self.forwards = ReplacedForwards(blocks)
-        self.backend, self.dynamic = backend, dynamic
+        self.backend, self.dynamic, self.budget = backend, dynamic, budget
         self.kinds: list[BlockKind] = []
         _make_repeatable()
         self.set_budget(budget)
@@ -95,15 +83,71 @@ class CompiledBlocks:
     def set_budget(self, budget: float) -> None:
         """Keep about this share of the activations. Everything is compiled again, so call it rarely."""
         self.forwards.undo()
+        self.budget = budget
         again = set(recomputed_blocks([1.0] * len(self.forwards.blocks), budget))
         kinds: dict[Hashable, BlockKind] = {}
         for index, block in enumerate(self.forwards.blocks):
-            signature = _signature(block)
-            if signature not in kinds:
-                kinds[signature] = BlockKind(type(block).__name__, self.backend, budget, self.dynamic)
+            kind = signature(block)
+            if kind not in kinds:
+                kinds[kind] = BlockKind(type(block).__name__, self.backend, budget, self.dynamic)
             plain = self.forwards.before[index]
-            self.forwards.replace(index, kinds[signature].forward(plain, again=index in again))
+            self.forwards.replace(index, kinds[kind].forward(plain, again=index in again))
         self.kinds = list(kinds.values())
+
+    def key(self, device: torch.device) -> Hashable:
+        """A key that is equal for runs that may use each other's compiled code; torch tells apart what it misses."""
+        blocks = tuple(dict.fromkeys(map(signature, self.forwards.blocks)))
+        return torch.__version__, platform.machine(), str(device), self.backend, self.dynamic, self.budget, blocks
+
+    def uncompilable(self) -> set[str]:
+        """Names of the kinds whose compilation has failed."""
+        return {kind.name for kind in self.kinds if kind.broken}
+
+    def give_up(self, error: BaseException) -> None:
+        """Run all blocks uncompiled from now on, and log why: of a backward pass nobody knows which block it is."""
+        for kind in self.kinds:
+            kind.broken = True
+        log.warning(f"--compile: the blocks cannot be compiled and run without: {_reason(error)}")
+
+    def warm(
+        self, passes: Sequence[Callable[[], Tensor]], trained: Sequence[Tensor], device: torch.device,
+        code: CompiledCode,
+    ) -> None:  # fmt: skip
+        """Compile ahead of the first step, forward and backward, and keep the code (see `warm`).
+
+        If code of an earlier run does not work, everything is compiled again; if new code does not, blocks run
+        uncompiled.
+        """
+        try:
+            if code.found and self._fails_with_kept(code, lambda: warm(passes, trained, device)):
+                code.forget()
+                torch.compiler.reset()
+                self.set_budget(self.budget)
+            if not code.found:
+                warm(passes, trained, device)
+        except Exception as error:
+            if _is_of_run(error):
+                raise
+            self.give_up(error)
+        else:
+            code.keep(self.uncompilable())
+
+    def _fails_with_kept(self, code: CompiledCode, run: Callable[[], None]) -> bool:
+        """Whether `run` fails with the code of an earlier run; logged. What that one could not compile may fail."""
+        known = code.uncompilable
+        for kind in self.kinds:
+            kind.must_compile = kind.name not in known
+        try:
+            run()
+        except Exception as error:
+            if _is_of_run(error):
+                raise
+            log.warning(f"--compile: {code.archive} does not work, everything is compiled again: {_reason(error)}")
+            return True
+        finally:
+            for kind in self.kinds:
+                kind.must_compile = False
+        return False
 
 
 class BlockKind:
@@ -112,6 +156,7 @@ class BlockKind:
     def __init__(self, name: str, backend: str, budget: float, dynamic: bool) -> None:
         self.name, self.backend, self.dynamic = name, backend, dynamic
         self.broken = False  # compilation has failed
+        self.must_compile = False  # raise an error of the compiler instead of running uncompiled
         self.outside = backend not in PARTITIONING  # recomputation is around the compiled code instead of inside
         self.budget = budget
         self._code: dict[FunctionType, FunctionType] = {}
@@ -145,6 +190,8 @@ class BlockKind:
                 return (surrounded if outside else compiled)(*args, **kwargs)
             except TorchDynamoException as error:
                 if outside == self.outside:
+                    if self.must_compile:
+                        raise
                     self.give_up(error)
             return forward(*args, **kwargs)
 
@@ -153,9 +200,7 @@ class BlockKind:
     def give_up(self, error: BaseException) -> None:
         """Run blocks of this kind uncompiled from now on, and log why."""
         self.broken = True
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = " ".join(lines[:2])  # the first line says where the error came from, the second what it is
-        log.warning(f"--compile: {self.name} cannot be compiled and runs without: {reason}")
+        log.warning(f"--compile: {self.name} cannot be compiled and runs without: {_reason(error)}")
 
     def _own(self, plain: ForwardFunction) -> ForwardFunction:
         """`plain` with its own code object for this kind: torch stores and looks up compiled code by code object."""
@@ -171,7 +216,18 @@ class BlockKind:
         return MethodType(self._code[function], plain.__self__)
 
 
-def _signature(block: nn.Module) -> Hashable:
+def _is_of_run(error: BaseException) -> bool:
+    """Whether an error has nothing to do with compilation: too little memory, a picture that cannot be read."""
+    return is_out_of_memory(error) or isinstance(error, UserError)
+
+
+def _reason(error: BaseException) -> str:
+    """An error of the compiler in one line: its first line says where it came from, the second what it is."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2]) or type(error).__name__
+
+
+def signature(block: nn.Module) -> Hashable:
     """A key that is equal for blocks that are likely to share a graph; torch's guards catch what it misses."""
     weights = tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in block.named_parameters())
     hooks = tuple(len(module._forward_hooks) for module in block.modules())

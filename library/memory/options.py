@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from library.options import Idle, at_least, option
+from library.options import Idle, at_least, convert, option
 from library.values import number, shown
 
 AUTO = "auto"
@@ -27,6 +27,15 @@ def _share_or_auto(value: Any) -> float | str:
     if not 0 <= share <= 1:
         raise ValueError(f"expects a number from 0 to 1, or {AUTO}, got {shown(str(value))}")
     return share
+
+
+def _switch_or_auto(value: Any) -> bool | str:
+    if str(value).strip().lower() == AUTO:
+        return AUTO
+    try:
+        return bool(convert(value, bool))
+    except ValueError:
+        raise ValueError(f"expects true, false or {AUTO}, got {shown(str(value))}") from None
 
 
 def _count_or_auto(value: Any) -> int | str:
@@ -91,10 +100,16 @@ class MemoryOptions:
         help="Keep the frozen denoiser in 8-bit integers, or in 4 bits (bitsandbytes).",
         choices=("int8", "nf4"),
     )
-    compile: bool = option(False, help="Compile each block of the denoiser before the first step.")
+    compile: bool | str = option(
+        False,
+        help="Compile each block of the denoiser before the first step, or auto: where the run is long enough to earn "
+        "back the time that this takes. Without a value: true.",
+        parse=_switch_or_auto,
+    )
     compile_cache_dir: str | None = option(
         None,
-        help="Folder for compiled blocks, so that the next run finds them (default: in the user's cache folder).",
+        help="Folder for archives of compiled blocks, so that the next run finds them (default: in the user's cache "
+        "folder).",
         path=True,
     )
     torch_compile: bool = option(False, help="The same as --compile.")
@@ -102,7 +117,13 @@ class MemoryOptions:
 
     @property
     def compiles(self) -> bool:
-        return self.compile or self.torch_compile
+        """Whether blocks are compiled in any case."""
+        return self.compile is True or self.torch_compile
+
+    @property
+    def compiles_where_it_pays(self) -> bool:
+        """Whether the planner decides if blocks are compiled."""
+        return self.compile == AUTO
 
     @property
     def asks_planner(self) -> bool:
@@ -119,9 +140,12 @@ class MemoryOptions:
         if self.base_quant and (self.fp8_base_unet or self.fp8_base):
             given = "fp8_base" if self.fp8_base else "fp8_base_unet"
             yield f"--base_quant and --{given} each say how the denoiser is kept: give one of them"
-        if self.compiles and self.dynamo_backend == "no":
+        if self.torch_compile and self.compiles_where_it_pays:
+            yield f"--torch_compile compiles in any case, --compile {AUTO} only where it pays: give one of them"
+        may_compile = self.compiles or self.compiles_where_it_pays
+        if may_compile and self.dynamo_backend == "no":
             yield "--dynamo_backend no switches compilation off: leave one of them out"
-        elif self.compiles and self.dynamo_backend in GONE:
+        elif may_compile and self.dynamo_backend in GONE:
             yield f"--dynamo_backend {self.dynamo_backend} is gone from torch: use inductor"
-        if self.compile_cache_dir and not self.compiles:
+        if self.compile_cache_dir and not may_compile:
             yield Idle("--compile_cache_dir has no effect without --compile")

@@ -200,7 +200,7 @@ def candidates(planned: Planned, case: Case) -> Iterator[MemoryChoice]:
     Without --vram_budget (and without --plan), only what is "auto" is free.
     """
     given = planned.memory
-    fixed = MemoryChoice.of(given)
+    fixed = replace(MemoryChoice.of(given), compiled=planned.choice.compiled)
     free = given.vram_budget is not None or given.plan
     budgets = BUDGETS if _is_open(given.activation_budget, free) and not given.gradient_checkpointing else None
     storages = ("plain", "fp8") if free and fixed.storage == "plain" and len(case.weights.blocks) > 1 else None

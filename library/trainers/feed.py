@@ -7,7 +7,8 @@ from collections import deque
 from collections.abc import Generator, Iterator
 from dataclasses import replace
 
-from library.data.dataset import BatchLoader, TrainingData
+from library.data.dataset import TrainingData
+from library.data.loader import BatchLoader, Job, jobs_of
 from library.trainers.run_plan import RunPlan, share_of
 from library.types import Batch, Position
 
@@ -58,9 +59,8 @@ def steps_of(
     """Yield one process's micro-batches of each optimizer step, from `start` to the end of the run."""
     step, epoch, first = start.step, start.epoch, start.batch
     with loader:
+        batches = loader.run(_jobs(data, plan, start, rank=rank, world=world))
         while step < plan.total_steps:
-            own = share_of(data.plan_epoch(epoch + 1)[first : plan.batches_of(epoch)], rank, world)
-            batches = loader.run(own, step_of_first=step, accumulation=plan.accumulation)
             for group in plan.groups(epoch, first):
                 # a batch of another process that fills up the last step of an epoch must not count twice
                 shares = [
@@ -71,3 +71,13 @@ def steps_of(
                 if step >= plan.total_steps:
                     return
             epoch, first = epoch + 1, 0
+
+
+def _jobs(data: TrainingData, plan: RunPlan, start: Position, *, rank: int, world: int) -> Iterator[Job]:
+    """One process's batches of all epochs, so that the loading does not stop where an epoch ends."""
+    step, epoch, first = start.step, start.epoch, start.batch
+    while step < plan.total_steps:
+        own = share_of(data.plan_epoch(epoch + 1)[first : plan.batches_of(epoch)], rank, world)
+        yield from jobs_of(own, step_of_first=step, accumulation=plan.accumulation)
+        step += sum(1 for _ in plan.groups(epoch, first))
+        epoch, first = epoch + 1, 0

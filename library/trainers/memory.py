@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 
 from library.errors import UserError, raise_problems
 from library.families.family import ModelFamily
@@ -19,7 +20,8 @@ from library.log import get_logger
 from library.memory.block_swap import BlockSwap, moved_bytes
 from library.memory.checkpointing import Recomputation, recomputed_blocks
 from library.memory.choice import MemoryChoice
-from library.memory.compiling import CompiledBlocks, keep_compiled, missing_compiler
+from library.memory.compiled_code import CompiledCode, kept_folder
+from library.memory.compiling import CompiledBlocks, missing_compiler
 from library.memory.hoisting import Hoisting
 from library.memory.offload import Offload
 from library.memory.options import AUTO, MemoryOptions
@@ -43,6 +45,7 @@ class Memory:
         self.family, self.denoiser, self.choice, self.options, self.device = family, denoiser, choice, options, device
         self.blocks = family.blocks(denoiser)
         self.compiled: CompiledBlocks | None = None
+        self.code: CompiledCode | None = None  # of this run's compiled blocks
         self.recomputation: Recomputation | None = None  # None: compiled blocks recompute by themselves
         self.swap: BlockSwap | None = None
         self.hoisting: Hoisting | None = None
@@ -60,11 +63,11 @@ class Memory:
             self.hoisting = Hoisting(*modulations, self.device, blocks=self.blocks, pinning=self.pinning)
             self.hoisting.install()
         if choice.compiled and self.can_compile():
-            keep_compiled(self.options.compile_cache_dir)
-            dynamic = self.family.text_length_varies or shapes > MOST_STATIC_SHAPES
+            dynamic = static_shapes(self.family, shapes) == 0
             self.compiled = CompiledBlocks(
                 self.blocks, self.options.dynamo_backend, budget=choice.activation_budget, dynamic=dynamic
             )
+            self.code = CompiledCode(kept_folder(self.options.compile_cache_dir), self.compiled.key(self.device))
         else:
             self.recomputation = Recomputation(self.blocks)
             self.recomputation.set_budget(choice.activation_budget)
@@ -79,6 +82,21 @@ class Memory:
         if lacking is not None:
             log.warning(f"--compile: no effect, this machine has no {lacking}")
         return lacking is None
+
+    def compile_ahead(self, passes: Sequence[Callable[[], Tensor]], trained: Sequence[Tensor]) -> None:
+        """Compile the blocks before the first step, if they are compiled. Arguments: those of `CompiledBlocks.warm`."""
+        if self.compiled is not None and self.code is not None:
+            self.compiled.warm(passes, trained, self.device, self.code)
+
+    def keep_code(self) -> None:
+        """Keep for later runs what was compiled since the first step."""
+        if self.compiled is not None and self.code is not None:
+            self.code.keep(self.compiled.uncompilable())
+
+    def close(self) -> None:
+        """Remove the folder of compiled code."""
+        if self.code is not None:
+            self.code.close()
 
     def exchange(self, count: int) -> None:
         """Swap `count` blocks, as --blocks_to_swap counts them, to main memory from now on.
@@ -132,6 +150,14 @@ class Memory:
         for keeper in (self.swap, self.hoisting):
             if keeper is not None:
                 keeper.home()
+
+    def stop_compiling(self, error: Exception) -> bool:
+        """Run the blocks uncompiled if `error` is the compiler's. Returns whether the step can be taken again."""
+        compiles = self.compiled is not None and any(not kind.broken for kind in self.compiled.kinds)
+        if self.compiled is None or not compiles or not isinstance(error, TorchDynamoException):
+            return False
+        self.compiled.give_up(error)
+        return True
 
     # ---- shrinking --------------------------------------------------------------------------------------------------
 
@@ -189,6 +215,11 @@ class Memory:
         """Reset the state left behind by an interrupted pass."""
         if self.swap is not None:
             self.swap.reset()
+
+
+def static_shapes(family: ModelFamily, shapes: int) -> int:
+    """How many of the sizes of pictures and batches are compiled one by one; 0: one dynamic graph serves all."""
+    return 0 if family.text_length_varies or shapes > MOST_STATIC_SHAPES else shapes
 
 
 def check_choice(

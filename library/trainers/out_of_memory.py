@@ -66,6 +66,7 @@ class Retry:
     def __call__(self, gradients: Callable[[], Tensor], *, largest_batch: int, step: int) -> Tensor:
         """The result of `gradients`, which must compute the same each time it is called.
 
+        An error of the compiler in the backward pass is another reason to call it again: blocks then run uncompiled.
         largest_batch: samples of the largest micro-batch. Raises DoesNotFit if nothing makes the step smaller, and
         HalfDone if weights were already updated in the backward pass.
         """
@@ -75,10 +76,19 @@ class Retry:
                     self.updates.hold_room()
                 return gradients()
             except Exception as error:
-                if not self.allowed or not is_out_of_memory(error):
+                if not self.allowed or not (is_out_of_memory(error) or self._uncompile(error)):
                     raise
-                reason = reason_of(error)
-            self._shrink(largest_batch, step, reason)  # outside of the except clause: the error's frames hold tensors
+                reason = reason_of(error) if is_out_of_memory(error) else None
+            # outside of the except clause: the error's frames hold tensors
+            if reason is not None:
+                self._shrink(largest_batch, step, reason)
+            else:
+                self._forget()
+
+    def _uncompile(self, error: Exception) -> bool:
+        """Whether `error` is the compiler's and the step can be taken again without it."""
+        started = self.updates.in_backward is not None and self.updates.in_backward.started
+        return not started and self.memory.stop_compiling(error)
 
     def _shrink(self, largest_batch: int, step: int, reason: str) -> None:
         """Discard the step that did not fit, and reduce memory in the first way that itself fits."""

@@ -15,7 +15,7 @@ from library.trainers.checks import check
 from library.trainers.debug_dataset import write_dataset_sheets
 from library.trainers.method import Method
 from library.trainers.options import TrainerOptions
-from library.trainers.stages import Running, Start, build, choose_memory, load, restore, schedule
+from library.trainers.stages import Running, Start, build, choose_compiling, choose_memory, load, restore, schedule
 from library.trainers.trainer import Trainer
 from library.weights.quick_import import import_diffusers
 
@@ -45,7 +45,7 @@ def _run(method: Method[TrainerOptions], stop: StopRequest, loop: Loop) -> int:
         return 0
     scheduled = schedule(checked)
     if options.memory.plan:
-        sys.stdout.write(plan_memory(scheduled.planned).table())
+        sys.stdout.write(plan_memory(choose_compiling(scheduled).planned).table())
         accelerator.end_training()
         return 0
     if scheduled.is_finished:
@@ -56,4 +56,9 @@ def _run(method: Method[TrainerOptions], stop: StopRequest, loop: Loop) -> int:
     loaded = load(choose_memory(scheduled))
     stop.check()
     running = build(loaded)
-    return loop(running, restore(running)).train()
+    try:
+        code = loop(running, restore(running)).train()
+        running.memory.keep_code()
+        return code
+    finally:
+        running.memory.close()

@@ -33,7 +33,6 @@ from library.learning import DENOISER, Learning, Models, StepModule, Trainables
 from library.log import get_logger
 from library.memory.checkpointing import recompute_encoders
 from library.memory.choice import MemoryChoice
-from library.memory.compiling import warm
 from library.memory.estimate import CUDA_CONTEXT
 from library.memory.sharding import LocalShards, shard, shard_learning
 from library.objectives.base import Objective
@@ -41,6 +40,7 @@ from library.objectives.selective import SelectiveObjective
 from library.optim.in_backward import units
 from library.optim.optimizers import OptimizerChoice
 from library.optim.schedulers import check_scheduler
+from library.planner.compiling import with_compilation
 from library.planner.memory_plan import PeakCheck, plan_memory
 from library.planner.planned import Loss, Planned, largest
 from library.rng import derive_seed, torch_generator
@@ -49,7 +49,7 @@ from library.sampling.references import texts_of
 from library.stopping import StopRequest
 from library.trainers.caching import Caches, encoders_that_stay, filled_by_all, vae_that_stays
 from library.trainers.facts import RunRecord
-from library.trainers.memory import Memory, moves_weights
+from library.trainers.memory import Memory, moves_weights, static_shapes
 from library.trainers.method import Method
 from library.trainers.options import TrainerOptions
 from library.trainers.out_of_memory import Retry
@@ -64,7 +64,7 @@ from library.trainers.validation import Validation
 from library.types import Position
 
 log = get_logger()
-WARMED_SHAPES = 2  # compiled before the first step; later ones when they come
+WARMED_SHAPES = 3  # compiled before the first step: all that are static; of dynamic ones, each differs a little
 
 
 @dataclass(frozen=True)
@@ -246,8 +246,29 @@ def as_planned(
     )
 
 
+def choose_compiling(scheduled: Scheduled) -> Scheduled:
+    """Ask the planner whether compiling pays, if requested."""
+    planned, checked, plan = scheduled.planned, scheduled.checked, scheduled.plan
+    if not planned.memory.compiles_where_it_pays:
+        return scheduled
+    given = {"--shard_base": checked.options.distributed.shard_base, "--deepspeed": planned.deepspeed}
+    forbidden = next((f"{flag} does not work with it" for flag, is_given in given.items() if is_given), None)
+    graphs = max(1, static_shapes(planned.family, len(shapes_of(checked.data))))
+    batches = plan.total_steps * plan.accumulation
+    return replace(
+        scheduled, planned=with_compilation(planned, batches=batches, graphs=graphs, forbidden=forbidden)
+    )  # fmt: skip
+
+
+def shapes_of(data: TrainingData) -> list[BatchPlan]:
+    """One batch of each size of pictures and batches."""
+    found = {(batch.bucket, len(batch.samples)): batch for batch in data.each_shape()}
+    return [*found.values()]
+
+
 def choose_memory(scheduled: Scheduled) -> Scheduled:
     """Ask the planner for a choice, if requested, and limit device memory to --vram_budget."""
+    scheduled = choose_compiling(scheduled)
     planned, budget = scheduled.planned, scheduled.planned.memory.vram_budget
     if not planned.memory.asks_planner:
         return scheduled
@@ -335,8 +356,8 @@ def build(loaded: Loaded) -> Running:
     memory = Memory(
         family, models.denoiser, planned.choice, options.memory, checked.learning.swap_options, planned.device
     )
-    shapes_of = {(batch.bucket, len(batch.samples)): batch for batch in loaded.data.each_shape()}
-    memory.prepare(shapes=len(shapes_of))
+    shapes = shapes_of(loaded.data)
+    memory.prepare(shapes=len(shapes))
     accelerator = checked.processes.accelerator
     module = StepModule(family, models, trainables)
     updates = Updates(
@@ -357,7 +378,7 @@ def build(loaded: Loaded) -> Running:
         checked.stopped(),
     )  # fmt: skip
     if memory.compiled is not None:
-        compile_all(loaded, trainables, forward, [*shapes_of.values()][:WARMED_SHAPES])
+        compile_all(loaded, trainables, forward, memory, shapes[:WARMED_SHAPES])
     free_memory()  # of the weights as they were before they were joined
     record = record_of(loaded, trainables)
     return Running(
@@ -379,7 +400,9 @@ def port_of(trainables: Trainables, sharded: bool, shards_learn: bool) -> Weight
     return ShardedBase() if sharded else ReplicatedWeights()
 
 
-def compile_all(loaded: Loaded, trainables: Trainables, forward: Pass, plans: Sequence[BatchPlan]) -> None:
+def compile_all(
+    loaded: Loaded, trainables: Trainables, forward: Pass, memory: Memory, plans: Sequence[BatchPlan]
+) -> None:
     """Compile the blocks for batches of these sizes before the first step."""
 
     def one_pass(plan: BatchPlan) -> Tensor:
@@ -388,7 +411,7 @@ def compile_all(loaded: Loaded, trainables: Trainables, forward: Pass, plans: Se
 
     parameters = trainables.parameters()
     # all weights that learn, or the first ones, before every block: the backward pass then goes through all blocks
-    warm([partial(one_pass, plan) for plan in plans], parameters if trainables.flat else parameters[:1], forward.device)
+    memory.compile_ahead([partial(one_pass, plan) for plan in plans], parameters if trainables.flat else parameters[:1])
 
 
 def record_of(loaded: Loaded, trainables: Trainables) -> RunRecord:

@@ -166,11 +166,9 @@ class Trainer:
 
     def steps(self) -> Steps:
         """The micro-batches of each optimizer step, from the current position to the end of the run."""
-        data = self.options.data
         loader = self.loaded.data.loader(
-            workers=loading_processes(data), persistent=data.persistent_data_loader_workers,
-            pin_memory=self.running.memory.pinning.works(),
-        )  # fmt: skip
+            workers=loading_processes(self.options.data), pin_memory=self.running.memory.pinning.works()
+        )
         return steps_of(
             self.loaded.data, loader, self.plan, self.position, rank=self.processes.rank, world=self.processes.world
         )  # fmt: skip

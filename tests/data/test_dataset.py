@@ -13,9 +13,10 @@ import sys
 import tempfile
 import tracemalloc
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing.util import get_temp_dir
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from library.data import captions, images
 from library.data import plan as plan_module
 from library.data.dataset import TrainingData, _variant_seed
 from library.data.encoding import LatentJob, Text, encoding_input
+from library.data.loader import BatchLoader, Job, jobs_of
 from library.data.plan import BatchPlan, Shuffle, each_shape, regularisation_repeats
 from library.data.records import BucketRules, CaptionRules, DatasetConfig, ImageRules, Sample, SubsetConfig
 from library.errors import EXIT_PROCESS_DIED, ProcessDied, UserError
@@ -313,12 +315,12 @@ def reference(varied: TrainingData) -> list[Batch]:
     return [varied.load(plan, step=3 + i // 2) for i, plan in enumerate(varied.plan_epoch(1))]
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2])
-def test_workers_change_nothing(varied: TrainingData, reference: list[Batch], workers: int) -> None:
+@pytest.mark.parametrize("ways", [{}, {"workers": 1}, {"workers": 2}, {"in_thread": True}], ids=str)
+def test_workers_change_nothing(varied: TrainingData, reference: list[Batch], ways: dict[str, Any]) -> None:
     plans = varied.plan_epoch(1)
-    with varied.loader(workers=workers) as loader:
-        batches = list(loader.run(plans, step_of_first=3, accumulation=2))
-        middle = list(loader.run(plans[4:], step_of_first=5, accumulation=2))
+    with BatchLoader(varied, **ways) as loader:
+        batches = list(loader.run(jobs_of(plans, step_of_first=3, accumulation=2)))
+        middle = list(loader.run(jobs_of(plans[4:], step_of_first=5, accumulation=2)))
     assert len(batches) == len(reference) == len(plans) and len(middle) == len(plans) - 4
     for batch, expected in zip(batches + middle, reference + reference[4:]):
         assert_same(batch, expected)
@@ -338,16 +340,25 @@ def test_position_in_the_run_counts_through_all_epochs(varied: TrainingData) -> 
         assert sorted(found) == list(range(2 * count))
 
 
-def test_persistent_workers_serve_several_epochs(varied: TrainingData, reference: list[Batch]) -> None:
-    with varied.loader(workers=2, persistent=True) as loader:
-        run = loader.run(varied.plan_epoch(1), step_of_first=3, accumulation=2)
-        assert_same(next(run), reference[0])
-        run.close()  # left in the middle of an epoch
+def test_workers_serve_all_epochs(varied: TrainingData, reference: list[Batch]) -> None:
+    """They are asked for batches of the next epoch before the last one of this epoch is used."""
+    asked: list[int] = []
+
+    def jobs() -> Iterator[Job]:
+        for epoch in (1, 2):
+            asked.append(epoch)
+            first_step, accumulation = (3, 2) if epoch == 1 else (0, 1)
+            yield from jobs_of(varied.plan_epoch(epoch), step_of_first=first_step, accumulation=accumulation)
+
+    with varied.loader(workers=2) as loader:
+        run = loader.run(jobs())
+        first = [next(run)]
         pids = {child.pid for child in multiprocessing.active_children()}
-        second = list(loader.run(varied.plan_epoch(2)))
-        first = list(loader.run(varied.plan_epoch(1), step_of_first=3, accumulation=2))
-        assert {child.pid for child in multiprocessing.active_children()} == pids and len(pids) == 2
-    assert multiprocessing.active_children() == []
+        first += [next(run) for _ in reference[2:]]
+        assert asked == [1, 2]
+        first.append(next(run))
+        second = list(run)
+    assert len(pids) == 2 and multiprocessing.active_children() == []
     for batch, expected in zip(first, reference, strict=True):
         assert_same(batch, expected)
     assert_same(second[2], varied.load(varied.plan_epoch(2)[2], step=2))
@@ -355,12 +366,12 @@ def test_persistent_workers_serve_several_epochs(varied: TrainingData, reference
 
 def test_workers_end_when_a_run_is_left(varied: TrainingData) -> None:
     with varied.loader(workers=2) as loader:
-        for _ in loader.run(varied.plan_epoch(1)):
+        for _ in loader.run(jobs_of(varied.plan_epoch(1))):
             assert len(multiprocessing.active_children()) == 2
             break
         assert multiprocessing.active_children() == []
         with pytest.raises(RuntimeError, match="boom"):
-            for _ in loader.run(varied.plan_epoch(1)):
+            for _ in loader.run(jobs_of(varied.plan_epoch(1))):
                 raise RuntimeError("boom")
     assert multiprocessing.active_children() == []
 
@@ -380,7 +391,7 @@ def test_signals_to_workers(
         varied.loader(workers=2) as loader,
         pytest.raises(ProcessDied, match=r"killed \(SIGKILL\): .*main memory") as told,
     ):
-        run = loader.run(varied.plan_epoch(1), step_of_first=3, accumulation=2)
+        run = loader.run(jobs_of(varied.plan_epoch(1), step_of_first=3, accumulation=2))
         assert_same(next(run), reference[0])
         assert signal.getsignal(signal.SIGCHLD) == before
         workers = multiprocessing.active_children()
@@ -401,28 +412,28 @@ def test_global_generators_are_left_alone(varied: TrainingData, workers: int) ->
     """Where the dropout of a network draws from them, a resumed run must find them as they were."""
     before = torch.get_rng_state(), random.getstate(), pickle.dumps(np.random.get_state())
     with varied.loader(workers=workers) as loader:
-        list(loader.run(varied.plan_epoch(1)))
+        list(loader.run(jobs_of(varied.plan_epoch(1))))
     assert torch.equal(torch.get_rng_state(), before[0])
     assert (random.getstate(), pickle.dumps(np.random.get_state())) == before[1:]
 
 
 def test_one_run_at_a_time(varied: TrainingData) -> None:
     with varied.loader() as loader:
-        run = loader.run(varied.plan_epoch(1))
+        run = loader.run(jobs_of(varied.plan_epoch(1)))
         next(run)
         with pytest.raises(ValueError, match="in progress"):
-            next(loader.run(varied.plan_epoch(1)))
+            next(loader.run(jobs_of(varied.plan_epoch(1))))
         run.close()
-        next(loader.run(varied.plan_epoch(1)))
+        next(loader.run(jobs_of(varied.plan_epoch(1))))
     with pytest.raises(ValueError, match="closed"):
-        next(loader.run(varied.plan_epoch(1)))
+        next(loader.run(jobs_of(varied.plan_epoch(1))))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_unreadable_picture_is_one_line(varied: TrainingData, tmp_path: Path, workers: int) -> None:
+@pytest.mark.parametrize("ways", [{}, {"workers": 2}, {"in_thread": True}], ids=str)
+def test_unreadable_picture_is_one_line(varied: TrainingData, tmp_path: Path, ways: dict[str, Any]) -> None:
     (tmp_path / "a" / "a0.png").write_bytes(b"gone")
-    with varied.loader(workers=workers) as loader, pytest.raises(UserError) as caught:
-        list(loader.run(varied.plan_epoch(1)))
+    with BatchLoader(varied, **ways) as loader, pytest.raises(UserError) as caught:
+        list(loader.run(jobs_of(varied.plan_epoch(1))))
     reason = "cannot be read as a picture (not in a picture format, or empty)"
     assert caught.value.problems == [f"{tmp_path / 'a' / 'a0.png'}: {reason}"]
 
@@ -441,8 +452,9 @@ def test_token_warmup_follows_the_step(tmp_path: Path) -> None:
     data = TrainingData([dataset_of(samples)], seed=1).prepared(total_steps=8)
     plans = [data.plan_epoch(epoch)[0] for epoch in range(1, 7)]
     with data.loader() as loader:
-        lengths = [len(batch.captions[0].split(", ")) for batch in loader.run(plans)]
-        late = [len(batch.captions[0].split(", ")) for batch in loader.run(plans, step_of_first=3, accumulation=3)]
+        lengths = [len(batch.captions[0].split(", ")) for batch in loader.run(jobs_of(plans))]
+        later = loader.run(jobs_of(plans, step_of_first=3, accumulation=3))
+        late = [len(batch.captions[0].split(", ")) for batch in later]
     assert lengths == [1, 2, 3, 4, 5, 5]  # 1 + step (5 - 1) / 4
     assert late == [4, 4, 4, 5, 5, 5]
 

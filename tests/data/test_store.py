@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,6 +63,40 @@ def write(folder: Path, first: int, step: int, count: int, group_bytes: int = 40
 
 def shards(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.bin"))
+
+
+def test_an_index_is_checked_as_a_whole_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not again after it was closed, nor by the processes that load; a file in its place is another one."""
+    statements: list[str] = []
+    connect = sqlite3.connect
+
+    def traced(*arguments: Any, **named: Any) -> sqlite3.Connection:
+        connection = connect(*arguments, **named)
+        connection.set_trace_callback(statements.append)
+        return connection
+
+    monkeypatch.setattr(sqlite3, "connect", traced)
+    checks = lambda: sum("quick_check" in statement for statement in statements)
+    write(tmp_path, 0, 1, 3)
+    store = PackedStore(tmp_path)
+    assert_holds(store, 0)
+    before = checks()
+    assert before == 2  # of the writer and of this one
+    store.close()
+    copied = pickle.loads(pickle.dumps(store))
+    forked = FORK.Process(target=lambda: os._exit(assert_holds(store, 2) or checks() - before))
+    forked.start()
+    forked.join()
+    assert forked.exitcode == 0
+    assert_holds(store, 1)
+    assert_holds(copied, 1)
+    assert checks() == before
+    store.close()
+    shutil.copy(tmp_path / "index.sqlite", tmp_path / "another")
+    os.replace(tmp_path / "another", tmp_path / "index.sqlite")
+    assert_holds(store, 1)
+    assert store.check([key_of(2)]).missing == frozenset()
+    assert checks() == before + 1
 
 
 def test_every_dtype_and_shape_comes_back(tmp_path: Path) -> None:

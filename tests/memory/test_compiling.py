@@ -7,17 +7,23 @@ Without the code generator of inductor, which takes minutes: tests/trainers/test
 from __future__ import annotations
 
 import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
 
 from library.adapters.adapter_network import AdapterNetwork
 from library.families.sd.unet_blocks import unet_blocks
-from library.memory.compiling import CompiledBlocks, keep_compiled, missing_compiler, warm
+from library.memory import compiling
+from library.memory.compiled_code import CACHE_VARIABLE, VARIABLES, CompiledCode, kept_folder
+from library.memory.compiling import CompiledBlocks, missing_compiler, warm
 
 BLOCKS, HEAD = 2, 8
 
@@ -225,13 +231,128 @@ def test_blocks_of_a_unet() -> None:
     assert not any(kind.broken for kind in compiled.kinds) and compilations() >= len(compiled.kinds)
 
 
-def test_cache_folder(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "torch"))
-    assert keep_compiled(None) == tmp_path / "torch"
-    assert keep_compiled(tmp_path / "own") == tmp_path / "own" and (tmp_path / "own").is_dir()
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+def test_folder_of_archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "torch"))
+    assert kept_folder(None) == tmp_path / "torch" and kept_folder(tmp_path / "own") == tmp_path / "own"
+    monkeypatch.delenv(CACHE_VARIABLE)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert keep_compiled(None) == tmp_path / ".cache" / "trainyard" / "compiled"
+    assert kept_folder(None) == tmp_path / ".cache" / "trainyard" / "compiled"
+
+
+# ---- code of earlier runs -------------------------------------------------------------------------------------------
+
+
+def lines_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.getMessage().startswith("--compile: ")]
+
+
+def files_in(code: CompiledCode) -> dict[str, bytes]:
+    return {
+        path.relative_to(code.folder).as_posix(): path.read_bytes() for path in code.folder.rglob("*") if path.is_file()
+    }
+
+
+def test_only_what_is_complete_is_found_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A run that is killed leaves nothing; of an archive that is damaged anywhere nothing is used."""
+    before = {name: os.environ.get(name) for name in VARIABLES}
+    first = CompiledCode(tmp_path / "kept", "key")
+    assert os.environ[CACHE_VARIABLE] == str(first.folder) and not first.found and files_in(first) == {}
+    (first.folder / "ab").mkdir()
+    (first.folder / "ab" / "half.so").write_bytes(b"of a compiler that was killed")
+    beside = CompiledCode(tmp_path / "kept", "key")
+    assert not beside.found and files_in(beside) == {}
+    beside.close()
+    (first.folder / "ab" / "half.so").write_bytes(b"whole" * 100)
+    first.keep({"Odd"})
+    first.close()
+    assert not first.folder.exists()
+    (archive,) = (tmp_path / "kept").iterdir()
+
+    second, other = CompiledCode(tmp_path / "kept", "key"), CompiledCode(tmp_path / "kept", "another key")
+    assert second.found and second.uncompilable == {"Odd"} and files_in(second)["ab/half.so"] == b"whole" * 100
+    assert not other.found and other.uncompilable == frozenset()
+    content, time = archive.read_bytes(), archive.stat().st_mtime_ns
+    second.keep({"Odd"})
+    assert archive.stat().st_mtime_ns == time  # nothing is new
+    assert lines_of(caplog) == []
+    damages = [content[:cut] for cut in range(0, len(content), 40)]
+    places = (45, content.index(b"PK\x01\x02") + 16)  # the bytes of a file, and its checksum
+    damages += [content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :] for at in places]
+    for damaged in damages:
+        caplog.clear()
+        archive.write_bytes(damaged)
+        third = CompiledCode(tmp_path / "kept", "key")
+        assert not third.found and files_in(third) == {}
+        (line,) = lines_of(caplog)
+        assert line.startswith(f"--compile: {archive} is damaged, everything is compiled again: ")
+        third.close()
+    other.close()
+    second.close()
+    assert {name: os.environ.get(name) for name in VARIABLES} == before
+
+
+def test_a_folder_that_cannot_be_written_ends_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    code = CompiledCode(tmp_path / "file", "key")
+    code.keep([])
+    code.close()
+    (line,) = lines_of(caplog)
+    assert "cannot be written, the next run compiles again: " in line
+
+
+class Failing:
+    """A compiler that fails while a file in the folder of code says so: in the forward pass or in the backward pass."""
+
+    def __init__(self, folder: Callable[[], Path]) -> None:
+        self.folder, self.calls = folder, 0
+
+    def __call__(self, graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        from functorch.compile import make_boxed_func
+        from torch._dynamo.backends.common import aot_autograd
+
+        def compiler(name: str) -> Callable[..., Any]:
+            def compile_graph(inner: fx.GraphModule, examples: list[Tensor]) -> Callable[..., Any]:
+                self.calls += 1
+                file = self.folder() / "fails"
+
+                def run(*args: Any) -> Any:
+                    if file.is_file() and file.read_text(encoding="utf-8") == name:
+                        raise BackendCompilerFailed(self, OSError("file too short"), None)
+                    return inner(*args)
+
+                return make_boxed_func(run)
+
+            return compile_graph
+
+        return aot_autograd(fw_compiler=compiler("forward"), bw_compiler=compiler("backward"))(graph, inputs)
+
+
+@pytest.mark.parametrize("fails", ["forward", "backward"])
+@pytest.mark.parametrize("kept", [True, False], ids=["kept code", "new code"])
+def test_errors_of_either_pass(
+    fails: str, kept: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kept code that does not work is compiled again; new code that does not work is not used."""
+    model, blocks, network = make_flux()
+    expected = step(model, network)
+    code = CompiledCode(tmp_path / "kept", "key")
+    compiler = Failing(lambda: code.folder)
+    monkeypatch.setattr(compiling, "lookup_backend", lambda name: compiler)
+    compiled = CompiledBlocks(blocks, "aot_eager", budget=1)
+    (code.folder / "fails").write_text(fails, encoding="utf-8")
+    code.found = kept
+    compiled.warm([lambda: loss_of(model)], list(network.parameters()), torch.device("cpu"), code)
+    (line,) = lines_of(caplog)
+    if kept:
+        assert line.startswith(f"--compile: {code.archive} does not work, everything is compiled again: ")
+        assert code.archive.is_file() and compiled.uncompilable() == set()
+    else:
+        assert "file too short" in line and line.count("run without" if fails == "backward" else "runs without") == 1
+        assert compiled.uncompilable() and (fails == "forward") == code.archive.is_file()
+    count = compiler.calls
+    assert_same(step(model, network), expected)
+    assert compiler.calls == count
+    code.close()
 
 
 def test_missing_compiler() -> None:

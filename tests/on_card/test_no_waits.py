@@ -62,6 +62,11 @@ def test_uncached_text_of_every_family(name: str, small: Ground, tmp_path: Path)
     run(WaitCase(name, MASKED.get(name, {})), small, tmp_path, logging_dir=tmp_path / "log")
 
 
+def test_batches_of_a_thread(small: Ground, tmp_path: Path) -> None:
+    """Where latents are cached; it locks their memory, too."""
+    run(WaitCase("sd1", {"cache_latents": True, "max_data_loader_n_workers": 1}), small, tmp_path)
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_options(name: str, small: Ground, tmp_path: Path) -> None:
     run(RUNS[name], small, tmp_path)

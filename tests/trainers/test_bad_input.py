@@ -148,7 +148,6 @@ def test_what_is_missing(base: dict[str, Any]) -> None:
 NO_EFFECT = {
     "reg_data_dir": "there",
     "min_bucket_reso": 512, "max_bucket_reso": 256,
-    "persistent_data_loader_workers": True,
     "skip_cache_check": True,
     "min_timestep": 900, "max_timestep": 100,
     "adaptive_noise_scale": 0.1, "noise_offset_random_strength": True, "ip_noise_gamma_random_strength": True,
@@ -171,7 +170,6 @@ def test_options_that_have_no_effect_together(base: dict[str, Any]) -> None:
     assert refused(base, fresh=True, **NO_EFFECT) == [
         "--reg_data_dir has no effect with --dataset_config: give one of them, not both",
         "--min_bucket_reso 512 is larger than --max_bucket_reso 256",
-        "--persistent_data_loader_workers has no effect with --max_data_loader_n_workers 0",
         "--skip_cache_check has no effect without --cache_latents_to_disk or the same for text outputs",
         "--min_timestep 900 is above --max_timestep 100",
         "--ip_noise_gamma_random_strength has no effect without --ip_noise_gamma",

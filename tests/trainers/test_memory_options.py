@@ -53,6 +53,7 @@ def problems(method: str, family: str, **values: Any) -> list[str]:
         ("blocks_to_swap", "all", "--blocks_to_swap expects a number of blocks, or auto, got 'all'"),
         ("blocks_to_swap", "-1", "--blocks_to_swap expects a number of blocks, or auto, got '-1'"),
         ("blocks_to_swap", "1.5", "--blocks_to_swap expects a number of blocks, or auto, got '1.5'"),
+        ("compile", "sometimes", "--compile expects true, false or auto, got 'sometimes'"),
         ("base_quant", "nf5", "--base_quant 'nf5' is not one of int8, nf4. Did you mean 'nf4'?"),
         ("dynamo_backend", "inducktor", "--dynamo_backend 'inducktor' is not one of"),
     ],
@@ -112,6 +113,14 @@ TOGETHER: list[tuple[dict[str, Any], str]] = [
     ),
     ({"compile_cache_dir": "folder"}, "--compile_cache_dir has no effect without --compile"),
     (
+        {"torch_compile": True, "compile": "auto"},
+        "--torch_compile compiles in any case, --compile auto only where it pays: give one of them",
+    ),
+    (
+        {"compile": "auto", "dynamo_backend": "no"},
+        "--dynamo_backend no switches compilation off: leave one of them out",
+    ),
+    (
         {"plan": True, "resume": "latest"},
         "--plan looks at a run from its start: leave out --resume, what a step takes is the same",
     ),
@@ -131,6 +140,7 @@ def test_what_does_not_go_together(values: dict[str, Any], line: str) -> None:
         {"activation_budget": "auto", "cpu_offload_checkpointing": True},
         {"fp8_base": True, "fp8_base_unet": True},
         {"dynamo_backend": "no"},
+        {"compile": "auto", "compile_cache_dir": "folder"},
         {"blocks_to_swap": 0, "vram_budget": "12GB", "plan": True},
     ],
 )

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
+from torch._dynamo.utils import counters
 
 from library.cli import guarded
 from library.errors import UserError
@@ -134,7 +135,9 @@ def test_adapters_learn_on_text_encoders_in_8_bits(dataset: Path, sd1: Path, tmp
 
 
 @pytest.mark.parametrize(
-    "values", [{"blocks_to_swap": "auto", "activation_budget": "auto"}, {"vram_budget": "4GB"}], ids=["auto", "budget"]
+    "values",
+    [{"blocks_to_swap": "auto", "activation_budget": "auto", "compile": "auto"}, {"vram_budget": "4GB"}],
+    ids=["auto", "budget"],
 )
 def test_chosen_for_this_machine(values: dict[str, Any], deep: dict[str, Any], dataset: Path, tmp_path: Path,
                                  caplog: pytest.LogCaptureFixture) -> None:  # fmt: skip
@@ -143,6 +146,7 @@ def test_chosen_for_this_machine(values: dict[str, Any], deep: dict[str, Any], d
     with caplog.at_level(logging.INFO):
         chosen = train(None, dataset, tmp_path / "chosen", max_train_steps=2, **deep, **LORA, **values)
     assert "memory: (nothing): " in caplog.text and " predicted of " in caplog.text
+    assert ("--compile auto: nothing is compiled: this run has no GPU" in caplog.text) == ("compile" in values)
     assert differing(chosen.weights, plain.weights) == []
 
 
@@ -181,14 +185,16 @@ def test_plan_writes_a_table_and_nothing_else(script: str, dataset: Path, tmp_pa
 
 
 @pytest.mark.skipif(missing_compiler("inductor", torch.device("cpu")) is not None, reason="needs a C++ compiler")
-def test_compiled_runs_learn_the_same(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By inductor, with all activations recomputed inside; the second run finds what the first has compiled.
+def test_compiled_runs_learn_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By inductor, with all activations recomputed inside; the second run finds what the first has compiled, and the
+    third, which finds half of it, compiles again.
 
     One block: each takes many seconds.
     """
     every = Lumina.blocks
     monkeypatch.setattr(Lumina, "blocks", lambda self, denoiser: every(self, denoiser)[-1:])
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # to have it as it was afterwards
     case = CASES["lumina"]
     pictures = make_pictures(tmp_path / "pictures", 2, captions=["cat"])
     data = write_dataset(tmp_path / "data.toml", subset(pictures))
@@ -197,18 +203,25 @@ def test_compiled_runs_learn_the_same(dataset: Path, tmp_path: Path, monkeypatch
     values["gradient_checkpointing"] = True
     plain = train(None, data, tmp_path / "plain", **values)
     folder = tmp_path / "compiled"
-    found = []
-    for name in ("first", "second"):
+    hits, written, archive = [], [], folder
+    for name in ("first", "second", "third"):
         torch.compiler.reset()
+        counters.clear()
+        if name == "third":
+            archive.write_bytes(archive.read_bytes()[: archive.stat().st_size // 2])
         run = train(None, data, tmp_path / name, compile=True, compile_cache_dir=folder, **values)
         compiled = run.trainer.memory.compiled
         assert compiled is not None and not any(kind.broken for kind in compiled.kinds)
         assert run.losses == pytest.approx(plain.losses, rel=1e-5)
         for key, value in plain.weights.items():
             assert torch.allclose(run.weights[key], value, rtol=1e-5, atol=1e-5), key
-        found.append({path.name for path in folder.rglob("*.so")})
+        (archive,) = folder.iterdir()
+        hits.append(counters["inductor"]["fxgraph_cache_hit"])
+        written.append(archive.stat().st_mtime_ns)
+        assert ("is damaged, everything is compiled again" in caplog.text) == (name == "third")
     torch.compiler.reset()
-    assert found[0] and found[1] == found[0]
+    assert hits[0] == hits[2] == 0 < hits[1]
+    assert written[0] == written[1] < written[2]
 
 
 # ---- previews and validation ----------------------------------------------------------------------------------------

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
 
 from library.cli import guarded
 from library.memory.choice import MemoryChoice
+from library.memory.compiling import CompiledBlocks
 from library.memory.options import MemoryOptions
 from library.trainers.memory import Memory
 from library.types import Batch
@@ -63,6 +65,33 @@ def test_the_recovery_runs_out_of_memory_itself(
     lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("out of memory")]
     assert len(lines) == 2 and "and again on the way to this: all activations" in lines[0]
     assert "2 samples at a time" in lines[1] and lines[1].endswith("the step is taken again")
+
+
+def test_a_step_that_does_not_compile_is_taken_uncompiled(
+    sd1: Path, dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As when a picture of another size comes, whose backward pass cannot be compiled."""
+    plain = train(sd1, dataset, tmp_path / "plain", max_train_steps=2)
+
+    def before(trainer: Any) -> None:
+        compiled = trainer.memory.compiled = CompiledBlocks([nn.Identity()], "eager")
+
+        def fail(gradient: Tensor) -> None:
+            if trainer.position.step == 1 and not compiled.uncompilable():
+                raise BackendCompilerFailed(len, OSError("file too short"), None)
+
+        trainer.trainables.parameters()[0].register_hook(fail)
+
+    own = {"pretrained_model_name_or_path": sd1, "dataset_config": dataset, "output_dir": tmp_path / "own"}
+    trainer = prepared({**own, "max_train_steps": 2}, before)
+    assert trainer.run() == 0
+    settle()
+    assert [report.loss for report in trainer.reports] == plain.losses
+    (line,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("--compile: ")]
+    assert (
+        line
+        == "--compile: the blocks cannot be compiled and run without: backend='len' raised: OSError: file too short"
+    )
 
 
 @pytest.mark.parametrize("where", ["backward", "step"])

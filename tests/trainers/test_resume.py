@@ -64,7 +64,6 @@ STOPS: dict[str, tuple[list[int], dict[str, Any]]] = {
     "accumulation 2": ([1, 4], {"gradient_accumulation_steps": 2}),
     "accumulation 3, more than an epoch has": ([2], {"gradient_accumulation_steps": 4, "max_train_steps": 4}),
     "2 workers, accumulation 2": ([2, 3], {"max_data_loader_n_workers": 2, "gradient_accumulation_steps": 2}),
-    "persistent workers": ([4], {"max_data_loader_n_workers": 2, "persistent_data_loader_workers": True}),
     "bf16": ([2, 4], {"mixed_precision": "bf16"}),
     "full bf16": ([3], {"mixed_precision": "bf16", "full_bf16": True}),
     "gradient checkpointing": ([2], {"gradient_checkpointing": True}),

@@ -120,16 +120,20 @@ class _Writer:
 
 
 class PackedStore:
-    """A store in a folder, shared between threads, processes and runs. share: this process's part in filling it."""
+    """A store in a folder, shared between threads, processes and runs.
+
+    share: this process's part in filling it. checked: the indexes that this run has checked already, see `Index`.
+    """
 
     def __init__(
-        self, folder: str | Path, share: Share = ALL, *, shard_bytes: int = SHARD_BYTES, group_bytes: int = GROUP_BYTES
-    ) -> None:
+        self, folder: str | Path, share: Share = ALL, *, shard_bytes: int = SHARD_BYTES,
+        group_bytes: int = GROUP_BYTES, checked: dict[str, int] | None = None,
+    ) -> None:  # fmt: skip
         self.folder, self.share = Path(folder), share
         self.shard_bytes, self.group_bytes = shard_bytes, group_bytes
         self._pid = os.getpid()
         self._lock = threading.RLock()
-        self._index = Indexes(self.folder, share)
+        self._index = Indexes(self.folder, share, checked)
         self._reader = Reader(self.folder)
         self._writer: _Writer | None = None
         self._entries: dict[bytes, Entry] = {}  # as last seen in the index
@@ -137,7 +141,8 @@ class PackedStore:
 
     def __reduce__(self) -> tuple:
         """Pickle the path of the folder: a copy in another process opens the same folder."""
-        make = functools.partial(PackedStore, shard_bytes=self.shard_bytes, group_bytes=self.group_bytes)
+        sizes = {"shard_bytes": self.shard_bytes, "group_bytes": self.group_bytes}
+        make = functools.partial(PackedStore, **sizes, checked=dict(self._index.checked))  # type: ignore[arg-type]
         return make, (str(self.folder), self.share)
 
     # ---- write ------------------------------------------------------------------------------------------------------

@@ -78,11 +78,14 @@ class Index:
     """An sqlite file of a store folder. Safe for several threads and processes; one connection per process.
 
     owned: a damaged file is replaced by a new one. Otherwise it is left to the process that writes it and treated as
-    empty.
+    empty. checked: inode of each file, by name, that was checked as a whole in this run; it is added to.
     """
 
-    def __init__(self, folder: Path, name: str = FILE_NAME, *, owned: bool = True) -> None:
+    def __init__(
+        self, folder: Path, name: str = FILE_NAME, *, owned: bool = True, checked: dict[str, int] | None = None
+    ) -> None:
         self.folder, self.owned, self.ignored = folder, owned, False
+        self.checked = {} if checked is None else checked
         self.path = folder / name
         self._lock = threading.RLock()
         self._connection: sqlite3.Connection | None = None
@@ -229,12 +232,19 @@ class Index:
             if self.ignored:
                 return None
         try:
-            return _connect(self.path)
+            return self._opened_file()
         except sqlite3.DatabaseError as error:
             if not _is_damage(error):
                 raise
         self._set_aside()
-        return None if self.ignored else _connect(self.path)
+        return None if self.ignored else self._opened_file()
+
+    def _opened_file(self) -> sqlite3.Connection:
+        """A connection to the file, which is checked as a whole when the run opens it for the first time."""
+        identity = self._identity()
+        connection = _connect(self.path, check=identity == 0 or self.checked.get(self.path.name) != identity)
+        self.checked[self.path.name] = self._identity()
+        return connection
 
     def _identity(self) -> int:
         """Inode of the file at `path`; 0 if there is none."""
@@ -288,13 +298,16 @@ def _is_damage(error: sqlite3.DatabaseError) -> bool:
     return type(error) is sqlite3.DatabaseError
 
 
-def _connect(path: Path) -> sqlite3.Connection:
-    """Open a connection and create the tables. Raises sqlite3.DatabaseError if the file is not such an index."""
+def _connect(path: Path, *, check: bool) -> sqlite3.Connection:
+    """Open a connection and create the tables. Raises sqlite3.DatabaseError if the file is not such an index.
+
+    check: look for damage in the whole file, which takes a second per gigabyte.
+    """
     connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
     try:
         connection.text_factory = functools.partial(str, encoding="utf-8", errors="surrogateescape")
         connection.execute("PRAGMA synchronous = FULL")
-        if connection.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
+        if check and connection.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
             raise sqlite3.DatabaseError("damaged")
         if _version(connection) == 0:
             with _transaction(connection):

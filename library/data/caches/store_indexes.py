@@ -18,11 +18,13 @@ PREFIX, SUFFIX = FILE_NAME.split(".")
 
 
 class Indexes:
-    """All indexes of a folder, with the interface of one `Index`."""
+    """All indexes of a folder, with the interface of one `Index`. checked: see there."""
 
-    def __init__(self, folder: Path, share: Share = ALL) -> None:
+    def __init__(self, folder: Path, share: Share = ALL, checked: dict[str, int] | None = None) -> None:
         self.folder, self.share = folder, share
-        self.own = Index(folder, FILE_NAME if share.rank == 0 else f"{PREFIX}-{share.rank}.{SUFFIX}")
+        self.checked: dict[str, int] = {} if checked is None else checked
+        own = FILE_NAME if share.rank == 0 else f"{PREFIX}-{share.rank}.{SUFFIX}"
+        self.own = Index(folder, own, checked=self.checked)
         self._others: dict[str, Index] = {}
         self._look()
 
@@ -37,7 +39,7 @@ class Indexes:
             is_index = name == FILE_NAME or (name.startswith(f"{PREFIX}-") and name.endswith(f".{SUFFIX}"))
             if is_index and name != self.own.path.name and name not in self._others:
                 # of another process: only that one may replace it if it is damaged
-                self._others[name] = Index(self.folder, name, owned=self.share.world == 1)
+                self._others[name] = Index(self.folder, name, owned=self.share.world == 1, checked=self.checked)
                 new.append(self._others[name])
         return new
 
