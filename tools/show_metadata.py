@@ -172,6 +172,8 @@ def dataset_lines(datasets: Any, top: int) -> Iterator[str]:
             f"  dataset {number}: {dataset['num_train_images']} pictures with repeats, {width}x{height}, "
             f"batch size {dataset['batch_size_per_device']}"
         )
+        for share, (width, height), *batch in dataset.get("resolution_schedule", ()):
+            yield f"    from {share:.0%} of the run: {width}x{height}" + "".join(f", batch size {n}" for n in batch)
         for subset in dataset["subsets"]:
             folder = subset.get("image_dir") or subset.get("metadata_file")
             kind = ", regularisation" if subset.get("is_reg") else ""

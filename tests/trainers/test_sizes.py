@@ -29,6 +29,7 @@ from tests.trainers.helpers import (
     train,
     write_datasets,
 )
+from tools.show_metadata import dataset_lines
 
 SCHEDULE = [[0.0, 64, 2], [0.5, 128], [0.75, 192, 1]]
 KILLED_IN = 3  # the last step of the first stage
@@ -96,6 +97,8 @@ def test_killed_and_resumed_across_a_change(
     (row,) = json.loads(whole.metadata["ss_datasets"])
     assert row["resolution"] == [192, 192] and whole.metadata["modelspec.resolution"] == "192x192"
     assert row["resolution_schedule"] == [[0.0, [64, 64], 2], [0.5, [128, 128], 3], [0.75, [192, 192], 1]]
+
+    assert "    from 50% of the run: 128x128, batch size 3" in list(dataset_lines([row], 3))
 
     with pytest.raises(UserError, match="state of another run: stages of resolution_schedule"):
         train(sd1, growing, folder, resume=state, **{**values, "max_train_steps": 12})
