@@ -49,7 +49,7 @@ class ModelOptions:
         help="Folder that keeps tokenizers, so that a machine without network can train from a single file.",
         path=True,
     )
-    task: str | None = option(None, choices=("edit",), help="edit: learn to edit pictures.")
+    task: str | None = option(None, choices=("edit",), help="What the model learns; edit: to edit pictures.")
 
     @property
     def own_vae(self) -> str | None:
