@@ -12,7 +12,7 @@ from library.errors import UserError, nearest
 from library.values import shown
 
 Convert = Callable[[Any], Any]
-UNSET = (None, False, 0, "", "none", "None", [], {})  # values with which a key asks for nothing
+UNSET: tuple[Any, ...] = (None, False, 0, "", "none", "None", [], {})  # values with which a key asks for nothing
 
 
 @dataclass(frozen=True)
