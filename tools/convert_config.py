@@ -107,8 +107,8 @@ def draft_of(path: Path, trainer: str | None, dataset: Path | None) -> Draft:
 # ---- checking and writing -------------------------------------------------------------------------------------------
 
 
-def checked(draft: Draft) -> None:
-    """Check each value against the options of the script that is called. Raises UserError with every mistake.
+def checked(draft: Draft) -> Draft:
+    """The draft, its values checked against the options of the script. Raises UserError with every mistake.
 
     What the script does not have is named as not carried over.
     """
@@ -128,6 +128,7 @@ def checked(draft: Draft) -> None:
             problems.append(f"{draft.path}: {key}: {error} (for --{name})")
     problems += [f"{draft.path}: {line}" for line in dataset_problems(draft.datasets)]
     raise_problems(problems)
+    return draft
 
 
 def dataset_problems(tables: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -185,9 +186,11 @@ def convert(options: AllOptions) -> None:
     """Do what the options ask for."""
     given = options.convert
     assert given.input is not None and given.output is not None  # `problems` has asked for them
-    draft = draft_of(Path(given.input), given.trainer, Path(given.dataset) if given.dataset else None)
-    checked(draft)
-    texts = file_texts(draft, Path(given.output))
+    try:
+        draft = draft_of(Path(given.input), given.trainer, Path(given.dataset) if given.dataset else None)
+        texts = file_texts(checked(draft), Path(given.output))
+    except (TypeError, ValueError, LookupError, AttributeError) as error:  # documents of others may hold anything
+        raise UserError(f"{given.input}: a value is of a kind that was not expected: {error}") from None
     (main, text), *_ = texts.items()
     answers = accepted(draft, text)
     there = [str(path) for path in texts if path.exists()]

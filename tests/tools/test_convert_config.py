@@ -142,6 +142,7 @@ BAD = {
     "pixart.sh": ("python train_dreambooth_lora_hidream.py", "trains no model that is trained here"),
     "folder.sh": ("python train_dreambooth_lora_sana.py --dataset_name a", "--instance_data_dir: is missing"),
     "value.sh": ("python train_dreambooth_lora_sana.py --instance_data_dir a --learning_rate x", "for --learning_rate"),
+    "kind.json": ('{"model_type": "FLUX_DEV_1", "base_model_name": "m", "output_model_destination":1}', "not expected"),
     "name.ini": ("", "ends with none of"),
 }  # fmt: skip
 

@@ -110,7 +110,7 @@ class Draft:
     def _carry_one(self, found: dict[str, Any], row: Key, key: str, value: Any) -> None:
         try:
             found[row.ours] = row.convert(value) if row.convert else value
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             self.lose(key, str(error))
             return
         self.origin[row.ours] = key
