@@ -84,7 +84,7 @@ class MemoryPlan:
 
         Raises UserError when nothing fits.
         """
-        limit = int(free_bytes(self.device) * SHARE_OF_FREE) if budget is None else budget
+        limit = free_to_use(self.device) if budget is None else budget
         chosen = self.within(limit)
         if chosen is None:
             raise UserError(self._too_large(limit))
@@ -131,6 +131,11 @@ class MemoryPlan:
         parts = (needs.weights, needs.gradients, needs.optimizer, needs.activations, needs.ring, needs.workspace)
         numbers = [f"{part / GIB:.2f}" for part in (*parts, needs.peak)]
         return (option.flags, *numbers, f"{option.seconds / self.best[0].seconds:.2f}")
+
+
+def free_to_use(device: torch.device) -> int:
+    """Bytes that a run may fill of the memory that is free now."""
+    return int(free_bytes(device) * SHARE_OF_FREE)
 
 
 def gb(size: int) -> str:
@@ -189,10 +194,11 @@ def candidates(planned: Planned, case: Case) -> Iterator[MemoryChoice]:
     free = given.vram_budget is not None or given.plan
     budgets = BUDGETS if _is_open(given.activation_budget, free) and not given.gradient_checkpointing else None
     storages = ("plain", "fp8") if free and fixed.storage == "plain" and len(case.weights.blocks) > 1 else None
-    movable = case.has_host and _may_swap(planned)
+    moves = case.has_host and planned.processes == 1  # a block that is split has no other place
+    movable = moves and _may_swap(planned)
     counts = swap_counts(case.most_swapped) if movable and _is_open(given.blocks_to_swap, free) else None
-    hoists = (False, True) if free and case.has_host and not fixed.hoist and _may_hoist(planned, case) else None
-    offloads = (False, True) if free and case.has_host and not fixed.offload else None
+    hoists = (False, True) if free and moves and not fixed.hoist and _may_hoist(planned, case) else None
+    offloads = (False, True) if free and moves and not fixed.offload else None
     for storage, budget, offload, count, hoist in itertools.product(
         storages or (fixed.storage,),
         budgets or (fixed.activation_budget,),
