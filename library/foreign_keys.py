@@ -61,6 +61,11 @@ NOT_OURS = {
     "text_encoder_lr1": "give both rates as --text_encoder_lr A B",
     "text_encoder_lr2": "give both rates as --text_encoder_lr A B",
 }
+# The answer to every option whose name contains "pipeline".
+PIPELINE = (
+    "models are not split into stages, of which each waits for the others; --shard_base or --blocks_to_swap with one "
+    "process per card need as little memory (docs/many_cards.md)"
+)
 # How to use a preset of a GUI.
 PRESET = (
     "load it there and give the .toml file that is written when its training starts (with kohya_ss: "

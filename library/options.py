@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import tomli_w
 
 from library.errors import UserError, how_many_shown, nearest, unknown_names
-from library.foreign_keys import FOREIGN_KEYS, NOT_OURS, PRESET
+from library.foreign_keys import FOREIGN_KEYS, NOT_OURS, PIPELINE, PRESET
 from library.text_files import read_toml
 from library.values import (
     Refused,
@@ -354,7 +354,7 @@ def _read_command_line(
 
 
 def _unknown_option(name: str, all_specs: Mapping[str, Spec]) -> str:
-    answer = NOT_OURS.get(name)
+    answer = PIPELINE if "pipeline" in name else NOT_OURS.get(name)
     if answer:
         return f"Unknown option --{name}: {answer}"
     hint = nearest(name, all_specs)
@@ -386,7 +386,8 @@ def _read_config_file(
             strange.append(key)
         elif value not in (None, False, "", 0, []):
             foreign.append(key)
-    problems.extend(unknown_names(str(path), strange, all_specs))
+    problems.extend(f"{path}: unknown key '{key}': {PIPELINE}" for key in strange if "pipeline" in key)
+    problems.extend(unknown_names(str(path), [key for key in strange if "pipeline" not in key], all_specs))
     return flat, foreign
 
 

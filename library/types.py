@@ -95,7 +95,7 @@ class Batch:
     keep_prior: list[bool] = field(default_factory=list)  # custom_attributes.diff_output_preservation
     seed: int | None = None  # of what a family draws in training, the same for every pass; None: nothing is drawn
     position: int = 0  # of the micro-batch in the run, over all processes: what its draws are keyed by
-    share: float = 1.0  # of the loss of its step; the shares of a step add up to the number of processes
+    share: float = 1.0  # of the loss of its step; the shares of a step, over all processes, add up to 1
 
     @property
     def size(self) -> int:

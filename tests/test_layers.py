@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the bottom up; rooms of one row do not know each other, except in the first and the last one.
 ORDER = (
     ("errors", "byte_paths", "text_files", "values", "options", "foreign_keys", "types", "rng", "log", "stopping",
-     "device", "device_report", "machine", "key_tables"),
+     "device", "device_report", "machine", "key_tables", "exchange"),
     ("objectives", "optim", "memory", "io"),
     ("weights",),
     ("adapters",),

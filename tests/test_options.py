@@ -197,6 +197,9 @@ def test_values_that_begin_with_a_dash() -> None:
 
 def test_no_prefix_guessing() -> None:
     assert problems("--learn", "1") == ["Unknown option --learn. See --help for all options."]
+    for name in ("pipeline_parallel_degree", "pipeline-stages"):
+        (line,) = problems(f"--{name}", "2")
+        assert line.startswith(f"Unknown option --{name}: models are not split into stages") and "many_cards.md" in line
     assert problems("--learning_rat", "1") == ["Unknown option --learning_rat. Did you mean --learning_rate?"]
 
 

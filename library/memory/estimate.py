@@ -69,6 +69,16 @@ class StepFigures:
 
 
 @dataclass(frozen=True)
+class Split:
+    """Bytes of one of several processes that split a model's weights, by the format of the matrices."""
+
+    own: Mapping[str, int]  # its rows, and the weights that are not split
+    gathered: Mapping[str, int]  # whole weights in a pass: outside of blocks, the running block and the next one
+    gradients: tuple[int, ...] = ()  # of each block of a step: gradients that leave when its backward pass has ended
+    exchange: int = 0  # to add up the gradients of the largest block
+
+
+@dataclass(frozen=True)
 class Weights:
     """Bytes of a model's weights by the format of its frozen matrices ("plain", "fp8", ...)."""
 
@@ -78,6 +88,7 @@ class Weights:
     modulations: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # per layer that can be hoisted
     modulations_in: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # the same, summed by block
     modulation_outputs: int = 0  # bytes of their outputs in one step
+    split: Split | None = None  # between processes
 
     def total(self, storage: str) -> int:
         return sum(self.blocks[storage]) + self.rest[storage]
@@ -135,10 +146,14 @@ class Prediction:
 def predict(case: Case, choice: MemoryChoice) -> Prediction:
     """Peak of a step with allocated optimizer states: in one of the two passes, or in the update."""
     weights, fixed = case.weights, case.fixed
+    split = weights.split
     resident = weights.total(choice.storage) - moved(case, choice) - _hoisted(case, choice)
+    if split is not None:
+        resident = split.own[choice.storage]
     resident += fixed.others + fixed.encoders.get(choice.encoder_storage, 0) + fixed.learning + fixed.average
     passes = max(tops(case, choice), default=0) + (weights.modulation_outputs if choice.hoist else 0)
     workspace = fixed.context + weights.cast.get(choice.storage, 0) + (fixed.update if fixed.in_backward else 0)
+    workspace += split.exchange if split is not None else 0
     always = fixed.gradients if fixed.gradients_stay else 0
     update = 0 if fixed.in_backward else fixed.gradients - always + fixed.update
     ends = update > passes
@@ -147,7 +162,7 @@ def predict(case: Case, choice: MemoryChoice) -> Prediction:
         gradients=fixed.gradients if ends else always,  # in the passes, they count as activations
         optimizer=fixed.optimizer,
         activations=0 if ends else passes,
-        ring=_ring(case, choice),
+        ring=_ring(case, choice) + (split.gathered[choice.storage] if split else 0),
         workspace=workspace + (fixed.update if ends else 0),
     )
 
@@ -177,6 +192,7 @@ def tops(case: Case, choice: MemoryChoice) -> Iterator[int]:
     """Peak of each segment in bytes, in order."""
     savings = _savings(case, choice)
     recomputed = frozenset(case.recomputed(len(case.step.blocks), choice))
+    leaving = case.weights.split.gradients if case.weights.split is not None else ()
     rises = {s.block: s.peak - s.start for s in case.step.segments if s.phase == "forward"}
     gone = 0  # bytes that are freed and will be recomputed
     for segment in case.step.segments:
@@ -191,6 +207,7 @@ def tops(case: Case, choice: MemoryChoice) -> Iterator[int]:
                 yield segment.start - gone + rises[block]
             gone -= savings[block]
             yield segment.peak - gone
+            gone += leaving[block] if leaving else 0
 
 
 def _savings(case: Case, choice: MemoryChoice) -> list[int]:

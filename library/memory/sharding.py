@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from library.exchange import Rows, add_up, sum_of_parts
+
 
 def shard(model: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -> None:
     """Split all weights of a frozen model over all processes, in place. They may be anywhere; shards are on `device`.
@@ -38,9 +40,7 @@ def shard_learning(
     weight that the optimizer treats together (1: each separately). No such block is split, nor a weight of which a
     process would have fewer than 16 blocks.
     """
-    layers = (m for m in model.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd)))
-    split = {layer.weight for layer in layers if _divides(layer.weight, block)}
-    split -= {parameter for part in optional for parameter in part.parameters()}
+    split = splittable(model, optional, block=block, processes=distributed.get_world_size())
     others = [parameter for parameter in model.parameters() if parameter not in split]
     for parameter in others:
         parameter.data = parameter.data.to(device, kept)
@@ -51,12 +51,20 @@ def shard_learning(
     _shard(model, blocks, device, others=others, kept=kept, gathered=gathered)
 
 
-def _divides(weight: Tensor, block: int) -> bool:
+def splittable(
+    model: nn.Module, optional: Sequence[nn.Module], *, block: int, processes: int
+) -> set[Tensor]:  # fmt: skip
+    """The weights that `shard_learning` splits."""
+    layers = (m for m in model.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd)))
+    split = {layer.weight for layer in layers if _divides(layer.weight, block, processes)}
+    return split - {parameter for part in optional for parameter in part.parameters()}
+
+
+def _divides(weight: Tensor, block: int, processes: int) -> bool:
     """Whether every process gets rows of a weight, and all except the last whole blocks."""
-    world = distributed.get_world_size()
-    rows = -(-len(weight) // world)
+    rows = -(-len(weight) // processes)
     width = weight[0].numel()
-    last = (len(weight) - rows * (world - 1)) * width
+    last = (len(weight) - rows * (processes - 1)) * width
     least = 16 * block if block > 1 else 1
     return last >= least and rows * width % block == 0
 
@@ -66,7 +74,7 @@ def _shard(
     kept: torch.dtype | None = None, gathered: torch.dtype | None = None,
 ) -> None:  # fmt: skip
     """others: weights that are not split."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # not in every build of torch
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard  # not in every build of torch
 
     # torch warns about in-place changes of a block's output; no model here makes any
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -79,6 +87,26 @@ def _shard(
                 parameter.data = parameter.data.to(kept or parameter.dtype).contiguous()
         # reshard after each pass, also the model itself: it may be the last pass with averaged weights
         fully_shard(part, mesh=mesh, reshard_after_forward=True, mp_policy=policy, **ignored)
+        if others:  # weights learn: their gradients are sums, not means
+            assert isinstance(part, FSDPModule)
+            part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)
+            part.set_custom_reduce_scatter(AddUp())  # type: ignore[arg-type]  # its base class is private to torch
+
+
+class AddUp:
+    """The exchange of split gradients, for `FSDPModule.set_custom_reduce_scatter`: added up in the processes' order."""
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory for the gradients of a block."""
+        return torch.empty(size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: distributed.ProcessGroup, op: object,
+        async_op: bool = False,
+    ) -> None:  # fmt: skip
+        """output_tensor: this process's part of the sum of all `input_tensor`. op: always a sum."""
+        output_tensor.copy_(sum_of_parts(input_tensor, group))
 
 
 class LocalShards:
@@ -97,6 +125,10 @@ class LocalShards:
         ]
         self.weights: list[nn.Parameter] = [p for group in self.param_groups for p in group["params"]]
 
+    def rows(self) -> dict[Tensor, Rows]:
+        """Where each shard is in its whole weight."""
+        return {own: Rows.of_this_process(len(parameter)) for parameter, own in self._split.items()}
+
     def take_gradients(self) -> None:
         """Give the shards the gradients of the last pass."""
         for parameter, own in self._split.items():
@@ -111,11 +143,14 @@ class LocalShards:
         """Clip the total norm of the gradients of all processes. Returns the norm before, 0-dim, on the device."""
         shards = [own.grad for own in self._split.values() if own.grad is not None]
         others = [p.grad for p in self.whole if p.grad is not None]
-        square = _square_of(shards, self.weights[0].device)
-        distributed.all_reduce(square)
-        norm = (square + _square_of(others, square.device)).sqrt()
-        if gradients := [*shards, *others]:
-            torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        gradients = [*shards, *others]
+        if not gradients:
+            return torch.zeros((), device=self.weights[0].device)
+        squares = torch.stack(torch._foreach_norm(gradients, 2, torch.float32)).square()
+        add_up(squares[: len(shards)])
+        norms = squares.sqrt().to(gradients[0].dtype)  # rounded as torch rounds the norm of a whole gradient
+        norm = torch.linalg.vector_norm(norms)
+        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
 
@@ -124,10 +159,3 @@ def _local(tensor: Tensor) -> Tensor | None:
     from torch.distributed.tensor import DTensor
 
     return tensor.to_local().detach() if isinstance(tensor, DTensor) else None
-
-
-def _square_of(gradients: list[Tensor], device: torch.device) -> Tensor:
-    """The squared norm of all gradients together, 0-dim float32."""
-    if not gradients:
-        return torch.zeros((), device=device)
-    return torch.stack(torch._foreach_norm(gradients, 2, torch.float32)).square().sum()

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.exchange import Rows
 from library.optim.in_backward import only
 from library.optim.optimizers import BuiltOptimizer, OptimizerChoice
 from library.rng import torch_generator
@@ -38,12 +39,17 @@ STATE_KEY = "bf16_update"
 # ---- numbers --------------------------------------------------------------------------------------------------------
 
 
-def round_stochastic(x: Tensor, generator: torch.Generator | None) -> Tensor:
+def round_stochastic(x: Tensor, generator: torch.Generator | None, rows: Rows | None = None) -> Tensor:
     """Round float32 to a neighbouring bf16 at random; the expected value is x. Infinities and nan are kept.
 
     Adds uniform noise below the last bf16 digit and truncates: the bits of floats are ordered like their magnitudes.
+    rows: of a shard.
     """
-    noise = torch.randint(0, 1 << LOW_BITS, x.shape, dtype=torch.int32, device=x.device, generator=generator)
+
+    def draw(shape: Sequence[int]) -> Tensor:
+        return torch.randint(0, 1 << LOW_BITS, shape, dtype=torch.int32, device=x.device, generator=generator)
+
+    noise = draw(x.shape) if rows is None else rows.noise(x, draw)
     rounded = (noise.add_(x.view(torch.int32)) >> LOW_BITS).to(torch.int16).view(torch.bfloat16)
     return torch.where(x.isfinite(), rounded, x.bfloat16())
 
@@ -72,8 +78,9 @@ def join(high: Tensor, low: Tensor) -> Tensor:
 class Weight:
     """A bf16 weight and its float32 shadow: a parameter of the inner optimizer that has memory only while in use."""
 
-    def __init__(self, real: Tensor, number: int, *, keeps_rest: bool) -> None:
-        self.real, self.number = real, number
+    def __init__(self, real: Tensor, number: int, *, keeps_rest: bool, rows: Rows | None = None) -> None:
+        """rows: of a shard."""
+        self.real, self.number, self.rows = real, number, rows
         self.steps = 0
         self.empty = torch.zeros((), device=real.device).expand(real.shape)  # the shape without the memory
         self.shadow = nn.Parameter(self.empty)
@@ -90,7 +97,7 @@ class Weight:
         real, value = self.real.detach(), self.shadow.detach()
         if self.rest is None:
             generator = torch_generator(seed, "bf16 update", self.steps, self.number, device=value.device)
-            real.copy_(round_stochastic(value, generator))
+            real.copy_(round_stochastic(value, generator, self.rows))
         else:
             nearest, rest = split(value)
             real.copy_(nearest)
@@ -114,7 +121,7 @@ class Bf16Optimizer(torch.optim.Optimizer):
     """An optimizer of bf16 weights that runs an inner optimizer on their float32 shadows.
 
     whole: the inner optimizer needs all weights at once (it computes something over all of them, or counts its steps
-    per group); all float32 copies are then in memory together.
+    per group); all float32 copies are then in memory together. rows: of those weights that are shards.
     """
 
     def __init__(
@@ -126,11 +133,15 @@ class Bf16Optimizer(torch.optim.Optimizer):
         seed: int,
         whole: bool = True,
         chunk: int = CHUNK,
+        rows: Mapping[Tensor, Rows] | None = None,
     ) -> None:
         # super().__init__ is not called: groups, defaults and states are those of the inner optimizer
         self.seed, self.whole, self.chunk = seed, whole, chunk
         numbers, kahan = count(), rounding == "kahan"
-        self.weights = [[Weight(p, next(numbers), keeps_rest=kahan) for p in group["params"]] for group in groups]
+        rows = rows or {}
+        self.weights = [
+            [Weight(p, next(numbers), keeps_rest=kahan, rows=rows.get(p)) for p in group["params"]] for group in groups
+        ]
         self._weight_of = {weight.real: weight for own in self.weights for weight in own}
         shadows = [{**group, "params": [w.shadow for w in own]} for group, own in zip(groups, self.weights)]
         self.inner = build(shadows)
@@ -252,10 +263,12 @@ class Bf16Optimizer(torch.optim.Optimizer):
 
 
 def build_bf16(
-    choice: OptimizerChoice, groups: list[dict[str, Any]], rounding: str, *, seed: int, chunk: int = CHUNK
-) -> BuiltOptimizer:
+    choice: OptimizerChoice, groups: list[dict[str, Any]], rounding: str, *, seed: int, chunk: int = CHUNK,
+    rows: Mapping[Tensor, Rows] | None = None,
+) -> BuiltOptimizer:  # fmt: skip
     """Like `choice.build(groups)`, for bf16 weights. rounding: "stochastic", "kahan", or "plain" (to nearest).
 
+    rows: of those weights that are shards. What a shard becomes does not depend on the number of shards.
     Raises UserError when the optimizer refuses its settings.
     """
     if rounding == "plain":
@@ -267,6 +280,7 @@ def build_bf16(
         built.append(choice.build(shadows))
         return built[0].optimizer
 
-    optimizer = Bf16Optimizer(build, groups, rounding, seed=seed, whole=not choice.row.by_weight, chunk=chunk)
+    whole = not choice.row.by_weight
+    optimizer = Bf16Optimizer(build, groups, rounding, seed=seed, whole=whole, chunk=chunk, rows=rows)
     built[0].optimizer = optimizer
     return built[0]

@@ -9,7 +9,7 @@ A parameter without a gradient in a step counts as one with gradient 0, and `p.g
 never had a gradient is not changed, as in torch (`silent_kept`). Nothing else may replace a parameter's gradient tensor
 or memory: the buffers would not see it, and the step would have no effect. `require_joined` detects that.
 
-Several processes exchange whole buffers (`average_gradients`), so the model needs no DistributedDataParallel around it.
+Several processes exchange whole buffers (`add_up_gradients`), so the model needs no DistributedDataParallel around it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+
+from library.exchange import add_up
 
 ALIGNMENT = 64  # elements; tensors start at multiples of it, since kernels want 16-byte aligned operands
 
@@ -143,11 +145,10 @@ class FlatParameters:
         for flat in self.groups:
             distributed.broadcast(flat.buffer.detach(), src=0)
 
-    def average_gradients(self) -> None:
-        """Average the gradients over all processes: one all-reduce per buffer, which the host does not wait for."""
-        torch._foreach_div_([flat.grad for flat in self.groups], distributed.get_world_size())
+    def add_up_gradients(self) -> None:
+        """Sum the gradients over all processes: a few collectives per buffer, which the host does not wait for."""
         for flat in self.groups:
-            distributed.all_reduce(flat.grad)
+            add_up(flat.grad)
 
     def clip_grad_norm(self, max_norm: float) -> Tensor:
         """Clip the norm of all gradients together to `max_norm`. Returns the norm before, 0-dim, on the device."""

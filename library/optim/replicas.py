@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, distributed
 
+from library.exchange import add_up
+
 
 class Replicas:
     """Copies of the same parameters in all processes, on one device."""
@@ -20,8 +22,8 @@ class Replicas:
         for parameter in self.parameters:
             distributed.broadcast(parameter.detach(), src=0)
 
-    def average_gradients(self) -> None:
-        """Average the gradients over all processes. A missing one counts as 0, and stays missing where all lack it.
+    def add_up_gradients(self) -> None:
+        """Sum the gradients over all processes. A missing one counts as 0, and stays missing where all lack it.
 
         The host waits for the device, once.
         """
@@ -35,5 +37,4 @@ class Replicas:
                 continue
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            parameter.grad /= distributed.get_world_size()
-            distributed.all_reduce(parameter.grad)
+            add_up(parameter.grad)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Collection
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from library.device import is_card
 from library.learning import DENOISER
 from library.memory.checkpointing import recomputed_blocks
 from library.memory.choice import MemoryChoice
-from library.memory.estimate import CUDA_CONTEXT, Case, Fixed, Weights
+from library.memory.estimate import CUDA_CONTEXT, Case, Fixed, Split, Weights
 from library.memory.meter import bytes_of
 from library.memory.quantise import quantised_names, stored_bytes
 from library.planner.optimizer_memory import appetite, float32_copies
@@ -30,7 +31,10 @@ def case_of(planned: Planned) -> Case:
     denoiser = family.empty_denoiser(planned.load_dtype(DENOISER), "plain" if kept in QUANTISED else kept)
     return Case(
         found.step,
-        weights_of(planned, denoiser, samples=found.samples, hoists=found.hoists),
+        replace(
+            weights_of(planned, denoiser, samples=found.samples, hoists=found.hoists),
+            split=split_of(planned, denoiser, found.encoder_blocks) if planned.processes > 1 else None,
+        ),
         fixed_of(planned, found),
         lambda count, choice: _recomputed(found.encoder_blocks, count, choice),
         lambda count: family.swapped(denoiser, count, planned.learning.swap_options),
@@ -78,6 +82,29 @@ def weights_of(planned: Planned, denoiser: nn.Module, *, samples: int, hoists: b
         modulations_in={s: tuple(own) for s, own in sums.items()},
         modulation_outputs=sum(layer.out_features for layer in layers) * samples * item,
     )
+
+
+def split_of(planned: Planned, denoiser: nn.Module, encoder_blocks: int) -> Split:
+    """Bytes of the first of the processes that split the denoiser's weights. Others have as many or fewer rows."""
+    weights, processes = weights_of(planned, denoiser, samples=0, hoists=False), planned.processes
+    split, learn = planned.split_weights(denoiser), planned.shards_learn
+    rows = sum(-(-len(p) // processes) * (p.nbytes // len(p)) for p in split)
+    whole = sum(p.nbytes for p in split)
+    rest = bytes_of((*denoiser.parameters(), *denoiser.buffers())) - whole
+    part, cast = rows / max(1, whole), planned.pass_dtype.itemsize / planned.trained_dtype.itemsize if learn else 1.0
+    counts = [sum(p.numel() for p in {*block.parameters()} & split) for block in planned.family.blocks(denoiser)]
+    outside = sum(p.numel() for p in split) - sum(counts)
+    own, gathered = {}, {}
+    for storage, blocks in weights.blocks.items():
+        own[storage] = rows + rest if storage == "plain" else int(weights.total(storage) * part)
+        sizes = [int(count * planned.trained_dtype.itemsize * cast) for count in counts] if learn else blocks
+        unblocked = int(outside * planned.trained_dtype.itemsize * cast) if learn else weights.rest[storage]
+        gathered[storage] = unblocked + max(map(sum, itertools.pairwise(sizes)), default=sum(sizes))
+    if not learn:
+        return Split(own, gathered)
+    leaving = planned.pass_dtype.itemsize - planned.trained_dtype.itemsize * part
+    gradients = (*(0 for _ in range(encoder_blocks)), *(int(count * leaving) for count in counts))
+    return Split(own, gathered, gradients, exchange=2 * 4 * max(counts, default=0))  # sent and received, in float32
 
 
 def _bytes(module: nn.Module, storage: str, linears: Collection[int]) -> int:

@@ -79,32 +79,14 @@ class MemoryPlan:
             return exact[0]
         return fitting[0] if fitting else None
 
-    def choose(self, budget: int | None) -> MemoryChoice:
-        """The way that is chosen for a budget in bytes, and logged; None: for the memory that is free now.
-
-        Raises UserError when nothing fits.
-        """
-        limit = self._limit(budget)
+    def choose(self, limit: int) -> MemoryChoice:
+        """The way that is chosen for so many bytes, and logged. Raises UserError when nothing fits."""
         chosen = self.within(limit)
         if chosen is None:
             raise UserError(self._too_large(limit))
         peak = chosen.needs.peak
         log.info(f"memory: {chosen.flags}: {gb(peak)} predicted of {gb(limit)}, {gb(limit - peak)} to spare")
         return chosen.choice
-
-    def _limit(self, budget: int | None) -> int:
-        """Bytes that a run may take: of the budget no more than what the card has free, with some of that kept back."""
-        if budget is not None and not is_card(self.device):
-            return budget
-        try:
-            free = int(free_bytes(self.device) * SHARE_OF_FREE)
-        except UserError:
-            if budget is None:
-                raise
-            return budget
-        if budget is not None and budget > free:
-            log.warning(f"--vram_budget {gb(budget)}: only {gb(free)} of the card are free, which is what counts")
-        return free if budget is None else min(budget, free)
 
     def needs(self, choice: MemoryChoice) -> Prediction:
         """The predicted memory of a step with `choice`."""
@@ -146,6 +128,24 @@ class MemoryPlan:
         parts = (needs.weights, needs.gradients, needs.optimizer, needs.activations, needs.ring, needs.workspace)
         numbers = [f"{part / GIB:.2f}" for part in (*parts, needs.peak)]
         return (option.flags, *numbers, f"{option.seconds / self.best[0].seconds:.2f}")
+
+
+def memory_to_use(device: torch.device, budget: int | None) -> int:
+    """Bytes that a run may fill: of the budget no more than what the card has free, with some of that kept back.
+
+    budget: of --vram_budget; None: all that is free. Raises UserError if that is unknown and no budget is given.
+    """
+    if budget is not None and not is_card(device):
+        return budget
+    try:
+        free = int(free_bytes(device) * SHARE_OF_FREE)
+    except UserError:
+        if budget is None:
+            raise
+        return budget
+    if budget is not None and budget > free:
+        log.warning(f"--vram_budget {gb(budget)}: only {gb(free)} of the card are free, which is what counts")
+    return free if budget is None else min(budget, free)
 
 
 def gb(size: int) -> str:
@@ -204,10 +204,11 @@ def candidates(planned: Planned, case: Case) -> Iterator[MemoryChoice]:
     free = given.vram_budget is not None or given.plan
     budgets = BUDGETS if _is_open(given.activation_budget, free) and not given.gradient_checkpointing else None
     storages = ("plain", "fp8") if free and fixed.storage == "plain" and len(case.weights.blocks) > 1 else None
-    movable = case.has_host and _may_swap(planned)
+    moves = case.has_host and planned.processes == 1  # a block that is split has no other place
+    movable = moves and _may_swap(planned)
     counts = swap_counts(case.most_swapped) if movable and _is_open(given.blocks_to_swap, free) else None
-    hoists = (False, True) if free and case.has_host and not fixed.hoist and _may_hoist(planned, case) else None
-    offloads = (False, True) if free and case.has_host and not fixed.offload else None
+    hoists = (False, True) if free and moves and not fixed.hoist and _may_hoist(planned, case) else None
+    offloads = (False, True) if free and moves and not fixed.offload else None
     for storage, budget, offload, count, hoist in itertools.product(
         storages or (fixed.storage,),
         budgets or (fixed.activation_budget,),

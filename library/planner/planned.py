@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from library.data.plan import BatchPlan, each_shape
 from library.families.family import ModelFamily
-from library.learning import Learning, Models, Trainables
+from library.learning import DENOISER, Learning, Models, Trainables
 from library.memory.choice import MemoryChoice
 from library.memory.options import MemoryOptions
 from library.memory.quantise import Storage
+from library.memory.sharding import splittable
 from library.optim.optimizers import OptimizerChoice
 from library.types import Batch
 
@@ -49,9 +50,29 @@ class Planned:
     autocast: bool = False
     averages_weights: bool = False
     deepspeed: bool = False
+    processes: int = 1  # between which the denoiser's weights are split (--shard_base)
     caches_latents: bool = False
     caches_texts: bool = False
     masked_loss: bool = False
+
+    @property
+    def shards_learn(self) -> bool:
+        """Whether weights that learn are split between processes."""
+        return self.processes > 1 and DENOISER in self.learning.changed
+
+    @property
+    def pass_dtype(self) -> torch.dtype:
+        """Dtype in which weights that learn enter a pass: split ones are gathered in that of the computation."""
+        return self.dtype if self.shards_learn and self.autocast else self.trained_dtype
+
+    def split_weights(self, denoiser: nn.Module) -> set[Tensor]:
+        """The denoiser's weights of which each process has some rows."""
+        if self.processes == 1:
+            return set()
+        if not self.shards_learn:
+            return {*denoiser.parameters()}
+        optional = self.family.optional(denoiser)
+        return splittable(denoiser, optional, block=self.optimizer.row.block or 1, processes=self.processes)
 
     def storage(self, part: str) -> Storage:
         """How a model's matrices are kept."""

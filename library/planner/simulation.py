@@ -41,7 +41,7 @@ class Simulation:
     batch: int
     learning: int  # weights of adapters; 0 where the models' own weights learn
     shapes: tuple[tuple[int, ...], ...]  # of what the optimizer steps
-    dtype: torch.dtype  # of these weights
+    dtype: torch.dtype  # of these weights between passes
     flat: bool  # gradients are always there
     samples: int
     hoists: bool  # whether modulation weights may be away in a pass
@@ -64,7 +64,7 @@ def simulate(planned: Planned) -> Simulation:
     """One micro-batch of the largest bucket, forward and backward."""
     with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True):
         models = _models(planned)
-        trainables = moved(planned.build(models), planned.device, planned.trained_dtype)
+        trainables = moved(planned.build(models), planned.device, planned.pass_dtype)
         flat = trainables.flat and planned.optimizer.row.elementwise and not planned.deepspeed
         for parameter in trainables.parameters() if flat else ():
             parameter.grad = torch.zeros_like(parameter)
@@ -184,7 +184,7 @@ def _step(
     family, parameters = planned.family, trainables.parameters()
     layers = [layer for encoder in models.encoders.values() for layer in encoder_layers(encoder)]
     blocks = family.blocks(models.denoiser)
-    modulated = family.modulations(models.denoiser)
+    modulated, split = family.modulations(models.denoiser), planned.split_weights(models.denoiser)
     if planned.learning.in_backward is not None:
         for unit in units(trainables.groups, blocks, planned.learning.in_backward):
             _step_in_backward(unit)
@@ -210,13 +210,18 @@ def _step(
         sizes["vae"],
         sizes["batch"],
         sizes["learning"],
-        tuple(tuple(p.shape) for p in parameters),
-        parameters[0].dtype,
+        tuple(_own_shape(p, planned.processes) if p in split else tuple(p.shape) for p in parameters),
+        planned.trained_dtype,
         flat,
         batch.size,
         modulated is None or not trainables.reads_weights(modulated[1]),
         not trainables.reads_between_steps,
     )
+
+
+def _own_shape(parameter: Tensor, processes: int) -> tuple[int, ...]:
+    """The shape of the first process's rows of a weight."""
+    return (-(-len(parameter) // processes), *parameter.shape[1:])
 
 
 class _Autocast(nn.Module):

@@ -44,7 +44,7 @@ from library.trainers.method import Method
 from library.trainers.options import TrainerOptions
 from library.trainers.resume import Resumption, resume_folder, run_seed
 from library.trainers.settings import distributed_settings, trained_dtype
-from library.trainers.sharding import check_sharding
+from library.trainers.sharding import check_sharding, check_split_states
 from library.trainers.stages import Checked, Processes
 from library.trainers.tracking import check_trackers
 from library.types import ReferenceSpec
@@ -240,6 +240,7 @@ def check(method: Method[TrainerOptions], stop: StopRequest) -> Checked:
     found = checks.run(lambda: scan_datasets(family, options, method.with_captions, control=control))
     if learning is not None and optimizer is not None and found is not None:
         checks.run(lambda: check_sharding(options, learning, optimizer, found))
+        checks.run(lambda: check_split_states(options, optimizer))
     seed, processes = run_seed(options, facts), None
     if found is not None and not checks.problems:
         processes = start_processes(options, found)

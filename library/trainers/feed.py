@@ -64,7 +64,7 @@ def steps_of(
             for group in plan.groups(epoch, first):
                 # a batch of another process that fills up the last step of an epoch must not count twice
                 shares = [
-                    world / len(group) if place < len(group) else 0.0 for place in range(rank, rank + len(group), world)
+                    1 / len(group) if place < len(group) else 0.0 for place in range(rank, rank + len(group), world)
                 ]
                 yield [replace(next(batches), share=share) for share in shares]
                 step += 1

@@ -129,6 +129,11 @@ class DistributedOptions:
         False, help="DeepSpeed: master weights in fp16 (stage 2, offload)."
     )
 
+    @property
+    def splits_states(self) -> bool:
+        """Whether DeepSpeed splits the optimizer's states between the processes."""
+        return self.deepspeed and self.zero_stage in (1, 2)
+
     def problems(self) -> Iterator[str]:
         used = [name for name in ONLY_DEEPSPEED if getattr(self, name)]
         if used and not self.deepspeed:
@@ -275,7 +280,17 @@ class TrainerOptions:
         if self.distributed.deepspeed and (
             self.state.save_state or self.state.save_state_on_train_end or self.state.resume
         ):
-            yield "--save_state and --resume do not work with --deepspeed, which splits the optimizer's state"
+            yield from self._unsaved_by_deepspeed()
+
+    def _unsaved_by_deepspeed(self) -> Iterator[str]:
+        """What --save_state and --resume do not find in DeepSpeed."""
+        start, distributed = "--save_state and --resume with --deepspeed", self.distributed
+        if not distributed.splits_states:
+            yield f"{start} need --zero_stage 1 or 2"
+        if distributed.offload_optimizer_device:
+            yield f"{start} do not work with --offload_optimizer_device, which replaces the optimizer: leave it out"
+        if self.precision.mixed_precision == "fp16":
+            yield f"{start} need --mixed_precision bf16 or no: DeepSpeed keeps the loss scale of fp16 to itself"
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,9 @@ def _run(method: Method[TrainerOptions], stop: StopRequest, loop: Loop) -> int:
         return 0
     scheduled = schedule(checked)
     if options.memory.plan:
-        sys.stdout.write(plan_memory(choose_compiling(scheduled).planned).table())
+        table = plan_memory(choose_compiling(scheduled).planned).table()
+        if checked.processes.is_main:
+            sys.stdout.write(table)
         accelerator.end_training()
         return 0
     if scheduled.is_finished:

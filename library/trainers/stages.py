@@ -27,8 +27,10 @@ from library.device import (
     seed_everything,
 )
 from library.errors import UserError
+from library.exchange import least
 from library.families.family import ModelFamily
 from library.io.weights_port import ReplicatedWeights, ShardedBase, ShardedWeights, WeightsPort
+from library.io.zero_states import ZeroStates
 from library.learning import DENOISER, Learning, Models, StepModule, Trainables
 from library.log import get_logger
 from library.memory.checkpointing import recompute_encoders
@@ -41,7 +43,7 @@ from library.optim.in_backward import units
 from library.optim.optimizers import OptimizerChoice
 from library.optim.schedulers import check_scheduler
 from library.planner.compiling import with_compilation
-from library.planner.memory_plan import PeakCheck, plan_memory
+from library.planner.memory_plan import PeakCheck, memory_to_use, plan_memory
 from library.planner.planned import Loss, Planned, largest
 from library.rng import derive_seed, torch_generator
 from library.sampling.prompts import Prompt
@@ -206,16 +208,18 @@ def schedule(checked: Checked) -> Scheduled:
     identity.check(checked.resumption)
     for line in describe(checked.found, data, plan) if processes.is_main else ():
         log.info(line)
-    batch = largest(data.each_shape())
-    planned = as_planned(checked.method, checked.learning, checked.optimizer, batch, device=processes.device)
+    planned = as_planned(
+        checked.method, checked.learning, checked.optimizer, largest(data.each_shape()), device=processes.device,
+        processes=processes.world if checked.sharded else 1,
+    )  # fmt: skip
     return Scheduled(checked, plan, identity, planned)
 
 
 def as_planned(
     method: Method[TrainerOptions], learning: Learning, optimizer: OptimizerChoice, batch: BatchPlan, *,
-    device: torch.device,
+    device: torch.device, processes: int = 1,
 ) -> Planned:  # fmt: skip
-    """The run as the planner sees it. batch: the largest of the run."""
+    """The run as the planner sees it. batch: the largest of the run. processes: that split the denoiser."""
     family, options = method.family, method.options
     choice, dtype = MemoryChoice.of(options.memory), compute_dtype(options.precision)
 
@@ -240,6 +244,7 @@ def as_planned(
         autocast=options.precision.mixed_precision != "no",
         averages_weights=options.ema.ema_decay is not None,
         deepspeed=options.distributed.deepspeed,
+        processes=processes,
         caches_latents=options.cache.latents,
         caches_texts=options.cache.texts,
         masked_loss=options.data.masked_loss,
@@ -273,7 +278,10 @@ def choose_memory(scheduled: Scheduled) -> Scheduled:
     if not planned.memory.asks_planner:
         return scheduled
     plan = plan_memory(planned)
-    choice = plan.choose(budget)
+    limit = memory_to_use(planned.device, budget)
+    if planned.processes > 1:  # all must make the same passes
+        limit = least(limit, planned.device)
+    choice = plan.choose(limit)
     peak_check = PeakCheck(plan.needs(choice), planned.device) if is_card(planned.device) else None
     if budget is not None:
         limit_memory(planned.device, budget - CUDA_CONTEXT)
@@ -389,15 +397,17 @@ def build(loaded: Loaded) -> Running:
         step,
         validation,
         record,
-        port_of(trainables, checked.sharded, shards_learn),
+        port_of(checked, trainables, updates),
     )
 
 
-def port_of(trainables: Trainables, sharded: bool, shards_learn: bool) -> WeightsPort:
+def port_of(checked: Checked, trainables: Trainables, updates: Updates) -> WeightsPort:
     """The port that gathers weights and states for files."""
-    if shards_learn:
+    if checked.options.distributed.splits_states:
+        return ZeroStates(updates.grouped, updates.optim.optimizer)
+    if checked.shards_learn:
         return ShardedWeights(trainables.parameters(), trainables.state())
-    return ShardedBase() if sharded else ReplicatedWeights()
+    return ShardedBase() if checked.sharded else ReplicatedWeights()
 
 
 def compile_all(

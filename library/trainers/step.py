@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from library.device import seed_everything
+from library.exchange import add_up
 from library.families.family import ModelFamily
 from library.learning import Models, Trainables
 from library.objectives.base import Objective, Predict
@@ -95,8 +96,8 @@ class Pass:
 class StepResult:
     """The numbers of an optimizer step. Tensors are 0-dim and still on the device."""
 
-    loss: Tensor  # mean over all processes
-    own_loss: Tensor  # of this process
+    loss: Tensor  # mean over the micro-batches of all processes
+    own_loss: Tensor  # this process's part of it
     grad_norm: Tensor  # before clipping
     others: dict[str, float | Tensor]  # learning rates and values logged by the method
 
@@ -131,7 +132,9 @@ class Step:
             return total
 
         loss = self.retry(accumulate, largest_batch=max(batch.size for batch in batches), step=step)
-        mean_loss = self.accelerator.reduce(loss, reduction="mean")
+        mean_loss = loss.clone()
+        if self.accelerator.num_processes > 1:
+            add_up(mean_loss)
         with changing_weights(step):
             grad_norm = self.updates.step()
             rates = self.updates.rates()
@@ -152,7 +155,7 @@ class Step:
             with self.updates.backward(is_last=is_last and index == len(parts) - 1):
                 losses = forward.objective.loss(forward.predict(part), noised, part)  # per sample
                 loss = losses.sum() * (batch.share / batch.size)
-                self.accelerator.backward(loss)
+                self.accelerator.backward(loss * self.updates.loss_factor)
             total += loss.detach()
         return total
 

@@ -64,23 +64,28 @@ class Updates:
             trainables.use_copies(self.copies.find)
         self.shards = shards
         self.weights = shards.weights if shards is not None else trainables.parameters()  # what the optimizer steps
-        self.exchanged: FlatParameters | Replicas | None = None  # gradients that are averaged here
-        if shards is not None:  # the gradient of a split weight is averaged already
+        self.exchanged: FlatParameters | Replicas | None = None  # gradients that are added up here
+        if shards is not None:  # the gradients of split weights are added up already
             self.exchanged = Replicas(shards.whole)
         elif accelerator.num_processes > 1:
             self.exchanged = self.flat or (Replicas(trainables.parameters()) if sharded else None)
             if self.exchanged is not None:
                 self.exchanged.broadcast_weights()
         groups = self.flat.param_groups if self.flat else shards.param_groups if shards else trainables.groups
-        self.optim = build_bf16(choice, groups, options.bf16_update, seed=seed)
+        self.grouped = [[*group["params"]] for group in groups]  # DeepSpeed replaces those of the optimizer
+        rows = shards.rows() if shards is not None else None
+        self.optim = build_bf16(choice, groups, options.bf16_update, seed=seed, rows=rows)
         self.in_backward: InBackward | None = None
-        # DDP learns a static graph from the first pass; exchanging in every pass gives the same mean, only slower
+        # DDP learns a static graph from the first pass; exchanging in every pass gives the same result, only slower
         self._first_exchanges = options.distributed.ddp_static_graph
         self._room: Tensor | None = None
         self._has_states = False
         decay = options.ema.ema_decay
         self.ema = Ema(self.weights, decay, self.flat) if decay is not None else None
-        self.model, self.optimizer = self._wrapped(module, exchanges=self.flat is None and not sharded)
+        exchanges = self.flat is None and not sharded
+        # DDP and DeepSpeed divide the sum of all gradients by the number of processes, and shares of a step add up to 1
+        self.loss_factor = accelerator.num_processes if exchanges else 1
+        self.model, self.optimizer = self._wrapped(module, exchanges=exchanges)
         self.scheduler = build_scheduler(options.scheduler, self.optim, total_steps=total_steps)
         self.optim.train_mode()
 
@@ -158,7 +163,7 @@ class Updates:
         with quiet, self.copies.in_use() if self.copies is not None else nullcontext():
             yield
         if is_last and self.exchanged is not None:
-            self.exchanged.average_gradients()
+            self.exchanged.add_up_gradients()
 
     def step(self) -> Tensor:
         """Clip the gradients and step the optimizer. Returns the gradient norm before clipping, on the device."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from library.exchange import Rows
 from library.optim.bf16 import Bf16Optimizer, build_bf16, join, round_stochastic, split
 from library.optim.flat import FlatParameters
 from library.optim.in_backward import only
@@ -42,6 +43,15 @@ def test_stochastic_rounding_is_unbiased(value):
     assert low < exact < high
     # the mean of n draws of two values `step` apart has a deviation of at most step / 2 / sqrt(n) = 0.0012 steps
     assert abs(rounded.mean().item() - exact) < 0.005 * step
+
+
+def test_shards_round_as_a_whole_weight_does():
+    whole = torch.randn(7, 33, generator=generator())
+    expected, start = round_stochastic(whole, generator(5)), 0
+    for shard in whole.split(3):
+        found = round_stochastic(shard, generator(5), Rows(start, 7))
+        assert torch.equal(found, expected[start : start + len(shard)])
+        start += len(shard)
 
 
 def test_stochastic_rounding_leaves_bf16_numbers_alone():

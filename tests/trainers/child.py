@@ -30,6 +30,7 @@ from torch.distributed.tensor import DTensor
 from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
 
 from library import device
+from library.cli import EXIT_STOPPED
 from library.cli import run as run_script
 from library.io.state import StateParts
 from library.io.weights_port import ReplicatedWeights
@@ -137,15 +138,18 @@ def runs_together(rank: int, jobs: Mapping[str, Job], folder: Path, world: int =
         save_file({**learned, **numbers}, folder / f"{name} {rank}.safetensors", facts)
 
 
-def deepspeed_rank(rank: int, port: int, values: Mapping[str, Any], folder: Path) -> None:
-    """One of two processes that train with DeepSpeed on the CPU; its losses go to `rank.safetensors`.
+def deepspeed_rank(
+    rank: int, port: int, values: Mapping[str, Any], folder: Path, result: str = "", interrupt_in: int | None = None
+) -> None:
+    """One of two processes that train with DeepSpeed on the CPU; its losses go to `<result><rank>.safetensors`.
 
     accelerate knows DeepSpeed on several GPUs only: it is told that these processes are such.
     """
     from accelerate.state import DistributedType, PartialState
 
     meet(rank, port)
-    os.environ |= {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(folder.parent / "extensions"))
     torch.set_num_threads(1)
     settle()
     redirect(folder / f"{rank}.log")
@@ -154,8 +158,10 @@ def deepspeed_rank(rank: int, port: int, values: Mapping[str, Any], folder: Path
     PartialState._prepare_backend = lambda self, *a, **k: gloo  # type: ignore[method-assign]
     PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))  # type: ignore[method-assign]
     trainer = make_trainer(values)
-    assert trainer.run() == 0
-    save_file({"losses": torch.tensor([report.loss for report in trainer.reports])}, folder / f"{rank}.safetensors")
+    trainer.interrupt_in = interrupt_in
+    assert trainer.run() == (0 if interrupt_in is None else EXIT_STOPPED)
+    losses = torch.tensor([report.loss for report in trainer.reports])
+    save_file({"losses": losses}, folder / f"{result}{rank}.safetensors")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""--shard_base: two processes with half of the denoiser each learn what one with all of it does.
+"""--shard_base: two and three processes with a part of the denoiser each learn what one with all of it does.
 
 The processes are started once and do all runs one after the other: starting them is what takes long.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,12 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.io.state import load_state, unlike
+from library.memory.estimate import predict
+from library.planner.case import case_of
+from library.planner.memory_plan import candidates
 from tests.families import CASES
 from tests.trainers import child, finetune_runs, helpers
-from tests.trainers.helpers import Recorded, differing, make_pictures, make_trainer, subset, write_dataset
+from tests.trainers.helpers import Recorded, differing, make_pictures, make_trainer, planned_of, subset, write_dataset
 
 STEPS = 2
 PICTURES = 5
@@ -141,6 +144,7 @@ def place(models: Mapping[str, dict[str, Any]], data: Path) -> Place:
 
 # A chain of one, two, three processes and one again: as many batches a step.
 CHAIN = ("Adafactor", "full bf16")
+THREE = ("flux", "full flux")  # also with one batch in each of three processes
 SIX = {1: 6, 2: 3, 3: 2}  # processes -> --gradient_accumulation_steps
 
 
@@ -157,7 +161,7 @@ def pairs(place: Place, shown: dict[str, Any], ground: Path) -> Path:
     folder.mkdir()
     for name in CHAIN:
         place.alone(name, folder / f"{name} 1", **linked(place, folder, name, 1, 1))
-    ports = iter(child.free_ports(len(RUNS) + 1 + 2 * len(CHAIN)))
+    ports = iter(child.free_ports(len(RUNS) + 1 + 2 * len(CHAIN) + len(THREE)))
     jobs = {name: place.job(name, folder / name, next(ports)) for name in RUNS}
     jobs["shown"] = place.job("flux", folder / "shown", next(ports), **shown)
     for name in CHAIN:
@@ -167,6 +171,7 @@ def pairs(place: Place, shown: dict[str, Any], ground: Path) -> Path:
         f"{name} 3": place.job(name, folder / f"{name} 3", next(ports), **linked(place, folder, name, 3, 3))
         for name in CHAIN
     }
+    threes |= {f"{name} of 3": place.job(name, folder / f"{name} of 3", next(ports)) for name in THREE}
     (folder / "threes").mkdir()
     together(threes, folder / "threes", 3)
     return folder
@@ -222,6 +227,39 @@ def test_two_halves_learn_what_a_whole_does(name: str, place: Place, pairs: Path
     assert others[0] == others[1]
 
 
+@pytest.mark.parametrize("name", THREE)
+def test_three_parts_learn_what_a_whole_does(name: str, place: Place, pairs: Path, tmp_path: Path) -> None:
+    """A third has no exact value, and a ring of three adds in any order: shares and sums take care of both."""
+    first, expected = place.alone(name, tmp_path, gradient_accumulation_steps=3)
+    found, _ = read(pairs / "threes" / f"{name} of 3 0.safetensors")
+    losses = torch.tensor([report.loss for report in expected.reports])
+    assert abs(found["losses"] / losses - 1).max() < max(1e-6, RUNS[name].within)
+    files = saved(pairs / f"{name} of 3"), saved(tmp_path)
+    moved = distance(expected.trainables.state(), first)
+    print(f"{name}: {distance(*files)} of {moved}")
+    assert distance(*files) < RUNS[name].within * moved if RUNS[name].within else differing(*files) == []
+
+
+@pytest.mark.parametrize("name", ["flux", "nf4", "full flux"])
+def test_the_planner_counts_what_a_process_has(name: str, place: Place, pairs: Path, tmp_path: Path) -> None:
+    """The same bytes as the first of two processes; and all that is gathered is less than the rest of the model."""
+    options, method = place.options(name, tmp_path, shard_base=True, plan=True), RUNS[name].full
+    trainer = make_trainer(options, family=RUNS[name].family, method="finetune" if method else "network")
+    planned = replace(planned_of(trainer), processes=2)
+    case, alone = case_of(planned), case_of(replace(planned, processes=1))
+    split, storage = case.weights.split, planned.choice.storage
+    assert split is not None
+    _, facts = read(pairs / f"{name} 0.safetensors")
+    assert abs(split.own[storage] / int(facts["bytes"]) - 1) < (0 if storage == "plain" else 0.02) + 1e-9
+    needs, whole = predict(case, planned.choice), predict(alone, planned.choice)
+    assert 0 < split.gathered[storage] < alone.weights.total(storage)
+    if RUNS[name].full:  # half of the moving average and of the optimizer's states, too
+        assert needs.weights < 0.55 * whole.weights and needs.optimizer < 0.55 * whole.optimizer
+    else:
+        assert needs.weights == whole.weights - alone.weights.total(storage) + split.own[storage]
+    assert {choice.blocks_to_swap for choice in candidates(planned, case)} == {0}
+
+
 def test_all_validate_and_preview_and_one_writes(
     place: Place, shown: dict[str, Any], pairs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -257,8 +295,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "hoist": ({"hoist_modulation": True}, "--shard_base does not work with --hoist_modulation"),
     "compile": ({"compile": True}, "--shard_base does not work with --compile"),
-    "planner": ({"vram_budget": "8GB"}, "--shard_base: --vram_budget computes with a whole model"),
     "AdEMAMix": ({"optimizer_type": "AdEMAMix8bit"}, "--optimizer_type AdEMAMix8bit computes something over a whole"),
+    "planned swap": ({"blocks_to_swap": "auto"}, "--shard_base does not work with --blocks_to_swap"),
     "Adafactor": ({"optimizer_type": "Adafactor"}, "--optimizer_type Adafactor computes something over a whole weight"),
     "in backward": (
         {"fused_backward_pass": True, "optimizer_type": "Adafactor", "ema_decay": None},
