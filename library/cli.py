@@ -103,7 +103,7 @@ def _code_of(action: Callable[[], int], stop: StopRequest) -> int:
     try:
         return action()
     except UserError as error:
-        if is_main_process():
+        if is_main_process() or error.only_here:
             to_stderr("".join(f"error: {line}\n" for line in error.lines()))
         return error.code
     except StopTraining as error:

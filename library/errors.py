@@ -33,6 +33,7 @@ class UserError(Exception):
     """
 
     code = EXIT_BAD_INPUT
+    only_here = False  # whether of several processes this one knows what happened, so that it must tell
 
     def __init__(self, problems: str | Iterable[str]):
         self.problems: list[str] = [problems] if isinstance(problems, str) else list(problems)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from library.data.encoding import Text, TextSource, pixels_of, reference_pixels
 from library.data.images import load_control, resize
 from library.device import empty_cache, kept_random_state, on_device
-from library.errors import first_names
+from library.errors import ProcessDied, first_names
 from library.families.family import ModelFamily
 from library.io.atomic import atomic_write
 from library.log import get_logger
@@ -95,19 +95,21 @@ class Previewer:
         texts: TextSource | None = None,
         conditioned: bool = False,
         stopped: Callable[[], bool] = lambda: False,
+        all_or_none: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
         writes: bool = True,
     ) -> None:
         """seed: of the run, for prompts without one. default_size: (width, height) of prompts without one.
 
         texts: the cached outputs of text encoders for all prompts. conditioned: what learns looks at control images
         (--cn of a prompt). stopped: whether the run should stop, so that no further picture is made. writes: False in
-        processes that make the pictures only because the others need them to. Raises UserError
+        processes that make the pictures only because the others need them to. all_or_none: context of each picture, in
+        which processes that make it together learn that another one failed. Raises UserError
         for a sampler that the objective does not have, and for control images and references that cannot be read.
         """
         self.family, self.objective, self.prompts = family, objective, tuple(prompts)
         self.folder, self.output_name = Path(output_dir) / "sample", output_name
         self.sampler, self.seed, self.default_size = sampler, seed, default_size
-        self.texts, self.stopped, self.writes = texts, stopped, writes
+        self.texts, self.stopped, self.writes, self.all_or_none = texts, stopped, writes, all_or_none
         honoured = [*family.preview.honoured, *(["controlnet_image"] if conditioned else [])]
         spec = family.preview_references
         if spec is not None:
@@ -131,7 +133,7 @@ class Previewer:
         """Make, write and return the pictures of all prompts.
 
         epoch: the one that just ended (0 before the first step), None inside one. dtype: of the computation (autocast).
-        Never raises but for Ctrl-C: what fails is one warning.
+        What fails is one warning. Raises only KeyboardInterrupt, and ProcessDied of `all_or_none`.
         """
         pictures: list[Preview] = []
         failed: list[str] = []
@@ -141,13 +143,16 @@ class Previewer:
                 if self.stopped():
                     break
                 try:
-                    image = self._picture(models, prompt, index, device, dtype)
-                    path = self.folder / self.file_name(index, prompt, step=step, epoch=epoch, now=datetime.now())
-                    if self.writes:
-                        self._write(path, image, prompt, self.seed_of(prompt, index))
+                    with self.all_or_none():
+                        image = self._picture(models, prompt, index, device, dtype)
+                        path = self.folder / self.file_name(index, prompt, step=step, epoch=epoch, now=datetime.now())
+                        if self.writes:
+                            self._write(path, image, prompt, self.seed_of(prompt, index))
                     pictures.append(Preview(path, image, prompt))
                 except Stopped:
                     break
+                except ProcessDied:
+                    raise
                 except Exception as error:  # a failed preview must not end the training
                     lines = str(error).splitlines() or [""]
                     failed.append(f"{index:02d} {type(error).__name__}: {lines[0]}")

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
 
 from library.data.encoding import TextSource
+from library.errors import ProcessDied
 from library.families.family import ModelFamily
 from library.io.atomic import atomic_write
 from library.learning import Models, Trainables
@@ -18,6 +19,7 @@ from library.objectives.base import Objective
 from library.sampling.preview import Preview, Previewer, PreviewModels, contact_sheet, due
 from library.sampling.prompts import Prompt
 from library.trainers.options import TrainerOptions
+from library.trainers.signals import Passes
 from library.trainers.tracking import Trackers
 from library.types import Position
 
@@ -30,11 +32,11 @@ class Previews:
     def __init__(
         self, family: ModelFamily, objective: Objective, options: TrainerOptions, prompts: tuple[Prompt, ...], *,
         device: torch.device, dtype: torch.dtype, seed: int, active: bool, writes: bool,
-        size: tuple[int, int], texts: TextSource | None, conditioned: bool = False, stopped: Callable[[], bool],
+        size: tuple[int, int], texts: TextSource | None, conditioned: bool = False, passes: Passes,
     ) -> None:  # fmt: skip
         """active: whether this process makes previews. writes: whether it also writes them: if weights are split over
-        processes, all make them and one writes. stopped: whether the run is asked to stop."""
-        self.writes, self.stopped = writes, stopped
+        processes, all make them and one writes."""
+        self.writes, self.passes = writes, passes
         self.options, self.device, self.dtype = options.sample, device, dtype
         self.name, self.folder = options.save.output_name or "last", Path(options.save.output_dir or ".") / "sample"
         self.first: list[Preview] = []
@@ -43,7 +45,8 @@ class Previews:
             Previewer(
                 family, objective, prompts, output_dir=options.save.output_dir or ".", seed=seed,
                 output_name=options.save.output_name, sampler=options.sample.sample_sampler, default_size=size,
-                texts=texts, conditioned=conditioned, stopped=stopped, writes=writes,
+                texts=texts, conditioned=conditioned, stopped=passes.stopped, writes=writes,
+                all_or_none=passes.all_or_none,
             )
             if prompts and active
             else None
@@ -58,13 +61,14 @@ class Previews:
         weights: context in which the model has the weights to show.
         """
         epoch_end = position.epoch if epoch_ended and self.options.every_n_epochs else None
-        if self.previewer is None or not due(self.options, position.step, epoch_end) or self.stopped():
+        if self.previewer is None or not due(self.options, position.step, epoch_end) or self.passes.stopped():
             return
         assert models.vae is not None
         home = next(models.vae.parameters()).device  # main memory, where latents are cached
         pictures: list[Preview] = []
         with weights, harmless("preview"):
-            models.vae.to(self.device)
+            with self.passes.all_or_none():
+                models.vae.to(self.device)
             shown = PreviewModels(
                 models.denoiser, models.vae, models.encoders, [trainables.module], trainables.set_condition
             )
@@ -96,9 +100,11 @@ class Previews:
 
 @contextmanager
 def harmless(what: str) -> Iterator[None]:
-    """Turn any exception inside into one warning: a preview must not end the training."""
+    """Turn any exception inside into one warning: a preview must not end the training, unless a process has died."""
     try:
         yield
+    except ProcessDied:
+        raise
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0]
         log.warning(f"{what} failed, the training goes on: {type(error).__name__}: {reason}")

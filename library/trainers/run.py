@@ -40,14 +40,14 @@ def _run(method: Method[TrainerOptions], stop: StopRequest, loop: Loop) -> int:
     checked, options = check(method, stop), method.options
     accelerator = checked.processes.accelerator
     if options.data.debug_dataset:
-        write_dataset_sheets(checked.data, Path(options.save.output_dir or "."))
+        if checked.processes.is_main:
+            write_dataset_sheets(checked.data, Path(options.save.output_dir or "."))
         accelerator.end_training()
         return 0
     scheduled = schedule(checked)
     if options.memory.plan:
-        table = plan_memory(choose_compiling(scheduled).planned).table()
         if checked.processes.is_main:
-            sys.stdout.write(table)
+            sys.stdout.write(plan_memory(choose_compiling(scheduled).planned).table())
         accelerator.end_training()
         return 0
     if scheduled.is_finished:

@@ -9,9 +9,9 @@ Running    the weights that learn, their optimizer, and everything else that a s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from accelerate import Accelerator
@@ -59,7 +59,7 @@ from library.trainers.previews import Previews
 from library.trainers.resume import Resumption, RunIdentity
 from library.trainers.run_plan import RunPlan, describe, make_plan
 from library.trainers.settings import compute_dtype, trained_dtype
-from library.trainers.signals import agreed
+from library.trainers.signals import Passes
 from library.trainers.step import Pass, Step
 from library.trainers.updates import Updates
 from library.trainers.validation import Validation
@@ -128,15 +128,10 @@ class Checked:
         """Whether the split weights learn."""
         return self.sharded and DENOISER in self.learning.changed
 
-    def stopped(self) -> Callable[[], bool]:
-        """A function that tells, also during previews and validation, whether the run is asked to stop.
-
-        If weights are split over processes, all must make the same passes and therefore get the same answer.
-        """
-        stop, processes = self.stop, self.processes
-        if self.sharded:
-            return agreed(stop, processes.device, processes=processes.world)
-        return lambda: stop.requested
+    @cached_property
+    def passes(self) -> Passes:
+        """The rules of previews and validation. The first access is collective."""
+        return Passes(self.stop, together=self.sharded)
 
 
 @dataclass(frozen=True)
@@ -305,7 +300,7 @@ def load(scheduled: Scheduled) -> Loaded:
     previews = Previews(
         family, objective, options, prompts, device=planned.device, dtype=planned.dtype, seed=plan.seed,
         active=processes.is_main or checked.sharded, writes=processes.is_main, size=size, texts=caches.texts,
-        conditioned=learning.conditioned, stopped=checked.stopped(),
+        conditioned=learning.conditioned, passes=checked.passes,
     )  # fmt: skip
 
     def load_encoder(name: str, device: str | None = None) -> nn.Module:
@@ -383,7 +378,7 @@ def build(loaded: Loaded) -> Running:
     step = Step(forward, updates, memory, retry, accelerator, plan.seed)
     validation = Validation(
         options.train, checked.validation_plans, loaded.data, forward, plan.seed, plan.total_steps,
-        checked.stopped(),
+        checked.passes,
     )  # fmt: skip
     if memory.compiled is not None:
         compile_all(loaded, trainables, forward, memory, shapes[:WARMED_SHAPES])

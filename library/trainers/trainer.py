@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from library.device import fits
-from library.errors import EXIT_STOPPED, UserError, first_names
+from library.errors import EXIT_STOPPED, ProcessDied, UserError, first_names
 from library.io.checkpoint import require_present
 from library.io.state import StateParts
 from library.log import get_logger, progress
@@ -19,7 +19,7 @@ from library.trainers.guards import GradientWatch, MovingAverage, StepReader, St
 from library.trainers.out_of_memory import DoesNotFit
 from library.trainers.saving import Saver
 from library.trainers.settings import loading_processes
-from library.trainers.signals import OtherProcessDied, Vote, exchanging
+from library.trainers.signals import FailedElsewhere, OtherProcessDied, Vote, exchanging
 from library.trainers.stages import Running, Start
 from library.trainers.tracking import Trackers, open_trackers
 from library.types import Batch
@@ -127,6 +127,7 @@ class Trainer:
         if vote.at_once(feed.failure is not None):
             return feed.failure or UserError("another process cannot load its pictures")
         started: int | None = None
+        failure: Exception | None = None  # of this process; all stop one step later
         with progress(self.plan.total_steps, "steps", "step", start=self.position.step) as bar:
             for batches in feed:
                 if started != self.position.epoch:
@@ -135,7 +136,7 @@ class Trainer:
                 try:
                     with exchanging(self.processes.world):
                         self.train_step(batches)
-                        failure = self.after_training_step(bar, trackers) or feed.failure
+                        failure = self.after_training_step(bar, trackers) or failure or feed.failure
                         stops = self.stop.requested or failure is not None
                         stops, saves_state = vote.decided(stops, self.saver.state_is_due())
                         if stops:
@@ -157,6 +158,10 @@ class Trainer:
         bar.advance(note=f"loss {self.losses.mean:.4f}" if self.losses.values else "")
         try:
             self.validate_if_due(trackers, epoch_ended=epoch_ended)
+        except ProcessDied:
+            raise
+        except FailedElsewhere:
+            pass  # that process stops all
         except Exception as error:
             failure = error
         if self.saver.is_due(self.position, epoch_ended):

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from library.data.dataset import TrainingData
 from library.data.plan import BatchPlan
 from library.rng import torch_generator
 from library.trainers.options import TrainOptions
+from library.trainers.signals import Passes
 from library.trainers.step import Pass
 
 
@@ -25,7 +26,7 @@ class Validation:
     forward: Pass
     seed: int
     total_steps: int
-    stopped: Callable[[], bool]  # whether the run is asked to stop
+    passes: Passes
 
     def is_due(self, step: int, epoch: int, *, epoch_ended: bool) -> bool:
         """Whether to validate after `step` steps and `epoch` whole epochs. It is always due at the end of the run."""
@@ -37,12 +38,16 @@ class Validation:
 
     @torch.no_grad()
     def loss(self) -> float | None:
-        """Mean loss over batches and timesteps; None if the run is asked to stop first."""
+        """Mean loss over batches and timesteps; None if the run is asked to stop first. Raises FailedElsewhere."""
+        with self.passes.all_or_none():
+            return self._loss()
+
+    def _loss(self) -> float | None:
         device, losses = self.forward.device, []
         for index, plan in enumerate(self.plans[: self.options.max_validation_steps]):
             batch = self.data.load(plan, step=0).to(device)
             for value in self.forward.objective.validation_t():
-                if self.stopped():
+                if self.passes.stopped():
                     return None
                 generator = torch_generator(self.seed, "validation", index, device=device)
                 t = torch.full((batch.size,), value, device=device)

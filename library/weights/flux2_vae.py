@@ -57,7 +57,7 @@ def vae_part(path: Path, *, option: str) -> Part:
     rules = partial(_published_rules, inside=inside) if published else _own_rules
     part = Part(
         "VAE", file, prefix, partial(build_vae, {**config, **sizes, **own}), rules,
-        finish=partial(_keep_statistics, file=file, prefix=prefix),
+        str({**config, **own}["batch_norm_eps"]), finish=partial(_keep_statistics, file=file, prefix=prefix),
     )  # fmt: skip
     return kl_vae.with_channels(part, path, NEEDED, option)
 

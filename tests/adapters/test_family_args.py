@@ -173,6 +173,7 @@ def test_rates_by_pattern_reach_the_text_encoder_and_other_families() -> None:
             {"include_patterns": "[1]"},
             "include_patterns expects a regular expression or a list of them, got '[1]'",
         ),
+        ("anima", {"include_patterns": "b'x'"}, "include_patterns expects a regular expression or a list of them"),
         ("anima", {"exclude_patterns": ".*"}, "no layer is left to train"),
         ("lumina", {"ggpo_sigma": "-1"}, "ggpo_sigma must be at least 0, got -1.0"),
         ("flux", {"ggpo_sigma": "0.1", "use_scalar": "True"}, "ggpo_sigma and ggpo_beta do not go with use_tucker or"),

@@ -39,9 +39,11 @@ def path_patterns(value: Any) -> tuple[re.Pattern[str], ...]:
     except (ValueError, SyntaxError):
         found = value  # one pattern without quotes
     items = found if isinstance(found, (list, tuple)) else [found]
+    if any(not isinstance(item, str) for item in items):
+        raise ValueError(f"expects a regular expression or a list of them, got {value!r}")
     try:
         return tuple(re.compile(item) for item in items)
-    except (re.error, TypeError) as error:
+    except re.error as error:
         raise ValueError(f"expects a regular expression or a list of them, got {value!r} ({error})") from None
 
 

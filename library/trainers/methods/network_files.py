@@ -41,7 +41,7 @@ class NetworkFile:
         self.is_asked = asked is not None
         has_header = options.save.save_model_as in (None, "safetensors")
         self.format = asked or (usual if has_header else "kohya")
-        self.tells = not conditioned  # until the first save
+        self.tells = self.untold = not conditioned  # whether this save tells who takes the file; whether none has yet
 
     def check_format(self) -> None:
         """Raises UserError if a tensor cannot be written or has no name in the requested format."""
@@ -62,7 +62,6 @@ class NetworkFile:
         save_tensors(path, tensors, {**metadata, **entries})
         if self.tells:
             say_who_takes(path, self.network, self.names, self.format, partial(self.rewritten, state))
-        self.tells = False
 
     def rewritten(self, state: dict[str, Tensor], form: str, layers: Collection[str]) -> dict[str, Tensor]:
         """Some layers in another --lora_format."""
@@ -79,7 +78,8 @@ class NetworkFile:
         return convert(tensors, form, tables, norms=norms), header(tensors, form, tables)
 
     def reads(self) -> list[nn.Module]:
-        """The layers of the models whose weights the next save reads."""
+        """The layers of the models whose weights the next save reads. Called before each save, in all processes."""
+        self.tells, self.untold = self.untold, False
         adapted = [part.module for target in self.network.targets().values() for part in target.modules]
         return adapted if self.tells or (self.format == "comfy" and self.network.reads_weights(adapted)) else []
 
