@@ -111,7 +111,8 @@ class UnetTargets(FamilyTargets):
 
     def new_inputs(self, models: AdaptedModels) -> list[TargetSpec]:
         """The first convolution, where it has new channels for a reference picture. It is in no block."""
-        if models.denoiser is None or not isinstance(models.denoiser.get_submodule("conv_in"), GrownConv2d):
+        children = {} if models.denoiser is None else dict(models.denoiser.named_children())
+        if models.denoiser is None or not isinstance(children.get("conv_in"), GrownConv2d):
             return []
         found = self.denoiser_targets(models.denoiser, None, LAYERS)
         return [replace(t, block=None) for t in found if isinstance(t.modules[0].module, GrownConv2d)]
