@@ -405,6 +405,13 @@ def line_of(options: dict[str, Any], **more: Any) -> str:
     return line
 
 
+def test_a_length_that_leaves_no_room_to_captions(models: Any) -> None:
+    line = "^--gemma2_max_token_length 2 leaves no token to captions: give at least 3$"
+    with pytest.raises(UserError, match=line):
+        family(models["files"], gemma2_max_token_length=2).check()
+    family(models["files"], gemma2_max_token_length=3).check()
+
+
 def test_models_of_another_kind(models: Any, tmp_path: Path) -> None:
     files, folder = models["files"], models["diffusers"]["pretrained_model_name_or_path"]
     lumina = make_lumina(tmp_path / "lumina")

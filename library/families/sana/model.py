@@ -76,6 +76,12 @@ class Sana(ModelFamily):
                 f"{tokenizer.folder}: this tokenizer has {len(tokenizer.tokenizer)} tokens, the text encoder "
                 f"{parts.gemma2_path} only {gemma2.vocabulary}; it belongs to another model"
             )
+        if self.token_limit < 1:
+            least = self.options.gemma2_max_token_length + 1 - self.token_limit
+            raise UserError(
+                f"--gemma2_max_token_length {self.options.gemma2_max_token_length} leaves no token to captions: give "
+                f"at least {least}"
+            )
 
     # ---- text
 
