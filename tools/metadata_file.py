@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from library.data.scan import read_metadata
+from library.data.metadata import read_metadata
 from library.errors import UserError, first_names
 from library.io.atomic import atomic_write
 from library.text_files import parse_json
