@@ -430,7 +430,6 @@ def test_options_that_have_no_effect_together() -> None:
     assert len(list(DataOptions(reg_data_dir="r").problems())) == 1
     assert len(list(DataOptions(train_data_dir="t", reg_data_dir="r", in_json="j").problems())) == 1
     assert len(list(DataOptions(min_bucket_reso=512, max_bucket_reso=256).problems())) == 1
-    assert len(list(DataOptions(persistent_data_loader_workers=True, max_data_loader_n_workers=0).problems())) == 1
     assert list(DataOptions(dataset_config="a").problems()) == []
     assert len(list(CacheOptions(skip_cache_check=True).problems())) == 1
     assert list(CacheOptions(skip_cache_check=True, cache_latents_to_disk=True).problems()) == []
