@@ -51,8 +51,9 @@ def test_weights_that_are_not_finite_are_not_saved(sd1: Path, dataset: Path, tmp
 
 def test_not_finite_gradients_stop_although_the_loss_is_finite(sd1: Path, dataset: Path, tmp_path: Path) -> None:
     def spoil(trainer: Any) -> None:
-        """The gradient of the next step gets a NaN on its way back."""
-        next(iter(trainer.network.parameters())).register_hook(lambda gradient: gradient * math.nan)
+        """The gradients of the next step become NaN on their way back."""
+        spoiled = lambda module, of_inputs, of_outputs: tuple(gradient * math.nan for gradient in of_inputs)
+        trainer.models.denoiser.conv_out.register_full_backward_hook(spoiled)
 
     with pytest.raises(StopTraining, match="the gradient norm of step 2 is not finite"):
         train(sd1, dataset, tmp_path, each_step=spoil)
