@@ -58,7 +58,7 @@ class Rows:
 
     @staticmethod
     def of_this_process(whole: int) -> Rows:
-        """Of a weight that is split as `fully_shard` splits it: the last processes have fewer rows, or none."""
+        """The rows of a weight split as `fully_shard` splits it: the last processes have fewer, or none."""
         most = -(-whole // distributed.get_world_size())
         return Rows(min(distributed.get_rank() * most, whole), whole)
 
